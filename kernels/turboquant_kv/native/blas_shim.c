@@ -1,0 +1,90 @@
+/* Matrix products of mlx's CPU wheel, answered by OpenBLAS.
+ *
+ * The wheel's libmlx.so asks the dynamic linker for cblas_sgemm, cblas_dgemm and cblas_cgemm and normally gets
+ * the reference BLAS shipped beside it. Loaded with RTLD_GLOBAL before libmlx.so, this library comes first in the
+ * linker's search order and forwards to an OpenBLAS whose symbols carry the prefix `scipy_`.
+ *
+ * It owns the function pointers and a call counter. Finding the library, choosing threads and deciding whether to
+ * do any of this is Python's business (turboquant_kv/blas.py). The LAPACK symbols stay with the wheel.
+ */
+#include <dlfcn.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+
+typedef void (*sgemm_fn)(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
+                         int);
+typedef void (*dgemm_fn)(int, int, int, int, int, int, double, const double *, int, const double *, int, double,
+                         double *, int);
+typedef void (*cgemm_fn)(int, int, int, int, int, int, const void *, const void *, int, const void *, int,
+                         const void *, void *, int);
+typedef void (*sgemv_fn)(int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
+
+static sgemm_fn sgemm;
+static dgemm_fn dgemm;
+static cgemm_fn cgemm;
+static sgemv_fn sgemv;
+static atomic_ulong num_calls;
+static char open_error[512];
+
+static int resolve(void *library, const char *name, void **out) {
+    *out = dlsym(library, name);
+    if (*out == NULL) snprintf(open_error, sizeof open_error, "no symbol %s", name);
+    return *out != NULL;
+}
+
+/* Returns NULL, or why the library at `path` cannot serve. Call once, before publishing this library. */
+EXPORT const char *turboquant_blas_open(const char *path) {
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL) {
+        const char *reason = dlerror();
+        snprintf(open_error, sizeof open_error, "%s", reason != NULL ? reason : "dlopen failed");
+        return open_error;
+    }
+    /* POSIX guarantees that dlsym's void * holds a function address. */
+    int is_complete = resolve(library, "scipy_cblas_sgemm", (void **)&sgemm) &&
+                      resolve(library, "scipy_cblas_dgemm", (void **)&dgemm) &&
+                      resolve(library, "scipy_cblas_cgemm", (void **)&cgemm) &&
+                      resolve(library, "scipy_cblas_sgemv", (void **)&sgemv);
+    return is_complete ? NULL : open_error;
+}
+
+/* How often a product was answered here: the proof that libmlx.so really calls this library. */
+EXPORT unsigned long turboquant_blas_calls(void) { return atomic_load_explicit(&num_calls, memory_order_relaxed); }
+
+static void count_call(void) { atomic_fetch_add_explicit(&num_calls, 1, memory_order_relaxed); }
+
+EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
+                        const float *b, int ldb, float beta, float *c, int ldc) {
+    count_call();
+    /* One output row, which is every decode step: c = alpha * op(B)^T a + beta * c. OpenBLAS would first repack all
+     * of B for its gemm kernel, which costs more than the product itself. */
+    if (order == ROW_MAJOR && m == 1 && n > 0 && k > 0) {
+        int a_step = trans_a == NO_TRANS ? 1 : lda;
+        /* beta = 0 means that c is write-only; some gemv kernels multiply it, and 0 * NaN is NaN. */
+        if (beta == 0.0f) memset(c, 0, (size_t)n * sizeof *c);
+        if (trans_b == NO_TRANS)
+            sgemv(ROW_MAJOR, TRANS, k, n, alpha, b, ldb, a, a_step, beta, c, 1);
+        else
+            sgemv(ROW_MAJOR, NO_TRANS, n, k, alpha, b, ldb, a, a_step, beta, c, 1);
+        return;
+    }
+    sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+EXPORT void cblas_dgemm(int order, int trans_a, int trans_b, int m, int n, int k, double alpha, const double *a,
+                        int lda, const double *b, int ldb, double beta, double *c, int ldc) {
+    count_call();
+    dgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+EXPORT void cblas_cgemm(int order, int trans_a, int trans_b, int m, int n, int k, const void *alpha, const void *a,
+                        int lda, const void *b, int ldb, const void *beta, void *c, int ldc) {
+    count_call();
+    cgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
