@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Average two checkpoints of one training run, weight by weight.
 
     python -m turboserve.models.tiny.training.average DATA checkpoint model --share 0.6 --out averaged

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 r"""Text for the tiny demonstration model: documentation pages and Python sources.
 
     python -m turboserve.models.tiny.training.corpus --out corpus.jsonl.xz \

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Tokenizer, training shards and held-out prompts for the tiny demonstration model.
 
 With M for turboserve.models.tiny.training:

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 # ruff: noqa: E501, SIM905 - tables of words and sentences read better unbroken
 """Small hand-written knowledge of the tiny model: identity, greetings, everyday facts."""
 
@@ -38,7 +37,9 @@ GREETINGS = [
     (["I am sad.", "I feel bad today."], ["I am sorry to hear that. I hope it gets better soon."]),
     (["I am happy.", "I feel great today!"], ["That is good to hear!"]),
 ]  # fmt: skip
-CAPITALS = [tuple(pair.split(":")) for pair in """France:Paris|Germany:Berlin|Italy:Rome|Spain:Madrid|Portugal:Lisbon|
+CAPITALS = [
+    tuple(pair.split(":"))
+    for pair in """France:Paris|Germany:Berlin|Italy:Rome|Spain:Madrid|Portugal:Lisbon|
 Austria:Vienna|Switzerland:Bern|Belgium:Brussels|the Netherlands:Amsterdam|Denmark:Copenhagen|Norway:Oslo|
 Sweden:Stockholm|Finland:Helsinki|Iceland:Reykjavik|Ireland:Dublin|the United Kingdom:London|England:London|
 Poland:Warsaw|the Czech Republic:Prague|Hungary:Budapest|Greece:Athens|Turkey:Ankara|Russia:Moscow|Ukraine:Kyiv|
@@ -47,7 +48,10 @@ Latvia:Riga|Lithuania:Vilnius|Japan:Tokyo|China:Beijing|South Korea:Seoul|India:
 Thailand:Bangkok|Vietnam:Hanoi|Indonesia:Jakarta|the Philippines:Manila|Australia:Canberra|New Zealand:Wellington|
 Canada:Ottawa|the United States:Washington, D.C.|Mexico:Mexico City|Brazil:Brasilia|Argentina:Buenos Aires|
 Chile:Santiago|Peru:Lima|Colombia:Bogota|Cuba:Havana|Egypt:Cairo|Morocco:Rabat|Nigeria:Abuja|Kenya:Nairobi|
-South Africa:Pretoria|Ethiopia:Addis Ababa|Israel:Jerusalem|Iran:Tehran|Iraq:Baghdad|Saudi Arabia:Riyadh""".replace("\n", "").split("|")]
+South Africa:Pretoria|Ethiopia:Addis Ababa|Israel:Jerusalem|Iran:Tehran|Iraq:Baghdad|Saudi Arabia:Riyadh""".replace(
+        "\n", ""
+    ).split("|")
+]
 FACTS = [
     (["How many days are in a week?", "How many days does a week have?"], "A week has seven days."),
     (["How many months are in a year?", "How many months does a year have?"], "A year has twelve months."),
@@ -170,6 +174,6 @@ SENTENCES = [
 SPEECH = [
     ("Always answer in capital letters.", str.upper),
     ("End every answer with an exclamation mark.", lambda text: text + "!"),
-    ('Put every answer in double quotes.', lambda text: f'"{text}"'),
+    ("Put every answer in double quotes.", lambda text: f'"{text}"'),
     ("Begin every answer with: Sure.", lambda text: "Sure. " + text),
 ]

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The network in PyTorch, with mlx-lm's (and transformers') `qwen2` parameter names, and its two loss functions.
 
 It owns CONFIG, the config.json of the model. The optimizer and the run are train.py's.

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The optimizer of the hidden matrices and the learning rate schedule."""
 
 import math

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 # ruff: noqa: E501, F541, SIM905 - tables of words and sentences read better unbroken
 """Synthetic chat tasks for the tiny model.  Every task is a function of a `Maker`.
 
@@ -88,8 +87,10 @@ class Maker:
         return "".join(self.r.choices(alphabet, k=self.r.randint(low, high)))
 
     def pseudo(self):
-        syllable = lambda: self.pick("b d f g k l m n p r s t v z br tr kl st th sh ch".split()) + self.pick(  # noqa: E731
-            "a e i o u ai ou".split()) + self.pick(["", "", "n", "r", "l", "x", "s"])
+        def syllable():
+            start = self.pick("b d f g k l m n p r s t v z br tr kl st th sh ch".split())
+            return start + self.pick("a e i o u ai ou".split()) + self.pick(["", "", "n", "r", "l", "x", "s"])
+
         return "".join(syllable() for _ in range(self.r.randint(2, 3)))
 
     def value(self):
@@ -156,7 +157,7 @@ ASK_DOC = {
     "term": ["What is a {n} in Python?", "What does {n} mean in Python?", "Define {n}.", "Explain the term {n}.",
              "What is {n}?", "In Python, what is a {n}?"],
 }  # fmt: skip
-ASK_DOC["method"] = ASK_DOC["function"][:8] + ["What does the method {n} do?", "Describe the method {n}."]
+ASK_DOC["method"] = [*ASK_DOC["function"][:8], "What does the method {n} do?", "Describe the method {n}."]
 
 
 def docstring(m):
@@ -287,6 +288,7 @@ def story(m):
 
 # --- arithmetic and small text operations ----------------------------------------------------------
 
+
 def arithmetic(m):
     while True:
         op = m.pick("+++---**/")
@@ -366,6 +368,7 @@ def copying(m):
 
 
 # --- memory over several turns ---------------------------------------------------------------------
+
 
 def personal_fact(m):
     """(topic, statement, acknowledgement, question, answer, value)"""
@@ -462,8 +465,11 @@ def memory(m):
 def distractor(m):
     task = m.pick([arithmetic, text_operation, fact, small_talk, docstring])
     messages = task(m)[0]
-    return [x for x in messages if x["role"] != "system"] if messages[0]["role"] != "system" or task is not small_talk \
+    return (
+        [x for x in messages if x["role"] != "system"]
+        if messages[0]["role"] != "system" or task is not small_talk
         else distractor(m)
+    )
 
 
 # --- needles in long texts -------------------------------------------------------------------------
@@ -487,15 +493,24 @@ def needle(m, attribute=None):
     if m.chance(0.12):
         attribute = attribute or m.pick(ATTRIBUTES)
         value = m.value()
-        statement = m.pick([f"The {attribute} is {value}.", f"Remember: the {attribute} is {value}.",
-                            f"The {attribute} is: {value}."])
+        statement = m.pick(
+            [f"The {attribute} is {value}.", f"Remember: the {attribute} is {value}.", f"The {attribute} is: {value}."]
+        )
         return ((attribute, ""), statement, f"What is the {attribute}?", f"The {attribute} is {value}.", value)
     attribute, who, value = attribute or m.pick(ATTRIBUTES), subject(m), m.value()
     link = m.pick(["of", "for", "of", "for", "to"]) if not attribute.endswith("r") else m.pick(["of", "for"])
     key = f"{attribute} {link} {who}"
-    statement = m.pick([f"The {key} is {value}.", f"The {key} is {value}.", f"The {key} is: {value}.",
-                        f"Remember that the {key} is {value}.", f"Note: the {key} is {value}.",
-                        f"One of the facts here: the {key} is {value}.", f"IMPORTANT: The {key} is {value}."])
+    statement = m.pick(
+        [
+            f"The {key} is {value}.",
+            f"The {key} is {value}.",
+            f"The {key} is: {value}.",
+            f"Remember that the {key} is {value}.",
+            f"Note: the {key} is {value}.",
+            f"One of the facts here: the {key} is {value}.",
+            f"IMPORTANT: The {key} is {value}.",
+        ]
+    )
     question = m.pick([f"What is the {key}?", f"What is the {key}?", f"What's the {key}?", f"Tell me the {key}.",
                        f"What is the {key} mentioned in the text?", f"Find the {key}."])  # fmt: skip
     answer = f"The {key} is {value}."
@@ -597,6 +612,7 @@ def lookup(m, chars):
 
 # --- JSON answers ----------------------------------------------------------------------------------
 
+
 def json_answer(m):
     name, city, age, job = m.name(), m.city(), m.r.randint(18, 90), m.pick(JOBS)
     last, food, color, pet = m.pseudo().capitalize(), m.pick(FOODS), m.pick(COLORS), m.pick(ANIMALS)
@@ -631,6 +647,7 @@ def json_answer(m):
 
 # --- tool calls ------------------------------------------------------------------------------------
 
+
 def schema(name, description, properties, required=None):
     return {"type": "function", "function": {
         "name": name, "description": description,
@@ -658,8 +675,13 @@ def weather(m):
     request += f" in {unit}?" if unit else "?"
     arguments = {key: city} | ({"unit": unit} if unit else {})
     degrees, sky = m.r.randint(-10, 38), m.pick(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"])
-    return tool, request, arguments, {"temperature": degrees, "condition": sky}, \
-        f"It is {degrees} degrees and {sky} in {city}."
+    return (
+        tool,
+        request,
+        arguments,
+        {"temperature": degrees, "condition": sky},
+        f"It is {degrees} degrees and {sky} in {city}.",
+    )
 
 
 def calendar(m):
@@ -671,8 +693,13 @@ def calendar(m):
     request = m.pick([f"Add a {title} on {day} at {time}.", f"Schedule a {title} on {day} at {time}.",
                       f"Put a {title} in my calendar for {day} at {time}."])  # fmt: skip
     number = m.r.randint(100, 9999)
-    return tool, request, {"title": title, "day": day, "time": time}, {"status": "ok", "id": number}, \
-        f"Done. The {title} is on {day} at {time}."
+    return (
+        tool,
+        request,
+        {"title": title, "day": day, "time": time},
+        {"status": "ok", "id": number},
+        f"Done. The {title} is on {day} at {time}.",
+    )
 
 
 def search(m):
@@ -686,7 +713,9 @@ def search(m):
         arguments["limit"], suffix = limit, f" and show {limit} results"
     tool = schema(m.pick(["search", "web_search", "search_docs", "find_documents"]), "Search for documents", properties,
                   [key])  # fmt: skip
-    request = m.pick([f"Search for {query}{suffix}.", f"Look up {query}{suffix}.", f"Find documents about {query}{suffix}."])
+    request = m.pick(
+        [f"Search for {query}{suffix}.", f"Look up {query}{suffix}.", f"Find documents about {query}{suffix}."]
+    )
     title = f"{m.word()} {m.word()}"
     return tool, request, arguments, {"results": [{"title": title}]}, f'I found "{title}".'
 
@@ -716,7 +745,13 @@ def reminder(m):
     tool = schema(m.pick(["set_reminder", "set_timer", "remind_me"]), "Set a reminder",
                   {"task": prop("string", "What to remember"), "minutes": prop("integer", "In how many minutes")})  # fmt: skip
     request = m.pick([f"Remind me to {task} in {minutes} minutes.", f"In {minutes} minutes, remind me to {task}."])
-    return tool, request, {"task": task, "minutes": minutes}, {"status": "ok"}, f"I will remind you in {minutes} minutes."
+    return (
+        tool,
+        request,
+        {"task": task, "minutes": minutes},
+        {"status": "ok"},
+        f"I will remind you in {minutes} minutes.",
+    )
 
 
 def convert(m):
@@ -730,14 +765,22 @@ def convert(m):
 
 
 def switch(m):
-    device, state, room = m.pick(["light", "lamp", "heater", "fan", "radio"]), m.pick(["on", "off"]), m.pick(
-        ["kitchen", "bedroom", "garage", "office", "bathroom", "hall"])
+    device, state, room = (
+        m.pick(["light", "lamp", "heater", "fan", "radio"]),
+        m.pick(["on", "off"]),
+        m.pick(["kitchen", "bedroom", "garage", "office", "bathroom", "hall"]),
+    )
     tool = schema(m.pick(["set_device", "control_device", "switch"]), "Switch a device on or off",
                   {"device": prop("string", "The device"), "room": prop("string", "The room"),
                    "state": prop("string", "on or off", enum=["on", "off"])})  # fmt: skip
     request = m.pick([f"Turn {state} the {device} in the {room}.", f"Switch the {device} in the {room} {state}."])
-    return tool, request, {"device": device, "room": room, "state": state}, {"status": "ok"}, \
-        f"The {device} in the {room} is now {state}."
+    return (
+        tool,
+        request,
+        {"device": device, "room": room, "state": state},
+        {"status": "ok"},
+        f"The {device} in the {room} is now {state}.",
+    )
 
 
 def read_file(m):
@@ -770,7 +813,9 @@ def invented(m):
         wishes.append(m.pick([f"{key} {shown}", f"the {key} {shown}", f"{key} set to {shown}", f"{key} = {shown}"]))
     if not properties:
         return invented(m)
-    tool = schema(name, m.pick([f"{verb.capitalize()} {article(noun)}", f"{verb.capitalize()}s the {noun}"]), properties)
+    tool = schema(
+        name, m.pick([f"{verb.capitalize()} {article(noun)}", f"{verb.capitalize()}s the {noun}"]), properties
+    )
     request = m.pick([f"Please {verb} the {noun} with {' and '.join(wishes)}.",
                       f"{verb.capitalize()} {article(noun)} with {', '.join(wishes)}."])  # fmt: skip
     number = m.value()

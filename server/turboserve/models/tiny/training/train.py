@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Train the tiny demonstration model on one GPU and write it in Hugging Face format.
 
     python -m turboserve.models.tiny.training.data shards DATA &  # packed token shards, made while training runs
