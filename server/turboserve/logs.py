@@ -6,13 +6,12 @@ message texts are never passed to a logger.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 from contextvars import ContextVar
 from typing import TextIO
-
-import orjson
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -51,18 +50,14 @@ class JsonFormatter(logging.Formatter):
             "time": round(record.created, 6),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _well_formed(record.getMessage()),
+            "message": record.getMessage(),
         }
         if rid := request_id.get():
-            entry["request_id"] = _well_formed(rid)
+            entry["request_id"] = rid
         if traceback := _traceback(self, record):
-            entry["exception"] = _well_formed(traceback)
-        return orjson.dumps(entry).decode()
-
-
-def _well_formed(text: str) -> str:
-    """Lone surrogates cannot be written as UTF-8; JSON escapes all other control characters by itself."""
-    return text.encode("utf-8", "backslashreplace").decode()
+            entry["exception"] = traceback
+        # Pure ASCII, so that neither C1 controls nor lone surrogates reach a terminal; only DEL is left over.
+        return json.dumps(entry).replace("\x7f", "\\u007f")
 
 
 def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:

@@ -1,0 +1,42 @@
+# make serve   install into .venv when needed, then serve (PORT, MODEL, EXTRA, ARGS)
+# make test    install with the test tools, then run the tests (ARGS)
+# make lint    ruff, mypy --strict and the import contracts
+# make clean   remove .venv and build output
+
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+# The MLX backend on Linux: cpu, cuda12 or cuda13. macOS brings its own and installs the same extra as nothing.
+EXTRA ?= cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native/*.c kernels/turboquant_kv/native/*.cpp)
+# The backend is part of the stamp's name: two of them cannot share a virtual environment.
+BASE_STAMP := $(VENV)/.installed-$(EXTRA)
+DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
+
+.PHONY: serve test lint clean
+
+serve: $(BASE_STAMP)
+	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(DEV_STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(BASE_STAMP): $(SOURCES)
+	@.ci/install $(VENV) $(EXTRA)
+	@touch $@
+
+$(DEV_STAMP): $(SOURCES)
+	@.ci/install $(VENV) $(EXTRA) dev
+	@touch $(BASE_STAMP) $@

@@ -1,0 +1,68 @@
+"""The first thing that imports MLX: after the BLAS is in place, with a cure when the backend is missing.
+
+On Linux `mlx` itself holds no library: `mlx-cpu`, `mlx-cuda-12` and `mlx-cuda-13` bring it, one at a time.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from turboquant_kv import blas
+from turboserve.errors import StartupError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+CUDA13_DRIVER_MAJOR = 580  # the first driver branch that runs CUDA 13
+
+
+def load_backend() -> blas.BlasStatus:
+    """Interpose the BLAS and import MLX. Raises StartupError naming the command that installs what is missing."""
+    status = blas.interpose()
+    try:
+        import mlx.core  # noqa: F401  here and not above: the order is the point
+    except ImportError as exc:
+        raise StartupError(explain_import_error(str(exc), best_extra())) from exc
+    return status
+
+
+def explain_import_error(message: str, extra: str) -> str:
+    """One line for what `import mlx.core` said. `extra` is the backend this machine should have."""
+    install = f"pip install 'turboserve[{extra}]'" if extra else "pip install turboserve"
+    if "GLIBC" in message:
+        return "this system's C library is too old for MLX (glibc 2.35 or newer is needed): use a newer distribution"
+    if "libcuda" in message or "libcudart" in message or "libcublas" in message:
+        return (
+            f"MLX's CUDA backend finds no CUDA driver ({message}): "
+            "pip uninstall -y mlx-cuda-12 mlx-cuda-13, then pip install 'turboserve[cpu]'"
+        )
+    if "libmlx" in message or "No module named 'mlx" in message:
+        return f"MLX has no backend installed: {install}"
+    return f"MLX cannot be imported ({message}): {install}"
+
+
+def best_extra() -> str:
+    """The extra that fits this machine: cpu, cuda12 or cuda13 on Linux, none elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    version = NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.is_file() else ""
+    return extra_for_driver(version, has_nvidia_smi=shutil.which("nvidia-smi") is not None)
+
+
+def extra_for_driver(version_text: str, *, has_nvidia_smi: bool) -> str:
+    """Choose by the kernel module's banner; a container may hide it and still show nvidia-smi."""
+    if match := re.search(r"\s(\d{3,})\.\d+", version_text):
+        return "cuda13" if int(match[1]) >= CUDA13_DRIVER_MAJOR else "cuda12"
+    return "cuda12" if has_nvidia_smi else "cpu"
+
+
+def device_name() -> str:
+    """MLX's default device for people: `cpu (x86_64)`, `gpu (Apple M4 Max)`."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    if device.type != mx.DeviceType.gpu:
+        return f"cpu ({platform.machine()})"
+    return f"gpu ({mx.device_info().get('device_name', 'unknown')})"

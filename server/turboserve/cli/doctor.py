@@ -1,0 +1,139 @@
+"""`turboserve doctor`: what this machine offers, what is missing, and the command that cures it.
+
+Each check is a function that returns a `Finding`; none raises. Only a failed finding makes the exit
+status 1; a warning means that the server works, but slower or with less.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from turboquant_kv import blas
+from turboserve import __version__
+from turboserve.cli.backend import device_name, load_backend
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+
+Level = Literal["ok", "warning", "failed"]
+CGROUP_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+GiB = 1 << 30
+SHOWN_PACKAGES = ("mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "numpy")
+MIN_MEMORY_BYTES = GiB  # the embedded model with its caches and the Python runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `detail` holds the cure when `level` is not ok."""
+
+    name: str
+    level: Level
+    detail: str
+
+
+def check_python() -> Finding:
+    return Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def check_versions() -> Finding:
+    found, missing = [f"turboserve {__version__}"], []
+    for name in SHOWN_PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Finding("packages", "failed", f"not installed: {', '.join(missing)}; pip install turboserve")
+    return Finding("packages", "ok", ", ".join(found))
+
+
+def check_backend() -> Finding:
+    try:
+        load_backend()
+    except StartupError as exc:
+        return Finding("mlx backend", "failed", str(exc))
+    return Finding("mlx backend", "ok", device_name())
+
+
+def check_blas() -> Finding:
+    """Multiply once and see who answered; meaningful only after the backend was imported."""
+    status = blas.status()
+    if not status.active:
+        harmless = not status.reason.startswith("failed")
+        return Finding("blas", "ok" if harmless else "warning", status.describe())
+    import mlx.core as mx
+
+    before = blas.num_calls()
+    with mx.stream(mx.cpu):
+        mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
+    if blas.num_calls() == before:
+        return Finding(
+            "blas", "warning", f"{status.library} is loaded, but mlx does not call it; CPU products are slow"
+        )
+    return Finding("blas", "ok", status.describe())
+
+
+def check_compiler() -> Finding:
+    """mx.compile on a CPU runs g++ at run time (clang++ on macOS through the same name)."""
+    if compiler := shutil.which("g++"):
+        return Finding("compiler", "ok", compiler)
+    return Finding("compiler", "warning", "no g++: models that use mx.compile fail on the CPU; install g++")
+
+
+def check_memory() -> Finding:
+    available = memory_bytes()
+    detail = f"{available / GiB:.1f} GiB usable"
+    if available < MIN_MEMORY_BYTES:
+        return Finding("memory", "failed", f"{detail}; at least {MIN_MEMORY_BYTES / GiB:.0f} GiB is needed")
+    return Finding("memory", "ok", detail)
+
+
+def memory_bytes() -> int:
+    """Physical memory, or less where a container's limit says so."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in CGROUP_MEMORY:
+        if file.is_file() and (limit := file.read_text().strip()).isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def check_cache_dir(settings: Settings) -> Finding:
+    folder = settings.cache_dir.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        return Finding("cache folder", "warning", f"{folder}: {reason}; set --cache-dir, or calibrate at every start")
+    return Finding("cache folder", "ok", f"{folder}, {shutil.disk_usage(folder).free / GiB:.1f} GiB free")
+
+
+def run_checks(settings: Settings) -> list[Finding]:
+    """All findings, in the order in which one depends on another."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        check_python,
+        check_versions,
+        check_backend,
+        check_blas,
+        check_compiler,
+        check_memory,
+        lambda: check_cache_dir(settings),
+    )
+    return [check() for check in checks]
+
+
+def report(findings: list[Finding]) -> int:
+    """Print the findings. Returns the exit status: 1 when one failed."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        sys.stdout.write(f"{finding.level:<8} {finding.name:<{width}}  {finding.detail}\n")
+    return int(any(finding.level == "failed" for finding in findings))

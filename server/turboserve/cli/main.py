@@ -1,0 +1,109 @@
+"""The `turboserve` command: parses flags, hands over to one function per verb, turns errors into one line.
+
+Nothing here imports MLX or the engine; `serve` does so after the BLAS is in place.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer import Argument, Option
+
+from turboserve import __version__
+from turboserve.cli import config, doctor
+from turboserve.cli.config import UsageError
+from turboserve.errors import StartupError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+# Values arrive as text and are judged by Settings alone, so that a flag, a variable and a file get the same answer.
+Text = str | None
+Switch = bool | None
+ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with any of these settings.", metavar="FILE")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"turboserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """An OpenAI-compatible server for MLX models over compressed KV caches.
+
+    Every setting can also come from TURBOSERVE_<NAME> in the environment or from --config FILE;
+    a flag wins over the environment, the environment over the file.
+    """
+
+
+@app.command("serve")
+def serve_command(
+    model: Annotated[Text, Argument(help="Folder or hub name; none: the embedded demonstration model.")] = None,
+    config_file: ConfigFile = None,
+    host: Annotated[Text, Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[Text, Option(help="Port; 0 picks a free one [8000].")] = None,
+    api_key: Annotated[Text, Option(help="Key that clients must send; better set TURBOSERVE_API_KEY.")] = None,
+    allow_anonymous: Annotated[Switch, Option(help="Listen beyond this machine without a key.")] = None,
+    allowed_hosts: Annotated[
+        list[str] | None, Option("--allowed-host", help="Further Host header; repeatable.")
+    ] = None,
+    served_model_name: Annotated[Text, Option(help="Name under which clients ask for the model.")] = None,
+    max_context_tokens: Annotated[
+        Text, Option("--max-model-len", "--max-context-tokens", help="Longest prompt plus answer [model's own].")
+    ] = None,
+    kv_format: Annotated[Text, Option(help="KEY_BITS/VALUE_BITS such as 4/4 or 4/3, or f16 [4/4].")] = None,
+    kv_budget: Annotated[Text, Option(help="Bytes (2GiB), share of memory (30%) or auto [auto].")] = None,
+    prefill_chunk_tokens: Annotated[Text, Option(help="Prompt tokens per step [256].")] = None,
+    max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
+    max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
+    max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    request_timeout_s: Annotated[Text, Option(help="Seconds for headers and body to arrive [30].")] = None,
+    keepalive_interval_s: Annotated[Text, Option(help="Seconds between signs of life on a quiet stream [10].")] = None,
+    send_timeout_s: Annotated[Text, Option(help="Seconds until a stalled reader is cut off [30].")] = None,
+    shutdown_grace_s: Annotated[Text, Option(help="Seconds to finish requests on SIGTERM [10].")] = None,
+    dequantize: Annotated[
+        Text, Option(help="Expand quantised weights to float32 on a CPU: auto, always, never.")
+    ] = None,
+    cache_dir: Annotated[Text, Option(help="Where calibrations are kept [~/.cache/turboserve].")] = None,
+    log_level: Annotated[Text, Option(help="debug, info, warning, error or critical [info].")] = None,
+    log_json: Annotated[Switch, Option(help="Log JSON lines.")] = None,
+) -> None:
+    """Serve MODEL over HTTP."""
+    flags = {key: value for key, value in locals().items() if key != "config_file"}
+    settings = config.resolve(flags, config_file)
+    from turboserve.cli import serve  # late: brings in the HTTP stack, and MLX by and by
+
+    serve.run(settings)
+
+
+@app.command("doctor")
+def doctor_command(
+    config_file: ConfigFile = None,
+    cache_dir: Annotated[Text, Option(help="Folder to check [~/.cache/turboserve].")] = None,
+) -> None:
+    """Check this machine; exit status 1 when the server could not run."""
+    settings = config.resolve({"cache_dir": cache_dir}, config_file)
+    raise typer.Exit(doctor.report(doctor.run_checks(settings)))
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"turboserve: {' '.join(message.split())}\n")
+    raise SystemExit(status)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point. Exit status: 2 for a setting that cannot be used, 1 when the server cannot start."""
+    try:
+        return app(args=argv, prog_name="turboserve")
+    except UsageError as exc:
+        _fail(str(exc), 2)
+    except StartupError as exc:
+        _fail(str(exc), 1)
