@@ -38,7 +38,7 @@ class BlasStatus:
     def describe(self) -> str:
         """One phrase for logs and stats."""
         if self.active:
-            return f"{self.library}, {self.num_threads} thread{'s' if self.num_threads != 1 else ''}"
+            return f"{self.library}, up to {self.num_threads} thread{'s' if self.num_threads != 1 else ''}"
         return f"mlx's own ({self.reason})"
 
 
@@ -90,24 +90,24 @@ def _load(shim_path: Path, openblas_path: Path) -> BlasStatus:
     """Raises OSError or AttributeError; until the last load below nothing is visible to mlx."""
     global _shim
     shim = ctypes.CDLL(str(shim_path), mode=ctypes.RTLD_LOCAL)
-    shim.turboquant_blas_open.argtypes = [ctypes.c_char_p]
+    shim.turboquant_blas_open.argtypes = [ctypes.c_char_p, ctypes.c_int]
     shim.turboquant_blas_open.restype = ctypes.c_char_p
     shim.turboquant_blas_calls.restype = ctypes.c_ulong
-    if error := shim.turboquant_blas_open(os.fsencode(openblas_path)):
+    num_threads = thread_limit()
+    if error := shim.turboquant_blas_open(os.fsencode(openblas_path), num_threads):
         raise OSError(error.decode(errors="replace"))
-    library, num_threads = _configure(ctypes.CDLL(str(openblas_path)))
+    library = _describe(ctypes.CDLL(str(openblas_path)))
     ctypes.CDLL(str(shim_path), mode=ctypes.RTLD_GLOBAL)  # opened again: now its symbols come before libmlx's
     _shim = shim
     return BlasStatus(True, library, num_threads)
 
 
-def _configure(openblas: ctypes.CDLL) -> tuple[str, int]:
-    """Set the thread count. Returns the library's name with its CPU kernels, and the threads in force."""
+def _describe(openblas: ctypes.CDLL) -> str:
+    """The library's version and the CPU kernels it chose: `OpenBLAS 0.3.34 SkylakeX`."""
     openblas.scipy_openblas_get_config.restype = ctypes.c_char_p
     openblas.scipy_openblas_get_corename.restype = ctypes.c_char_p
-    openblas.scipy_openblas_set_num_threads(thread_limit())
     version = " ".join(openblas.scipy_openblas_get_config().decode().split()[:2])
-    return f"{version} {openblas.scipy_openblas_get_corename().decode()}", openblas.scipy_openblas_get_num_threads()
+    return f"{version} {openblas.scipy_openblas_get_corename().decode()}"
 
 
 def _openblas_path() -> Path | None:
@@ -119,7 +119,7 @@ def _openblas_path() -> Path | None:
 
 
 def thread_limit() -> int:
-    """Threads for OpenBLAS: its own environment variables first, then the CPUs this process may use."""
+    """The most threads for one product: OpenBLAS's environment variables first, then the CPUs this process may use."""
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").split(",")[0].strip()
         if first.isascii() and first.isdigit() and int(first) > 0:

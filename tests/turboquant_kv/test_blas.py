@@ -37,7 +37,7 @@ def draw(*shape):
     return rng.uniform(-1, 1, shape).astype(np.float32)
 
 for m, n, k in [(1, 1, 1), (1, 7, 5), (1, 64, 129), (1, 513, 65), (2, 3, 5), (3, 1, 9), (17, 31, 33), (64, 64, 64),
-                (65, 1, 127)]:
+                (65, 1, 127), (600, 700, 700)]:
     a, b, c = draw(m, k), draw(k, n), draw(m, n)
     want = a.astype(np.float64) @ b
     x, y = mx.array(a), mx.array(b)
