@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsConfigDict, SettingsError
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
+from turboserve.cache.budget import MemoryInfo, resolve_budget
+from turboserve.errors import StartupError
 from turboserve.logs import LEVELS
 from turboserve.settings import Settings
 
@@ -24,6 +26,8 @@ ENV_PREFIX = "TURBOSERVE_"
 CONFIG_ENV = "TURBOSERVE_CONFIG"
 DEQUANTIZE_MODES = ("auto", "always", "never")
 SECRET_KEYS = ("api_key",)
+# Judges the budget's spelling before a model is loaded; whether it fits is asked again with the real memory.
+_AMPLE_MEMORY = MemoryInfo(total_bytes=1 << 50, available_bytes=1 << 50)
 
 
 class UsageError(Exception):
@@ -71,6 +75,10 @@ def _check_choices(settings: Settings, given: Mapping[str, object], file: Path |
         value = getattr(settings, key)
         if expectation := problem_with(value):
             raise UsageError(f"{_named(key, value, given, file)}: expected {expectation}")
+    try:
+        resolve_budget(settings.kv_budget, _AMPLE_MEMORY, weights_bytes=0)
+    except StartupError as exc:
+        raise UsageError(str(exc)) from exc
 
 
 def _bad_kv_format(value: str) -> str | None:

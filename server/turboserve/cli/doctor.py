@@ -6,7 +6,6 @@ status 1; a warning means that the server works, but slower or with less.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -14,17 +13,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
 from turboquant_kv import blas
 from turboserve import __version__
+from turboserve.cache.budget import detect_memory
 from turboserve.cli.backend import device_name, load_backend
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 
 Level = Literal["ok", "warning", "failed"]
-CGROUP_MEMORY = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 GiB = 1 << 30
 SHOWN_PACKAGES = ("mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "numpy")
 MIN_MEMORY_BYTES = GiB  # the embedded model with its caches and the Python runtime
@@ -89,20 +87,14 @@ def check_compiler() -> Finding:
 
 
 def check_memory() -> Finding:
-    available = memory_bytes()
-    detail = f"{available / GiB:.1f} GiB usable"
-    if available < MIN_MEMORY_BYTES:
+    try:
+        memory = detect_memory()
+    except StartupError as exc:
+        return Finding("memory", "warning", str(exc))
+    detail = f"{memory.available_bytes / GiB:.1f} of {memory.total_bytes / GiB:.1f} GiB available"
+    if memory.total_bytes < MIN_MEMORY_BYTES:
         return Finding("memory", "failed", f"{detail}; at least {MIN_MEMORY_BYTES / GiB:.0f} GiB is needed")
     return Finding("memory", "ok", detail)
-
-
-def memory_bytes() -> int:
-    """Physical memory, or less where a container's limit says so."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in CGROUP_MEMORY:
-        if file.is_file() and (limit := file.read_text().strip()).isdigit():
-            total = min(total, int(limit))
-    return total
 
 
 def check_cache_dir(settings: Settings) -> Finding:

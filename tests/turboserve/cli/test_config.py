@@ -1,0 +1,117 @@
+"""Settings from flags, environment and file: who wins, and one line for each mistake."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from turboserve.cli import config
+from turboserve.cli.config import UsageError
+from turboserve.cli.main import serve_command
+from turboserve.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("TURBOSERVE_")]:
+        monkeypatch.delenv(name)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    return file
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, 'port = 1111\nkv_format = "4/3"\nmax_running = 7\nlog_json = true\n')
+    monkeypatch.setenv("TURBOSERVE_PORT", "2222")
+    monkeypatch.setenv("TURBOSERVE_KV_FORMAT", "3/3")
+    settings = config.resolve({"port": "3333", "host": None, "log_json": False}, file)
+    assert (settings.port, settings.kv_format, settings.max_running) == (3333, "3/3", 7)
+    assert (settings.log_json, settings.host) == (False, "127.0.0.1")
+
+
+def test_file_can_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOSERVE_CONFIG", str(write(tmp_path, "port = 1111")))
+    assert config.resolve({}).port == 1111
+
+
+def test_lists_and_paths_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOSERVE_CACHE_DIR", "/some/where")
+    settings = config.resolve({"allowed_hosts": ["a.local", "b.local"]})
+    assert settings.allowed_hosts == ("a.local", "b.local")
+    assert settings.cache_dir == Path("/some/where")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "99999"}, ("--port '99999'", "less than or equal to 65535")),
+        ({"port": "http"}, ("--port 'http'", "integer")),
+        ({"max_running": "0"}, ("--max-running '0'", "greater than or equal to 1")),
+        ({"send_timeout_s": "0"}, ("--send-timeout-s", "greater than 0")),
+        ({"kv_format": "5/4"}, ("--kv-format '5/4'", "4/3", "f16")),
+        ({"kv_format": "4/4/4"}, ("--kv-format", "KEY_BITS/VALUE_BITS")),
+        ({"kv_budget": "plenty"}, ("kv_budget='plenty'", "512MiB")),
+        ({"dequantize": "maybe"}, ("--dequantize 'maybe'", "auto, always, never")),
+        ({"log_level": "loud"}, ("--log-level 'loud'", "debug, info")),
+    ],
+)
+def test_bad_flag_is_one_line(flags: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        config.resolve(flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_bad_variable_is_named_as_it_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOSERVE_MAX_QUEUED", "many")
+    with pytest.raises(UsageError, match=r"^TURBOSERVE_MAX_QUEUED='many': expected a valid integer"):
+        config.resolve({})
+    monkeypatch.setenv("TURBOSERVE_MAX_QUEUED", "5")
+    monkeypatch.setenv("TURBOSERVE_ALLOWED_HOSTS", "a.local,b.local")
+    with pytest.raises(UsageError, match="TURBOSERVE_ALLOWED_HOSTS"):
+        config.resolve({})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot = 1", ("prot = 1", "unknown key", "did you mean port?")),
+        ("port = 'x'", ("port = 'x'", "integer")),
+        ("port = [", ("not valid TOML",)),
+        ("api_key = 12345", ("api_key = ***", "string")),
+    ],
+)
+def test_bad_file_is_named(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        config.resolve({}, file)
+    message = str(caught.value)
+    assert str(file) in message
+    assert all(word in message for word in words), message
+    assert "12345" not in message
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        config.resolve({}, tmp_path / "absent.toml")
+
+
+def test_default_toml_states_every_default() -> None:
+    text = (ROOT / "config" / "default.toml").read_text()
+    assert set(tomllib.loads(text)) == set(Settings.model_fields)
+    assert config.resolve({}, ROOT / "config" / "default.toml").model_dump() == Settings().model_dump()
+
+
+def test_every_setting_has_a_flag() -> None:
+    flags = set(inspect.signature(serve_command).parameters) - {"config_file"}
+    assert flags == set(Settings.model_fields)
