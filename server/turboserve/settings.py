@@ -1,0 +1,61 @@
+"""Server settings: command-line flag > TURBOSERVE_* environment > TOML file > default.
+
+Parsed once at start-up; every complaint names the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+MiB = 1 << 20
+
+
+class Settings(BaseSettings):
+    """All that an operator can set. `config/default.toml` lists the same keys with their defaults."""
+
+    model_config = SettingsConfigDict(env_prefix="TURBOSERVE_", extra="forbid", frozen=True)
+
+    model: str = ""  # folder or hub name; empty: the embedded demonstration model
+    served_model_name: str = ""  # empty: derived from `model`
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_key: str = ""  # empty: no key is asked for (loopback only, unless allow_anonymous)
+    allow_anonymous: bool = False  # serve without a key on a non-loopback address
+    allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
+
+    kv_format: str = "4/4"  # KEY_BITS/VALUE_BITS, or f16 for mlx-lm's uncompressed cache
+    kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
+    max_context_tokens: Annotated[int, Field(ge=0)] = 0  # 0: the model's own limit
+    prefill_chunk_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
+    max_running: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then
+    keepalive_interval_s: Annotated[float, Field(gt=0)] = 10.0  # silence on a stream before a comment line is sent
+    send_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a stream whose reader stalls this long is cancelled
+    shutdown_grace_s: Annotated[float, Field(ge=0)] = 10.0
+
+    dequantize: str = "auto"  # auto | always | never: expand quantised weights to float32 (CPU only)
+    cache_dir: Path = Path("~/.cache/turboserve")
+    log_level: str = "info"
+    log_json: bool = False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
