@@ -1,0 +1,180 @@
+"""What every backend offers the cache: page storage, exact rows, and attention over both.
+
+A backend decides how pages are laid out in memory and who computes on them. The cache above it
+only knows page ids, token counts and bytes. `Array` is the backend's own array type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.format import KVFormat, code_bytes
+
+Array = Any
+PageIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Geometry of one attention layer's cache."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: mx.Dtype  # the model's own dtype, kept by the exact windows
+
+    @property
+    def raw_token_bytes(self) -> int:
+        """Bytes of one uncompressed token, keys and values, all heads."""
+        return self.num_kv_heads * (self.k_dim + self.v_dim) * self.dtype.size
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Calibrated means of one layer: k (H, D) and v (H, Dv), float32, in the model's own basis."""
+
+    k: npt.NDArray[np.float32]
+    v: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalPages:
+    """Pages in the reference layout (docs/codec.md), the one that is saved and compared.
+
+    k_codes (P, H, page, D*bits/8) uint8, k_scales (P, H, page) float16; the same for v.
+    """
+
+    k_codes: npt.NDArray[np.uint8]
+    k_scales: npt.NDArray[np.float16]
+    v_codes: npt.NDArray[np.uint8]
+    v_scales: npt.NDArray[np.float16]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.k_codes)
+
+    def check(self, shape: LayerShape, fmt: KVFormat) -> None:
+        """Raises ValueError when an array does not have the format's shape or type."""
+        lead = (self.num_pages, shape.num_kv_heads, fmt.page_tokens)
+        expected = {
+            "k_codes": ((*lead, code_bytes(shape.k_dim, fmt.k_bits)), np.uint8),
+            "v_codes": ((*lead, code_bytes(shape.v_dim, fmt.v_bits)), np.uint8),
+            "k_scales": (lead, np.float16),
+            "v_scales": (lead, np.float16),
+        }
+        for name, (dims, dtype) in expected.items():
+            array = getattr(self, name)
+            if array.shape != dims or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}; this format needs {np.dtype(dtype)}{dims}")
+
+
+class PageStorage(Protocol):
+    """The arrays behind one layer's page pool. Page ids are 0 .. num_pages-1."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that memory is held for."""
+        ...
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes held for those pages: codes and scales."""
+        ...
+
+    def grow(self, num_pages: int) -> None:
+        """Hold memory for at least `num_pages` pages; contents are kept."""
+        ...
+
+    def encode(self, page_ids: PageIds, k: Array, v: Array) -> None:
+        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order."""
+        ...
+
+    def decode(self, page_ids: PageIds) -> tuple[Array, Array]:
+        """Lossy values of pages, in exact rows' dtype: (H, P*page, D), (H, P*page, Dv)."""
+        ...
+
+    def read(self, page_ids: PageIds) -> CanonicalPages: ...
+
+    def write(self, page_ids: PageIds, pages: CanonicalPages) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExactRows:
+    """Consecutive exact tokens: k (H, n, D), v (H, n, Dv); `start` is the first one's position."""
+
+    start: int
+    k: Array
+    v: Array
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence as attention sees it: `num_queries` query rows that begin at `q_start`.
+
+    sink covers [0, min(length, sink)); window covers every exact token from the first query's page
+    on; page_ids hold pages 0 .. len-1, which may reach into the window: a query in page i sees
+    pages < i through their codes, and page i itself exactly.
+    """
+
+    q_start: int
+    num_queries: int
+    page_ids: PageIds
+    sink: ExactRows | None
+    window: ExactRows | None
+
+
+class Backend(Protocol):
+    """Computes on pages. One instance serves all layers of a model."""
+
+    name: str
+
+    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> PageStorage: ...
+
+    def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Array:
+        """A buffer for exact rows, (H, n, D)."""
+        ...
+
+    def write_rows(self, buffer: Array, start: int, rows: Array) -> Array:
+        """The buffer with rows written at `start`; may or may not be the same object."""
+        ...
+
+    def copy_rows(self, buffer: Array) -> Array: ...
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        """Along the token axis (1)."""
+        ...
+
+    def from_mlx(self, x: mx.array) -> Array:
+        """(B, H, T, D) of the model, in the backend's array type, dtype kept."""
+        ...
+
+    def to_mlx(self, rows: Array, dtype: mx.Dtype) -> mx.array: ...
+
+    def evaluate(self, arrays: Sequence[Array]) -> None:
+        """Finish pending work on these arrays, so that no lazy graph outlives a step."""
+        ...
+
+    def attend(
+        self,
+        queries: mx.array,
+        views: Sequence[SequenceView],
+        storage: Any,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention of queries (B, Hq, T, D) over each row's view; returns (B, Hq, T, Dv) in the queries' dtype.
+
+        mask: None for causal, else bool or additive, broadcastable to (B, Hq, T, N) with columns by
+        absolute position (it restricts on top of causality only where it says so: causality must be
+        part of it). sinks: (Hq,) logits that join the softmax's denominator.
+        Rows past a view's num_queries come back as zeros.
+        """
+        ...

@@ -1,0 +1,111 @@
+"""PagePool: the compressed pages of one layer, counted and shared.
+
+Owns page ids, reference counts and byte counts. A page is written once, when it is full, and never
+changes afterwards, so sharing needs no copy: a fork only counts. Who holds which page, in what
+order, is the sequence's business (sequence.py); how a page is stored, the backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from turboquant_kv.backends.base import Array, Backend, CanonicalPages, LayerShape, Means, PageIds
+from turboquant_kv.format import KVFormat
+
+
+class PageAccountingError(AssertionError):
+    """The pool's books do not agree: a bug in this project."""
+
+
+class PagePool:
+    """Allocate, share and free pages of one layer. Not thread-safe: one thread owns all caches."""
+
+    def __init__(self, backend: Backend, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
+        self.backend, self.shape, self.fmt, self.means = backend, shape, fmt, means
+        self.storage = backend.new_storage(shape, fmt, means)
+        self.page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        self.exact_bytes = 0  # of all live ExactBlocks of this layer; kept by them
+        self._references: list[int] = []
+        self._free: list[int] = []
+
+    @property
+    def num_used(self) -> int:
+        return len(self._references) - len(self._free)
+
+    @property
+    def used_bytes(self) -> int:
+        return self.num_used * self.page_bytes
+
+    @property
+    def slack_bytes(self) -> int:
+        """Held for pages that nobody uses now."""
+        return self.storage.allocated_bytes - self.used_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Pages (used or not) and exact rows of this layer."""
+        return self.storage.allocated_bytes + self.exact_bytes
+
+    def encode(self, k: Array, v: Array) -> PageIds:
+        """Compress whole pages: k (H, P*page, D), v (H, P*page, Dv). Returns P new page ids, held once."""
+        num_rows = k.shape[1]
+        assert num_rows % self.fmt.page_tokens == 0, "only whole pages are encoded"
+        page_ids = self._allocate(num_rows // self.fmt.page_tokens)
+        try:
+            self.storage.encode(page_ids, k, v)
+        except BaseException:
+            self.free(page_ids)
+            raise
+        return page_ids
+
+    def restore(self, pages: CanonicalPages) -> PageIds:
+        """Write saved pages into new ones. Raises ValueError when they are of another format."""
+        pages.check(self.shape, self.fmt)
+        page_ids = self._allocate(pages.num_pages)
+        if len(page_ids):
+            self.storage.write(page_ids, pages)
+        return page_ids
+
+    def share(self, page_ids: Iterable[int]) -> None:
+        """Hold pages once more."""
+        for page in page_ids:
+            assert self._references[page] > 0, f"page {page} is free and cannot be shared"
+            self._references[page] += 1
+
+    def free(self, page_ids: Iterable[int]) -> None:
+        """Give one hold of each page back; pages that nobody holds can be allocated again."""
+        for page in page_ids:
+            self._references[page] -= 1
+            assert self._references[page] >= 0, f"page {page} was freed twice"
+            if self._references[page] == 0:
+                self._free.append(int(page))
+
+    def references(self, page: int) -> int:
+        return self._references[page]
+
+    def check_integrity(self) -> None:
+        """Raises PageAccountingError when free list, reference counts and storage disagree."""
+        zero = sorted(page for page, count in enumerate(self._references) if count == 0)
+        if zero != sorted(self._free):
+            raise PageAccountingError(f"{len(zero)} unreferenced pages, {len(self._free)} in the free list")
+        if len(self._references) > self.storage.num_pages:
+            raise PageAccountingError(
+                f"{len(self._references)} pages given out, storage holds {self.storage.num_pages}"
+            )
+
+    def _allocate(self, num_pages: int) -> PageIds:
+        reused = [self._free.pop() for _ in range(min(num_pages, len(self._free)))]
+        first_new = len(self._references)
+        num_new = num_pages - len(reused)
+        try:
+            self.storage.grow(first_new + num_new)
+        except BaseException:
+            self._free.extend(reused)
+            raise
+        self._references.extend([0] * num_new)
+        page_ids = np.array([*reused, *range(first_new, first_new + num_new)], dtype=np.int64)
+        for page in page_ids:
+            self._references[page] = 1
+        return page_ids
