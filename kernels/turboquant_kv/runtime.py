@@ -1,0 +1,223 @@
+"""KVRuntime: all KV caches of one loaded model.
+
+Decides per layer whether it is compressed, makes caches, and answers what they cost. The server's
+cache manager and plain mlx-lm programs use this; nobody else builds caches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+
+from turboquant_kv import attention
+from turboquant_kv.backends import choose_backend
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache, UnsupportedModelError
+from turboquant_kv.calibration import Calibration
+from turboquant_kv.format import KVFormat, check_head_dim
+
+__all__ = ["CacheBytes", "KVRuntime", "UnsupportedModelError"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """Allocated bytes of one conversation, all layers; raw_equivalent: the same tokens in the model's dtype."""
+
+    tokens: int
+    compressed: int
+    exact: int
+    slack: int
+    uncompressed: int
+    raw_equivalent: int
+
+    @property
+    def total(self) -> int:
+        return self.compressed + self.exact + self.slack + self.uncompressed
+
+
+class KVRuntime:
+    """Caches of one model in one format. fmt None keeps mlx-lm's own caches everywhere."""
+
+    def __init__(
+        self,
+        model: Any,
+        fmt: KVFormat | None,
+        *,
+        calibration: Calibration | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Runs one token through the model to learn each layer's geometry.
+
+        Raises UnsupportedFormatError for a head_dim without a rotation, UnsupportedModelError when the
+        model does not attend through the seam.
+        """
+        attention.install()
+        self._model, self.fmt = model, fmt
+        self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
+        self._kinds, self.shapes = _probe(model)
+        self._sources: dict[int, PoolSource] = {}
+        if fmt is not None:
+            self._add_sources(fmt, calibration, backend)
+        self.layers_compressed = len(self._sources)
+        self.layers_uncompressed = len(self._kinds) - len(self._sources)
+
+    def _add_sources(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
+        for i, shape in enumerate(self.shapes):
+            if shape is None:
+                continue
+            check_head_dim(shape.k_dim)
+            check_head_dim(shape.v_dim)
+            means = calibration.layers.get(i) if calibration is not None else None
+            self._sources[i] = PoolSource(fmt, backend, means)
+            self._sources[i].get(shape)
+        if self._sources:
+            _run_tokens(self._model, self.make_cache(), 2)  # twice: an unattended update shows at the second
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that one more token of a long conversation takes, all layers."""
+        compressed = 0
+        if self.fmt is not None:
+            compressed = sum(
+                self.fmt.token_bytes(s.num_kv_heads, s.k_dim, s.v_dim)
+                for i, s in enumerate(self.shapes)
+                if s is not None and i in self._sources
+            )
+        plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
+        return float(compressed + plain)
+
+    @property
+    def token_raw_bytes(self) -> float:
+        """The same, uncompressed in the model's dtype."""
+        return float(sum(s.raw_token_bytes for s in self.shapes if s is not None))
+
+    def make_cache(self) -> list[Any]:
+        """One empty single-conversation cache per layer."""
+        caches = make_prompt_cache(self._model)
+        return [TurboQuantKVCache(self._sources[i]) if i in self._sources else cache for i, cache in enumerate(caches)]
+
+    def bytes_for(self, num_tokens: int) -> int:
+        """Bytes that a conversation of `num_tokens` allocates, exact windows included.
+
+        Layers without a known geometry (recurrent state, rings) are not in this figure.
+        """
+        total = 0
+        for i, shape in enumerate(self.shapes):
+            if shape is None:
+                continue
+            if i in self._sources:
+                total += self._compressed_bytes(shape, num_tokens)
+            else:
+                step = KVCache.step
+                total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
+        return total
+
+    def _compressed_bytes(self, shape: LayerShape, num_tokens: int) -> int:
+        assert self.fmt is not None
+        fmt = self.fmt
+        exact_rows = (fmt.sink_tokens if num_tokens else 0) + (fmt.page_tokens if num_tokens > fmt.sink_tokens else 0)
+        pages = fmt.num_pages(num_tokens) * fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        return pages + exact_rows * shape.raw_token_bytes
+
+    def measure(self, caches: Sequence[Any]) -> CacheBytes:
+        """Where the bytes of one conversation are, summed over its arrays."""
+        compressed = exact = uncompressed = raw = 0
+        for i, cache in enumerate(caches):
+            shape = self.shapes[i]
+            if isinstance(cache, TurboQuantKVCache):
+                compressed += cache.sequence.compressed_bytes if cache.sequence is not None else 0
+                exact += cache.sequence.exact_bytes if cache.sequence is not None else 0
+            else:
+                uncompressed += 0 if cache.empty() else cache.nbytes
+            raw += num_tokens_of(cache) * shape.raw_token_bytes if shape is not None else _plain_bytes(cache)
+        tokens = max((num_tokens_of(c) for c in caches), default=0)
+        return CacheBytes(tokens, compressed, exact, 0, uncompressed, raw)
+
+    def allocated_bytes(self) -> int:
+        """Everything the compressed layers' pools hold: pages, free ones too, and exact rows."""
+        return sum(s.pool.allocated_bytes for s in self._sources.values() if s.pool is not None)
+
+    def slack_bytes(self) -> int:
+        """Held for pages that nobody uses."""
+        return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
+
+    def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
+        """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
+        usable = length
+        for cache in caches:
+            if isinstance(cache, TurboQuantKVCache):
+                usable = min(usable, 0 if cache.sequence is None else cache.sequence.exact_cut(usable))
+            elif type(cache) is KVCache:
+                usable = min(usable, cache.offset)
+            elif num_tokens_of(caches[0]) != usable:  # rings and recurrent state exist at their end only
+                return 0
+        return usable
+
+    def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
+        """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
+        forks = [copy.deepcopy(cache) for cache in caches]
+        for cache in forks:
+            surplus = num_tokens_of(cache) - length
+            if surplus > 0:
+                cache.trim(surplus)
+        return forks
+
+    def release(self, caches: Sequence[Any]) -> None:
+        """Give memory back now; idempotent."""
+        for cache in caches:
+            if isinstance(cache, TurboQuantKVCache):
+                cache.release()
+            elif isinstance(cache, BatchTurboQuantKVCache):
+                cache.filter([])
+
+    def evaluate(self, caches: Sequence[Any]) -> None:
+        """Finish all pending work on these caches, so that no lazy graph outlives a step."""
+        for cache in caches:
+            if isinstance(cache, (TurboQuantKVCache, BatchTurboQuantKVCache)):
+                pool = cache.source.pool
+                rows = cache.sequences if isinstance(cache, BatchTurboQuantKVCache) else [cache.sequence]
+                if pool is not None:
+                    pool.backend.evaluate([a for s in rows if s is not None for a in s.pending_arrays()])
+            else:
+                mx.eval(cache.state)
+
+    def check_integrity(self) -> None:
+        """Raises PageAccountingError when a pool's books do not agree."""
+        for source in self._sources.values():
+            if source.pool is not None:
+                source.pool.check_integrity()
+
+
+def num_tokens_of(cache: Any) -> int:
+    """Tokens a single-conversation cache holds; 0 for one that does not count them."""
+    offset = getattr(cache, "offset", None)
+    if isinstance(cache, CacheList):
+        return max((num_tokens_of(c) for c in cache.caches), default=0)
+    return int(offset) if offset is not None else 0
+
+
+def _plain_bytes(cache: Any) -> int:
+    return 0 if cache.empty() else int(cache.nbytes)
+
+
+def _run_tokens(model: Any, caches: list[Any], count: int) -> None:
+    for _ in range(count):
+        mx.eval(model(mx.array([[0]]), cache=caches))
+
+
+def _probe(model: Any) -> tuple[list[type], list[LayerShape | None]]:
+    """Each layer's cache class and, for plain KV caches, its geometry."""
+    caches = make_prompt_cache(model)
+    _run_tokens(model, caches, 1)
+    kinds = [type(cache) for cache in caches]
+    shapes = [_shape_of(cache) if type(cache) is KVCache and not cache.empty() else None for cache in caches]
+    return kinds, shapes
+
+
+def _shape_of(cache: Any) -> LayerShape:
+    return LayerShape(cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3], cache.keys.dtype)
