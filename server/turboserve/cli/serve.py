@@ -1,0 +1,86 @@
+"""`turboserve serve`: backend, engine and HTTP put together, and what the operator is told meanwhile.
+
+The port answers at once: `/health` says alive and `/ready` says no while the model loads. When loading fails
+the server shuts down in order and the reason becomes the command's one-line error.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from turboserve import logs
+from turboserve.api import serve as http
+from turboserve.api.app import create_app
+from turboserve.cli.backend import device_name, load_backend
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+from turboserve.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from turboserve.api.drain import Drain
+    from turboserve.engine.engine import TurboEngine
+
+
+def say(line: str) -> None:
+    """Progress for whoever started the command; logs go to stderr, this to stdout."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used."""
+    logs.configure(settings.log_level, settings.log_json)
+    listener = http.bind(settings)  # before the model: a busy port is worth knowing at once
+    blas = load_backend()
+    say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
+    telemetry = Telemetry()
+    engine = _make_engine(settings, telemetry)
+    app = create_app(engine, settings, telemetry)
+    starter = _Starter(engine, settings, app.state.drain)
+    try:
+        http.run(app, engine, settings, sock=listener, on_started=starter.begin)
+    finally:
+        engine.stop()  # answers under way had their grace period in `http.run`
+    if starter.error is not None:
+        raise starter.error
+
+
+def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
+    # Late, because both import MLX, which must find the interposed BLAS.
+    from turboserve.engine import loading
+    from turboserve.engine.engine import TurboEngine
+
+    return TurboEngine(
+        settings, loading.build_parts, model_id=loading.model_id_for(settings), telemetry=telemetry, progress=say
+    )
+
+
+class _Starter:
+    """Starts the engine once the port answers, and waits for the model beside the HTTP server."""
+
+    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain) -> None:
+        self._engine, self._settings, self._drain = engine, settings, drain
+        self.error: StartupError | None = None
+
+    def begin(self, url: str) -> None:
+        self._engine.start()
+        threading.Thread(target=self._wait, args=(url,), name="starter", daemon=True).start()
+
+    def _wait(self, url: str) -> None:
+        try:
+            self._engine.wait_until_ready()
+        except StartupError as exc:
+            self.error = exc
+            self._drain.begin()  # ends `http.run`
+            return
+        say(f"Ready: {self._engine.model_id} at {url}\n\n{curl_line(url, self._engine.model_id, self._settings)}\n")
+
+
+def curl_line(url: str, model_id: str, settings: Settings) -> str:
+    """A request to paste into a shell. The key itself is not printed: terminals are recorded."""
+    body = f'{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    key = '-H "Authorization: Bearer $TURBOSERVE_API_KEY" ' if settings.api_key else ""
+    return f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -1,0 +1,123 @@
+"""A missing or wrong MLX backend yields the command that cures it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turboserve.cli.backend import explain_import_error, extra_for_driver
+
+ROOT = Path(__file__).resolve().parents[3]
+BANNER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.54.15  Tue Mar  5\nGCC version:  gcc version 12.2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("banner", "smi", "extra"),
+    [
+        ("", False, "cpu"),
+        ("", True, "cuda12"),
+        (BANNER.format(550), True, "cuda12"),
+        (BANNER.format(580), False, "cuda13"),
+        (BANNER.format(595), True, "cuda13"),
+    ],
+)
+def test_extra_fits_the_driver(banner: str, smi: bool, extra: str) -> None:
+    assert extra_for_driver(banner, has_nvidia_smi=smi) == extra
+
+
+@pytest.mark.parametrize(
+    ("message", "extra", "words"),
+    [
+        ("libmlx.so: cannot open shared object file", "cpu", "pip install 'turboserve[cpu]'"),
+        ("libmlx.so: cannot open shared object file", "cuda13", "pip install 'turboserve[cuda13]'"),
+        ("No module named 'mlx'", "", "pip install turboserve"),
+        ("libcuda.so.1: cannot open shared object file", "cpu", "pip install 'turboserve[cpu]'"),
+        ("libm.so.6: version `GLIBC_2.35' not found", "cpu", "glibc 2.35"),
+    ],
+)
+def test_explanation_names_the_cure(message: str, extra: str, words: str) -> None:
+    line = explain_import_error(message, extra)
+    assert words in line
+    assert "\n" not in line
+
+
+def test_absent_mlx_ends_with_one_line() -> None:
+    """What a plain `pip install turboserve` meets on Linux, with an import that fails like the real one."""
+    code = """
+import importlib.abc, sys
+class NoBackend(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlx.core":
+            raise ImportError("libmlx.so: cannot open shared object file: No such file or directory")
+sys.meta_path.insert(0, NoBackend())
+from turboserve.cli.main import main
+main(["serve", "--port", "0"])
+"""
+    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "server")])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("turboserve: ")]
+    assert len(lines) == 1
+    assert "MLX has no backend installed: pip install 'turboserve[" in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_report(tmp_path: Path) -> None:
+    from turboserve.cli import doctor
+    from turboserve.settings import Settings
+
+    findings = {finding.name: finding for finding in doctor.run_checks(Settings(cache_dir=tmp_path / "new"))}
+    assert findings["mlx backend"].level == "ok"
+    assert findings["cache folder"].level == "ok"
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    blocked = doctor.check_cache_dir(Settings(cache_dir=tmp_path / "file"))
+    assert blocked.level == "warning"
+    assert "--cache-dir" in blocked.detail
+
+
+def test_doctor_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    from turboserve.cli.doctor import Finding, report
+
+    assert report([Finding("a", "ok", "fine"), Finding("b", "warning", "slow")]) == 0
+    assert report([Finding("a", "ok", "fine"), Finding("b", "failed", "do this")]) == 1
+    assert "do this" in capsys.readouterr().out
+
+
+def test_transformers_is_not_confused_by_our_kernels_folder() -> None:
+    """From the repository root `kernels/` looks like the published package that transformers uses when present."""
+    code = """
+import json, sys
+sys.path.insert(0, "")  # as `python -m` does
+import mlx_lm
+from transformers import AutoTokenizer
+from turboserve.models.tiny import MODEL_PATH
+tokenizer = AutoTokenizer.from_pretrained(str(MODEL_PATH), trust_remote_code=False)
+print(json.dumps(tokenizer.decode(tokenizer.encode("Hello there"))))
+"""
+    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "server")])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == "Hello there"
+    for folder in ("kernels", "server", "config", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists()
