@@ -1,0 +1,106 @@
+"""Random keys and values, and the caches that hold them, for the tests of caches and backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.base import Means
+from turboquant_kv.cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.format import KVFormat
+from turboquant_kv.reference import attend
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class History:
+    """Full keys and values of one conversation, k (Hkv, N, D) and v (Hkv, N, Dv), as the model's dtype holds them."""
+
+    k: Floats
+    v: Floats
+    dtype: Any
+
+    @classmethod
+    def random(
+        cls,
+        rng: np.random.Generator,
+        num_heads: int,
+        num_tokens: int,
+        k_dim: int,
+        v_dim: int | None = None,
+        dtype: Any = mx.float32,
+    ) -> History:
+        """Gaussian with an offset per head and channel, so that centring matters."""
+
+        def draw(dim: int) -> Floats:
+            offset = rng.standard_normal((num_heads, 1, dim))
+            return rounded(rng.standard_normal((num_heads, num_tokens, dim)) + offset, dtype)
+
+        return cls(draw(k_dim), draw(v_dim or k_dim), dtype)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.k.shape[1]
+
+    def slice(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """Keys and values (1, H, T, D) as a model would hand them over."""
+        k, v = (mx.array(a[None, :, start:stop].astype(np.float32)).astype(self.dtype) for a in (self.k, self.v))
+        return k, v
+
+    def means(self, rng: np.random.Generator) -> Means:
+        """Roughly the right means: calibration never sees the text it will serve."""
+        k, v = (
+            (a.mean(axis=1) + 0.1 * rng.standard_normal(a[:, 0].shape)).astype(np.float32) for a in (self.k, self.v)
+        )
+        return Means(k, v)
+
+
+def rounded(x: Floats, dtype: Any) -> Floats:
+    return np.array(mx.array(x.astype(np.float32)).astype(dtype).astype(mx.float32), np.float64)
+
+
+def random_queries(rng: np.random.Generator, num_q_heads: int, num_rows: int, dim: int, dtype: Any) -> mx.array:
+    """(1, Hq, T, D)."""
+    return mx.array(rng.standard_normal((1, num_q_heads, num_rows, dim)).astype(np.float32)).astype(dtype)
+
+
+def as_float64(x: mx.array) -> Floats:
+    return np.array(x.astype(mx.float32), np.float64)
+
+
+def expected(
+    history: History, q: mx.array, fmt: KVFormat, q_start: int, scale: float, means: Means | None, **options: Any
+) -> Floats:
+    """What the reference says these queries (1, Hq, T, D) get at q_start: (1, Hq, T, Dv)."""
+    k_mean, v_mean = (means.k, means.v) if means is not None else (None, None)
+    out = attend(as_float64(q)[0], history.k, history.v, fmt, q_start, scale, k_mean, v_mean, **options)
+    return out[None]
+
+
+def relative_error(x: mx.array, reference: Floats) -> float:
+    """Root-mean-square error over root-mean-square of the reference."""
+    return float(np.linalg.norm(as_float64(x) - reference) / np.linalg.norm(reference))
+
+
+def new_cache(fmt: KVFormat, backend: str, means: Means | None = None) -> TurboQuantKVCache:
+    return TurboQuantKVCache(PoolSource(fmt, backend, means))
+
+
+def feed(
+    cache: TurboQuantKVCache, history: History, start: int, stop: int, q: mx.array, scale: float, **options: Any
+) -> mx.array:
+    """One model step: append tokens start..stop and attend with queries (1, Hq, stop-start, D)."""
+    cache.update_and_fetch(*history.slice(start, stop))
+    mask = options.pop("mask", None if stop - start == 1 else "causal")
+    return cache.attend(q, scale=scale, mask=mask, sinks=options.pop("sinks", None))
+
+
+def random_cuts(rng: np.random.Generator, num_tokens: int, num_chunks: int) -> list[int]:
+    """0 = first < ... < last = num_tokens."""
+    inner = rng.choice(np.arange(1, num_tokens), size=min(num_chunks - 1, num_tokens - 1), replace=False)
+    return [0, *sorted(int(c) for c in inner), num_tokens]

@@ -1,0 +1,170 @@
+"""Each backend against the reference: codes, decoded values, and attention over shapes, dtypes and odd lengths."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.turboquant_kv.histories import (
+    History,
+    as_float64,
+    expected,
+    feed,
+    new_cache,
+    random_cuts,
+    random_queries,
+    relative_error,
+)
+from turboquant_kv import reference
+from turboquant_kv.backends import choose_backend
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
+from turboquant_kv.packing import unpack
+from turboquant_kv.rotation import rotation_matrix
+
+BACKENDS = ("cpu-numpy", "mlx-ops")
+# Rounding may move a coordinate that lies within 1e-6 of a threshold to the next code: about one in 1e5, and
+# such a key's logit then moves by 2% of the codec's own error. Everything else agrees to float32 rounding.
+FLOAT32_TOLERANCE = 2e-3
+TOLERANCE = {mx.float32: FLOAT32_TOLERANCE, mx.float16: 4e-3, mx.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat(k_bits=bits, v_bits=bits, page_tokens=16)
+    history = History.random(rng, 2, 48, head_dim)
+    means = history.means(rng)
+    storage = choose_backend(backend).new_storage(LayerShape(2, head_dim, head_dim, mx.float32), fmt, means)
+    storage.grow(3)
+    pages = np.array([2, 0, 1])
+    rows = [choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 48)]
+    storage.encode(pages, *rows)
+
+    stored = storage.read(pages)
+    for side, x, codes, scales in (
+        ("k", history.k, stored.k_codes, stored.k_scales),
+        ("v", history.v, stored.v_codes, stored.v_scales),
+    ):
+        rotation = rotation_matrix(head_dim, fmt.rotation_seed, "k" if side == "k" else "v")
+        mean = (means.k if side == "k" else means.v)[:, None]
+        want = reference.encode(x, bits, rotation, mean, fmt.scale)
+        got = codes.swapaxes(0, 1).reshape(2, 48, -1)
+        same = unpack(got, bits, head_dim) == unpack(want.codes, bits, head_dim)
+        assert same.mean() >= 0.999
+        np.testing.assert_allclose(scales.swapaxes(0, 1).reshape(2, 48), want.scales, rtol=4e-3)
+
+        decoded = as_float64(mx.array(storage.decode(pages)[0 if side == "k" else 1]))
+        np.testing.assert_allclose(
+            decoded[same.all(-1)], reference.decode(want, bits, head_dim, rotation, mean)[same.all(-1)], atol=5e-3
+        )
+
+
+@pytest.mark.parametrize("scale", ["unbiased", "norm", "least_squares", "plain"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.random.Generator) -> None:
+    fmt = KVFormat(3, 2, scale=scale, page_tokens=16, centred=False)  # type: ignore[arg-type]
+    history = History.random(rng, 1, 64, 128)
+    storage = choose_backend(backend).new_storage(LayerShape(1, 128, 128, mx.float32), fmt, None)
+    storage.grow(4)
+    storage.encode(np.arange(4), *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
+    want = reference.encode(history.k, 3, rotation_matrix(128, fmt.rotation_seed, "k"), None, fmt.scale)
+    np.testing.assert_allclose(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales, rtol=4e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_huge_and_tiny_vectors_stay_finite(backend: str) -> None:
+    fmt = KVFormat(4, 4, page_tokens=16, centred=False)
+    x = np.zeros((1, 16, 64), np.float32)
+    x[0, 1], x[0, 2], x[0, 3, 5] = 1e6, 1e-9, 3.0
+    storage = choose_backend(backend).new_storage(LayerShape(1, 64, 64, mx.float32), fmt, None)
+    storage.grow(1)
+    row = choose_backend(backend).from_mlx(mx.array(x[None]))[0]
+    storage.encode(np.array([0]), row, row)
+    decoded = as_float64(mx.array(storage.decode(np.array([0]))[0]))
+    assert np.isfinite(decoded).all()
+    assert not decoded[0, 0].any()
+    assert decoded[0, 3, 5] == pytest.approx(3.0, rel=1e-2)
+
+
+CASES = [  # query heads, KV heads, D, Dv, sink, page, bits
+    (4, 2, 128, 128, 32, 64, (4, 4)),
+    (4, 4, 64, 64, 0, 16, (4, 3)),
+    (7, 1, 80, 80, 5, 16, (3, 3)),
+    (8, 2, 96, 128, 17, 32, (8, 4)),
+    (2, 1, 192, 128, 32, 16, (2, 2)),
+    (4, 2, 256, 256, 1, 64, (4, 2)),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_the_references(backend: str, dtype: object, case: tuple, rng: np.random.Generator) -> None:  # type: ignore[type-arg]
+    num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits) = case
+    fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
+    num_tokens = int(rng.integers(3 * page, 6 * page + sink))
+    history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
+    means = history.means(rng)
+    cache = new_cache(fmt, backend, means)
+    scale = k_dim**-0.5
+    cuts = random_cuts(rng, num_tokens, 5)
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        q = random_queries(rng, num_q, stop - start, k_dim, dtype)
+        out = feed(cache, history, start, stop, q, scale)
+        assert out.dtype == dtype
+        assert out.shape == (1, num_q, stop - start, v_dim)
+        seen = History(history.k[:, :stop], history.v[:, :stop], dtype)
+        assert relative_error(out, expected(seen, q, fmt, start, scale, means)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decode_across_page_borders(backend: str, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 2, 60, 64)
+    cache = new_cache(fmt, backend)
+    for p in range(60):
+        q = random_queries(rng, 4, 1, 64, mx.float32)
+        out = feed(cache, history, p, p + 1, q, 0.125)
+        seen = History(history.k[:, : p + 1], history.v[:, : p + 1], mx.float32)
+        assert relative_error(out, expected(seen, q, fmt, p, 0.125, None)) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["sinks", "window", "bool", "additive", "per head"])
+def test_sinks_windows_and_masks(backend: str, kind: str, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
+    num_tokens, start = 90, 70
+    history = History.random(rng, 2, num_tokens, 64)
+    means = history.means(rng)
+    cache = new_cache(fmt, backend, means)
+    feed(cache, history, 0, start, random_queries(rng, 4, start, 64, mx.float32), 0.125)
+    q = random_queries(rng, 4, num_tokens - start, 64, mx.float32)
+    want_options, given = {}, {}
+    causal = np.arange(num_tokens)[None] <= np.arange(start, num_tokens)[:, None]
+    if kind == "sinks":
+        sinks = rng.standard_normal(4).astype(np.float32) + 2
+        want_options, given = {"sinks": sinks}, {"sinks": mx.array(sinks)}
+    elif kind == "window":
+        want_options, given = {"window": 20}, {"mask": cache.make_mask(num_tokens - start, window_size=20)}
+    elif kind == "bool":
+        allowed = causal & (rng.random(causal.shape) < 0.5)
+        allowed[:, 0] = True
+        want_options, given = {"mask": allowed}, {"mask": mx.array(allowed)}
+    else:
+        shape = (4, *causal.shape) if kind == "per head" else causal.shape
+        bias = rng.standard_normal(shape).astype(np.float32)
+        given = {"mask": mx.array(np.where(causal, bias, -np.inf).astype(np.float32)[None])}
+        want_options = {"mask": bias}
+    out = feed(cache, history, start, num_tokens, q, 0.125, **given)
+    want = expected(history, q, fmt, start, 0.125, means, **want_options)
+    assert relative_error(out, want) < FLOAT32_TOLERANCE
+    plain = expected(history, q, fmt, start, 0.125, means)
+    assert relative_error(mx.array(plain.astype(np.float32)), want) > 0.02, "the option must have mattered"
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(UnsupportedFormatError, match="cpu-numpy"):
+        choose_backend("tpu")
