@@ -1,0 +1,257 @@
+"""TurboEngine: the one thread that owns MLX, and the thread-safe door to it.
+
+Everything that touches MLX, model loading included, happens on the engine thread. Callers leave
+commands in an inbox under one lock and get copies of state; events go out through their sinks.
+If the thread dies, the engine says so, ends every request and refuses new ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from turboserve.engine import scheduler
+from turboserve.engine.loop import Clock, StepLoop
+from turboserve.engine.parts import EngineParts, Progress
+from turboserve.engine.protocol import (
+    EngineStats,
+    EngineTelemetry,
+    EventSink,
+    Failed,
+    GenerationRequest,
+    KVBytes,
+    NullTelemetry,
+)
+from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
+from turboserve.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Build = Callable[[Settings, Progress], EngineParts]
+
+# Measuring running conversations costs a few hundred microseconds each; dashboards do not need more.
+SNAPSHOT_INTERVAL_S = 0.25
+
+RETRY_AFTER_START_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: GenerationRequest
+    sink: EventSink
+    submitted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: str
+
+
+class TurboEngine:
+    """Implements protocol.Engine over one StepLoop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        build: Build,
+        *,
+        model_id: str,
+        telemetry: EngineTelemetry | None = None,
+        progress: Progress = log.info,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Starts nothing; `build` runs on the engine thread after `start`."""
+        self._settings, self._build, self._progress, self._clock = settings, build, progress, clock
+        self._telemetry: EngineTelemetry = telemetry if telemetry is not None else NullTelemetry()
+        self._model_id = model_id
+        self._created = int(time.time())
+        self._changed = threading.Condition()
+        self._inbox: deque[_Submit | _Cancel] = deque()
+        self._num_waiting = 0  # submitted and not yet admitted, inbox included
+        self._num_running = 0
+        self._unready: str | None = "the model is not loaded yet"
+        self._is_ready_or_dead = threading.Event()
+        self._startup_error: StartupError | None = None
+        self._is_refusing = False  # shutting down: finish what runs, take nothing new
+        self._must_end = False
+        self._snapshot = _empty_stats(model_id, settings)
+        self._snapshot_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def model_id(self) -> str:
+        return self._model_id
+
+    @property
+    def created(self) -> int:
+        return self._created
+
+    def start(self) -> None:
+        """Begin loading; returns at once."""
+        self._thread.start()
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> None:
+        """Block until requests are worked on. Raises StartupError when that cannot happen or takes too long."""
+        if not self._is_ready_or_dead.wait(timeout_s):
+            raise StartupError(f"the model was not ready within {timeout_s:g} s")
+        if self._startup_error is not None:
+            raise self._startup_error
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        with self._changed:
+            if self._unready is not None:
+                self._telemetry.request_refused("not_ready")
+                raise EngineUnavailableError(
+                    f"The engine is not ready: {self._unready}.", retry_after_s=RETRY_AFTER_START_S
+                )
+            limits = self._settings
+            if not scheduler.can_queue(self._num_waiting, self._num_running, limits.max_queued, limits.max_running):
+                self._telemetry.request_refused("queue_full")
+                raise OverloadedError(
+                    f"The server is busy: {self._num_waiting} requests are waiting already. Try again later.",
+                    retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
+                )
+            self._num_waiting += 1
+            self._inbox.append(_Submit(request, sink, self._clock()))
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            self._inbox.append(_Cancel(request_id))
+            self._changed.notify()
+
+    def unready_reason(self) -> str | None:
+        return self._unready
+
+    def stats(self) -> EngineStats:
+        """The latest copy; idle times are as of now."""
+        with self._changed:
+            snapshot, age_s, num_waiting = self._snapshot, self._clock() - self._snapshot_s, self._num_waiting
+        conversations = tuple(
+            replace(c, idle_s=c.idle_s + age_s) if c.tier == "idle" else c for c in snapshot.conversations
+        )
+        return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """Take nothing new, let requests finish for `grace_s`, end the rest with an error, end the thread."""
+        with self._changed:
+            self._is_refusing = True
+            self._unready = self._unready or "the server is shutting down"
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(grace_s)
+        with self._changed:
+            self._must_end = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        """The engine thread."""
+        loop: StepLoop | None = None
+        try:
+            loop = self._load()
+            self._serve(loop)
+            self._end_all(loop, EngineUnavailableError("The server is shutting down."))
+        except BaseException as exc:  # whatever it is: waiting clients must hear of it
+            log.critical("the engine thread died", exc_info=not isinstance(exc, StartupError))
+            self._die(loop, exc)
+        finally:
+            self._is_ready_or_dead.set()
+
+    def _load(self) -> StepLoop:
+        parts = self._build(self._settings, self._progress)
+        loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
+        self._created = int(time.time())
+        self._publish(loop)
+        with self._changed:
+            self._unready = "the server is shutting down" if self._is_refusing else None
+        self._is_ready_or_dead.set()
+        return loop
+
+    def _serve(self, loop: StepLoop) -> None:
+        while True:
+            commands = self._next_commands(loop)
+            if commands is None:
+                return
+            for command in commands:
+                if isinstance(command, _Submit):
+                    loop.add(command.request, command.sink, command.submitted_s)
+                else:
+                    loop.cancel(command.request_id)
+            if loop.has_work:
+                loop.step()
+            self._after_step(loop)
+
+    def _next_commands(self, loop: StepLoop) -> list[_Submit | _Cancel] | None:
+        """What callers asked for since the last step, waiting while there is nothing to do; None: end."""
+        with self._changed:
+            while not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
+                self._changed.wait()
+            if self._must_end or (self._is_refusing and not self._inbox and not loop.has_work):
+                return None
+            commands = list(self._inbox)
+            self._inbox.clear()
+            return commands
+
+    def _after_step(self, loop: StepLoop) -> None:
+        num_before = self._num_running
+        with self._changed:
+            num_queued = sum(isinstance(c, _Submit) for c in self._inbox)
+            self._num_waiting = loop.num_waiting + num_queued
+            self._num_running = loop.num_running
+        is_due = self._clock() - self._snapshot_s >= SNAPSHOT_INTERVAL_S
+        if is_due or num_before != loop.num_running or not loop.has_work:
+            self._publish(loop)
+
+    def _publish(self, loop: StepLoop) -> None:
+        snapshot = loop.snapshot()
+        with self._changed:
+            self._snapshot, self._snapshot_s = snapshot, self._clock()
+
+    def _end_all(self, loop: StepLoop | None, error: TurboServeError) -> None:
+        """End what the loop holds and what still lies in the inbox."""
+        if loop is not None:
+            loop.fail_all(error)
+        with self._changed:
+            left = [c for c in self._inbox if isinstance(c, _Submit)]
+            self._inbox.clear()
+            self._num_waiting = self._num_running = 0
+        for command in left:
+            command.sink.put(Failed(error))
+        if loop is not None:
+            self._publish(loop)
+
+    def _die(self, loop: StepLoop | None, cause: BaseException) -> None:
+        with self._changed:
+            self._unready = f"the engine died ({type(cause).__name__})"
+        if loop is None:
+            reason = cause if isinstance(cause, StartupError) else None
+            self._startup_error = reason or StartupError(f"the model could not be started: {cause!r}")
+            self._unready = "the model could not be loaded"
+        try:
+            self._end_all(loop, EngineUnavailableError("The engine died; restart the server."))
+        except Exception:  # the loop's state may be what broke; the inbox was or will be refused anyway
+            log.exception("requests could not be ended in order")
+            if loop is not None:
+                loop.abandon(EngineUnavailableError("The engine died; restart the server."))
+
+
+def _empty_stats(model_id: str, settings: Settings) -> EngineStats:
+    return EngineStats(
+        model_id=model_id,
+        kv_format=settings.kv_format,
+        kv_backend="",
+        model_dtype="",
+        kv=KVBytes(),
+        kv_budget_bytes=0,
+        kv_token_bytes=0.0,
+        kv_token_raw_bytes=0.0,
+        max_context_tokens=0,
+        num_running=0,
+        num_waiting=0,
+    )

@@ -1,0 +1,158 @@
+"""Loading a model and building everything the engine needs around it, on the engine thread.
+
+No code that comes with a model is ever run: trust_remote_code is False for model and tokenizer.
+Every expected failure is a StartupError whose one line names the cure.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from turboquant_kv.calibration import Calibration, calibration_for
+from turboquant_kv.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.runtime import KVRuntime, UnsupportedModelError
+from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
+from turboserve.cache.manager import CacheManager
+from turboserve.engine import weights
+from turboserve.engine.parts import EngineParts, LoadedModel, Progress
+from turboserve.engine.plan import memory_plan
+from turboserve.engine.resolve import model_id_for, read_config, resolve_folder
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# For a model whose configuration names no limit; about the shortest context in use today.
+DEFAULT_MAX_CONTEXT = 4096
+
+
+def build_parts(settings: Settings, progress: Progress) -> EngineParts:
+    """Model, runtime and cache manager as the settings say. Raises StartupError."""
+    memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
+    loaded = load(settings, progress, memory)
+    runtime, calibration = _build_runtime(settings, loaded, progress)
+    budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
+    manager = CacheManager(runtime, budget_bytes)
+    for line in memory_plan(loaded, runtime, budget_bytes):
+        progress(line)
+    details = {"calibration": calibration.origin} if calibration is not None else {}
+    if runtime.fmt is not None:
+        details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
+    return EngineParts(loaded, runtime, manager, details)
+
+
+def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
+    """A model ready to run, weights in memory. Raises StartupError."""
+    model_id = model_id_for(settings.model, settings.served_model_name)
+    progress(f"loading {model_id}")
+    folder = resolve_folder(settings.model)
+    config = read_config(folder)
+    _check_fits(folder, memory)
+    model, tokenizer = _load_with_mlx_lm(folder, str(config["model_type"]))
+    model, note = _expand_if_wanted(model, settings, memory)
+    if note:
+        progress(note)
+    try:
+        mx.eval(model.parameters())
+    except (RuntimeError, MemoryError) as exc:
+        raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
+    dtype = weights.activation_dtype(model)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        model_id=model_id,
+        dtype=dtype,
+        max_context=max_context(config, settings.max_context_tokens),
+        weights_bytes=weights.parameter_bytes(model),
+        weights_fingerprint=weights.fingerprint(folder, dtype),
+        eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
+        details={"weights": note or "as stored"},
+    )
+
+
+def max_context(config: dict[str, Any], wanted: int) -> int:
+    """The model's own limit, or the lower one that is wanted (0: none)."""
+    limit = weights.config_value(config, "max_position_embeddings")
+    own = int(limit) if isinstance(limit, int) and limit > 0 else None
+    if own is None:
+        return wanted or DEFAULT_MAX_CONTEXT
+    if wanted > own:
+        log.warning("max_context_tokens=%d is more than the model was made for: %d is used", wanted, own)
+    return min(wanted or own, own)
+
+
+def _load_with_mlx_lm(folder: Path, model_type: str) -> tuple[Any, Any]:
+    import mlx_lm
+
+    try:
+        model, tokenizer = mlx_lm.load(
+            str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True, trust_remote_code=False
+        )
+    except ValueError as exc:
+        if "not supported" in str(exc):
+            raise StartupError(
+                f"Models of type {model_type} are not supported by the installed mlx-lm: "
+                "choose another model, or upgrade turboserve."
+            ) from exc
+        raise StartupError(f"The model in {folder} cannot be loaded: {_one_line(exc)}") from exc
+    except (OSError, KeyError, TypeError, RuntimeError, ImportError) as exc:
+        raise StartupError(
+            f"The model in {folder} cannot be loaded ({_one_line(exc)}): its files may be incomplete, fetch them again."
+        ) from exc
+    return model, tokenizer
+
+
+def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
+    """The model, maybe with float32 weights, and what to tell about it."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    stored, needed = weights.parameter_bytes(model), weights.expanded_bytes(model)
+    choice = settings.dequantize
+    if choice not in ("auto", "always", "never"):
+        raise StartupError(f"dequantize={choice!r}: expected auto, always or never.")
+    wanted = weights.should_expand(choice, on_cpu=on_cpu, needed_bytes=needed, available_bytes=memory.available_bytes)
+    if not wanted or needed == stored:
+        return model, ""
+    note = f"weights expanded to float32, {needed >> 20} MiB instead of {stored >> 20} MiB"
+    return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
+
+
+def _build_runtime(settings: Settings, loaded: LoadedModel, progress: Progress) -> tuple[KVRuntime, Calibration | None]:
+    """The runtime in the wanted format, and the means it centres with. Raises StartupError."""
+    try:
+        fmt = None if settings.kv_format.strip().lower() == "f16" else KVFormat.parse(settings.kv_format)
+        calibration = None
+        if fmt is not None and fmt.centred:
+            progress("measuring key and value means")
+            cache_dir = settings.cache_dir.expanduser()
+            calibration = calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
+        return KVRuntime(loaded.model, fmt, calibration=calibration), calibration
+    except UnsupportedModelError as exc:
+        raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
+    except UnsupportedFormatError as exc:
+        raise StartupError(_one_line(exc)) from exc
+
+
+def _check_fits(folder: Path, memory: MemoryInfo) -> None:
+    num_bytes = weights.file_bytes(folder)
+    if num_bytes > memory.available_bytes:
+        raise StartupError(
+            f"The weights take {num_bytes >> 20} MiB, but only {memory.available_bytes >> 20} MiB of memory are "
+            "available: free some memory or choose a smaller or more strongly quantised model."
+        )
+
+
+def _device_limit_bytes() -> int | None:
+    """What a GPU lets one process use; None on a CPU."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return None
+    info = mx.device_info()
+    limit = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory")
+    return int(limit) if limit else None
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:300] or type(exc).__name__

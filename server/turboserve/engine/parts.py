@@ -1,0 +1,49 @@
+"""What a loaded model consists of, as the step loop takes it. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from turboserve.cache.manager import CacheManager
+from turboserve.engine.runner import EvaluatingRuntime
+
+Progress = Callable[[str], None]
+"""Told what start-up is doing, one line at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory with all that serving it needs."""
+
+    model: Any
+    tokenizer: Any  # mlx-lm's TokenizerWrapper
+    model_id: str
+    dtype: str  # of activations and of uncompressed caches, e.g. "float32"
+    max_context: int  # prompt and answer together, in tokens
+    weights_bytes: int  # as they are in memory
+    weights_fingerprint: str
+    eos_ids: frozenset[int]
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+class ServingRuntime(EvaluatingRuntime, Protocol):
+    """`turboquant_kv.runtime.KVRuntime` as the engine uses it."""
+
+    backend_name: str
+    layers_compressed: int
+    layers_uncompressed: int
+
+    @property
+    def token_raw_bytes(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Built by the engine's own thread, and used by it alone."""
+
+    loaded: LoadedModel
+    runtime: ServingRuntime
+    manager: CacheManager
+    details: Mapping[str, str] = field(default_factory=dict)

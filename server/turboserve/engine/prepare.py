@@ -1,0 +1,69 @@
+"""From a request to a sequence ready for admission: tokens, limits, sampler and text stream.
+
+All refusals that depend on the request alone happen here, before any memory or compute is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+
+from turboserve.cache.manager import CacheManager
+from turboserve.engine.parts import LoadedModel
+from turboserve.engine.sampling import RowSampler
+from turboserve.engine.sequence import Sequence
+from turboserve.engine.template import ChatTemplate
+from turboserve.engine.text import TextStream
+from turboserve.errors import ContextLengthError
+
+# Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
+# this many tokens as it grows, so that a few open-ended chats do not shut everyone else out.
+OPEN_ANSWER_BLOCK = 1024
+
+
+class Preparer:
+    """Prepares requests for one loaded model."""
+
+    def __init__(self, loaded: LoadedModel, manager: CacheManager, vocab_len: int) -> None:
+        self._loaded, self._manager, self._vocab_len = loaded, manager, vocab_len
+        self._template = ChatTemplate(loaded.tokenizer)
+
+    def prepare(self, sequence: Sequence) -> None:
+        """Fills in prompt, limits, sampler and text. Raises InvalidRequestError or ContextLengthError."""
+        request = sequence.request
+        prompt = self._template.encode(request.messages, request.tools)
+        limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
+        if request.max_tokens is None:
+            self._manager.check_can_fit(len(prompt) + 1)
+            limit = min(limit, self._manager.largest_sequence(self._loaded.max_context) - len(prompt))
+        else:
+            self._manager.check_can_fit(len(prompt) + limit)
+        sequence.sampler = RowSampler(request.sampling, prompt, self._vocab_len)
+        sequence.text = TextStream(self._decode, request.stop)
+        sequence.max_answer_len = limit
+        sequence.prompt = prompt
+
+    def _decode(self, ids: Sequence_[int]) -> str:
+        text: str = self._loaded.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def answer_limit(prompt_len: int, max_tokens: int | None, max_context: int) -> int:
+    """Most tokens the answer may have. Raises ContextLengthError when not one fits behind the prompt."""
+    room = max_context - prompt_len
+    if room < 1:
+        raise ContextLengthError(
+            f"The prompt has {prompt_len:,} tokens, but this model's context holds {max_context:,} tokens "
+            "including the answer. Shorten the messages.",
+            param="messages",
+        )
+    return room if max_tokens is None else min(max_tokens, room)
+
+
+def tokens_to_reserve(sequence: Sequence) -> int:
+    """Tokens a sequence needs room for before it may run on: all of them, or the next block."""
+    most = len(sequence.prompt) + sequence.max_answer_len
+    if sequence.request.max_tokens is not None:
+        return most
+    return min(most, sequence.num_tokens + OPEN_ANSWER_BLOCK)

@@ -1,0 +1,100 @@
+"""Where a model's files are: the embedded one, a local folder, or a download from the hub.
+
+Owns names and downloads; every way to fail becomes one StartupError line that names the cure.
+Python files are never downloaded, so none can be run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from turboserve import models
+from turboserve.errors import StartupError
+
+EMBEDDED_MODEL_ID = "turboserve-tiny"
+EMBEDDED_DIR = Path(models.__file__).parent / "tiny" / "model"
+
+_PATTERNS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja")
+
+
+def model_id_for(model: str, served_model_name: str = "") -> str:
+    """The name clients use: as set, or derived from where the model comes from."""
+    if served_model_name:
+        return served_model_name
+    if not model:
+        return EMBEDDED_MODEL_ID
+    return model if _is_hub_name(model) else Path(model).expanduser().resolve().name
+
+
+def resolve_folder(model: str) -> Path:
+    """The local folder with the model's files, downloaded if need be. Raises StartupError."""
+    if not model:
+        return _checked(EMBEDDED_DIR, "the embedded model")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path, model)
+    if path.is_file():
+        raise StartupError(f"{model} is a file: name the folder that holds config.json and model*.safetensors.")
+    if not _is_hub_name(model):
+        raise StartupError(f"There is no folder {model}: check the path, or name a hub model as OWNER/NAME.")
+    return _checked(_download(model), model)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model. Raises StartupError when it cannot be used or asks to run code."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise StartupError(f"{folder / 'config.json'} cannot be read ({exc}): fetch the model again.") from exc
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise StartupError(f"{folder / 'config.json'} names no model_type: this is not a language model's folder.")
+    if "model_file" in config:
+        raise StartupError(
+            f"The model in {folder} brings its own Python code (model_file), which is never run: "
+            "choose a model of a type that mlx-lm supports itself."
+        )
+    return config
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{name} holds no config.json: name a folder in Hugging Face or MLX format.")
+    if not any(folder.glob("model*.safetensors")):
+        raise StartupError(f"{name} holds no model*.safetensors: convert the model with `mlx_lm.convert` first.")
+    return folder
+
+
+def _is_hub_name(model: str) -> bool:
+    """OWNER/NAME, and no such folder here."""
+    is_path_like = model.startswith(("/", "./", "../", "~", ".")) or "\\" in model
+    parts = model.split("/")
+    return not is_path_like and len(parts) == 2 and all(parts) and not Path(model).expanduser().exists()
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download  # late: costs a third of a second that local models need not pay
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
+    except hub.GatedRepoError as exc:
+        raise StartupError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN to your token."
+        ) from exc
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as exc:
+        raise StartupError(
+            f"There is neither a folder nor a hub model named {name}: check the spelling; private models need HF_TOKEN."
+        ) from exc
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as exc:
+        # Lack of internet shows as one of many OS and HTTP errors, all of them OSErrors.
+        raise StartupError(
+            f"{name} is not in the local hub cache and cannot be downloaded ({_first_line(exc)}): "
+            "check the internet connection, or name a local folder."
+        ) from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0][:200] if lines else type(exc).__name__

@@ -1,0 +1,234 @@
+"""Runs the model: prefill chunks of one sequence, decode steps of all running rows.
+
+Owns the batched caches. Deciding who runs is the step loop's business.
+
+Failure isolation. A sampler that raises costs its own row only. When the batched forward pass
+raises, every row is cut back to its length before the step and tried alone: rows that work keep
+their token, rows that raise are reported. Rows whose cache cannot be trusted any more (work was
+already submitted to the device, or the cache cannot be cut) are reported as lost, and the loop
+computes their caches again from their tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Sequence_
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from turboserve.cache.runtime import CacheBytes, CacheRuntime
+from turboserve.engine.sequence import Outcomes, Sequence
+from turboserve.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
+
+
+class EvaluatingRuntime(CacheRuntime, Protocol):
+    """A runtime that can also finish pending work on caches."""
+
+    def evaluate(self, caches: list[Any]) -> None: ...
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The model's logits hold NaN; any token drawn from them would be noise."""
+
+
+class _DeviceError(Exception):
+    """Evaluation failed, so arrays written in this step are in an unknown state."""
+
+
+class Runner:
+    """The model, and the rows being decoded together. One thread only."""
+
+    def __init__(self, model: Model, runtime: EvaluatingRuntime) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._rows: list[Sequence] = []
+        self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether a sequence is decoding in the batch."""
+        return any(row is sequence for row in self._rows)
+
+    def warm_up(self) -> int:
+        """One real batched forward pass; returns the vocabulary's length as the logits have it.
+
+        Raises StartupError when the model's caches cannot be batched.
+        """
+        caches = self._runtime.make_cache()
+        unbatched = {type(c).__name__ for c in caches if not callable(getattr(c, "merge", None))}
+        if unbatched:
+            raise StartupError(
+                f"This model uses {', '.join(sorted(unbatched))}, which mlx-lm cannot batch: choose another."
+            )
+        batch = self._merge([caches])
+        logits = self._forward([[0]], batch)
+        self._runtime.release(batch)
+        return int(logits.shape[-1])
+
+    def prefill(self, sequence: Sequence, num_tokens: int) -> None:
+        """Feed the next `num_tokens` of a sequence into its own caches. Raises whatever the model does."""
+        caches = sequence.caches
+        assert caches is not None and num_tokens <= sequence.num_to_prefill
+        end = sequence.cache_len + num_tokens
+        self._model(mx.array([sequence.tokens(sequence.cache_len, end)]), cache=caches)  # logits stay unevaluated
+        self._runtime.evaluate(caches)
+        sequence.cache_len = end
+
+    def join(self, sequence: Sequence) -> None:
+        """Let a prefilled sequence decode with the others; its caches move into the batch."""
+        assert sequence.caches is not None and sequence.num_to_prefill <= 0
+        joined = self._merge([sequence.caches])
+        self._runtime.release(sequence.caches)
+        sequence.caches = None
+        if self._caches is None:
+            self._caches = joined
+        else:
+            for mine, new in zip(self._caches, joined, strict=True):
+                mine.extend(new)
+        self._rows.append(sequence)
+
+    def leave(self, leaving: Sequence_[Sequence]) -> None:
+        """Take rows out of the batch; each gets its caches back as a single sequence's."""
+        if not leaving:
+            return
+        for sequence in leaving:
+            sequence.caches = self._extract(self._rows.index(sequence))
+        keep = [i for i, row in enumerate(self._rows) if row not in leaving]
+        self._rows = [self._rows[i] for i in keep]
+        if keep:
+            for cache in self._batch():
+                cache.filter(mx.array(keep))
+        else:
+            self._forget_batch()
+
+    def measure(self, sequence: Sequence) -> CacheBytes:
+        """Bytes of a sequence's caches, wherever they are now."""
+        if sequence.caches is not None:
+            return self._runtime.measure(sequence.caches)
+        view = self._extract(self._rows.index(sequence))
+        measured = self._runtime.measure(view)
+        self._runtime.release(view)
+        return measured
+
+    def step(self) -> Outcomes:
+        """Feed every row's newest token and draw the next one for each."""
+        if not self._rows:
+            return {}
+        rows = list(self._rows)
+        try:
+            logits = self._forward([[row.newest_token()] for row in rows], self._batch())
+        except _DeviceError:
+            log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
+            return self._lose_all(rows)
+        except Exception:
+            log.exception("a decode step of %d rows failed; each row is tried alone", len(rows))
+            return self._step_alone(rows)
+        for row in rows:
+            row.cache_len += 1
+        return dict(zip(rows, _draw(logits, rows), strict=True))
+
+    def _forward(self, tokens: list[list[int]], caches: list[Any]) -> mx.array:
+        """Logits (B, V) after the last of `tokens` (B, T). Raises _DeviceError when evaluation fails."""
+        logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
+        try:
+            mx.eval(logits)
+            self._runtime.evaluate(caches)
+        except Exception as exc:
+            raise _DeviceError from exc
+        return logits
+
+    def _step_alone(self, rows: list[Sequence]) -> Outcomes:
+        """After a failed batched step: one row at a time, from their state before it."""
+        singles = [self._roll_back(i, row) for i, row in enumerate(rows)]
+        self._rows = []
+        self._forget_batch()
+        outcomes: dict[Sequence, int | Exception | None] = {}
+        for row, caches in zip(rows, singles, strict=True):
+            outcomes[row] = None if caches is None else self._try_row(row, caches)
+        return outcomes
+
+    def _try_row(self, row: Sequence, caches: list[Any]) -> int | Exception | None:
+        """One decode step of one row, which joins the new batch when it works."""
+        row.caches = caches
+        batch = self._merge([caches])
+        try:
+            logits = self._forward([[row.newest_token()]], batch)
+        except _DeviceError:
+            row.caches = None
+            return None
+        except Exception as exc:
+            log.warning("request %s fails alone as well: %r", row.request_id, exc)
+            return exc
+        row.caches = [cache.extract(0) for cache in batch]
+        row.cache_len += 1
+        token = _draw(logits, [row])[0]
+        self.join(row)
+        return token
+
+    def _lose_all(self, rows: list[Sequence]) -> Outcomes:
+        self._rows = []
+        self._forget_batch()
+        return dict.fromkeys(rows)
+
+    def _roll_back(self, index: int, row: Sequence) -> list[Any] | None:
+        """A row's caches as they were before the failed step, or None when that cannot be had."""
+        try:
+            caches = self._extract(index)
+            for cache in caches:
+                surplus = cache.size() - row.cache_len
+                if surplus > 0 and cache.is_trimmable():
+                    cache.trim(surplus)
+            return caches if all(cache.size() == row.cache_len for cache in caches) else None
+        except Exception:
+            log.exception("the cache of request %s cannot be cut back", row.request_id)
+            return None
+
+    def _merge(self, singles: list[list[Any]]) -> list[Any]:
+        return [layer[0].merge(list(layer)) for layer in zip(*singles, strict=True)]
+
+    def _extract(self, index: int) -> list[Any]:
+        return [cache.extract(index) for cache in self._batch()]
+
+    def _batch(self) -> list[Any]:
+        assert self._caches is not None, "no rows are running"
+        return self._caches
+
+    def _forget_batch(self) -> None:
+        if self._caches is not None:
+            self._runtime.release(self._caches)
+        self._caches = None
+
+
+def _draw(logits: mx.array, rows: list[Sequence]) -> list[int | Exception]:
+    """Each row's next token from logits (B, V), or what its sampler raised."""
+    has_nan = mx.any(mx.isnan(logits), axis=-1)
+    likeliest = mx.argmax(logits, axis=-1)  # shared by all rows that want just that
+    broken, greedy = np.array(has_nan), np.array(likeliest)
+    drawn: list[int | Exception] = []
+    for i, row in enumerate(rows):
+        assert row.sampler is not None
+        if broken[i]:
+            drawn.append(NonFiniteLogitsError("the model's logits hold NaN"))
+        elif row.sampler.is_plain_greedy:
+            drawn.append(int(greedy[i]))
+        else:
+            drawn.append(_draw_one(logits[i], row))
+    return drawn
+
+
+def _draw_one(logits: mx.array, row: Sequence) -> int | Exception:
+    assert row.sampler is not None
+    try:
+        return int(np.array(row.sampler.sample(logits)))
+    except Exception as exc:
+        log.exception("sampling failed for request %s", row.request_id)
+        return exc

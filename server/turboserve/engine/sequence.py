@@ -1,0 +1,75 @@
+"""One request's state while the engine works on it. Plain data; only the step loop changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from turboserve.cache.manager import Lease
+from turboserve.engine.protocol import EventSink, GenerationRequest
+from turboserve.engine.sampling import RowSampler
+from turboserve.engine.text import TextStream
+
+
+class Stage(Enum):
+    """Where a request stands; it only moves down, but for a decode that must recompute its cache."""
+
+    WAITING = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request, its tokens and its cache.
+
+    tokens    prompt + answer
+              [0, cache_len)          keys and values are in `caches` (PREFILL) or in the batch (DECODE)
+              [cache_len, len)        still to be fed; in DECODE exactly one, the newest
+    """
+
+    request: GenerationRequest
+    sink: EventSink
+    submitted_s: float
+    stage: Stage = Stage.WAITING
+    prompt: list[int] = field(default_factory=list)  # empty until prepared
+    answer: list[int] = field(default_factory=list)
+    max_answer_len: int = 0
+    sampler: RowSampler | None = None
+    text: TextStream | None = None
+    lease: Lease | None = None
+    caches: list[Any] | None = None
+    cache_len: int = 0
+    num_recoveries: int = 0  # times its cache was lost and computed again
+    last_prefill_step: int = 0
+    last_token_s: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def num_to_prefill(self) -> int:
+        """Tokens to feed before the newest one, whose logits give the next token."""
+        return self.num_tokens - 1 - self.cache_len
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt and answer."""
+        num_prompt = len(self.prompt)
+        if end <= num_prompt:
+            return self.prompt[start:end]
+        return self.prompt[start:] + self.answer[max(0, start - num_prompt) : end - num_prompt]
+
+    def newest_token(self) -> int:
+        return self.answer[-1] if self.answer else self.prompt[-1]
+
+
+Outcomes = Mapping[Sequence, "int | Exception | None"]
+"""Per row of a decode step: its next token, what failed, or None when its cache was lost."""
