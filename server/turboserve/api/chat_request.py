@@ -1,0 +1,198 @@
+"""From a parsed JSON object to a `GenerationRequest`: what we support, what we refuse, and why.
+
+Every refusal names the parameter. Messages never quote the prompt. No file is opened and no
+name looked up anywhere: a model is served if its id is the served one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from turboserve.api.schemas import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
+from turboserve.engine.protocol import GenerationRequest, SamplingParams
+from turboserve.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+)
+
+# Parameters of OpenAI's (or vLLM's) API that we do not implement, each with the values that
+# ask for nothing and so may pass.
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "moderation": (None,),
+    "chat_template_kwargs": (None, {}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "structured_outputs": (None,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatJob:
+    """One chat completion to run, and how its answer is to be written."""
+
+    generation: GenerationRequest
+    model_id: str
+    stream: bool
+    include_usage: bool
+
+
+def check_model(name: str, model_id: str) -> None:
+    """Raises ModelNotFoundError unless `name` is the served id."""
+    if name != model_id:
+        raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
+
+
+def parse_chat(body: dict[str, object], *, request_id: str, tenant: str, model_id: str) -> ChatJob:
+    """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
+    chat = _validate(_without_unsupported(body))
+    if chat.model:
+        check_model(chat.model, model_id)
+    if chat.stream_options is not None and not chat.stream:
+        raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
+    generation = GenerationRequest(
+        request_id=request_id,
+        messages=tuple(plain_message(message, index) for index, message in enumerate(chat.messages)),
+        sampling=_sampling(chat),
+        max_tokens=_max_tokens(chat),
+        stop=_stops(chat),
+        tenant=tenant,
+    )
+    include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+    return ChatJob(generation, model_id, stream=bool(chat.stream), include_usage=include_usage)
+
+
+def _without_unsupported(body: dict[str, object]) -> dict[str, object]:
+    for name, neutral in NEUTRAL_VALUES.items():
+        # `0 == False` in Python, but not in JSON.
+        if name in body and not any(body[name] == value and type(body[name]) is type(value) for value in neutral):
+            raise UnsupportedParameterError(f"{name} is not supported by this server.", param=name)
+    return {name: value for name, value in body.items() if name not in NEUTRAL_VALUES}
+
+
+def _validate(body: dict[str, object]) -> ChatBody:
+    try:
+        return ChatBody.model_validate(body)
+    except ValidationError as exc:
+        # pydantic's text quotes the input; `from None` keeps prompts out of tracebacks.
+        raise _complaint(exc, body) from None
+
+
+def _complaint(exc: ValidationError, body: dict[str, object]) -> InvalidRequestError:
+    """The first error; for a union such as `content`, of the branch that got furthest into the value."""
+    errors = exc.errors(include_url=False, include_context=False, include_input=False)
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return _explain(*max(((error, json_path(error, body)) for error in same_field), key=lambda pair: len(pair[1])))
+
+
+def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequestError:
+    param = path_text(path)
+    if error["type"] == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: {param}.", param=param)
+    if error["type"] == "missing":
+        return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
+    if param == "n":
+        return InvalidRequestError("n must be 1: one choice per request is supported.", param=param)
+    if param.endswith(".type"):
+        return InvalidRequestError(f"{param}: only text content is supported.", param=param)
+    return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
+
+
+def json_path(error: ErrorDetails, body: dict[str, object]) -> tuple[int | str, ...]:
+    """The error's place in the caller's JSON, without the union branches that pydantic puts in between."""
+    path: list[int | str] = []
+    value: object = body
+    for part in error["loc"]:
+        if _holds(value, part):
+            value = value[part]  # type: ignore[index]
+        elif not (error["type"] == "missing" and part == error["loc"][-1]):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _holds(value: object, part: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return isinstance(value, dict) and part in value
+
+
+def path_text(path: tuple[int | str, ...]) -> str:
+    """`("messages", 0, "content")` -> `messages[0].content`, at most 200 characters."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")[:200]
+
+
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def _sampling(chat: ChatBody) -> SamplingParams:
+    given = {name: getattr(chat, name) for name in SAMPLING_FIELDS if getattr(chat, name) is not None}
+    logit_bias = tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items())
+    return SamplingParams(**given, logit_bias=logit_bias)
+
+
+def _max_tokens(chat: ChatBody) -> int | None:
+    given = {value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None}
+    if len(given) > 1:
+        raise InvalidRequestError(
+            "max_tokens and max_completion_tokens differ; give one of them.", param="max_completion_tokens"
+        )
+    return given.pop() if given else None
+
+
+def _stops(chat: ChatBody) -> tuple[str, ...]:
+    if isinstance(chat.stop, str):
+        return (chat.stop,)
+    return tuple(chat.stop or ())
+
+
+def plain_message(message: Message, index: int) -> dict[str, object]:
+    """What the chat template sees: text content, `developer` as `system`, tool calls as plain dicts."""
+    if message.content is None and not message.tool_calls:
+        param = f"messages[{index}].content"
+        raise InvalidRequestError(f"{param}: null needs tool_calls beside it.", param=param)
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, object] = {"role": role, "content": _text(message.content)}
+    if message.name is not None:
+        plain["name"] = message.name
+    if isinstance(message, ToolMessage):
+        plain["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    return plain
+
+
+def _text(content: str | list[TextPart] | None) -> str:
+    if isinstance(content, list):
+        return "\n".join(part.text for part in content)
+    return content or ""

@@ -1,0 +1,50 @@
+"""Shutting down without cutting anybody off silently.
+
+Owns whether the server still takes requests and which answers are under way. It decides
+nothing about signals or sockets; `serve.py` tells it when to begin and when time is up.
+"""
+
+from __future__ import annotations
+
+from turboserve.api.mailbox import Mailbox
+from turboserve.engine.protocol import Failed
+from turboserve.errors import EngineUnavailableError
+
+REASON = "The server is shutting down."
+
+
+class Drain:
+    """Belongs to the event loop, except `begin`, which a signal handler may call."""
+
+    def __init__(self) -> None:
+        self._draining = False
+        self._running: set[Mailbox] = set()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def begin(self) -> None:
+        """From now on `check` refuses; what runs may finish. Idempotent."""
+        self._draining = True
+
+    def check(self) -> None:
+        """Raises EngineUnavailableError once the server is shutting down."""
+        if self._draining:
+            raise EngineUnavailableError(REASON, retry_after_s=10)
+
+    def enter(self, mailbox: Mailbox) -> None:
+        """Counts an answer as under way until `leave`."""
+        self._running.add(mailbox)
+
+    def leave(self, mailbox: Mailbox) -> None:
+        self._running.discard(mailbox)
+
+    def expire(self) -> None:
+        """Ends every answer under way with an explicit error."""
+        for mailbox in self._running:
+            mailbox.put(Failed(EngineUnavailableError(f"{REASON} The grace period is over.", retry_after_s=10)))

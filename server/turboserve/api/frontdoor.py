@@ -1,0 +1,107 @@
+"""The outermost ASGI layer: every request passes here before any route is chosen.
+
+Gives the request its id, refuses oversized headers, ambiguous framing, foreign hosts and callers
+without the key, counts and logs the outcome, and answers for bugs below with a plain 500.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from turboserve.api.answers import error_response, unexpected_failure
+from turboserve.api.security import HostGuard, KeyGuard, header
+from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError, TurboServeError
+from turboserve.logs import request_id as log_request_id
+from turboserve.settings import Settings
+from turboserve.telemetry import Telemetry
+
+logger = logging.getLogger("turboserve.api")
+
+MAX_HEADER_BYTES = 64 * 1024  # ample for any client; a giant header costs us memory before we know who asks
+OPEN_PATHS = frozenset({"/health"})  # answers without a key, so that a supervisor needs no secret
+
+
+class Frontdoor:
+    """Sets `scope["state"]["request_id"]` and `["tenant"]` for the routes."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
+        self._app = app
+        self._hosts = HostGuard(settings)
+        self._keys = KeyGuard(settings.api_key)
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        visit = Visit(scope, send)
+        log_context = log_request_id.set(visit.request_id)
+        try:
+            self._admit(scope)
+            await self._app(scope, receive, visit.send)
+        except TurboServeError as error:
+            headers = {"Connection": "close"} if error.status in (400, 431) else None
+            await error_response(error, headers)(scope, receive, visit.send)
+        except Exception:
+            logger.exception("unexpected failure")
+            if visit.status is None:
+                await error_response(unexpected_failure(visit.request_id))(scope, receive, visit.send)
+        finally:
+            self._record(visit)
+            log_request_id.reset(log_context)
+
+    def _admit(self, scope: Scope) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(len(key) + len(value) + 4 for key, value in headers) > MAX_HEADER_BYTES:
+            raise HeadersTooLargeError(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
+        if header(headers, b"content-length") and header(headers, b"transfer-encoding"):
+            raise InvalidRequestError("Content-Length and Transfer-Encoding exclude each other.")
+        self._hosts.check(headers)
+        try:
+            scope["state"]["tenant"] = self._keys.tenant(headers)
+        except AuthenticationError:
+            if scope["path"] not in OPEN_PATHS:
+                raise
+
+    def _record(self, visit: Visit) -> None:
+        # 499: the client had left before a status was sent.
+        status = visit.status or 499
+        self._telemetry.http_request(visit.route, status)
+        logger.info("%s %s %d %.1f ms", visit.method, visit.route, status, visit.elapsed_ms)
+
+
+class Visit:
+    """One request as the log sees it: never its path as typed, its query or its body."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        scope.setdefault("state", {})
+        prefix = "chatcmpl-" if scope["path"] == "/v1/chat/completions" else "req-"
+        self.request_id: str = prefix + uuid.uuid4().hex
+        scope["state"]["request_id"] = self.request_id
+        self.status: int | None = None
+        self._scope = scope
+        self._send = send
+        self._start = time.perf_counter()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+        await self._send(message)
+
+    @property
+    def method(self) -> str:
+        """Bounded and printable: methods are tokens of the caller's choice."""
+        return ascii(self._scope["method"])[1:17].rstrip("'")
+
+    @property
+    def route(self) -> str:
+        """The route's template, so that labels and log lines stay few and harmless."""
+        return str(getattr(self._scope.get("route"), "path", "unmatched"))
+
+    @property
+    def elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._start) * 1000

@@ -1,0 +1,79 @@
+"""From the engine thread to the event loop: one request's events, coalesced and bounded.
+
+The engine's `put` returns at once and never blocks on a slow reader: text that has not been
+picked up yet is merged into one delta, so the mailbox holds at most one delta and one ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from turboserve.engine.protocol import Event, Failed, Finished, TextDelta
+from turboserve.errors import OverloadedError
+
+# A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
+MAX_PENDING_CHARS = 1 << 20
+
+
+class Mailbox:
+    """An `EventSink` whose other end is awaited on the event loop that made it.
+
+    The first `Finished` or `Failed` closes it; whatever arrives later is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._lock = threading.Lock()
+        self._parts: list[str] = []
+        self._num_chars = 0
+        self._ending: Finished | Failed | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once the engine has said that the request is complete."""
+        return isinstance(self._ending, Finished)
+
+    def put(self, event: Event) -> None:
+        """Any thread. Never blocks and never raises."""
+        with self._lock:
+            if self._ending is not None:
+                return
+            wake = not self._parts
+            if isinstance(event, TextDelta):
+                self._parts.append(event.text)
+                self._num_chars += len(event.text)
+                if self._num_chars > MAX_PENDING_CHARS:
+                    self._ending, wake = Failed(OverloadedError("The client reads too slowly.")), True
+            else:
+                self._ending, wake = event, True
+        if wake:
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._arrived.set)
+        except RuntimeError:  # the loop has closed: the server is exiting and nobody waits any more
+            return
+
+    async def next(self, timeout_s: float | None = None) -> Event | None:
+        """All text so far as one delta, or the ending; None after `timeout_s` of silence.
+
+        After the ending has been returned once, it is returned again.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (event := self._take()) is None:
+                    await self._arrived.wait()
+        except TimeoutError:
+            return None
+        return event
+
+    def _take(self) -> Event | None:
+        with self._lock:
+            self._arrived.clear()
+            if self._parts:
+                text, self._parts, self._num_chars = "".join(self._parts), [], 0
+                return TextDelta(text)
+            return self._ending

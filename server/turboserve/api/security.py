@@ -1,0 +1,94 @@
+"""Who may talk to us: exposure at start-up, the Host header, the API key, the tenant.
+
+Compares bytes in constant time and keeps no key in clear beyond the settings object.
+No CORS header is ever sent: web pages of other origins get nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable
+
+from turboserve.errors import AuthenticationError, ForeignHostError, StartupError
+from turboserve.settings import Settings
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and loopback addresses; a name that needs resolving counts as outside."""
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises StartupError when strangers on the network could use the server without a key."""
+    if not (is_loopback(settings.host) or settings.api_key or settings.allow_anonymous):
+        raise StartupError(
+            f"Refusing to listen on {settings.host} without a key: "
+            "set --api-key (or TURBOSERVE_API_KEY), or pass --allow-anonymous if the network is trusted."
+        )
+
+
+def header(headers: RawHeaders, name: bytes) -> bytes:
+    """The first value of a header, b"" when absent. Header names arrive in lower case."""
+    return next((value for key, value in headers if key == name), b"")
+
+
+class HostGuard:
+    """Refuses foreign Host headers, so that a web page cannot reach a local server by DNS rebinding.
+
+    Active on loopback binds, and wherever `allowed_hosts` is set; `*` in it switches the check off.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._allowed = {name.lower() for name in settings.allowed_hosts}
+        restricted = is_loopback(settings.host) or bool(self._allowed)
+        self._active = restricted and "*" not in self._allowed
+
+    def check(self, headers: RawHeaders) -> None:
+        """Raises ForeignHostError."""
+        if not self._active:
+            return
+        name = _host_name(header(headers, b"host").decode("latin-1"))
+        if not (is_loopback(name) or name in self._allowed):
+            raise ForeignHostError(
+                "This Host header is not served here; use localhost, or add the name to allowed_hosts."
+            )
+
+
+def _host_name(host_header: str) -> str:
+    """`[::1]:8000` -> `[::1]`, `localhost:8000` -> `localhost`."""
+    host = host_header.strip().lower()
+    if host.startswith("["):
+        return host[: host.find("]") + 1]
+    return host.partition(":")[0]
+
+
+class KeyGuard:
+    """Checks `Authorization: Bearer KEY` and names the caller."""
+
+    def __init__(self, api_key: str) -> None:
+        key = api_key.encode()
+        self._digest = hashlib.sha256(key).digest() if key else b""
+        self._tenant = hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
+
+    def tenant(self, headers: RawHeaders) -> str:
+        """The caller's identity, "" when no key is configured. Raises AuthenticationError.
+
+        Works on raw bytes: a key outside ASCII must fail or pass, never crash.
+        """
+        if not self._digest:
+            return ""
+        scheme, _, key = header(headers, b"authorization").partition(b" ")
+        # Digests have one length, so the comparison reveals nothing about the key's.
+        matches = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        if scheme.lower() != b"bearer" or not matches:
+            raise AuthenticationError("Missing or wrong API key: send 'Authorization: Bearer KEY'.")
+        return self._tenant

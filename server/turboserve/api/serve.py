@@ -1,0 +1,137 @@
+"""Runs the application: binds the port, serves HTTP/1.1, shuts down in order.
+
+The first SIGTERM or SIGINT begins draining: `/ready` and new requests get 503, running answers
+have `shutdown_grace_s`, then end with an explicit error. A second signal does not wait.
+Owns sockets and signals; starting and stopping the engine is the caller's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from turboserve.api.connection import connection_factory
+from turboserve.api.drain import Drain
+from turboserve.api.frontdoor import MAX_HEADER_BYTES
+from turboserve.api.security import check_exposure
+from turboserve.engine.protocol import Engine
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+
+logger = logging.getLogger("turboserve.api")
+
+# Time for the last events to reach their readers once the grace period is over.
+FLUSH_S = 1
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A listening socket on settings.host:port; port 0 takes any free one.
+
+    Raises StartupError, in one line that names the fix, when that cannot or must not be done.
+    Call it before loading a model, so that a busy port is reported at once.
+    """
+    check_exposure(settings)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as exc:
+        raise StartupError(_bind_failure(exc, settings)) from exc
+
+
+def _bind_failure(exc: OSError, settings: Settings) -> str:
+    place = f"{settings.host}:{settings.port}"
+    if exc.errno == errno.EADDRINUSE:
+        return f"{place} is in use: stop the other server or pass another --port, such as {settings.port + 1}."
+    if exc.errno == errno.EACCES:
+        return f"Not allowed to listen on {place}: pass a --port of 1024 or more."
+    return f"Cannot listen on {place} ({exc.strerror or exc}): pass --host with an address of this machine."
+
+
+def address_url(sock: socket.socket) -> str:
+    """`http://127.0.0.1:8000`."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn's server, which closes its port and cuts streams on a signal, taught to drain first."""
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, grace_s: float) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._grace_s = grace_s
+        self._expires_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signal handler. Unlike uvicorn's, it lets `run` return, so that the engine can be closed."""
+        self.force_exit = self._drain.draining
+        self._drain.begin()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called every 100 ms on the event loop; True ends serving."""
+        stop = await super().on_tick(counter)
+        return stop or (self._drain.draining and self._drained())
+
+    def _drained(self) -> bool:
+        now = time.monotonic()
+        if self._expires_at is None:
+            self._expires_at = now + self._grace_s
+            logger.info("shutting down: %d answers under way", self._drain.num_running)
+        if self._drain.num_running and now < self._expires_at and not self.force_exit:
+            return False
+        self._drain.expire()
+        return True
+
+
+def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
+    """A server not yet running; `serve(sockets=[...])` runs it on an event loop."""
+    factory = connection_factory(
+        request_timeout_s=settings.request_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
+        telemetry=app.state.telemetry,
+    )
+    config = uvicorn.Config(
+        app,
+        http=factory,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=FLUSH_S,
+    )
+    return DrainingServer(config, app.state.drain, settings.shutdown_grace_s)
+
+
+def run(
+    app: FastAPI,
+    engine: Engine,
+    settings: Settings,
+    *,
+    sock: socket.socket | None = None,
+    on_started: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until a signal has been handled, then returns; the engine is still the caller's to close.
+
+    `sock` is what `bind` returned, if it has been called already. `on_started` gets the URL once
+    connections are accepted. Raises StartupError.
+    """
+    listener = sock or bind(settings)
+    server = make_server(app, settings)
+    # The socket listens since `bind`: whoever connects from here on is answered.
+    logger.info("serving %s at %s", engine.model_id, address_url(listener))
+    if on_started is not None:
+        on_started(address_url(listener))
+    asyncio.run(server.serve(sockets=[listener]))

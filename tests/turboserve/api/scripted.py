@@ -1,0 +1,215 @@
+"""An engine without a model: one real thread that plays scripts chosen by the last message's text.
+
+Implements the Engine protocol strictly (every request ends exactly once, cancels take effect at the
+next step), so that the HTTP layer meets the timing of the real one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from turboserve.engine.protocol import (
+    ConversationStats,
+    EngineStats,
+    Event,
+    EventSink,
+    Failed,
+    Finished,
+    GenerationRequest,
+    KVBytes,
+    TextDelta,
+    Usage,
+)
+from turboserve.errors import (
+    ContextLengthError,
+    EngineFailureError,
+    EngineUnavailableError,
+    OverloadedError,
+    RequestCancelledError,
+)
+
+KV = KVBytes(tokens=100, compressed=300, exact=40, slack=20, uncompressed=40, raw_equivalent=1600)
+USAGE = Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=8, kv=KV, kv_format="4/3")
+MODEL_ID = "scripted/model"
+STEP_S = 0.002
+
+Script = Iterator[Event | None]  # None: a step in which this request has nothing to say
+
+
+def hello() -> Script:
+    for word in ("Hello", ", ", "world"):
+        yield TextDelta(word)
+    yield Finished("stop", USAGE)
+
+
+def forever() -> Script:
+    """A prefill that never ends."""
+    while True:
+        yield None
+
+
+def chatter() -> Script:
+    """A decode that never ends."""
+    while True:
+        yield TextDelta("word ")
+
+
+def flood() -> Script:
+    """Fills any socket buffer within a few steps."""
+    while True:
+        yield TextDelta("x" * 200_000)
+
+
+def slow_start() -> Script:
+    """A prefill longer than the keep-alive interval of the tests' server."""
+    yield from (None for _ in range(300))
+    yield from hello()
+
+
+def slow_failure() -> Script:
+    yield from (None for _ in range(300))
+    yield Failed(EngineFailureError("The engine failed."))
+
+
+def burst() -> Script:
+    """Two seconds of words: long enough to be caught by a shutdown."""
+    for index in range(100):
+        yield from (None for _ in range(9))
+        yield TextDelta(f"{index} ")
+    yield Finished("length", USAGE)
+
+
+def fail_first() -> Script:
+    yield Failed(ContextLengthError("The prompt has 9000 tokens; the model takes 4096.", param="messages"))
+
+
+def fail_full() -> Script:
+    yield Failed(OverloadedError("No memory for this prompt now.", retry_after_s=7))
+
+
+def fail_midway() -> Script:
+    yield TextDelta("Hel")
+    yield None
+    yield Failed(EngineFailureError("The engine failed."))
+
+
+SCRIPTS: Mapping[str, Callable[[], Script]] = {
+    script.__name__: script
+    for script in (forever, chatter, flood, slow_start, slow_failure, burst, fail_first, fail_full, fail_midway)
+}
+
+
+@dataclass
+class Job:
+    request: GenerationRequest
+    sink: EventSink
+    script: Script
+
+
+class ScriptedEngine:
+    """`received` keeps every submitted request; `unready`, `full` and `dead` inject faults."""
+
+    def __init__(self) -> None:
+        self.received: list[GenerationRequest] = []
+        self.cancelled: list[str] = []
+        self.unready: str | None = None
+        self.full = False
+        self.dead = False
+        self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._submitted = 0
+        self._ended = 0
+        self._cancels: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scripted-engine")
+        self._thread.start()
+
+    model_id = MODEL_ID
+    created = 1_700_000_000
+
+    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+        if self.dead:
+            raise EngineUnavailableError("The engine thread has died.")
+        if self.full:
+            raise OverloadedError("The queue is full.", retry_after_s=3)
+        self.received.append(request)
+        self._submitted += 1
+        script = SCRIPTS.get(str(request.messages[-1]["content"]), hello)
+        self._inbox.put(Job(request, sink, script()))
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self._cancels.put(request_id)
+
+    def unready_reason(self) -> str | None:
+        return self.unready
+
+    def stats(self) -> EngineStats:
+        held = ConversationStats("c1", "idle", KV, hits=2, idle_s=1.5)
+        return EngineStats(
+            model_id=MODEL_ID,
+            kv_format="4/3",
+            kv_backend="scripted",
+            model_dtype="float32",
+            kv=KV,
+            kv_budget_bytes=4000,
+            kv_token_bytes=4.0,
+            kv_token_raw_bytes=16.0,
+            max_context_tokens=4096,
+            num_running=self.num_live,
+            num_waiting=0,
+            conversations=(held, replace(held, conversation_id="c2", tier="running")),
+            layers_compressed=4,
+            layers_uncompressed=1,
+            details={"codec": "scripted"},
+        )
+
+    @property
+    def num_live(self) -> int:
+        """Requests submitted and not yet ended."""
+        return self._submitted - self._ended
+
+    def wait_idle(self, timeout_s: float = 5.0) -> None:
+        """Fails the test when a request is left behind."""
+        deadline = time.monotonic() + timeout_s
+        while self.num_live:
+            assert time.monotonic() < deadline, f"{self.num_live} requests were left in the engine"
+            time.sleep(0.002)
+
+    def wait_live(self, count: int = 1, timeout_s: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.num_live < count:
+            assert time.monotonic() < deadline, "the request never reached the engine"
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._step()
+            time.sleep(STEP_S)
+
+    def _step(self) -> None:
+        while not self._inbox.empty():
+            job = self._inbox.get()
+            self._jobs[job.request.request_id] = job
+        while not self._cancels.empty():
+            job_or_none = self._jobs.get(self._cancels.get())
+            if job_or_none is not None:
+                self._deliver(job_or_none, Failed(RequestCancelledError("cancelled")))
+        for job in list(self._jobs.values()):
+            event = next(job.script)
+            if event is not None:
+                self._deliver(job, event)
+
+    def _deliver(self, job: Job, event: Event) -> None:
+        job.sink.put(event)
+        if isinstance(event, Finished | Failed):
+            del self._jobs[job.request.request_id]
+            self._ended += 1

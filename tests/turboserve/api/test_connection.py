@@ -1,0 +1,191 @@
+"""Connections that misbehave, over plain sockets: leaving, stalling, dawdling, talking nonsense."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from tests.turboserve.api.conftest import Service, raw_request, read_all
+
+
+def body_for(script: str, *, stream: bool) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": script}], "stream": stream}).encode()
+
+
+@pytest.mark.parametrize("farewell", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("script", ["forever", "chatter"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_cancels_at_once(service: Service, farewell: str, script: str, stream: bool) -> None:
+    """In prefill and in decode, streaming or not, however the client goes."""
+    sock = service.connect()
+    sock.sendall(raw_request(body_for(script, stream=stream)))
+    service.engine.wait_live()
+    if stream and script == "chatter":
+        assert sock.recv(12) == b"HTTP/1.1 200"
+    if farewell == "half-close":
+        sock.shutdown(socket.SHUT_WR)
+    elif farewell == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    if farewell != "half-close":
+        sock.close()
+    service.wait_quiet(timeout_s=2)
+    assert service.engine.cancelled[-1] == service.engine.received[-1].request_id
+    sock.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_while_pipelining_is_noticed(service: Service, stream: bool) -> None:
+    request = raw_request(body_for("forever", stream=stream))
+    with service.connect() as sock:
+        sock.sendall(request + request)
+        service.engine.wait_live()
+        time.sleep(0.05)
+    service.wait_quiet(timeout_s=2)
+
+
+def test_leaving_with_half_a_body(service: Service) -> None:
+    received = len(service.engine.received)
+    with service.connect() as sock:
+        sock.sendall(raw_request(body_for("hi", stream=False))[:-5])
+    service.wait_quiet()
+    assert len(service.engine.received) == received
+
+
+def test_a_stalled_reader_is_cancelled_and_its_socket_freed(service: Service) -> None:
+    with service.connect(receive_buffer_bytes=4096) as sock:
+        sock.sendall(raw_request(body_for("flood", stream=True)))
+        service.engine.wait_live()
+        service.wait_quiet(timeout_s=5)
+        deadline = time.monotonic() + 5
+        while service.served(sock):
+            assert time.monotonic() < deadline, "the stalled connection was kept"
+            time.sleep(0.01)
+    assert 'turboserve_http_disconnects_total{kind="stalled"}' in service.telemetry.exposition().decode()
+
+
+def test_a_slow_but_steady_reader_is_served(service: Service) -> None:
+    with service.connect() as sock:
+        sock.sendall(raw_request(body_for("burst", stream=True), "Connection: close"))
+        received = b""
+        while chunk := sock.recv(512):
+            received += chunk
+    # Longer than every deadline of this server, and yet complete.
+    assert b"99 " in received and b"[DONE]" in received
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localho",
+        raw_request(b'{"messages"')[:-3] + b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+    ids=["headers", "body", "chunk"],
+)
+def test_dawdling_requests_get_408(service: Service, part: bytes) -> None:
+    with service.connect() as sock:
+        sock.sendall(part)
+        reply = read_all(sock)
+    assert reply.startswith(b"HTTP/1.1 408")
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+def test_drop_by_drop_does_not_extend_the_deadline(service: Service) -> None:
+    with service.connect() as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        start = time.monotonic()
+        sock.settimeout(0.05)
+        reply = b""
+        while not reply:
+            assert time.monotonic() - start < 5, "headers may dribble for ever"
+            sock.sendall(b"a: b\r\n")
+            try:
+                reply = sock.recv(100)
+            except TimeoutError:
+                continue
+    assert reply.startswith(b"HTTP/1.1 408")
+
+
+def test_silent_connections_are_closed(service: Service) -> None:
+    with service.connect() as sock:
+        assert read_all(sock) == b""
+
+
+def test_keepalive_connections_get_a_new_deadline_each(service: Service) -> None:
+    with service.connect() as sock:
+        for _ in range(3):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += sock.recv(4096)
+            assert reply.startswith(b"HTTP/1.1 200")
+            time.sleep(0.3)
+
+
+@pytest.mark.parametrize("num_bytes", [70_000, 200_000, 4_000_000])
+def test_giant_headers_get_431(service: Service, num_bytes: int) -> None:
+    with service.connect() as sock:
+        with contextlib.suppress(ConnectionError):  # the server need not take it all
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * num_bytes + b"\r\n\r\n")
+        reply = read_all(sock)
+    assert reply.startswith(b"HTTP/1.1 431") and b"headers_too_large" in reply
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,
+        b"hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
+        b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["tls", "words", "no-host", "negative-length", "both-framings", "two-lengths", "nul-path", "bad-chunk"],
+)
+def test_nonsense_gets_400_and_a_close(service: Service, nonsense: bytes) -> None:
+    with service.connect() as sock:
+        sock.sendall(nonsense)
+        reply = read_all(sock)
+    assert reply.startswith(b"HTTP/1.1 400")
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_answers_do_not_wait_for_acknowledgements(service: Service) -> None:
+    with service.connect() as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sock.recv(4096)
+        link = service.served(sock)
+        assert link is not None
+        accepted = link.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_many_idle_connections_do_not_hinder(service: Service, client: httpx.Client) -> None:
+    socks = [service.connect() for _ in range(200)]
+    try:
+        assert client.get("/health").status_code == 200
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_no_line_of_the_log_carries_prompt_or_path(
+    service: Service, client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", logger="turboserve"):
+        body = {"messages": [{"role": "user", "content": "battery staple"}]}
+        client.post("/v1/chat/completions", json=body)
+        client.get("/forged%0Aline")
+        service.wait_quiet()
+    assert "POST /v1/chat/completions 200" in caplog.text and "GET unmatched 404" in caplog.text
+    assert "staple" not in caplog.text and "forged" not in caplog.text
