@@ -52,6 +52,7 @@ def encode(x: Real, bits: int, rotation: Real, mean: Real | None = None, scale: 
     with np.errstate(invalid="ignore"):  # inf - inf, on its way to a NaN scale
         y = centred @ np.asarray(rotation, np.float64).T
         rms = np.sqrt(np.mean(y * y, axis=-1))
+        rms = np.where(np.isinf(rms), np.nan, rms)  # else the clamp below would hide an infinity
         z = y / np.where(rms == 0, 1.0, rms)[..., None]  # unit variance, or all zeros
         codes = quantise(z, bits)
         stored = np.minimum(rms * fitted_scale(z, codes, bits, scale), FLOAT16_MAX)
