@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from turboserve import logs
@@ -20,6 +21,7 @@ from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from turboquant_kv.blas import BlasStatus
     from turboserve.api.drain import Drain
     from turboserve.engine.engine import TurboEngine
 
@@ -37,7 +39,7 @@ def run(settings: Settings) -> None:
     blas = load_backend()
     say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     telemetry = Telemetry()
-    engine = _make_engine(settings, telemetry)
+    engine = _make_engine(settings, telemetry, blas)
     app = create_app(engine, settings, telemetry)
     starter = _Starter(engine, settings, app.state.drain)
     try:
@@ -48,14 +50,19 @@ def run(settings: Settings) -> None:
         raise starter.error
 
 
-def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
-    # Late, because both import MLX, which must find the interposed BLAS.
+def _make_engine(settings: Settings, telemetry: Telemetry, blas: BlasStatus) -> TurboEngine:
+    # Late, because all of these import MLX, which must find the interposed BLAS.
     from turboserve.engine import loading
     from turboserve.engine.engine import TurboEngine
+    from turboserve.engine.parts import EngineParts, Progress
+    from turboserve.engine.resolve import model_id_for
 
-    return TurboEngine(
-        settings, loading.build_parts, model_id=loading.model_id_for(settings), telemetry=telemetry, progress=say
-    )
+    def build(settings: Settings, progress: Progress) -> EngineParts:
+        parts = loading.build_parts(settings, progress)
+        return replace(parts, details={**parts.details, "blas": blas.describe()})
+
+    model_id = model_id_for(settings.model, settings.served_model_name)
+    return TurboEngine(settings, build, model_id=model_id, telemetry=telemetry, progress=say)
 
 
 class _Starter:
