@@ -8,7 +8,7 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from turboserve.models.tiny import MODEL_PATH
+from turboserve.models.tiny.evaluate import load
 from turboserve.models.tiny.prompts import is_right, load_prompts, load_texts, select, spread
 from turboserve.models.tiny.training import chat
 
@@ -24,15 +24,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    model, tokenizer = mlx_lm.load(str(MODEL_PATH))[:2]
-    return model, tokenizer
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
+    return load()
 
 
 def words(rng: random.Random) -> str:
@@ -54,7 +46,8 @@ def conversation(rng: random.Random) -> list[dict[str, Any]]:
     return messages
 
 
-def test_chat_template_is_the_trained_format(loaded: tuple[Any, Any], rng: random.Random) -> None:
+def test_chat_template_is_the_trained_format(loaded: tuple[Any, Any], seed: int) -> None:
+    rng = random.Random(seed)
     for _ in range(50):
         messages, tools = conversation(rng), rng.choice([None, [WEATHER], [WEATHER, WEATHER]])
         ours = "".join(text for text, _ in chat.render(messages, tools))

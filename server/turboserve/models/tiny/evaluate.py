@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
-from turboquant_kv.calibration import calibration_for
-from turboquant_kv.runtime import KVRuntime
 
+from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.format import KVFormat
+from turboquant_kv.runtime import KVRuntime
 from turboserve.models.tiny import MODEL_PATH
 from turboserve.models.tiny.prompts import Prompt, Text, is_right, load_prompts, load_texts, select, tool_calls
 
@@ -53,12 +54,11 @@ class Answer:
     valid: bool | None
 
 
-def load(folder: Path = MODEL_PATH, float32: bool = True) -> tuple[nn.Module, Any]:
+def load(folder: Path = MODEL_PATH, float32: bool = True) -> tuple[Any, Any]:
     """Model and tokenizer of a local folder; `float32` expands 8-bit and bf16 weights, which a CPU runs faster."""
     model, tokenizer = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": False})[:2]
     if float32:
-        if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
-            model = dequantize_model(model)
+        model = dequantize_model(model)
         model.update(tree_map(_to_float32, model.parameters()))
         mx.eval(model.parameters())
     return model, tokenizer
@@ -68,6 +68,7 @@ def _to_float32(parameter: mx.array) -> mx.array:
     return parameter.astype(mx.float32) if mx.issubdtype(parameter.dtype, mx.floating) else parameter
 
 
+@cache
 def weights_fingerprint(folder: Path = MODEL_PATH) -> str:
     """Hash of the weight files, under which calibrated means are stored."""
     digest = hashlib.sha256()
@@ -76,12 +77,16 @@ def weights_fingerprint(folder: Path = MODEL_PATH) -> str:
     return digest.hexdigest()[:16]
 
 
-def runtime_for(model: nn.Module, tokenizer: Any, fmt: KVFormat | None, folder: Path = MODEL_PATH) -> KVRuntime:
+def calibration_of(model: Any, tokenizer: Any, fmt: KVFormat | None, folder: Path = MODEL_PATH) -> Calibration | None:
+    """The model's means where the format is centred."""
+    if fmt is None or not fmt.centred:
+        return None
+    return calibration_for(model, tokenizer, CACHE_DIR, weights_fingerprint(folder))
+
+
+def runtime_for(model: Any, tokenizer: Any, fmt: KVFormat | None, folder: Path = MODEL_PATH) -> KVRuntime:
     """Caches of one format, calibrated if it is centred; None gives mlx-lm's own caches."""
-    calibration = None
-    if fmt is not None and fmt.centred:
-        calibration = calibration_for(model, tokenizer, CACHE_DIR, fmt, weights_fingerprint(folder))
-    return KVRuntime(model, fmt, calibration=calibration)
+    return KVRuntime(model, fmt, calibration=calibration_of(model, tokenizer, fmt, folder))
 
 
 def parse_format(name: str) -> KVFormat | None:
@@ -90,14 +95,14 @@ def parse_format(name: str) -> KVFormat | None:
 
 
 def text_losses(
-    model: nn.Module, tokenizer: Any, runtime: KVRuntime, texts: Iterable[Text], num_tokens: int = PERPLEXITY_TOKENS
+    model: Any, tokenizer: Any, runtime: KVRuntime, texts: Iterable[Text], num_tokens: int = PERPLEXITY_TOKENS
 ) -> Iterator[tuple[str, list[float]]]:
     """(source, losses in nats of tokens 1..) of the first `num_tokens` tokens of each text, teacher-forced."""
     for item in texts:
         ids = mx.array(tokenizer.encode(item.text, add_special_tokens=False)[:num_tokens])[None]  # (1, T)
         caches = runtime.make_cache()
         logits = model(ids[:, :-1], cache=caches).astype(mx.float32)  # (1, T-1, vocabulary)
-        losses: list[float] = nn.losses.cross_entropy(logits, ids[:, 1:])[0].tolist()
+        losses: Any = nn.losses.cross_entropy(logits, ids[:, 1:])[0].tolist()
         runtime.release(caches)
         yield item.source, losses
 
@@ -111,7 +116,7 @@ def perplexity(losses: Iterable[tuple[str, list[float]]]) -> dict[str, float]:
     return {source: math.exp(sum(values) / len(values)) for source, values in sorted(by_source.items())}
 
 
-def ask(model: nn.Module, tokenizer: Any, runtime: KVRuntime, prompt: Prompt) -> Answer:
+def ask(model: Any, tokenizer: Any, runtime: KVRuntime, prompt: Prompt) -> Answer:
     """The greedy answer to one prompt, in a cache of its own."""
     ids = tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, add_generation_prompt=True)
     caches = runtime.make_cache()
