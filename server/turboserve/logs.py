@@ -18,8 +18,8 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request being handled in this context; empty outside of requests."""
 
-# Libraries that report every connection or file at INFO.
-_CHATTY = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio")
+# They report every connection, file or step at INFO; uvicorn's steps are logged by turboserve.api already.
+_CHATTY = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio", "uvicorn.error")
 
 
 def escape_controls(text: str) -> str:

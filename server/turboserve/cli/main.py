@@ -79,9 +79,9 @@ def serve_command(
     """Serve MODEL over HTTP."""
     flags = {key: value for key, value in locals().items() if key != "config_file"}
     settings = config.resolve(flags, config_file)
-    from turboserve.cli import serve  # late: brings in the HTTP stack, and MLX by and by
+    from turboserve.cli.serve import run  # late: brings in the HTTP stack, and MLX by and by
 
-    serve.run(settings)
+    run(settings)
 
 
 @app.command("doctor")

@@ -10,6 +10,7 @@ import shlex
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turboserve import logs
@@ -38,6 +39,7 @@ def run(settings: Settings) -> None:
     listener = http.bind(settings)  # before the model: a busy port is worth knowing at once
     blas = load_backend()
     say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
+    _check_local_model(settings.model)
     telemetry = Telemetry()
     engine = _make_engine(settings, telemetry, blas)
     app = create_app(engine, settings, telemetry)
@@ -48,6 +50,14 @@ def run(settings: Settings) -> None:
         engine.stop()  # answers under way had their grace period in `http.run`
     if starter.error is not None:
         raise starter.error
+
+
+def _check_local_model(model: str) -> None:
+    """Report a mistyped folder before anything starts. Raises StartupError. OWNER/NAME may be a download: later."""
+    from turboserve.engine.resolve import read_config, resolve_folder
+
+    if model.count("/") != 1 or Path(model).expanduser().exists():
+        read_config(resolve_folder(model))
 
 
 def _make_engine(settings: Settings, telemetry: Telemetry, blas: BlasStatus) -> TurboEngine:

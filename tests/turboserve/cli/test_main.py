@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,13 @@ from turboserve.errors import StartupError
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def run(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, started from the repository root like a developer would."""
     paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "server")])
     clean = {key: value for key, value in os.environ.items() if not key.startswith("TURBOSERVE_")}
     return subprocess.run(
         [sys.executable, "-m", "turboserve", *args],
-        cwd=cwd,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -79,9 +80,15 @@ def test_exposed_without_key_is_refused_before_anything_is_loaded() -> None:
     assert "--api-key" in result.stderr
 
 
-def test_busy_port_is_one_line() -> None:
-    import socket
+@pytest.mark.parametrize("model", ["/no/such/folder", "no-such-folder", "./no/such/folder"])
+def test_missing_model_is_one_line(model: str) -> None:
+    result = run("serve", model, "--port", "0")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"turboserve: There is no folder {model}")
+    assert result.stderr.count("\n") == 1
 
+
+def test_busy_port_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", "--port", str(taken.getsockname()[1]))
     assert result.returncode == 1
