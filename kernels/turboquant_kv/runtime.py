@@ -148,14 +148,13 @@ class KVRuntime:
 
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
-        usable = length
+        num_tokens = max((num_tokens_of(cache) for cache in caches), default=0)
+        usable = min(length, num_tokens)
         for cache in caches:
             if isinstance(cache, TurboQuantKVCache):
-                usable = min(usable, 0 if cache.sequence is None else cache.sequence.exact_cut(usable))
-            elif type(cache) is KVCache:
-                usable = min(usable, cache.offset)
-            elif num_tokens_of(caches[0]) != usable:  # rings and recurrent state exist at their end only
-                return 0
+                usable = 0 if cache.sequence is None else cache.sequence.exact_cut(usable)
+            elif type(cache) is not KVCache and usable < num_tokens:
+                return 0  # rings and recurrent state exist at their end only
         return usable
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:

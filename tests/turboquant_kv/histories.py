@@ -45,7 +45,7 @@ class History:
 
     @property
     def num_tokens(self) -> int:
-        return self.k.shape[1]
+        return int(self.k.shape[1])
 
     def slice(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """Keys and values (1, H, T, D) as a model would hand them over."""

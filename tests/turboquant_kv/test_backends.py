@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from tests.turboquant_kv.histories import (
     History,
     as_float64,
@@ -16,6 +18,7 @@ from tests.turboquant_kv.histories import (
     random_queries,
     relative_error,
 )
+
 from turboquant_kv import reference
 from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape
@@ -102,7 +105,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_the_references(backend: str, dtype: object, case: tuple, rng: np.random.Generator) -> None:  # type: ignore[type-arg]
+def test_attention_is_the_references(backend: str, dtype: Any, case: Any, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits) = case
     fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
     num_tokens = int(rng.integers(3 * page, 6 * page + sink))
@@ -111,7 +114,7 @@ def test_attention_is_the_references(backend: str, dtype: object, case: tuple, r
     cache = new_cache(fmt, backend, means)
     scale = k_dim**-0.5
     cuts = random_cuts(rng, num_tokens, 5)
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         q = random_queries(rng, num_q, stop - start, k_dim, dtype)
         out = feed(cache, history, start, stop, q, scale)
         assert out.dtype == dtype
@@ -142,7 +145,8 @@ def test_sinks_windows_and_masks(backend: str, kind: str, rng: np.random.Generat
     cache = new_cache(fmt, backend, means)
     feed(cache, history, 0, start, random_queries(rng, 4, start, 64, mx.float32), 0.125)
     q = random_queries(rng, 4, num_tokens - start, 64, mx.float32)
-    want_options, given = {}, {}
+    want_options: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     causal = np.arange(num_tokens)[None] <= np.arange(start, num_tokens)[:, None]
     if kind == "sinks":
         sinks = rng.standard_normal(4).astype(np.float32) + 2

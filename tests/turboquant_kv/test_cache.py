@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import cache as mlx_lm_cache
-
 from tests.turboquant_kv.histories import (
     History,
     as_float64,
@@ -21,6 +21,7 @@ from tests.turboquant_kv.histories import (
     random_queries,
     relative_error,
 )
+
 from turboquant_kv import attention
 from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache, UnsupportedModelError
 from turboquant_kv.format import KVFormat
@@ -35,7 +36,7 @@ def filled(
 ) -> TurboQuantKVCache:
     cache = new_cache(FMT, backend, means)
     edges = random_cuts(rng, stop, cuts)
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         feed(cache, history, a, b, random_queries(rng, Q_HEADS, b - a, DIM, history.dtype), SCALE)
     return cache
 
@@ -71,7 +72,7 @@ def test_a_batch_of_unequal_rows_equals_each_alone(backend: str, rng: np.random.
     for i in range(3):
         q = mx.concatenate([random_queries(rng, Q_HEADS, 1, DIM, mx.float32) for _ in lengths])
         k, v = (
-            mx.concatenate(side)
+            mx.concatenate(list(side))
             for side in zip(*(h.slice(n + i, n + i + 1) for h, n in zip(histories, lengths, strict=True)), strict=True)
         )
         batch.update_and_fetch(k, v)
@@ -93,7 +94,7 @@ def test_a_right_padded_prompt_equals_each_alone(backend: str, rng: np.random.Ge
     outputs = []
     for a in range(0, longest, chunk):
         b = min(longest, a + chunk)
-        k, v = (mx.concatenate(side) for side in zip(*(h.slice(a, b) for h in histories), strict=True))
+        k, v = (mx.concatenate(list(side)) for side in zip(*(h.slice(a, b) for h in histories), strict=True))
         batch.update_and_fetch(k, v)
         outputs.append(batch.attend(q[:, :, a:b], scale=SCALE, mask=batch.make_mask(b - a), sinks=None))
     batch.finalize()

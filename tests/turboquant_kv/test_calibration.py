@@ -1,0 +1,99 @@
+"""Calibrated means: what they are, and that no damaged file is ever used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from tests.turboquant_kv import small_models
+
+from turboquant_kv import calibration
+from turboquant_kv.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
+
+WEIGHTS = "0123abcd"
+
+
+class ByteTokenizer:
+    """Bytes as token ids, folded into the small models' vocabulary."""
+
+    calls = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.calls += 1
+        return [b % small_models.VOCAB for b in text.encode()]
+
+
+def tokens(rng: np.random.Generator, n: int) -> list[int]:
+    return [int(t) for t in rng.integers(0, small_models.VOCAB, n)]
+
+
+def same(a: Calibration, b: Calibration) -> bool:
+    return a.layers.keys() == b.layers.keys() and all(
+        np.array_equal(a.layers[i].k, b.layers[i].k) and np.array_equal(a.layers[i].v, b.layers[i].v) for i in a.layers
+    )
+
+
+def test_means_are_those_of_the_cache_after_the_first_tokens(rng: np.random.Generator) -> None:
+    model, text = small_models.dense(), tokens(rng, 300)
+    measured = calibrate(model, text)
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([text]), cache=caches))
+    for i, cache in enumerate(caches):
+        k, v = (np.array(x)[0, :, calibration.SKIPPED_TOKENS :].mean(axis=1) for x in cache.keys_and_values())
+        np.testing.assert_allclose(measured.layers[i].k, k, atol=1e-4)
+        np.testing.assert_allclose(measured.layers[i].v, v, atol=1e-4)
+
+
+def test_only_plain_kv_layers_are_measured(rng: np.random.Generator) -> None:
+    assert set(calibrate(small_models.sliding(), tokens(rng, 80)).layers) == {2}
+    assert set(calibrate(small_models.recurrent(), tokens(rng, 80)).layers) == {1}
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 64 tokens"):
+        calibrate(small_models.dense(), [1] * 64)
+
+
+def test_it_is_measured_once_per_model(tmp_path: Path) -> None:
+    model, tokenizer = small_models.dense(), ByteTokenizer()
+    first = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    second = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    assert tokenizer.calls == 1
+    assert same(first, second)
+    calibration_for(model, tokenizer, tmp_path, "other weights")
+    assert tokenizer.calls == 2
+
+
+def _flip(data: bytes) -> bytes:
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+@pytest.mark.parametrize("damage", [_flip, lambda d: d[:-9], lambda d: b"", lambda d: b"\xff" * len(d)])
+def test_damaged_files_are_measured_again(damage: Any, tmp_path: Path) -> None:
+    model, tokenizer = small_models.dense(), ByteTokenizer()
+    first = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    path = next(tmp_path.rglob("*.safetensors"))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CalibrationFileError):
+        calibration.load(path, WEIGHTS)
+    assert same(calibration_for(model, tokenizer, tmp_path, WEIGHTS), first)
+    assert tokenizer.calls == 2
+    calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    assert tokenizer.calls == 2, "the damaged file was replaced"
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    calibration_for(small_models.dense(), ByteTokenizer(), tmp_path, WEIGHTS)
+    with pytest.raises(CalibrationFileError, match="other weights"):
+        calibration.load(next(tmp_path.rglob("*.safetensors")), "ffff")
+
+
+def test_a_folder_that_cannot_be_written_only_costs_the_next_measurement(tmp_path: Path) -> None:
+    (tmp_path / "calibration").write_text("a file where the folder should be")
+    measured = calibration_for(small_models.dense(), ByteTokenizer(), tmp_path, WEIGHTS)
+    assert "not stored" in measured.origin
+    assert set(measured.layers) == {0, 1}
