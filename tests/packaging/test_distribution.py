@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 import tomllib
 from importlib import metadata, resources
 from pathlib import Path
@@ -43,6 +45,21 @@ def test_backends_are_extras_on_linux_and_nothing_on_macos(extra: str, backend: 
 def test_backends_exclude_each_other() -> None:
     (conflict,) = PROJECT["tool"]["uv"]["conflicts"]
     assert {entry["extra"] for entry in conflict} == {"cpu", "cuda12", "cuda13"}
+
+
+def test_what_is_imported_is_declared_and_nothing_more() -> None:
+    imported = set()
+    for file in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "server").rglob("*.py")]:
+        if "training" not in file.parts:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                    imported.add(node.module.partition(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"turboserve", "turboquant_kv", "pydantic_core"}
+    declared = {requirement.name.replace("-", "_") for requirement in REQUIREMENTS}
+    # transformers is capped because mlx-lm needs it; scipy_openblas32 is found, never imported.
+    assert foreign | {"transformers", "scipy_openblas32"} == declared
 
 
 def test_openblas_is_for_linux_only() -> None:
