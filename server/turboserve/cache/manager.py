@@ -226,7 +226,7 @@ class CacheManager:
             source.last_used_s = now_s
             source.hits += 1
             lease = Lease(
-                conversation_id=source.conversation_id,
+                conversation_id=source.conversation_id if match.is_continuation else _new_id(),
                 salt=salt,
                 caches=caches,
                 cached_len=match.usable_len,
@@ -234,7 +234,7 @@ class CacheManager:
                 reserved_bytes=reserved,
                 source=source,
                 source_bytes=source_bytes,
-                hits=source.hits,
+                hits=source.hits if match.is_continuation else 0,
             )
         self.leases.append(lease)
         return lease

@@ -16,6 +16,10 @@ from turboserve.cache.policy import Tokens, common_prefix_len
 from turboserve.cache.runtime import CacheBytes, CacheRuntime, Caches, total_bytes
 
 
+# A shorter match saves less than forking costs, and says only that both use the same chat template.
+MIN_REUSED_TOKENS = 16
+
+
 @dataclass(slots=True, eq=False)
 class Conversation:
     """`tokens` (int32, (T,)) are exactly those whose keys and values `caches` hold."""
@@ -36,6 +40,7 @@ class Conversation:
 class Match(NamedTuple):
     conversation: Conversation
     usable_len: int  # tokens whose cache can be reused without loss
+    is_continuation: bool  # all of the conversation's tokens begin the prompt, not just some
 
 
 class SessionStore:
@@ -66,8 +71,8 @@ class SessionStore:
             if best is not None and common <= best.usable_len:
                 break
             usable = self._runtime.usable_prefix(conversation.caches, min(common, len(prompt) - 1))
-            if usable > (best.usable_len if best is not None else 0):
-                best = Match(conversation, usable)
+            if usable >= MIN_REUSED_TOKENS and (best is None or usable > best.usable_len):
+                best = Match(conversation, usable, common == len(conversation.tokens))
         return best
 
     def superseded_by(self, salt: str, tokens: Tokens, caches: Caches) -> list[Conversation]:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
+
 from turboserve.engine import scheduler
 from turboserve.engine.loop import Clock, StepLoop
 from turboserve.engine.parts import EngineParts, Progress
@@ -162,6 +164,7 @@ class TurboEngine:
             self._die(loop, exc)
         finally:
             self._is_ready_or_dead.set()
+            mx.clear_streams()  # this thread's; left alive, their workers abort the process at exit (mlx 0.32)
 
     def _load(self) -> StepLoop:
         parts = self._build(self._settings, self._progress)

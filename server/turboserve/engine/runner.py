@@ -158,17 +158,20 @@ class Runner:
 
     def _try_row(self, row: Sequence, caches: list[Any]) -> int | Exception | None:
         """One decode step of one row, which joins the new batch when it works."""
-        row.caches = caches
         batch = self._merge([caches])
         try:
             logits = self._forward([[row.newest_token()]], batch)
+            row.caches = [cache.extract(0) for cache in batch]
         except _DeviceError:
-            row.caches = None
+            self._runtime.release(caches)
             return None
         except Exception as exc:
-            log.warning("request %s fails alone as well: %r", row.request_id, exc)
-            return exc
-        row.caches = [cache.extract(0) for cache in batch]
+            log.warning("request %s fails alone as well", row.request_id, exc_info=True)
+            row.caches = caches
+            return exc.with_traceback(None)  # its frames would keep caches alive
+        finally:
+            self._runtime.release(batch)
+        self._runtime.release(caches)
         row.cache_len += 1
         token = _draw(logits, [row])[0]
         self.join(row)

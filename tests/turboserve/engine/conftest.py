@@ -1,15 +1,16 @@
-"""Shared fixtures: printed seeds, a small random model, an in-memory event sink."""
+"""Shared by the engine's tests: one small random model per run."""
 
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
-import numpy as np
 import pytest
+from tests.turboserve.engine.fakes import random_model
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
+@pytest.fixture(scope="session")
+def model() -> Any:
     seed = secrets.randbits(32)
-    print(f"seed {seed}")  # shown by pytest when the test fails
-    return np.random.default_rng(seed)
+    print(f"model seed {seed}")  # shown by pytest when the first test that uses it fails
+    return random_model(seed)

@@ -1,0 +1,225 @@
+"""One request's failure is its own: the others' tokens are those of an undisturbed run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
+
+from turboquant_kv.format import KVFormat
+from turboserve.engine.loop import StepLoop
+from turboserve.engine.sequence import Stage
+from turboserve.errors import EngineFailureError, OverloadedError
+
+FORMATS = [None, KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)]
+NUM_REQUESTS = 4
+VICTIM = 2
+FAIL_AT = 6  # answer tokens of the victim before it fails
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: "f16" if fmt is None else fmt.name)
+def loop(request: pytest.FixtureRequest, model: Any) -> StepLoop:
+    return make_loop(make_parts(model, fmt=request.param))
+
+
+@pytest.fixture
+def prompts(rng: np.random.Generator) -> list[str]:
+    return [text_of([int(t) for t in rng.integers(0, 256, n)]) for n in (5, 40, 21, 33)]
+
+
+def start(loop: StepLoop, prompts: list[str]) -> list[Sink]:
+    return add(loop, *(request(f"r{i}", p, max_tokens=30, tenant=str(i)) for i, p in enumerate(prompts)))
+
+
+def undisturbed(loop: StepLoop, prompts: list[str]) -> list[list[int]]:
+    """Tokens of all requests, from a loop of the same kind that nothing happens to."""
+    other = make_loop(make_parts(loop._parts.loaded.model, fmt=loop._parts.runtime.fmt))
+    sinks = start(other, prompts)
+    while other.has_work:
+        other.step()
+    return [s.tokens for s in sinks]
+
+
+def step_until_victim_has(loop: StepLoop, sinks: list[Sink], num_tokens: int) -> Any:
+    while len(sinks[VICTIM].tokens) < num_tokens:
+        loop.step()
+    return next(s for s in loop._running if s.request_id == f"r{VICTIM}")
+
+
+def finish(loop: StepLoop) -> None:
+    while loop.has_work:
+        loop.step()
+    assert not loop._parts.manager.leases
+    loop._parts.manager.check_integrity()
+
+
+def assert_only_victim_failed(sinks: list[Sink], expected: list[list[int]]) -> None:
+    assert isinstance(sinks[VICTIM].error, EngineFailureError)
+    assert sinks[VICTIM].tokens == expected[VICTIM][: len(sinks[VICTIM].tokens)]
+    for i in set(range(NUM_REQUESTS)) - {VICTIM}:
+        assert sinks[i].tokens == expected[i]
+
+
+class Broken:
+    """Raises at any use."""
+
+    is_plain_greedy = False
+
+    def sample(self, logits: mx.array) -> mx.array:
+        raise RuntimeError("injected")
+
+    def add(self, token: int) -> None:
+        raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("part", ["sampler", "text"])
+def test_a_failing_sampler_or_text_ends_its_row_only(loop: StepLoop, prompts: list[str], part: str) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    victim = step_until_victim_has(loop, sinks, FAIL_AT)
+    setattr(victim, part, Broken())
+    if part == "text":
+        victim.sampler = type("Accepts", (), {"is_plain_greedy": True, "accept": lambda self, token: None})()
+    finish(loop)
+    assert_only_victim_failed(sinks, expected)
+
+
+def test_a_reader_that_raises_ends_its_request_only(loop: StepLoop, prompts: list[str]) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    victim = step_until_victim_has(loop, sinks, FAIL_AT)
+    victim.sink = type("Gone", (), {"put": lambda self, event: 1 / 0})()
+    finish(loop)
+    assert victim.stage is Stage.ENDED and len(sinks[VICTIM].tokens) == FAIL_AT
+    for i in set(range(NUM_REQUESTS)) - {VICTIM}:
+        assert sinks[i].tokens == expected[i]
+
+
+@pytest.fixture
+def poison(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Makes the second layer raise for batches that `when` recognises by its cache's row lengths."""
+    plan: dict[str, Any] = {"when": lambda lengths: False, "error": RuntimeError}
+    attention = model.layers[1].self_attn
+    original = type(attention).__call__
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        out = original(self, x, mask, cache)
+        if self is attention and cache is not None and plan["when"](row_lengths(cache)):
+            raise plan["error"]("injected")
+        return out
+
+    monkeypatch.setattr(type(attention), "__call__", call)
+    yield plan
+
+
+def row_lengths(cache: Any) -> list[int]:
+    offset = cache.offset
+    return [int(n) for n in np.array(offset).reshape(-1)]
+
+
+def test_a_row_that_breaks_the_batched_step_is_found(
+    loop: StepLoop, prompts: list[str], poison: dict[str, Any]
+) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    victim = step_until_victim_has(loop, sinks, FAIL_AT)
+    fatal_len = victim.cache_len + 1  # rows are told apart by their lengths
+    poison["when"] = lambda lengths: fatal_len in lengths
+    loop.step()
+    poison["when"] = lambda lengths: False
+    finish(loop)
+    assert_only_victim_failed(sinks, expected)
+
+
+def test_a_step_that_fails_once_costs_nobody_anything(
+    loop: StepLoop, prompts: list[str], poison: dict[str, Any]
+) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    step_until_victim_has(loop, sinks, FAIL_AT)
+    failures = iter([True])
+    poison["when"] = lambda lengths: len(lengths) == NUM_REQUESTS and next(failures, False)
+    finish(loop)
+    assert [s.tokens for s in sinks] == expected
+
+
+def test_a_step_that_fails_for_all_fails_all_and_the_engine_lives(
+    loop: StepLoop, prompts: list[str], poison: dict[str, Any]
+) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    step_until_victim_has(loop, sinks, FAIL_AT)
+    poison["when"] = lambda lengths: True
+    loop.step()
+    assert all(isinstance(s.error, EngineFailureError) for s in sinks)
+    poison["when"] = lambda lengths: False
+    again = start(loop, prompts)
+    finish(loop)
+    assert [s.tokens for s in again] == expected
+
+
+def test_a_failing_prefill_ends_its_request_only(loop: StepLoop, prompts: list[str], poison: dict[str, Any]) -> None:
+    expected = undisturbed(loop, prompts)
+    poison["when"] = lambda lengths: lengths == [16] or lengths == [11]  # a chunk of the victim, 22 tokens in two
+    sinks = start(loop, prompts)
+    for _ in range(3):
+        loop.step()
+    poison["when"] = lambda lengths: False
+    finish(loop)
+    assert_only_victim_failed(sinks, expected)
+    assert sinks[VICTIM].tokens == []
+
+
+def test_a_failed_allocation_sheds_idle_caches_and_may_be_tried_again(
+    loop: StepLoop, prompts: list[str], poison: dict[str, Any]
+) -> None:
+    run(loop, request("old", prompts[1], tenant="old"))
+    assert len(list(loop._parts.manager.store)) == 1
+    poison["error"] = MemoryError
+    poison["when"] = lambda lengths: True
+    (sink,) = add(loop, request("a", prompts[1], tenant="x"))
+    loop.step()
+    assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
+    assert len(list(loop._parts.manager.store)) == 0
+    poison["when"] = lambda lengths: False
+    (again,) = run(loop, request("b", prompts[1], tenant="x"))
+    assert again.finished.reason == "length"
+
+
+def test_lost_caches_are_computed_again(loop: StepLoop, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    step_until_victim_has(loop, sinks, FAIL_AT)
+    evaluate, failures = loop._parts.runtime.evaluate, iter([True])
+
+    def fail_once(caches: list[Any]) -> None:
+        if next(failures, False):
+            raise RuntimeError("injected device error")
+        evaluate(caches)
+
+    monkeypatch.setattr(loop._parts.runtime, "evaluate", fail_once)
+    finish(loop)
+    assert [s.tokens for s in sinks] == expected
+
+
+def test_nan_logits_fail_only_their_row(loop: StepLoop, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    step_until_victim_has(loop, sinks, FAIL_AT)
+    forward = loop.runner._forward
+
+    def poisoned(tokens: list[list[int]], caches: list[Any]) -> mx.array:
+        logits = forward(tokens, caches)
+        index = [row.request_id for row in loop.runner._rows].index(f"r{VICTIM}")
+        logits[index] = mx.nan
+        return logits
+
+    monkeypatch.setattr(loop.runner, "_forward", poisoned)
+    loop.step()
+    monkeypatch.undo()
+    finish(loop)
+    assert_only_victim_failed(sinks, expected)

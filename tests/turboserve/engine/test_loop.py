@@ -1,0 +1,267 @@
+"""Whole requests through the step loop: batching, limits, reuse, cancelling, admission."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.turboserve.engine.fakes import (
+    MAX_CONTEXT,
+    RecordingTelemetry,
+    Sink,
+    add,
+    make_loop,
+    make_parts,
+    request,
+    run,
+    text_of,
+)
+
+from turboquant_kv.format import KVFormat
+from turboserve.engine.protocol import GenerationRequest, SamplingParams
+from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
+
+FORMATS = [None, KVFormat(k_bits=4, v_bits=3, page_tokens=16, sink_tokens=16, centred=False)]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: "f16" if fmt is None else fmt.name)
+def fmt(request: pytest.FixtureRequest) -> KVFormat | None:
+    value: KVFormat | None = request.param
+    return value
+
+
+def prompt(rng: np.random.Generator, num_tokens: int) -> str:
+    return text_of([int(t) for t in rng.integers(0, 256, num_tokens)])
+
+
+def mixed_requests(rng: np.random.Generator) -> list[GenerationRequest]:
+    """Unequal lengths, early finishers, greedy and seeded rows."""
+    lengths = [1, 3, 16, 17, 40, 70, 33, 90]
+    return [
+        request(
+            f"r{i}",
+            prompt(rng, n),
+            max_tokens=int(rng.integers(3, 25)),
+            tenant=f"t{i}",
+            sampling=SamplingParams(temperature=0.8, seed=i, top_p=0.9)
+            if i % 3 == 2
+            else SamplingParams(temperature=0),
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_answers_in_a_batch_are_those_given_alone(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    requests = mixed_requests(rng)
+    alone = [run(make_loop(make_parts(model, fmt=fmt)), r)[0] for r in requests]
+    together = run(make_loop(make_parts(model, fmt=fmt)), *requests)
+    assert [s.tokens for s in together] == [s.tokens for s in alone]
+    assert all(len(s.tokens) == r.max_tokens for s, r in zip(together, requests, strict=True))
+
+
+def test_a_late_request_joins_and_leaves_without_a_trace(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None
+) -> None:
+    first, late = request("a", prompt(rng, 20), max_tokens=30), request("b", prompt(rng, 50), max_tokens=3)
+    expected = run(make_loop(make_parts(model, fmt=fmt)), first)[0].tokens
+    loop = make_loop(make_parts(model, fmt=fmt))
+    sinks = add(loop, first)
+    for _ in range(6):
+        loop.step()
+    sinks += add(loop, late)
+    while loop.has_work:
+        loop.step()
+    assert sinks[0].tokens == expected and len(sinks[1].tokens) == 3
+
+
+def test_running_streams_get_a_token_in_every_step_of_a_long_prefill(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(make_parts(model))
+    (talking,) = add(loop, request("a", prompt(rng, 4), max_tokens=40))
+    loop.step()
+    add(loop, request("b", prompt(rng, 160), max_tokens=1))
+    for _ in range(8):
+        before = len(talking.tokens)
+        loop.step()
+        assert len(talking.tokens) == before + 1
+    assert loop.num_running == 2
+
+
+def test_the_first_token_comes_with_the_last_chunk(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(make_parts(model), prefill_chunk_tokens=16)
+    (sink,) = add(loop, request("a", prompt(rng, 32), max_tokens=5))  # 33 tokens with the role: 32 to prefill
+    loop.step()
+    assert sink.tokens == []
+    loop.step()
+    assert len(sink.tokens) == 1
+
+
+def test_usage_and_finish_reason_by_length(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    (sink,) = run(make_loop(make_parts(model, fmt=fmt)), request("a", prompt(rng, 30), max_tokens=20))
+    finished = sink.finished
+    assert finished.reason == "length"
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (31, 20)
+    assert finished.usage.kv.tokens == 31 + 20 - 1  # the last token was drawn, never fed
+    assert finished.usage.kv.total > 0 and finished.usage.kv_format == ("f16" if fmt is None else "4/3")
+
+
+def test_an_end_token_stops_and_is_not_shown(model: Any, rng: np.random.Generator) -> None:
+    one = request("a", prompt(rng, 10), max_tokens=20)
+    tokens = run(make_loop(make_parts(model)), one)[0].tokens
+    (sink,) = run(make_loop(make_parts(model, eos_ids=frozenset({tokens[6]}))), one)
+    assert sink.finished.reason == "stop"
+    assert sink.tokens == tokens[: tokens.index(tokens[6])]
+
+
+def test_a_stop_string_ends_the_answer_before_it(model: Any, rng: np.random.Generator) -> None:
+    content = prompt(rng, 10)
+    tokens = run(make_loop(make_parts(model)), request("a", content, max_tokens=20))[0].tokens
+    stop = text_of(tokens[4:7])
+    (sink,) = run(make_loop(make_parts(model)), request("a", content, max_tokens=20, stop=(stop,)))
+    assert sink.finished.reason == "stop"
+    assert sink.text == text_of(tokens).split(stop)[0]
+
+
+def test_a_second_turn_reuses_the_first(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    parts = make_parts(model, fmt=fmt)
+    loop, telemetry = make_loop(parts, recorder := RecordingTelemetry()), recorder
+    content = prompt(rng, 60)
+    (first,) = run(loop, request("a", content))
+    longer = content + first.text + prompt(rng, 20)
+    (second,) = run(loop, request("b", longer))
+    (fresh,) = run(make_loop(make_parts(model, fmt=fmt)), request("c", longer))
+    assert second.tokens == fresh.tokens
+    held = 61 + 8 - 1
+    cached = second.finished.usage.cached_tokens
+    assert cached == held if fmt is None else 0 <= held - cached < fmt.page_tokens
+    assert telemetry.calls[-2] == ("prompt", (89, cached))
+    assert len(list(parts.manager.store)) == 1  # the longer conversation took the shorter one's place
+    parts.manager.check_integrity()
+
+
+def test_the_same_prompt_again_still_computes_its_last_token(model: Any, rng: np.random.Generator) -> None:
+    loop, content = make_loop(make_parts(model)), prompt(rng, 30)
+    first, second = run(loop, request("a", content, max_tokens=1))[0], run(loop, request("b", content))[0]
+    assert second.finished.usage.cached_tokens == 30
+    assert second.tokens[:1] == first.tokens
+
+
+def test_tenants_never_share(model: Any, rng: np.random.Generator) -> None:
+    loop, content = make_loop(make_parts(model)), prompt(rng, 40)
+    run(loop, request("a", content, tenant="one"))
+    (other,) = run(loop, request("b", content, tenant="two"))
+    (same,) = run(loop, request("c", content, tenant="one"))
+    assert other.finished.usage.cached_tokens == 0
+    assert same.finished.usage.cached_tokens > 0
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 6], ids=["waiting", "prefill", "decode"])
+def test_cancelling_frees_within_a_step(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None, num_steps: int
+) -> None:
+    parts = make_parts(model, fmt=fmt)
+    loop = make_loop(parts, telemetry := RecordingTelemetry())
+    (sink,) = add(loop, request("a", prompt(rng, 40), max_tokens=50))
+    for _ in range(num_steps):
+        loop.step()
+    loop.cancel("a")
+    assert isinstance(sink.error, RequestCancelledError)
+    assert not loop.has_work and not parts.manager.leases
+    assert telemetry.calls[-1] == ("cancelled", {0: "queued", 1: "prefill", 6: "decode"}[num_steps])
+    parts.manager.check_integrity()
+    parts.manager.drop_idle()
+    assert parts.runtime.allocated_bytes() == parts.runtime.slack_bytes()
+
+
+def test_cancelling_one_leaves_the_others_alone(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    requests = mixed_requests(rng)
+    expected = [s.tokens for s in run(make_loop(make_parts(model, fmt=fmt)), *requests)]
+    loop = make_loop(make_parts(model, fmt=fmt))
+    sinks = add(loop, *requests)
+    for _ in range(9):
+        loop.step()
+    loop.cancel("r3")
+    loop.cancel("unknown")
+    while loop.has_work:
+        loop.step()
+    for i, (sink, tokens) in enumerate(zip(sinks, expected, strict=True)):
+        assert sink.tokens == (tokens[: len(sink.tokens)] if i == 3 else tokens)
+
+
+def refused(loop: Any, one: GenerationRequest) -> Sink:
+    (sink,) = run(loop, one)
+    return sink
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(make_parts(model))
+    error = refused(loop, request("a", prompt(rng, MAX_CONTEXT - 1))).error
+    assert isinstance(error, ContextLengthError)
+    assert str(MAX_CONTEXT) in error.message.replace(",", "") and "512" in error.message
+    assert refused(loop, request("b", prompt(rng, MAX_CONTEXT - 2), max_tokens=None)).finished.reason == "length"
+
+
+def test_a_request_beyond_the_budget_is_refused_with_both_numbers(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None
+) -> None:
+    parts = make_parts(model, fmt=fmt, budget_bytes=0)
+    budget = parts.runtime.bytes_for(100)
+    parts.manager.budget_bytes = budget
+    loop = make_loop(parts)
+    error = refused(loop, request("a", prompt(rng, 60), max_tokens=300)).error
+    assert isinstance(error, ContextLengthError)
+    assert f"{budget:,}" in error.message and f"{parts.runtime.bytes_for(361):,}" in error.message
+    (fits,) = run(loop, request("b", prompt(rng, 60), max_tokens=None))
+    assert fits.finished.usage.completion_tokens >= 39  # as far as the budget reaches
+    parts.manager.check_integrity()
+
+
+def test_requests_take_turns_when_memory_holds_only_one(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None
+) -> None:
+    parts = make_parts(model, fmt=fmt, budget_bytes=0)
+    parts.manager.budget_bytes = parts.runtime.bytes_for(120) * 3 // 2
+    loop = make_loop(parts)
+    requests = [request(f"r{i}", prompt(rng, 60), max_tokens=50) for i in range(3)]
+    sinks = add(loop, *requests)
+    while loop.has_work:
+        loop.step()
+        assert loop.num_running <= 1
+        assert parts.manager.committed_bytes <= parts.manager.budget_bytes
+    assert [len(s.tokens) for s in sinks] == [50, 50, 50]
+    assert parts.manager.counts.evictions >= 1
+    parts.manager.check_integrity()
+
+
+def test_bad_requests_end_alone_and_in_words(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(make_parts(model), telemetry := RecordingTelemetry())
+    bad = request("bad", "x", sampling=SamplingParams(logit_bias=((300, 1.0),)))
+    sinks = run(loop, bad, request("good", prompt(rng, 5)))
+    assert isinstance(sinks[0].error, InvalidRequestError) and sinks[0].error.param == "logit_bias"
+    assert sinks[1].finished.reason == "length"
+    assert ("refused", "invalid_request") in telemetry.calls
+
+
+def test_no_more_run_than_allowed(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(make_parts(model), max_running=2)
+    add(loop, *(request(f"r{i}", prompt(rng, 3), max_tokens=4) for i in range(5)))
+    while loop.has_work:
+        loop.step()
+        assert loop.num_running <= 2
+
+
+def test_snapshot_counts_what_the_runtime_holds(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    parts = make_parts(model, fmt=fmt)
+    loop = make_loop(parts)
+    run(loop, request("old", prompt(rng, 50), tenant="x"))
+    add(loop, request("a", prompt(rng, 40), max_tokens=30), request("b", prompt(rng, 90), max_tokens=30))
+    for _ in range(5):
+        loop.step()
+    stats = loop.snapshot()
+    assert [c.tier for c in stats.conversations] == ["running", "running", "idle"]
+    assert stats.num_running == 2 and stats.kv.tokens == sum(c.kv.tokens for c in stats.conversations)
+    if fmt is not None:
+        assert stats.kv.total == parts.runtime.allocated_bytes()
+    while loop.has_work:
+        loop.step()
+    assert all(c.tier == "idle" for c in loop.snapshot().conversations)
