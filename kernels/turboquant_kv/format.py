@@ -17,6 +17,8 @@ ScaleKind = Literal["unbiased", "norm", "least_squares", "plain"]
 SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 SCALE_BYTES = 2  # one float16 per vector
+# Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
+EXACT_ROWS_STEP = 8
 
 
 class UnsupportedFormatError(ValueError):
@@ -31,6 +33,11 @@ def code_bytes(head_dim: int, bits: int) -> int:
 def vector_bytes(head_dim: int, bits: int) -> int:
     """Bytes of one stored vector: packed codes and its scale."""
     return code_bytes(head_dim, bits) + SCALE_BYTES
+
+
+def exact_capacity(num_rows: int, most: int) -> int:
+    """Rows allocated to hold `num_rows` of at most `most`."""
+    return min(most, -(-num_rows // EXACT_ROWS_STEP) * EXACT_ROWS_STEP)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -102,6 +109,12 @@ class KVFormat:
     def num_pages(self, num_tokens: int) -> int:
         """Compressed pages held by a sequence of `num_tokens`; its last page stays exact."""
         return max(0, num_tokens - self.sink_tokens - 1) // self.page_tokens
+
+    def exact_rows(self, num_tokens: int) -> int:
+        """Rows of the exact buffers (sink and last page) of a sequence of `num_tokens`, as allocated."""
+        sink = min(num_tokens, self.sink_tokens)
+        tail = num_tokens - sink - self.num_pages(num_tokens) * self.page_tokens
+        return exact_capacity(sink, self.sink_tokens) + exact_capacity(tail, self.page_tokens)
 
     def page_start(self, page_index: int) -> int:
         """Absolute position of the first token of a sequence's page."""

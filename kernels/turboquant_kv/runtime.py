@@ -119,10 +119,8 @@ class KVRuntime:
 
     def _compressed_bytes(self, shape: LayerShape, num_tokens: int) -> int:
         assert self.fmt is not None
-        fmt = self.fmt
-        exact_rows = (fmt.sink_tokens if num_tokens else 0) + (fmt.page_tokens if num_tokens > fmt.sink_tokens else 0)
-        pages = fmt.num_pages(num_tokens) * fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
-        return pages + exact_rows * shape.raw_token_bytes
+        pages = self.fmt.num_pages(num_tokens) * self.fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        return pages + self.fmt.exact_rows(num_tokens) * shape.raw_token_bytes
 
     def measure(self, caches: Sequence[Any]) -> CacheBytes:
         """Where the bytes of one conversation are, summed over its arrays."""

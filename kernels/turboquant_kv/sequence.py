@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, PageIds, SequenceView
+from turboquant_kv.format import exact_capacity
 from turboquant_kv.pages import PagePool
 
 NO_PAGES: PageIds = np.empty(0, np.int64)
@@ -39,9 +40,15 @@ class ExactBlock:
             backend.empty_rows(shape.num_kv_heads, capacity, shape.v_dim, shape.dtype),
         )
 
-    def copy(self) -> ExactBlock:
-        backend = self._pool.backend
-        return ExactBlock(self._pool, backend.copy_rows(self.k), backend.copy_rows(self.v))
+    @property
+    def capacity(self) -> int:
+        return int(self.k.shape[1])
+
+    def copy(self, num_rows: int, capacity: int) -> ExactBlock:
+        """A new block with the first rows of this one."""
+        block = ExactBlock.empty(self._pool, capacity)
+        block.write(0, self.k[:, :num_rows], self.v[:, :num_rows])
+        return block
 
     def write(self, start: int, k: Array, v: Array) -> None:
         self.k = self._pool.backend.write_rows(self.k, start, k)
@@ -62,14 +69,17 @@ class _Exact:
     num_rows: int = 0
     shared: bool = False
 
-    def append(self, pool: PagePool, capacity: int, k: Array, v: Array) -> None:
+    def append(self, pool: PagePool, most: int, k: Array, v: Array) -> None:
+        """Add rows to a region of at most `most`; a block that is too small or shared is replaced."""
+        num_rows = self.num_rows + k.shape[1]
+        capacity = exact_capacity(num_rows, most)
         if self.block is None:
             self.block = ExactBlock.empty(pool, capacity)
-        elif self.shared:
-            self.block = self.block.copy()
+        elif self.shared or self.block.capacity < num_rows:
+            self.block = self.block.copy(self.num_rows, max(capacity, self.block.capacity))
         self.shared = False
         self.block.write(self.num_rows, k, v)
-        self.num_rows += k.shape[1]
+        self.num_rows = num_rows
 
     def fork(self) -> _Exact:
         self.shared = self.block is not None
@@ -153,9 +163,7 @@ class LayerSequence:
         rows = self._tail.rows(0)
         assert rows is not None
         self._pages = np.concatenate([self._pages, self.pool.encode(rows.k, rows.v)])
-        self._tail.num_rows = 0
-        if self._tail.shared:  # leave the block to the fork
-            self._tail = _Exact()
+        self._tail = _Exact()
 
     def fork(self) -> LayerSequence:
         """The same tokens again, sharing pages and exact rows; costs no copy."""

@@ -224,7 +224,7 @@ def test_bytes_are_those_of_the_arrays(backend: str, rng: np.random.Generator) -
     code_and_scale_bytes = sum(a.nbytes for a in (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales))
     exact_bytes = sum(a.nbytes for a in cache.sequence.pending_arrays())
     assert cache.nbytes == code_and_scale_bytes + exact_bytes
-    assert exact_bytes == (FMT.sink_tokens + FMT.page_tokens) * HEADS * 2 * DIM * 4
+    assert exact_bytes == FMT.exact_rows(100) * HEADS * 2 * DIM * 4
     assert len(cache.sequence.page_ids) * FMT.page_bytes(HEADS, DIM, DIM) == code_and_scale_bytes
     assert pool.allocated_bytes == cache.nbytes + pool.slack_bytes
 

@@ -138,9 +138,6 @@ class NumpyBackend:
         buffer[:, start : start + rows.shape[1]] = rows
         return buffer
 
-    def copy_rows(self, buffer: Rows) -> Rows:
-        return buffer.copy()
-
     def concatenate(self, arrays: Sequence[Rows]) -> Rows:
         return np.concatenate(arrays, axis=1)
 

@@ -91,9 +91,6 @@ class MlxBackend:
         buffer[:, start : start + rows.shape[1]] = rows
         return buffer
 
-    def copy_rows(self, buffer: mx.array) -> mx.array:
-        return mx.array(buffer)  # arrays are values: a new handle gets its own updates
-
     def concatenate(self, arrays: Sequence[mx.array]) -> mx.array:
         return mx.concatenate(list(arrays), axis=1)
 
