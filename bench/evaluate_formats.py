@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from turboquant_kv import blas
 blas.interpose()  # before mlx is imported
 
 from turboquant_kv.runtime import KVRuntime
+from turboserve.models.tiny.comparison import SIGNIFICANCE, compare
 from turboserve.models.tiny.evaluate import (
     UNCOMPRESSED,
     Answer,
@@ -44,7 +44,6 @@ from turboserve.models.tiny.prompts import Prompt, Text, load_prompts, load_text
 
 FORMATS = (UNCOMPRESSED, "8/4", "4/4", "4/3", "3/3", "2/2")
 PROMISED = ("8/4", "4/4")  # formats whose accuracy has to stay within the noise
-SIGNIFICANCE = 0.05
 BUDGET_TOKENS = 8192  # context at which bytes are given
 LONG_KINDS = ("needle-4096", "needle-8192")
 QUICK_LIMIT, QUICK_TEXTS = 3, 6
@@ -59,30 +58,8 @@ class Results:
     losses: dict[str, tuple[str, list[float]]] = field(default_factory=dict)  # text number: (source, nats per token)
     answers: dict[str, Answer] = field(default_factory=dict)  # by prompt_id
 
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Right answers of one format against f16 on the same prompts."""
-
-    lost: int
-    gained: int
-
-    @property
-    def p_value(self) -> float:
-        """Exact two-sided McNemar test: a fair coin's chance of a split at least as uneven."""
-        n, low = self.lost + self.gained, min(self.lost, self.gained)
-        tail = sum(math.comb(n, i) for i in range(low + 1)) / float(2**n)
-        return min(1.0, 2 * tail)
-
-    @property
-    def within_noise(self) -> bool:
-        return self.p_value > SIGNIFICANCE
-
-
-def compare(reference: Results, other: Results) -> Comparison:
-    """Counts prompts that both have answered."""
-    pairs = [(reference.answers[i].right, a.right) for i, a in other.answers.items() if i in reference.answers]
-    return Comparison(pairs.count((True, False)), pairs.count((False, True)))
+    def right(self) -> dict[str, bool]:
+        return {prompt_id: answer.right for prompt_id, answer in self.answers.items()}
 
 
 def stored(path: Path) -> Results:
@@ -161,7 +138,7 @@ def table_lines(results: dict[str, Results]) -> list[str]:
             columns[kind].append(by_kind[name].get(kind, ""))
         right = sum(answer.right for answer in result.answers.values())
         columns["all tasks"].append(f"{right}/{len(result.answers)}")
-        against = None if reference is None or name == UNCOMPRESSED else compare(reference, result)
+        against = None if reference is None or name == UNCOMPRESSED else compare(reference.right(), result.right())
         columns["lost / gained against f16"].append(f"{against.lost} / {against.gained}" if against else "")
         columns["McNemar p"].append(f"{against.p_value:.3f}" if against else "")
         half = result.half_bytes_at_8k
@@ -182,7 +159,7 @@ def rows_of(results: dict[str, Results]) -> list[Row]:
         if result.losses:
             rows.append(Row.plain(f"perplexity {name}", perplexity(result.losses.values())["all"], ""))
         if reference is not None and name != UNCOMPRESSED:
-            p_value = compare(reference, result).p_value
+            p_value = compare(reference.right(), result.right()).p_value
             target = SIGNIFICANCE if name in PROMISED else None
             rows.append(Row.at_least(f"McNemar p {name} against f16", p_value, "", target))
     return rows
