@@ -26,7 +26,7 @@ from turboserve.telemetry import Telemetry
 QUICK: dict[str, object] = {
     "port": 0,
     "max_body_bytes": 64 * 1024,
-    "request_timeout_s": 0.6,
+    "request_timeout_s": 1.0,
     "send_timeout_s": 0.4,
     "keepalive_interval_s": 0.2,
     "shutdown_grace_s": 0.3,

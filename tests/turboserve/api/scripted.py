@@ -46,6 +46,13 @@ def hello() -> Script:
     yield Finished("stop", USAGE)
 
 
+def echo(text: str) -> Script:
+    """Repeats the caller's words, a few at a time."""
+    for word in text.split():
+        yield TextDelta(word + " ")
+    yield Finished("stop", USAGE)
+
+
 def forever() -> Script:
     """A prefill that never ends."""
     while True:
@@ -138,8 +145,9 @@ class ScriptedEngine:
             raise OverloadedError("The queue is full.", retry_after_s=3)
         self.received.append(request)
         self._submitted += 1
-        script = SCRIPTS.get(str(request.messages[-1]["content"]), hello)
-        self._inbox.put(Job(request, sink, script()))
+        text = str(request.messages[-1]["content"])
+        script = echo(text) if text.startswith("echo ") else SCRIPTS.get(text, hello)()
+        self._inbox.put(Job(request, sink, script))
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -202,6 +203,27 @@ def test_failure_after_a_silent_start_is_an_event(ask: Ask) -> None:
     reply = ask("slow_failure", stream=True)
     assert reply.status_code == 200 and ": keep-alive" in reply.text
     assert json.loads(events_of(reply)[-1])["error"]["code"] == "engine_failure"
+
+
+def test_concurrent_answers_do_not_mix(ask: Ask, service: Service) -> None:
+    def num_disconnects() -> float:
+        page = service.telemetry.exposition().decode()
+        lines = [line for line in page.splitlines() if line.startswith("turboserve_http_disconnects_total{")]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    before = num_disconnects()
+    texts = ["echo " + f"word-{caller} " * 30 for caller in range(16)]
+
+    def answer(index: int) -> str:
+        if index % 2:
+            return str(ask(texts[index]).json()["choices"][0]["message"]["content"])
+        chunks = [json.loads(event) for event in events_of(ask(texts[index], stream=True))[:-1]]
+        return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(answer, range(16))) == texts
+    # An answer that was read to its end is no disconnect.
+    assert num_disconnects() == before
 
 
 def test_full_and_dead_engines_answer_503(ask: Ask, service: Service) -> None:

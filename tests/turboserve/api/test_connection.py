@@ -32,7 +32,7 @@ def test_leaving_cancels_at_once(service: Service, farewell: str, script: str, s
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     if farewell != "half-close":
         sock.close()
-    service.wait_quiet(timeout_s=2)
+    service.wait_quiet()
     assert service.engine.cancelled[-1] == service.engine.received[-1].request_id
     sock.close()
 
@@ -44,7 +44,7 @@ def test_leaving_while_pipelining_is_noticed(service: Service, stream: bool) -> 
         sock.sendall(request + request)
         service.engine.wait_live()
         time.sleep(0.05)
-    service.wait_quiet(timeout_s=2)
+    service.wait_quiet()
 
 
 def test_leaving_with_half_a_body(service: Service) -> None:
@@ -124,7 +124,7 @@ def test_keepalive_connections_get_a_new_deadline_each(service: Service) -> None
             while not reply.endswith(b"}"):
                 reply += sock.recv(4096)
             assert reply.startswith(b"HTTP/1.1 200")
-            time.sleep(0.3)
+            time.sleep(0.4)
 
 
 @pytest.mark.parametrize("num_bytes", [70_000, 200_000, 4_000_000])

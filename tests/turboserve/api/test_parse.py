@@ -1,0 +1,59 @@
+"""Whatever the body, parsing ends in a job or in one of our errors; and an accepted body means what it said."""
+
+from __future__ import annotations
+
+import orjson
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.turboserve.api.scripted import MODEL_ID
+
+from turboserve.api.body import parse_object
+from turboserve.api.chat_request import NEUTRAL_VALUES, ChatJob, parse_chat
+from turboserve.api.schemas import MAX_TOKENS, ChatBody
+from turboserve.errors import InvalidRequestError, ModelNotFoundError
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
+SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | TEXT
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+)
+ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "alien"])
+FIELDS = st.sampled_from(["content", "name", "tool_calls", "tool_call_id", "refusal", "alien"])
+MESSAGES = st.lists(st.dictionaries(FIELDS, JSON, max_size=3) | JSON, max_size=3)
+WITH_ROLE = st.lists(st.builds(lambda role, rest: {"role": role, **rest}, ROLES, st.dictionaries(FIELDS, JSON)))
+NAMES = st.sampled_from([*ChatBody.model_fields, *NEUTRAL_VALUES, "alien"])
+GOOD = st.just([{"role": "user", "content": "hi"}])
+
+
+def parse(body: dict[str, object]) -> ChatJob | None:
+    """None for a refusal, whose shape is checked."""
+    try:
+        return parse_chat(body, request_id="r", tenant="", model_id=MODEL_ID)
+    except (InvalidRequestError, ModelNotFoundError) as error:
+        assert error.param and error.message and error.status in (400, 404)
+        assert len(error.message) < 1000
+        return None
+
+
+@given(st.dictionaries(NAMES, JSON, max_size=3), GOOD | MESSAGES | WITH_ROLE)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_object_is_parsed_or_refused(parameters: dict[str, object], messages: list[object]) -> None:
+    job = parse({**parameters, "messages": messages})
+    if job is None:
+        return
+    assert 1 <= len(job.generation.messages) == len(messages)
+    assert all(isinstance(message["content"], str) for message in job.generation.messages)
+    assert job.generation.max_tokens is None or 1 <= job.generation.max_tokens <= MAX_TOKENS
+    assert 0 <= job.generation.sampling.temperature <= 2 and 0 < job.generation.sampling.top_p <= 1
+    assert all(job.generation.stop)
+
+
+@given(st.binary(max_size=64) | JSON.map(repr).map(str.encode))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
+    try:
+        value = parse_object(body)
+    except InvalidRequestError as error:
+        assert error.message
+    else:
+        assert orjson.loads(orjson.dumps(value)) == value
