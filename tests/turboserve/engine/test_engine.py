@@ -1,0 +1,186 @@
+"""The engine thread: readiness, overload, cancelling, shutdown and death, from other threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tests.turboserve.engine.fakes import RecordingTelemetry, Sink, make_parts, make_settings, request
+
+from turboserve.engine.engine import Build, TurboEngine
+from turboserve.engine.parts import EngineParts, Progress
+from turboserve.engine.protocol import Engine, Event
+from turboserve.errors import (
+    EngineUnavailableError,
+    OverloadedError,
+    RequestCancelledError,
+    StartupError,
+)
+from turboserve.settings import Settings
+
+TIMEOUT_S = 60.0  # generous: only a hang reaches it
+
+
+@pytest.fixture
+def make_engine(model: Any) -> Iterator[Callable[..., TurboEngine]]:
+    engines: list[TurboEngine] = []
+
+    def build(settings: Settings, progress: Progress) -> EngineParts:
+        return make_parts(model)
+
+    def make(build: Build = build, **settings: Any) -> TurboEngine:
+        engine = TurboEngine(make_settings(**settings), build, model_id="random", telemetry=RecordingTelemetry())
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., TurboEngine]) -> TurboEngine:
+    engine = make_engine()
+    engine.start()
+    engine.wait_until_ready(TIMEOUT_S)
+    return engine
+
+
+def submit(engine: TurboEngine, request_id: str, **options: Any) -> Sink:
+    sink = Sink()
+    engine.submit(request(request_id, "hello there", **options), sink)
+    return sink
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "never happened"
+        time.sleep(0.002)
+
+
+def test_it_is_an_engine(engine: Engine) -> None:
+    assert engine.unready_reason() is None and engine.model_id == "random" and engine.created > 0
+
+
+def test_requests_from_many_threads_all_finish(engine: TurboEngine) -> None:
+    sinks: list[Sink] = []
+    threads = [threading.Thread(target=lambda i=i: sinks.append(submit(engine, f"r{i}"))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(sink.ended.wait(TIMEOUT_S) for sink in sinks)
+    assert len({sink.text for sink in sinks}) == 1 and len(sinks[0].text) == 8
+    wait_for(lambda: engine.stats().num_running == 0)
+    assert engine.stats().num_waiting == 0 and len(engine.stats().conversations) == 1
+
+
+def test_before_it_is_ready_it_refuses(make_engine: Callable[..., TurboEngine], model: Any) -> None:
+    go = threading.Event()
+
+    def build(settings: Settings, progress: Progress) -> EngineParts:
+        go.wait(TIMEOUT_S)
+        return make_parts(model)
+
+    engine = make_engine(build)
+    engine.start()
+    assert engine.unready_reason() is not None
+    with pytest.raises(EngineUnavailableError) as caught:
+        submit(engine, "early")
+    assert caught.value.retry_after_s
+    assert engine.stats().num_running == 0
+    go.set()
+    engine.wait_until_ready(TIMEOUT_S)
+    assert submit(engine, "a").ended.wait(TIMEOUT_S)
+
+
+def test_a_full_queue_refuses_with_retry_after(make_engine: Callable[..., TurboEngine]) -> None:
+    engine = make_engine(max_queued=2, max_running=1)
+    engine.start()
+    engine.wait_until_ready(TIMEOUT_S)
+    release, is_stuck = threading.Event(), threading.Event()
+    stuck = Sink()
+    put = stuck.put
+
+    def slow_put(event: Event) -> None:  # breaks the contract on purpose: holds the engine thread
+        is_stuck.set()
+        release.wait(TIMEOUT_S)
+        put(event)
+
+    stuck.put = slow_put  # type: ignore[method-assign]
+    engine.submit(request("stuck", "x"), stuck)
+    assert is_stuck.wait(TIMEOUT_S)
+    sinks, refused = [], None
+    for i in range(5):
+        try:
+            sinks.append(submit(engine, f"r{i}"))
+        except OverloadedError as error:
+            refused = error
+    assert refused is not None and refused.retry_after_s and refused.code == "server_overloaded"
+    assert 1 <= len(sinks) <= 3
+    release.set()
+    assert all(sink.ended.wait(TIMEOUT_S) for sink in [stuck, *sinks])
+    assert submit(engine, "later").ended.wait(TIMEOUT_S)
+
+
+def test_cancel_ends_a_long_request(engine: TurboEngine) -> None:
+    sink = submit(engine, "long", max_tokens=450)
+    wait_for(lambda: len(sink.events) > 2)
+    engine.cancel("long")
+    assert sink.ended.wait(TIMEOUT_S)
+    assert isinstance(sink.error, RequestCancelledError)
+    wait_for(lambda: engine.stats().num_running == 0)
+
+
+def test_stop_lets_requests_finish_and_refuses_new_ones(engine: TurboEngine) -> None:
+    sink = submit(engine, "a", max_tokens=40)
+    stopping = threading.Thread(target=engine.stop, args=(TIMEOUT_S,))
+    stopping.start()
+    wait_for(lambda: engine.unready_reason() is not None)
+    with pytest.raises(EngineUnavailableError):
+        submit(engine, "late")
+    stopping.join(TIMEOUT_S)
+    assert sink.finished.usage.completion_tokens == 40
+
+
+def test_stop_without_grace_ends_requests_with_an_error(engine: TurboEngine) -> None:
+    sink = submit(engine, "a", max_tokens=450)
+    wait_for(lambda: len(sink.events) > 0)
+    engine.stop(0)
+    assert isinstance(sink.error, EngineUnavailableError)
+
+
+def test_a_dead_thread_says_so_and_fails_everyone(engine: TurboEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turboserve.engine.loop import StepLoop
+
+    sinks = [submit(engine, "a", max_tokens=450), submit(engine, "b", max_tokens=450)]
+    wait_for(lambda: all(len(s.events) > 0 for s in sinks))
+
+    def broken(self: StepLoop) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(StepLoop, "_admit", broken)
+    assert all(sink.ended.wait(TIMEOUT_S) for sink in sinks)
+    assert all(isinstance(sink.error, EngineUnavailableError) for sink in sinks)
+    reason = engine.unready_reason()
+    assert reason is not None and "died" in reason
+    with pytest.raises(EngineUnavailableError):
+        submit(engine, "late")
+    engine._thread.join(TIMEOUT_S)
+    assert engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize("error", [StartupError("no such model"), RuntimeError("a bug")])
+def test_a_failing_start_is_reported(make_engine: Callable[..., TurboEngine], error: Exception) -> None:
+    def build(settings: Settings, progress: Progress) -> EngineParts:
+        raise error
+
+    engine = make_engine(build)
+    engine.start()
+    with pytest.raises(StartupError, match=str(error)):
+        engine.wait_until_ready(TIMEOUT_S)
+    assert engine.unready_reason() is not None
