@@ -15,7 +15,6 @@ from typing import NamedTuple
 from turboserve.cache.policy import Tokens, common_prefix_len
 from turboserve.cache.runtime import CacheBytes, CacheRuntime, Caches, total_bytes
 
-
 # A shorter match saves less than forking costs, and says only that both use the same chat template.
 MIN_REUSED_TOKENS = 16
 

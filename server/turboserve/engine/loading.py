@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from turboquant_kv import blas
 from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.runtime import KVRuntime, UnsupportedModelError
@@ -39,7 +40,9 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     manager = CacheManager(runtime, budget_bytes)
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
-    details = {"calibration": calibration.origin} if calibration is not None else {}
+    details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
+    if calibration is not None:
+        details["calibration"] = calibration.origin
     if runtime.fmt is not None:
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, manager, details)
@@ -134,6 +137,8 @@ def _build_runtime(settings: Settings, loaded: LoadedModel, progress: Progress) 
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:
         raise StartupError(_one_line(exc)) from exc
+    except ValueError as exc:  # the calibration text gave too few tokens
+        raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
 
 
 def _check_fits(folder: Path, memory: MemoryInfo) -> None:
