@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from tests.turboserve.api.conftest import Service, raw_request, read_all
+from tests.turboserve.api.conftest import Service, raw_request, read_all, running
 
 
 def body_for(script: str, *, stream: bool) -> bytes:
@@ -41,9 +41,10 @@ def test_leaving_cancels_at_once(service: Service, farewell: str, script: str, s
 def test_leaving_while_pipelining_is_noticed(service: Service, stream: bool) -> None:
     request = raw_request(body_for("forever", stream=stream))
     with service.connect() as sock:
-        sock.sendall(request + request)
+        sock.sendall(request)
         service.engine.wait_live()
-        time.sleep(0.05)
+        sock.sendall(request)  # arrives while the first is being answered
+        time.sleep(0.1)
     service.wait_quiet()
 
 
@@ -65,6 +66,15 @@ def test_a_stalled_reader_is_cancelled_and_its_socket_freed(service: Service) ->
             assert time.monotonic() < deadline, "the stalled connection was kept"
             time.sleep(0.01)
     assert 'turboserve_http_disconnects_total{kind="stalled"}' in service.telemetry.exposition().decode()
+
+
+def test_a_reader_that_stalls_and_half_closes_is_gone_at_once() -> None:
+    with running(send_timeout_s=60.0) as service, service.connect(receive_buffer_bytes=4096) as sock:
+        sock.sendall(raw_request(body_for("flood", stream=True)))
+        service.engine.wait_live()
+        time.sleep(0.1)
+        sock.shutdown(socket.SHUT_WR)
+        service.wait_quiet()
 
 
 def test_a_slow_but_steady_reader_is_served(service: Service) -> None:
@@ -109,6 +119,15 @@ def test_drop_by_drop_does_not_extend_the_deadline(service: Service) -> None:
             except TimeoutError:
                 continue
     assert reply.startswith(b"HTTP/1.1 408")
+
+
+def test_a_kept_connection_has_a_deadline_for_its_next_request_too(service: Service) -> None:
+    with service.connect() as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while not sock.recv(4096).endswith(b"}"):
+            continue
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        assert read_all(sock).startswith(b"HTTP/1.1 408")
 
 
 def test_silent_connections_are_closed(service: Service) -> None:

@@ -108,7 +108,7 @@ def test_metrics_page_is_valid(ask: Ask, client: httpx.Client) -> None:
     assert all(family.documentation for family in families)
     assert len({family.name for family in families}) == len(families)
     promtool = shutil.which("promtool")
-    if promtool:  # the judge's own linter, where Prometheus is installed
+    if promtool:  # Prometheus' own linter, where it is installed
         check = subprocess.run([promtool, "check", "metrics"], input=reply.text, text=True, capture_output=True)
         assert check.returncode == 0, check.stdout + check.stderr
 
