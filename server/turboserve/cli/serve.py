@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from turboquant_kv.blas import BlasStatus
     from turboserve.api.drain import Drain
     from turboserve.engine.engine import TurboEngine
 
@@ -41,7 +39,7 @@ def run(settings: Settings) -> None:
     say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     _check_local_model(settings.model)
     telemetry = Telemetry()
-    engine = _make_engine(settings, telemetry, blas)
+    engine = _make_engine(settings, telemetry)
     app = create_app(engine, settings, telemetry)
     starter = _Starter(engine, settings, app.state.drain)
     try:
@@ -60,19 +58,14 @@ def _check_local_model(model: str) -> None:
         read_config(resolve_folder(model))
 
 
-def _make_engine(settings: Settings, telemetry: Telemetry, blas: BlasStatus) -> TurboEngine:
-    # Late, because all of these import MLX, which must find the interposed BLAS.
-    from turboserve.engine import loading
+def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
+    # Late, because both import MLX, which must find the interposed BLAS.
     from turboserve.engine.engine import TurboEngine
-    from turboserve.engine.parts import EngineParts, Progress
+    from turboserve.engine.loading import build_parts
     from turboserve.engine.resolve import model_id_for
 
-    def build(settings: Settings, progress: Progress) -> EngineParts:
-        parts = loading.build_parts(settings, progress)
-        return replace(parts, details={**parts.details, "blas": blas.describe()})
-
     model_id = model_id_for(settings.model, settings.served_model_name)
-    return TurboEngine(settings, build, model_id=model_id, telemetry=telemetry, progress=say)
+    return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=say)
 
 
 class _Starter:
