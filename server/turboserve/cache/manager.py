@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from turboserve.cache.policy import Candidate, largest_fitting, plan_evictions
-from turboserve.cache.runtime import CacheRuntime, Caches, total_bytes
+from turboserve.cache.runtime import CacheRuntime, Caches, peak_bytes, total_bytes
 from turboserve.cache.sessions import Conversation, Match, SessionStore
 from turboserve.errors import ContextLengthError
 
@@ -80,11 +80,11 @@ class CacheManager:
 
     def largest_sequence(self, most: int = _MAX_SHOWN) -> int:
         """The longest sequence, at most `most` tokens, that fits the whole budget."""
-        return largest_fitting(self.runtime.bytes_for, self.budget_bytes, most)
+        return largest_fitting(lambda n: peak_bytes(self.runtime, n), self.budget_bytes, most)
 
     def check_can_fit(self, num_tokens: int) -> None:
         """Raises ContextLengthError when that many tokens exceed the whole budget."""
-        needed = self.runtime.bytes_for(num_tokens)
+        needed = peak_bytes(self.runtime, num_tokens)
         if needed > self.budget_bytes:
             raise ContextLengthError(
                 f"This request needs {needed:,} bytes of KV cache for {num_tokens:,} tokens (prompt and answer), "
@@ -102,7 +102,7 @@ class CacheManager:
         tokens = np.asarray(prompt, np.int32)
         match = self.store.find(salt, tokens)
         source_bytes = self._shared_bytes(match.usable_len) if match is not None else 0
-        reserved = self.runtime.bytes_for(num_tokens)
+        reserved = peak_bytes(self.runtime, num_tokens)
         victims = self._plan_room(reserved - source_bytes, match, source_bytes)
         if victims is None:
             return None
@@ -116,7 +116,7 @@ class CacheManager:
 
     def try_extend(self, lease: Lease, num_tokens: int) -> bool:
         """Grow a lease to `num_tokens`; False leaves it as it was."""
-        reserved = self.runtime.bytes_for(num_tokens)
+        reserved = peak_bytes(self.runtime, num_tokens)
         victims = self._plan_room(reserved - lease.reserved_bytes, None, 0)
         if victims is None:
             return False

@@ -62,3 +62,16 @@ class CacheRuntime(Protocol):
 def total_bytes(kv: CacheBytes) -> int:
     """All bytes of one sequence."""
     return kv.compressed + kv.exact + kv.slack + kv.uncompressed
+
+
+def peak_bytes(runtime: CacheRuntime, num_tokens: int) -> int:
+    """The most bytes a sequence holds on its way to `num_tokens`; never falls as that grows.
+
+    A sequence is largest when its exact tail is a whole page, just before the page is compressed:
+    `bytes_for` falls there, and a reservation must not.
+    """
+    fmt = runtime.fmt
+    if fmt is None or num_tokens < fmt.sink_tokens:
+        return runtime.bytes_for(num_tokens)
+    last_full_tail = fmt.sink_tokens + (num_tokens - fmt.sink_tokens) // fmt.page_tokens * fmt.page_tokens
+    return max(runtime.bytes_for(num_tokens), runtime.bytes_for(last_full_tail))

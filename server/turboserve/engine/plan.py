@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turboserve.cache.policy import largest_fitting
+from turboserve.cache.runtime import peak_bytes
 from turboserve.engine.parts import LoadedModel, ServingRuntime
 
 MiB = 1 << 20
@@ -18,7 +19,7 @@ def memory_plan(loaded: LoadedModel, runtime: ServingRuntime, budget_bytes: int)
     ]
     if runtime.fmt is None:
         return [*lines, f"holds        {raw_tokens:,} tokens uncompressed in {loaded.dtype}"]
-    tokens = largest_fitting(runtime.bytes_for, budget_bytes, _MOST_TOKENS)
+    tokens = largest_fitting(lambda n: peak_bytes(runtime, n), budget_bytes, _MOST_TOKENS)
     lines.append(
         f"holds        {tokens:,} tokens compressed as {runtime.fmt.name} ({runtime.token_bytes:,.0f} bytes each), "
         f"{raw_tokens:,} uncompressed in {loaded.dtype} ({runtime.token_raw_bytes:,.0f})"

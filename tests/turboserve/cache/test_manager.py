@@ -21,6 +21,7 @@ PAGE = 16
 @dataclass(frozen=True)
 class FakeFormat:
     page_tokens: int = PAGE
+    sink_tokens: int = 0
 
     def num_pages(self, num_tokens: int) -> int:
         return num_tokens // PAGE

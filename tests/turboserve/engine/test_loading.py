@@ -17,6 +17,7 @@ from tests.turboserve.engine.fakes import make_parts, random_model
 
 from turboquant_kv.format import KVFormat
 from turboserve.cache.budget import MemoryInfo, detect_memory
+from turboserve.cache.runtime import peak_bytes
 from turboserve.engine import weights
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.plan import memory_plan
@@ -190,6 +191,6 @@ def test_the_memory_plan_adds_up(model: Any) -> None:
     raw_tokens = int(budget / parts.runtime.token_raw_bytes)
     tokens = int(text.split("holds")[1].split()[0].replace(",", ""))
     assert "10 MiB" in text and f"{raw_tokens:,} uncompressed" in text
-    assert parts.runtime.bytes_for(tokens) <= budget < parts.runtime.bytes_for(tokens + 1)
+    assert peak_bytes(parts.runtime, tokens) <= budget < peak_bytes(parts.runtime, tokens + 1)
     assert "uncompressed" in memory_plan(parts.loaded, make_parts(model).runtime, budget)[-1]
     assert detect_memory().total_bytes > 0

@@ -19,6 +19,7 @@ from tests.turboserve.engine.fakes import (
 )
 
 from turboquant_kv.format import KVFormat
+from turboserve.cache.runtime import peak_bytes
 from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 
@@ -205,12 +206,12 @@ def test_a_request_beyond_the_budget_is_refused_with_both_numbers(
     model: Any, rng: np.random.Generator, fmt: KVFormat | None
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
-    budget = parts.runtime.bytes_for(100)
+    budget = peak_bytes(parts.runtime, 100)
     parts.manager.budget_bytes = budget
     loop = make_loop(parts)
     error = refused(loop, request("a", prompt(rng, 60), max_tokens=300)).error
     assert isinstance(error, ContextLengthError)
-    assert f"{budget:,}" in error.message and f"{parts.runtime.bytes_for(361):,}" in error.message
+    assert f"{budget:,}" in error.message and f"{peak_bytes(parts.runtime, 361):,}" in error.message
     (fits,) = run(loop, request("b", prompt(rng, 60), max_tokens=None))
     assert fits.finished.usage.completion_tokens >= 39  # as far as the budget reaches
     parts.manager.check_integrity()
@@ -220,7 +221,7 @@ def test_requests_take_turns_when_memory_holds_only_one(
     model: Any, rng: np.random.Generator, fmt: KVFormat | None
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
-    parts.manager.budget_bytes = parts.runtime.bytes_for(120) * 3 // 2
+    parts.manager.budget_bytes = peak_bytes(parts.runtime, 120) * 3 // 2
     loop = make_loop(parts)
     requests = [request(f"r{i}", prompt(rng, 60), max_tokens=50) for i in range(3)]
     sinks = add(loop, *requests)
@@ -265,3 +266,10 @@ def test_snapshot_counts_what_the_runtime_holds(model: Any, rng: np.random.Gener
     while loop.has_work:
         loop.step()
     assert all(c.tier == "idle" for c in loop.snapshot().conversations)
+
+
+def test_reservations_cover_every_length_on_the_way(model: Any, fmt: KVFormat | None) -> None:
+    runtime = make_parts(model, fmt=fmt).runtime
+    lengths = range(300)
+    for num_tokens in lengths:
+        assert peak_bytes(runtime, num_tokens) == max(runtime.bytes_for(n) for n in lengths[: num_tokens + 1])
