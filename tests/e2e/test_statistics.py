@@ -1,0 +1,103 @@
+"""Memory as the running server reports it: JSON, Prometheus' own tools, and a real Prometheus scraping it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.e2e.server import Server
+from tests.e2e.test_openai_client import ask, filler, say
+
+CONFIG = Path(__file__).parents[2] / "config" / "prometheus.yml"
+
+
+def gauges(server: Server) -> dict[str, float]:
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return {
+        sample.name + "".join(f"[{v}]" for v in sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_stats_metrics_and_usage_agree(server: Server) -> None:
+    ask(server, [say(f"{filler(50, 77)} Hello!")], max_tokens=4)
+    stats = server.wait_until_idle()
+    metrics = gauges(server)
+    assert stats["kv_bytes"]["compressed"] > 0
+    for kind in ("compressed", "exact", "slack", "uncompressed"):
+        assert metrics[f"turboserve_kv_bytes[{kind}]"] == stats["kv_bytes"][kind]
+    assert metrics["turboserve_kv_raw_equivalent_bytes"] == stats["raw_equivalent_bytes"]
+    assert metrics["turboserve_kv_budget_bytes"] == stats["kv_budget_bytes"]
+    assert metrics["turboserve_kv_compression_ratio"] == pytest.approx(
+        stats["raw_equivalent_bytes"] / stats["kv_bytes"]["total"], rel=1e-3
+    )
+    assert stats["tokens"] == sum(c["tokens"] for c in stats["conversations"])
+    assert stats["raw_equivalent_bytes"] == stats["tokens"] * stats["bytes_per_token"]["raw"]
+    assert metrics["turboserve_generation_tokens_total"] > 0
+
+
+def test_metrics_pass_promtool(server: Server) -> None:
+    promtool = shutil.which("promtool")
+    text = server.get("/metrics").text
+    assert len(list(text_string_to_metric_families(text))) > 10
+    if promtool is None:
+        pytest.importorskip("promtool", reason="Debian's package `prometheus` is not installed")
+    done = subprocess.run([str(promtool), "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_prometheus_scrapes_the_server_with_our_configuration(server: Server, tmp_path: Path) -> None:
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.importorskip("prometheus", reason="Debian's package `prometheus` is not installed")
+    target = server.url.removeprefix("http://")
+    config = CONFIG.read_text()
+    key_file = tmp_path / "key"
+    key_file.write_text("any")
+    for old, new in (("turboserve:8000", target), ("/run/secrets/turboserve_api_key", str(key_file)), (" 5s", " 1s")):
+        assert old in config
+        config = config.replace(old, new)
+    (tmp_path / "prometheus.yml").write_text(config.replace("scrape_timeout: 4s", "scrape_timeout: 1s"))
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            str(prometheus),
+            f"--config.file={tmp_path / 'prometheus.yml'}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        value = wait_for_sample(port, "turboserve_kv_budget_bytes")
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+    assert value == server.stats()["kv_budget_bytes"]
+
+
+def wait_for_sample(port: int, name: str) -> float:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": name}, timeout=5).json()
+            if reply["data"]["result"]:
+                return float(reply["data"]["result"][0]["value"][1])
+        except httpx.TransportError:
+            pass  # still starting
+        time.sleep(0.3)
+    raise AssertionError(f"no sample of {name} arrived")
