@@ -244,8 +244,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     rows = [
         *isotropic_table(rng, args.vectors),
-        # 25 rotations and 20 000 vectors a figure by default are enough there
-        *rotation_table(rng, max(200, args.vectors // 8)),
+        # 50 rotations and 20 000 vectors a figure by default
+        *rotation_table(rng, max(200, args.vectors // 4)),
         *scale_table(rng, max(2_000, args.vectors // 2)),
         *bytes_rows(),
     ]
