@@ -27,6 +27,7 @@ class PagePool:
         self.storage = backend.new_storage(shape, fmt, means)
         self.page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         self.exact_bytes = 0  # of all live ExactBlocks of this layer; kept by them
+        self.num_exact_rows = 0  # of those, rows that hold a token
         self._references: list[int] = []
         self._free: list[int] = []
 
@@ -42,6 +43,11 @@ class PagePool:
     def slack_bytes(self) -> int:
         """Held for pages that nobody uses now."""
         return self.storage.allocated_bytes - self.used_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held, shared ones once."""
+        return self.num_used * self.fmt.page_tokens + self.num_exact_rows
 
     @property
     def allocated_bytes(self) -> int:

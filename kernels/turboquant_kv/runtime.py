@@ -136,6 +136,22 @@ class KVRuntime:
         tokens = max((num_tokens_of(c) for c in caches), default=0)
         return CacheBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
+    def totals(self) -> CacheBytes:
+        """Of all compressed layers and conversations together: from the pools, shared pages and rows once."""
+        pools = [s.pool for s in self._sources.values() if s.pool is not None]
+        return CacheBytes(
+            tokens=max((p.num_tokens for p in pools), default=0),
+            compressed=sum(p.used_bytes for p in pools),
+            exact=sum(p.exact_bytes for p in pools),
+            slack=sum(p.slack_bytes for p in pools),
+            uncompressed=0,
+            raw_equivalent=sum(p.num_tokens * p.shape.raw_token_bytes for p in pools),
+        )
+
+    def compressed_raw_bytes(self, num_tokens: int) -> int:
+        """What that many tokens would take uncompressed, in the layers that are compressed."""
+        return num_tokens * sum(s.pool.shape.raw_token_bytes for s in self._sources.values() if s.pool is not None)
+
     def allocated_bytes(self) -> int:
         """Everything the compressed layers' pools hold: pages, free ones too, and exact rows."""
         return sum(s.pool.allocated_bytes for s in self._sources.values() if s.pool is not None)

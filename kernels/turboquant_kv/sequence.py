@@ -29,6 +29,7 @@ class ExactBlock:
     def __init__(self, pool: PagePool, k: Array, v: Array) -> None:
         self._pool, self.k, self.v = pool, k, v
         self.nbytes = k.nbytes + v.nbytes
+        self._num_rows = 0
         pool.exact_bytes += self.nbytes
 
     @classmethod
@@ -53,12 +54,15 @@ class ExactBlock:
     def write(self, start: int, k: Array, v: Array) -> None:
         self.k = self._pool.backend.write_rows(self.k, start, k)
         self.v = self._pool.backend.write_rows(self.v, start, v)
+        self._pool.num_exact_rows += start + k.shape[1] - self._num_rows
+        self._num_rows = start + k.shape[1]
 
     def rows(self, first_position: int, num_rows: int) -> ExactRows:
         return ExactRows(first_position, self.k[:, :num_rows], self.v[:, :num_rows])
 
     def __del__(self) -> None:
         self._pool.exact_bytes -= self.nbytes
+        self._pool.num_exact_rows -= self._num_rows
 
 
 @dataclass(slots=True)

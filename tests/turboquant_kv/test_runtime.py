@@ -128,6 +128,24 @@ def test_forks_continue_like_a_cold_start(kind: str, fmt: KVFormat | None, rng: 
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-3
 
 
+def test_totals_count_what_is_shared_once(rng: np.random.Generator) -> None:
+    model = small_models.dense()
+    runtime = KVRuntime(model, KVFormat(4, 3, page_tokens=16, sink_tokens=8))
+    caches = runtime.make_cache()
+    logits_of(model, caches, random_tokens(rng, 60), [])
+    alone = runtime.totals()
+    assert (alone.tokens, alone.total) == (60, runtime.measure(caches).total)
+    assert alone.raw_equivalent == runtime.measure(caches).raw_equivalent == runtime.compressed_raw_bytes(60)
+    fork = runtime.fork(caches, 60)
+    assert runtime.totals() == alone
+    logits_of(model, fork, random_tokens(rng, 10), [])
+    both = runtime.totals()
+    assert alone.tokens < both.tokens < 60 + 70
+    runtime.release(caches)
+    runtime.release(fork)
+    assert runtime.totals().tokens == runtime.totals().raw_equivalent == 0
+
+
 def test_scratch_does_not_grow_with_the_history(rng: np.random.Generator) -> None:
     """Attention never holds a full-precision copy of the past: its peak stays put while the history triples."""
     model = small_models.dense()

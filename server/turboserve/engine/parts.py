@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from turboserve.cache.manager import CacheManager
+from turboserve.cache.runtime import CacheBytes
 from turboserve.engine.runner import EvaluatingRuntime
 
 Progress = Callable[[str], None]
@@ -37,6 +38,14 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
 
     @property
     def token_raw_bytes(self) -> float: ...
+
+    def totals(self) -> CacheBytes:
+        """Of all conversations in compressed layers, what they share counted once."""
+        ...
+
+    def compressed_raw_bytes(self, num_tokens: int) -> int:
+        """What that many tokens would take uncompressed in those layers."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 
 from turboserve.cache.runtime import CacheBytes
 from turboserve.engine.parts import EngineParts
@@ -34,8 +33,8 @@ def take_snapshot(
 ) -> EngineStats:
     """A consistent copy, taken between two steps.
 
-    The total sums conversations, so pages that several of them share count for each, with their
-    raw equivalent too; pages that nobody uses now are added as slack.
+    The total comes from the page pools: what conversations share counts once, in bytes and in its raw
+    equivalent. Each conversation by itself is shown with all that it uses.
     """
     running = list(running)
     conversations = (*_running_stats(runner, running), *_idle_stats(parts, now_s))
@@ -46,7 +45,7 @@ def take_snapshot(
         kv_format=kv_format_name(parts),
         kv_backend=runtime.backend_name,
         model_dtype=loaded.dtype,
-        kv=_total((c.kv for c in conversations), runtime.slack_bytes()),
+        kv=_total(parts, [c.kv for c in conversations]),
         kv_budget_bytes=manager.budget_bytes,
         kv_token_bytes=runtime.token_bytes,
         kv_token_raw_bytes=runtime.token_raw_bytes,
@@ -84,10 +83,16 @@ def _idle_stats(parts: EngineParts, now_s: float) -> list[ConversationStats]:
     ]
 
 
-def _total(parts: Iterable[KVBytes], slack: int) -> KVBytes:
-    sums = {f.name: 0 for f in fields(KVBytes)}
-    sums["slack"] = slack
-    for part in parts:
-        for name in sums:
-            sums[name] += getattr(part, name)
-    return KVBytes(**sums)
+def _total(parts: EngineParts, conversations: list[KVBytes]) -> KVBytes:
+    """All compressed layers' pools, plus what conversations hold in layers that are not compressed."""
+    runtime = parts.runtime
+    pooled = runtime.totals()
+    raw = sum(c.raw_equivalent - runtime.compressed_raw_bytes(c.tokens) for c in conversations)
+    return KVBytes(
+        tokens=pooled.tokens if runtime.layers_compressed else sum(c.tokens for c in conversations),
+        compressed=pooled.compressed,
+        exact=pooled.exact,
+        slack=pooled.slack,
+        uncompressed=sum(c.uncompressed for c in conversations),
+        raw_equivalent=pooled.raw_equivalent + raw,
+    )
