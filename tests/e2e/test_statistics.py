@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.server import Server
 from tests.e2e.test_openai_client import ask, filler, say
 
+from turboserve.cli.main import main
+
 CONFIG = Path(__file__).parents[2] / "config" / "prometheus.yml"
 
 
@@ -42,6 +44,22 @@ def test_stats_metrics_and_usage_agree(server: Server) -> None:
     assert stats["kv_bytes"]["total"] == int(stats["details"]["kv_allocated_bytes"])
     assert stats["raw_equivalent_bytes"] == stats["tokens"] * stats["bytes_per_token"]["raw"]
     assert metrics["turboserve_generation_tokens_total"] > 0
+
+
+def test_the_stats_command_prints_them(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(server, [say("Hello!")], max_tokens=4)
+    stats = server.wait_until_idle()
+    with pytest.raises(SystemExit) as ended:
+        main(["stats", "--url", server.url])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"{stats['tokens']:,}" in printed
+    assert f"{stats['raw_equivalent_bytes'] / stats['kv_bytes']['total']:.2f}x" in printed
+    assert stats["conversations"][0]["id"] in printed
+    with pytest.raises(SystemExit) as failed:
+        main(["stats", "--url", f"http://127.0.0.1:{free_port()}"])
+    assert failed.value.code == 1
+    assert "turboserve serve" in capsys.readouterr().err
 
 
 def test_metrics_pass_promtool(server: Server) -> None:

@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from turboserve import __version__
-from turboserve.cli import config, doctor
+from turboserve.cli import config, doctor, stats
 from turboserve.cli.config import UsageError
 from turboserve.errors import StartupError
 
@@ -82,6 +82,18 @@ def serve_command(
     from turboserve.cli.serve import run  # late: brings in the HTTP stack, and MLX by and by
 
     run(settings)
+
+
+@app.command("stats")
+def stats_command(
+    url: Annotated[str, Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    config_file: ConfigFile = None,
+    api_key: Annotated[Text, Option(help="The server's key; better set TURBOSERVE_API_KEY.")] = None,
+) -> None:
+    """Show what a running server's conversations cost, compressed and uncompressed."""
+    settings = config.resolve({"api_key": api_key}, config_file)
+    for line in stats.lines(stats.fetch(url, settings.api_key)):
+        typer.echo(line)
 
 
 @app.command("doctor")
