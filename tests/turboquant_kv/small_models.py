@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import gemma3_text, gpt_oss, lfm2, qwen2
 
-VOCAB = 97
+VOCAB = 256
 COMMON = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

@@ -1,0 +1,52 @@
+"""Models whose layers keep different kinds of cache, through the whole step loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.turboquant_kv import small_models
+from tests.turboserve.engine.fakes import GREEDY, VOCAB, make_loop, make_parts, request, run, text_of
+
+from turboquant_kv.format import KVFormat
+
+FORMATS = [None, KVFormat(4, 4, page_tokens=16, sink_tokens=8)]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("kind", ["sliding", "recurrent", "with_sinks"])
+def test_mixed_layers_batch_like_alone_and_are_shown(kind: str, fmt: Any, rng: np.random.Generator) -> None:
+    parts = make_parts(small_models.EVERY_KIND[kind](), fmt=fmt)
+    prompts = [text_of([int(t) for t in rng.integers(0, VOCAB, n)]) for n in (5, 40, 90)]
+    requests = [
+        request(str(i), text, max_tokens=n, sampling=GREEDY)
+        for i, (text, n) in enumerate(zip(prompts, (12, 4, 20), strict=True))
+    ]
+    loop = make_loop(parts)
+    together = [sink.tokens for sink in run(loop, *requests)]
+    stats = loop.snapshot()
+    if fmt is not None:
+        assert stats.layers_compressed >= 1
+    assert stats.layers_uncompressed >= 1
+    assert stats.kv.uncompressed > 0
+    assert stats.kv.total == sum(c.kv.uncompressed for c in stats.conversations) + parts.runtime.allocated_bytes()
+    alone = [run(make_loop(parts), one)[0].tokens for one in requests]
+    assert together == alone
+    assert [len(t) for t in together] == [12, 4, 20]
+    parts.manager.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ["sliding", "recurrent"])
+def test_a_conversation_over_mixed_layers_continues_at_its_end_only(kind: str, rng: np.random.Generator) -> None:
+    parts = make_parts(small_models.EVERY_KIND[kind](), fmt=KVFormat(4, 4, page_tokens=16, sink_tokens=8))
+    loop = make_loop(parts)
+    opening = text_of([int(t) for t in rng.integers(0, VOCAB, 60)])
+    first = run(loop, request("1", opening, max_tokens=6))[0]
+    follow_up = opening + first.text + text_of([int(t) for t in rng.integers(0, VOCAB, 20)])
+    second = run(loop, request("2", follow_up, max_tokens=6))[0]
+    assert second.finished.usage.cached_tokens > 60
+    cold = make_parts(small_models.EVERY_KIND[kind](), fmt=KVFormat(4, 4, page_tokens=16, sink_tokens=8))
+    assert run(make_loop(cold), request("3", follow_up, max_tokens=6))[0].tokens == second.tokens
+    branch = run(loop, request("4", opening + text_of([1, 2, 3]), max_tokens=2))[0]
+    assert branch.finished.usage.cached_tokens == 0
