@@ -12,7 +12,7 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 # A new package must be installed to be found; a new module in a known package need not.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native/*.c kernels/turboquant_kv/native/*.cpp) \
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native/*.c kernels/turboquant_kv/native/src/*) \
 	$(shell find kernels server -name __init__.py)
 # The backend is part of the stamp's name: two of them cannot share a virtual environment.
 BASE_STAMP := $(VENV)/.installed-$(EXTRA)

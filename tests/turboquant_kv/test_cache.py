@@ -26,7 +26,7 @@ from turboquant_kv import attention
 from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache, UnsupportedModelError
 from turboquant_kv.format import KVFormat
 
-BACKENDS = ("cpu-numpy", "mlx-ops")
+BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
 FMT = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
 DIM, HEADS, Q_HEADS, SCALE = 64, 2, 4, 0.125
 

@@ -7,10 +7,12 @@ import mlx.core as mx
 from turboquant_kv.backends.base import Backend
 from turboquant_kv.backends.cpu import NumpyBackend
 from turboquant_kv.backends.mlx_ops import MlxBackend
+from turboquant_kv.backends.native import NativeBackend
 from turboquant_kv.format import UnsupportedFormatError
 
 _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
     NumpyBackend.name: NumpyBackend,
+    NativeBackend.name: NativeBackend,
     MlxBackend.name: MlxBackend,
 }
 
@@ -18,7 +20,7 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
 def choose_backend(name: str = "auto") -> Backend:
     """The backend called `name`; `auto` takes NumPy on the CPU and MLX operations on a GPU.
 
-    Raises UnsupportedFormatError for an unknown name.
+    Raises UnsupportedFormatError for an unknown name, and for cpu-native where its kernels are not built.
     """
     if name == "auto":
         on_cpu = mx.default_device() == mx.Device(mx.cpu)

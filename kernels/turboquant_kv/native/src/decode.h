@@ -1,0 +1,217 @@
+// Attention of a few query rows, straight on the codes: one task is one KV head over up to segment_pages pages.
+//
+// A partial result per query head is [peak, mass, total (Dv)] with scores in base-2 logarithms. Segments depend on
+// positions alone, never on threads or batch, so a row's result is bit-identical in every company.
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kNothing = -__builtin_inff();
+constexpr int kChunkTokens = 256; // scores of 8 heads stay in the first-level cache
+
+TQ_INLINE int num_heads(const Attention& a, const Item& item) { return a.group * item.num_rows; }
+TQ_INLINE int partial_stride(const Attention& a) { return (a.store->v.dim + 2 + 15) / 16 * 16; } // [total, peak, mass]
+
+static std::size_t partial_floats(const Attention& a, const Item& item) {
+    return std::size_t(item.num_segments + 1) * num_heads(a, item) * partial_stride(a);
+}
+
+TQ_INLINE int chunk_pages(const Attention& a) { return max1(1, kChunkTokens / a.store->page_tokens); }
+
+static std::size_t decode_scratch(const Attention& a) {
+    return std::size_t(kMaxGroup) * (chunk_pages(a) * a.store->page_tokens + 2 * kMaxDim) + 64;
+}
+
+// Query head hh of an item, hh = g * num_rows + t, times scale * log2(e).
+static void load_query(const Attention& a, const Item& item, int kv_head, int hh, float* x) {
+    const int g = hh / item.num_rows, t = hh % item.num_rows;
+    const std::int64_t at = item.batch * a.q_strides[0] + (kv_head * a.group + g) * a.q_strides[1] + (item.first_row + t) * a.q_strides[2];
+    row_to_floats(a.q, a.q_dtype, at, a.store->k.dim, x);
+    for (int d = 0; d < a.store->k.dim; d++) x[d] *= a.scale * kLog2e;
+}
+
+TQ_INLINE float dot_mean(const Side& side, int head, const float* x) {
+    if (side.mean.empty()) return 0;
+    F total{};
+    for (int d = 0; d < side.dim; d += LANES) total = fma(load<F>(x + d), load<F>(&side.mean[std::size_t(head) * side.dim + d]), total);
+    return sum(total);
+}
+
+// Turn scores into weights in place and fade what was summed before. Returns the new peak's safe value.
+TQ_INLINE void absorb_scores(float* s, int n, float& peak, float& mass, float* total, int dim) {
+    F best = splat(kNothing);
+    for (int i = 0; i < n; i += LANES) best = vmax(best, load<F>(s + i));
+    const float new_peak = fmax1(peak, maximum(best));
+    if (new_peak == kNothing) {
+        for (int i = 0; i < n; i++) s[i] = 0;
+        return;
+    }
+    if (new_peak != peak) {
+        const float fade = peak == kNothing ? 0.0f : exp2_negative(splat(peak - new_peak))[0];
+        mass *= fade;
+        for (int d = 0; d < dim; d += LANES) store_to(total + d, load<F>(total + d) * fade);
+        peak = new_peak;
+    }
+    F added{};
+    for (int i = 0; i < n; i += LANES) {
+        const F e = exp2_negative(load<F>(s + i) - new_peak);
+        store_to(s + i, e);
+        added += e;
+    }
+    mass += sum(added);
+}
+
+// Keys before a row's sliding window, at the front of a chunk that begins at position `start`.
+static void hide_old(const Attention& a, const Item& item, int first_head, int G, std::int64_t start, int n, float* scores) {
+    for (int h = 0; h < G; h++) {
+        const std::int64_t oldest = a.oldest(item.position + (first_head + h) % item.num_rows);
+        for (std::int64_t i = 0; i < n && start + i < oldest; i++) scores[h * n + i] = kNothing;
+    }
+}
+
+// Pages [first, last) for heads first_head .. first_head + G.
+static void attend_pages(const Attention& a, const Item& item, int kv_head, int first_head, int G, std::int64_t first,
+                         std::int64_t last, float* partial, float* scratch) {
+    const Store& store = *a.store;
+    const int page = store.page_tokens, v_dim = store.v.dim, stride = partial_stride(a);
+    Query q;
+    float* x = scratch;
+    for (int h = 0; h < G; h++) {
+        load_query(a, item, kv_head, first_head + h, x);
+        q.shift[h] = dot_mean(store.k, kv_head, x);
+        rotate(store.k, x);
+        quantise_query(store.k, x, h, G, q);
+    }
+    const PageKernels &keys = page_kernels(store.k.bits), &values = page_kernels(store.v.bits);
+    float* scores = scratch + 2 * kMaxDim;
+    Weights w;
+    const std::int64_t oldest = a.oldest(item.position + item.num_rows - 1);
+    const int step = chunk_pages(a);
+    for (std::int64_t at = first; at < last; at += step) {
+        const int num_pages = int(min1<std::int64_t>(step, last - at)), n = num_pages * page;
+        auto block = [&](std::int64_t i) { return store.block(item.pages[min1(i, last - 1)], kv_head); };
+        for (int p = 0; p < num_pages; p++) {
+            const std::uint8_t* k = block(at + p);
+            const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) : block(at) + store.v_codes_at();
+            keys.score[G - 1](store.k, k, k + store.k_scales_at(), store.groups_per_page(), q, scores + p * page, n, next);
+        }
+        const std::int64_t start = store.sink_tokens + at * page;
+        if (start < oldest) hide_old(a, item, first_head, G, start, n, scores);
+        for (int h = 0; h < G; h++) {
+            float* mine = partial + h * stride;
+            absorb_scores(scores + h * n, n, mine[v_dim], mine[v_dim + 1], mine, v_dim);
+        }
+        for (int p = 0; p < num_pages; p++) {
+            const std::uint8_t* v = block(at + p) + store.v_codes_at();
+            const std::uint8_t* v_scales = block(at + p) + store.v_scales_at();
+            const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) + store.v_codes_at() : block(at + step);
+            for (int h = 0; h < G; h++)
+                for (int i = 0; i < page; i += LANES) {
+                    float* s = scores + h * n + p * page + i;
+                    store_to(s, load<F>(s) * load_half(v_scales + 2 * i));
+                }
+            for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
+                const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
+                for (int h = 0; h < G; h++) values.weigh(store.v, scores + h * n + p * page + g * 16, num_groups, h, G, w);
+                const std::size_t at_group = g * store.v.group_bytes();
+                values.add[G - 1](store.v, v + at_group, num_groups, w, partial, stride, next + at_group);
+            }
+        }
+    }
+}
+
+// Exact rows [from, to) at position `start`, for one query head; x (D,) is scaled, not rotated.
+template <Dtype D>
+static void attend_exact_rows(const Rows& k, const Rows& v, int kv_head, int from, int to, int k_dim, int v_dim, const float* x, float* partial, float* s) {
+    if (from >= to) return;
+    for (int at = from; at < to; at += kChunkTokens) {
+        const int n = min1(kChunkTokens, to - at), padded = (n + LANES - 1) / LANES * LANES;
+        for (int i = 0; i < n; i++) {
+            const std::int64_t row = kv_head * k.head_stride + (at + i) * k.token_stride;
+            F total{};
+            for (int d = 0; d < k_dim; d += LANES) total = fma(load<F>(x + d), load_row<D>(k.data, row + d), total);
+            s[i] = sum(total);
+        }
+        for (int i = n; i < padded; i++) s[i] = kNothing;
+        absorb_scores(s, padded, partial[v_dim], partial[v_dim + 1], partial, v_dim);
+        for (int i = 0; i < n; i++) {
+            const std::int64_t row = kv_head * v.head_stride + (at + i) * v.token_stride;
+            const F weight = splat(s[i]);
+            for (int d = 0; d < v_dim; d += LANES) store_to(partial + d, fma(weight, load_row<D>(v.data, row + d), load<F>(partial + d)));
+        }
+    }
+}
+
+static void attend_exact(const Attention& a, const Item& item, int kv_head, int hh, float* partial, float* scratch) {
+    const Store& store = *a.store;
+    float *x = scratch, *s = scratch + 2 * kMaxDim;
+    load_query(a, item, kv_head, hh, x);
+    const std::int64_t p = item.position + hh % item.num_rows, oldest = a.oldest(p);
+    const std::int64_t page_start = p < store.sink_tokens ? p + 1 : p - (p - store.sink_tokens) % store.page_tokens;
+    auto run = [&](const Rows& k, const Rows& v, std::int64_t start, std::int64_t from, std::int64_t to) {
+        const int first = int(max1<std::int64_t>(max1(from, oldest) - start, 0));
+        const int end = int(min1<std::int64_t>(to - start, k.num_tokens));
+        const auto f = k.dtype == Dtype::f32 ? attend_exact_rows<Dtype::f32>
+                     : k.dtype == Dtype::f16 ? attend_exact_rows<Dtype::f16> : attend_exact_rows<Dtype::bf16>;
+        f(k, v, kv_head, first, end, store.k.dim, store.v.dim, x, partial, s);
+    };
+    if (item.sink_k.num_tokens) run(item.sink_k, item.sink_v, 0, 0, p + 1);
+    if (item.window_k.num_tokens) run(item.window_k, item.window_v, item.window_start, page_start, p + 1);
+}
+
+static void clear_partial(float* partial, int v_dim) {
+    for (int d = 0; d < v_dim; d++) partial[d] = 0;
+    partial[v_dim] = kNothing;
+    partial[v_dim + 1] = 0;
+}
+
+// `partials` is the item's and KV head's own: [segment][head]; the exact ends come after the last segment.
+static void decode_segment(const Attention& a, const Item& item, int kv_head, int segment, float* partials, float* scratch) {
+    const int heads = num_heads(a, item), stride = partial_stride(a), v_dim = a.store->v.dim;
+    float* mine = partials + std::size_t(segment) * heads * stride;
+    for (int h = 0; h < heads; h++) clear_partial(mine + h * stride, v_dim);
+    const std::int64_t first = item.first_page + std::int64_t(segment) * a.segment_pages;
+    const std::int64_t last = min1(item.num_pages, first + a.segment_pages);
+    for (int h = 0; h < heads; h += kMaxGroup)
+        if (first < last) attend_pages(a, item, kv_head, h, min1(kMaxGroup, heads - h), first, last, mine + h * stride, scratch);
+    if (segment == 0) {
+        float* exact = partials + std::size_t(item.num_segments) * heads * stride;
+        for (int h = 0; h < heads; h++) {
+            clear_partial(exact + h * stride, v_dim);
+            attend_exact(a, item, kv_head, h, exact + h * stride, scratch);
+        }
+    }
+}
+
+// By log-sum-exp: compressed segments (rotated), exact ends, and the sink logit, to the output row.
+static void finish_row(const Attention& a, const Item& item, int kv_head, int hh, float* total, float peak, float mass, const float* exact) {
+    const Store& store = *a.store;
+    const int v_dim = store.v.dim, g = hh / item.num_rows, t = hh % item.num_rows, q_head = kv_head * a.group + g;
+    const float exact_peak = exact[v_dim], sink = a.sinks ? a.sinks[q_head] * kLog2e : kNothing;
+    const float top = fmax1(fmax1(peak, exact_peak), sink);
+    auto weight = [&](float p) { return p == kNothing ? 0.0f : exp2_negative(splat(p - top))[0]; };
+    const float wc = weight(peak), we = weight(exact_peak);
+    const float denominator = mass * wc + exact[v_dim + 1] * we + weight(sink);
+    const float inverse = denominator == 0 ? 0.0f : 1.0f / denominator;
+    if (peak != kNothing) unrotate(store.v, total);
+    float* out = a.out + ((std::size_t(item.batch) * a.num_q_heads + q_head) * a.num_rows + item.first_row + t) * v_dim;
+    const float* mean = store.v.mean.empty() ? nullptr : &store.v.mean[std::size_t(kv_head) * v_dim];
+    for (int d = 0; d < v_dim; d++) {
+        const float compressed = total[d] + (mean ? mass * mean[d] : 0.0f);
+        out[d] = (compressed * wc + exact[d] * we) * inverse;
+    }
+}
+
+static void merge_segments(const Attention& a, const Item& item, int kv_head, float* partials, float*) {
+    const int heads = num_heads(a, item), stride = partial_stride(a), v_dim = a.store->v.dim;
+    for (int h = 0; h < heads; h++) {
+        float* total = partials + h * stride;
+        float peak = kNothing, mass = 0;
+        for (int s = 0; s < item.num_segments; s++) peak = fmax1(peak, partials[(std::size_t(s) * heads + h) * stride + v_dim]);
+        for (int s = 0; s < item.num_segments; s++) {
+            const float* part = partials + (std::size_t(s) * heads + h) * stride;
+            const float w = part[v_dim] == kNothing ? 0.0f : exp2_negative(splat(part[v_dim] - peak))[0];
+            mass += w * part[v_dim + 1];
+            for (int d = 0; d < v_dim; d++) total[d] = (s ? total[d] : 0.0f) + w * part[d];
+        }
+        finish_row(a, item, kv_head, h, total, peak, mass, partials + (std::size_t(item.num_segments) * heads + h) * stride);
+    }
+}

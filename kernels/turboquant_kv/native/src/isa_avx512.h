@@ -1,0 +1,58 @@
+// AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 lanes, one byte permute per 64 codes.
+#define LANES 16
+#include "isa_common.h"
+
+constexpr const char* kName = "avx512-vnni";
+constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = -127, kValueHigh = 127;
+
+// Indices may carry dirt above their 2, 3 or 4 bits: the table repeats over all 64 places.
+struct Lut {
+    __m512i table;
+    template <int Bits> static inline Lut make(const std::uint8_t* entry) {
+        alignas(64) std::uint8_t bytes[64];
+        for (int i = 0; i < 64; i++) bytes[i] = entry[i & ((1 << Bits) - 1)];
+        return {_mm512_load_si512(bytes)};
+    }
+};
+template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
+    return (B4)_mm512_permutexvar_epi8((__m512i)index, lut.table);
+}
+template <int N> TQ_INLINE B4 shift_right(B4 x) { return (B4)_mm512_srli_epi16((__m512i)x, N); }
+template <int N> TQ_INLINE B4 shift_left(B4 x) { return (B4)_mm512_slli_epi16((__m512i)x, N); }
+// Bits 0-1 of `low`, the others of `high`.
+TQ_INLINE B4 join_3bit(B4 low, B4 high) {
+    return (B4)_mm512_ternarylogic_epi32(_mm512_set1_epi8(3), (__m512i)low, (__m512i)high, 0xCA);
+}
+// 32 bytes whose low nibbles belong to lanes 0-7 and high nibbles to lanes 8-15.
+TQ_INLINE B4 load_nibbles(const std::uint8_t* p, int) {
+    __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    return (B4)_mm512_inserti64x4(_mm512_castsi256_si512(x), _mm256_srli_epi16(x, 4), 1);
+}
+struct Lut256 {
+    __m512i t[4];
+    static inline Lut256 make(const std::uint8_t* entry) {
+        return {{_mm512_loadu_si512(entry), _mm512_loadu_si512(entry + 64), _mm512_loadu_si512(entry + 128), _mm512_loadu_si512(entry + 192)}};
+    }
+};
+TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
+    __m512i i = (__m512i)index;
+    __m512i low = _mm512_permutex2var_epi8(lut.t[0], i, lut.t[1]), high = _mm512_permutex2var_epi8(lut.t[2], i, lut.t[3]);
+    return (B4)_mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
+}
+// acc + sum of four unsigned times signed bytes per lane.
+TQ_INLINE I dot_us(I acc, B4 a, B4 b) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return dot_us(acc, c, q); }
+TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return dot_us(acc, w, c); }
+TQ_INLINE F load_half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+TQ_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+constexpr int kGemmRows = 8, kGemmVectors = 2;
+struct FloatLut {
+    __m512 table;
+    static inline FloatLut make(const float* book, int bits) {
+        alignas(64) float entries[16];
+        for (int i = 0; i < 16; i++) entries[i] = book[i & ((1 << min1(bits, 4)) - 1)];
+        return {_mm512_load_ps(entries)};
+    }
+};
+TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return (F)_mm512_permutexvar_ps((__m512i)index, lut.table); }
+TQ_INLINE F gather(const float* book, I index) { return (F)_mm512_i32gather_ps((__m512i)index, book, 4); }

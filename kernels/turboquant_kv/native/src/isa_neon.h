@@ -1,0 +1,60 @@
+// AArch64 with the dot-product extension. It multiplies signed by signed or unsigned by unsigned bytes only, so keys
+// are signed centroids against a signed query, values unsigned centroids against unsigned weights.
+#define LANES 4
+#include "isa_common.h"
+
+constexpr const char* kName = "neon-dotprod";
+constexpr int kKeyLow = -127, kKeyHigh = 127, kValueLow = 0, kValueHigh = 255;
+
+struct Lut {
+    uint8x16_t table;
+    template <int Bits> static inline Lut make(const std::uint8_t* entry) {
+        std::uint8_t bytes[16];
+        for (int i = 0; i < 16; i++) bytes[i] = entry[i & ((1 << Bits) - 1)];
+        return {vld1q_u8(bytes)};
+    }
+};
+template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
+    return (B4)vqtbl1q_u8(lut.table, vandq_u8((uint8x16_t)index, vdupq_n_u8(15)));
+}
+template <int N> TQ_INLINE B4 shift_right(B4 x) {
+    if constexpr (N == 0) return x;
+    else return (B4)vshrq_n_u8((uint8x16_t)x, N);
+}
+template <int N> TQ_INLINE B4 shift_left(B4 x) { return (B4)vshlq_n_u8((uint8x16_t)x, N); }
+TQ_INLINE B4 join_3bit(B4 low, B4 high) { return (B4)vbslq_u8(vdupq_n_u8(3), (uint8x16_t)low, (uint8x16_t)high); }
+TQ_INLINE B4 load_nibbles(const std::uint8_t* p, int sub) {
+    uint8x16_t x = vld1q_u8(p + 16 * (sub & 1));
+    return (B4)(sub & 2 ? vshrq_n_u8(x, 4) : x);
+}
+struct Lut256 {
+    const std::uint8_t* entry;
+    static inline Lut256 make(const std::uint8_t* entry) { return {entry}; }
+};
+TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
+    std::uint8_t bytes[16];
+    store_to(bytes, index);
+    for (int i = 0; i < 16; i++) bytes[i] = lut.entry[bytes[i]];
+    return load<B4>(bytes);
+}
+// a = (a - 128) + 64 + 64 in signed bytes.
+TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
+    int8x16_t y = (int8x16_t)b, half = vdupq_n_s8(64);
+    int32x4_t sum = vdotq_s32((int32x4_t)acc, vreinterpretq_s8_u8(veorq_u8((uint8x16_t)a, vdupq_n_u8(128))), y);
+    return (I)vdotq_s32(vdotq_s32(sum, y, half), y, half);
+}
+TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return (I)vdotq_s32((int32x4_t)acc, (int8x16_t)c, (int8x16_t)q); }
+TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return (I)vdotq_u32((uint32x4_t)acc, (uint8x16_t)w, (uint8x16_t)c); }
+TQ_INLINE F load_half(const void* p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const std::uint16_t*)p))); }
+TQ_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+constexpr int kGemmRows = 8, kGemmVectors = 2;
+TQ_INLINE F gather(const float* book, I index) {
+    F x{};
+    for (int i = 0; i < LANES; i++) x[i] = book[index[i]];
+    return x;
+}
+struct FloatLut {
+    const float* book;
+    static inline FloatLut make(const float* book, int) { return {book}; }
+};
+TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return gather(lut.book, index); }

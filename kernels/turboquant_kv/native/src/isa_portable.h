@@ -1,0 +1,55 @@
+// Any CPU: what the compiler makes of four-lane vectors and byte loops. Correct everywhere, fast nowhere.
+#define LANES 4
+#include "isa_common.h"
+
+constexpr const char* kName = "portable";
+constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = -127, kValueHigh = 127;
+
+struct Lut {
+    const std::uint8_t* entry;
+    template <int Bits> static inline Lut make(const std::uint8_t* entry) { return {entry}; }
+};
+template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
+    std::uint8_t bytes[4 * LANES];
+    store_to(bytes, index);
+    for (int i = 0; i < 4 * LANES; i++) bytes[i] = lut.entry[bytes[i] & ((1 << Bits) - 1)];
+    return load<B4>(bytes);
+}
+template <int N> TQ_INLINE B4 shift_right(B4 x) { return x >> N; }
+template <int N> TQ_INLINE B4 shift_left(B4 x) { return x << N; }
+TQ_INLINE B4 join_3bit(B4 low, B4 high) { return (low & 3) | (high & 252); }
+TQ_INLINE B4 load_nibbles(const std::uint8_t* p, int sub) {
+    B4 x = load<B4>(p + 16 * (sub & 1));
+    return sub & 2 ? x >> 4 : x;
+}
+struct Lut256 {
+    const std::uint8_t* entry;
+    static inline Lut256 make(const std::uint8_t* entry) { return {entry}; }
+};
+TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) { return look_up<8>(Lut{lut.entry}, index); }
+TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < 4; j++) acc[i] += int(a[4 * i + j]) * int(std::int8_t(b[4 * i + j]));
+    return acc;
+}
+TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return dot_us(acc, c, q); }
+TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return dot_us(acc, w, c); }
+TQ_INLINE F load_half(const void* p) {
+    std::uint16_t words[LANES];
+    std::memcpy(words, p, sizeof words);
+    F x{};
+    for (int i = 0; i < LANES; i++) x[i] = half_to_float(words[i]);
+    return x;
+}
+TQ_INLINE F fma(F a, F b, F c) { return a * b + c; }
+constexpr int kGemmRows = 4, kGemmVectors = 2;
+TQ_INLINE F gather(const float* book, I index) {
+    F x{};
+    for (int i = 0; i < LANES; i++) x[i] = book[index[i]];
+    return x;
+}
+struct FloatLut {
+    const float* book;
+    static inline FloatLut make(const float* book, int) { return {book}; }
+};
+TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return gather(lut.book, index); }

@@ -1,0 +1,360 @@
+// turboquant_kv.native._kernels: checks what Python hands over, then runs the kernels without the GIL.
+//
+// Everything a kernel will touch is proven here: page ids against the pages held, rows against the layer's geometry,
+// windows against the queries. Failures raise ValueError before any work.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+
+#include "buffers.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace tq {
+namespace {
+
+constexpr int kSegmentTokens = 2048; // one decode task; positions alone decide where it begins
+constexpr int kDecodeRows = 8;       // more query rows are worth float tiles
+
+std::vector<float> floats(nb::handle object, const char* name, std::int64_t count) {
+    View view(object, name, 1);
+    view.expect_type("f", 4);
+    view.expect_shape({count});
+    view.expect_dense();
+    const float* p = static_cast<const float*>(view.data());
+    return std::vector<float>(p, p + count);
+}
+
+Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
+    if (dim < 16 || dim > kMaxDim || dim % 16) throw std::invalid_argument("head dimensions are multiples of 16 up to 512");
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("bits are 2, 3, 4 or 8");
+    Side side;
+    side.is_key = is_key;
+    side.dim = dim;
+    side.bits = bits;
+    side.signs = floats(signs, "signs", dim);
+    const std::int64_t base_floats = View(base, "base", 1).shape(0);
+    while (std::int64_t(side.base_order) * side.base_order < base_floats) side.base_order++;
+    const int power = dim / side.base_order;
+    if (dim % side.base_order || power < 4 || (power & (power - 1))) throw std::invalid_argument("base does not divide the head dimension");
+    side.base = floats(base, "base", std::int64_t(side.base_order) * side.base_order);
+    if (!mean.is_none()) side.mean = floats(mean, "mean", std::int64_t(heads) * dim);
+    side.book = floats(book, "book", 1 << bits);
+    side.thresholds = floats(thresholds, "thresholds", (1 << bits) - 1);
+    return side;
+}
+
+ScaleKind scale_kind(const std::string& name) {
+    if (name == "unbiased") return ScaleKind::unbiased;
+    if (name == "norm") return ScaleKind::norm;
+    if (name == "least_squares") return ScaleKind::least_squares;
+    if (name == "plain") return ScaleKind::plain;
+    throw std::invalid_argument("scale '" + name + "' is unknown");
+}
+
+// Scratch per worker; one call at a time uses it (run_tasks serialises).
+struct Scratch {
+    explicit Scratch(std::size_t floats_each) : each(floats_each), data(floats_each * num_threads()) {}
+    float* of(int worker) { return data.data() + each * worker; }
+    std::size_t each;
+    std::vector<float> data;
+};
+
+class NativeStore {
+  public:
+    NativeStore(int heads, int page_tokens, int sink_tokens, const std::string& scale, const std::string& isa) : level_(find_level(isa)) {
+        if (heads < 1 || page_tokens < kGroupTokens || page_tokens % kGroupTokens || page_tokens > 1 << 20 || sink_tokens < 0)
+            throw std::invalid_argument("heads, page_tokens (a multiple of 16) or sink_tokens are out of range");
+        store_.heads = heads;
+        store_.page_tokens = page_tokens;
+        store_.sink_tokens = sink_tokens;
+        store_.scale_kind = scale_kind(scale);
+    }
+
+    void set_side(bool is_key, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
+        if (store_.num_pages) throw std::invalid_argument("the geometry cannot change once there are pages");
+        Side side = make_side(is_key, store_.heads, dim, bits, signs, base, mean, book, thresholds);
+        side.table = make_table(side, *level_);
+        (is_key ? store_.k : store_.v) = std::move(side);
+    }
+
+    std::string isa() const { return level_->name; }
+    std::size_t num_pages() const { return store_.num_pages; }
+    std::size_t page_bytes() const { return store_.page_bytes(); }
+
+    void grow(std::int64_t pages) {
+        expect_ready();
+        if (pages < 0 || std::size_t(pages) > std::size_t(1) << 40) throw std::invalid_argument("num_pages is out of range");
+        std::lock_guard lock(store_.mutex);
+        store_.grow(std::size_t(pages));
+    }
+
+    void encode(nb::handle page_ids, nb::handle k, nb::handle v) {
+        const View ids = pages_of(page_ids, true), k_view(k, "k", 3), v_view(v, "v", 3);
+        const Rows sides[2] = {rows_of(k_view, store_.k), rows_of(v_view, store_.v)};
+        for (const Rows& rows : sides)
+            if (rows.num_tokens != ids.shape(0) * store_.page_tokens) throw std::invalid_argument("k and v must hold page_tokens rows per page id");
+        const auto* id = static_cast<const std::int64_t*>(ids.data());
+        nb::gil_scoped_release release;
+        std::lock_guard lock(store_.mutex);
+        run_tasks(int(ids.shape(0)) * store_.heads, [&](int task, int) {
+            const int page = task / store_.heads, head = task % store_.heads, first = page * store_.page_tokens;
+            std::uint8_t* block = store_.block(id[page], head);
+            level_->encode_page(store_, store_.k, sides[0], head, first, block, block + store_.k_scales_at());
+            level_->encode_page(store_, store_.v, sides[1], head, first, block + store_.v_codes_at(), block + store_.v_scales_at());
+        });
+    }
+
+    // codes (P, H, page, bytes) and scales (P, H, page) of one side; `write` is from them, else into them.
+    void transfer(bool is_key, bool write, nb::handle page_ids, nb::handle codes, nb::handle scales) {
+        const Side& side = is_key ? store_.k : store_.v;
+        const View ids = pages_of(page_ids, write), codes_view(codes, "codes", 4, !write), scales_view(scales, "scales", 3, !write);
+        const std::int64_t n = ids.shape(0), row_bytes = std::int64_t(side.dim) * side.bits / 8;
+        codes_view.expect_type("B", 1);
+        codes_view.expect_shape({n, store_.heads, store_.page_tokens, row_bytes});
+        codes_view.expect_dense();
+        scales_view.expect_type("e", 2);
+        scales_view.expect_shape({n, store_.heads, store_.page_tokens});
+        scales_view.expect_dense();
+        const auto* id = static_cast<const std::int64_t*>(ids.data());
+        auto *packed = static_cast<std::uint8_t*>(codes_view.data()), *halves = static_cast<std::uint8_t*>(scales_view.data());
+        const std::size_t codes_at = is_key ? 0 : store_.v_codes_at(), scales_at = is_key ? store_.k_scales_at() : store_.v_scales_at();
+        const std::size_t page_row = row_bytes * store_.page_tokens, scale_bytes = std::size_t(2) * store_.page_tokens;
+        nb::gil_scoped_release release;
+        std::lock_guard lock(store_.mutex);
+        run_tasks(int(n) * store_.heads, [&](int task, int) {
+            std::uint8_t* block = store_.block(id[task / store_.heads], task % store_.heads);
+            if (write) {
+                level_->from_canonical(store_, side, packed + task * page_row, block + codes_at);
+                std::memcpy(block + scales_at, halves + task * scale_bytes, scale_bytes);
+            } else {
+                level_->to_canonical(store_, side, block + codes_at, packed + task * page_row);
+                std::memcpy(halves + task * scale_bytes, block + scales_at, scale_bytes);
+            }
+        });
+    }
+
+    // Centroids (H, P*page, D) and scales (H, P*page), float32; `restore` gives decoded values in the model's basis.
+    void decode(bool is_key, bool restore, nb::handle page_ids, nb::handle rows, nb::handle scales) {
+        const Side& side = is_key ? store_.k : store_.v;
+        const View ids = pages_of(page_ids, false), rows_view(rows, "rows", 3, true), scales_view(scales, "scales", 2, true);
+        const std::int64_t n = ids.shape(0), tokens = n * store_.page_tokens;
+        rows_view.expect_type("f", 4);
+        rows_view.expect_shape({store_.heads, tokens, side.dim});
+        rows_view.expect_dense();
+        scales_view.expect_type("f", 4);
+        scales_view.expect_shape({store_.heads, tokens});
+        scales_view.expect_dense();
+        const auto* id = static_cast<const std::int64_t*>(ids.data());
+        auto *out = static_cast<float*>(rows_view.data()), *out_scales = static_cast<float*>(scales_view.data());
+        const std::size_t codes_at = is_key ? 0 : store_.v_codes_at(), scales_at = is_key ? store_.k_scales_at() : store_.v_scales_at();
+        nb::gil_scoped_release release;
+        std::lock_guard lock(store_.mutex);
+        run_tasks(int(n) * store_.heads, [&](int task, int) {
+            const int page = task / store_.heads, head = task % store_.heads;
+            const std::uint8_t* block = store_.block(id[page], head);
+            const std::size_t row = std::size_t(head) * tokens + std::size_t(page) * store_.page_tokens;
+            float *mine = out + row * side.dim, *mine_scales = out_scales + row;
+            level_->decode_page(store_, side, block + codes_at, block + scales_at, mine, mine_scales);
+            if (!restore) return;
+            for (int t = 0; t < store_.page_tokens; t++)
+                for (int d = 0; d < side.dim; d++) mine[t * side.dim + d] *= mine_scales[t];
+            level_->unrotate_rows(side, head, mine, store_.page_tokens);
+        });
+    }
+
+    void attend(nb::handle q, nb::handle out, nb::handle rows, float scale, nb::handle sinks, std::int64_t window) {
+        expect_ready();
+        const View q_view(q, "queries", 4), out_view(out, "out", 4, true);
+        q_view.expect_shape({-1, -1, -1, store_.k.dim});
+        q_view.expect_dense_last_axis();
+        out_view.expect_type("f", 4);
+        out_view.expect_shape({q_view.shape(0), q_view.shape(1), q_view.shape(2), store_.v.dim});
+        out_view.expect_dense();
+        if (q_view.shape(1) % store_.heads || q_view.shape(1) == 0) throw std::invalid_argument("query heads are no multiple of the KV heads");
+        if (window < 0) throw std::invalid_argument("window is negative");
+        Attention a;
+        a.store = &store_;
+        a.q = q_view.data();
+        a.q_dtype = q_view.dtype();
+        for (int i = 0; i < 3; i++) a.q_strides[i] = q_view.stride(i);
+        a.out = static_cast<float*>(out_view.data());
+        a.num_q_heads = int(q_view.shape(1));
+        a.num_rows = int(q_view.shape(2));
+        a.group = a.num_q_heads / store_.heads;
+        a.scale = scale;
+        a.window = window;
+        a.segment_pages = std::max(1, kSegmentTokens / store_.page_tokens);
+        std::optional<View> sinks_view;
+        if (!sinks.is_none()) {
+            sinks_view.emplace(sinks, "sinks", 1);
+            sinks_view->expect_type("f", 4);
+            sinks_view->expect_shape({a.num_q_heads});
+            sinks_view->expect_dense();
+            a.sinks = static_cast<const float*>(sinks_view->data());
+        }
+        std::vector<View> held; // buffers of the rows, until the work is done
+        if (std::int64_t(nb::len(rows)) != q_view.shape(0)) throw std::invalid_argument("there must be one view per row of the queries");
+        int batch = 0;
+        Attention many = a;
+        for (nb::handle row : rows) add_items(batch++, row, a, many, held);
+        nb::gil_scoped_release release;
+        std::lock_guard lock(store_.mutex);
+        run_decode(a);
+        run_prefill(many);
+    }
+
+  private:
+    void expect_ready() const {
+        if (store_.k.dim == 0 || store_.v.dim == 0) throw std::invalid_argument("the store's sides are not set");
+    }
+
+    View pages_of(nb::handle object, bool distinct) const {
+        expect_ready();
+        View view(object, "page_ids", 1);
+        view.expect_type("lq", 8);
+        view.expect_dense();
+        const auto* id = static_cast<const std::int64_t*>(view.data());
+        for (std::int64_t i = 0; i < view.shape(0); i++)
+            if (id[i] < 0 || std::size_t(id[i]) >= store_.num_pages)
+                throw std::invalid_argument("page id " + std::to_string(id[i]) + " is not among the " + std::to_string(store_.num_pages) + " pages held");
+        if (view.shape(0) > 1 << 24) throw std::invalid_argument("too many pages in one call");
+        if (distinct) {
+            std::vector<std::int64_t> sorted(id, id + view.shape(0));
+            std::sort(sorted.begin(), sorted.end());
+            if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) throw std::invalid_argument("page_ids names a page twice");
+        }
+        return view;
+    }
+
+    Rows rows_of(const View& view, const Side& side) const {
+        view.expect_shape({store_.heads, -1, side.dim});
+        view.expect_dense_last_axis();
+        if (view.shape(1) > 1 << 30) view.fail("has too many rows");
+        return {view.data(), view.stride(0), view.stride(1), view.dtype(), int(view.shape(1))};
+    }
+
+    // row: (q_start, num_queries, page_ids, sink_k, sink_v, window_start, window_k, window_v); rows None where there are none.
+    void add_items(int batch, nb::handle row, Attention& few, Attention& many, std::vector<View>& held) const {
+        if (nb::len(row) != 8) throw std::invalid_argument("a view has eight entries");
+        const auto q_start = nb::cast<std::int64_t>(row[0]), num_queries = nb::cast<std::int64_t>(row[1]);
+        constexpr std::int64_t far = std::int64_t(1) << 40;
+        if (q_start < 0 || q_start > far || num_queries < 0 || num_queries > few.num_rows) throw std::invalid_argument("a view's queries are out of range");
+        if (num_queries == 0) return;
+        Item item;
+        item.batch = batch;
+        held.push_back(pages_of(row[2], false));
+        const std::int64_t pages_given = held.back().shape(0);
+        item.pages = static_cast<const std::int64_t*>(held.back().data());
+        auto pair = [&](int at, const char* k_name, const char* v_name, Rows& k, Rows& v) {
+            if (row[at].is_none()) return;
+            held.emplace_back(nb::object(row[at]), k_name, 3);
+            k = rows_of(held.back(), store_.k);
+            held.emplace_back(nb::object(row[at + 1]), v_name, 3);
+            v = rows_of(held.back(), store_.v);
+            if (k.num_tokens != v.num_tokens || k.dtype != v.dtype) throw std::invalid_argument(std::string(k_name) + " and " + v_name + " differ in length or type");
+        };
+        pair(3, "sink_k", "sink_v", item.sink_k, item.sink_v);
+        pair(6, "window_k", "window_v", item.window_k, item.window_v);
+        item.window_start = item.window_k.num_tokens ? nb::cast<std::int64_t>(row[5]) : 0;
+        check_exact(item, q_start, q_start + num_queries);
+        for (std::int64_t t = 0; t < num_queries;) {
+            const std::int64_t p = q_start + t, sink = store_.sink_tokens;
+            const std::int64_t page = p < sink ? -1 : (p - sink) / store_.page_tokens;
+            const std::int64_t page_end = page < 0 ? std::min<std::int64_t>(sink, p + store_.page_tokens) : sink + (page + 1) * store_.page_tokens;
+            item.first_row = int(t);
+            item.num_rows = int(std::min(page_end - p, num_queries - t));
+            item.position = p;
+            item.num_pages = std::max<std::int64_t>(page, 0);
+            if (item.num_pages > pages_given) throw std::invalid_argument("a view has fewer pages than its queries see");
+            item.first_page = std::min(item.num_pages, std::max<std::int64_t>(0, few.oldest(p) - sink) / store_.page_tokens);
+            item.num_segments = int(std::max<std::int64_t>(1, (item.num_pages - item.first_page + few.segment_pages - 1) / few.segment_pages));
+            (num_queries <= kDecodeRows ? few : many).items.push_back(item);
+            t += item.num_rows;
+        }
+    }
+
+    // Sink and window must hold every exact key that the queries [first, end) see.
+    void check_exact(const Item& item, std::int64_t first, std::int64_t end) const {
+        const std::int64_t sink = store_.sink_tokens;
+        if (item.sink_k.num_tokens != std::min(end, sink)) throw std::invalid_argument("the sink rows do not match the queries' positions");
+        if (end <= sink) return;
+        const std::int64_t p = std::max(first, sink), page_start = p - (p - sink) % store_.page_tokens;
+        if (item.window_start < sink || item.window_start > page_start || item.window_start + item.window_k.num_tokens != end)
+            throw std::invalid_argument("the window rows do not cover the queries' own pages");
+    }
+
+    void run_decode(Attention& a) const {
+        struct Task { int item, head, segment; };
+        std::vector<Task> tasks;
+        std::vector<std::size_t> starts; // of each item's partials
+        std::size_t total = 0;
+        for (int i = 0; i < int(a.items.size()); i++) {
+            starts.push_back(total);
+            total += level_->partial_floats(a, a.items[i]) * store_.heads;
+            for (int head = 0; head < store_.heads; head++)
+                for (int s = 0; s < a.items[i].num_segments; s++) tasks.push_back({i, head, s});
+        }
+        if (tasks.empty()) return;
+        std::vector<std::atomic<int>> left(a.items.size() * store_.heads);
+        for (std::size_t i = 0; i < left.size(); i++) left[i] = a.items[i / store_.heads].num_segments;
+        std::vector<float> partials(total);
+        Scratch scratch(level_->decode_scratch(a));
+        run_tasks(int(tasks.size()), [&](int task, int worker) {
+            const auto [i, head, segment] = tasks[task];
+            const Item& item = a.items[i];
+            float* mine = partials.data() + starts[i] + level_->partial_floats(a, item) * head;
+            level_->decode_segment(a, item, head, segment, mine, scratch.of(worker));
+            if (left[std::size_t(i) * store_.heads + head].fetch_sub(1) == 1) level_->merge_segments(a, item, head, mine, scratch.of(worker));
+        });
+    }
+
+    void run_prefill(Attention& a) const {
+        if (a.items.empty()) return;
+        Scratch scratch(level_->prefill_scratch(a));
+        const int num_tasks = int(a.items.size()) * store_.heads;
+        run_tasks(num_tasks, [&](int task, int worker) { // last rows first: they see most
+            const int reversed = num_tasks - 1 - task;
+            level_->prefill(a, a.items[reversed / store_.heads], reversed % store_.heads, scratch.of(worker));
+        });
+    }
+
+    const KernelTable* level_;
+    Store store_;
+};
+
+std::vector<std::string> level_names() {
+    std::vector<std::string> names;
+    for (const auto* level : available_levels()) names.push_back(level->name);
+    return names;
+}
+
+} // namespace
+} // namespace tq
+
+NB_MODULE(_kernels, m) {
+    using tq::NativeStore;
+    m.def("isa_levels", &tq::level_names, "Instruction-set levels of this build and CPU, fastest first.");
+    m.def("set_num_threads", &tq::set_num_threads, nb::arg("num_threads"));
+    m.def("num_threads", &tq::num_threads);
+    nb::class_<NativeStore>(m, "Store")
+        .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
+             nb::arg("scale"), nb::arg("isa"))
+        .def("set_side", &NativeStore::set_side, nb::arg("is_key"), nb::arg("dim"), nb::arg("bits"), nb::arg("signs"), nb::arg("base"),
+             nb::arg("mean").none(), nb::arg("book"), nb::arg("thresholds"))
+        .def_prop_ro("isa", &NativeStore::isa)
+        .def_prop_ro("num_pages", &NativeStore::num_pages)
+        .def_prop_ro("page_bytes", &NativeStore::page_bytes)
+        .def("grow", &NativeStore::grow, nb::arg("num_pages"))
+        .def("encode", &NativeStore::encode, nb::arg("page_ids"), nb::arg("k"), nb::arg("v"))
+        .def("transfer", &NativeStore::transfer, nb::arg("is_key"), nb::arg("write"), nb::arg("page_ids"), nb::arg("codes"), nb::arg("scales"))
+        .def("decode", &NativeStore::decode, nb::arg("is_key"), nb::arg("restore"), nb::arg("page_ids"), nb::arg("rows"), nb::arg("scales"))
+        .def("attend", &NativeStore::attend, nb::arg("queries"), nb::arg("out"), nb::arg("rows"), nb::arg("scale"), nb::arg("sinks").none(),
+             nb::arg("window"));
+}

@@ -1,0 +1,83 @@
+// What every kernel needs to know about one layer's compressed pages: geometry, tables, memory.
+//
+// Owns the slabs and the page layout's offsets. Leaves out how codes lie inside a group (codes.h) and all
+// arithmetic. Plain data, compiled without instruction-set flags.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+namespace tq {
+
+constexpr int kGroupTokens = 16;   // tokens that share a register in the widest instruction set
+constexpr int kSlabPages = 1024;   // untouched pages of a slab cost address space only
+constexpr int kMaxDim = 512;
+constexpr int kMaxGroup = 8;       // query heads that share one unpack; larger groups are cut
+constexpr std::size_t kAlign = 64; // a cache line
+
+// Centroids as small integers: value = (entry - offset) * step. `low` is used at 8 bits only, where
+// value = (256 * entry + low - offset) * step.
+struct IntTable {
+    alignas(64) std::uint8_t entry[256] = {};
+    alignas(64) std::uint8_t low[256] = {};
+    float step = 1.0f;
+    float offset = 0.0f;
+};
+
+enum class ScaleKind { unbiased, norm, least_squares, plain };
+
+// Keys or values of one layer.
+struct Side {
+    int dim = 0, bits = 0;
+    bool is_key = false;
+    std::vector<float> signs;      // (dim,) of +-1, before the Hadamard matrix
+    std::vector<float> base;       // (base_order, base_order), the odd factor of the Hadamard matrix
+    int base_order = 1;
+    std::vector<float> mean;       // (heads, dim), or empty when not centred
+    std::vector<float> book;       // 2^bits centroids
+    std::vector<float> thresholds; // 2^bits - 1, and +infinity
+    IntTable table;
+
+    std::size_t group_bytes() const { return std::size_t(2) * dim * bits; } // codes of 16 tokens
+};
+
+struct AlignedFree {
+    void operator()(std::uint8_t* p) const { std::free(p); }
+};
+
+struct Store {
+    int heads = 0, page_tokens = 0, sink_tokens = 0;
+    Side k, v;
+    ScaleKind scale_kind = ScaleKind::unbiased;
+    std::vector<std::unique_ptr<std::uint8_t, AlignedFree>> slabs;
+    std::size_t num_pages = 0;
+    mutable std::mutex mutex; // one call at a time per layer: pages may not move or grow under a reader
+
+    int groups_per_page() const { return page_tokens / kGroupTokens; }
+    // One head of one page: [k codes][k scales][v codes][v scales].
+    std::size_t k_scales_at() const { return groups_per_page() * k.group_bytes(); }
+    std::size_t v_codes_at() const { return k_scales_at() + std::size_t(2) * page_tokens; }
+    std::size_t v_scales_at() const { return v_codes_at() + groups_per_page() * v.group_bytes(); }
+    std::size_t head_bytes() const { return v_scales_at() + std::size_t(2) * page_tokens; }
+    std::size_t page_bytes() const { return heads * head_bytes(); }
+
+    std::uint8_t* block(std::int64_t page, int head) const {
+        return slabs[page / kSlabPages].get() + (page % kSlabPages) * page_bytes() + head * head_bytes();
+    }
+
+    void grow(std::size_t pages) {
+        const std::size_t slab_bytes = (kSlabPages * page_bytes() + kAlign - 1) / kAlign * kAlign;
+        while (slabs.size() * kSlabPages < pages) {
+            auto* p = static_cast<std::uint8_t*>(std::aligned_alloc(kAlign, slab_bytes));
+            if (p == nullptr) throw std::bad_alloc();
+            slabs.emplace_back(p);
+        }
+        if (pages > num_pages) num_pages = pages;
+    }
+};
+
+} // namespace tq
