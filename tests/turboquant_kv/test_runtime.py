@@ -134,7 +134,7 @@ def test_totals_count_what_is_shared_once(rng: np.random.Generator) -> None:
     caches = runtime.make_cache()
     logits_of(model, caches, random_tokens(rng, 60), [])
     alone = runtime.totals()
-    assert (alone.tokens, alone.total) == (60, runtime.measure(caches).total)
+    assert (alone.tokens, alone.total - alone.slack) == (60, runtime.measure(caches).total)
     assert alone.raw_equivalent == runtime.measure(caches).raw_equivalent == runtime.compressed_raw_bytes(60)
     fork = runtime.fork(caches, 60)
     assert runtime.totals() == alone
