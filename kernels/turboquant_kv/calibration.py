@@ -7,6 +7,7 @@ Owns measuring and the file beside the model's fingerprint; leaves the use to th
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ import xxhash
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
+
+log = logging.getLogger(__name__)
 
 # Long enough for stable means (they moved KL by under 3% between 1K and 4K tokens of text), short enough for seconds.
 NUM_TOKENS = 2048
@@ -79,12 +82,13 @@ def calibration_for(model: Any, tokenizer: Any, cache_dir: Path, weights_fingerp
     if path.exists():
         try:
             return load(path, weights_fingerprint)
-        except CalibrationFileError:
-            pass  # measured anew below, and the file replaced
+        except CalibrationFileError as error:
+            log.warning("calibration is measured again: %s", error)
     calibration = calibrate(model, tokenizer.encode(calibration_text(), add_special_tokens=False))
     try:
         save(path, calibration, weights_fingerprint)
     except OSError as error:
+        log.warning("calibration cannot be stored, so the next start measures it again: %s", error)
         return Calibration(calibration.layers, f"{calibration.origin}; not stored: {error.strerror}")
     return calibration
 

@@ -73,7 +73,7 @@ def _flip(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [_flip, lambda d: d[:-9], lambda d: b"", lambda d: b"\xff" * len(d)])
-def test_damaged_files_are_measured_again(damage: Any, tmp_path: Path) -> None:
+def test_damaged_files_are_measured_again(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = small_models.dense(), ByteTokenizer()
     first = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
     path = next(tmp_path.rglob("*.safetensors"))
@@ -82,6 +82,7 @@ def test_damaged_files_are_measured_again(damage: Any, tmp_path: Path) -> None:
         calibration.load(path, WEIGHTS)
     assert same(calibration_for(model, tokenizer, tmp_path, WEIGHTS), first)
     assert tokenizer.calls == 2
+    assert "measured again" in caplog.text
     calibration_for(model, tokenizer, tmp_path, WEIGHTS)
     assert tokenizer.calls == 2, "the damaged file was replaced"
 

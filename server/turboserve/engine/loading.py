@@ -129,7 +129,7 @@ def _build_runtime(settings: Settings, loaded: LoadedModel, progress: Progress) 
         fmt = None if settings.kv_format.strip().lower() == "f16" else KVFormat.parse(settings.kv_format)
         calibration = None
         if fmt is not None and fmt.centred:
-            progress("measuring key and value means")
+            progress("key and value means: measured at the first start, then read from the cache folder")
             cache_dir = settings.cache_dir.expanduser()
             calibration = calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
         return KVRuntime(loaded.model, fmt, calibration=calibration), calibration
