@@ -46,38 +46,55 @@ class PoolSource:
 class CompressedCache:
     """What attention.py dispatches on: a cache that computes attention over itself.
 
-    Keeps the books of one update followed by one attend, for the single and the batched cache.
+    Keeps the books of one update followed by one attend, for the single and the batched cache. New
+    tokens are appended when their queries arrive, so that an eager backend waits once a layer for
+    queries, keys and values together.
     """
 
-    _views: list[SequenceView] | None = None
+    source: PoolSource
+    _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
 
     def attend(
         self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
     ) -> mx.array:
-        """Attention of queries (B, Hq, T, D) over all that is held; returns (B, Hq, T, Dv)."""
-        return self._attend(self._pool(), queries, scale, mask, sinks)
-
-    def _pool(self) -> PagePool:
-        raise UnsupportedModelError("attention was asked for before any keys")
-
-    def _attend(self, pool: PagePool, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
-        if self._views is None:
+        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv)."""
+        if self._pending is None:
             raise UnsupportedModelError("attention was asked for without new keys in this cache")
         if mask is None and queries.shape[2] > 1:
             raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
+        (keys, values), self._pending = self._pending, None
+        pool = self.source.get(_geometry(keys, values))
+        pool.backend.wait_for([queries, keys, values])
+        views = self._append(pool, keys, values)
         array_mask = None if mask is None or isinstance(mask, str) else mask
-        views, self._views = self._views, None
         return pool.backend.attend(queries, views, pool.storage, scale=scale, mask=array_mask, sinks=sinks)
 
-    def _expect(self, views: list[SequenceView]) -> None:
-        self._views = views
+    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
+        raise TypeError(f"{type(self).__name__} cannot append")
 
-    def _check_attended(self) -> None:
-        if self._views is not None:
+    def _hold(self, keys: mx.array, values: mx.array) -> None:
+        """Keep a step's keys and values until its queries come."""
+        if self._pending is not None:
             raise UnsupportedModelError(
                 "this model reads its KV cache without mlx-lm's scaled_dot_product_attention, "
                 "so it cannot be compressed; serve it with --kv-format f16"
             )
+        self._pending = keys, values
+
+    @property
+    def _num_pending(self) -> int:
+        return 0 if self._pending is None else self._pending[0].shape[2]
+
+    def _trim_pending(self, n: int) -> int:
+        """Drop up to n tokens that no query has asked for yet; returns how many are left to drop."""
+        held = self._num_pending
+        if held > n > 0:
+            assert self._pending is not None
+            keys, values = self._pending
+            self._pending = keys[:, :, : held - n], values[:, :, : held - n]
+        elif held <= n:
+            self._pending = None
+        return max(0, n - held)
 
 
 def _geometry(keys: mx.array, values: mx.array) -> LayerShape:
@@ -94,21 +111,19 @@ class TurboQuantKVCache(CompressedCache):
     @property
     def offset(self) -> int:
         """Tokens held, which is the next token's position."""
-        return 0 if self.sequence is None else len(self.sequence)
+        return self._num_pending + (0 if self.sequence is None else len(self.sequence))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys (1, H, T, D) and values (1, H, T, Dv); returns just these."""
-        self._check_attended()
         if keys.shape[0] != 1:
             raise ValueError(f"a single cache got a batch of {keys.shape[0]}; merge caches first")
-        if self.sequence is None:
-            self.sequence = LayerSequence(self.source.get(_geometry(keys, values)))
-        backend = self.sequence.pool.backend
-        self._expect([self.sequence.append(backend.from_mlx(keys)[0], backend.from_mlx(values)[0])])
+        self._hold(keys, values)
         return keys, values
 
-    def _pool(self) -> PagePool:
-        return self.source.pool or super()._pool()
+    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
+        if self.sequence is None:
+            self.sequence = LayerSequence(pool)
+        return [self.sequence.append(pool.backend.from_mlx(keys)[0], pool.backend.from_mlx(values)[0])]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""
@@ -129,9 +144,9 @@ class TurboQuantKVCache(CompressedCache):
     def trim(self, n: int) -> int:
         """Drop the last n tokens; returns how many. Into a compressed page the cut is lossy (sequence.py)."""
         n = min(n, self.offset)
-        if self.sequence is not None:
-            self.sequence.cut(self.offset - n)
-        self._views = None
+        surplus = self._trim_pending(n)
+        if self.sequence is not None and surplus:
+            self.sequence.cut(len(self.sequence) - surplus)
         return n
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -153,7 +168,7 @@ class TurboQuantKVCache(CompressedCache):
         if self.sequence is not None:
             self.sequence.release()
             self.sequence = None
-        self._views = None
+        self._pending = None
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
@@ -186,7 +201,15 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     @property
     def lengths(self) -> list[int]:
-        return [0 if s is None else len(s) for s in self.sequences]
+        """Tokens held per row, this step's included."""
+        held = [0 if s is None else len(s) for s in self.sequences]
+        return [n + new for n, new in zip(held, self._valid(self._num_pending), strict=True)]
+
+    def _valid(self, num_new: int) -> list[int]:
+        """How many of a step's tokens belong to each row; the rest is padding."""
+        if self._remaining is None:
+            return [num_new] * len(self.sequences)
+        return [min(num_new, left) for left in self._remaining]
 
     @property
     def offset(self) -> mx.array:
@@ -213,26 +236,22 @@ class BatchTurboQuantKVCache(CompressedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys (B, H, T, D) and values (B, H, T, Dv), less each row's padding; returns just these."""
-        self._check_attended()
-        num_rows, num_new = keys.shape[0], keys.shape[2]
-        if num_rows != len(self.sequences):
-            raise ValueError(f"a batch of {len(self.sequences)} conversations got keys for {num_rows}")
-        pool = self.source.get(_geometry(keys, values))
+        if keys.shape[0] != len(self.sequences):
+            raise ValueError(f"a batch of {len(self.sequences)} conversations got keys for {keys.shape[0]}")
+        self._hold(keys, values)
+        return keys, values
+
+    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
         k, v = pool.backend.from_mlx(keys), pool.backend.from_mlx(values)
-        valid = [num_new] * num_rows
+        valid = self._valid(keys.shape[2])
         if self._remaining is not None:
-            valid = [min(num_new, r) for r in self._remaining]
-            self._remaining = [r - n for r, n in zip(self._remaining, valid, strict=True)]
+            self._remaining = [left - n for left, n in zip(self._remaining, valid, strict=True)]
         views = []
         for b, n in enumerate(valid):
             sequence = self.sequences[b] or LayerSequence(pool)
             self.sequences[b] = sequence
             views.append(sequence.append(k[b, :, :n], v[b, :, :n]))
-        self._expect(views)
-        return keys, values
-
-    def _pool(self) -> PagePool:
-        return self.source.pool or super()._pool()
+        return views
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As the single cache's; an array mask is (B, 1, N, longest row), columns by absolute position."""
@@ -256,10 +275,10 @@ class BatchTurboQuantKVCache(CompressedCache):
     def trim(self, n: int) -> int:
         """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
         n = min([n, *self.lengths])
+        surplus = self._trim_pending(n)
         for sequence in self.sequences:
-            if sequence is not None:
-                sequence.cut(len(sequence) - n)
-        self._views = None
+            if sequence is not None and surplus:
+                sequence.cut(len(sequence) - surplus)
         return n
 
     def extend(self, other: BatchTurboQuantKVCache) -> None:

@@ -266,10 +266,24 @@ def test_a_failed_encode_leaks_no_page(rng: np.random.Generator, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(pool.storage, "encode", fail)
         with pytest.raises(MemoryError):
-            cache.update_and_fetch(*history.slice(70, 120))
+            feed(cache, history, 70, 120, random_queries(rng, Q_HEADS, 50, DIM, mx.float32), SCALE)
     assert pool.num_used == used
     cache.trim(cache.offset - 70)
     fresh = filled(history, "cpu-numpy", 70, np.random.default_rng(1))
+    assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < 2e-3
+
+
+def test_tokens_that_were_never_asked_about_can_be_dropped(rng: np.random.Generator) -> None:
+    """A step that failed between update and attention is undone by trimming."""
+    history = History.random(rng, HEADS, 80, DIM)
+    cache = filled(history, "cpu-numpy", 70, rng)
+    cache.update_and_fetch(*history.slice(70, 75))
+    assert cache.offset == 75
+    assert cache.trim(2) == 2
+    assert cache.offset == 73
+    assert cache.trim(5) == 5
+    assert cache.offset == 68
+    fresh = filled(history, "cpu-numpy", 68, np.random.default_rng(1))
     assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < 2e-3
 
 
@@ -278,11 +292,12 @@ def test_misuse_is_refused_by_name(rng: np.random.Generator) -> None:
     cache = new_cache(FMT, "cpu-numpy")
     assert not hasattr(cache, "bits")
     assert not hasattr(TurboQuantKVCache.merge([cache]), "bits")
-    with pytest.raises(UnsupportedModelError, match="before any keys"):
+    with pytest.raises(UnsupportedModelError, match="without new keys"):
         cache.attend(random_queries(rng, Q_HEADS, 1, DIM, mx.float32), scale=1.0, mask=None, sinks=None)
     cache.update_and_fetch(*history.slice(0, 4))
     with pytest.raises(UnsupportedModelError, match="scaled_dot_product_attention"):
         cache.update_and_fetch(*history.slice(4, 5))
+    assert cache.offset == 4
     with pytest.raises(UnsupportedModelError, match="without a causal mask"):
         cache.attend(random_queries(rng, Q_HEADS, 4, DIM, mx.float32), scale=1.0, mask=None, sinks=None)
     with pytest.raises(UnsupportedModelError, match="f16"):

@@ -154,6 +154,10 @@ class Backend(Protocol):
 
     def to_mlx(self, rows: Array, dtype: mx.Dtype) -> mx.array: ...
 
+    def wait_for(self, arrays: Sequence[mx.array]) -> None:
+        """Called before `from_mlx` and `attend` with all of a layer's inputs: an eager backend computes them here."""
+        ...
+
     def evaluate(self, arrays: Sequence[Array]) -> None:
         """Finish pending work on these arrays, so that no lazy graph outlives a step."""
         ...

@@ -100,6 +100,9 @@ class MlxBackend:
     def to_mlx(self, rows: mx.array, dtype: mx.Dtype) -> mx.array:
         return rows.astype(dtype)
 
+    def wait_for(self, arrays: Sequence[mx.array]) -> None:
+        """Nothing to wait for: everything stays lazy."""
+
     def evaluate(self, arrays: Sequence[Array]) -> None:
         mx.eval(list(arrays))
 
