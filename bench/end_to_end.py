@@ -1,0 +1,155 @@
+"""Whole-model speed on the embedded model: decoding, prefill and eight conversations at once, per cache format.
+
+    python bench/end_to_end.py --json end_to_end.json
+    python bench/end_to_end.py --formats 4/3 --contexts 256,1024
+
+All formats are measured in one process, turn by turn, so that a ratio compares neighbours in time; figures are medians.
+Contexts are filled with random keys and values (their values do not change the work). Owns the timing of whole steps;
+attention alone is `cpu_attention.py`'s.
+"""
+
+# ruff: noqa: E402 - OpenBLAS has to be in place before mlx is imported
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from _rows import Row, add_json_option, print_rows, write_rows
+
+from turboquant_kv import blas
+
+blas.interpose()  # before mlx is imported
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.format import KVFormat
+from turboquant_kv.runtime import KVRuntime
+from turboserve.models.tiny.evaluate import UNCOMPRESSED, calibration_of, load, parse_format
+
+DECODE_TARGETS = {256: 1.0, 1024: 1.0, 8192: 2.0, 16384: 3.0}  # times the uncompressed cache's speed
+BATCH_TARGET = 3.0  # total tokens/s of eight conversations over one
+BATCH, BATCH_CONTEXT = 8, 2048
+PREFILL_TOKENS, PREFILL_CHUNK = 4096, 256
+FILL_CHUNK = 1024
+
+
+def fill(runtime: KVRuntime, model: Any, num_tokens: int) -> list[Any]:
+    """Caches of one conversation of random keys and values; the first token goes through the model."""
+    caches = runtime.make_cache()
+    mx.eval(model(mx.array([[1]]), cache=caches))
+    for shape, cache in zip(runtime.shapes, caches, strict=True):
+        assert shape is not None
+        held = 1
+        while held < num_tokens:
+            n = min(FILL_CHUNK, num_tokens - held)
+            k, v = (mx.random.normal((1, shape.num_kv_heads, n, d), shape.dtype) for d in (shape.k_dim, shape.v_dim))
+            if isinstance(cache, TurboQuantKVCache):
+                assert cache.sequence is not None
+                backend = cache.sequence.pool.backend
+                cache.sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
+            else:
+                assert isinstance(cache, KVCache)
+                mx.eval(cache.update_and_fetch(k, v))
+            held += n
+    return caches
+
+
+def seconds(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def decode_step(model: Any, caches: list[Any], batch: int = 1) -> Callable[[], None]:
+    tokens = mx.full((batch, 1), 7, dtype=mx.int32)
+    return lambda: mx.eval(mx.argmax(model(tokens, cache=caches)[:, -1], axis=-1))
+
+
+def in_turn(steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 3) -> dict[str, float]:
+    """Median seconds per step of each, measured alternately."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + warm_up):
+        for name, step in steps.items():
+            elapsed = seconds(step)
+            if i >= warm_up:
+                times[name].append(elapsed)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def decode_rows(model: Any, runtimes: dict[str, KVRuntime], contexts: list[int], rounds: int) -> list[Row]:
+    rows = []
+    for context in contexts:
+        steps = {name: decode_step(model, fill(runtime, model, context)) for name, runtime in runtimes.items()}
+        speed = {name: 1 / s for name, s in in_turn(steps, rounds).items()}
+        for name, value in speed.items():
+            target = DECODE_TARGETS.get(context) if name != UNCOMPRESSED else None
+            base = speed[UNCOMPRESSED]
+            bound = None if target is None else target * base
+            rows.append(Row.at_least(f"decode at {context} tokens, {name}", value, "tok/s", bound, base))
+    return rows
+
+
+def prefill_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
+    tokens = mx.random.randint(0, 4096, (1, PREFILL_TOKENS))
+
+    def read(runtime: KVRuntime) -> Callable[[], None]:
+        def step() -> None:
+            caches = runtime.make_cache()
+            for start in range(0, PREFILL_TOKENS, PREFILL_CHUNK):
+                model(tokens[:, start : start + PREFILL_CHUNK], cache=caches)  # lm_head stays lazy, as in the server
+                runtime.evaluate(caches)
+
+        return step
+
+    times = in_turn({name: read(r) for name, r in runtimes.items()}, rounds, warm_up=1)
+    speed = {name: PREFILL_TOKENS / s for name, s in times.items()}
+    base = speed[UNCOMPRESSED]
+    return [
+        Row.at_least(f"prefill of {PREFILL_TOKENS}, {n}", v, "tok/s", None if n == UNCOMPRESSED else base, base)
+        for n, v in speed.items()
+    ]
+
+
+def batch_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
+    rows = []
+    for name, runtime in runtimes.items():
+        singles = [fill(runtime, model, BATCH_CONTEXT) for _ in range(BATCH)]
+        batched = [layer[0].merge(list(layer)) for layer in zip(*singles, strict=True)]
+        steps = {"one": decode_step(model, singles[0]), "all": decode_step(model, batched, BATCH)}
+        times = in_turn(steps, rounds)
+        one, together = 1 / times["one"], BATCH / times["all"]
+        target = None if name == UNCOMPRESSED else BATCH_TARGET * one
+        rows.append(
+            Row.at_least(f"{BATCH} conversations of {BATCH_CONTEXT} over one, {name}", together, "tok/s", target, one)
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default="4/4,4/3")
+    parser.add_argument("--contexts", default=",".join(map(str, DECODE_TARGETS)))
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--rounds", type=int, default=25)
+    add_json_option(parser)
+    args = parser.parse_args()
+
+    model, tokenizer = load(float32=True)
+    means = calibration_of(model, tokenizer, KVFormat())
+    names = [UNCOMPRESSED, *args.formats.split(",")]
+    runtimes = {name: KVRuntime(model, parse_format(name), calibration=means, backend=args.backend) for name in names}
+    print("backend", runtimes[names[-1]].backend_name, "| BLAS", blas.status().describe())
+    rows = decode_rows(model, runtimes, [int(c) for c in args.contexts.split(",")], args.rounds)
+    rows += prefill_rows(model, runtimes, rounds=3)
+    rows += batch_rows(model, runtimes, args.rounds)
+    print_rows(rows)
+    write_rows(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
