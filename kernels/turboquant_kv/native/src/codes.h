@@ -14,7 +14,6 @@
 //
 // The third bit is a byte plane rather than 64-bit masks because AVX2 and NEON have no mask registers.
 
-TQ_INLINE std::size_t quartet_bytes(int bits) { return bits == 3 ? 64 : std::size_t(32) * bits; } // of the first plane
 TQ_INLINE std::size_t top_plane_at(int dim) { return std::size_t(4) * dim; } // 3 bits: dim / 16 quartets of 64 bytes
 
 template <int Bits> struct Tables { Lut lut; };
@@ -48,6 +47,12 @@ TQ_INLINE void unpack_quartet(const std::uint8_t* group, std::size_t top_plane, 
         c[2] = look_up<3>(t.lut, join_3bit(shift_right<4>(v), top));
         c[3] = look_up<3>(t.lut, join_3bit(shift_right<6>(v), shift_right<1>(top)));
     }
+}
+
+template <int Bits> TQ_INLINE void prefetch_quartet(const std::uint8_t* group, std::size_t top_plane, int i) {
+    constexpr std::size_t bytes = Bits == 3 ? 64 : 32 * Bits;
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(group + i * bytes + line);
+    if (Bits == 3 && i % 2 == 0) __builtin_prefetch(group + top_plane + i * 32);
 }
 
 // The same quartet as codes, 16 lanes of one code per byte: word[j][lane]. Scalar: for re-tiling and float tiles.

@@ -17,7 +17,8 @@ static std::size_t partial_floats(const Attention& a, const Item& item) {
 TQ_INLINE int chunk_pages(const Attention& a) { return max1(1, kChunkTokens / a.store->page_tokens); }
 
 static std::size_t decode_scratch(const Attention& a) {
-    return std::size_t(kMaxGroup) * (chunk_pages(a) * a.store->page_tokens + 2 * kMaxDim) + 64;
+    const std::size_t pages = std::size_t(kMaxGroup) * chunk_pages(a) * a.store->page_tokens + 2 * kMaxDim;
+    return pages + 64 * (kMaxDim + kMaxGroup) + std::size_t(a.group) * kDecodeRows * kMaxDim; // pages, and exact rows
 }
 
 // Query head hh of an item, hh = g * num_rows + t, times scale * log2(e).
@@ -103,14 +104,9 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
             const std::uint8_t* v = block(at + p) + store.v_codes_at();
             const std::uint8_t* v_scales = block(at + p) + store.v_scales_at();
             const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) + store.v_codes_at() : block(at + step);
-            for (int h = 0; h < G; h++)
-                for (int i = 0; i < page; i += LANES) {
-                    float* s = scores + h * n + p * page + i;
-                    store_to(s, load<F>(s) * load_half(v_scales + 2 * i));
-                }
             for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
                 const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
-                for (int h = 0; h < G; h++) values.weigh(store.v, scores + h * n + p * page + g * 16, num_groups, h, G, w);
+                values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, w);
                 const std::size_t at_group = g * store.v.group_bytes();
                 values.add[G - 1](store.v, v + at_group, num_groups, w, partial, stride, next + at_group);
             }
@@ -118,43 +114,92 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
     }
 }
 
-// Exact rows [from, to) at position `start`, for one query head; x (D,) is scaled, not rotated.
-template <Dtype D>
-static void attend_exact_rows(const Rows& k, const Rows& v, int kv_head, int from, int to, int k_dim, int v_dim, const float* x, float* partial, float* s) {
-    if (from >= to) return;
-    for (int at = from; at < to; at += kChunkTokens) {
-        const int n = min1(kChunkTokens, to - at), padded = (n + LANES - 1) / LANES * LANES;
-        for (int i = 0; i < n; i++) {
-            const std::int64_t row = kv_head * k.head_stride + (at + i) * k.token_stride;
-            F total{};
-            for (int d = 0; d < k_dim; d += LANES) total = fma(load<F>(x + d), load_row<D>(k.data, row + d), total);
-            s[i] = sum(total);
+constexpr int kExactRows = 64; // 64 rows of 128 dims as floats are 32 KiB
+
+static void rows_to_floats(const Rows& rows, int kv_head, int from, int n, int dim, float* out) {
+    for (int i = 0; i < n; i++)
+        row_to_floats(rows.data, rows.dtype, kv_head * rows.head_stride + (from + i) * rows.token_stride, dim, out + i * dim);
+}
+
+// s[i] = x . row i; four rows at a time keep the multipliers busy.
+static void dot_rows(const float* rows, int n, int dim, const float* x, float* s) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const float* r = rows + i * dim;
+        F a{}, b{}, c{}, d{};
+        for (int k = 0; k < dim; k += LANES) {
+            const F v = load<F>(x + k);
+            a = fma(v, load<F>(r + k), a);
+            b = fma(v, load<F>(r + dim + k), b);
+            c = fma(v, load<F>(r + 2 * dim + k), c);
+            d = fma(v, load<F>(r + 3 * dim + k), d);
         }
-        for (int i = n; i < padded; i++) s[i] = kNothing;
-        absorb_scores(s, padded, partial[v_dim], partial[v_dim + 1], partial, v_dim);
-        for (int i = 0; i < n; i++) {
-            const std::int64_t row = kv_head * v.head_stride + (at + i) * v.token_stride;
-            const F weight = splat(s[i]);
-            for (int d = 0; d < v_dim; d += LANES) store_to(partial + d, fma(weight, load_row<D>(v.data, row + d), load<F>(partial + d)));
+        s[i] = sum(a), s[i + 1] = sum(b), s[i + 2] = sum(c), s[i + 3] = sum(d);
+    }
+    for (; i < n; i++) {
+        F a{};
+        for (int k = 0; k < dim; k += LANES) a = fma(load<F>(x + k), load<F>(rows + i * dim + k), a);
+        s[i] = sum(a);
+    }
+}
+
+// total += sum of w[i] * row i
+static void add_rows(const float* rows, int n, int dim, const float* w, float* total) {
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
+        F t[4];
+        for (int j = 0; j < 4; j++) t[j] = load<F>(total + d + j * LANES);
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < 4; j++) t[j] = fma(splat(w[i]), load<F>(rows + i * dim + d + j * LANES), t[j]);
+        for (int j = 0; j < 4; j++) store_to(total + d + j * LANES, t[j]);
+    }
+    for (; d < dim; d += LANES) {
+        F t = load<F>(total + d);
+        for (int i = 0; i < n; i++) t = fma(splat(w[i]), load<F>(rows + i * dim + d), t);
+        store_to(total + d, t);
+    }
+}
+
+// Exact rows [from, to) of a block that begins at position `start`, for all query heads; head hh of `queries` (H', D)
+// sees positions [oldest, own] of its own page, or of the sink.
+static void attend_exact_rows(const Attention& a, const Item& item, int kv_head, const Rows& k, const Rows& v, std::int64_t start, int from,
+                              int to, const float* queries, float* partials, float* rows, float* s) {
+    const int k_dim = a.store->k.dim, v_dim = a.store->v.dim, stride = partial_stride(a), heads = num_heads(a, item);
+    for (int at = from; at < to; at += kExactRows) {
+        const int n = min1(kExactRows, to - at);
+        for (int first = 0; first < heads; first += kMaxGroup) {
+            const int last = min1(heads, first + kMaxGroup);
+            rows_to_floats(k, kv_head, at, n, k_dim, rows);
+            for (int hh = first; hh < last; hh++) {
+                float *mine = partials + hh * stride, *scores = s + (hh - first) * kExactRows;
+                dot_rows(rows, n, k_dim, queries + hh * k_dim, scores);
+                const std::int64_t p = item.position + hh % item.num_rows, oldest = a.oldest(p);
+                for (int i = n; i < kExactRows; i++) scores[i] = kNothing;
+                for (int i = 0; i < n; i++)
+                    if (start + at + i > p || start + at + i < oldest) scores[i] = kNothing;
+                absorb_scores(scores, kExactRows, mine[v_dim], mine[v_dim + 1], mine, v_dim);
+            }
+            rows_to_floats(v, kv_head, at, n, v_dim, rows);
+            for (int hh = first; hh < last; hh++) add_rows(rows, n, v_dim, s + (hh - first) * kExactRows, partials + hh * stride);
         }
     }
 }
 
-static void attend_exact(const Attention& a, const Item& item, int kv_head, int hh, float* partial, float* scratch) {
+static void attend_exact(const Attention& a, const Item& item, int kv_head, float* partials, float* scratch) {
     const Store& store = *a.store;
-    float *x = scratch, *s = scratch + 2 * kMaxDim;
-    load_query(a, item, kv_head, hh, x);
-    const std::int64_t p = item.position + hh % item.num_rows, oldest = a.oldest(p);
-    const std::int64_t page_start = p < store.sink_tokens ? p + 1 : p - (p - store.sink_tokens) % store.page_tokens;
-    auto run = [&](const Rows& k, const Rows& v, std::int64_t start, std::int64_t from, std::int64_t to) {
-        const int first = int(max1<std::int64_t>(max1(from, oldest) - start, 0));
-        const int end = int(min1<std::int64_t>(to - start, k.num_tokens));
-        const auto f = k.dtype == Dtype::f32 ? attend_exact_rows<Dtype::f32>
-                     : k.dtype == Dtype::f16 ? attend_exact_rows<Dtype::f16> : attend_exact_rows<Dtype::bf16>;
-        f(k, v, kv_head, first, end, store.k.dim, store.v.dim, x, partial, s);
-    };
-    if (item.sink_k.num_tokens) run(item.sink_k, item.sink_v, 0, 0, p + 1);
-    if (item.window_k.num_tokens) run(item.window_k, item.window_v, item.window_start, page_start, p + 1);
+    const int heads = num_heads(a, item);
+    float *rows = scratch, *s = rows + kExactRows * kMaxDim, *queries = s + kMaxGroup * kExactRows;
+    for (int hh = 0; hh < heads; hh++) load_query(a, item, kv_head, hh, queries + hh * store.k.dim);
+    const std::int64_t p = item.position, end = p + item.num_rows;
+    if (item.sink_k.num_tokens) {
+        const int to = int(min1<std::int64_t>(item.sink_k.num_tokens, end));
+        attend_exact_rows(a, item, kv_head, item.sink_k, item.sink_v, 0, 0, to, queries, partials, rows, s);
+    }
+    if (item.window_k.num_tokens && end > store.sink_tokens) { // an item's rows lie in one page
+        const std::int64_t page_start = p - (p - store.sink_tokens) % store.page_tokens, at = item.window_start;
+        const int to = int(min1<std::int64_t>(item.window_k.num_tokens, end - at));
+        attend_exact_rows(a, item, kv_head, item.window_k, item.window_v, at, int(page_start - at), to, queries, partials, rows, s);
+    }
 }
 
 static void clear_partial(float* partial, int v_dim) {
@@ -174,10 +219,8 @@ static void decode_segment(const Attention& a, const Item& item, int kv_head, in
         if (first < last) attend_pages(a, item, kv_head, h, min1(kMaxGroup, heads - h), first, last, mine + h * stride, scratch);
     if (segment == 0) {
         float* exact = partials + std::size_t(item.num_segments) * heads * stride;
-        for (int h = 0; h < heads; h++) {
-            clear_partial(exact + h * stride, v_dim);
-            attend_exact(a, item, kv_head, h, exact + h * stride, scratch);
-        }
+        for (int h = 0; h < heads; h++) clear_partial(exact + h * stride, v_dim);
+        attend_exact(a, item, kv_head, exact, scratch);
     }
 }
 

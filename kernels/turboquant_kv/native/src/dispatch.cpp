@@ -67,6 +67,8 @@ IntTable fitted_table(const Side& side, int low, int high) {
             if (least < 0 || error < least) least = error, best = table;
         }
     }
+    const int mask = int(side.book.size()) - 1;
+    for (int i = 0; i < 256; i++) best.entry[i] = best.entry[i & mask];
     return best;
 }
 

@@ -4,14 +4,14 @@
 
 constexpr const char* kName = "avx512-vnni";
 constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = -127, kValueHigh = 127;
+constexpr bool kSplit = false;
+constexpr int kQueryLimit = 127, kWeightLimit = 255;
 
 // Indices may carry dirt above their 2, 3 or 4 bits: the table repeats over all 64 places.
 struct Lut {
     __m512i table;
     template <int Bits> static inline Lut make(const std::uint8_t* entry) {
-        alignas(64) std::uint8_t bytes[64];
-        for (int i = 0; i < 64; i++) bytes[i] = entry[i & ((1 << Bits) - 1)];
-        return {_mm512_load_si512(bytes)};
+        return {_mm512_loadu_si512(entry)};
     }
 };
 template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
@@ -41,8 +41,16 @@ TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
 }
 // acc + sum of four unsigned times signed bytes per lane.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
-TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return dot_us(acc, c, q); }
-TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return dot_us(acc, w, c); }
+using Spread = B4;
+TQ_INLINE Spread spread(B4 c) { return c; }
+TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {
+    const B4 q = (B4)splat(*words);
+    return dot_us(acc, c, q);
+}
+TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* words, const std::uint32_t*) {
+    const B4 w = (B4)splat(std::int32_t(*words));
+    return dot_us(acc, w, c);
+}
 TQ_INLINE F load_half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 TQ_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 constexpr int kGemmRows = 8, kGemmVectors = 2;
@@ -56,3 +64,5 @@ struct FloatLut {
 };
 TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return (F)_mm512_permutexvar_ps((__m512i)index, lut.table); }
 TQ_INLINE F gather(const float* book, I index) { return (F)_mm512_i32gather_ps((__m512i)index, book, 4); }
+TQ_INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
+TQ_INLINE float maximum(F x) { return _mm512_reduce_max_ps((__m512)x); }

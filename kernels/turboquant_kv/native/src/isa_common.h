@@ -27,17 +27,6 @@ TQ_INLINE float fmax1(float a, float b) { return a > b ? a : b; }
 template <class T> TQ_INLINE T min1(T a, T b) { return a < b ? a : b; }
 template <class T> TQ_INLINE T max1(T a, T b) { return a > b ? a : b; }
 
-TQ_INLINE float sum(F x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-TQ_INLINE float maximum(F x) {
-    float best = x[0];
-    for (int i = 1; i < LANES; i++) best = fmax1(best, x[i]);
-    return best;
-}
-
 // Round to nearest for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the mantissa.
 TQ_INLINE I round_to_int(F x) {
     F shifted = x + 12582912.0f;

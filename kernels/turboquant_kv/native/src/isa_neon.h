@@ -5,13 +5,13 @@
 
 constexpr const char* kName = "neon-dotprod";
 constexpr int kKeyLow = -127, kKeyHigh = 127, kValueLow = 0, kValueHigh = 255;
+constexpr bool kSplit = false;
+constexpr int kQueryLimit = 127, kWeightLimit = 255;
 
 struct Lut {
     uint8x16_t table;
     template <int Bits> static inline Lut make(const std::uint8_t* entry) {
-        std::uint8_t bytes[16];
-        for (int i = 0; i < 16; i++) bytes[i] = entry[i & ((1 << Bits) - 1)];
-        return {vld1q_u8(bytes)};
+        return {vld1q_u8(entry)};
     }
 };
 template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
@@ -43,8 +43,16 @@ TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
     int32x4_t sum = vdotq_s32((int32x4_t)acc, vreinterpretq_s8_u8(veorq_u8((uint8x16_t)a, vdupq_n_u8(128))), y);
     return (I)vdotq_s32(vdotq_s32(sum, y, half), y, half);
 }
-TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return (I)vdotq_s32((int32x4_t)acc, (int8x16_t)c, (int8x16_t)q); }
-TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return (I)vdotq_u32((uint32x4_t)acc, (uint8x16_t)w, (uint8x16_t)c); }
+using Spread = B4;
+TQ_INLINE Spread spread(B4 c) { return c; }
+TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {
+    const B4 q = (B4)splat(*words);
+    return (I)vdotq_s32((int32x4_t)acc, (int8x16_t)c, (int8x16_t)q);
+}
+TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* words, const std::uint32_t*) {
+    const B4 w = (B4)splat(std::int32_t(*words));
+    return (I)vdotq_u32((uint32x4_t)acc, (uint8x16_t)w, (uint8x16_t)c);
+}
 TQ_INLINE F load_half(const void* p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const std::uint16_t*)p))); }
 TQ_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 constexpr int kGemmRows = 8, kGemmVectors = 2;
@@ -58,3 +66,5 @@ struct FloatLut {
     static inline FloatLut make(const float* book, int) { return {book}; }
 };
 TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return gather(lut.book, index); }
+TQ_INLINE float sum(F x) { return vaddvq_f32((float32x4_t)x); }
+TQ_INLINE float maximum(F x) { return vmaxvq_f32((float32x4_t)x); }

@@ -4,6 +4,8 @@
 
 constexpr const char* kName = "portable";
 constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = -127, kValueHigh = 127;
+constexpr bool kSplit = false;
+constexpr int kQueryLimit = 127, kWeightLimit = 255;
 
 struct Lut {
     const std::uint8_t* entry;
@@ -32,8 +34,16 @@ TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
         for (int j = 0; j < 4; j++) acc[i] += int(a[4 * i + j]) * int(std::int8_t(b[4 * i + j]));
     return acc;
 }
-TQ_INLINE I dot_key(I acc, B4 c, B4 q) { return dot_us(acc, c, q); }
-TQ_INLINE I dot_value(I acc, B4 w, B4 c) { return dot_us(acc, w, c); }
+using Spread = B4;
+TQ_INLINE Spread spread(B4 c) { return c; }
+TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {
+    const B4 q = (B4)splat(*words);
+    return dot_us(acc, c, q);
+}
+TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* words, const std::uint32_t*) {
+    const B4 w = (B4)splat(std::int32_t(*words));
+    return dot_us(acc, w, c);
+}
 TQ_INLINE F load_half(const void* p) {
     std::uint16_t words[LANES];
     std::memcpy(words, p, sizeof words);
@@ -53,3 +63,13 @@ struct FloatLut {
     static inline FloatLut make(const float* book, int) { return {book}; }
 };
 TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return gather(lut.book, index); }
+TQ_INLINE float sum(F x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+TQ_INLINE float maximum(F x) {
+    float best = x[0];
+    for (int i = 1; i < LANES; i++) best = fmax1(best, x[i]);
+    return best;
+}

@@ -7,7 +7,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstring>
+#include <memory>
 #include <optional>
 
 #include "buffers.h"
@@ -20,7 +23,6 @@ namespace tq {
 namespace {
 
 constexpr int kSegmentTokens = 2048; // one decode task; positions alone decide where it begins
-constexpr int kDecodeRows = 8;       // more query rows are worth float tiles
 
 std::vector<float> floats(nb::handle object, const char* name, std::int64_t count) {
     View view(object, name, 1);
@@ -58,12 +60,18 @@ ScaleKind scale_kind(const std::string& name) {
     throw std::invalid_argument("scale '" + name + "' is unknown");
 }
 
-// Scratch per worker; one call at a time uses it (run_tasks serialises).
-struct Scratch {
-    explicit Scratch(std::size_t floats_each) : each(floats_each), data(floats_each * num_threads()) {}
-    float* of(int worker) { return data.data() + each * worker; }
-    std::size_t each;
-    std::vector<float> data;
+// Scratch of each worker that turns up, made at its first task.
+class Scratch {
+  public:
+    explicit Scratch(std::size_t floats_each) : floats_each_(floats_each) {}
+    float* of(int worker) {
+        if (!data_[worker]) data_[worker].reset(new float[floats_each_]);
+        return data_[worker].get();
+    }
+
+  private:
+    std::size_t floats_each_;
+    std::array<std::unique_ptr<float[]>, kMaxThreads> data_;
 };
 
 class NativeStore {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -109,17 +110,15 @@ class Pool {
 };
 
 std::mutex g_mutex;
-Pool* g_pool = nullptr; // never destroyed at exit: its threads may be anywhere then
 int g_num_threads = 1;
+// Held by pointer and never destroyed: at exit its threads may be anywhere, and after a fork they are gone.
+std::shared_ptr<Pool>* g_pool = nullptr;
 
-Pool& pool() {
+std::shared_ptr<Pool> pool() {
     std::lock_guard lock(g_mutex);
-    if (g_pool != nullptr && !g_pool->is_mine()) g_pool = nullptr; // forked: the threads stayed in the parent
-    if (g_pool != nullptr && g_pool->num_threads() != g_num_threads) {
-        delete g_pool;
-        g_pool = nullptr;
-    }
-    if (g_pool == nullptr) g_pool = new Pool(g_num_threads);
+    if (g_pool != nullptr && !(*g_pool)->is_mine()) g_pool = nullptr;
+    if (g_pool == nullptr) g_pool = new std::shared_ptr<Pool>(std::make_shared<Pool>(g_num_threads));
+    if ((*g_pool)->num_threads() != g_num_threads) *g_pool = std::make_shared<Pool>(g_num_threads); // a running call keeps the old one
     return *g_pool;
 }
 
@@ -127,7 +126,7 @@ Pool& pool() {
 
 void set_num_threads(int num_threads) {
     std::lock_guard lock(g_mutex);
-    g_num_threads = num_threads < 1 ? 1 : num_threads;
+    g_num_threads = num_threads < 1 ? 1 : num_threads > kMaxThreads ? kMaxThreads : num_threads;
 }
 
 int num_threads() {
@@ -135,6 +134,6 @@ int num_threads() {
     return g_num_threads;
 }
 
-void run_tasks(int num_tasks, const std::function<void(int, int)>& fn) { pool().run(num_tasks, fn); }
+void run_tasks(int num_tasks, const std::function<void(int, int)>& fn) { pool()->run(num_tasks, fn); }
 
 } // namespace tq

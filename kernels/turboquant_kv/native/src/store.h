@@ -11,15 +11,21 @@
 #include <stdexcept>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace tq {
 
 constexpr int kGroupTokens = 16;   // tokens that share a register in the widest instruction set
 constexpr int kSlabPages = 1024;   // untouched pages of a slab cost address space only
 constexpr int kMaxDim = 512;
 constexpr int kMaxGroup = 8;       // query heads that share one unpack; larger groups are cut
-constexpr std::size_t kAlign = 64; // a cache line
+constexpr int kDecodeRows = 8;     // query rows that integer arithmetic serves; more are worth float tiles
+constexpr std::size_t kHugePage = std::size_t(2) << 20;
 
-// Centroids as small integers: value = (entry - offset) * step. `low` is used at 8 bits only, where
+// Centroids as small integers: value = (entry - offset) * step. Fewer than 256 entries
+// repeat to the end, so that any stretch of the table is a register-sized look-up table. `low` is used at 8 bits only, where
 // value = (256 * entry + low - offset) * step.
 struct IntTable {
     alignas(64) std::uint8_t entry[256] = {};
@@ -70,10 +76,13 @@ struct Store {
     }
 
     void grow(std::size_t pages) {
-        const std::size_t slab_bytes = (kSlabPages * page_bytes() + kAlign - 1) / kAlign * kAlign;
+        const std::size_t slab_bytes = (kSlabPages * page_bytes() + kHugePage - 1) / kHugePage * kHugePage;
         while (slabs.size() * kSlabPages < pages) {
-            auto* p = static_cast<std::uint8_t*>(std::aligned_alloc(kAlign, slab_bytes));
+            auto* p = static_cast<std::uint8_t*>(std::aligned_alloc(kHugePage, slab_bytes));
             if (p == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+            madvise(p, slab_bytes, MADV_HUGEPAGE); // scattered pages otherwise miss the TLB; as NumPy does for its arrays
+#endif
             slabs.emplace_back(p);
         }
         if (pages > num_pages) num_pages = pages;

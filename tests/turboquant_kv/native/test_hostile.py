@@ -1,0 +1,179 @@
+"""What the native border refuses: every wrong array raises ValueError before any work, and none is read past its end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from turboquant_kv.backends import choose_backend, native
+from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
+from turboquant_kv.format import KVFormat, UnsupportedFormatError
+
+FMT = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+HEADS, DIM, PAGES = 2, 64, 3
+END = 4 + 2 * 16 + 5  # two pages behind the query, five rows in its own
+
+
+def rows(num_rows: int, dim: int = DIM, heads: int = HEADS) -> Any:
+    return np.zeros((heads, num_rows, dim), np.float32)
+
+
+@pytest.fixture
+def storage() -> Any:
+    storage = choose_backend("cpu-native").new_storage(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
+    storage.grow(PAGES)
+    storage.encode(np.arange(PAGES), rows(PAGES * 16), rows(PAGES * 16))
+    return storage
+
+
+def good_call() -> dict[str, Any]:
+    return {
+        "q": np.zeros((1, 4, 1, DIM), np.float32),
+        "out": np.zeros((1, 4, 1, DIM), np.float32),
+        "start": END - 1,
+        "num": 1,
+        "pages": np.array([0, 1]),
+        "sink": (rows(4), rows(4)),
+        "window": (36, rows(5), rows(5)),
+        "sinks": None,
+        "span": 0,
+    }
+
+
+def call(storage: Any, **changes: Any) -> None:
+    a = good_call() | changes
+    row = (a["start"], a["num"], a["pages"], *a["sink"], *a["window"])
+    storage.store.attend(a["q"], a["out"], [row] * a["q"].shape[0], 0.1, a["sinks"], a["span"])
+
+
+def test_the_good_call_is_good(storage: Any) -> None:
+    call(storage)
+    call(storage, pages=np.array([2, 1, 0]), sinks=np.zeros(4, np.float32), span=9)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "page below zero": {"pages": np.array([0, -1])},
+    "page beyond the pool": {"pages": np.array([0, PAGES])},
+    "page of another world": {"pages": np.array([0, 2**62])},
+    "too few pages": {"pages": np.array([0])},
+    "page ids of 32 bits": {"pages": np.array([0, 1], np.int32)},
+    "page ids as floats": {"pages": np.array([0.0, 1.0])},
+    "page ids in two axes": {"pages": np.array([[0, 1]])},
+    "page ids with gaps": {"pages": np.arange(4)[::2]},
+    "page ids that are none": {"pages": [0, 1]},
+    "negative position": {"start": -1},
+    "position far ahead": {"start": 2**50},
+    "more queries than rows": {"num": 2},
+    "negative queries": {"num": -1},
+    "sink too short": {"sink": (rows(3), rows(3))},
+    "sink too long": {"sink": (rows(5), rows(5))},
+    "no sink": {"sink": (None, None)},
+    "sink sides differ": {"sink": (rows(4), rows(3))},
+    "window too short": {"window": (36, rows(4), rows(4))},
+    "window begins late": {"window": (37, rows(4), rows(4))},
+    "window inside the sink": {"window": (0, rows(END), rows(END))},
+    "no window": {"window": (0, None, None)},
+    "window of another dim": {"window": (36, rows(5, 80), rows(5))},
+    "window of other heads": {"window": (36, rows(5, DIM, 1), rows(5, DIM, 1))},
+    "window of doubles": {"window": (36, rows(5).astype(np.float64), rows(5).astype(np.float64))},
+    "window of mixed types": {"window": (36, rows(5).astype(np.float16), rows(5))},
+    "window of gaps": {"window": (36, rows(5, 2 * DIM)[..., ::2], rows(5))},
+    "queries of another dim": {"q": np.zeros((1, 4, 1, 80), np.float32)},
+    "queries of no group": {"q": np.zeros((1, 3, 1, DIM), np.float32), "out": np.zeros((1, 3, 1, DIM), np.float32)},
+    "output too small": {"out": np.zeros((1, 4, 1, 32), np.float32)},
+    "output of halves": {"out": np.zeros((1, 4, 1, DIM), np.float16)},
+    "output of gaps": {"out": np.zeros((1, 4, 1, 2 * DIM), np.float32)[..., ::2]},
+    "output for another batch": {"out": np.zeros((2, 4, 1, DIM), np.float32)},
+    "sinks of another length": {"sinks": np.zeros(3, np.float32)},
+    "negative window": {"span": -5},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_attention_is_refused(storage: Any, name: str) -> None:
+    with pytest.raises(ValueError):
+        call(storage, **HOSTILE[name])
+
+
+def test_read_only_output_is_refused(storage: Any) -> None:
+    out = np.zeros((1, 4, 1, DIM), np.float32)
+    out.setflags(write=False)
+    with pytest.raises(ValueError, match="writable"):
+        call(storage, out=out)
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_rows"), [([0, 3], 32), ([0, 0], 32), ([-1], 16), ([0], 15), ([0], 17), ([0, 1], 16)]
+)
+def test_hostile_encoding_is_refused(storage: Any, ids: list[int], num_rows: int) -> None:
+    with pytest.raises(ValueError):
+        storage.encode(np.array(ids), rows(num_rows), rows(num_rows))
+
+
+def test_pages_of_another_format_are_refused(storage: Any) -> None:
+    other = choose_backend("cpu-native").new_storage(LayerShape(HEADS, DIM, 80, mx.float32), FMT, None)
+    other.grow(1)
+    with pytest.raises(ValueError):
+        storage.write(np.array([0]), other.read(np.array([0])))
+    with pytest.raises(ValueError):
+        storage.read(np.array([PAGES]))
+
+
+def test_unknown_levels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.ISA_SWITCH, "mmx")
+    with pytest.raises(UnsupportedFormatError, match="portable"):
+        choose_backend("cpu-native")
+
+
+def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert native.num_threads() == 3
+    monkeypatch.setenv(native.THREADS_SWITCH, "5")
+    assert native.num_threads() == 5
+    monkeypatch.setenv(native.THREADS_SWITCH, "many")
+    assert native.num_threads() == 3
+
+
+def view(start: int, num: int) -> SequenceView:
+    return SequenceView(start, num, np.arange(3), ExactRows(0, rows(4), rows(4)), None)
+
+
+def test_only_true_windows_are_taken_for_windows() -> None:
+    keys, positions = np.arange(40), np.arange(37, 40)[:, None]
+    causal = keys <= positions
+    window = causal & (keys > positions - 7)
+    views = [view(37, 3)]
+    assert native.sliding_window(mx.array(window), views) == 7
+    assert native.sliding_window(mx.array(window[None, None]), views) == 7
+    assert (native.sliding_window(mx.array(causal), views) or 0) >= 40
+    holed = window.copy()
+    holed[1, 35] = False
+    assert native.sliding_window(mx.array(holed), views) is None
+    assert native.sliding_window(mx.array(np.roll(window, 1, axis=1)), views) is None
+    assert native.sliding_window(mx.array(np.where(window, 0.0, -1e9).astype(np.float32)), views) is None
+    assert native.sliding_window(mx.array(np.stack([window, causal])[None]), views) is None, "a mask per head"
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    program = (
+        "import os, numpy as np\n"
+        "from turboquant_kv.native import _kernels as k\n"
+        "k.set_num_threads(2)\n"
+        "s = k.Store(4, 16, 0, 'plain', 'auto')\n"
+        "one = np.ones(64, np.float32); base = np.ones(1, np.float32)\n"
+        "book = np.linspace(-2, 2, 16, dtype=np.float32)\n"
+        "for key in (True, False): s.set_side(key, 64, 4, one, base, None, book, book[:-1])\n"
+        "s.grow(8); x = np.ones((4, 128, 64), np.float32); ids = np.arange(8)\n"
+        "s.encode(ids, x, x)\n"
+        "pid = os.fork()\n"
+        "s.encode(ids, x, x)\n"
+        "if pid == 0: os._exit(0)\n"
+        "raise SystemExit(os.waitpid(pid, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,144 @@
+"""Each instruction-set level that this CPU has, against the reference: formats, head dims, groups, ends, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
+
+from turboquant_kv.backends import choose_backend, native
+from turboquant_kv.backends.base import CanonicalPages, LayerShape
+from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
+
+KERNELS, WHY_MISSING = native.load_kernels()
+LEVELS: list[str] = KERNELS.isa_levels() if KERNELS is not None else []
+# Eight-bit queries and weights: below a tenth of the codec's own 10% (held exactly by the test of integer errors).
+INTEGER_TOLERANCE = 1e-2
+BITS = [(2, 3), (3, 2), (4, 4), (8, 8)]
+
+
+def test_the_kernels_are_built() -> None:
+    assert KERNELS is not None, WHY_MISSING
+    assert LEVELS[-1] == "portable"
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(native.ISA_SWITCH, request.param)
+    assert choose_backend("cpu-native").name == f"cpu-native/{request.param}"
+    return str(request.param)
+
+
+def attended(history: History, fmt: KVFormat, q: mx.array, scale: float, means: Any = None, **options: Any) -> mx.array:
+    """The last rows' attention, everything before them fed in one step."""
+    cache = new_cache(fmt, "cpu-native", means)
+    start = history.num_tokens - q.shape[2]
+    first = mx.zeros((1, q.shape[1], start, q.shape[3]), q.dtype)
+    feed(cache, history, 0, start, first, scale)
+    return feed(cache, history, start, history.num_tokens, q, scale, **options)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_every_format_and_head_dim(level: str, dim: int, bits: tuple[int, int], rng: np.random.Generator) -> None:
+    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=3)
+    history = History.random(rng, 2, int(rng.integers(60, 120)), dim)
+    means = history.means(rng)
+    # 1 and 3 rows take integer arithmetic, 20 rows float tiles.
+    for num_rows, tolerance in ((1, INTEGER_TOLERANCE), (3, INTEGER_TOLERANCE), (20, 2e-3)):
+        q = random_queries(rng, 4, num_rows, dim, mx.float32)
+        want = expected(history, q, fmt, history.num_tokens - num_rows, dim**-0.5, means)
+        assert relative_error(attended(history, fmt, q, dim**-0.5, means), want) < tolerance
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 9, 16])
+def test_every_group_of_query_heads(level: str, group: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 3, page_tokens=48, sink_tokens=5)  # three groups of tokens a page: an odd one is left over
+    history = History.random(rng, 2, 200, 64, 80)
+    for num_rows in (1, 2, 30):
+        q = random_queries(rng, 2 * group, num_rows, 64, mx.float32)
+        want = expected(history, q, fmt, 200 - num_rows, 0.125, None)
+        assert relative_error(attended(history, fmt, q, 0.125), want) < INTEGER_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_model_dtypes(level: str, dtype: Any, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=7)
+    history = History.random(rng, 2, 150, 96, dtype=dtype)
+    for num_rows in (1, 24):
+        q = random_queries(rng, 4, num_rows, 96, dtype)
+        out = attended(history, fmt, q, 0.1)
+        assert out.dtype == dtype
+        assert relative_error(out, expected(history, q, fmt, 150 - num_rows, 0.1, None)) < INTEGER_TOLERANCE
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 30])
+def test_attention_sinks_and_sliding_windows(level: str, num_rows: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 2, 170, 64)
+    start = 170 - num_rows
+    q = random_queries(rng, 4, num_rows, 64, mx.float32)
+    sinks = rng.standard_normal(4).astype(np.float32) + 2
+    positions, keys = np.arange(start, 170)[:, None], np.arange(170)
+    for window in (1, 5, 37, 160):
+        mask = mx.array((keys <= positions) & (keys > positions - window))
+        out = attended(history, fmt, q, 0.125, mask=mask, sinks=mx.array(sinks))
+        want = expected(history, q, fmt, start, 0.125, None, sinks=sinks, window=window)
+        assert relative_error(out, want) < INTEGER_TOLERANCE
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 3), (4, 4), (8, 8)])
+def test_integer_error_stays_ten_times_below_the_codecs(
+    level: str, bits: tuple[int, int], sharpness: float, rng: np.random.Generator
+) -> None:
+    fmt = KVFormat(*bits, page_tokens=64, sink_tokens=0)
+    history = History.random(rng, 1, 1400, 128)
+    means = history.means(rng)
+    q = random_queries(rng, 8, 1, 128, mx.float32)
+    scale = sharpness * 128**-0.5
+    through_codes = expected(history, q, fmt, 1399, scale, means)  # float64 attention over the decoded values
+    exact = expected(history, q, KVFormat(page_tokens=1408, sink_tokens=0), 1399, scale, None)
+    codec_error = float(np.linalg.norm(through_codes - exact))
+    own_error = float(np.linalg.norm(as_float64(attended(history, fmt, q, scale, means)) - through_codes))
+    assert own_error < codec_error / 10, f"{codec_error / own_error:.1f} times below"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_the_layout_is_a_lossless_tiling(level: str, dim: int, bits: tuple[int, int], rng: np.random.Generator) -> None:
+    fmt = KVFormat(*bits, page_tokens=32)
+    lead = (3, 2, 32)
+    pages = CanonicalPages(
+        rng.integers(0, 256, (*lead, code_bytes(dim, bits[0])), np.uint8),
+        rng.random(lead).astype(np.float16),
+        rng.integers(0, 256, (*lead, code_bytes(dim, bits[1])), np.uint8),
+        rng.random(lead).astype(np.float16),
+    )
+    storage = choose_backend("cpu-native").new_storage(LayerShape(2, dim, dim, mx.float16), fmt, None)
+    storage.grow(5)
+    storage.write(np.array([4, 0, 2]), pages)
+    again = storage.read(np.array([4, 0, 2]))
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(pages, name))
+    assert storage.allocated_bytes == 5 * fmt.page_bytes(2, dim, dim)
+
+
+def test_threads_and_splits_change_no_bit(level: str, rng: np.random.Generator) -> None:
+    assert KERNELS is not None
+    fmt = KVFormat(4, 3, page_tokens=64, sink_tokens=4)
+    history = History.random(rng, 1, 4700, 64)  # three segments
+    q = random_queries(rng, 4, 1, 64, mx.float32)
+    usual = KERNELS.num_threads()
+    try:
+        outputs = []
+        for num_threads in (1, 3):
+            KERNELS.set_num_threads(num_threads)
+            outputs.append(attended(history, fmt, q, 0.125))
+    finally:
+        KERNELS.set_num_threads(usual)
+    assert mx.array_equal(*outputs)
+    assert relative_error(outputs[0], expected(history, q, fmt, 4699, 0.125, None)) < INTEGER_TOLERANCE
