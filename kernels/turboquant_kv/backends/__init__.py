@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import mlx.core as mx
 
+from turboquant_kv.backends import native
 from turboquant_kv.backends.base import Backend
 from turboquant_kv.backends.cpu import NumpyBackend
 from turboquant_kv.backends.mlx_ops import MlxBackend
 from turboquant_kv.backends.native import NativeBackend
 from turboquant_kv.format import UnsupportedFormatError
+
+log = logging.getLogger(__name__)
 
 _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
     NumpyBackend.name: NumpyBackend,
@@ -18,13 +24,32 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
 
 
 def choose_backend(name: str = "auto") -> Backend:
-    """The backend called `name`; `auto` takes NumPy on the CPU and MLX operations on a GPU.
+    """The backend called `name`; `auto` takes the native kernels on the CPU and MLX operations on a GPU.
 
+    Without compiled kernels `auto` falls back to NumPy, says so in the log once, and in the backend's name.
     Raises UnsupportedFormatError for an unknown name, and for cpu-native where its kernels are not built.
     """
     if name == "auto":
-        on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        name = NumpyBackend.name if on_cpu else MlxBackend.name
+        if mx.default_device() != mx.Device(mx.cpu):
+            return MlxBackend()
+        kernels, reason = native.load_kernels()
+        return NativeBackend() if kernels is not None else _numpy_instead(reason)
     if name not in _BACKENDS:
         raise UnsupportedFormatError(f"KV backend {name!r}: expected auto, {' or '.join(_BACKENDS)}")
     return _BACKENDS[name]()
+
+
+def _numpy_instead(reason: str) -> Backend:
+    _warn_once(reason)
+    backend = NumpyBackend()
+    backend.name = f"{NumpyBackend.name} (native kernels missing)"
+    return backend
+
+
+@lru_cache
+def _warn_once(reason: str) -> None:
+    log.warning(
+        "The native CPU kernels are not built (%s): attention over compressed caches runs in NumPy, many times slower. "
+        "Reinstall with a C++ compiler present.",
+        reason,
+    )

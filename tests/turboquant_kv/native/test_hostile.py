@@ -1,4 +1,4 @@
-"""What the native border refuses: every wrong array raises ValueError before any work, and none is read past its end."""
+"""What the native border refuses: wrong arrays raise ValueError before any work, and none is read past its end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+// Every level of this build against the portable one, without Python: what runs under an emulator for another CPU.
+//
+//   aarch64-linux-gnu-g++ -std=c++17 -O2 -static -march=armv8.2-a+dotprod+fp16 -Ikernels/turboquant_kv/native/src
+//       tests/turboquant_kv/native/levels_test.cpp kernels/turboquant_kv/native/src/{dispatch,kernels_*}.cpp -o levels_test
+//   qemu-aarch64 levels_test
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "dispatch.h"
+
+namespace {
+
+std::mt19937 rng(7);
+std::vector<float> gaussian(std::size_t count) {
+    std::normal_distribution<float> draw;
+    std::vector<float> x(count);
+    for (float& v : x) v = draw(rng);
+    return x;
+}
+
+tq::Side make_side(bool is_key, int dim, int bits, const tq::KernelTable& level) {
+    tq::Side side;
+    side.is_key = is_key, side.dim = dim, side.bits = bits;
+    side.signs.assign(dim, 1.0f);
+    side.base_order = 1;
+    while (((dim / side.base_order) & (dim / side.base_order - 1)) || dim % side.base_order) side.base_order++;
+    side.base.assign(side.base_order * side.base_order, 0.0f);
+    for (int i = 0; i < side.base_order; i++) side.base[i * side.base_order + i] = 1.0f; // any matrix serves a comparison
+    for (int i = 0; i < 1 << bits; i++) side.book.push_back(2.7f * std::sin(1.5f * ((i + 0.5f) * 2 / (1 << bits) - 1)));
+    for (int i = 0; i + 1 < 1 << bits; i++) side.thresholds.push_back((side.book[i] + side.book[i + 1]) / 2);
+    side.mean = std::vector<float>(2 * dim, 0.1f);
+    side.table = tq::make_table(side, level);
+    return side;
+}
+
+// Two KV heads, one sequence: encode its pages, attend with `num_rows` last rows. Returns the output.
+std::vector<float> run(const tq::KernelTable& level, int dim, int bits, int group, int num_rows, const std::vector<float>& data) {
+    tq::Store store;
+    store.heads = 2, store.page_tokens = 48, store.sink_tokens = 5;
+    store.k = make_side(true, dim, bits, level), store.v = make_side(false, dim, bits, level);
+    const int num_pages = 12, tokens = 5 + num_pages * 48 + 9;
+    store.grow(num_pages);
+    const tq::Rows rows{data.data(), std::int64_t(tokens) * dim, dim, tq::Dtype::f32, tokens};
+    std::vector<std::int64_t> pages;
+    for (int i = 0; i < num_pages; i++) {
+        pages.push_back(num_pages - 1 - i);
+        for (int head = 0; head < 2; head++) {
+            std::uint8_t* block = store.block(pages[i], head);
+            level.encode_page(store, store.k, rows, head, 5 + i * 48, block, block + store.k_scales_at());
+            level.encode_page(store, store.v, rows, head, 5 + i * 48, block + store.v_codes_at(), block + store.v_scales_at());
+        }
+    }
+    tq::Attention a;
+    const int heads = 2 * group;
+    std::vector<float> out(std::size_t(heads) * num_rows * dim);
+    a.store = &store, a.q = data.data(), a.q_strides[1] = std::int64_t(num_rows) * dim, a.q_strides[2] = dim;
+    a.out = out.data(), a.num_q_heads = heads, a.num_rows = num_rows, a.group = group;
+    a.scale = 1.0f / std::sqrt(float(dim)), a.segment_pages = 5;
+    tq::Item item;
+    item.num_rows = num_rows, item.position = tokens - num_rows, item.pages = pages.data(), item.num_pages = num_pages;
+    item.sink_k = item.sink_v = {data.data(), rows.head_stride, dim, tq::Dtype::f32, 5};
+    item.window_start = tokens - 9;
+    item.window_k = item.window_v = {data.data() + std::size_t(item.window_start) * dim, rows.head_stride, dim, tq::Dtype::f32, 9};
+    item.num_segments = 3;
+    for (int head = 0; head < 2; head++) {
+        if (num_rows > tq::kDecodeRows) {
+            std::vector<float> scratch(level.prefill_scratch(a));
+            level.prefill(a, item, head, scratch.data());
+            continue;
+        }
+        std::vector<float> scratch(level.decode_scratch(a)), partials(level.partial_floats(a, item));
+        for (int s = 0; s < 3; s++) level.decode_segment(a, item, head, s, partials.data(), scratch.data());
+        level.merge_segments(a, item, head, partials.data(), scratch.data());
+    }
+    return out;
+}
+
+} // namespace
+
+int main() {
+    int failures = 0, compared = 0;
+    for (const auto* level : tq::available_levels())
+        for (int dim : {64, 80, 112, 128, 256})
+            for (int bits : {2, 3, 4, 8})
+                for (int group : {1, 4, 7})
+                    for (int num_rows : {1, 9}) {
+                        const auto data = gaussian(std::size_t(2) * 700 * dim);
+                        const auto want = run(*tq::portable_kernels(), dim, bits, group, num_rows, data);
+                        const auto got = run(*level, dim, bits, group, num_rows, data);
+                        double error = 0, norm = 0;
+                        for (std::size_t i = 0; i < want.size(); i++) {
+                            error += double(got[i] - want[i]) * (got[i] - want[i]);
+                            norm += double(want[i]) * want[i];
+                        }
+                        compared++;
+                        // Both levels' integer roundings; float tiles differ by a code that rounds to its neighbour.
+                        const bool good = std::sqrt(error / norm) < (num_rows == 1 && bits != 8 ? 2e-2 : 4e-3) && norm > 0;
+                        if (!good) std::printf("%s D=%d bits=%d G=%d T=%d: %g\n", level->name, dim, bits, group, num_rows, std::sqrt(error / norm));
+                        failures += !good;
+                    }
+    std::printf("%d comparisons, %d failures, fastest level %s\n", compared, failures, tq::available_levels().front()->name);
+    return failures != 0;
+}

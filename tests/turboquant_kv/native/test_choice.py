@@ -1,0 +1,30 @@
+"""Which backend `auto` takes on a CPU, and what it says when the kernels are missing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from turboquant_kv import backends
+from turboquant_kv.backends import choose_backend, native
+from turboquant_kv.format import UnsupportedFormatError
+
+
+def test_auto_takes_the_native_kernels() -> None:
+    assert choose_backend().name.startswith("cpu-native/")
+
+
+def test_missing_kernels_are_reported_once_and_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "load_kernels", lambda: (None, "no such module"))
+    backends._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        names = [choose_backend().name for _ in range(3)]
+    assert names == ["cpu-numpy (native kernels missing)"] * 3
+    (record,) = caplog.records
+    assert "no such module" in record.getMessage()
+    assert choose_backend("cpu-numpy").name == "cpu-numpy"
+    with pytest.raises(UnsupportedFormatError, match="no such module"):
+        choose_backend("cpu-native")
