@@ -5,7 +5,7 @@
 Rivals: mx.fast.scaled_dot_product_attention in three dtypes, PyTorch's in bfloat16 and float32 (query group passed as
 rows, its fastest way; a process of its own, `--torch-python` names an interpreter that has it), and a plain read of the
 cache in float16, which no uncompressed kernel can beat. Medians of interleaved rounds; the milliseconds belong to the
-machine, the ratios are the claim. End-to-end speed is bench/cpu_decode.py's.
+machine, the ratios are the claim. Whole steps are bench/end_to_end.py's.
 """
 
 # ruff: noqa: E402 - OpenBLAS has to be in place before mlx is imported
@@ -147,7 +147,7 @@ def torch_rival(python: str, shapes: list[Shape]) -> list[dict[str, float]] | No
 def decode_rows(shapes: list[Shape], backend: native.NativeBackend, torch_python: str, rounds: int) -> list[Row]:
     with_rivals = [s for s in shapes if s.batch * s.tokens <= RIVAL_LIMIT]
     torch_ms = torch_rival(torch_python, with_rivals)
-    rows = []
+    rows: list[Row] = []
     for shape in shapes:
         calls = {f"{f} bits": ours(shape, KVFormat.parse(f), backend) for f in ("4/4", "4/3")}
         calls["read f16"] = read_rival(shape)
@@ -158,9 +158,10 @@ def decode_rows(shapes: list[Shape], backend: native.NativeBackend, torch_python
             rivals |= milliseconds({name: mlx_rival(shape, dtype) for name, dtype in dtypes.items()}, 3)
         if torch_ms is not None and shape in with_rivals:
             rivals |= {f"PyTorch {name}": ms for name, ms in torch_ms[with_rivals.index(shape)].items()}
-        rows += _rows_of(shape, times, rivals, backend)
-        print_rows(rows[-len(times) * 2 - len(rivals) :])
+        of_shape = _rows_of(shape, times, rivals, backend)
+        print_rows(of_shape)
         sys.stdout.flush()
+        rows += of_shape
     return rows
 
 
