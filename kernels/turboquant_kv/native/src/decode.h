@@ -68,6 +68,10 @@ static void hide_old(const Attention& a, const Item& item, int first_head, int G
     }
 }
 
+TQ_INLINE void prefetch_bytes(const std::uint8_t* p, int count) {
+    for (int i = 0; i < count; i += 64) __builtin_prefetch(p + i);
+}
+
 // Pages [first, last) for heads first_head .. first_head + G.
 static void attend_pages(const Attention& a, const Item& item, int kv_head, int first_head, int G, std::int64_t first,
                          std::int64_t last, float* partial, float* scratch) {
@@ -92,6 +96,7 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
         for (int p = 0; p < num_pages; p++) {
             const std::uint8_t* k = block(at + p);
             const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) : block(at) + store.v_codes_at();
+            prefetch_bytes(p + 1 < num_pages ? next + store.k_scales_at() : block(at) + store.v_scales_at(), 2 * page);
             keys.score[G - 1](store.k, k, k + store.k_scales_at(), store.groups_per_page(), q, scores + p * page, n, next);
         }
         const std::int64_t start = store.sink_tokens + at * page;
@@ -104,6 +109,7 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
             const std::uint8_t* v = block(at + p) + store.v_codes_at();
             const std::uint8_t* v_scales = block(at + p) + store.v_scales_at();
             const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) + store.v_codes_at() : block(at + step);
+            prefetch_bytes(p + 1 < num_pages ? block(at + p + 1) + store.v_scales_at() : next + store.k_scales_at(), 2 * page);
             for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
                 const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
                 values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, w);
