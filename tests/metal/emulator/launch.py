@@ -1,0 +1,241 @@
+"""Calls a compiled kernel as MLX would: checks the call, lays out buffers, runs the grid, returns outputs and a Report.
+
+Owns `run_metal` and its drop-in form `metal_kernel`. Leaves out text and compiling (`signature`, `build`).
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from tests.metal.emulator.build import Options, library_path, load, source_place
+from tests.metal.emulator.errors import MetalError, MetalExecutionError, MetalLimitError
+from tests.metal.emulator.native import Buffer, Launch, Result
+from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADS, Report
+from tests.metal.emulator.signature import METAL_TYPES, InputType, KernelText, TemplateValue
+
+_STACK_BYTES = 128 * 1024
+# Registers a thread needs beside its arrays: positions, pointers, loop state. A guess, like the whole estimate.
+_BASE_REGISTERS = 24
+_last: list[Report] = []
+
+
+class Given(NamedTuple):
+    """An input as memory: bytes (with every stride inside), and the type, shape and strides that MLX would pass."""
+
+    type: InputType
+    data: np.ndarray
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def run_metal(
+    *,
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    inputs: Sequence[Any],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    output_shapes: Sequence[Sequence[int]],
+    output_dtypes: Sequence[Any],
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    template: Sequence[tuple[str, Any]] = (),
+    init_value: float | None = None,
+    watched: bool = True,
+    count_ops: bool = False,
+    reverse: bool = False,
+    seconds: int = 60,
+) -> tuple[list[np.ndarray], Report]:
+    """Runs one launch and returns (outputs, report); parameters up to `init_value` are those of MLX.
+
+    watched: check every memory access (about 5 times slower than without). count_ops: fill the Report's arithmetic
+    counts. reverse: run each simdgroup's lanes from the last to the first; results must not change. seconds: processor
+    time after which the launch counts as never ending.
+
+    Raises MetalCompileError, MetalLimitError, MetalExecutionError (see the package's docstring), ValueError for a call
+    that MLX itself would refuse.
+    """
+    given = [_given(value, ensure_row_contiguous) for value in inputs]
+    dtypes = tuple(dtype_name(dtype) for dtype in output_dtypes)
+    for what, found, wanted in (("inputs", len(given), len(input_names)), ("output_shapes", len(output_shapes), len(dtypes)),
+                                ("output_dtypes", len(dtypes), len(output_names))):  # fmt: skip
+        if found != wanted:
+            raise ValueError(f"[metal_kernel] Expected `{what}` to have size {wanted} but got size {found}.")
+    kernel = KernelText(
+        name, tuple(input_names), tuple(output_names), source, header, atomic_outputs, tuple(g.type for g in given), dtypes,
+        tuple((key, _template_value(value)) for key, value in template),
+    )  # fmt: skip
+    _check_threads(name, grid, threadgroup)
+    outputs = [_new_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
+    options = Options(watched, count_ops)
+    launch = Launch.of(_buffers(kernel, given, outputs, init_value is not None), grid, threadgroup, _STACK_BYTES)
+    launch.seconds, launch.reverse = seconds, reverse
+    result = Result()
+    if load(kernel, options).emu_run(ctypes.byref(launch), ctypes.byref(result)):
+        raise _failure(kernel, options, result)
+    report = _report(name, grid, threadgroup, result)
+    _last[:] = [report]
+    return [_as_values(array, dtype) for array, dtype in zip(outputs, dtypes, strict=True)], report
+
+
+def metal_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: object | None = None,
+) -> Callable[..., list[mx.array]]:
+    """Stands in for `mx.fast.metal_kernel`: the returned function takes and gives `mx.array`s, evaluated at once."""
+
+    def call(
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[Any],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Sequence[tuple[str, Any]] | None = None,
+        init_value: float | None = None,
+        verbose: bool = False,
+        stream: object = None,
+    ) -> list[mx.array]:
+        outputs, _ = run_metal(
+            name=name, input_names=input_names, output_names=output_names, source=source, header=header, inputs=inputs,
+            grid=grid, threadgroup=threadgroup, output_shapes=output_shapes, output_dtypes=output_dtypes,
+            ensure_row_contiguous=ensure_row_contiguous, atomic_outputs=atomic_outputs, template=template or (),
+            init_value=init_value,
+        )  # fmt: skip
+        return [mx.array(out).astype(getattr(mx, _mlx_name(dtype))) for out, dtype in zip(outputs, output_dtypes, strict=True)]
+
+    return call
+
+
+def last_report() -> Report:
+    """The Report of the latest successful launch in this process."""
+    return _last[0]
+
+
+def dtype_name(dtype: Any) -> str:
+    """ "float16" for mx.float16, np.float16, np.dtype("float16") and "float16"; raises ValueError for others."""
+    text = dtype if isinstance(dtype, str) else str(dtype).removeprefix("mlx.core.")
+    if text not in METAL_TYPES:
+        text = np.dtype(dtype).name
+    if text not in METAL_TYPES:
+        raise ValueError(f"Metal kernels take no arrays of {dtype}")
+    return text
+
+
+def _mlx_name(dtype: Any) -> str:
+    return dtype_name(dtype).replace("bool", "bool_")
+
+
+def _template_value(value: Any) -> TemplateValue:
+    return value if isinstance(value, (bool, int)) else dtype_name(value)
+
+
+def _given(value: Any, ensure_row_contiguous: bool) -> Given:
+    if isinstance(value, (bool, int, float)):
+        value = mx.array(value)
+    if isinstance(value, mx.array):
+        name = dtype_name(value.dtype)
+        array = np.asarray(value.view(mx.uint16) if name == "bfloat16" else value)
+    else:
+        array = np.asarray(value)
+        name = dtype_name(array.dtype)
+    if ensure_row_contiguous:
+        array = np.ascontiguousarray(array).reshape(array.shape)
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    if array.size and not array.flags.c_contiguous:
+        span = 1 + sum((extent - 1) * stride for extent, stride in zip(array.shape, strides, strict=True))
+        data = np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,)).copy()
+    else:
+        data = np.ascontiguousarray(array).reshape(-1)
+    return Given(InputType(name, array.ndim, array.size), data, array.shape, strides)
+
+
+def _check_threads(name: str, grid: Sequence[int], threadgroup: Sequence[int]) -> None:
+    if min(*grid, *threadgroup) < 1:
+        raise ValueError(f"{name}: every extent of grid {tuple(grid)} and threadgroup {tuple(threadgroup)} must be positive")
+    if int(np.prod(threadgroup)) > MAX_THREADS:
+        raise MetalLimitError(name, f"{int(np.prod(threadgroup))} threads per threadgroup; the limit is {MAX_THREADS}")
+
+
+def _new_output(shape: Sequence[int], dtype: str, init_value: float | None) -> np.ndarray:
+    if init_value is None:
+        return np.empty(tuple(shape), np.uint16 if dtype == "bfloat16" else dtype)
+    made = mx.full(tuple(shape), init_value).astype(getattr(mx, _mlx_name(dtype)))
+    return np.array(made.view(mx.uint16) if dtype == "bfloat16" else made)
+
+
+def _as_values(array: np.ndarray, dtype: str) -> np.ndarray:
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+
+
+def _buffers(kernel: KernelText, given: Sequence[Given], outputs: Sequence[np.ndarray], filled: bool) -> list[Buffer]:
+    """In the order of the signature's parameters."""
+    made = []
+    for index, (name, one) in enumerate(zip(kernel.input_names, given, strict=True)):
+        made.append(Buffer.reading(name, one.data, one.type.is_constant))
+        values = {
+            "shape": np.array(one.shape, np.int32), "strides": np.array(one.strides, np.int64),
+            "ndim": np.array([len(one.shape)], np.int32),
+        }  # fmt: skip
+        made += [Buffer.reading(f"{name}_{suffix}", values[suffix], True) for suffix, _ in kernel.shape_parameters(index)]
+    made += [Buffer.writing(name, out, filled) for name, out in zip(kernel.output_names, outputs, strict=True)]
+    return made
+
+
+def _failure(kernel: KernelText, options: Options, result: Result) -> MetalError:
+    kind, message = result.kind.decode(), result.message.decode(errors="replace")
+    place = source_place(library_path(kernel, options), result.code_offset)
+    message += f" [{place}]" if place else ""
+    return MetalLimitError(kernel.name, message) if kind == "limit" else MetalExecutionError(kernel.name, kind, message)
+
+
+def _report(name: str, grid: Sequence[int], threadgroup: Sequence[int], result: Result) -> Report:
+    counts = result.counts
+    per_group = [min(g, t) for g, t in zip(grid, threadgroup, strict=True)]
+    num_groups = [-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]
+    registers = _BASE_REGISTERS + -(-counts.local_bytes // 4)
+    warnings = []
+    if registers > MAX_REGISTERS:
+        warnings.append(f"about {registers} registers per thread; a GPU has {MAX_REGISTERS} and would spill")
+    for axis, (extent, group) in enumerate(itertools.zip_longest(grid, threadgroup)):
+        if extent % group and axis == 0:
+            warnings.append(f"threadgroups at the grid's edge have {extent % group} of {group} threads")
+    return Report(
+        kernel=name,
+        num_threads=int(np.prod(grid)),
+        num_threadgroups=int(np.prod(num_groups)),
+        threads_per_threadgroup=int(np.prod(per_group)),
+        threadgroup_bytes=counts.threadgroup_bytes,
+        registers_estimate=registers,
+        device_read_bytes=counts.read_bytes[0],
+        device_write_bytes=counts.write_bytes[0],
+        device_read_bytes_unique=counts.unique_read_bytes,
+        device_reads=counts.reads[0],
+        device_writes=counts.writes[0],
+        constant_read_bytes=counts.read_bytes[2],
+        threadgroup_read_bytes=counts.read_bytes[1],
+        threadgroup_write_bytes=counts.write_bytes[1],
+        threadgroup_reads=counts.reads[1],
+        threadgroup_writes=counts.writes[1],
+        atomics=counts.atomics,
+        simd_ops=counts.simd_ops,
+        matrix_ops=counts.matrix_ops,
+        barriers=counts.barriers,
+        float_ops=counts.float_ops,
+        int_ops=counts.int_ops,
+        convert_ops=counts.convert_ops,
+        warnings=tuple(warnings),
+    )

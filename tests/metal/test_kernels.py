@@ -1,0 +1,140 @@
+"""The fused kernels as Metal, run by the emulator, against the reference: shapes, dtypes, odd lengths, ragged batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.metal.emulator import metal_kernel
+from tests.turboquant_kv.histories import (
+    History,
+    as_float64,
+    expected,
+    feed,
+    new_cache,
+    random_queries,
+    relative_error,
+)
+
+from turboquant_kv import cache as caches
+from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_source import DecodeKernels
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.format import KVFormat
+
+# As in tests/turboquant_kv/test_backends.py, and for the same reasons.
+TOLERANCE = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in a test attends through emulated Metal."""
+    backend = GpuBackend("metal", DecodeKernels.build("metal", "portable", metal_kernel))
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+
+
+def prefilled(
+    fmt: KVFormat, history: History, stop: int, num_q: int, rng: np.random.Generator, means: Any
+) -> TurboQuantKVCache:
+    """A cache of the history's first tokens; its prefill is long enough not to be decode."""
+    cache = new_cache(fmt, "gpu", means)
+    q = random_queries(rng, num_q, stop, history.k.shape[2], history.dtype)
+    feed(cache, history, 0, stop, q, 0.1)
+    return cache
+
+
+CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens
+    (4, 2, 64, 64, 0, 16, (4, 4), 1, 41),
+    (5, 1, 128, 128, 8, 16, (4, 3), 1, 90),
+    (7, 1, 80, 80, 5, 16, (3, 3), 2, 77),
+    (4, 2, 96, 128, 17, 32, (8, 4), 1, 130),
+    (2, 1, 192, 112, 32, 16, (2, 2), 5, 83),
+    (9, 1, 64, 256, 1, 48, (3, 8), 1, 160),
+    (3, 3, 112, 64, 40, 16, (2, 4), 8, 33),
+]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_decode_is_the_references(case: Any, dtype: Any, rng: np.random.Generator) -> None:
+    num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits), num_rows, num_tokens = case
+    fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
+    num_tokens += int(rng.integers(0, page))
+    history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
+    means = history.means(rng)
+    cache = prefilled(fmt, history, num_tokens, num_q, rng, means)
+    q = random_queries(rng, num_q, num_rows, k_dim, dtype)
+    out = feed(cache, history, num_tokens, num_tokens + num_rows, q, 0.1)
+    assert out.dtype == dtype
+    assert relative_error(out, expected(history, q, fmt, num_tokens, 0.1, means)) < TOLERANCE[dtype]
+
+
+def test_every_length_up_to_three_pages(rng: np.random.Generator) -> None:
+    """From the first token on: empty parts, the sink filling, pages closing."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 1, 55, 64)
+    cache = new_cache(fmt, "gpu")
+    for p in range(55):
+        q = random_queries(rng, 2, 1, 64, mx.float32)
+        out = feed(cache, history, p, p + 1, q, 0.125)
+        seen = History(history.k[:, : p + 1], history.v[:, : p + 1], mx.float32)
+        assert relative_error(out, expected(seen, q, fmt, p, 0.125, None)) < TOLERANCE[mx.float32]
+
+
+def test_attention_sinks_join_the_denominator(rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 2, 71, 64)
+    cache = prefilled(fmt, history, 70, 4, rng, None)
+    q = random_queries(rng, 4, 1, 64, mx.float32)
+    sinks = rng.standard_normal(4).astype(np.float32) + 2
+    out = feed(cache, history, 70, 71, q, 0.125, sinks=mx.array(sinks))
+    assert relative_error(out, expected(history, q, fmt, 70, 0.125, None, sinks=sinks)) < TOLERANCE[mx.float32]
+
+
+def test_a_ragged_batch_equals_each_row_alone(rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    lengths = [int(n) for n in rng.permutation([3, 30, 75, 200])]
+    histories = [History.random(rng, 2, n + 1, 64, dtype=mx.float16) for n in lengths]
+    source = new_cache(fmt, "gpu").source
+    rows = []
+    for history, n in zip(histories, lengths, strict=True):
+        row = TurboQuantKVCache(source)
+        feed(row, history, 0, n, random_queries(rng, 4, n, 64, mx.float16), 0.125)
+        rows.append(row)
+    batch = TurboQuantKVCache.merge(rows)
+    q = mx.concatenate([random_queries(rng, 4, 1, 64, mx.float16) for _ in rows])
+    news = [h.slice(n, n + 1) for h, n in zip(histories, lengths, strict=True)]
+    batch.update_and_fetch(*(mx.concatenate(side) for side in zip(*news, strict=True)))
+    out = batch.attend(q, scale=0.125, mask=None, sinks=None)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        want = expected(history, q[b : b + 1], fmt, n, 0.125, None)
+        assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
+
+
+def test_long_histories_are_split_over_blocks(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More parts than one, the last one short; many lanes of the combine kernel take part."""
+    fmt = KVFormat(3, 4, page_tokens=16, sink_tokens=0)
+    history = History.random(rng, 1, 1500 + int(rng.integers(0, 64)), 64)
+    cache = prefilled(fmt, history, history.num_tokens - 1, 2, rng, None)
+    q = random_queries(rng, 2, 1, 64, mx.float32)
+    out = feed(cache, history, history.num_tokens - 1, history.num_tokens, q, 0.125)
+    want = expected(history, q, fmt, history.num_tokens - 1, 0.125, None)
+    assert relative_error(out, want) < TOLERANCE[mx.float32]
+
+
+def test_strided_queries_are_read_where_they_lie(rng: np.random.Generator) -> None:
+    """Models hand over transposed views: (B, T, Hq, D) seen as (B, Hq, T, D)."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 2, 52, 64)
+    cache = prefilled(fmt, history, 50, 4, rng, None)
+    q = mx.array(rng.standard_normal((1, 2, 4, 64)).astype(np.float32)).transpose(0, 2, 1, 3)
+    out = feed(cache, history, 50, 52, q, 0.125)
+    assert relative_error(out, expected(history, q, fmt, 50, 0.125, None)) < TOLERANCE[mx.float32]
+
+
+Attend = Callable[..., mx.array]
+assert itertools and as_float64  # placeholder
