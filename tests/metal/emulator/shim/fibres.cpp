@@ -85,7 +85,7 @@ static void write_failure(const char* kind, uintptr_t code, const emu_site* site
     used += snprintf(result->message + used, room - used, "%s", text);
     if (site && used < room) snprintf(result->message + used, room - used, " [%s:%u]", site->file, site->line);
     snprintf(result->kind, sizeof result->kind, "%s", kind);
-    extern const char image_start[] asm("__ehdr_start");
+    extern __attribute__((visibility("hidden"))) const char image_start[] asm("__ehdr_start");
     result->code_offset = code ? code - (uintptr_t)image_start : 0;
     failed = true;
 }

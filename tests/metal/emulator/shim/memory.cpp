@@ -6,7 +6,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-extern "C" const char __ehdr_start[], _end[];
+// Bounds of this library; hidden, or another library's would be found.
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
 
 namespace emu {
 
