@@ -63,7 +63,9 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
         got = codes.swapaxes(0, 1).reshape(2, 48, -1)
         same = unpack(got, bits, head_dim) == unpack(want.codes, bits, head_dim)
         assert same.mean() >= 0.999
-        np.testing.assert_allclose(scales.swapaxes(0, 1).reshape(2, 48), want.scales, rtol=4e-3)
+        got_scales, unmoved = scales.swapaxes(0, 1).reshape(2, 48), same.all(-1)
+        np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
+        np.testing.assert_allclose(got_scales, want.scales, rtol=2e-2)  # one code of 64 moved to its neighbour
 
         decoded = as_float64(mx.array(storage.decode(pages)[0 if side == "k" else 1]))
         np.testing.assert_allclose(
