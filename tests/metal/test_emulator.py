@@ -119,7 +119,7 @@ def test_vectors_macros_and_words(rng: np.random.Generator) -> None:
         struct Pair { float2 both; float sum() const thread { return both.x + both.y; } };
     """
     source = """
-        SHARED float4 kept[32], spare;
+        SHARED float4 kept[4 * (16 / 2)], spare;
         uint i = thread_position_in_grid.x;
         float4 v = widen(x + 4 * i);
         v.xy = v.yx * 2.0f;

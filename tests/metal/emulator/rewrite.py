@@ -145,7 +145,7 @@ class Rewriter:
             lead += 1
         in_body = self.tokens[start].file == "source"
         if "threadgroup" in words[head:lead]:
-            if not {"*", "&"} & set(words):
+            if not {"*", "&"} & set(_outside_brackets(words)):
                 self._share(start, end, words[lead:], depth if in_body else 0)
         elif in_body and not {"constant", "constexpr", "static"} & set(words[:lead]):
             self._note_local(start, end, words[lead:])
@@ -198,6 +198,15 @@ class Rewriter:
                     return True
                 at += step
         return False
+
+
+def _outside_brackets(words: list[str]) -> list[str]:
+    depth, found = 0, []
+    for word in words:
+        depth += {"[": 1, "]": -1}.get(word, 0)
+        if depth == 0:
+            found.append(word)
+    return found
 
 
 def _declarators(words: list[str]) -> tuple[str, list[tuple[str, list[str]]]]:
