@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from tests.metal.emulator import Report, last_report, metal_kernel, run_metal
 from tests.metal.emulator.launch import _given, dtype_name
 from tests.metal.emulator.signature import KernelText
@@ -17,9 +16,15 @@ def run(source: str, inputs: dict[str, Any], out: Any, **options: Any) -> tuple[
     shape, dtype = out
     call: dict[str, Any] = {"grid": (32, 1, 1), "threadgroup": (32, 1, 1), **options}
     outputs, report = run_metal(
-        name="probe", input_names=list(inputs), output_names=["y"], source=source, inputs=list(inputs.values()),
-        output_shapes=[shape], output_dtypes=[dtype], **call,
-    )  # fmt: skip
+        name="probe",
+        input_names=list(inputs),
+        output_names=["y"],
+        source=source,
+        inputs=list(inputs.values()),
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+        **call,
+    )
     return outputs[0], report
 
 
@@ -27,9 +32,12 @@ def run(source: str, inputs: dict[str, Any], out: Any, **options: Any) -> tuple[
 def test_elementwise_over_a_partial_grid(rng: np.random.Generator, dtype: mx.Dtype) -> None:
     x = mx.array(rng.normal(size=77).astype(np.float32)).astype(dtype)
     y, report = run(
-        "uint i = thread_position_in_grid.x; y[i] = T(x[i] * T(3)) + T(1);", {"x": x}, ((77,), dtype),
-        template=[("T", dtype)], grid=(77, 1, 1),
-    )  # fmt: skip
+        "uint i = thread_position_in_grid.x; y[i] = T(x[i] * T(3)) + T(1);",
+        {"x": x},
+        ((77,), dtype),
+        template=[("T", dtype)],
+        grid=(77, 1, 1),
+    )
     wanted = np.array((x * mx.array(3, dtype) + mx.array(1, dtype)).astype(mx.float32))
     np.testing.assert_array_equal(y.astype(np.float32), wanted)
     assert report.num_threadgroups == 3
@@ -148,7 +156,8 @@ def test_atomics_and_initial_value() -> None:
         uint before = atomic_fetch_add_explicit(&count, 2u, memory_order_relaxed);
         atomic_fetch_add_explicit(&y[before / 64], 1u, memory_order_relaxed);
     """
-    y, _ = run(source, {"x": 0}, ((2,), np.uint32), atomic_outputs=True, init_value=0, grid=(128, 1, 1), threadgroup=(64, 1, 1))
+    call = {"atomic_outputs": True, "init_value": 0, "grid": (128, 1, 1), "threadgroup": (64, 1, 1)}
+    y, _ = run(source, {"x": 0}, ((2,), np.uint32), **call)
     np.testing.assert_array_equal(y, [64, 64])
 
 
@@ -161,14 +170,17 @@ def test_register_estimate_sees_local_arrays() -> None:
 
 def test_drop_in_gives_mlx_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    kernel = mx.fast.metal_kernel(
-        name="half_of", input_names=["x"], output_names=["y"], source="uint i = thread_position_in_grid.x; y[i] = x[i] / T(2);"
-    )
+    source = "uint i = thread_position_in_grid.x; y[i] = x[i] / T(2);"
+    kernel: Any = mx.fast.metal_kernel(name="half_of", input_names=["x"], output_names=["y"], source=source)
     x = mx.arange(9).astype(mx.bfloat16)
     (y,) = kernel(
-        inputs=[x], template=[("T", mx.bfloat16)], grid=(9, 1, 1), threadgroup=(8, 1, 1),
-        output_shapes=[(9,)], output_dtypes=[mx.bfloat16],
-    )  # fmt: skip
+        inputs=[x],
+        template=[("T", mx.bfloat16)],
+        grid=(9, 1, 1),
+        threadgroup=(8, 1, 1),
+        output_shapes=[(9,)],
+        output_dtypes=[mx.bfloat16],
+    )
     assert y.dtype == mx.bfloat16 and mx.array_equal(y, x / 2)
     assert last_report().num_threadgroups == 2
 
@@ -176,30 +188,46 @@ def test_drop_in_gives_mlx_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_order_of_lanes_does_not_matter(rng: np.random.Generator) -> None:
     x = rng.normal(size=64).astype(np.float32)
     source = "uint i = thread_position_in_grid.x; y[i] = simd_sum(x[i]) + simd_shuffle_xor(x[i], 1);"
-    forward, backward = (run(source, {"x": x}, ((64,), np.float32), grid=(64, 1, 1), reverse=r)[0] for r in (False, True))
+    out = ((64,), np.float32)
+    forward, backward = (run(source, {"x": x}, out, grid=(64, 1, 1), reverse=r)[0] for r in (False, True))
     np.testing.assert_array_equal(forward, backward)
 
 
 def test_signature_is_the_one_mlx_prints(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Without Metal, MLX still records a kernel for export, and prints the text it generates when asked to."""
-    source = "uint i = thread_position_in_grid.x + simdgroup_index_in_threadgroup; y[i] = x[i] * x_shape[0] * x_strides[0] + s + t[0];"
+    source = """
+        uint i = thread_position_in_grid.x + simdgroup_index_in_threadgroup;
+        y[i] = x[i] * x_shape[0] * x_strides[0] + s + t[0];
+    """
     template = [("T", mx.bfloat16), ("N", -3), ("B", True)]
     inputs = [mx.zeros((4, 4), mx.float16), mx.array(2.0), mx.array([1, 2])]
     names = ["x", "s", "t"]
 
     def launch(x: mx.array) -> mx.array:
-        kernel = mx.fast.metal_kernel(name="probe", input_names=names, output_names=["y"], source=source, header="// top\n")
+        kernel: Any = mx.fast.metal_kernel("probe", input_names=names, output_names=["y"], source=source, header="//\n")
         made: mx.array = kernel(
-            inputs=[x, *inputs[1:]], template=template, grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(4,)],
-            output_dtypes=[mx.bfloat16], verbose=True,
-        )[0]  # fmt: skip
+            inputs=[x, *inputs[1:]],
+            template=template,
+            grid=(4, 1, 1),
+            threadgroup=(4, 1, 1),
+            output_shapes=[(4,)],
+            output_dtypes=[mx.bfloat16],
+            verbose=True,
+        )[0]
         return made
 
     mx.export_function(str(tmp_path / "f"), launch, inputs[0])
     printed = re.search(r"```\n(.*)\n```", capfd.readouterr().out, re.DOTALL)
     assert printed is not None
     ours = KernelText(
-        "probe", tuple(names), ("y",), source, "// top\n", False, tuple(_given(i, True).type for i in inputs), ("bfloat16",),
+        "probe",
+        tuple(names),
+        ("y",),
+        source,
+        "//\n",
+        False,
+        tuple(_given(i, True).type for i in inputs),
+        ("bfloat16",),
         tuple((k, v if isinstance(v, int) else dtype_name(v)) for k, v in template),
-    )  # fmt: skip
+    )
     assert printed.group(1) == ours.full_source()

@@ -5,15 +5,20 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from tests.metal.emulator import MetalCompileError, MetalExecutionError, MetalLimitError, run_metal
 
 _CALL: dict[str, Any] = {
-    "name": "planted", "input_names": ["x"], "output_names": ["y"], "inputs": [np.ones(64, np.float32)],
-    "grid": (64, 1, 1), "threadgroup": (64, 1, 1), "output_shapes": [(64,)], "output_dtypes": [mx.float32],
+    "name": "planted",
+    "input_names": ["x"],
+    "output_names": ["y"],
+    "inputs": [np.ones(64, np.float32)],
+    "grid": (64, 1, 1),
+    "threadgroup": (64, 1, 1),
+    "output_shapes": [(64,)],
+    "output_dtypes": [mx.float32],
     "init_value": 0.0,
-}  # fmt: skip
-_NAMES = "uint t = thread_index_in_threadgroup, g = threadgroup_position_in_grid.x; uint lane = thread_index_in_simdgroup;"
+}
+_NAMES = "uint t = thread_index_in_threadgroup, g = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;"
 _BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
@@ -38,18 +43,31 @@ class Planted(NamedTuple):
 _SHARED = "threadgroup float kept[64];"
 _FILLED = f"{_SHARED} kept[t] = t; {_BARRIER}"
 PLANTED = {
-    "barrier in a branch": Planted(f"if (t < k) {{ {_BARRIER} }} y[t] = 1;", 32, 64, "barrier-divergence", "has returned"),
-    "early return before a barrier": Planted(f"if (t == k) return; {_BARRIER} y[t] = 1;", 63, 64, "barrier-divergence", "thread 63"),
-    "two different barriers": Planted(
-        f"if (t < k) {{ {_BARRIER} }} else {{ {_BARRIER} }} y[t] = 1;", 32, 64, "barrier-divergence", "threadgroup_barrier"
+    "barrier in a branch": Planted(
+        f"if (t < k) {{ {_BARRIER} }} y[t] = 1;", 32, 64, "barrier-divergence", "has returned"
     ),
-    "simd operation in a branch": Planted("if (lane != k) y[t] = simd_sum(x[t]);", 5, 32, "simd-divergence", "simd_sum"),
+    "early return before a barrier": Planted(
+        f"if (t == k) return; {_BARRIER} y[t] = 1;", 63, 64, "barrier-divergence", "thread 63"
+    ),
+    "two different barriers": Planted(
+        f"if (t < k) {{ {_BARRIER} }} else {{ {_BARRIER} }} y[t] = 1;",
+        32,
+        64,
+        "barrier-divergence",
+        "threadgroup_barrier",
+    ),
+    "simd operation in a branch": Planted(
+        "if (lane != k) y[t] = simd_sum(x[t]);", 5, 32, "simd-divergence", "simd_sum"
+    ),
     "two different simd operations": Planted(
         "y[t] = lane < k ? simd_sum(x[t]) : simd_max(x[t]);", 16, 32, "simd-divergence", "simd_max"
     ),
     "barrier against simd operation": Planted(
         f"if (lane < k) {{ {_BARRIER} y[t] = simd_sum(1); }} else {{ y[t] = simd_sum(2); {_BARRIER} }}",
-        3, 32, "simd-divergence", "threadgroup_barrier",
+        3,
+        32,
+        "simd-divergence",
+        "threadgroup_barrier",
     ),
     "shuffle from a missing lane": Planted("y[t] = simd_shuffle(x[t], lane + k);", 32, 0, "inactive-lane", "source:2"),
     "read past an input": Planted("y[t] = x[t + k];", 1, 0, "out-of-bounds-read", "offset 256 of `x`"),
@@ -60,29 +78,49 @@ PLANTED = {
     ),
     "read past threadgroup memory": Planted(
         f"threadgroup float other[64]; {_FILLED} other[t] = 1; threadgroup float* p = kept; y[t] = p[t + k];",
-        1, 0, "out-of-bounds-read", "offset 256 of `kept`",
+        1,
+        0,
+        "out-of-bounds-read",
+        "offset 256 of `kept`",
     ),
     "write past threadgroup memory": Planted(
         f"{_SHARED} threadgroup float* p = kept; p[t + k] = 1; y[t] = p[t + k];", 8, 0, "out-of-bounds-write", "`kept`"
     ),
-    "index past a declared array": Planted("float a[4] = {1, 2, 3, 4}; y[t] = a[(t % 4) + k];", 1, 0, "index-out-of-bounds", "index 4"),
+    "index past a declared array": Planted(
+        "float a[4] = {1, 2, 3, 4}; y[t] = a[(t % 4) + k];", 1, 0, "index-out-of-bounds", "index 4"
+    ),
     "uninitialised threadgroup memory": Planted(
         f"{_SHARED} if (t < k) kept[t] = 1; {_BARRIER} y[t] = kept[63 - t];",
-        63, 64, "uninitialised-read", "`kept` was never written",
+        63,
+        64,
+        "uninitialised-read",
+        "`kept` was never written",
     ),
     "threadgroup memory of the group before": Planted(
         f"threadgroup float kept[32]; if (g <= k) kept[t] = 1; {_BARRIER} y[g * 32 + t] = kept[t];",
-        0, 1, "uninitialised-read", "threadgroup (1, 0, 0)",
+        0,
+        1,
+        "uninitialised-read",
+        "threadgroup (1, 0, 0)",
     ),
     "missing barrier": Planted(f"{_FILLED} kept[t] = 1; @ y[t] = kept[63 - t];", "", _BARRIER, "race", "`kept`"),
     "barrier that orders nothing": Planted(
         f"{_FILLED} kept[t] = 1; threadgroup_barrier(mem_flags::@); y[t] = kept[63 - t];",
-        "mem_none", "mem_threadgroup", "race", "`kept`",
+        "mem_none",
+        "mem_threadgroup",
+        "race",
+        "`kept`",
     ),
     "simdgroup barrier across simdgroups": Planted(
-        f"{_FILLED} kept[t] = 1; simdgroup_barrier(mem_flags::mem_threadgroup); y[t] = kept[t ^ k];", 32, 1, "race", "`kept`"
+        f"{_FILLED} kept[t] = 1; simdgroup_barrier(mem_flags::mem_threadgroup); y[t] = kept[t ^ k];",
+        32,
+        1,
+        "race",
+        "`kept`",
     ),
-    "overwriting what others still read": Planted(f"{_FILLED} y[t] = kept[63 - t]; @ kept[t] = 0;", "", _BARRIER, "race", "read"),
+    "overwriting what others still read": Planted(
+        f"{_FILLED} y[t] = kept[63 - t]; @ kept[t] = 0;", "", _BARRIER, "race", "read"
+    ),
     "two threads write one output": Planted("y[t / k] = 1;", 2, 1, "race", "`y`"),
     "two threadgroups write one output": Planted("y[t + k * g] = 1;", 0, 32, "race", "another threadgroup"),
     "shift by the whole width": Planted("y[t] = float(1u << (lane + k));", 1, 0, "bad-shift", "source:2"),
@@ -96,7 +134,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "two threadgroups write one output": {"threadgroup": (32, 1, 1)},
     "a loop without end": {"seconds": 1},
     "a recursion that eats the stack": {
-        "header": "inline float deep(int n) { float a[64]; a[n & 63] = n; return n ? deep(n - 1) + a[(n * 7) & 63 & n] * 0 : 0; }"
+        "header": """inline float deep(int n) {
+            float a[64];
+            a[n & 63] = n;
+            return n ? deep(n - 1) + a[(n * 7) & 63 & n] * 0 : 0;
+        }"""
     },
 }
 
@@ -157,9 +199,10 @@ REFUSED = {
     "mixed min": ("y[t] = min(t, 3);", "min"),
     "unknown name": ("y[t] = __shfl_xor_sync(~0u, x[t], 1);", "__shfl_xor_sync"),
     "stricter memory order": (
-        "threadgroup atomic_int a; atomic_store_explicit(&a, 1, memory_order_seq_cst); y[t] = 1;", "memory_order_seq_cst",
+        "threadgroup atomic_int a; atomic_store_explicit(&a, 1, memory_order_seq_cst); y[t] = 1;",
+        "memory_order_seq_cst",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)

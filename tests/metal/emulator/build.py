@@ -22,18 +22,37 @@ from tests.metal.emulator.signature import KernelText, template_arguments
 SHIM = Path(__file__).parent / "shim"
 # Headers that a kernel may include; their contents are in the shim.
 METAL_HEADERS = (
-    "metal_stdlib", "metal_math", "metal_simdgroup", "metal_simdgroup_matrix", "metal_atomic", "metal_common",
-    "metal_integer", "metal_limits", "metal_relational", "metal_compute", "metal_type_traits", "metal_numeric",
-)  # fmt: skip
+    "metal_stdlib",
+    "metal_math",
+    "metal_simdgroup",
+    "metal_simdgroup_matrix",
+    "metal_atomic",
+    "metal_common",
+    "metal_integer",
+    "metal_limits",
+    "metal_relational",
+    "metal_compute",
+    "metal_type_traits",
+    "metal_numeric",
+)
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fsigned-char"]
 _KERNEL = [
-    *_COMMON, "-O1", "-g1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern",
-    "-fno-stack-protector", "-fmax-errors=5",
-]  # fmt: skip
+    *_COMMON,
+    "-O1",
+    "-g1",
+    "-w",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-ftrivial-auto-var-init=pattern",
+    "-fno-stack-protector",
+    "-fmax-errors=5",
+]
 # Its calls are answered by shim/memory.cpp; no sanitizer library is linked.
 _WATCHED = [
-    "-fsanitize=thread", "-fsanitize=bounds,shift-exponent,integer-divide-by-zero,alignment", "-fno-sanitize-recover=all",
-]  # fmt: skip
+    "-fsanitize=thread",
+    "-fsanitize=bounds,shift-exponent,integer-divide-by-zero,alignment",
+    "-fno-sanitize-recover=all",
+]
 
 
 @dataclass(frozen=True)
@@ -131,10 +150,10 @@ def library_path(kernel: KernelText, options: Options) -> Path:
 def _compile(kernel: KernelText, options: Options, library: Path) -> None:
     runtime = _runtime_objects()
     source, made = library.with_suffix(".cpp"), library.with_suffix(f".{os.getpid()}.o")
-    flags = [*_KERNEL, *_machine_flags(), *(_WATCHED if options.watched else []), f"-DEMU_COUNT={int(options.count_ops)}"]
-    done = subprocess.run(
-        ["g++", *flags, "-I", str(SHIM), "-c", str(source), "-o", str(made)], capture_output=True, text=True, check=False
-    )
+    flags = [*_KERNEL, *_machine_flags(), *(_WATCHED if options.watched else [])]
+    flags.append(f"-DEMU_COUNT={int(options.count_ops)}")
+    command = ["g++", *flags, "-I", str(SHIM), "-c", str(source), "-o", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MetalCompileError(kernel.name, done.stderr.strip())
     # Written under another name and renamed, so that two test processes cannot meet half a library.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-
 from tests.metal.emulator.build import Options, library_path, load, source_place
 from tests.metal.emulator.errors import MetalError, MetalExecutionError, MetalLimitError
 from tests.metal.emulator.native import Buffer, Launch, Result
@@ -64,14 +63,19 @@ def run_metal(
     """
     given = [_given(value, ensure_row_contiguous) for value in inputs]
     dtypes = tuple(dtype_name(dtype) for dtype in output_dtypes)
-    for what, found, wanted in (("inputs", len(given), len(input_names)), ("output_shapes", len(output_shapes), len(dtypes)),
-                                ("output_dtypes", len(dtypes), len(output_names))):  # fmt: skip
-        if found != wanted:
-            raise ValueError(f"[metal_kernel] Expected `{what}` to have size {wanted} but got size {found}.")
+    _check_counts({"inputs": inputs}, len(input_names))
+    _check_counts({"output_shapes": output_shapes, "output_dtypes": output_dtypes}, len(output_names))
     kernel = KernelText(
-        name, tuple(input_names), tuple(output_names), source, header, atomic_outputs, tuple(g.type for g in given), dtypes,
+        name,
+        tuple(input_names),
+        tuple(output_names),
+        source,
+        header,
+        atomic_outputs,
+        tuple(g.type for g in given),
+        dtypes,
         tuple((key, _template_value(value)) for key, value in template),
-    )  # fmt: skip
+    )
     _check_threads(name, grid, threadgroup)
     outputs = [_new_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
     options = Options(watched, count_ops)
@@ -110,12 +114,23 @@ def metal_kernel(
         stream: object = None,
     ) -> list[mx.array]:
         outputs, _ = run_metal(
-            name=name, input_names=input_names, output_names=output_names, source=source, header=header, inputs=inputs,
-            grid=grid, threadgroup=threadgroup, output_shapes=output_shapes, output_dtypes=output_dtypes,
-            ensure_row_contiguous=ensure_row_contiguous, atomic_outputs=atomic_outputs, template=template or (),
+            name=name,
+            input_names=input_names,
+            output_names=output_names,
+            source=source,
+            header=header,
+            inputs=inputs,
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+            ensure_row_contiguous=ensure_row_contiguous,
+            atomic_outputs=atomic_outputs,
+            template=template or (),
             init_value=init_value,
-        )  # fmt: skip
-        return [mx.array(out).astype(getattr(mx, _mlx_name(dtype))) for out, dtype in zip(outputs, output_dtypes, strict=True)]
+        )
+        dtypes = [getattr(mx, _mlx_name(dtype)) for dtype in output_dtypes]
+        return [mx.array(out).astype(dtype) for out, dtype in zip(outputs, dtypes, strict=True)]
 
     return call
 
@@ -163,9 +178,15 @@ def _given(value: Any, ensure_row_contiguous: bool) -> Given:
     return Given(InputType(name, array.ndim, array.size), data, array.shape, strides)
 
 
+def _check_counts(given: dict[str, Sequence[Any]], wanted: int) -> None:
+    for what, found in given.items():
+        if len(found) != wanted:
+            raise ValueError(f"[metal_kernel] Expected `{what}` to have size {wanted} but got size {len(found)}.")
+
+
 def _check_threads(name: str, grid: Sequence[int], threadgroup: Sequence[int]) -> None:
     if min(*grid, *threadgroup) < 1:
-        raise ValueError(f"{name}: every extent of grid {tuple(grid)} and threadgroup {tuple(threadgroup)} must be positive")
+        raise ValueError(f"{name}: every extent of grid {grid} and threadgroup {threadgroup} must be positive")
     if int(np.prod(threadgroup)) > MAX_THREADS:
         raise MetalLimitError(name, f"{int(np.prod(threadgroup))} threads per threadgroup; the limit is {MAX_THREADS}")
 
@@ -186,11 +207,12 @@ def _buffers(kernel: KernelText, given: Sequence[Given], outputs: Sequence[np.nd
     made = []
     for index, (name, one) in enumerate(zip(kernel.input_names, given, strict=True)):
         made.append(Buffer.reading(name, one.data, one.type.is_constant))
-        values = {
-            "shape": np.array(one.shape, np.int32), "strides": np.array(one.strides, np.int64),
+        values: dict[str, np.ndarray] = {
+            "shape": np.array(one.shape, np.int32),
+            "strides": np.array(one.strides, np.int64),
             "ndim": np.array([len(one.shape)], np.int32),
-        }  # fmt: skip
-        made += [Buffer.reading(f"{name}_{suffix}", values[suffix], True) for suffix, _ in kernel.shape_parameters(index)]
+        }
+        made += [Buffer.reading(f"{name}_{key}", values[key], True) for key, _ in kernel.shape_parameters(index)]
     made += [Buffer.writing(name, out, filled) for name, out in zip(kernel.output_names, outputs, strict=True)]
     return made
 

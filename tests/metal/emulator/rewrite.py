@@ -13,7 +13,9 @@ from tests.metal.emulator.errors import MetalCompileError
 from tests.metal.emulator.tokens import TokenText, split
 
 SPACES = {"device", "constant", "threadgroup", "thread", "threadgroup_imageblock", "ray_data", "object_data"}
-_SPECIFIERS = SPACES | {"const", "volatile", "static", "inline", "constexpr", "unsigned", "signed", "restrict", "extern"}
+_SPECIFIERS = SPACES | {"const", "volatile", "static", "inline", "constexpr", "unsigned", "signed", "extern"}
+    ["const", "volatile", "static", "inline", "constexpr", "unsigned", "signed", "restrict", "extern"]
+)
 _BANNED = {
     "double", "goto", "new", "delete", "throw", "try", "catch", "dynamic_cast", "typeid", "virtual", "thread_local",
     "register", "std", "asm", "__syncthreads", "__shared__",
@@ -184,7 +186,7 @@ class Rewriter:
             elif token.text in SPACES and token.kind == "word":
                 token.text = ""
             elif token.kind == "number" and re.fullmatch(r"[\d.]+(?:[eE][+-]?\d+)?[hH]", token.text):
-                token.text = f"half({token.text[:-1]}f)" if re.search(r"[.eE]", token.text) else f"half({token.text[:-1]})"
+                token.text = f"half({token.text[:-1]}{'f' if re.search('[.eE]', token.text) else ''})"
             elif token.kind == "word" and _SWIZZLE.fullmatch(token.text) and self.tokens.word(index - 1) in (".", "->"):
                 lanes = ",".join(str(("xyzw" if token.text[0] in "xyzw" else "rgba").index(c)) for c in token.text)
                 assigned = self.tokens.word(index + 1) in ("=", "+=", "-=", "*=")

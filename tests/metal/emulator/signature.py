@@ -102,8 +102,8 @@ class KernelText:
         if self.inputs[index].ndim == 0:
             return []
         name = self.input_names[index]
-        kinds = [("shape", "const constant int*"), ("strides", "const constant int64_t*"), ("ndim", "const constant int&")]
-        return [(suffix, kind) for suffix, kind in kinds if f"{name}_{suffix}" in self.source]
+        kinds = {"shape": "int*", "strides": "int64_t*", "ndim": "int&"}
+        return [(s, f"const constant {kind}") for s, kind in kinds.items() if f"{name}_{s}" in self.source]
 
     def parameters(self) -> list[str]:
         """The buffer parameters, in order and without `[[buffer(i)]]`."""
