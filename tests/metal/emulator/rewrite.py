@@ -14,8 +14,6 @@ from tests.metal.emulator.tokens import TokenText, split
 
 SPACES = {"device", "constant", "threadgroup", "thread", "threadgroup_imageblock", "ray_data", "object_data"}
 _SPECIFIERS = SPACES | {"const", "volatile", "static", "inline", "constexpr", "unsigned", "signed", "extern"}
-    ["const", "volatile", "static", "inline", "constexpr", "unsigned", "signed", "restrict", "extern"]
-)
 _BANNED = {
     "double", "goto", "new", "delete", "throw", "try", "catch", "dynamic_cast", "typeid", "virtual", "thread_local",
     "register", "std", "asm", "__syncthreads", "__shared__",
