@@ -231,3 +231,22 @@ def test_signature_is_the_one_mlx_prints(tmp_path: Any, capfd: pytest.CaptureFix
         tuple((k, v if isinstance(v, int) else dtype_name(v)) for k, v in template),
     )
     assert printed.group(1) == ours.full_source()
+
+
+def test_operations_are_counted_by_kind() -> None:
+    """64 threads, N fused multiplications each, an exponential, a division; loads and simd operations count nothing."""
+    source = """
+        uint i = thread_position_in_grid.x;
+        float a = x[i], sum = 0;
+        for (int k = 0; k < N; ++k) sum = sum * a + x[(i + k) & 63];
+        y[i] = simd_sum(exp(sum)) / a;
+    """
+    x = np.linspace(0.1, 0.2, 64, dtype=np.float32)
+    found = [
+        run(source, {"x": x}, ((64,), np.float32), grid=(64, 1, 1), template=[("N", n)], count_ops=True)[1].operations
+        for n in (4, 36)
+    ]
+    assert found[0] is not None and found[1] is not None
+    assert found[1].float_ops - found[0].float_ops == 64 * 32
+    assert 64 * 32 <= found[1].int_ops - found[0].int_ops <= 6 * 64 * 32  # the index, and the loop unless unrolled
+    assert found[0].special_ops == 128 and found[0].convert_ops == 0

@@ -7,6 +7,7 @@ folder or in METAL_EMULATOR_CACHE). Leaves out what the text says (`signature`) 
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.metal.emulator.counting import Operations, instrument, total
 from tests.metal.emulator.errors import MetalCompileError
 from tests.metal.emulator.rewrite import rewrite
 from tests.metal.emulator.signature import KernelText, template_arguments
@@ -47,6 +49,14 @@ _KERNEL = [
     "-fno-stack-protector",
     "-fmax-errors=5",
 ]
+_COUNTED = [
+    "-O2",
+    "-fno-tree-vectorize",
+    "-mfma",
+    "-ffp-contract=fast",
+    "-fsanitize-coverage=trace-pc",
+    "-DEMU_COUNT=1",
+]
 # Its calls are answered by shim/memory.cpp; no sanitizer library is linked.
 _WATCHED = [
     "-fsanitize=thread",
@@ -57,7 +67,7 @@ _WATCHED = [
 
 @dataclass(frozen=True)
 class Options:
-    """`watched`: check every memory access. `count_ops`: count arithmetic (slower, and narrower in what compiles)."""
+    """`watched`: check every memory access. `count_ops`: count arithmetic; excludes watching."""
 
     watched: bool = True
     count_ops: bool = False
@@ -117,8 +127,8 @@ def _tool_key() -> str:
     if shutil.which("g++") is None:
         raise FileNotFoundError("the Metal emulator needs g++")
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    shim = "".join(path.read_text() for path in sorted(SHIM.iterdir()))
-    return repr((version, shim, _KERNEL, _WATCHED, _machine_flags()))
+    shim = "".join(path.read_text() for path in (*sorted(SHIM.iterdir()), SHIM.parent / "counting.py"))
+    return repr((version, shim, _KERNEL, _WATCHED, _COUNTED, _machine_flags()))
 
 
 @functools.cache
@@ -150,12 +160,18 @@ def library_path(kernel: KernelText, options: Options) -> Path:
 def _compile(kernel: KernelText, options: Options, library: Path) -> None:
     runtime = _runtime_objects()
     source, made = library.with_suffix(".cpp"), library.with_suffix(f".{os.getpid()}.o")
-    flags = [*_KERNEL, *_machine_flags(), *(_WATCHED if options.watched else [])]
-    flags.append(f"-DEMU_COUNT={int(options.count_ops)}")
-    command = ["g++", *flags, "-I", str(SHIM), "-c", str(source), "-o", str(made)]
+    extra = _COUNTED if options.count_ops else _WATCHED if options.watched else []
+    assembly = made.with_suffix(".s") if options.count_ops else made
+    what = "-S" if options.count_ops else "-c"
+    command = ["g++", *_KERNEL, *_machine_flags(), *extra, "-I", str(SHIM), what, str(source), "-o", str(assembly)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MetalCompileError(kernel.name, done.stderr.strip())
+    if options.count_ops:
+        text, costs = instrument(assembly.read_text())
+        assembly.write_text(text)
+        library.with_suffix(".json").write_text(json.dumps(costs))
+        subprocess.run(["g++", "-c", str(assembly), "-o", str(made)], check=True)
     # Written under another name and renamed, so that two test processes cannot meet half a library.
     half_made = made.with_suffix(".so")
     subprocess.run(["g++", "-shared", str(made), *runtime, "-o", str(half_made)], check=True, capture_output=True)
@@ -176,6 +192,15 @@ def _runtime_objects() -> tuple[str, ...]:
             half_made.rename(target)
         made.append(str(target))
     return tuple(made)
+
+
+def operations(library: Path, loaded: ctypes.CDLL) -> Operations:
+    """What the launches so far cost; the counters start again from nothing."""
+    costs = [Operations(*cost) for cost in json.loads(library.with_suffix(".json").read_text())]
+    counters = (ctypes.c_uint64 * len(costs)).in_dll(loaded, "emu_block_counts")
+    passes = list(counters)
+    ctypes.memset(counters, 0, ctypes.sizeof(counters))
+    return total(passes, costs)
 
 
 def source_place(library: Path, offset: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from tests.metal.emulator.build import Options, library_path, load, source_place
+from tests.metal.emulator.build import Options, library_path, load, operations, source_place
+from tests.metal.emulator.counting import Operations
 from tests.metal.emulator.errors import MetalError, MetalExecutionError, MetalLimitError
 from tests.metal.emulator.native import Buffer, Launch, Result
 from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADS, Report
@@ -77,14 +78,20 @@ def run_metal(
         tuple((key, _template_value(value)) for key, value in template),
     )
     _check_threads(name, grid, threadgroup)
-    outputs = [_new_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
-    options = Options(watched, count_ops)
-    launch = Launch.of(_buffers(kernel, given, outputs, init_value is not None), grid, threadgroup, _STACK_BYTES)
-    launch.seconds, launch.reverse = seconds, reverse
+
+    def prepare() -> tuple[list[np.ndarray], Launch]:
+        outputs = [_new_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, dtypes, strict=True)]
+        launch = Launch.of(_buffers(kernel, given, outputs, init_value is not None), grid, threadgroup, _STACK_BYTES)
+        launch.seconds, launch.reverse = seconds, reverse
+        return outputs, launch
+
+    counted = _count(kernel, prepare()[1]) if count_ops else None
+    outputs, launch = prepare()
+    options = Options(watched)
     result = Result()
     if load(kernel, options).emu_run(ctypes.byref(launch), ctypes.byref(result)):
         raise _failure(kernel, options, result)
-    report = _report(name, grid, threadgroup, result)
+    report = _report(name, grid, threadgroup, result, counted)
     _last[:] = [report]
     return [_as_values(array, dtype) for array, dtype in zip(outputs, dtypes, strict=True)], report
 
@@ -224,7 +231,18 @@ def _failure(kernel: KernelText, options: Options, result: Result) -> MetalError
     return MetalLimitError(kernel.name, message) if kind == "limit" else MetalExecutionError(kernel.name, kind, message)
 
 
-def _report(name: str, grid: Sequence[int], threadgroup: Sequence[int], result: Result) -> Report:
+def _count(kernel: KernelText, launch: Launch) -> Operations:
+    """Runs a build that counts; its outputs are dropped."""
+    options = Options(watched=False, count_ops=True)
+    loaded, result = load(kernel, options), Result()
+    if loaded.emu_run(ctypes.byref(launch), ctypes.byref(result)):
+        raise _failure(kernel, options, result)
+    return operations(library_path(kernel, options), loaded)
+
+
+def _report(
+    name: str, grid: Sequence[int], threadgroup: Sequence[int], result: Result, counted: Operations | None
+) -> Report:
     counts = result.counts
     per_group = [min(g, t) for g, t in zip(grid, threadgroup, strict=True)]
     num_groups = [-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]
@@ -256,8 +274,6 @@ def _report(name: str, grid: Sequence[int], threadgroup: Sequence[int], result: 
         simd_ops=counts.simd_ops,
         matrix_ops=counts.matrix_ops,
         barriers=counts.barriers,
-        float_ops=counts.float_ops,
-        int_ops=counts.int_ops,
-        convert_ops=counts.convert_ops,
+        operations=counted,
         warnings=tuple(warnings),
     )

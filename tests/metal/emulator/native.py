@@ -79,9 +79,6 @@ class Counts(ctypes.Structure):
                 "simd_ops",
                 "matrix_ops",
                 "barriers",
-                "float_ops",
-                "int_ops",
-                "convert_ops",
                 "threadgroup_bytes",
                 "local_bytes",
             )

@@ -5,6 +5,8 @@ Owns the Report only. Counts are of the whole launch; a caller divides by its KV
 
 from dataclasses import dataclass
 
+from tests.metal.emulator.counting import Operations
+
 MAX_THREADGROUP_BYTES = 32768
 MAX_THREADS = 1024
 # Apple's GPUs give a thread at most 128 registers of 32 bits; the estimate below is compared with it, never enforced.
@@ -16,9 +18,8 @@ class Report:
     """Counts of one launch.
 
     Bytes are summed over threads, as issued: a byte read by two threads counts twice. `device_*_bytes_unique` counts
-    each byte of a buffer once. `float_ops`, `int_ops`, `convert_ops` are 0 unless the launch ran with `count_ops=True`:
-    arithmetic on float, half and bfloat (an fma counts 2), on uint-typed words, and between them. `simd_ops` and
-    `matrix_ops` count once per simdgroup, `barriers` once per threadgroup.
+    each byte of a buffer once. `operations` is None unless the launch ran with `count_ops=True`; `counting` tells what
+    they are. `simd_ops` and `matrix_ops` count once per simdgroup, `barriers` once per threadgroup.
     """
 
     kernel: str
@@ -41,7 +42,5 @@ class Report:
     simd_ops: int
     matrix_ops: int
     barriers: int
-    float_ops: int
-    int_ops: int
-    convert_ops: int
+    operations: Operations | None
     warnings: tuple[str, ...]

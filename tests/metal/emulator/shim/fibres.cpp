@@ -13,7 +13,6 @@
 extern "C" {
 void emu_switch(void** save, void* load);
 void emu_kernel(void** buffers, const emu_place* place); // the kernel's own library
-uint64_t emu_float_ops, emu_int_ops, emu_convert_ops;
 }
 
 #if defined(__x86_64__)
@@ -267,7 +266,7 @@ const emu_place* emu_where() { return &running->place; }
 
 __attribute__((visibility("default"))) int emu_run(const Launch* launch, Result* out) {
     result = out, failed = timed_out = false, runner = pthread_self();
-    counts = Counts{}, emu_float_ops = emu_int_ops = emu_convert_ops = 0, clock_now = 0, running = nullptr;
+    counts = Counts{}, clock_now = 0, running = nullptr;
     stack_stride = launch->stack_bytes + 4096;
     uint64_t per_group = (uint64_t)launch->group[0] * launch->group[1] * launch->group[2], all = per_group * stack_stride;
     stacks = (uint8_t*)mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -291,7 +290,6 @@ __attribute__((visibility("default"))) int emu_run(const Launch* launch, Result*
     sigaltstack(&theirs, nullptr);
     close_memory(*launch);
     munmap(stacks, all);
-    counts.float_ops = emu_float_ops, counts.int_ops = emu_int_ops, counts.convert_ops = emu_convert_ops;
     out->counts = counts;
     return failed;
 }

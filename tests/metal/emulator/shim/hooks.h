@@ -47,8 +47,12 @@ void emu_note_local(uint32_t id, uint32_t num_bytes);
 void emu_atomic(const void* at, uint32_t num_bytes, int writes);
 [[noreturn]] void emu_fail(const char* kind, const char* message, const void* site);
 const emu_place* emu_where();
-extern uint64_t emu_float_ops, emu_int_ops, emu_convert_ops;
 }
 
+// Emulation itself is neither watched nor counted.
+#if EMU_COUNT
+#define EMU_HIDDEN __attribute__((noinline, no_sanitize_coverage))
+#else
 #define EMU_HIDDEN __attribute__((no_sanitize("thread")))
+#endif
 #define EMU_SITE const void* site = __builtin_source_location()

@@ -41,7 +41,7 @@ struct Launch {
 
 struct Counts {
     uint64_t reads[3], read_bytes[3], writes[3], write_bytes[3], unique_read_bytes, atomics, simd_ops, matrix_ops,
-        barriers, float_ops, int_ops, convert_ops, threadgroup_bytes, local_bytes;
+        barriers, threadgroup_bytes, local_bytes;
 };
 
 struct Result {
