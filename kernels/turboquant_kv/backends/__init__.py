@@ -10,6 +10,7 @@ import mlx.core as mx
 from turboquant_kv.backends import native
 from turboquant_kv.backends.base import Backend
 from turboquant_kv.backends.cpu import NumpyBackend
+from turboquant_kv.backends.gpu import GpuBackend
 from turboquant_kv.backends.mlx_ops import MlxBackend
 from turboquant_kv.backends.native import NativeBackend
 from turboquant_kv.format import UnsupportedFormatError
@@ -20,6 +21,7 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
     NumpyBackend.name: NumpyBackend,
     NativeBackend.name: NativeBackend,
     MlxBackend.name: MlxBackend,
+    GpuBackend.name: GpuBackend,
 }
 
 

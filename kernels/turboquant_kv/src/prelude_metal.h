@@ -1,0 +1,15 @@
+// The small vocabulary in which every kernel here is written, for Metal. prelude_cuda.h is its twin.
+// MLX includes the Metal standard library and its bfloat16_t before this text.
+#define TQ_FN inline
+#define TQ_DEVICE device
+#define TQ_SHARED threadgroup
+#define TQ_THREAD thread
+#define TQ_SHARED_ARRAY(type, name, count) threadgroup type name[count]
+#define TQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+
+TQ_FN float tq_lane_sum(float x) { return simd_sum(x); }
+TQ_FN float tq_lane_max(float x) { return simd_max(x); }
+TQ_FN float tq_shuffle(float x, uint lane) { return simd_shuffle(x, ushort(lane)); }
+TQ_FN uint tq_shuffle(uint x, uint lane) { return simd_shuffle(x, ushort(lane)); }
+TQ_FN float tq_exp2(float x) { return exp2(x); }
+TQ_FN float tq_max(float a, float b) { return a > b ? a : b; }
