@@ -195,6 +195,15 @@ REFUSED = {
     "cast without address space": ("y[t] = *(float*)(y + t);", "address space"),
     "shared variable in a block": ("{ threadgroup float a[4]; a[0] = 1; } y[t] = 1;", "outermost"),
     "shared variable with a value": ("threadgroup float a = 1; y[t] = a;", "initialiser"),
+    "threadgroup pointer as a device one": (
+        "threadgroup float a[4]; a[0] = 1; y[t] = first(a);",
+        "address space|no matching",
+    ),
+    "device pointer kept as a threadgroup one": (
+        "threadgroup float* p = y; y[t] = p[t];",
+        "address space|cannot initialize",
+    ),
+    "input given for writing": ("device float* p = x; y[t] = p[t];", "const"),
     "double": ("double a = 1; y[t] = a;", "double"),
     "mixed min": ("y[t] = min(t, 3);", "min"),
     "unknown name": ("y[t] = __shfl_xor_sync(~0u, x[t], 1);", "__shfl_xor_sync"),
@@ -206,10 +215,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_text_that_metal_refuses(what: str) -> None:
+@pytest.mark.parametrize("template", [(), [("T", mx.float32)]], ids=["plain", "template"])
+def test_text_that_metal_refuses(what: str, template: list[tuple[str, mx.Dtype]]) -> None:
     source, says = REFUSED[what]
     with pytest.raises(MetalCompileError, match=says):
-        run(source)
+        run(source, header="inline float first(const device float* p) { return p[0]; }\n", template=template)
 
 
 def test_calls_that_mlx_refuses() -> None:

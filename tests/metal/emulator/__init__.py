@@ -1,8 +1,9 @@
 """Runs custom Metal kernels on the CPU: the very text that `mx.fast.metal_kernel` would be given, under watch.
 
 Owns the package's public names; the parts are `signature` (the function that MLX generates around a body), `rewrite`
-(Metal to C++), `build` (g++ and its cache), `launch` (buffers, grid, results) and `shim/` (Metal's library in C++,
-the fibres and the memory checks). Leaves out speed: it proves what a kernel computes, not how fast a GPU does.
+(Metal to C++), `spaces` (clang's judgement of types), `build` (g++ and its cache), `counting` (arithmetic), `launch`
+(buffers, grid, results) and `shim/` (Metal's library in C++, the fibres and the memory checks). Leaves out speed: it
+proves what a kernel computes, not how fast a GPU does.
 
 Two ways in:
 
@@ -21,7 +22,7 @@ or names ("bfloat16"). `run_metal` gives bfloat16 outputs as float32 arrays hold
 
 What a launch reports as an exception (all are `MetalError`; the message says kernel, threadgroup, thread and line):
 
-    MetalCompileError       what does not compile, and what g++ would take but Metal would not (see `rewrite`)
+    MetalCompileError       what does not compile, and what g++ would take but Metal would not (`rewrite`, `spaces`)
     MetalLimitError         over 32768 bytes of threadgroup memory or over 1024 threads per threadgroup
     MetalExecutionError     `.kind` is one of
         "barrier-divergence"  "simd-divergence"  "deadlock"  "timeout"  "stack-overflow"

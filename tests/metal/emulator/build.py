@@ -75,6 +75,12 @@ class Options:
 
 def cpp_text(kernel: KernelText, folder: Path) -> str:
     """The kernel, preprocessed and rewritten, with an entry that the runtime can call."""
+    text = rewrite(kernel.name, expanded_text(kernel, folder))
+    return f'#include "metal_shim.h"\n{text}\n{_entry(kernel)}'
+
+
+def expanded_text(kernel: KernelText, folder: Path) -> str:
+    """Header, signature and body after the preprocessor, with line marks, without attributes in brackets."""
     signature = kernel.full_source()[len(kernel.header) :]
     signature = signature[: signature.index(") {\n") + 4]
     signature = re.sub(r"\[\[(?:kernel|buffer\(\d+\)|\w+)\]\]", "", signature)
@@ -82,7 +88,7 @@ def cpp_text(kernel: KernelText, folder: Path) -> str:
         f'#line 1 "header"\n{kernel.header}\n#line 1 "signature"\n{signature}#line 1 "source"\n{kernel.source}\n'
         f'#line 1 "signature"\n}}\n'
     )
-    return f'#include "metal_shim.h"\n{rewrite(kernel.name, _preprocess(kernel.name, metal, folder))}\n{_entry(kernel)}'
+    return _preprocess(kernel.name, metal, folder)
 
 
 def _preprocess(name: str, text: str, folder: Path) -> str:

@@ -16,6 +16,7 @@ from tests.metal.emulator.errors import MetalError, MetalExecutionError, MetalLi
 from tests.metal.emulator.native import Buffer, Launch, Result
 from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADS, Report
 from tests.metal.emulator.signature import METAL_TYPES, InputType, KernelText, TemplateValue
+from tests.metal.emulator.spaces import check_types
 
 _STACK_BYTES = 128 * 1024
 # Registers a thread needs beside its arrays: positions, pointers, loop state. A guess, like the whole estimate.
@@ -78,6 +79,7 @@ def run_metal(
         tuple((key, _template_value(value)) for key, value in template),
     )
     _check_threads(name, grid, threadgroup)
+    check_types(kernel)
 
     def prepare() -> tuple[list[np.ndarray], Launch]:
         outputs = [_new_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, dtypes, strict=True)]

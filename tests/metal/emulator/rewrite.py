@@ -4,7 +4,7 @@ Owns: address-space words, threadgroup variables (they become references into me
 fibres), swizzles, half literals, notes of local arrays for the register estimate, and Metal's extra rules:
 no pointer or reference without an address space, threadgroup variables at the kernel's outermost level only and
 without initialiser, no double, no std::, no lambda, no goto, new, exceptions. Leaves out mixing of address spaces,
-which would need a Metal compiler's type system.
+which `spaces` leaves to clang.
 """
 
 import re
@@ -34,8 +34,9 @@ _NOT_A_TYPE = {"return", "else", "case", "using", "typedef", "struct", "union", 
 class Rewriter:
     """One text's way from Metal to C++; use `rewrite`."""
 
-    def __init__(self, kernel: str, text: str) -> None:
+    def __init__(self, kernel: str, text: str, keep_spaces: bool) -> None:
         self.kernel = kernel
+        self.keep_spaces = keep_spaces
         self.tokens: TokenText = split(text)
         self.types = set(_TYPES)
         self.num_notes = 0
@@ -161,13 +162,18 @@ class Rewriter:
         for name, extents in declarators:
             self.num_notes += 1
             shape = "".join(f"[({extent})]" for extent in extents)
-            written += f'auto& {name} = *emu::threadgroup_variable<{kind}{shape}>({self.num_notes}, "{name}");'
+            if self.keep_spaces:
+                written += f"auto& {name} = emu_variable<threadgroup {kind}{shape}>();"
+            else:
+                written += f'auto& {name} = *emu::threadgroup_variable<{kind}{shape}>({self.num_notes}, "{name}");'
         first, last = self.tokens.solid[start], self.tokens.solid[end]
         for token in self.tokens.tokens[first : last + 1]:
             token.text = "\n" * token.text.count("\n") if token.kind != "marker" else token.text
         self.tokens.tokens[first].text = written
 
     def _note_local(self, start: int, end: int, words: list[str]) -> None:
+        if self.keep_spaces:
+            return
         if len(words) < 3 or words[0] in _NOT_A_TYPE or "[" not in words or not words[0].isidentifier():
             return
         bracket = words.index("[")
@@ -181,11 +187,14 @@ class Rewriter:
             token = self.tokens[index]
             if token.text == "constant":
                 token.text = "" if self._const_beside(index) else "const"
-            elif token.text in SPACES and token.kind == "word":
+                token.text += " constant" if self.keep_spaces else ""
+            elif token.text in SPACES and not self.keep_spaces:
                 token.text = ""
             elif token.kind == "number" and re.fullmatch(r"[\d.]+(?:[eE][+-]?\d+)?[hH]", token.text):
                 token.text = f"half({token.text[:-1]}{'f' if re.search('[.eE]', token.text) else ''})"
-            elif token.kind == "word" and _SWIZZLE.fullmatch(token.text) and self.tokens.word(index - 1) in (".", "->"):
+            elif self.keep_spaces or token.kind != "word" or self.tokens.word(index - 1) not in (".", "->"):
+                continue
+            elif _SWIZZLE.fullmatch(token.text):
                 lanes = ",".join(str(("xyzw" if token.text[0] in "xyzw" else "rgba").index(c)) for c in token.text)
                 assigned = self.tokens.word(index + 1) in ("=", "+=", "-=", "*=")
                 token.text = f"template {'swizzle' if assigned else 'lanes'}<{lanes}>()"
@@ -230,6 +239,9 @@ def _declarators(words: list[str]) -> tuple[str, list[tuple[str, list[str]]]]:
     return kind, found
 
 
-def rewrite(kernel: str, text: str) -> str:
-    """C++ text of preprocessed Metal `text`; raises MetalCompileError where Metal would refuse it."""
-    return Rewriter(kernel, text).run()
+def rewrite(kernel: str, text: str, keep_spaces: bool = False) -> str:
+    """C++ text of preprocessed Metal `text`; raises MetalCompileError where Metal would refuse it.
+
+    keep_spaces: for clang, which knows address spaces and swizzles by itself (see `spaces`).
+    """
+    return Rewriter(kernel, text, keep_spaces).run()
