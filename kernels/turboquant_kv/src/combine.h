@@ -39,6 +39,7 @@ const int run = int(tid) / WIDTH;
 float exact_total = 0.0f;
 if (d < DV) {
   float sum = 0.0f;
+#pragma unroll 8
   for (int i = 1 + run; i < num_parts; i += PARTS) {
     sum += weights[i] * totals[((first_part + i) * ROWS + row % ROWS) * DV + d];
   }

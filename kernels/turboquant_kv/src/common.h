@@ -48,8 +48,7 @@ TQ_FN void tq_hadamard(TQ_SHARED float* rows, int num_rows, int dim, uint tid, u
   for (int width = 1; width < dim; width *= 2) {
     TQ_BARRIER();
     for (int i = int(tid); i < num_rows * dim / 2; i += int(num_threads)) {
-      const int row = i / (dim / 2), j = i % (dim / 2);
-      const int low = row * dim + (j / width) * 2 * width + j % width;
+      const int low = 2 * i - (i & (width - 1));  // rows are whole multiples of 2 * width: they need no index of their own
       const float a = rows[low], b = rows[low + width];
       rows[low] = a + b;
       rows[low + width] = a - b;

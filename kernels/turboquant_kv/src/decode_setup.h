@@ -46,8 +46,8 @@ if (block_x > 0) {
   TQ_BARRIER();
   if ((D & (D - 1)) == 0) {
     // The rotation's first row is sign / sqrt(D): a Sylvester matrix begins with ones.
-    for (int i = int(tid); i < ROWS * D; i += THREADS) shared_q[i] *= k_rotation[i % D];
-    tq_hadamard(shared_q, ROWS, D, tid, THREADS);
+    for (int i = int(tid); i < LIVE * D; i += THREADS) shared_q[i] *= k_rotation[i % D];
+    tq_hadamard(shared_q, LIVE, D, tid, THREADS);  // rows that do not exist are zero and stay so
   } else {
     for (int i = int(tid); i < D; i += THREADS) {
       float sum[ROWS];

@@ -50,13 +50,19 @@ for (int j = 0; j < DV / 16; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
 float m_0 = TQ_NO_PEAK, m_1 = TQ_NO_PEAK, l_0 = 0.0f, l_1 = 0.0f;
 const int begin = first_tile * 32, end = min(last_tile * 32, num_tokens);
 const int* pages = page_table + sequence * meta[1];
+// 16 tokens never straddle a page; those beyond the end are read again and masked. A tile's pages are looked up while
+// the tile before it is computed on: else every tile would wait for two reads in a row.
+int page_ids[UNITS];
+#pragma unroll
+for (int u = 0; u < UNITS; u++) page_ids[u] = pages[min(begin + int(warp) * TILE + u * 16, end - 16) / PAGE];
 for (int t0 = begin + int(warp) * TILE; t0 < end; t0 += WARPS * TILE) {
   uint k_words[UNITS][2][K_WORDS], v_words[UNITS][4][V_WORDS];
   float k_scale[UNITS][2], v_scale[UNITS][2], s[UNITS][4];
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const int token = min(t0 + u * 16, end - 16);  // 16 tokens never straddle a page; those beyond the end are masked
-    const ulong row_id = ulong((pages[token / PAGE] * HEADS + head) * PAGE + token % PAGE);
+    const int token = min(t0 + u * 16, end - 16);
+    const ulong row_id = ulong((page_ids[u] * HEADS + head) * PAGE + token % PAGE);
+    page_ids[u] = pages[min(t0 + WARPS * TILE + u * 16, end - 16) / PAGE];
     const uchar* k_row = k_codes + (row_id + r) * K_BYTES;
     tq_words<K_PART, K_BYTES>(k_row, c, k_words[u][0]);
     tq_words<K_PART, K_BYTES>(k_row + 8 * K_BYTES, c, k_words[u][1]);
