@@ -52,8 +52,10 @@ def call(storage: Any, **changes: Any) -> None:
 
 
 def test_the_good_call_is_good(storage: Any) -> None:
-    call(storage)
-    call(storage, pages=np.array([2, 1, 0]), sinks=np.zeros(4, np.float32), span=9)
+    for changes in ({}, {"pages": np.array([2, 1, 0]), "sinks": np.zeros(4, np.float32), "span": 9}):
+        out = np.full((1, 4, 1, DIM), np.nan, np.float32)
+        call(storage, out=out, **changes)
+        assert np.isfinite(out).all(), "every output is written"
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
