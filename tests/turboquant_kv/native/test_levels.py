@@ -95,13 +95,14 @@ def test_attention_sinks_and_sliding_windows(level: str, num_rows: int, rng: np.
 def test_integer_error_stays_ten_times_below_the_codecs(
     level: str, bits: tuple[int, int], sharpness: float, rng: np.random.Generator
 ) -> None:
+    # At sharpness 4 a few keys carry a head's softmax: 8 of them vary from 10 to 20 times, 128 from 12 to 16.
     fmt = KVFormat(*bits, page_tokens=64, sink_tokens=0)
-    history = History.random(rng, 1, 1400, 128)
+    history = History.random(rng, 16, 400, 128)
     means = history.means(rng)
-    q = random_queries(rng, 8, 1, 128, mx.float32)
+    q = random_queries(rng, 128, 1, 128, mx.float32)
     scale = sharpness * 128**-0.5
-    through_codes = expected(history, q, fmt, 1399, scale, means)  # float64 attention over the decoded values
-    exact = expected(history, q, KVFormat(page_tokens=1408, sink_tokens=0), 1399, scale, None)
+    through_codes = expected(history, q, fmt, 399, scale, means)  # float64 attention over the decoded values
+    exact = expected(history, q, KVFormat(page_tokens=416, sink_tokens=0), 399, scale, None)
     codec_error = float(np.linalg.norm(through_codes - exact))
     own_error = float(np.linalg.norm(as_float64(attended(history, fmt, q, scale, means)) - through_codes))
     assert own_error < codec_error / 10, f"{codec_error / own_error:.1f} times below"
