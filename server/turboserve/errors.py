@@ -6,14 +6,19 @@ TurboServeError
 │   ├── UnsupportedParameterError
 │   │                            400  unsupported_parameter
 │   ├── UnknownParameterError    400  unknown_parameter
+│   ├── KVFormatError            400  kv_format_not_supported
 │   └── ForeignHostError         400  host_not_allowed
 ├── AuthenticationError          401  invalid_api_key
 ├── ModelNotFoundError           404  model_not_found
 ├── RouteNotFoundError           404  not_found
+├── SessionNotFoundError         404  session_not_found
 ├── MethodNotAllowedError        405  method_not_allowed
 ├── SlowRequestError             408  request_timeout
+├── SessionBusyError             409  session_busy
+├── SessionExistsError           409  session_exists
 ├── BodyTooLargeError            413  request_too_large
 ├── MediaTypeError               415  unsupported_media_type
+├── QuotaExceededError           429  quota_exceeded (with Retry-After)
 ├── HeadersTooLargeError         431  headers_too_large
 ├── RequestCancelledError        499  request_cancelled
 ├── EngineFailureError           500  engine_failure
@@ -23,6 +28,8 @@ StartupError                          printed as one line by the CLI, never over
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 
 class TurboServeError(Exception):
@@ -61,6 +68,15 @@ class UnknownParameterError(InvalidRequestError):
     code = "unknown_parameter"
 
 
+class KVFormatError(InvalidRequestError):
+    """A format that this server, this model or an existing session cannot take."""
+
+    code = "kv_format_not_supported"
+
+    def __init__(self, message: str, *, param: str | None = "kv_format", retry_after_s: int | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
 class ForeignHostError(InvalidRequestError):
     code = "host_not_allowed"
 
@@ -83,6 +99,17 @@ class RouteNotFoundError(TurboServeError):
     code = "not_found"
 
 
+class SessionNotFoundError(TurboServeError):
+    """Also for a session of another caller: that it exists is nobody else's business."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "session_not_found"
+
+    def __init__(self, session_id: str, *, param: str | None = "session_id") -> None:
+        super().__init__(f"There is no session {session_id[:128]!r}; it may have expired.", param=param)
+
+
 class MethodNotAllowedError(TurboServeError):
     status = 405
     type = "invalid_request_error"
@@ -93,6 +120,26 @@ class SlowRequestError(TurboServeError):
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
+
+
+class SessionBusyError(TurboServeError):
+    status = 409
+    type = "invalid_request_error"
+    code = "session_busy"
+
+
+class SessionExistsError(TurboServeError):
+    status = 409
+    type = "invalid_request_error"
+    code = "session_exists"
+
+
+class QuotaExceededError(TurboServeError):
+    """`param` names the setting that holds the quota."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "quota_exceeded"
 
 
 class BodyTooLargeError(TurboServeError):
@@ -127,6 +174,17 @@ class OverloadedError(TurboServeError):
     status = 503
     type = "overloaded_error"
     code = "server_overloaded"
+
+    @classmethod
+    def without_room(
+        cls, *, needed_bytes: int, free_bytes: int, budget_bytes: int, retry_after_s: int | None = None
+    ) -> Self:
+        """KV memory is full for now; says with which figures."""
+        return cls(
+            f"No KV memory now: this request needs {needed_bytes:,} bytes, {free_bytes:,} of the server's "
+            f"{budget_bytes:,} are free. Try again later, or lower max_tokens.",
+            retry_after_s=retry_after_s,
+        )
 
 
 class EngineUnavailableError(OverloadedError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,7 +16,24 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from turboserve.units import try_parse_bytes
+
 MiB = 1 << 20
+GiB = 1 << 30
+
+
+def _byte_count(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    num_bytes = try_parse_bytes(value)
+    if num_bytes is None:
+        raise ValueError('a number of bytes such as "512MiB" or "2GB"')
+    return num_bytes
+
+
+# TOML knows no null and a variable cannot be absent and present: empty text means "none".
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+ByteCount = Annotated[int, BeforeValidator(_byte_count)]
 
 
 class Settings(BaseSettings):
@@ -29,11 +46,19 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: str = ""  # empty: no key is asked for (loopback only, unless allow_anonymous)
+    api_keys: tuple[str, ...] = ()  # further keys; each is a caller of its own, whose conversations no other reaches
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
 
     kv_format: str = "4/4"  # KEY_BITS/VALUE_BITS, or f16 for mlx-lm's uncompressed cache
     kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
+    allow_requantise: bool = False  # under pressure, take idle conversations one format down before dropping them
+    session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never
+    max_sessions_per_caller: Annotated[int, Field(ge=0)] = 1000  # explicit sessions of one key; 0: no limit
+    max_session_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 0  # KV bytes of one key's sessions; 0: no limit
+    kv_store_dir: OptionalPath = None  # folder in which conversations survive a restart; none: off
+    kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
+    kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: Annotated[int, Field(ge=0)] = 0  # 0: the model's own limit
     prefill_chunk_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32

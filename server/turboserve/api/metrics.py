@@ -65,6 +65,6 @@ def kv_gauges(stats: EngineStats) -> Iterator[GaugeMetricFamily]:
 
 def conversations(stats: EngineStats) -> GaugeMetricFamily:
     family = GaugeMetricFamily("turboserve_kv_conversations", "Conversations held in memory.", labels=("tier",))
-    for tier in ("running", "idle"):
+    for tier in ("running", "memory"):
         family.add_metric((tier,), sum(held.tier == tier for held in stats.conversations))
     return family

@@ -14,16 +14,10 @@ from decimal import Decimal
 from pathlib import Path
 
 from turboserve.errors import StartupError
+from turboserve.units import try_parse_bytes
 
 MiB = 1 << 20
-_UNITS = {
-    "": 1, "b": 1,
-    "k": 10**3, "kb": 10**3, "kib": 1 << 10,
-    "m": 10**6, "mb": 10**6, "mib": 1 << 20,
-    "g": 10**9, "gb": 10**9, "gib": 1 << 30,
-    "t": 10**12, "tb": 10**12, "tib": 1 << 40,
-}  # fmt: skip
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.ASCII)
+_SHARE = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _EXPECTED = 'a number of bytes such as "512MiB" or "2GB", a share of memory such as "30%", or "auto"'
 
 HEADROOM_SHARE = 0.10  # left to activations, the operating system and everyone else
@@ -48,10 +42,9 @@ def resolve_budget(text: str, memory: MemoryInfo, weights_bytes: int) -> int:
         return _auto_budget(memory, weights_bytes)
     if wanted.endswith("%"):
         return _share_of(memory, wanted, text)
-    match = _AMOUNT.fullmatch(wanted)
-    if match is None or match[2] not in _UNITS:
+    num_bytes = try_parse_bytes(wanted)
+    if num_bytes is None:
         raise StartupError(f"kv_budget={text!r}: expected {_EXPECTED}.")
-    num_bytes = int(Decimal(match[1]) * _UNITS[match[2]])
     if num_bytes < 1:
         raise StartupError(f"kv_budget={text!r}: must be more than 0 bytes.")
     return num_bytes
@@ -70,10 +63,10 @@ def _auto_budget(memory: MemoryInfo, weights_bytes: int) -> int:
 
 
 def _share_of(memory: MemoryInfo, wanted: str, text: str) -> int:
-    match = _AMOUNT.fullmatch(wanted[:-1].strip())
-    if match is None or match[2] or not 0 < Decimal(match[1]) <= 100:
+    share = wanted[:-1].strip()
+    if not _SHARE.fullmatch(share) or not 0 < Decimal(share) <= 100:
         raise StartupError(f"kv_budget={text!r}: expected {_EXPECTED}.")
-    return int(memory.total_bytes * Decimal(match[1]) / 100)
+    return int(memory.total_bytes * Decimal(share) / 100)
 
 
 def _mib(num_bytes: int) -> str:

@@ -25,7 +25,7 @@ from turboserve.settings import Settings
 ENV_PREFIX = "TURBOSERVE_"
 CONFIG_ENV = "TURBOSERVE_CONFIG"
 DEQUANTIZE_MODES = ("auto", "always", "never")
-SECRET_KEYS = ("api_key",)
+SECRET_KEYS = ("api_key", "api_keys")
 # Judges the budget's spelling before a model is loaded; whether it fits is asked again with the real memory.
 _AMPLE_MEMORY = MemoryInfo(total_bytes=1 << 50, available_bytes=1 << 50)
 

@@ -51,6 +51,9 @@ def serve_command(
     host: Annotated[Text, Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[Text, Option(help="Port; 0 picks a free one [8000].")] = None,
     api_key: Annotated[Text, Option(help="Key that clients must send; better set TURBOSERVE_API_KEY.")] = None,
+    api_keys: Annotated[
+        list[str] | None, Option("--further-api-key", help="Key of a further caller; repeatable; better in a file.")
+    ] = None,
     allow_anonymous: Annotated[Switch, Option(help="Listen beyond this machine without a key.")] = None,
     allowed_hosts: Annotated[
         list[str] | None, Option("--allowed-host", help="Further Host header; repeatable.")
@@ -61,6 +64,19 @@ def serve_command(
     ] = None,
     kv_format: Annotated[Text, Option(help="KEY_BITS/VALUE_BITS such as 4/4 or 4/3, or f16 [4/4].")] = None,
     kv_budget: Annotated[Text, Option(help="Bytes (2GiB), share of memory (30%) or auto [auto].")] = None,
+    allow_requantise: Annotated[
+        Switch, Option(help="Under pressure, compress idle conversations further before dropping them.")
+    ] = None,
+    session_ttl_s: Annotated[
+        Text, Option(help="Seconds until an unused session is forgotten; 0: never [86400].")
+    ] = None,
+    max_sessions_per_caller: Annotated[Text, Option(help="Explicit sessions of one key; 0: no limit [1000].")] = None,
+    max_session_bytes_per_caller: Annotated[
+        Text, Option(help="KV bytes of one key's sessions; 0: no limit [0].")
+    ] = None,
+    kv_store_dir: Annotated[Text, Option(help="Folder in which conversations survive a restart [off].")] = None,
+    kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
+    kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[Text, Option(help="Prompt tokens per step [256].")] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,

@@ -134,7 +134,7 @@ class TurboEngine:
         with self._changed:
             snapshot, age_s, num_waiting = self._snapshot, self._clock() - self._snapshot_s, self._num_waiting
         conversations = tuple(
-            replace(c, idle_s=c.idle_s + age_s) if c.tier == "idle" else c for c in snapshot.conversations
+            replace(c, idle_s=c.idle_s + age_s) if c.tier != "running" else c for c in snapshot.conversations
         )
         return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
 

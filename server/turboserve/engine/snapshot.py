@@ -78,7 +78,7 @@ def _running_stats(runner: Runner, running: Iterable[Sequence]) -> list[Conversa
 
 def _idle_stats(parts: EngineParts, now_s: float) -> list[ConversationStats]:
     return [
-        ConversationStats(c.conversation_id, "idle", kv_bytes(c.kv), c.hits, max(0.0, now_s - c.last_used_s))
+        ConversationStats(c.conversation_id, "memory", kv_bytes(c.kv), c.hits, max(0.0, now_s - c.last_used_s))
         for c in parts.manager.store
     ]
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
+
 from turboserve.engine.protocol import (
     ConversationStats,
     EngineStats,
@@ -20,7 +22,6 @@ from turboserve.engine.protocol import (
     Failed,
     Finished,
     GenerationRequest,
-    KVBytes,
     TextDelta,
     Usage,
 )
@@ -32,8 +33,7 @@ from turboserve.errors import (
     RequestCancelledError,
 )
 
-KV = KVBytes(tokens=100, compressed=300, exact=40, slack=20, uncompressed=40, raw_equivalent=1600)
-USAGE = Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=8, kv=KV, kv_format="4/3")
+USAGE = Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=8, kv=KV, kv_format="4/3", session_id="c1")
 MODEL_ID = "scripted/model"
 STEP_S = 0.002
 
@@ -117,10 +117,11 @@ class Job:
     script: Script
 
 
-class ScriptedEngine:
+class ScriptedEngine(ScriptedSessions):
     """`received` keeps every submitted request; `unready`, `full` and `dead` inject faults."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.received: list[GenerationRequest] = []
         self.cancelled: list[str] = []
         self.unready: str | None = None
@@ -157,7 +158,7 @@ class ScriptedEngine:
         return self.unready
 
     def stats(self) -> EngineStats:
-        held = ConversationStats("c1", "idle", KV, hits=2, idle_s=1.5)
+        held = ConversationStats("c1", "memory", KV, hits=2, idle_s=1.5)
         return EngineStats(
             model_id=MODEL_ID,
             kv_format="4/3",

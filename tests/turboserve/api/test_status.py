@@ -61,7 +61,7 @@ def test_kv_stats(client: httpx.Client) -> None:
     assert kinds["total"] == kinds["compressed"] + kinds["exact"] + kinds["slack"] + kinds["uncompressed"] == 400
     assert stats["ratio"] == stats["raw_equivalent_bytes"] / kinds["total"] == 4.0
     first, second = stats["conversations"]
-    assert (first["id"], first["tier"], first["hits"], first["idle_s"]) == ("c1", "idle", 2, 1.5)
+    assert (first["id"], first["tier"], first["hits"], first["idle_s"]) == ("c1", "memory", 2, 1.5)
     assert second["tier"] == "running" and second["kv_bytes"]["total"] == 400
 
 
@@ -75,7 +75,7 @@ def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Serv
     assert page["turboserve_kv_compression_ratio", ()] == 4
     assert page["turboserve_kv_budget_bytes", ()] == 4000
     assert page["turboserve_kv_cache_usage_ratio", ()] == 0.1
-    assert page["turboserve_kv_conversations", (("tier", "idle"),)] == 1
+    assert page["turboserve_kv_conversations", (("tier", "memory"),)] == 1
     assert page["turboserve_num_requests_running", ()] == 0
 
 

@@ -259,13 +259,13 @@ def test_snapshot_counts_what_the_runtime_holds(model: Any, rng: np.random.Gener
     for _ in range(5):
         loop.step()
     stats = loop.snapshot()
-    assert [c.tier for c in stats.conversations] == ["running", "running", "idle"]
+    assert [c.tier for c in stats.conversations] == ["running", "running", "memory"]
     assert stats.num_running == 2 and stats.kv.tokens == sum(c.kv.tokens for c in stats.conversations)
     if fmt is not None:
         assert stats.kv.total == parts.runtime.allocated_bytes()
     while loop.has_work:
         loop.step()
-    assert all(c.tier == "idle" for c in loop.snapshot().conversations)
+    assert all(c.tier == "memory" for c in loop.snapshot().conversations)
 
 
 def test_reservations_cover_every_length_on_the_way(model: Any, fmt: KVFormat | None) -> None:

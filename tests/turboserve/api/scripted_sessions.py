@@ -1,0 +1,108 @@
+"""Sessions of the scripted engine: a dictionary per caller behind the real signatures and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
+
+from turboserve.engine.protocol import KVBytes, SessionInfo, SessionPage
+from turboserve.errors import (
+    QuotaExceededError,
+    SessionBusyError,
+    SessionExistsError,
+    SessionNotFoundError,
+    TurboServeError,
+)
+
+T = TypeVar("T")
+KV = KVBytes(tokens=100, compressed=300, exact=40, slack=20, uncompressed=40, raw_equivalent=1600)
+MAX_SESSIONS = 40  # the scripted caller's quota
+
+
+class ScriptedSessions:
+    """What `Engine` says about sessions. A session called `busy` runs; every caller has its own names."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str], SessionInfo] = {}
+
+    def add(self, tenant: str, session_id: str, *, is_explicit: bool = True, kv_format: str = "4/3") -> SessionInfo:
+        info = SessionInfo(
+            session_id=session_id,
+            is_explicit=is_explicit,
+            tokens=KV.tokens,
+            kv=KV,
+            kv_format=kv_format,
+            tier="running" if session_id == "busy" else "memory",
+            hits=2,
+            created_unix_s=1_700_000_000.0,
+            last_used_unix_s=1_700_000_000.0 + len(self._held),
+            requests=3,
+        )
+        self._held[tenant, session_id] = info
+        return info
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def list_sessions(self, tenant: str, limit: int, after: str | None) -> Future[SessionPage]:
+        return _answered(lambda: self._page(tenant, limit, after))
+
+    def get_session(self, tenant: str, session_id: str) -> Future[SessionInfo]:
+        return _answered(lambda: self._get(tenant, session_id))
+
+    def fork_session(self, tenant: str, session_id: str, new_id: str | None) -> Future[SessionInfo]:
+        return _answered(lambda: self._fork(tenant, session_id, new_id))
+
+    def update_session(
+        self, tenant: str, session_id: str, *, is_pinned: bool | None = None, ttl_s: float | None = None
+    ) -> Future[SessionInfo]:
+        return _answered(lambda: self._update(tenant, session_id, is_pinned, ttl_s))
+
+    def delete_session(self, tenant: str, session_id: str) -> Future[None]:
+        return _answered(lambda: self._delete(tenant, session_id))
+
+    def _get(self, tenant: str, session_id: str) -> SessionInfo:
+        if (tenant, session_id) not in self._held:
+            raise SessionNotFoundError(session_id)
+        return self._held[tenant, session_id]
+
+    def _page(self, tenant: str, limit: int, after: str | None) -> SessionPage:
+        own = [info for (owner, _), info in self._held.items() if owner == tenant]
+        own.sort(key=lambda info: info.last_used_unix_s, reverse=True)
+        if after is not None:
+            own = own[own.index(self._get(tenant, after)) + 1 :]
+        return SessionPage(tuple(own[:limit]), has_more=len(own) > limit)
+
+    def _fork(self, tenant: str, session_id: str, new_id: str | None) -> SessionInfo:
+        source = self._get(tenant, session_id)
+        name = new_id or f"fork-{len(self._held)}"
+        if (tenant, name) in self._held:
+            raise SessionExistsError(f"A session {name!r} exists already.", param="id")
+        if sum(owner == tenant for owner, _ in self._held) >= MAX_SESSIONS:
+            raise QuotaExceededError("Too many sessions.", param="max_sessions_per_caller")
+        return self.add(tenant, name, kv_format=source.kv_format)
+
+    def _update(self, tenant: str, session_id: str, is_pinned: bool | None, ttl_s: float | None) -> SessionInfo:
+        info = self._get(tenant, session_id)
+        if is_pinned is not None:
+            info = replace(info, is_pinned=is_pinned)
+        if ttl_s is not None:
+            info = replace(info, ttl_s=ttl_s or None)
+        self._held[tenant, session_id] = info
+        return info
+
+    def _delete(self, tenant: str, session_id: str) -> None:
+        if self._get(tenant, session_id).tier == "running":
+            raise SessionBusyError("A request is running in this session.")
+        del self._held[tenant, session_id]
+
+
+def _answered(work: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except TurboServeError as exc:
+        future.set_exception(exc)
+    return future
