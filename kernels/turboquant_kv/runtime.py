@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv import attention
+from turboquant_kv import attention, rows
 from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache, UnsupportedModelError
@@ -124,16 +124,21 @@ class KVRuntime:
 
     def measure(self, caches: Sequence[Any]) -> CacheBytes:
         """Where the bytes of one conversation are, summed over its arrays."""
+        return self._measure([rows.held_alone(cache) for cache in caches])
+
+    def measure_row(self, batch: Sequence[Any], index: int) -> CacheBytes:
+        """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
+        return self._measure([rows.held_in_batch(cache, index) for cache in batch])
+
+    def _measure(self, layers: Sequence[rows.Held]) -> CacheBytes:
         compressed = exact = uncompressed = raw = 0
-        for i, cache in enumerate(caches):
-            shape = self.shapes[i]
-            if isinstance(cache, TurboQuantKVCache):
-                compressed += cache.sequence.compressed_bytes if cache.sequence is not None else 0
-                exact += cache.sequence.exact_bytes if cache.sequence is not None else 0
-            else:
-                uncompressed += 0 if cache.empty() else cache.nbytes
-            raw += num_tokens_of(cache) * shape.raw_token_bytes if shape is not None else _plain_bytes(cache)
-        tokens = max((num_tokens_of(c) for c in caches), default=0)
+        for shape, held in zip(self.shapes, layers, strict=True):
+            if held.sequence is not None:
+                compressed += held.sequence.compressed_bytes
+                exact += held.sequence.exact_bytes
+            uncompressed += held.plain_bytes
+            raw += held.num_tokens * shape.raw_token_bytes if shape is not None else held.plain_bytes
+        tokens = max((held.num_tokens for held in layers), default=0)
         return CacheBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
     def totals(self) -> CacheBytes:
@@ -156,29 +161,33 @@ class KVRuntime:
         """Everything the compressed layers' pools hold: pages, free ones too, and exact rows."""
         return sum(s.pool.allocated_bytes for s in self._sources.values() if s.pool is not None)
 
+    def unique_bytes(self) -> int:
+        """Pages and exact rows in use by the compressed layers; what conversations share counts once."""
+        return sum(s.pool.used_bytes + s.pool.exact_bytes for s in self._sources.values() if s.pool is not None)
+
     def slack_bytes(self) -> int:
         """Held for pages that nobody uses."""
         return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
 
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
-        num_tokens = max((num_tokens_of(cache) for cache in caches), default=0)
-        usable = min(length, num_tokens)
-        for cache in caches:
-            if isinstance(cache, TurboQuantKVCache):
-                usable = 0 if cache.sequence is None else cache.sequence.exact_cut(usable)
-            elif type(cache) is not KVCache and usable < num_tokens:
-                return 0  # rings and recurrent state exist at their end only
-        return usable
+        return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
+
+    def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
+        """The same of one row of a batch."""
+        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in batch], length)
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
         """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
-        forks = [copy.deepcopy(cache) for cache in caches]
-        for cache in forks:
-            surplus = num_tokens_of(cache) - length
-            if surplus > 0:
-                cache.trim(surplus)
-        return forks
+        return rows.cut_to([copy.deepcopy(cache) for cache in caches], length)
+
+    def fork_row(self, batch: Sequence[Any], index: int, length: int) -> list[Any]:
+        """The same of one row of a batch, which stays as it is; `length` must come from usable_prefix_row.
+
+        Pages are shared; layers that mlx-lm keeps are copied at once, so that the batch's next step may
+        still write in place.
+        """
+        return rows.cut_to([rows.extract(cache, index) for cache in batch], length)
 
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""
@@ -204,18 +213,6 @@ class KVRuntime:
         for source in self._sources.values():
             if source.pool is not None:
                 source.pool.check_integrity()
-
-
-def num_tokens_of(cache: Any) -> int:
-    """Tokens a single-conversation cache holds; 0 for one that does not count them."""
-    offset = getattr(cache, "offset", None)
-    if isinstance(cache, CacheList):
-        return max((num_tokens_of(c) for c in cache.caches), default=0)
-    return int(offset) if offset is not None else 0
-
-
-def _plain_bytes(cache: Any) -> int:
-    return 0 if cache.empty() else int(cache.nbytes)
 
 
 def _run_tokens(model: Any, caches: list[Any], count: int) -> None:
