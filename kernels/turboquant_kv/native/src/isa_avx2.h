@@ -4,6 +4,8 @@
 #define LANES 8
 #include "isa_common.h"
 
+TQ_INLINE B1 to_bytes(F x) { return __builtin_convertvector(round_to_int(x), B1); }
+
 constexpr const char* kName = "avx2";
 constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = 0, kValueHigh = 255;
 constexpr bool kSplit = true;
@@ -29,15 +31,33 @@ TQ_INLINE B4 load_nibbles(const std::uint8_t* p, int sub) {
     __m256i x = _mm256_loadu_si256((const __m256i*)p);
     return (B4)(sub ? _mm256_srli_epi16(x, 4) : x);
 }
+// 16 rows of 16 entries, each row the exclusive or of itself with the row before: an index in row r has passed rows 0 to r
+// when all that it reaches is combined, which leaves row r. A shuffle gives 0 where bit 7 is set, and falling by 16 a row
+// with saturation, an index keeps bit 7 once its own row is behind it. Rows 8 to 15 begin again with bit 7 flipped.
 struct Lut256 {
-    const std::uint8_t* entry;
-    static inline Lut256 make(const std::uint8_t* entry) { return {entry}; }
+    __m256i row[16];
+    static inline Lut256 make(const std::uint8_t* entry) {
+        Lut256 lut;
+        __m128i before = _mm_setzero_si128();
+        for (int r = 0; r < 16; r++) {
+            const __m128i here = _mm_loadu_si128((const __m128i*)(entry + 16 * r));
+            lut.row[r] = _mm256_broadcastsi128_si256(r == 8 ? here : _mm_xor_si128(here, before));
+            before = here;
+        }
+        return lut;
+    }
 };
 TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
-    alignas(32) std::uint8_t bytes[32];
-    store_to(bytes, index);
-    for (int i = 0; i < 32; i++) bytes[i] = lut.entry[bytes[i]];
-    return load<B4>(bytes);
+    const __m256i step = _mm256_set1_epi8(16);
+    __m256i low = (__m256i)index, high = _mm256_xor_si256(low, _mm256_set1_epi8(-128));
+    __m256i x = _mm256_shuffle_epi8(lut.row[0], low), y = _mm256_shuffle_epi8(lut.row[8], high);
+    for (int r = 1; r < 8; r++) {
+        low = _mm256_subs_epi8(low, step);
+        high = _mm256_subs_epi8(high, step);
+        x = _mm256_xor_si256(x, _mm256_shuffle_epi8(lut.row[r], low));
+        y = _mm256_xor_si256(y, _mm256_shuffle_epi8(lut.row[8 + r], high));
+    }
+    return (B4)_mm256_xor_si256(x, y);
 }
 // Exact for all bytes: even and odd bytes as 16-bit words.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) {

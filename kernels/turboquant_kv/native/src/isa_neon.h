@@ -3,6 +3,8 @@
 #define LANES 4
 #include "isa_common.h"
 
+TQ_INLINE B1 to_bytes(F x) { return __builtin_convertvector(round_to_int(x), B1); }
+
 constexpr const char* kName = "neon-dotprod";
 constexpr int kKeyLow = -127, kKeyHigh = 127, kValueLow = 0, kValueHigh = 255;
 constexpr bool kSplit = false;
@@ -27,15 +29,20 @@ TQ_INLINE B4 load_nibbles(const std::uint8_t* p, int sub) {
     uint8x16_t x = vld1q_u8(p + 16 * (sub & 1));
     return (B4)(sub & 2 ? vshrq_n_u8(x, 4) : x);
 }
+// Four look-ups of 64 entries; an index outside of a table leaves what the tables before it gave.
 struct Lut256 {
-    const std::uint8_t* entry;
-    static inline Lut256 make(const std::uint8_t* entry) { return {entry}; }
+    uint8x16x4_t part[4];
+    static inline Lut256 make(const std::uint8_t* entry) {
+        Lut256 lut;
+        for (int i = 0; i < 16; i++) lut.part[i / 4].val[i % 4] = vld1q_u8(entry + 16 * i);
+        return lut;
+    }
 };
 TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
-    std::uint8_t bytes[16];
-    store_to(bytes, index);
-    for (int i = 0; i < 16; i++) bytes[i] = lut.entry[bytes[i]];
-    return load<B4>(bytes);
+    const uint8x16_t i = (uint8x16_t)index;
+    uint8x16_t x = vqtbl4q_u8(lut.part[0], i);
+    for (int p = 1; p < 4; p++) x = vqtbx4q_u8(x, lut.part[p], vsubq_u8(i, vdupq_n_u8(64 * p)));
+    return (B4)x;
 }
 // a = (a - 128) + 64 + 64 in signed bytes.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
