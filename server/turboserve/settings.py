@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: str = ""  # empty: no key is asked for (loopback only, unless allow_anonymous)
-    api_keys: tuple[str, ...] = ()  # further keys; each is a caller of its own, whose conversations no other reaches
+    api_keys: tuple[
+        Annotated[str, Field(min_length=1)], ...
+    ] = ()  # further keys; each is a caller of its own, whose conversations no other reaches
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from turboserve.api.replies import Json, dump
+from turboserve.api.kv_replies import Json
+from turboserve.api.replies import dump
 from turboserve.errors import EngineFailureError, TurboServeError
 
 DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive

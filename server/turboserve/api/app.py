@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from turboserve import __version__
@@ -41,6 +41,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
     app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
     app.add_exception_handler(TurboServeError, answer_error)
     app.add_exception_handler(HTTPException, answer_error)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
     return app
 
 
@@ -50,6 +51,11 @@ async def answer_error(request: Request, exc: Exception) -> Response:
         return error_response(exc)
     assert isinstance(exc, HTTPException), "registered for these two kinds only"
     return error_response(translate(exc, request.method), dict(exc.headers or {}))
+
+
+async def answer_nobody(request: Request, exc: Exception) -> Response:
+    """The client left while it was sending: the log and the metrics read this."""
+    return Response(status_code=499)
 
 
 def translate(exc: HTTPException, method: str) -> TurboServeError:

@@ -15,14 +15,16 @@ from turboserve.errors import BodyTooLargeError, InvalidRequestError, MediaTypeE
 BOMS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
-async def read_json_object(request: Request, max_body_bytes: int) -> dict[str, object]:
+async def read_json_object(request: Request, max_body_bytes: int, *, may_be_empty: bool = False) -> dict[str, object]:
     """The body as a dict. Raises MediaTypeError, BodyTooLargeError or InvalidRequestError.
+
+    An empty body is {} where it `may_be_empty`; its media type is still asked for.
 
     Lets starlette's ClientDisconnect through when the client leaves before the body is complete.
     """
     check_media_type(request)
     body = await read_body(request, max_body_bytes)
-    return parse_object(body)
+    return {} if may_be_empty and not body else parse_object(body)
 
 
 def check_media_type(request: Request) -> None:

@@ -6,13 +6,14 @@ name looked up anywhere: a model is served if its id is the served one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from turboserve.api.schemas import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
+from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import (
     InvalidRequestError,
@@ -63,7 +64,9 @@ def check_model(name: str, model_id: str) -> None:
         raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
 
 
-def parse_chat(body: dict[str, object], *, request_id: str, tenant: str, model_id: str) -> ChatJob:
+def parse_chat(
+    body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
+) -> ChatJob:
     """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
     chat = _validate(_without_unsupported(body))
     if chat.model:
@@ -77,6 +80,9 @@ def parse_chat(body: dict[str, object], *, request_id: str, tenant: str, model_i
         max_tokens=_max_tokens(chat),
         stop=_stops(chat),
         tenant=tenant,
+        session_id=chosen_session(chat.session_id, session_headers),
+        kv_format=normal_kv_format(chat.kv_format),
+        cache_key=chat.prompt_cache_key or None,
     )
     include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
     return ChatJob(generation, model_id, stream=bool(chat.stream), include_usage=include_usage)

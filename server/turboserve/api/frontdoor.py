@@ -31,7 +31,7 @@ class Frontdoor:
     def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
         self._app = app
         self._hosts = HostGuard(settings)
-        self._keys = KeyGuard(settings.api_key)
+        self._keys = KeyGuard((settings.api_key, *settings.api_keys))
         self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,27 +1,40 @@
-"""Gauges read from the engine's statistics at scrape time.
+"""Gauges and counters read from the engine's statistics at scrape time.
 
-The names match the series that vLLM dashboards read where it has one. Counting happens in
-`telemetry.py`; nothing here changes any state.
+The names match the series that vLLM dashboards read where it has one. Counting of requests happens in
+`telemetry.py`; nothing here changes any state. The number of series is fixed: conversations appear by
+rank, never by name, or a busy day would leave thousands of dead series behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from turboserve import __version__
+from turboserve.api.kv_replies import TIERS, kinds_json, largest
 from turboserve.engine.protocol import Engine, EngineStats
+
+MAX_RANK = 10  # conversations shown on the page, largest first
+EVENT_TEXTS = {
+    "evictions": "Conversations dropped from memory.",
+    "requantisations": "Idle conversations taken to a smaller format.",
+    "spills": "Conversations moved from memory to disk.",
+    "restores": "Conversations read back from disk.",
+    "preemptions": "Running requests put back into the queue.",
+    "refusals": "Requests refused for want of KV memory.",
+}
 
 
 class EngineCollector(Collector):
-    """Prometheus gauges of one engine. Registered with `Telemetry.use_readings`."""
+    """Prometheus series of one engine. Registered with `Telemetry.use_readings`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         ready = self._engine.unready_reason() is None
         yield gauge("ready", "1 when requests submitted now would be worked on.", float(ready))
         stats = self._engine.stats()
@@ -29,15 +42,29 @@ class EngineCollector(Collector):
         yield gauge("num_requests_running", "Requests in prefill or decode.", stats.num_running)
         yield gauge("num_requests_waiting", "Requests queued.", stats.num_waiting)
         yield from kv_gauges(stats)
-        yield conversations(stats)
+        yield from conversations(stats)
+        yield from events(stats)
+        yield from admission(stats)
+        yield from disk(stats)
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
+    def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not ask an engine that is still loading for statistics."""
         return []
 
 
 def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"turboserve_{name}", text, value=value)
+
+
+def counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"turboserve_{name}", text, value=value)
+
+
+def gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"turboserve_{name}", text, labels=(label,))
+    for key, value in values.items():
+        family.add_metric((key,), value)
+    return family
 
 
 def info(stats: EngineStats) -> GaugeMetricFamily:
@@ -47,24 +74,56 @@ def info(stats: EngineStats) -> GaugeMetricFamily:
     return family
 
 
-def kv_gauges(stats: EngineStats) -> Iterator[GaugeMetricFamily]:
+def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     kv = stats.kv
-    by_kind = GaugeMetricFamily("turboserve_kv_bytes", "Bytes of KV caches now allocated.", labels=("kind",))
-    by_kind.add_metric(("compressed",), kv.compressed)
-    by_kind.add_metric(("exact",), kv.exact)
-    by_kind.add_metric(("slack",), kv.slack)
-    by_kind.add_metric(("uncompressed",), kv.uncompressed)
-    yield by_kind
+    yield gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", kinds_json(kv))
     yield gauge("kv_raw_equivalent_bytes", "Bytes the same tokens would take uncompressed.", kv.raw_equivalent)
     yield gauge("kv_compression_ratio", "Raw-equivalent bytes over allocated bytes.", kv.ratio)
     yield gauge("kv_budget_bytes", "Bytes that KV caches may take.", stats.kv_budget_bytes)
+    yield gauge("kv_committed_bytes", "Bytes held, or promised to running requests.", stats.kv_committed_bytes)
+    yield gauge("kv_scratch_bytes", "The most that one step may allocate beside the budget.", stats.kv_scratch_bytes)
     yield gauge("kv_tokens", "Tokens held in KV caches.", kv.tokens)
     usage_ratio = kv.total / stats.kv_budget_bytes if stats.kv_budget_bytes else 0.0
     yield gauge("kv_cache_usage_ratio", "Allocated KV bytes over the budget, 0 to 1.", usage_ratio)
+    yield counter("kv_integrity_failures", "Integrity checks that found a disagreement.", stats.integrity_failures)
 
 
-def conversations(stats: EngineStats) -> GaugeMetricFamily:
-    family = GaugeMetricFamily("turboserve_kv_conversations", "Conversations held in memory.", labels=("tier",))
-    for tier in ("running", "memory"):
-        family.add_metric((tier,), sum(held.tier == tier for held in stats.conversations))
-    return family
+def conversations(stats: EngineStats) -> Iterator[Metric]:
+    counts: dict[str, float] = {tier: stats.num_conversations.get(tier, 0) for tier in TIERS}
+    yield gauge_by("kv_conversations", "Conversations held, by where they are.", "tier", counts)
+    held = {str(rank): c.kv for rank, c in enumerate(largest(stats.conversations)[:MAX_RANK], 1)}
+    tokens = {rank: kv.tokens for rank, kv in held.items()}
+    kv_bytes = {rank: kv.total for rank, kv in held.items()}
+    raw_bytes = {rank: kv.raw_equivalent for rank, kv in held.items()}
+    yield gauge_by("session_tokens", "Tokens of the conversation with this rank by bytes.", "rank", tokens)
+    yield gauge_by("session_kv_bytes", "KV bytes of the conversation with this rank.", "rank", kv_bytes)
+    yield gauge_by("session_kv_raw_equivalent_bytes", "Bytes it would take uncompressed.", "rank", raw_bytes)
+
+
+def events(stats: EngineStats) -> Iterator[Metric]:
+    for kind, text in EVENT_TEXTS.items():
+        family = CounterMetricFamily(f"turboserve_kv_{kind}", text, labels=("reason",))
+        for reason, count in getattr(stats.events, kind).items():
+            family.add_metric((reason,), count)
+        yield family
+
+
+def admission(stats: EngineStats) -> Iterator[Metric]:
+    seen = stats.admission
+    yield counter("kv_admission_requests", "Ended requests in the two sums below.", seen.num_requests)
+    yield counter("kv_admission_estimated_bytes", "KV bytes reserved at admission.", seen.estimated_bytes)
+    yield counter("kv_admission_actual_bytes", "KV bytes held at the end.", seen.actual_bytes)
+    held = seen.last_actual_bytes
+    error = seen.last_estimated_bytes / held - 1 if held else 0.0
+    yield gauge("kv_admission_last_error_ratio", "Reserved over held minus 1, for the last ended request.", error)
+
+
+def disk(stats: EngineStats) -> Iterator[Metric]:
+    store = stats.disk
+    yield gauge("kv_store_writable", "1 while conversations are written to disk.", float(store.is_writable))
+    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.bytes)
+    yield gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
+    yield gauge("kv_store_entries", "Files in the store.", store.num_entries)
+    yield gauge_by(
+        "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", kinds_json(stats.kv_disk)
+    )

@@ -1,6 +1,6 @@
-"""The JSON that leaves: completions, chunks, usage, models, KV statistics, errors.
+"""The JSON that leaves: completions, chunks, usage, models, errors.
 
-Pure functions from engine messages to plain dicts; `dump` makes bytes of them.
+Pure functions from engine messages to plain dicts; `dump` makes bytes of them. KV memory: `kv_replies.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from turboserve.engine.protocol import ConversationStats, EngineStats, KVBytes, Usage
+from turboserve.api.kv_replies import Json, kv_json
+from turboserve.engine.protocol import Usage
 from turboserve.errors import TurboServeError
-
-Json = dict[str, object]
 
 
 def dump(value: Json) -> bytes:
@@ -70,60 +69,15 @@ class Replies:
 
 
 def usage_json(usage: Usage) -> Json:
-    """OpenAI's usage, with the conversation's KV memory under the extension key `turboserve`."""
+    """OpenAI's usage, with the conversation, its KV format and memory under the extension key `turboserve`."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "turboserve": {"kv_format": usage.kv_format, **kv_json(usage.kv)},
-    }
-
-
-def kv_json(kv: KVBytes) -> Json:
-    """Where one cache's bytes are, what they would be uncompressed, and the true ratio."""
-    return {
-        "tokens": kv.tokens,
-        "kv_bytes": {
-            "compressed": kv.compressed,
-            "exact": kv.exact,
-            "slack": kv.slack,
-            "uncompressed": kv.uncompressed,
-            "total": kv.total,
-        },
-        "raw_equivalent_bytes": kv.raw_equivalent,
-        "ratio": round(kv.ratio, 4),
+        "turboserve": {"session_id": usage.session_id or None, "kv_format": usage.kv_format, **kv_json(usage.kv)},
     }
 
 
 def model_json(model_id: str, created: int) -> Json:
     return {"id": model_id, "object": "model", "created": created, "owned_by": "turboserve"}
-
-
-def kv_stats_json(stats: EngineStats) -> Json:
-    """`GET /v1/kv/stats`."""
-    return {
-        "object": "kv.stats",
-        "model": stats.model_id,
-        "kv_format": stats.kv_format,
-        "kv_backend": stats.kv_backend,
-        "model_dtype": stats.model_dtype,
-        "kv_budget_bytes": stats.kv_budget_bytes,
-        "max_context_tokens": stats.max_context_tokens,
-        "bytes_per_token": {"compressed": stats.kv_token_bytes, "raw": stats.kv_token_raw_bytes},
-        "layers": {"compressed": stats.layers_compressed, "uncompressed": stats.layers_uncompressed},
-        "requests": {"running": stats.num_running, "waiting": stats.num_waiting},
-        **kv_json(stats.kv),
-        "conversations": [conversation_json(conversation) for conversation in stats.conversations],
-        "details": dict(stats.details),
-    }
-
-
-def conversation_json(conversation: ConversationStats) -> Json:
-    return {
-        "id": conversation.conversation_id,
-        "tier": conversation.tier,
-        "hits": conversation.hits,
-        "idle_s": round(conversation.idle_s, 3),
-        **kv_json(conversation.kv),
-    }

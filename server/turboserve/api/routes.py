@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from turboserve import __version__
@@ -11,7 +10,10 @@ from turboserve.api.answers import json_response
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_request import check_model, parse_chat
 from turboserve.api.completion import CompletionResponse, Desk
-from turboserve.api.replies import kv_stats_json, model_json
+from turboserve.api.kv_replies import kv_stats_json
+from turboserve.api.replies import model_json
+from turboserve.api.session_request import SESSION_HEADER
+from turboserve.api.session_routes import SESSION_ROUTES, add_session_routes
 from turboserve.errors import EngineUnavailableError
 from turboserve.telemetry import CONTENT_TYPE
 
@@ -20,6 +22,7 @@ ROUTES = (
     "GET /v1/models",
     "GET /v1/models/{model_id}",
     "GET /v1/kv/stats",
+    *SESSION_ROUTES,
     "GET /health",
     "GET /ready",
     "GET /metrics",
@@ -31,18 +34,22 @@ def build_router(desk: Desk, max_body_bytes: int) -> APIRouter:
     router = APIRouter(redirect_slashes=False)
     _add_status_routes(router, desk)
     _add_model_routes(router, desk)
+    add_session_routes(router, desk.engine)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         if desk.drain.draining:
             desk.telemetry.request_refused("draining")
         desk.drain.check()
-        try:
-            body = await read_json_object(request, max_body_bytes)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to read it; the log and metrics are
+        body = await read_json_object(request, max_body_bytes)
         state = request.scope["state"]
-        job = parse_chat(body, request_id=state["request_id"], tenant=state["tenant"], model_id=desk.engine.model_id)
+        job = parse_chat(
+            body,
+            request_id=state["request_id"],
+            tenant=state["tenant"],
+            model_id=desk.engine.model_id,
+            session_headers=request.headers.getlist(SESSION_HEADER),
+        )
         return CompletionResponse(job, desk)
 
     return router

@@ -122,11 +122,15 @@ class ChatBody(StrictModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    # The conversation's cache: this server's own, and OpenAI's hint. Their grammar is in `session_request.py`.
+    session_id: Annotated[str, Field(max_length=1024)] | None = None
+    kv_format: Annotated[str, Field(max_length=64)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+
     # Accepted and ignored: they change nothing about the answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
     safety_identifier: str | None = None

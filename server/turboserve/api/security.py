@@ -29,7 +29,7 @@ def is_loopback(host: str) -> bool:
 
 def check_exposure(settings: Settings) -> None:
     """Raises StartupError when strangers on the network could use the server without a key."""
-    if not (is_loopback(settings.host) or settings.api_key or settings.allow_anonymous):
+    if not (is_loopback(settings.host) or settings.api_key or settings.api_keys or settings.allow_anonymous):
         raise StartupError(
             f"Refusing to listen on {settings.host} without a key: "
             "set --api-key (or TURBOSERVE_API_KEY), or pass --allow-anonymous if the network is trusted."
@@ -72,23 +72,23 @@ def _host_name(host_header: str) -> str:
 
 
 class KeyGuard:
-    """Checks `Authorization: Bearer KEY` and names the caller."""
+    """Checks `Authorization: Bearer KEY` and names the caller: every key is a caller of its own."""
 
-    def __init__(self, api_key: str) -> None:
-        key = api_key.encode()
-        self._digest = hashlib.sha256(key).digest() if key else b""
-        self._tenant = hashlib.blake2b(key, digest_size=16).hexdigest() if key else ""
+    def __init__(self, api_keys: Iterable[str]) -> None:
+        keys = [key.encode() for key in api_keys if key]
+        self._tenants = {hashlib.sha256(k).digest(): hashlib.blake2b(k, digest_size=16).hexdigest() for k in keys}
 
     def tenant(self, headers: RawHeaders) -> str:
         """The caller's identity, "" when no key is configured. Raises AuthenticationError.
 
         Works on raw bytes: a key outside ASCII must fail or pass, never crash.
         """
-        if not self._digest:
+        if not self._tenants:
             return ""
         scheme, _, key = header(headers, b"authorization").partition(b" ")
-        # Digests have one length, so the comparison reveals nothing about the key's.
-        matches = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        given = hashlib.sha256(key.strip()).digest()
+        # All are compared, and digests have one length: the time taken reveals nothing about any key.
+        matches = [name for digest, name in self._tenants.items() if hmac.compare_digest(given, digest)]
         if scheme.lower() != b"bearer" or not matches:
             raise AuthenticationError("Missing or wrong API key: send 'Authorization: Bearer KEY'.")
-        return self._tenant
+        return matches[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,9 +50,16 @@ def resolve(flags: Mapping[str, object], config_file: Path | None = None) -> Set
     except ValidationError as exc:
         raise UsageError(_complaint(exc.errors()[0], given, file)) from exc
     except SettingsError as exc:  # a list in the environment that is not JSON
-        raise UsageError(f'{ENV_PREFIX}ALLOWED_HOSTS: expected a JSON list such as ["box.local"]') from exc
+        raise UsageError(_bad_list(str(exc))) from exc
     _check_choices(settings, given, file)
     return settings
+
+
+def _bad_list(message: str) -> str:
+    """pydantic-settings says which field it could not parse, and quotes nothing of it."""
+    named = re.search(r'field "(\w+)"', message)
+    key = named[1].upper() if named else "ALLOWED_HOSTS"
+    return f'{ENV_PREFIX}{key}: expected a JSON list such as ["one", "two"]'
 
 
 def _check_toml(file: Path) -> None:

@@ -92,5 +92,5 @@ class _Starter:
 def curl_line(url: str, model_id: str, settings: Settings) -> str:
     """A request to paste into a shell. The key itself is not printed: terminals are recorded."""
     body = f'{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    key = '-H "Authorization: Bearer $TURBOSERVE_API_KEY" ' if settings.api_key else ""
+    key = '-H "Authorization: Bearer $TURBOSERVE_API_KEY" ' if settings.api_key or settings.api_keys else ""
     return f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"

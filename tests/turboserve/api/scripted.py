@@ -15,7 +15,10 @@ from dataclasses import dataclass, replace
 from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
 
 from turboserve.engine.protocol import (
+    AdmissionStats,
+    CacheEvents,
     ConversationStats,
+    DiskState,
     EngineStats,
     Event,
     EventSink,
@@ -123,6 +126,7 @@ class ScriptedEngine(ScriptedSessions):
     def __init__(self) -> None:
         super().__init__()
         self.received: list[GenerationRequest] = []
+        self.extra: tuple[ConversationStats, ...] = ()  # in place of the two that statistics show
         self.cancelled: list[str] = []
         self.unready: str | None = None
         self.full = False
@@ -158,7 +162,7 @@ class ScriptedEngine(ScriptedSessions):
         return self.unready
 
     def stats(self) -> EngineStats:
-        held = ConversationStats("c1", "memory", KV, hits=2, idle_s=1.5)
+        held = ConversationStats("c1", "memory", KV, hits=2, idle_s=1.5, kv_format="4/3", is_pinned=True)
         return EngineStats(
             model_id=MODEL_ID,
             kv_format="4/3",
@@ -171,10 +175,20 @@ class ScriptedEngine(ScriptedSessions):
             max_context_tokens=4096,
             num_running=self.num_live,
             num_waiting=0,
-            conversations=(held, replace(held, conversation_id="c2", tier="running")),
+            conversations=self.extra or (held, replace(held, conversation_id="c2", tier="running")),
             layers_compressed=4,
             layers_uncompressed=1,
             details={"codec": "scripted"},
+            num_conversations={"running": 1, "memory": 1, "disk": 3},
+            kv_disk=KV,
+            kv_committed_bytes=900,
+            kv_scratch_bytes=50,
+            prefix_query_tokens=120,
+            prefix_hit_tokens=80,
+            events=CacheEvents(evictions={"memory": 4, "ttl": 1}, preemptions={"memory": 2}),
+            admission=AdmissionStats(5, 5000, 4000, 1000, 800),
+            integrity_failures=0,
+            disk=DiskState(True, False, "No space left on device.", 700, 1000, 3),
         )
 
     @property

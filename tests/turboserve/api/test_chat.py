@@ -14,6 +14,7 @@ from tests.turboserve.api.conftest import Ask, Service, error_of
 from tests.turboserve.api.scripted import MODEL_ID
 
 KV_EXTENSION = {
+    "session_id": "c1",
     "kv_format": "4/3",
     "tokens": 100,
     "kv_bytes": {"compressed": 300, "exact": 40, "slack": 20, "uncompressed": 40, "total": 400},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx
+import numpy as np
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
 from tests.turboserve.api.scripted import ScriptedEngine
@@ -25,6 +26,8 @@ ROUTES = [
     ("GET", "/v1/models/scripted/model"),
     ("GET", "/v1/kv/stats"),
     ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/sessions"),
+    ("DELETE", "/v1/sessions/any"),
     ("GET", "/nothing"),
     ("OPTIONS", "/v1/chat/completions"),
 ]
@@ -66,6 +69,17 @@ def test_the_right_key_passes_and_names_a_tenant(guarded: Service, guarded_clien
     assert reply.status_code == 200
     tenant = guarded.engine.received[-1].tenant
     assert len(tenant) == 32 and KEY not in tenant
+
+
+def test_every_key_is_a_caller_of_its_own(rng: np.random.Generator) -> None:
+    keys = [rng.bytes(12).hex() for _ in range(3)]
+    with running(api_key=keys[0], api_keys=tuple(keys[1:])) as service, connect_client(service) as client:
+        for key in (*keys, *keys):
+            reply = client.post("/v1/chat/completions", json=CHAT, headers={"authorization": f"Bearer {key}"})
+            assert reply.status_code == 200
+        tenants = [request.tenant for request in service.engine.received]
+        assert tenants[:3] == tenants[3:] and len(set(tenants)) == 3
+        assert client.get("/v1/models", headers={"authorization": f"Bearer {keys[0]}x"}).status_code == 401
 
 
 def test_no_key_configured_ignores_authorization(client: httpx.Client, service: Service) -> None:
@@ -114,7 +128,7 @@ def test_an_open_address_without_a_key_does_not_start(host: str) -> None:
         bind(settings)
 
 
-@pytest.mark.parametrize("changes", [{"api_key": "k"}, {"allow_anonymous": True}])
+@pytest.mark.parametrize("changes", [{"api_key": "k"}, {"api_keys": ("k",)}, {"allow_anonymous": True}])
 def test_an_open_address_with_a_key_or_consent_serves_any_host(changes: dict[str, object]) -> None:
     with running(host="0.0.0.0", **changes) as service, connect_client(service) as client:
         reply = client.get(f"http://127.0.0.1:{service.port}/health", headers={"host": "turboserve:8000"})

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.turboserve.api.conftest import Ask, Service, error_of
 from tests.turboserve.api.scripted import MODEL_ID
 
+from turboserve.engine.protocol import ConversationStats, KVBytes
 from turboserve.telemetry import Telemetry
 
 
@@ -62,7 +63,33 @@ def test_kv_stats(client: httpx.Client) -> None:
     assert stats["ratio"] == stats["raw_equivalent_bytes"] / kinds["total"] == 4.0
     first, second = stats["conversations"]
     assert (first["id"], first["tier"], first["hits"], first["idle_s"]) == ("c1", "memory", 2, 1.5)
+    assert (first["kv_format"], first["pinned"], first["explicit"], first["disk_bytes"]) == ("4/3", True, False, 0)
     assert second["tier"] == "running" and second["kv_bytes"]["total"] == 400
+    assert stats["num_conversations"] == {"running": 1, "memory": 1, "disk": 3}
+    assert (stats["kv_committed_bytes"], stats["kv_scratch_bytes"]) == (900, 50)
+    assert stats["prefix_tokens"] == {"queried": 120, "hit": 80}
+    assert stats["events"]["evictions"] == {"memory": 4, "ttl": 1} and stats["events"]["spills"] == {}
+    assert stats["admission"]["last"] == {"estimated_bytes": 1000, "actual_bytes": 800}
+    assert stats["disk"]["reason"] == "No space left on device." and stats["disk"]["kv_bytes"]["total"] == 400
+
+
+def test_kv_stats_and_metrics_stay_bounded(client: httpx.Client, service: Service) -> None:
+    """A thousand conversations are counted, the largest are shown."""
+
+    def held(index: int) -> ConversationStats:
+        return ConversationStats(f"c{index}", "memory", KVBytes(tokens=index, exact=index), hits=0, idle_s=0.0)
+
+    try:
+        service.engine.extra = tuple(held(index) for index in range(1000))
+        shown = client.get("/v1/kv/stats").json()["conversations"]
+        assert [entry["id"] for entry in shown] == [f"c{999 - rank}" for rank in range(20)]
+        page = samples(client.get("/metrics").text)
+        ranks = {labels for name, labels in page if name.startswith("turboserve_session_")}
+        assert ranks == {(("rank", str(rank)),) for rank in range(1, 11)}
+        assert page["turboserve_session_kv_bytes", (("rank", "2"),)] == 998
+        assert not [labels for _, labels in page for label, value in labels if value.startswith("c99")]
+    finally:
+        service.engine.extra = ()
 
 
 def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Service) -> None:
@@ -76,6 +103,13 @@ def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Serv
     assert page["turboserve_kv_budget_bytes", ()] == 4000
     assert page["turboserve_kv_cache_usage_ratio", ()] == 0.1
     assert page["turboserve_kv_conversations", (("tier", "memory"),)] == 1
+    assert page["turboserve_kv_conversations", (("tier", "disk"),)] == 3
+    assert page["turboserve_kv_evictions_total", (("reason", "ttl"),)] == 1
+    assert page["turboserve_kv_admission_last_error_ratio", ()] == 0.25
+    assert page["turboserve_kv_store_bytes", ()] == 700 and page["turboserve_kv_store_writable", ()] == 0
+    assert page["turboserve_kv_store_held_bytes", (("kind", "compressed"),)] == 300
+    assert page["turboserve_kv_committed_bytes", ()] == 900
+    assert page["turboserve_kv_integrity_failures_total", ()] == 0
     assert page["turboserve_num_requests_running", ()] == 0
 
 

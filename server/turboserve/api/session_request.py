@@ -1,0 +1,102 @@
+"""What callers say about sessions: names, formats, list cursors, and the bodies of the session routes.
+
+Owns the grammar of session ids and KV formats as they arrive; whether a session exists or a model can take
+a format is the engine's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, TypeVar
+
+from pydantic import Field, ValidationError
+
+from turboquant_kv import KVFormat, UnsupportedFormatError
+from turboserve.api.schemas import StrictModel
+from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError, UnknownParameterError
+
+SESSION_HEADER = "x-session-id"
+# Fits into a path segment, a header and a log line without any quoting.
+SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
+SESSION_ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ : @ -, beginning with a letter or digit"
+DEFAULT_PAGE, MAX_PAGE = 20, 100
+MAX_TTL_S = 10 * 366 * 86_400.0  # ten years: beyond it somebody meant milliseconds
+UNCOMPRESSED = "f16"
+
+Body = TypeVar("Body", bound=StrictModel)
+
+
+class ForkBody(StrictModel):
+    """`POST /v1/sessions/{id}/fork`."""
+
+    id: str | None = None
+
+
+class UpdateBody(StrictModel):
+    """`POST /v1/sessions/{id}`; what is absent or null stays as it is."""
+
+    pinned: bool | None = None
+    ttl_s: Annotated[float, Field(ge=0, le=MAX_TTL_S)] | None = None
+
+
+class EmptyBody(StrictModel):
+    """`POST /v1/sessions/{id}/pin` and `/unpin`."""
+
+
+def check_session_id(value: str, param: str = "session_id") -> str:
+    """The id itself. Raises InvalidRequestError, which does not repeat it."""
+    if not SESSION_ID.fullmatch(value):
+        raise InvalidRequestError(f"{param}: expected {SESSION_ID_RULE}.", param=param)
+    return value
+
+
+def existing_session_id(value: str) -> str:
+    """An id from a path. Raises SessionNotFoundError for one that no session can have."""
+    if not SESSION_ID.fullmatch(value):
+        raise SessionNotFoundError(value)
+    return value
+
+
+def chosen_session(body_value: str | None, header_values: Iterable[str]) -> str | None:
+    """The one session that body and X-Session-Id name, None when neither does. Raises InvalidRequestError."""
+    given = {*header_values, *([body_value] if body_value is not None else [])}
+    if len(given) > 1:
+        raise InvalidRequestError("session_id and X-Session-Id differ; give one of them.", param="session_id")
+    return check_session_id(given.pop()) if given else None
+
+
+def normal_kv_format(value: str | None) -> str | None:
+    """`4` -> `4/4`, `F16` -> `f16`. Raises KVFormatError."""
+    if value is None or value.strip().lower() == UNCOMPRESSED:
+        return value and UNCOMPRESSED
+    try:
+        return KVFormat.parse(value).name
+    except UnsupportedFormatError:
+        raise KVFormatError(
+            "kv_format: expected KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/3, or f16 for no compression."
+        ) from None
+
+
+def page_of(query: Mapping[str, str]) -> tuple[int, str | None]:
+    """(limit, after) of a list request. Raises InvalidRequestError or UnknownParameterError."""
+    for name in query:
+        if name not in ("limit", "after"):
+            raise UnknownParameterError(f"Unknown parameter: {name[:100]}.", param=name[:100])
+    text = query.get("limit", str(DEFAULT_PAGE))
+    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MAX_PAGE:
+        raise InvalidRequestError(f"limit: expected 1 to {MAX_PAGE}.", param="limit")
+    after = query.get("after")
+    return int(text), None if after is None else check_session_id(after, "after")
+
+
+def parse_body(kind: type[Body], body: Mapping[str, object]) -> Body:
+    """One of the bodies above. Raises InvalidRequestError or UnknownParameterError, naming the parameter."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as exc:
+        error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = str(error["loc"][0])[:100]
+        if error["type"] == "extra_forbidden":
+            raise UnknownParameterError(f"Unknown parameter: {param}.", param=param) from None
+        raise InvalidRequestError(f"{param}: {error['msg']}.", param=param) from None
