@@ -106,7 +106,7 @@ def _complaint(error: ErrorDetails, given: Mapping[str, object], file: Path | No
         return f"{_named(key, error['input'], given, file)}: unknown key" + (
             f"; did you mean {near[0]}?" if near else ""
         )
-    expectation = error["msg"].removeprefix("Input should be ")
+    expectation = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if expectation.startswith(("less", "greater")):
         expectation = f"a number {expectation}"
     return f"{_named(key, error['input'], given, file)}: expected {expectation}"

@@ -9,7 +9,7 @@ import httpx
 
 from turboserve.errors import StartupError
 
-MAX_CONVERSATIONS = 20  # a screenful, largest first
+EVENT_KINDS = ("evictions", "requantisations", "spills", "restores", "preemptions", "refusals")
 
 
 def fetch(url: str, api_key: str, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -28,22 +28,62 @@ def fetch(url: str, api_key: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
 
 def lines(stats: Mapping[str, Any]) -> Iterator[str]:
-    """The report: totals, then the largest conversations."""
-    kv = stats["kv_bytes"]
+    """The report: totals, then what happened, then the largest conversations."""
     yield f"{stats['model']}  format {stats['kv_format']}  backend {stats['kv_backend']}  {stats['model_dtype']}"
     yield f"requests       {stats['requests']['running']} running, {stats['requests']['waiting']} waiting"
+    yield from _memory(stats)
+    yield from _disk(stats["disk"])
+    yield from _history(stats)
+    yield from _conversations(stats)
+
+
+def _memory(stats: Mapping[str, Any]) -> Iterator[str]:
+    kv = stats["kv_bytes"]
     yield f"tokens held    {stats['tokens']:,}"
-    yield f"KV memory      {mib(kv['total'])} of {mib(stats['kv_budget_bytes'])} budget"
+    committed = f"{mib(stats['kv_committed_bytes'])} held or promised"
+    yield f"KV memory      {mib(kv['total'])} of {mib(stats['kv_budget_bytes'])} budget, {committed}"
     kinds = ", ".join(f"{kind} {mib(kv[kind])}" for kind in ("compressed", "exact", "slack", "uncompressed"))
     yield f"               {kinds}"
     yield f"uncompressed   {mib(stats['raw_equivalent_bytes'])} would hold the same: {stats['ratio']:.2f}x"
-    conversations = sorted(stats["conversations"], key=lambda c: int(c["kv_bytes"]["total"]), reverse=True)
-    for c in conversations[:MAX_CONVERSATIONS]:
-        state = c["tier"] if c["tier"] == "running" else f"idle {c['idle_s']:.0f} s"
-        size = mib(c["kv_bytes"]["total"])
-        yield f"  {c['id']}  {c['tokens']:>8,} tokens  {size:>11}  {c['ratio']:.2f}x  {c['hits']} hits  {state}"
-    if len(conversations) > MAX_CONVERSATIONS:
-        yield f"  and {len(conversations) - MAX_CONVERSATIONS} more"
+
+
+def _disk(disk: Mapping[str, Any]) -> Iterator[str]:
+    if not disk["enabled"]:
+        yield "disk           off" + (f": {disk['reason']}" if disk["reason"] else "")
+        return
+    state = "" if disk["writable"] else f"; nothing is written: {disk['reason']}"
+    yield f"disk           {mib(disk['bytes'])} of {mib(disk['limit_bytes'])} in {disk['entries']} files{state}"
+
+
+def _history(stats: Mapping[str, Any]) -> Iterator[str]:
+    """Since start; kinds that never happened are left out."""
+    prefix = stats["prefix_tokens"]
+    share = prefix["hit"] / prefix["queried"] if prefix["queried"] else 0.0
+    yield f"prompt tokens  {prefix['hit']:,} of {prefix['queried']:,} found in kept caches ({share:.0%})"
+    for kind in EVENT_KINDS:
+        reasons = stats["events"][kind]
+        if reasons:
+            yield f"{kind:<14} " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+    seen = stats["admission"]
+    if seen["actual_bytes"]:
+        over = seen["estimated_bytes"] / seen["actual_bytes"] - 1
+        yield f"admission      {over:+.1%} reserved over used, {seen['requests']:,} requests"
+    if stats["integrity_failures"]:
+        yield f"integrity      {stats['integrity_failures']} checks FAILED; please report this"
+
+
+def _conversations(stats: Mapping[str, Any]) -> Iterator[str]:
+    shown = stats["conversations"]
+    by_tier = ", ".join(f"{count:,} {tier}" for tier, count in stats["num_conversations"].items())
+    yield f"conversations  {by_tier}"
+    for c in shown:
+        state = c["tier"] if c["tier"] == "running" else f"{c['tier']}, idle {c['idle_s']:.0f} s"
+        state += ", pinned" if c["pinned"] else ""
+        num_bytes = mib(c["kv_bytes"]["total"])
+        yield f"  {c['id']}  {c['tokens']:>8,} tokens  {num_bytes:>11}  {c['ratio']:.2f}x  {c['hits']} hits  {state}"
+    more = sum(stats["num_conversations"].values()) - len(shown)
+    if more > 0:
+        yield f"  and {more:,} more"
 
 
 def mib(num_bytes: float) -> str:

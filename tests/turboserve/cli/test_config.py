@@ -60,6 +60,10 @@ def test_lists_and_paths_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
         ({"kv_format": "5/4"}, ("--kv-format '5/4'", "4/3", "f16")),
         ({"kv_format": "4/4/4"}, ("--kv-format", "KEY_BITS/VALUE_BITS")),
         ({"kv_budget": "plenty"}, ("kv_budget='plenty'", "512MiB")),
+        ({"kv_store_bytes": "lots"}, ("--kv-store-bytes 'lots'", 'expected a number of bytes such as "512MiB"')),
+        ({"kv_store_bytes": "1kB"}, ("--kv-store-bytes", "greater than or equal to 1048576")),
+        ({"session_ttl_s": "-1"}, ("--session-ttl-s", "greater than or equal to 0")),
+        ({"api_keys": [""]}, ("***", "at least 1 character")),
         ({"dequantize": "maybe"}, ("--dequantize 'maybe'", "auto, always, never")),
         ({"log_level": "loud"}, ("--log-level 'loud'", "debug, info")),
     ],
@@ -72,6 +76,17 @@ def test_bad_flag_is_one_line(flags: dict[str, object], words: tuple[str, ...]) 
     assert all(word in message for word in words), message
 
 
+def test_byte_counts_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOSERVE_KV_STORE_DIR", "")
+    settings = config.resolve({"kv_store_bytes": "1.5 GiB", "kv_store_write_rate": 2 << 20})
+    assert (settings.kv_store_bytes, settings.kv_store_write_rate) == (3 << 29, 2 << 20)
+    assert settings.kv_store_dir is None
+    monkeypatch.setenv("TURBOSERVE_KV_STORE_DIR", "/some/where")
+    file = write(tmp_path, 'max_session_bytes_per_caller = "10kB"')
+    settings = config.resolve({}, file)
+    assert (settings.kv_store_dir, settings.max_session_bytes_per_caller) == (Path("/some/where"), 10_000)
+
+
 def test_bad_variable_is_named_as_it_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURBOSERVE_MAX_QUEUED", "many")
     with pytest.raises(UsageError, match=r"^TURBOSERVE_MAX_QUEUED='many': expected a valid integer"):
@@ -80,6 +95,11 @@ def test_bad_variable_is_named_as_it_was_set(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TURBOSERVE_ALLOWED_HOSTS", "a.local,b.local")
     with pytest.raises(UsageError, match="TURBOSERVE_ALLOWED_HOSTS"):
         config.resolve({})
+    monkeypatch.setenv("TURBOSERVE_ALLOWED_HOSTS", "[]")
+    monkeypatch.setenv("TURBOSERVE_API_KEYS", "topsecret")
+    with pytest.raises(UsageError, match="TURBOSERVE_API_KEYS") as caught:
+        config.resolve({})
+    assert "topsecret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

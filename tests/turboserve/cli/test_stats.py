@@ -1,0 +1,83 @@
+"""What `turboserve stats` prints of a reply of /v1/kv/stats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from turboserve.api.kv_replies import kv_stats_json
+from turboserve.cli import stats
+from turboserve.engine.protocol import (
+    AdmissionStats,
+    CacheEvents,
+    ConversationStats,
+    DiskState,
+    EngineStats,
+    KVBytes,
+)
+
+MIB = 1 << 20
+KV = KVBytes(tokens=100, compressed=3 * MIB, exact=MIB, raw_equivalent=16 * MIB)
+BUSY = EngineStats(
+    model_id="m",
+    kv_format="4/3",
+    kv_backend="b",
+    model_dtype="float32",
+    kv=KV,
+    kv_budget_bytes=8 * MIB,
+    kv_token_bytes=1.0,
+    kv_token_raw_bytes=4.0,
+    max_context_tokens=1,
+    num_running=1,
+    num_waiting=2,
+    conversations=(ConversationStats("abc", "disk", KV, hits=3, idle_s=7.0, is_pinned=True),),
+    num_conversations={"running": 1, "memory": 2, "disk": 1200},
+    kv_committed_bytes=5 * MIB,
+    prefix_query_tokens=200,
+    prefix_hit_tokens=50,
+    events=CacheEvents(spills={"memory": 1200}, refusals={"queue": 2, "budget": 1}),
+    admission=AdmissionStats(4, 110, 100, 0, 0),
+    integrity_failures=1,
+    disk=DiskState(True, False, "read-only", 2 * MIB, 4 * MIB, 9),
+)
+
+
+def printed(engine_stats: EngineStats) -> str:
+    return "\n".join(stats.lines(kv_stats_json(engine_stats)))
+
+
+def test_a_busy_server() -> None:
+    text = printed(BUSY)
+    for words in (
+        "1 running, 2 waiting",
+        "4.0 MiB of 8.0 MiB budget, 5.0 MiB held or promised",
+        "16.0 MiB would hold the same: 4.00x",
+        "2.0 MiB of 4.0 MiB in 9 files; nothing is written: read-only",
+        "50 of 200 found in kept caches (25%)",
+        "spills         1,200 memory",
+        "refusals       1 budget, 2 queue",
+        "+10.0% reserved over used, 4 requests",
+        "1 checks FAILED",
+        "1 running, 2 memory, 1,200 disk",
+        "abc       100 tokens      4.0 MiB  4.00x  3 hits  disk, idle 7 s, pinned",
+        "and 1,202 more",
+    ):
+        assert words in text
+    assert "evictions" not in text, "what never happened is left out"
+
+
+def test_an_idle_server() -> None:
+    idle = replace(
+        BUSY,
+        kv=KVBytes(),
+        conversations=(),
+        num_conversations={},
+        prefix_query_tokens=0,
+        prefix_hit_tokens=0,
+        events=CacheEvents(),
+        admission=AdmissionStats(),
+        integrity_failures=0,
+        disk=DiskState(),
+    )
+    text = printed(idle)
+    assert "disk           off" in text and "0 of 0 found" in text and "0 running, 0 memory, 0 disk" in text
+    assert "FAILED" not in text and "admission" not in text and "more" not in text
