@@ -1,4 +1,4 @@
-"""The one seam into mlx-lm: its scaled_dot_product_attention, sent to a compressed cache where there is one.
+"""The one seam into mlx-lm: its scaled_dot_product_attention, sent to a cache that attends for itself.
 
 Model modules import that function by name, so `install` replaces it in mlx_lm.models.base (for
 modules loaded later) and in every model module that is already loaded. Every other cache still
@@ -14,7 +14,8 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
-from turboquant_kv.cache import BatchTurboQuantKVCache, CompressedCache, TurboQuantKVCache
+from turboquant_kv.attending import AttendingCache
+from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache
 
 _NAME = "scaled_dot_product_attention"
 _original = base.scaled_dot_product_attention
@@ -30,7 +31,7 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """mlx-lm's signature and meaning. queries (B, Hq, T, D); returns (B, Hq, T, Dv)."""
-    if isinstance(cache, CompressedCache):
+    if isinstance(cache, AttendingCache):
         return cache.attend(queries, scale=scale, mask=mask, sinks=sinks)
     out: mx.array = _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     return out

@@ -1,10 +1,8 @@
 """The KV caches that mlx-lm models see: one conversation, or a batch of them, in one layer.
 
 They speak mlx-lm's cache verbs (update_and_fetch, make_mask, trim, merge, extend, filter, extract,
-prepare, finalize, state, nbytes, ...) over `LayerSequence`. Attention over them goes through
-`attend`, which mlx-lm reaches by the one seam in attention.py; `update_and_fetch` therefore returns
-only the new tokens' keys and values. There must be no attribute called `bits` here: mlx-lm would
-take its own affine path.
+prepare, finalize, state, nbytes, ...) over `LayerSequence`; how attention reaches them is attending.py's
+business.
 """
 
 from __future__ import annotations
@@ -16,15 +14,12 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from turboquant_kv import saving
+from turboquant_kv.attending import AttendingCache, BatchRows, UnsupportedModelError
 from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape, Means, SequenceView
 from turboquant_kv.format import KVFormat
 from turboquant_kv.pages import PagePool
 from turboquant_kv.sequence import LayerSequence
-
-
-class UnsupportedModelError(RuntimeError):
-    """A model uses its cache in a way that compressed attention cannot serve."""
 
 
 class PoolSource:
@@ -43,26 +38,21 @@ class PoolSource:
         return self.pool
 
 
-class CompressedCache:
-    """What attention.py dispatches on: a cache that computes attention over itself.
-
-    Keeps the books of one update followed by one attend, for the single and the batched cache. New
-    tokens are appended when their queries arrive, so that an eager backend waits once a layer for
-    queries, keys and values together.
-    """
+class CompressedCache(AttendingCache):
+    """A cache over one layer's page pool: the single and the batched one."""
 
     source: PoolSource
-    _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
 
-    def attend(
-        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+    def _attend(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
     ) -> mx.array:
-        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv)."""
-        if self._pending is None:
-            raise UnsupportedModelError("attention was asked for without new keys in this cache")
-        if mask is None and queries.shape[2] > 1:
-            raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
-        (keys, values), self._pending = self._pending, None
         pool = self.source.get(_geometry(keys, values))
         pool.backend.wait_for([queries, keys, values])
         views = self._append(pool, keys, values)
@@ -72,29 +62,9 @@ class CompressedCache:
     def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
         raise TypeError(f"{type(self).__name__} cannot append")
 
-    def _hold(self, keys: mx.array, values: mx.array) -> None:
-        """Keep a step's keys and values until its queries come."""
-        if self._pending is not None:
-            raise UnsupportedModelError(
-                "this model reads its KV cache without mlx-lm's scaled_dot_product_attention, "
-                "so it cannot be compressed; serve it with --kv-format f16"
-            )
-        self._pending = keys, values
-
-    @property
-    def _num_pending(self) -> int:
-        return 0 if self._pending is None else self._pending[0].shape[2]
-
-    def _trim_pending(self, n: int) -> int:
-        """Drop up to n tokens that no query has asked for yet; returns how many are left to drop."""
-        held = self._num_pending
-        if held > n > 0:
-            assert self._pending is not None
-            keys, values = self._pending
-            self._pending = keys[:, :, : held - n], values[:, :, : held - n]
-        elif held <= n:
-            self._pending = None
-        return max(0, n - held)
+    def _evaluate(self, sequences: Sequence[LayerSequence | None]) -> None:
+        if self.source.pool is not None:
+            self.source.pool.backend.evaluate([a for s in sequences if s is not None for a in s.pending_arrays()])
 
 
 def _geometry(keys: mx.array, values: mx.array) -> LayerShape:
@@ -163,6 +133,9 @@ class TurboQuantKVCache(CompressedCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantKVCache:
         return self.fork()
 
+    def evaluate(self) -> None:
+        self._evaluate([self.sequence])
+
     def release(self) -> None:
         """Give all memory back now; the cache is empty afterwards."""
         if self.sequence is not None:
@@ -191,95 +164,38 @@ class TurboQuantKVCache(CompressedCache):
         return saving.load_states([state])[0]
 
 
-class BatchTurboQuantKVCache(CompressedCache):
+class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     """Several conversations in one layer. Rows are page lists, so nothing is padded, moved or copied."""
 
     def __init__(self, source: PoolSource, sequences: Sequence[LayerSequence | None]) -> None:
         self.source = source
         self.sequences = list(sequences)
-        self._remaining: list[int] | None = None  # valid tokens still to come per row, while right-padded
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens held per row, this step's included."""
-        held = [0 if s is None else len(s) for s in self.sequences]
-        return [n + new for n, new in zip(held, self._valid(self._num_pending), strict=True)]
-
-    def _valid(self, num_new: int) -> list[int]:
-        """How many of a step's tokens belong to each row; the rest is padding."""
-        if self._remaining is None:
-            return [num_new] * len(self.sequences)
-        return [min(num_new, left) for left in self._remaining]
-
-    @property
-    def offset(self) -> mx.array:
-        """Tokens held per row, (B,) int32: each row's next position."""
-        return mx.array(self.lengths, dtype=mx.int32)
-
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Announce a right-padded prompt: row b brings `lengths[b]` tokens, then padding until finalize."""
-        if left_padding is not None and any(left_padding):
-            raise ValueError("left padding is not needed here: rows may have different lengths")
-        if right_padding is not None and any(right_padding):
-            if lengths is None:
-                raise ValueError("right padding needs the rows' lengths")
-            self._remaining = list(lengths)
-
-    def finalize(self) -> None:
-        self._remaining = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys (B, H, T, D) and values (B, H, T, Dv), less each row's padding; returns just these."""
-        if keys.shape[0] != len(self.sequences):
-            raise ValueError(f"a batch of {len(self.sequences)} conversations got keys for {keys.shape[0]}")
-        self._hold(keys, values)
-        return keys, values
+    def _held_lengths(self) -> list[int]:
+        return [0 if s is None else len(s) for s in self.sequences]
 
     def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
         k, v = pool.backend.from_mlx(keys), pool.backend.from_mlx(values)
-        valid = self._valid(keys.shape[2])
-        if self._remaining is not None:
-            self._remaining = [left - n for left, n in zip(self._remaining, valid, strict=True)]
         views = []
-        for b, n in enumerate(valid):
+        for b, n in enumerate(self._take(keys.shape[2])):
             sequence = self.sequences[b] or LayerSequence(pool)
             self.sequences[b] = sequence
             views.append(sequence.append(k[b, :, :n], v[b, :, :n]))
         return views
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-        """As the single cache's; an array mask is (B, 1, N, longest row), columns by absolute position."""
-        longest = max(self.lengths) + N
-        if not return_array and (window_size is None or longest <= window_size):
-            return None if N == 1 else "causal"
-        rows = self.offset[:, None, None, None] + mx.arange(N)[:, None]
-        columns = mx.arange(longest)
-        mask = columns <= rows
-        return mask if window_size is None else mask & (columns > rows - window_size)
-
-    def size(self) -> int:
-        return max(self.lengths, default=0)
-
-    def empty(self) -> bool:
-        return self.size() == 0
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
-        n = min([n, *self.lengths])
-        surplus = self._trim_pending(n)
+    def _cut_rows(self, num_tokens: int) -> None:
         for sequence in self.sequences:
-            if sequence is not None and surplus:
-                sequence.cut(len(sequence) - surplus)
-        return n
+            if sequence is not None:
+                sequence.cut(len(sequence) - num_tokens)
+
+    def evaluate(self) -> None:
+        self._evaluate(self.sequences)
+
+    def release(self) -> None:
+        """Give all rows' memory back now; the batch is empty afterwards."""
+        self.filter([])
+        self._pending = None
 
     def extend(self, other: BatchTurboQuantKVCache) -> None:
         """Take over the other batch's rows; it is empty afterwards."""

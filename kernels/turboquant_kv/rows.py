@@ -13,7 +13,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache
 
+from turboquant_kv.attending import BatchRows
 from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.mixed import MixedBatchCache, PlainRows
 from turboquant_kv.sequence import LayerSequence
 
 
@@ -36,6 +38,10 @@ def held_alone(cache: Any) -> Held:
 
 def held_in_batch(cache: Any, index: int) -> Held:
     """Of row `index` of a batch cache."""
+    if isinstance(cache, MixedBatchCache):
+        return held_in_batch(*cache.places[index])
+    if isinstance(cache, PlainRows):
+        return held_alone(cache.rows[index])
     if isinstance(cache, BatchTurboQuantKVCache):
         sequence = cache.sequences[index]
         return Held(cache.lengths[index], sequence=sequence, is_cuttable=sequence is None)
@@ -87,7 +93,7 @@ def usable_prefix(layers: Sequence[Held], length: int) -> int:
 
 def extract(cache: Any, index: int) -> Any:
     """Row `index` of a batch cache as a cache of its own, sharing pages; the batch stays as it is."""
-    if isinstance(cache, BatchTurboQuantKVCache):
+    if isinstance(cache, BatchRows):
         return cache.extract(index)
     if isinstance(cache, CacheList):
         return CacheList(*(extract(c, index) for c in cache.caches))

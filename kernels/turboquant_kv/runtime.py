@@ -14,14 +14,18 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv import attention, rows
+from turboquant_kv import attention, mixed, rows
+from turboquant_kv.attending import AttendingCache, UnsupportedModelError
 from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape
-from turboquant_kv.cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache, UnsupportedModelError
+from turboquant_kv.cache import PoolSource, TurboQuantKVCache
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.format import KVFormat, check_head_dim
+from turboquant_kv.probe import ModelLayers, probe_layers
 
-__all__ = ["CacheBytes", "KVRuntime", "UnsupportedModelError"]
+__all__ = ["PLAIN_FORMAT", "CacheBytes", "KVRuntime", "UnsupportedModelError"]
+
+PLAIN_FORMAT = "f16"  # mlx-lm's own caches, in the model's dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class KVRuntime:
         *,
         calibration: Calibration | None = None,
         backend: str = "auto",
+        layers: ModelLayers | None = None,
     ) -> None:
-        """Runs one token through the model to learn each layer's geometry.
+        """Runs a few tokens through the model to learn its layers, unless `layers` already tells.
 
         Raises UnsupportedFormatError for a head_dim without a rotation, UnsupportedModelError when the
         model does not attend through the seam.
@@ -59,14 +64,22 @@ class KVRuntime:
         attention.install()
         self._model, self.fmt = model, fmt
         self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
-        self._kinds, self.shapes = _probe(model)
+        self.layers = layers if layers is not None else probe_layers(model)
+        self.shapes = self.layers.shapes
         self._sources: dict[int, PoolSource] = {}
         if fmt is not None:
             self._add_sources(fmt, calibration, backend)
         self.layers_compressed = len(self._sources)
-        self.layers_uncompressed = len(self._kinds) - len(self._sources)
+        self.layers_uncompressed = len(self.shapes) - len(self._sources)
+
+    @property
+    def fmt_name(self) -> str:
+        """`4/3`, or `f16` when nothing is compressed."""
+        return PLAIN_FORMAT if self.fmt is None else self.fmt.name
 
     def _add_sources(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
+        if self.layers.unsupported is not None and any(self.shapes):
+            raise UnsupportedModelError(self.layers.unsupported)
         for i, shape in enumerate(self.shapes):
             if shape is None:
                 continue
@@ -75,8 +88,6 @@ class KVRuntime:
             means = calibration.layers.get(i) if calibration is not None else None
             self._sources[i] = PoolSource(fmt, backend, means)
             self._sources[i].get(shape)
-        if self._sources:
-            _run_tokens(self._model, self.make_cache(), 2)  # twice: an unattended update shows at the second
 
     @property
     def token_bytes(self) -> float:
@@ -169,6 +180,14 @@ class KVRuntime:
         """Held for pages that nobody uses."""
         return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
 
+    def merge_rows(self, singles: Sequence[Sequence[Any]]) -> list[Any]:
+        """A batch over these conversations, of whatever formats; their own caches stay as they are."""
+        return mixed.merge_rows(singles, padded=self.layers.unsupported is not None)
+
+    def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
+        """The rows of both batches; only the returned caches are valid afterwards."""
+        return mixed.extend_rows(batch, other)
+
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
         return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
@@ -192,19 +211,14 @@ class KVRuntime:
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""
         for cache in caches:
-            if isinstance(cache, TurboQuantKVCache):
+            if isinstance(cache, AttendingCache):
                 cache.release()
-            elif isinstance(cache, BatchTurboQuantKVCache):
-                cache.filter([])
 
     def evaluate(self, caches: Sequence[Any]) -> None:
         """Finish all pending work on these caches, so that no lazy graph outlives a step."""
         for cache in caches:
-            if isinstance(cache, (TurboQuantKVCache, BatchTurboQuantKVCache)):
-                pool = cache.source.pool
-                rows = cache.sequences if isinstance(cache, BatchTurboQuantKVCache) else [cache.sequence]
-                if pool is not None:
-                    pool.backend.evaluate([a for s in rows if s is not None for a in s.pending_arrays()])
+            if isinstance(cache, AttendingCache):
+                cache.evaluate()
             else:
                 mx.eval(cache.state)
 
@@ -213,21 +227,3 @@ class KVRuntime:
         for source in self._sources.values():
             if source.pool is not None:
                 source.pool.check_integrity()
-
-
-def _run_tokens(model: Any, caches: list[Any], count: int) -> None:
-    for _ in range(count):
-        mx.eval(model(mx.array([[0]]), cache=caches))
-
-
-def _probe(model: Any) -> tuple[list[type], list[LayerShape | None]]:
-    """Each layer's cache class and, for plain KV caches, its geometry."""
-    caches = make_prompt_cache(model)
-    _run_tokens(model, caches, 1)
-    kinds = [type(cache) for cache in caches]
-    shapes = [_shape_of(cache) if type(cache) is KVCache and not cache.empty() else None for cache in caches]
-    return kinds, shapes
-
-
-def _shape_of(cache: Any) -> LayerShape:
-    return LayerShape(cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3], cache.keys.dtype)

@@ -1,0 +1,132 @@
+"""KVFamily: one loaded model whose conversations are kept in several formats at once.
+
+Owns one KVRuntime per format, made when it is first asked for; the model is probed once, and its means
+are measured once. Everything counted here is counted over all formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.calibration import Calibration
+from turboquant_kv.codebook import centroids
+from turboquant_kv.format import SUPPORTED_BITS, KVFormat
+from turboquant_kv.probe import probe_layers
+from turboquant_kv.runtime import PLAIN_FORMAT, CacheBytes, KVRuntime
+
+# Changes whenever stored pages mean something else although no field of KVFormat does.
+CODEC_VERSION = 1
+
+CalibrationSource = Calibration | Callable[[], Calibration] | None
+
+
+class KVFamily:
+    """The runtimes of one model. They differ in bits only: pages, sink and rotation are `base`'s."""
+
+    def __init__(
+        self, model: Any, *, calibration: CalibrationSource = None, backend: str = "auto", base: KVFormat | None = None
+    ) -> None:
+        """calibration: the means, or a function that measures them when the first format needs them."""
+        self._model, self._backend = model, backend
+        self._calibration: CalibrationSource = calibration
+        self._base = base if base is not None else KVFormat()
+        self._runtimes: dict[str, KVRuntime] = {}
+        self.layers = probe_layers(model)
+
+    @staticmethod
+    def normalise(name: str) -> str:
+        """The one spelling of a format's name: `4` is `4/4`. Raises UnsupportedFormatError."""
+        text = name.strip().lower()
+        return text if text == PLAIN_FORMAT else KVFormat.parse(text).name
+
+    def runtime(self, name: str) -> KVRuntime:
+        """The runtime of a format such as `4/3` or `f16`.
+
+        Raises UnsupportedFormatError for a name that is none, UnsupportedModelError when this model
+        cannot be compressed.
+        """
+        name = self.normalise(name)
+        if name not in self._runtimes:
+            self._runtimes[name] = self._new_runtime(name)
+        return self._runtimes[name]
+
+    def _new_runtime(self, name: str) -> KVRuntime:
+        if name == PLAIN_FORMAT:
+            return KVRuntime(self._model, None, layers=self.layers)
+        parsed = KVFormat.parse(name)
+        fmt = self._base.with_(k_bits=parsed.k_bits, v_bits=parsed.v_bits)
+        calibration = self.calibration if fmt.centred else None
+        return KVRuntime(self._model, fmt, calibration=calibration, backend=self._backend, layers=self.layers)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The means; measured now if they have not been."""
+        if callable(self._calibration):
+            self._calibration = self._calibration()
+        return self._calibration
+
+    @property
+    def runtimes(self) -> Mapping[str, KVRuntime]:
+        """Those made so far, by name."""
+        return MappingProxyType(self._runtimes)
+
+    def runtime_of(self, caches: Sequence[Any]) -> KVRuntime:
+        """The runtime that one conversation's caches belong to."""
+        for cache in caches:
+            if isinstance(cache, TurboQuantKVCache):
+                return self._runtimes[cache.source.fmt.name]
+        return self.runtime(PLAIN_FORMAT)
+
+    def totals(self) -> CacheBytes:
+        """Of all compressed layers, formats and conversations together, shared pages and rows once."""
+        parts = [runtime.totals() for runtime in self._runtimes.values()]
+        return CacheBytes(
+            tokens=sum(p.tokens for p in parts),
+            compressed=sum(p.compressed for p in parts),
+            exact=sum(p.exact for p in parts),
+            slack=sum(p.slack for p in parts),
+            uncompressed=sum(p.uncompressed for p in parts),
+            raw_equivalent=sum(p.raw_equivalent for p in parts),
+        )
+
+    def allocated_bytes(self) -> int:
+        """Everything that the pools of all formats hold."""
+        return sum(runtime.allocated_bytes() for runtime in self._runtimes.values())
+
+    def unique_bytes(self) -> int:
+        """Pages and exact rows in use, shared ones once."""
+        return sum(runtime.unique_bytes() for runtime in self._runtimes.values())
+
+    def slack_bytes(self) -> int:
+        """Held for pages that nobody uses."""
+        return sum(runtime.slack_bytes() for runtime in self._runtimes.values())
+
+    def check_integrity(self) -> None:
+        """Raises PageAccountingError when a pool's books do not agree."""
+        for runtime in self._runtimes.values():
+            runtime.check_integrity()
+
+    @property
+    def fingerprint(self) -> str:
+        """Stable hash of all that gives stored caches their meaning, the weights excepted.
+
+        Codec tables, rotation, pages, means, and what each layer keeps. A cache saved under another
+        fingerprint must not be loaded.
+        """
+        digest = hashlib.sha256(json.dumps([CODEC_VERSION, asdict(self._base)], sort_keys=True).encode())
+        for bits in SUPPORTED_BITS:
+            digest.update(np.ascontiguousarray(centroids(bits)).tobytes())
+        for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):
+            digest.update(f"{kind.__name__}:{shape};".encode())
+        calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None
+        for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
+            digest.update(f"{i}:".encode() + means.k.tobytes() + means.v.tobytes())
+        return digest.hexdigest()[:32]

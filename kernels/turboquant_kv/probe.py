@@ -1,0 +1,72 @@
+"""What a model's layers keep, learnt by running a few tokens through it once.
+
+Shared by all formats of one model. Owns the question whether the model attends through the seam;
+what is done with the answer is runtime.py's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turboquant_kv import attention
+from turboquant_kv.attending import UnsupportedModelError
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.mixed import PlainRows
+
+# A chunk with a causal mask, then single tokens: an update that nobody attends over shows at the next one.
+_CHUNKS = ([0, 1], [2], [1])
+# Both runs compute the same attention on the same exact values; half-precision models differ by rounding only.
+_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayers:
+    """Each layer's cache class and, for plain KV caches, its geometry."""
+
+    kinds: tuple[type, ...]
+    shapes: tuple[LayerShape | None, ...]
+    unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
+
+
+def probe_layers(model: Any) -> ModelLayers:
+    """Run a handful of tokens twice: through mlx-lm's caches, and through rows that attend for themselves."""
+    attention.install()
+    caches = make_prompt_cache(model)
+    expected = _run(model, caches)
+    kinds = tuple(type(cache) for cache in caches)
+    shapes = tuple(_shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
+    return ModelLayers(kinds, shapes, _why_unsupported(model, expected))
+
+
+def _why_unsupported(model: Any, expected: np.ndarray[Any, Any]) -> str | None:
+    caches = [PlainRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
+    try:
+        got = _run(model, caches)
+    except UnsupportedModelError as exc:
+        return str(exc)
+    except (AttributeError, TypeError, ValueError) as exc:  # it uses more of its caches than the common verbs
+        return f"this model uses its KV cache in a way of its own ({exc}); serve it with --kv-format f16"
+    error = np.linalg.norm(np.nan_to_num(got - expected))
+    if error <= _TOLERANCE * np.linalg.norm(np.nan_to_num(expected)):
+        return None
+    return (
+        "this model does not attend over its keys and values as they are cached (latent attention, for one), "
+        "so they cannot be compressed; serve it with --kv-format f16"
+    )
+
+
+def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:
+    """Last logits (vocab,) after all chunks."""
+    for chunk in _CHUNKS:
+        logits = model(mx.array([chunk]), cache=caches)
+        mx.eval(logits)
+    return np.array(logits[0, -1].astype(mx.float32))
+
+
+def _shape_of(cache: Any) -> LayerShape:
+    return LayerShape(cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3], cache.keys.dtype)
