@@ -14,7 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from turboquant_kv import converting, exporting
 from turboquant_kv.cache import TurboQuantKVCache
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codebook import centroids
@@ -84,6 +86,39 @@ class KVFamily:
             if isinstance(cache, TurboQuantKVCache):
                 return self._runtimes[cache.source.fmt.name]
         return self.runtime(PLAIN_FORMAT)
+
+    def convert(self, caches: Sequence[Any], source: str, target: str) -> list[Any]:
+        """The same tokens in another format; `caches`, of format `source`, stay as they are.
+
+        Pages are decoded and encoded again, in bounded pieces; exact ends are kept, and so are the codes
+        of a side whose bits do not change. Lossy whenever the target has fewer bits.
+        """
+        formats = {c.source.fmt.name for c in caches if isinstance(c, TurboQuantKVCache)}
+        if formats - {self.normalise(source)}:
+            raise ValueError(f"these caches are {formats}, not {source}")
+        return converting.convert(caches, self.runtime(target).make_cache())
+
+    def export_caches(self, caches: Sequence[Any]) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
+        """One conversation as a JSON-able header and NumPy arrays (exporting.py)."""
+        return exporting.export_caches(caches)
+
+    def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
+        """Inverse of export_caches, in the format that the header names.
+
+        Raises ValueError for anything inconsistent.
+        """
+        return self.runtime(self.saved_format(header)).import_caches(header, arrays)
+
+    @staticmethod
+    def saved_format(header: Mapping[str, Any]) -> str:
+        """Name of the format in which a header's caches were saved. Raises ValueError."""
+        fmt = header.get("format")
+        if fmt is None:
+            return PLAIN_FORMAT
+        try:
+            return KVFormat(**fmt).name
+        except TypeError as exc:
+            raise ValueError(f"a saved cache's format cannot be understood: {exc}") from exc
 
     def totals(self) -> CacheBytes:
         """Of all compressed layers, formats and conversations together, shared pages and rows once."""

@@ -39,7 +39,7 @@ def probe_layers(model: Any) -> ModelLayers:
     caches = make_prompt_cache(model)
     expected = _run(model, caches)
     kinds = tuple(type(cache) for cache in caches)
-    shapes = tuple(_shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
+    shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     return ModelLayers(kinds, shapes, _why_unsupported(model, expected))
 
 
@@ -68,5 +68,6 @@ def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:
     return np.array(logits[0, -1].astype(mx.float32))
 
 
-def _shape_of(cache: Any) -> LayerShape:
+def shape_of(cache: Any) -> LayerShape:
+    """Geometry of a plain cache that holds something."""
     return LayerShape(cache.keys.shape[1], cache.keys.shape[3], cache.values.shape[3], cache.keys.dtype)

@@ -7,21 +7,22 @@ cache manager and plain mlx-lm programs use this; nobody else builds caches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv import attention, mixed, rows
+from turboquant_kv import attention, exporting, mixed, rows
 from turboquant_kv.attending import AttendingCache, UnsupportedModelError
 from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import PoolSource, TurboQuantKVCache
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.format import KVFormat, check_head_dim
-from turboquant_kv.probe import ModelLayers, probe_layers
+from turboquant_kv.probe import ModelLayers, probe_layers, shape_of
 
 __all__ = ["PLAIN_FORMAT", "CacheBytes", "KVRuntime", "UnsupportedModelError"]
 
@@ -207,6 +208,16 @@ class KVRuntime:
         still write in place.
         """
         return rows.cut_to([rows.extract(cache, index) for cache in batch], length)
+
+    def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
+        """Caches from what `exporting.export_caches` gave. Raises ValueError for anything inconsistent."""
+        caches = exporting.import_caches(header, arrays, self.make_cache())
+        for cache, shape in zip(caches, self.shapes, strict=True):
+            if type(cache) is KVCache and not cache.empty() and shape_of(cache) != shape:
+                raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {shape}")
+        if len({rows.num_tokens_of(cache) for cache in caches} - {0}) > 1:
+            raise ValueError("the layers of a saved cache hold different numbers of tokens")
+        return caches
 
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""

@@ -9,6 +9,7 @@ pages as they are left behind; forking shares everything; cutting back keeps wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -220,14 +221,24 @@ class LayerSequence:
 
     def save(self) -> tuple[ExactRows | None, CanonicalPages, ExactRows | None]:
         """Sink rows, pages in canonical layout, tail rows."""
-        return self._sink.rows(0), self.pool.storage.read(self._pages), self._tail.rows(self.tail_start)
+        sink, tail = self.exact_ends()
+        return sink, self.pool.storage.read(self._pages), tail
 
     def load(self, sink: ExactRows | None, pages: CanonicalPages, tail: ExactRows | None) -> None:
         """Inverse of save, into an empty sequence. Raises ValueError when the pages are of another format."""
-        assert len(self) == 0, "only an empty sequence can be loaded"
+        self.fill(sink, [self.pool.restore(pages)], tail)
+
+    def fill(self, sink: ExactRows | None, pages: Iterable[PageIds], tail: ExactRows | None) -> None:
+        """Take over pages of this pool and copies of exact rows, into an empty sequence."""
+        assert len(self) == 0, "only an empty sequence can be filled"
         fmt = self.pool.fmt
         if sink is not None:
             self._sink.append(self.pool, fmt.sink_tokens, sink.k, sink.v)
-        self._pages = self.pool.restore(pages)
+        for page_ids in pages:  # one by one: when making the next ones fails, these are given back with the sequence
+            self._pages = np.concatenate([self._pages, page_ids])
         if tail is not None:
             self._tail.append(self.pool, fmt.page_tokens, tail.k, tail.v)
+
+    def exact_ends(self) -> tuple[ExactRows | None, ExactRows | None]:
+        """Sink rows and tail rows."""
+        return self._sink.rows(0), self._tail.rows(self.tail_start)
