@@ -11,10 +11,16 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.codebook import thresholds
 from turboquant_kv.format import KVFormat
-from turboquant_kv.reference import attend
+from turboquant_kv.reference import attend, fitted_scale, quantise
+from turboquant_kv.rotation import rotation_matrix
 
 Floats = npt.NDArray[np.float64]
+
+# What float32 may do to a coordinate of unit variance, or to a scale in proportion, generously: 512 roundings of 6e-8
+# add up to 1.4e-6 at random.
+ROUNDING = 5e-6
 
 
 @dataclass
@@ -58,6 +64,37 @@ class History:
             (a.mean(axis=1) + 0.1 * rng.standard_normal(a[:, 0].shape)).astype(np.float32) for a in (self.k, self.v)
         )
         return Means(k, v)
+
+    def steady(self, rng: np.random.Generator, fmt: KVFormat, means: Means | None = None) -> History:
+        """Move every vector, by a tenth, whose codes or scale hang on rounding; returns the history itself.
+
+        A coordinate within ROUNDING of a threshold may get the neighbour of the reference's code: about one in 1e5,
+        which is one test in many, and then a single output may move by a percent. A tolerance wide enough for that
+        would let real errors pass, so tests that compare two computations of the same codes have none to move.
+        """
+        for x, which, bits, mean in (
+            (self.k, "k", fmt.k_bits, None if means is None else means.k),
+            (self.v, "v", fmt.v_bits, None if means is None else means.v),
+        ):
+            rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, "k" if which == "k" else "v")
+            centre = 0.0 if mean is None or not fmt.centred else mean[:, None]
+            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), bits, fmt)).any():
+                x[shaky] = rounded(x[shaky] + 0.1 * rng.standard_normal(x[shaky].shape), self.dtype)
+        return self
+
+
+def hangs_on_rounding(y: Floats, bits: int, fmt: KVFormat) -> npt.NDArray[np.bool_]:
+    """Which rotated vectors y (..., D) have a coordinate by a threshold, or a scale between two float16 values."""
+    rms = np.sqrt(np.mean(y * y, axis=-1))
+    z, edges = y / rms[..., None], thresholds(bits).astype(np.float64)
+    above = np.searchsorted(edges, z)
+    nearest = np.minimum(
+        np.abs(z - edges[np.maximum(above - 1, 0)]), np.abs(z - edges[np.minimum(above, len(edges) - 1)])
+    )
+    scale = rms * fitted_scale(z, quantise(z, bits), bits, fmt.scale)
+    split = (scale * (1 - ROUNDING)).astype(np.float16) != (scale * (1 + ROUNDING)).astype(np.float16)
+    shaky: npt.NDArray[np.bool_] = (nearest < ROUNDING).any(-1) | split
+    return shaky
 
 
 def rounded(x: Floats, dtype: Any) -> Floats:

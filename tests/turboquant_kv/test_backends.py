@@ -27,16 +27,18 @@ from turboquant_kv.packing import unpack
 from turboquant_kv.rotation import rotation_matrix
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
-# Rounding may move a coordinate that lies within 1e-6 of a threshold to the next code: about one in 1e5, and
-# such a key's logit then moves by 2% of the codec's own error. Everything else agrees to float32 rounding.
-FLOAT32_TOLERANCE = 2e-3
-TOLERANCE = {mx.float32: FLOAT32_TOLERANCE, mx.float16: 4e-3, mx.bfloat16: 1e-2}
-# Few rows: integer queries and weights, whose error tests/turboquant_kv/native holds against the codec's own.
-INTEGER_TOLERANCE = 1e-2
+# Histories are steady (histories.py), so all that differs is rounding: of float32 sums, measured below 1e-6, and of the
+# output, 2^-11 and 2^-8 of each value at most.
+FLOAT32_TOLERANCE = 1e-5
+TOLERANCE = {mx.float32: FLOAT32_TOLERANCE, mx.float16: 1e-3, mx.bfloat16: 5e-3}
+# Few rows: integer queries and weights. One output over few keys scatters; tests/turboquant_kv/native holds the error
+# of many against the codec's own.
+INTEGER_TOLERANCE = 3e-2
+INTEGER_TOLERANCE_8_BITS = 5e-4
 
 
-def tolerance(backend: str, dtype: Any = mx.float32) -> float:
-    return max(TOLERANCE[dtype], INTEGER_TOLERANCE if backend == "cpu-native" else 0.0)
+def tolerance(backend: str, dtype: Any = mx.float32, integers: float = INTEGER_TOLERANCE) -> float:
+    return max(TOLERANCE[dtype], integers if backend == "cpu-native" else 0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,6 +48,7 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
     fmt = KVFormat(k_bits=bits, v_bits=bits, page_tokens=16)
     history = History.random(rng, 2, 48, head_dim)
     means = history.means(rng)
+    history.steady(rng, fmt, means)
     storage = choose_backend(backend).new_storage(LayerShape(2, head_dim, head_dim, mx.float32), fmt, means)
     storage.grow(3)
     pages = np.array([2, 0, 1])
@@ -61,28 +64,23 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
         mean = (means.k if side == "k" else means.v)[:, None]
         want = reference.encode(x, bits, rotation, mean, fmt.scale)
         got = codes.swapaxes(0, 1).reshape(2, 48, -1)
-        same = unpack(got, bits, head_dim) == unpack(want.codes, bits, head_dim)
-        assert same.mean() >= 0.999
-        got_scales, unmoved = scales.swapaxes(0, 1).reshape(2, 48), same.all(-1)
-        np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
-        np.testing.assert_allclose(got_scales, want.scales, rtol=2e-2)  # one code of 64 moved to its neighbour
-
+        np.testing.assert_array_equal(unpack(got, bits, head_dim), unpack(want.codes, bits, head_dim))
+        np.testing.assert_array_equal(scales.swapaxes(0, 1).reshape(2, 48), want.scales)
         decoded = as_float64(mx.array(storage.decode(pages)[0 if side == "k" else 1]))
-        np.testing.assert_allclose(
-            decoded[same.all(-1)], reference.decode(want, bits, head_dim, rotation, mean)[same.all(-1)], atol=5e-3
-        )
+        # float32, and the scales that multiply are the same: a few roundings of values up to about 6
+        np.testing.assert_allclose(decoded, reference.decode(want, bits, head_dim, rotation, mean), atol=2e-5)
 
 
 @pytest.mark.parametrize("scale", ["unbiased", "norm", "least_squares", "plain"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.random.Generator) -> None:
     fmt = KVFormat(3, 2, scale=scale, page_tokens=16, centred=False)  # type: ignore[arg-type]
-    history = History.random(rng, 1, 64, 128)
+    history = History.random(rng, 1, 64, 128).steady(rng, fmt)
     storage = choose_backend(backend).new_storage(LayerShape(1, 128, 128, mx.float32), fmt, None)
     storage.grow(4)
     storage.encode(np.arange(4), *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
     want = reference.encode(history.k, 3, rotation_matrix(128, fmt.rotation_seed, "k"), None, fmt.scale)
-    np.testing.assert_allclose(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales, rtol=4e-3)
+    np.testing.assert_array_equal(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,6 +117,7 @@ def test_attention_is_the_references(backend: str, dtype: Any, case: Any, rng: n
     num_tokens = int(rng.integers(3 * page, 6 * page + sink))
     history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
     means = history.means(rng)
+    history.steady(rng, fmt, means)
     cache = new_cache(fmt, backend, means)
     scale = k_dim**-0.5
     cuts = random_cuts(rng, num_tokens, 5)
@@ -133,14 +132,15 @@ def test_attention_is_the_references(backend: str, dtype: Any, case: Any, rng: n
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decode_across_page_borders(backend: str, rng: np.random.Generator) -> None:
-    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
-    history = History.random(rng, 2, 60, 64)
+    fmt = KVFormat(8, 8, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 2, 60, 64).steady(rng, fmt)
     cache = new_cache(fmt, backend)
     for p in range(60):
         q = random_queries(rng, 4, 1, 64, mx.float32)
         out = feed(cache, history, p, p + 1, q, 0.125)
         seen = History(history.k[:, : p + 1], history.v[:, : p + 1], mx.float32)
-        assert relative_error(out, expected(seen, q, fmt, p, 0.125, None)) < tolerance(backend)
+        error = relative_error(out, expected(seen, q, fmt, p, 0.125, None))
+        assert error < tolerance(backend, integers=INTEGER_TOLERANCE_8_BITS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,6 +150,7 @@ def test_sinks_windows_and_masks(backend: str, kind: str, rng: np.random.Generat
     num_tokens, start = 90, 70
     history = History.random(rng, 2, num_tokens, 64)
     means = history.means(rng)
+    history.steady(rng, fmt, means)
     cache = new_cache(fmt, backend, means)
     feed(cache, history, 0, start, random_queries(rng, 4, start, 64, mx.float32), 0.125)
     q = random_queries(rng, 4, num_tokens - start, 64, mx.float32)

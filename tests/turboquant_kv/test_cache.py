@@ -29,6 +29,12 @@ from turboquant_kv.format import KVFormat
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
 FMT = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
 DIM, HEADS, Q_HEADS, SCALE = 64, 2, 4, 0.125
+ROUNDING = 1e-5  # relative; orders of summing in float32, measured below 1e-6
+
+
+def draw(rng: np.random.Generator, num_tokens: int, dtype: Any = mx.float32) -> History:
+    """A history whose codes are the same however its rows are cut (as long as no means are taken off)."""
+    return History.random(rng, HEADS, num_tokens, DIM, dtype=dtype).steady(rng, FMT)
 
 
 def filled(
@@ -49,19 +55,18 @@ def step(cache: TurboQuantKVCache, history: History, rng_seed: int, tokens: int 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_do_not_depend_on_chunks(backend: str, rng: np.random.Generator) -> None:
-    history = History.random(rng, HEADS, 120, DIM)
+    history = draw(rng, 120)
     a, b = (filled(history, backend, 110, rng, cuts=n) for n in (1, 7))
-    # Encoding two cuts of the same rows may round one coordinate to its neighbour code (see test_backends).
-    assert relative_error(step(a, history, 1, 5), as_float64(step(b, history, 1, 5))) < 2e-3
+    assert relative_error(step(a, history, 1, 5), as_float64(step(b, history, 1, 5))) < ROUNDING
     pages = [c.sequence.pool.storage.read(c.sequence.page_ids) for c in (a, b) if c.sequence]
-    assert (pages[0].k_codes == pages[1].k_codes).mean() > 0.999
+    assert (pages[0].k_codes == pages[1].k_codes).all()
     assert len(a.sequence.page_ids) == len(b.sequence.page_ids) == FMT.num_pages(115)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_unequal_rows_equals_each_alone(backend: str, rng: np.random.Generator) -> None:
     lengths = [1, 23, 64, 7]
-    histories = [History.random(rng, HEADS, n + 4, DIM) for n in lengths]
+    histories = [draw(rng, n + 4) for n in lengths]
     # Rows of one batch share one pool, as the caches of one model do.
     first = new_cache(FMT, backend)
     singles = [first] + [TurboQuantKVCache(first.source) for _ in lengths[1:]]
@@ -86,7 +91,7 @@ def test_a_batch_of_unequal_rows_equals_each_alone(backend: str, rng: np.random.
 def test_a_right_padded_prompt_equals_each_alone(backend: str, rng: np.random.Generator) -> None:
     lengths, chunk = [5, 41, 28], 16
     longest = max(lengths)
-    histories = [History.random(rng, HEADS, longest, DIM) for _ in lengths]
+    histories = [draw(rng, longest) for _ in lengths]
     first = new_cache(FMT, backend)
     batch = BatchTurboQuantKVCache(first.source, [None] * len(lengths))
     batch.prepare(lengths=lengths, right_padding=[longest - n for n in lengths])
@@ -103,11 +108,11 @@ def test_a_right_padded_prompt_equals_each_alone(backend: str, rng: np.random.Ge
     for row, (history, n) in enumerate(zip(histories, lengths, strict=True)):
         short = History(history.k[:, :n], history.v[:, :n], mx.float32)
         want = expected(short, q[row : row + 1, :, :n], FMT, 0, SCALE, None)
-        assert relative_error(out[row : row + 1, :, :n], want) < 2e-3
+        assert relative_error(out[row : row + 1, :, :n], want) < ROUNDING
 
 
 def test_extend_filter_and_extract_move_rows_and_give_memory_back(rng: np.random.Generator) -> None:
-    histories = [History.random(rng, HEADS, n, DIM) for n in (30, 60, 45)]
+    histories = [draw(rng, n) for n in (30, 60, 45)]
     first = new_cache(FMT, "cpu-numpy")
     caches = [first, TurboQuantKVCache(first.source), TurboQuantKVCache(first.source)]
     for cache, history in zip(caches, histories, strict=True):
@@ -136,7 +141,7 @@ def test_extend_filter_and_extract_move_rows_and_give_memory_back(rng: np.random
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forks_share_pages_and_then_go_their_own_ways(backend: str, rng: np.random.Generator) -> None:
-    history, other = History.random(rng, HEADS, 100, DIM), History.random(rng, HEADS, 100, DIM)
+    history, other = draw(rng, 100), draw(rng, 100)
     cache = filled(history, backend, 70, rng)
     pool = cache.source.pool
     assert pool is not None
@@ -146,34 +151,34 @@ def test_forks_share_pages_and_then_go_their_own_ways(backend: str, rng: np.rand
     for _ in range(25):
         step(fork, other, 5)
     fresh = filled(history, backend, 70, np.random.default_rng(0), cuts=1)
-    assert relative_error(step(cache, history, 9), as_float64(step(fresh, history, 9))) < 2e-3
+    assert relative_error(step(cache, history, 9), as_float64(step(fresh, history, 9))) < ROUNDING
     pool.check_integrity()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", [0, 3, 8, 24, 40, 69, 70])
 def test_cutting_at_exact_places_loses_nothing(backend: str, keep: int, rng: np.random.Generator) -> None:
-    history = History.random(rng, HEADS, 120, DIM)
+    history = draw(rng, 120)
     cache = filled(history, backend, 70, rng)
     assert cache.sequence is not None
     assert cache.sequence.exact_cut(keep) == keep
     assert cache.trim(70 - keep) == 70 - keep
     assert cache.offset == keep
     fresh = filled(history, backend, keep, np.random.default_rng(1), cuts=1) if keep else new_cache(FMT, backend)
-    assert relative_error(step(cache, history, 3, 40), as_float64(step(fresh, history, 3, 40))) < 2e-3
+    assert relative_error(step(cache, history, 3, 40), as_float64(step(fresh, history, 3, 40))) < ROUNDING
     if cache.source.pool:
         cache.source.pool.check_integrity()
 
 
 def test_exact_cut_falls_back_to_the_page_start(rng: np.random.Generator) -> None:
-    cache = filled(History.random(rng, HEADS, 100, DIM), "cpu-numpy", 70, rng)
+    cache = filled(draw(rng, 100), "cpu-numpy", 70, rng)
     assert cache.sequence is not None
     assert cache.sequence.tail_start == 56
     assert [cache.sequence.exact_cut(n) for n in (5, 8, 9, 23, 24, 55, 56, 57, 99)] == [5, 8, 8, 8, 24, 40, 56, 57, 70]
 
 
 def test_cutting_inside_a_page_keeps_its_decoded_tokens(rng: np.random.Generator) -> None:
-    history = History.random(rng, HEADS, 100, DIM)
+    history = draw(rng, 100)
     cache = filled(history, "cpu-numpy", 70, rng)
     before = cache.sequence.pool.storage.read(cache.sequence.page_ids)  # type: ignore[union-attr]
     cache.trim(70 - 30)
@@ -191,7 +196,7 @@ def test_saved_by_mlx_lm_and_restored_bit_for_bit(
     backend: str, dtype: Any, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     attention.install()
-    history = History.random(rng, HEADS, 120, DIM, dtype=dtype)
+    history = draw(rng, 120, dtype=dtype)
     caches = [filled(history, backend, n, rng, history.means(rng)) for n in (100, 5)] + [new_cache(FMT, backend)]
     path = str(tmp_path / "prompt.safetensors")
     mlx_lm_cache.save_prompt_cache(path, caches)
@@ -208,7 +213,7 @@ def test_saved_by_mlx_lm_and_restored_bit_for_bit(
 
 
 def test_a_damaged_state_is_refused(rng: np.random.Generator) -> None:
-    state = list(filled(History.random(rng, HEADS, 100, DIM), "cpu-numpy", 100, rng).state)
+    state = list(filled(draw(rng, 100), "cpu-numpy", 100, rng).state)
     with pytest.raises(ValueError, match="k_codes"):
         TurboQuantKVCache.from_state([*state[:3], state[3][..., :-1], *state[4:]])
     with pytest.raises(ValueError, match="header"):
@@ -217,7 +222,7 @@ def test_a_damaged_state_is_refused(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bytes_are_those_of_the_arrays(backend: str, rng: np.random.Generator) -> None:
-    cache = filled(History.random(rng, HEADS, 100, DIM), backend, 100, rng)
+    cache = filled(draw(rng, 100), backend, 100, rng)
     pool = cache.source.pool
     assert pool is not None and cache.sequence is not None
     pages = pool.storage.read(cache.sequence.page_ids)
@@ -230,7 +235,7 @@ def test_bytes_are_those_of_the_arrays(backend: str, rng: np.random.Generator) -
 
 
 def test_pages_are_reused_after_release(rng: np.random.Generator) -> None:
-    history = History.random(rng, HEADS, 100, DIM)
+    history = draw(rng, 100)
     cache = filled(history, "cpu-numpy", 100, rng)
     pool = cache.source.pool
     assert pool is not None
@@ -244,7 +249,7 @@ def test_pages_are_reused_after_release(rng: np.random.Generator) -> None:
 
 
 def test_dropping_a_cache_gives_its_pages_back(rng: np.random.Generator) -> None:
-    cache = filled(History.random(rng, HEADS, 100, DIM), "cpu-numpy", 100, rng)
+    cache = filled(draw(rng, 100), "cpu-numpy", 100, rng)
     pool = cache.source.pool
     assert pool is not None
     assert pool.num_used > 0
@@ -254,7 +259,7 @@ def test_dropping_a_cache_gives_its_pages_back(rng: np.random.Generator) -> None
 
 
 def test_a_failed_encode_leaks_no_page(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    history = History.random(rng, HEADS, 200, DIM)
+    history = draw(rng, 200)
     cache = filled(history, "cpu-numpy", 70, rng)
     pool = cache.source.pool
     assert pool is not None
@@ -270,12 +275,12 @@ def test_a_failed_encode_leaks_no_page(rng: np.random.Generator, monkeypatch: py
     assert pool.num_used == used
     cache.trim(cache.offset - 70)
     fresh = filled(history, "cpu-numpy", 70, np.random.default_rng(1))
-    assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < 2e-3
+    assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < ROUNDING
 
 
 def test_tokens_that_were_never_asked_about_can_be_dropped(rng: np.random.Generator) -> None:
     """A step that failed between update and attention is undone by trimming."""
-    history = History.random(rng, HEADS, 80, DIM)
+    history = draw(rng, 80)
     cache = filled(history, "cpu-numpy", 70, rng)
     cache.update_and_fetch(*history.slice(70, 75))
     assert cache.offset == 75
@@ -284,11 +289,11 @@ def test_tokens_that_were_never_asked_about_can_be_dropped(rng: np.random.Genera
     assert cache.trim(5) == 5
     assert cache.offset == 68
     fresh = filled(history, "cpu-numpy", 68, np.random.default_rng(1))
-    assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < 2e-3
+    assert relative_error(step(cache, history, 2), as_float64(step(fresh, history, 2))) < ROUNDING
 
 
 def test_misuse_is_refused_by_name(rng: np.random.Generator) -> None:
-    history = History.random(rng, HEADS, 50, DIM)
+    history = draw(rng, 50)
     cache = new_cache(FMT, "cpu-numpy")
     assert not hasattr(cache, "bits")
     assert not hasattr(TurboQuantKVCache.merge([cache]), "bits")

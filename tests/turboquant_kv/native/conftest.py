@@ -1,4 +1,4 @@
-"""Lets `make sanitize` test its own build of the kernels: it is loaded here, before anything asks for the installed one."""
+"""Lets `make sanitize` test its own build of the kernels, loaded here before anything asks for the installed one."""
 
 from __future__ import annotations
 

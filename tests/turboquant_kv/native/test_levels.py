@@ -15,8 +15,12 @@ from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
 
 KERNELS, WHY_MISSING = native.load_kernels()
 LEVELS: list[str] = KERNELS.isa_levels() if KERNELS is not None else []
-# Eight-bit queries and weights: below a tenth of the codec's own 10% (held exactly by the test of integer errors).
-INTEGER_TOLERANCE = 1e-2
+# Eight-bit queries and weights: about 0.2%, up to 1% where one output has few keys. A mistake costs more, and what the
+# arithmetic may cost in the mean of many outputs is held by the test of integer errors.
+INTEGER_TOLERANCE = 3e-2
+# Sixteen-bit ones, of the 8-bit formats: measured up to 1.2e-4.
+FINE_INTEGER_TOLERANCE = 5e-4
+FLOAT_TOLERANCE = 1e-5  # float tiles of steady histories: summing in float32, measured below 1e-6
 BITS = [(2, 3), (3, 2), (4, 4), (8, 8)]
 
 
@@ -47,8 +51,10 @@ def test_every_format_and_head_dim(level: str, dim: int, bits: tuple[int, int], 
     fmt = KVFormat(*bits, page_tokens=16, sink_tokens=3)
     history = History.random(rng, 2, int(rng.integers(60, 120)), dim)
     means = history.means(rng)
+    history.steady(rng, fmt, means)
+    integers = FINE_INTEGER_TOLERANCE if bits == (8, 8) else INTEGER_TOLERANCE
     # 1 and 3 rows take integer arithmetic, 20 rows float tiles.
-    for num_rows, tolerance in ((1, INTEGER_TOLERANCE), (3, INTEGER_TOLERANCE), (20, 2e-3)):
+    for num_rows, tolerance in ((1, integers), (3, integers), (20, FLOAT_TOLERANCE)):
         q = random_queries(rng, 4, num_rows, dim, mx.float32)
         want = expected(history, q, fmt, history.num_tokens - num_rows, dim**-0.5, means)
         assert relative_error(attended(history, fmt, q, dim**-0.5, means), want) < tolerance
@@ -57,17 +63,17 @@ def test_every_format_and_head_dim(level: str, dim: int, bits: tuple[int, int], 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 9, 16])
 def test_every_group_of_query_heads(level: str, group: int, rng: np.random.Generator) -> None:
     fmt = KVFormat(4, 3, page_tokens=48, sink_tokens=5)  # three groups of tokens a page: an odd one is left over
-    history = History.random(rng, 2, 200, 64, 80)
-    for num_rows in (1, 2, 30):
+    history = History.random(rng, 2, 200, 64, 80).steady(rng, fmt)
+    for num_rows, tolerance in ((1, INTEGER_TOLERANCE), (2, INTEGER_TOLERANCE), (30, FLOAT_TOLERANCE)):
         q = random_queries(rng, 2 * group, num_rows, 64, mx.float32)
         want = expected(history, q, fmt, 200 - num_rows, 0.125, None)
-        assert relative_error(attended(history, fmt, q, 0.125), want) < INTEGER_TOLERANCE
+        assert relative_error(attended(history, fmt, q, 0.125), want) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_model_dtypes(level: str, dtype: Any, rng: np.random.Generator) -> None:
     fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=7)
-    history = History.random(rng, 2, 150, 96, dtype=dtype)
+    history = History.random(rng, 2, 150, 96, dtype=dtype).steady(rng, fmt)
     for num_rows in (1, 24):
         q = random_queries(rng, 4, num_rows, 96, dtype)
         out = attended(history, fmt, q, 0.1)
@@ -75,10 +81,14 @@ def test_model_dtypes(level: str, dtype: Any, rng: np.random.Generator) -> None:
         assert relative_error(out, expected(history, q, fmt, 150 - num_rows, 0.1, None)) < INTEGER_TOLERANCE
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 30])
-def test_attention_sinks_and_sliding_windows(level: str, num_rows: int, rng: np.random.Generator) -> None:
-    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
-    history = History.random(rng, 2, 170, 64)
+@pytest.mark.parametrize(
+    ("num_rows", "tolerance"), [(1, FINE_INTEGER_TOLERANCE), (4, FINE_INTEGER_TOLERANCE), (30, FLOAT_TOLERANCE)]
+)
+def test_attention_sinks_and_sliding_windows(
+    level: str, num_rows: int, tolerance: float, rng: np.random.Generator
+) -> None:
+    fmt = KVFormat(8, 8, page_tokens=16, sink_tokens=8)  # which keys are seen shows best where little is lost
+    history = History.random(rng, 2, 170, 64).steady(rng, fmt)
     start = 170 - num_rows
     q = random_queries(rng, 4, num_rows, 64, mx.float32)
     sinks = rng.standard_normal(4).astype(np.float32) + 2
@@ -87,7 +97,7 @@ def test_attention_sinks_and_sliding_windows(level: str, num_rows: int, rng: np.
         mask = mx.array((keys <= positions) & (keys > positions - window))
         out = attended(history, fmt, q, 0.125, mask=mask, sinks=mx.array(sinks))
         want = expected(history, q, fmt, start, 0.125, None, sinks=sinks, window=window)
-        assert relative_error(out, want) < INTEGER_TOLERANCE
+        assert relative_error(out, want) < tolerance
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
@@ -131,7 +141,7 @@ def test_the_layout_is_a_lossless_tiling(level: str, dim: int, bits: tuple[int, 
 def test_threads_and_splits_change_no_bit(level: str, rng: np.random.Generator) -> None:
     assert KERNELS is not None
     fmt = KVFormat(4, 3, page_tokens=64, sink_tokens=4)
-    history = History.random(rng, 1, 4700, 64)  # three segments
+    history = History.random(rng, 1, 4700, 64).steady(rng, fmt)  # three segments
     q = random_queries(rng, 4, 1, 64, mx.float32)
     usual = KERNELS.num_threads()
     try:
