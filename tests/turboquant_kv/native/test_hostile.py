@@ -88,7 +88,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "queries of another dim": {"q": np.zeros((1, 4, 1, 80), np.float32)},
     "queries of no group": {"q": np.zeros((1, 3, 1, DIM), np.float32), "out": np.zeros((1, 3, 1, DIM), np.float32)},
     "output too small": {"out": np.zeros((1, 4, 1, 32), np.float32)},
-    "output of halves": {"out": np.zeros((1, 4, 1, DIM), np.float16)},
+    "output of doubles": {"out": np.zeros((1, 4, 1, DIM), np.float64)},
     "output of gaps": {"out": np.zeros((1, 4, 1, 2 * DIM), np.float32)[..., ::2]},
     "output for another batch": {"out": np.zeros((2, 4, 1, DIM), np.float32)},
     "sinks of another length": {"sinks": np.zeros(3, np.float32)},

@@ -12,13 +12,14 @@ namespace tq {
 // A held view of any object with the buffer protocol (NumPy and MLX arrays have it).
 class View {
   public:
-    View(nanobind::handle object, const char* name, int ndim, bool writable = false) : name_(name) {
+    static View of_any_rank(nanobind::handle object, const char* name) { return View(object, name, -1); }
+    View(nanobind::handle object, const char* name, int ndim, bool writable = false) : name_(name) { // ndim -1: any
         const int flags = PyBUF_STRIDED_RO | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
         if (PyObject_GetBuffer(object.ptr(), &buffer_, flags) != 0) {
             PyErr_Clear();
             fail(writable ? "is not a writable array" : "is not an array");
         }
-        if (buffer_.ndim != ndim) {
+        if (ndim >= 0 && buffer_.ndim != ndim) {
             PyBuffer_Release(&buffer_);
             fail("has the wrong number of axes");
         }
@@ -30,6 +31,7 @@ class View {
         if (buffer_.obj != nullptr) PyBuffer_Release(&buffer_);
     }
 
+    int ndim() const { return buffer_.ndim; }
     std::int64_t shape(int axis) const { return buffer_.shape[axis]; }
     void* data() const { return buffer_.buf; }
     bool is_empty() const {
@@ -74,14 +76,14 @@ class View {
         if (buffer_.shape[last] > 1 && stride(last) != 1) fail("is not dense along its last axis");
     }
 
-    Dtype dtype() const { // uint16 stands for the bits of bfloat16
+    Dtype dtype() const { // NumPy has no bfloat16: there uint16 stands for its bits
         const char* f = buffer_.format ? buffer_.format : "B";
         if (*f == '<' || *f == '=' || *f == '@') f++;
         const std::string type(f);
         if (type == "f" && buffer_.itemsize == 4) return Dtype::f32;
         if (type == "e" && buffer_.itemsize == 2) return Dtype::f16;
-        if (type == "H" && buffer_.itemsize == 2) return Dtype::bf16;
-        fail("has elements of type '" + type + "', expected float32, float16 or uint16 (bfloat16 bits)");
+        if ((type == "H" || type == "bfloat16") && buffer_.itemsize == 2) return Dtype::bf16; // the latter is MLX's
+        fail("has elements of type '" + type + "', expected float32, float16 or bfloat16");
     }
 
     [[noreturn]] void fail(const std::string& problem) const { throw std::invalid_argument(std::string(name_) + " " + problem); }

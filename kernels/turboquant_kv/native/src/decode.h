@@ -5,6 +5,7 @@
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNothing = -__builtin_inff();
+constexpr int kAhead = 2; // pages; one is too late where pages are small
 constexpr int kChunkTokens = 256; // scores of 8 heads stay in the first-level cache
 
 TQ_INLINE int num_heads(const Attention& a, const Item& item) { return a.group * item.num_rows; }
@@ -36,24 +37,38 @@ TQ_INLINE float dot_mean(const Side& side, int head, const float* x) {
     return sum(total);
 }
 
-// Turn scores into weights in place and fade what was summed before. Returns the new peak's safe value.
-TQ_INLINE void absorb_scores(float* s, int n, float& peak, float& mass, float* total, int dim) {
-    F best = splat(kNothing);
-    for (int i = 0; i < n; i += LANES) best = vmax(best, load<F>(s + i));
-    const float new_peak = fmax1(peak, maximum(best));
-    if (new_peak == kNothing) {
-        for (int i = 0; i < n; i++) s[i] = 0;
-        return;
+// Raise a running peak to that of n more scores and fade what was summed before. Returns what to subtract from scores:
+// the peak, or 0 as long as every score was hidden. A maximum overlooks NaN, so one makes the mass NaN.
+TQ_INLINE float raise_peak(const float* s, int n, float& peak, float& mass, float* total, int dim) {
+    F best = splat(kNothing), seen{};
+    for (int i = 0; i < n; i += LANES) {
+        const F x = load<F>(s + i);
+        best = vmax(best, x);
+        seen += x;
     }
+    const float check = sum(seen);
+    if (check != check) mass = check;
+    const float new_peak = fmax1(peak, maximum(best));
+    if (new_peak == kNothing) return 0;
     if (new_peak != peak) {
         const float fade = peak == kNothing ? 0.0f : exp2_negative(splat(peak - new_peak))[0];
         mass *= fade;
         for (int d = 0; d < dim; d += LANES) store_to(total + d, load<F>(total + d) * fade);
         peak = new_peak;
     }
+    return peak;
+}
+
+// Turn scores into weights in place.
+TQ_INLINE void absorb_scores(float* s, int n, float& peak, float& mass, float* total, int dim) {
+    const float subtract = raise_peak(s, n, peak, mass, total, dim);
+    if (peak == kNothing) {
+        for (int i = 0; i < n; i++) s[i] = 0;
+        return;
+    }
     F added{};
     for (int i = 0; i < n; i += LANES) {
-        const F e = exp2_negative(load<F>(s + i) - new_peak);
+        const F e = exp2_negative(load<F>(s + i) - subtract);
         store_to(s + i, e);
         added += e;
     }
@@ -69,7 +84,7 @@ static void hide_old(const Attention& a, const Item& item, int first_head, int G
 }
 
 TQ_INLINE void prefetch_bytes(const std::uint8_t* p, int count) {
-    for (int i = 0; i < count; i += 64) __builtin_prefetch(p + i);
+    for (int i = 0; i < count; i += 64) prefetch_line(p + i);
 }
 
 // Pages [first, last) for heads first_head .. first_head + G.
@@ -83,7 +98,7 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
         load_query(a, item, kv_head, first_head + h, x);
         q.shift[h] = dot_mean(store.k, kv_head, x);
         rotate(store.k, x);
-        quantise_query(store.k, x, h, G, q);
+        quantise_query(store.k, x, h, q);
     }
     const PageKernels &keys = page_kernels(store.k.bits), &values = page_kernels(store.v.bits);
     float* scores = scratch + 2 * kMaxDim;
@@ -93,30 +108,39 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
     for (std::int64_t at = first; at < last; at += step) {
         const int num_pages = int(min1<std::int64_t>(step, last - at)), n = num_pages * page;
         auto block = [&](std::int64_t i) { return store.block(item.pages[min1(i, last - 1)], kv_head); };
+        // What is read kAhead pages later: keys of the chunk, then its values, then keys of the next chunk.
+        auto ahead = [&](int p, bool is_key) {
+            const int later = p + kAhead;
+            if (later < num_pages) return block(at + later) + (is_key ? 0 : store.v_codes_at());
+            return is_key ? block(at + min1(later - num_pages, num_pages - 1)) + store.v_codes_at() : block(at + later - num_pages + step);
+        };
         for (int p = 0; p < num_pages; p++) {
-            const std::uint8_t* k = block(at + p);
-            const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) : block(at) + store.v_codes_at();
-            prefetch_bytes(p + 1 < num_pages ? next + store.k_scales_at() : block(at) + store.v_scales_at(), 2 * page);
+            const std::uint8_t *k = block(at + p), *next = ahead(p, true);
+            prefetch_bytes(next + (p + kAhead < num_pages ? store.k_scales_at() : store.v_scales_at() - store.v_codes_at()), 2 * page);
             keys.score[G - 1](store.k, k, k + store.k_scales_at(), store.groups_per_page(), q, scores + p * page, n, next);
         }
         const std::int64_t start = store.sink_tokens + at * page;
         if (start < oldest) hide_old(a, item, first_head, G, start, n, scores);
+        float peaks[kMaxGroup];
+        F mass[kMaxGroup] = {};
         for (int h = 0; h < G; h++) {
             float* mine = partial + h * stride;
-            absorb_scores(scores + h * n, n, mine[v_dim], mine[v_dim + 1], mine, v_dim);
+            peaks[h] = raise_peak(scores + h * n, n, mine[v_dim], mine[v_dim + 1], mine, v_dim);
         }
         for (int p = 0; p < num_pages; p++) {
             const std::uint8_t* v = block(at + p) + store.v_codes_at();
             const std::uint8_t* v_scales = block(at + p) + store.v_scales_at();
-            const std::uint8_t* next = p + 1 < num_pages ? block(at + p + 1) + store.v_codes_at() : block(at + step);
-            prefetch_bytes(p + 1 < num_pages ? block(at + p + 1) + store.v_scales_at() : next + store.k_scales_at(), 2 * page);
+            const std::uint8_t* next = ahead(p, false);
+            prefetch_bytes(next + (p + kAhead < num_pages ? store.v_scales_at() - store.v_codes_at() : store.k_scales_at()), 2 * page);
             for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
                 const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
-                values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, w);
+                values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, peaks, mass, w);
                 const std::size_t at_group = g * store.v.group_bytes();
                 values.add[G - 1](store.v, v + at_group, num_groups, w, partial, stride, next + at_group);
             }
         }
+        for (int h = 0; h < G; h++)
+            if (partial[h * stride + v_dim] != kNothing) partial[h * stride + v_dim + 1] += sum(mass[h]);
     }
 }
 
@@ -241,12 +265,13 @@ static void finish_row(const Attention& a, const Item& item, int kv_head, int hh
     const float denominator = mass * wc + exact[v_dim + 1] * we + weight(sink);
     const float inverse = denominator == 0 ? 0.0f : 1.0f / denominator;
     if (peak != kNothing) unrotate(store.v, total);
-    float* out = a.out + ((std::size_t(item.batch) * a.num_q_heads + q_head) * a.num_rows + item.first_row + t) * v_dim;
     const float* mean = store.v.mean.empty() ? nullptr : &store.v.mean[std::size_t(kv_head) * v_dim];
     for (int d = 0; d < v_dim; d++) {
         const float compressed = total[d] + (mean ? mass * mean[d] : 0.0f);
-        out[d] = (compressed * wc + exact[d] * we) * inverse;
+        total[d] = (compressed * wc + exact[d] * we) * inverse;
     }
+    const std::int64_t row = (std::int64_t(item.batch) * a.num_q_heads + q_head) * a.num_rows + item.first_row + t;
+    row_from_floats(total, v_dim, a.out, a.out_dtype, row * v_dim);
 }
 
 static void merge_segments(const Attention& a, const Item& item, int kv_head, float* partials, float*) {

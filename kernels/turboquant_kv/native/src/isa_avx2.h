@@ -4,8 +4,6 @@
 #define LANES 8
 #include "isa_common.h"
 
-TQ_INLINE B1 to_bytes(F x) { return __builtin_convertvector(round_to_int(x), B1); }
-
 constexpr const char* kName = "avx2";
 constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = 0, kValueHigh = 255;
 constexpr bool kSplit = true;

@@ -1,6 +1,16 @@
 // AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 lanes, one byte permute per 64 codes.
 #define LANES 16
+#define TQ_OWN_ROUNDING
 #include "isa_common.h"
+
+// As the common one, in fewer instructions.
+TQ_INLINE F exp2_negative(F x) {
+    x = (F)_mm512_max_ps((__m512)x, _mm512_set1_ps(-126.0f));
+    const __m512 whole = _mm512_roundscale_ps((__m512)x, 0);
+    return (F)_mm512_scalef_ps((__m512)exp2_fraction(x - (F)whole), whole);
+}
+// Rounded to bytes; x in [0, 255].
+TQ_INLINE B1 to_bytes(F x) { return (B1)_mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)x)); }
 
 constexpr const char* kName = "avx512-vnni";
 constexpr int kKeyLow = 0, kKeyHigh = 255, kValueLow = -127, kValueHigh = 127;

@@ -33,20 +33,26 @@ TQ_INLINE I round_to_int(F x) {
     return (I)shifted - 0x4B400000;
 }
 
-// 2^x for x <= 0, relative error below 2e-7; anything below -126, -inf included, gives about 1e-38.
+// 2^f for f in [-0.5, 0.5], relative error 1e-7: a polynomial fitted for the smallest largest relative error.
+TQ_INLINE F exp2_fraction(F f) {
+    F p = splat(1.32764715e-3f);
+    p = p * f + 9.67554133e-3f;
+    p = p * f + 5.55071327e-2f;
+    p = p * f + 2.40221197e-1f;
+    p = p * f + 6.93146967e-1f;
+    return p * f + 1.0f;
+}
+
+#if !defined(TQ_OWN_ROUNDING)
+// 2^x for x <= 0; anything below -126, -inf included, gives about 1e-38. NaN gives anything.
 TQ_INLINE F exp2_negative(F x) {
     x = vmax(x, splat(-126.0f));
-    I whole = round_to_int(x);
-    F f = x - to_float(whole); // [-0.5, 0.5]
-    F p = splat(1.5403530e-4f); // Taylor coefficients ln(2)^n / n!
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    return (F)((I)p + (whole << 23));
+    const I whole = round_to_int(x);
+    return (F)((I)exp2_fraction(x - to_float(whole)) + (whole << 23));
 }
+// Rounded to bytes; x in [0, 255].
+TQ_INLINE B1 to_bytes(F x) { return __builtin_convertvector(round_to_int(x), B1); }
+#endif
 
 TQ_INLINE float half_to_float(std::uint16_t h) {
     // Exponent and mantissa moved into place and rescaled; infinities and NaNs keep their exponent full.
@@ -78,6 +84,14 @@ TQ_INLINE std::uint16_t float_to_half(float x) {
     }
     bits += 0xC8000FFF + ((bits >> 13) & 1);
     return std::uint16_t(sign | (bits >> 13));
+}
+
+// Nearest even.
+TQ_INLINE std::uint16_t float_to_bf16(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return 0x7FC0;
+    return std::uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
 TQ_INLINE float bf16_to_float(std::uint16_t h) {

@@ -3,8 +3,6 @@
 #define LANES 4
 #include "isa_common.h"
 
-TQ_INLINE B1 to_bytes(F x) { return __builtin_convertvector(round_to_int(x), B1); }
-
 constexpr const char* kName = "neon-dotprod";
 constexpr int kKeyLow = -127, kKeyHigh = 127, kValueLow = 0, kValueHigh = 255;
 constexpr bool kSplit = false;

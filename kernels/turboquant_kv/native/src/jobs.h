@@ -34,7 +34,8 @@ struct Attention {
     const void* q = nullptr;                    // (B, Hq, T, D), strides in elements
     Dtype q_dtype = Dtype::f32;
     std::int64_t q_strides[3] = {0, 0, 0};
-    float* out = nullptr;                       // (B, Hq, T, Dv) dense
+    void* out = nullptr;                        // (B, Hq, T, Dv) dense
+    Dtype out_dtype = Dtype::f32;
     int num_q_heads = 0, num_rows = 0, group = 1;
     float scale = 1.0f;
     const float* sinks = nullptr;               // (Hq,) or null

@@ -3,6 +3,7 @@
 // Everything a kernel will touch is proven here: page ids against the pages held, rows against the layer's geometry,
 // windows against the queries. Failures raise ValueError before any work.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -182,7 +183,6 @@ class NativeStore {
         const View q_view(q, "queries", 4), out_view(out, "out", 4, true);
         q_view.expect_shape({-1, -1, -1, store_.k.dim});
         q_view.expect_dense_last_axis();
-        out_view.expect_type("f", 4);
         out_view.expect_shape({q_view.shape(0), q_view.shape(1), q_view.shape(2), store_.v.dim});
         out_view.expect_dense();
         if (q_view.shape(1) % store_.heads || q_view.shape(1) == 0) throw std::invalid_argument("query heads are no multiple of the KV heads");
@@ -192,7 +192,8 @@ class NativeStore {
         a.q = q_view.data();
         a.q_dtype = q_view.dtype();
         for (int i = 0; i < 3; i++) a.q_strides[i] = q_view.stride(i);
-        a.out = static_cast<float*>(out_view.data());
+        a.out = out_view.data();
+        a.out_dtype = out_view.dtype();
         a.num_q_heads = int(q_view.shape(1));
         a.num_rows = int(q_view.shape(2));
         a.group = a.num_q_heads / store_.heads;
@@ -343,12 +344,36 @@ std::vector<std::string> level_names() {
     return names;
 }
 
+// The bits of an MLX array of bfloat16, which NumPy lacks, as a read-only NumPy array; shares and holds its memory.
+nb::ndarray<nb::numpy, const std::uint16_t> bfloat16_bits(nb::handle array) {
+    auto view = std::make_unique<View>(View::of_any_rank(array, "array"));
+    if (view->dtype() != Dtype::bf16) view->fail("is not bfloat16");
+    std::vector<std::size_t> shape;
+    std::vector<std::int64_t> strides;
+    for (int i = 0; i < view->ndim(); i++) {
+        shape.push_back(std::size_t(view->shape(i)));
+        strides.push_back(view->stride(i));
+    }
+    const void* data = view->data();
+    nb::capsule owner(view.release(), [](void* p) noexcept { delete static_cast<View*>(p); });
+    return {static_cast<const std::uint16_t*>(data), shape.size(), shape.data(), owner, strides.data()};
+}
+
+// The way back: a dense array of such bits as bfloat16, which mx.array copies as it is.
+nb::ndarray<> as_bfloat16(nb::ndarray<std::uint16_t, nb::c_contig, nb::device::cpu> bits) {
+    std::vector<std::size_t> shape;
+    for (std::size_t i = 0; i < bits.ndim(); i++) shape.push_back(bits.shape(i));
+    return {bits.data(), shape.size(), shape.data(), nb::cast(bits), nullptr, nb::dlpack::dtype{std::uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1}};
+}
+
 } // namespace
 } // namespace tq
 
 NB_MODULE(_kernels, m) {
     using tq::NativeStore;
     m.def("isa_levels", &tq::level_names, "Instruction-set levels of this build and CPU, fastest first.");
+    m.def("bfloat16_bits", &tq::bfloat16_bits, nb::arg("array"));
+    m.def("as_bfloat16", &tq::as_bfloat16, nb::arg("bits"));
     m.def("set_num_threads", &tq::set_num_threads, nb::arg("num_threads"));
     m.def("num_threads", &tq::num_threads);
     nb::class_<NativeStore>(m, "Store")

@@ -21,6 +21,15 @@ static void row_to_floats(const void* data, Dtype dtype, std::int64_t at, int di
     }
 }
 
+static void row_from_floats(const float* x, int dim, void* data, Dtype dtype, std::int64_t at) {
+    if (dtype == Dtype::f32) {
+        std::memcpy(static_cast<float*>(data) + at, x, sizeof(float) * dim);
+        return;
+    }
+    std::uint16_t* half = static_cast<std::uint16_t*>(data) + at;
+    for (int d = 0; d < dim; d++) half[d] = dtype == Dtype::f16 ? float_to_half(x[d]) : float_to_bf16(x[d]);
+}
+
 // Sylvester's matrix of order `power` applied to each of `count` consecutive runs; unscaled.
 static void butterflies(float* x, int count, int power) {
     const int total = count * power;

@@ -1,21 +1,25 @@
 // Integer dot products: scores of one page's keys, and weighted sums of its values, for G query heads at once.
 
-// Query heads of one chunk, quantised. words[(dim / 4) * G + h]: four int8 dims of head h; where the level splits bytes
-// (kSplit), two 16-bit dims each: 4n, 4n + 2 in words and 4n + 1, 4n + 3 in low_words.
+// Query heads of one chunk, quantised. words[h * kQueryWords + dim / 4]: four int8 dims of head h; where the level splits
+// bytes (kSplit), two 16-bit dims each: 4n, 4n + 2 in words and 4n + 1, 4n + 3 in low_words.
+constexpr int kQueryWords = kMaxDim / 4;
 struct Query {
-    alignas(64) std::int32_t words[kMaxDim / 4 * kMaxGroup];
-    alignas(64) std::int32_t low_words[kMaxDim / 4 * kMaxGroup]; // at 8 bits: query = 256 * word + low
+    alignas(64) std::int32_t words[kQueryWords * kMaxGroup];
+    alignas(64) std::int32_t low_words[kQueryWords * kMaxGroup]; // at 8 bits: query = 256 * word + low
     float factor[kMaxGroup];  // of the integer sum, times the key's own scale
-    float bias[kMaxGroup];    // subtracted from the integer sum: table offset times sum of the query
+    float bias[kMaxGroup];    // subtracted from that product: table offset times sum of the query, times factor
     std::int32_t high_bias[kMaxGroup], low_bias[kMaxGroup];
     float shift[kMaxGroup];   // query . mean_k, added to every score
 };
 
-// x (dim,) rotated and already scaled; fills column h of G.
-static void quantise_query(const Side& side, const float* x, int h, int G, Query& q) {
+// x (dim,) rotated and already scaled, of head h.
+static void quantise_query(const Side& side, const float* x, int h, Query& q) {
     const int dim = side.dim;
-    float largest = 0;
-    for (int d = 0; d < dim; d++) largest = fmax1(largest, x[d] < 0 ? -x[d] : x[d]);
+    float largest = 0, spoilt = 0; // spoilt: NaN where x holds NaN or infinity, which no integer shows
+    for (int d = 0; d < dim; d++) {
+        largest = fmax1(largest, x[d] < 0 ? -x[d] : x[d]);
+        spoilt += x[d] * 0.0f;
+    }
     const int limit = side.bits == 8 ? 127 * 256 : kQueryLimit;
     const float step = largest > 0 && largest < 3e38f ? largest / limit : largest, inverse = largest > 0 ? 1.0f / step : 0.0f;
     alignas(64) std::int32_t whole[kMaxDim];
@@ -25,8 +29,8 @@ static void quantise_query(const Side& side, const float* x, int h, int G, Query
         if (kSplit && side.bits != 8) {
             const std::int32_t* v = whole + 4 * n;
             const std::int16_t even[2] = {std::int16_t(v[0]), std::int16_t(v[2])}, odd[2] = {std::int16_t(v[1]), std::int16_t(v[3])};
-            std::memcpy(&q.words[n * G + h], even, 4);
-            std::memcpy(&q.low_words[n * G + h], odd, 4);
+            std::memcpy(&q.words[h * kQueryWords + n], even, 4);
+            std::memcpy(&q.low_words[h * kQueryWords + n], odd, 4);
             total += v[0] + v[1] + v[2] + v[3];
             continue;
         }
@@ -38,17 +42,18 @@ static void quantise_query(const Side& side, const float* x, int h, int G, Query
             total += high[k];
             low_total += low[k];
         }
-        std::memcpy(&q.words[n * G + h], high, 4);
-        std::memcpy(&q.low_words[n * G + h], low, 4);
+        std::memcpy(&q.words[h * kQueryWords + n], high, 4);
+        std::memcpy(&q.low_words[h * kQueryWords + n], low, 4);
     }
-    q.factor[h] = step * side.table.step;
-    q.bias[h] = side.table.offset * float(total);
+    q.factor[h] = step * side.table.step + spoilt;
+    q.bias[h] = side.table.offset * float(total) * q.factor[h];
     q.high_bias[h] = 128 * total;
     q.low_bias[h] = 128 * low_total;
 }
 
-// Broadcasting four bytes of the query costs a load; two groups of tokens share it where registers allow.
-constexpr int kPair = LANES == 16 ? 2 : 1;
+// Groups of tokens, or quartets of dims, that share one broadcast of the query or of the weights. With few query heads
+// more of them keep enough sums in flight.
+constexpr int pair_of(int G) { return LANES < 16 ? 1 : G <= 2 ? 4 : 2; }
 
 // Scores of P groups of 16 tokens: out[h * stride + token].
 template <int Bits, int G, int P>
@@ -62,16 +67,16 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
             for (int h = 0; h < G; h++) acc[p][h] = low[p][h] = I{};
         for (int i = 0; i < num_quartets; i++) {
             if constexpr (Bits == 8) {
-                const std::int32_t* words = q.words + i * 4 * G;
-                const std::int32_t* low_words = q.low_words + i * 4 * G;
+                const std::int32_t* words = q.words + i * 4;
+                const std::int32_t* low_words = q.low_words + i * 4;
                 for (int p = 0; p < P; p++)
                     for (int j = 0; j < 4; j++) {
                         const B4 index = load<B4>(group + p * group_bytes + i * 256 + j * 64 + sub * 4 * LANES);
                         const B4 c = look_up_256(tables.entry, index), f = look_up_256(tables.low, index);
                         for (int h = 0; h < G; h++) {
-                            const B4 w = (B4)splat(words[j * G + h]);
+                            const B4 w = (B4)splat(words[h * kQueryWords + j]);
                             acc[p][h] = dot_us(acc[p][h], c, w);
-                            low[p][h] = dot_us(dot_us(low[p][h], f, w), c, (B4)splat(low_words[j * G + h]));
+                            low[p][h] = dot_us(dot_us(low[p][h], f, w), c, (B4)splat(low_words[h * kQueryWords + j]));
                         }
                     }
             } else {
@@ -81,7 +86,7 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
                     Spread s[P];
                     for (int p = 0; p < P; p++) s[p] = spread(c[p][j]);
                     for (int h = 0; h < G; h++) {
-                        const int at = (i * 4 + j) * G + h;
+                        const int at = h * kQueryWords + i * 4 + j;
                         for (int p = 0; p < P; p++) acc[p][h] = dot_key(acc[p][h], s[p], q.words + at, q.low_words + at);
                     }
                 }
@@ -96,9 +101,9 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
                 F x;
                 // 8 bits: the dropped product of both low bytes has mean 128 * low query.
                 if constexpr (Bits == 8)
-                    x = to_float(acc[p][h] - q.high_bias[h]) * 65536.0f + to_float(low[p][h] - q.low_bias[h]) * 256.0f + float(q.low_bias[h]);
-                else x = to_float(acc[p][h]) - q.bias[h];
-                store_to(out + h * stride + p * 16 + sub * LANES, x * q.factor[h] * key_scale + q.shift[h]);
+                    x = (to_float(acc[p][h] - q.high_bias[h]) * 65536.0f + to_float(low[p][h] - q.low_bias[h]) * 256.0f + float(q.low_bias[h])) * q.factor[h];
+                else x = fma(to_float(acc[p][h]), splat(q.factor[h]), splat(-q.bias[h]));
+                store_to(out + h * stride + p * 16 + sub * LANES, fma(x, key_scale, splat(q.shift[h])));
             }
         }
     }
@@ -109,59 +114,64 @@ static void score_groups(const Side& side, const std::uint8_t* group, const std:
                          float* out, int stride, const std::uint8_t* next) {
     const Tables<Bits> tables = make_tables<Bits>(side.table);
     const std::size_t group_bytes = side.group_bytes();
+    constexpr int pair = pair_of(G);
     int g = 0;
-    for (; g + kPair <= num_groups; g += kPair)
-        score_some<Bits, G, kPair>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
+    for (; g + pair <= num_groups; g += pair)
+        score_some<Bits, G, pair>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
     for (; g < num_groups; g++)
         score_some<Bits, G, 1>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
 }
 
-// Weights of one block of up to 32 tokens: words[(token / 4) * G + h], four bytes of head h, or split as in Query.
+// Weights of one block of up to 64 tokens: words[h * kWeightWords + token / 4], four bytes of head h, or split as in Query.
+// Blocks have a factor of their own, because rounding to 8 bits loses what is far below a block's largest weight.
+constexpr int kBlockGroups = 4, kWeightWords = 4 * kBlockGroups;
 struct Weights {
-    alignas(64) std::uint32_t words[8 * kMaxGroup];
-    alignas(64) std::uint32_t low_words[8 * kMaxGroup];
+    alignas(64) std::uint32_t words[kWeightWords * kMaxGroup];
+    alignas(64) std::uint32_t low_words[kWeightWords * kMaxGroup];
     float factor[kMaxGroup];
-    float bias[kMaxGroup]; // table offset times sum of the bytes
+    float bias[kMaxGroup]; // table offset times sum of the bytes, where values are unsigned
 };
 
-constexpr int kBlockGroups = 2;
-
-// p (num_groups * 16) probabilities of head h, times the values' own scales.
+// exp2(score - peak) of one head's block, added to `mass`, times the values' own scales, as bytes.
 template <int Bits>
-TQ_INLINE void quantise_weights(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int h, int G, Weights& out) {
-    alignas(64) float w[16 * kBlockGroups];
-    F largest{};
-    for (int i = 0; i < num_groups * 16; i += LANES) {
-        const F x = load<F>(p + i) * load_half(scales + 2 * i);
-        store_to(w + i, x);
-        largest = vmax(largest, x);
+TQ_INLINE void weigh_head(const Side& side, const float* scores, const F* value_scales, int num_groups, int h, float peak, F& mass, Weights& out) {
+    F w[SUBS * kBlockGroups], largest{};
+    const int n = num_groups * SUBS;
+    for (int i = 0; i < n; i++) {
+        const F e = exp2_negative(load<F>(scores + i * LANES) - peak);
+        mass += e;
+        w[i] = e * value_scales[i];
+        largest = vmax(largest, w[i]);
     }
-    const float peak = maximum(largest);
-    const float limit = Bits == 8 ? 65535.0f : float(kWeightLimit);
-    const float inverse = peak > 1e-30f ? limit / peak : 0.0f;
-    out.factor[h] = peak / limit * side.table.step;
-    alignas(64) std::uint8_t bytes[16 * kBlockGroups], low_bytes[16 * kBlockGroups];
+    const float top = maximum(largest), limit = Bits == 8 ? 65535.0f : float(kWeightLimit);
+    const float inverse = top > 1e-30f ? limit / top : 0.0f;
+    out.factor[h] = top * (side.table.step / limit);
+    if constexpr (Bits != 8 && !kSplit && kValueLow < 0) {
+        for (int i = 0; i < n; i++) store_to(reinterpret_cast<std::uint8_t*>(out.words + h * kWeightWords) + i * LANES, to_bytes(w[i] * inverse));
+        return;
+    }
     alignas(64) std::int32_t whole[16 * kBlockGroups];
     I sums{};
-    for (int i = 0; i < num_groups * 16; i += LANES) {
-        const I x = round_to_int(load<F>(w + i) * inverse);
+    for (int i = 0; i < n; i++) {
+        const I x = round_to_int(w[i] * inverse);
         sums += x;
-        if constexpr (Bits == 8) {
-            store_to(bytes + i, __builtin_convertvector(x >> 8, B1));
-            store_to(low_bytes + i, __builtin_convertvector(x & 255, B1));
-        } else if constexpr (kSplit) store_to(whole + i, x);
-        else store_to(bytes + i, __builtin_convertvector(x, B1));
+        store_to(whole + i * LANES, x);
     }
     out.bias[h] = side.table.offset * sum(to_float(sums));
     for (int i = 0; i < num_groups * 4; i++) {
+        const std::int32_t* x = whole + 4 * i;
+        std::uint32_t &word = out.words[h * kWeightWords + i], &low = out.low_words[h * kWeightWords + i];
         if (kSplit && Bits != 8) {
-            const std::int32_t* x = whole + 4 * i;
-            out.words[i * G + h] = std::uint32_t(x[0] | x[2] << 16);
-            out.low_words[i * G + h] = std::uint32_t(x[1] | x[3] << 16);
-            continue;
+            word = std::uint32_t(x[0] | x[2] << 16);
+            low = std::uint32_t(x[1] | x[3] << 16);
+        } else {
+            constexpr int shift = Bits == 8 ? 8 : 0;
+            word = low = 0;
+            for (int k = 0; k < 4; k++) {
+                word |= std::uint32_t(x[k] >> shift) << (8 * k);
+                low |= std::uint32_t(x[k] & 255) << (8 * k);
+            }
         }
-        std::memcpy(&out.words[i * G + h], bytes + 4 * i, 4);
-        if (Bits == 8) std::memcpy(&out.low_words[i * G + h], low_bytes + 4 * i, 4);
     }
 }
 
@@ -176,16 +186,16 @@ TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std:
             for (int h = 0; h < G; h++) acc[p][h] = low[p][h] = I{};
         for (int g = 0; g < num_groups; g++) {
             if constexpr (Bits == 8) {
-                const std::uint32_t* words = w.words + g * 4 * G;
-                const std::uint32_t* low_words = w.low_words + g * 4 * G;
+                const std::uint32_t* words = w.words + g * 4;
+                const std::uint32_t* low_words = w.low_words + g * 4;
                 for (int p = 0; p < P; p++)
                     for (int j = 0; j < 4; j++) {
                         const B4 index = load<B4>(group + g * group_bytes + (i + p) * 256 + j * 64 + sub * 4 * LANES);
                         const B4 c = look_up_256(tables.entry, index), f = look_up_256(tables.low, index);
                         for (int h = 0; h < G; h++) {
-                            const B4 high = (B4)splat(std::int32_t(words[j * G + h]));
+                            const B4 high = (B4)splat(std::int32_t(words[h * kWeightWords + j]));
                             acc[p][h] = dot_us(acc[p][h], high, c);
-                            low[p][h] = dot_us(dot_us(low[p][h], high, f), (B4)splat(std::int32_t(low_words[j * G + h])), c);
+                            low[p][h] = dot_us(dot_us(low[p][h], high, f), (B4)splat(std::int32_t(low_words[h * kWeightWords + j])), c);
                         }
                     }
             } else {
@@ -195,7 +205,7 @@ TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std:
                     Spread s[P];
                     for (int p = 0; p < P; p++) s[p] = spread(c[p][j]);
                     for (int h = 0; h < G; h++) {
-                        const int at = (g * 4 + j) * G + h;
+                        const int at = h * kWeightWords + g * 4 + j;
                         for (int p = 0; p < P; p++) acc[p][h] = dot_value(acc[p][h], s[p], w.words + at, w.low_words + at);
                     }
                 }
@@ -218,27 +228,38 @@ static void add_values(const Side& side, const std::uint8_t* group, int num_grou
     const Tables<Bits> tables = make_tables<Bits>(side.table);
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     const int num_quartets = side.dim / 16;
+    constexpr int pair = pair_of(G);
     int i = 0;
-    for (; i + kPair <= num_quartets; i += kPair) {
-        for (int p = 0; p < kPair; p++)
+    for (; i + pair <= num_quartets; i += pair) {
+        for (int p = 0; p < pair; p++)
             for (int g = 0; g < num_groups; g++) prefetch_quartet<Bits>(next + g * group_bytes, top_plane, i + p);
-        add_some<Bits, G, kPair>(side, tables, group, num_groups, i, w, total, stride);
+        add_some<Bits, G, pair>(side, tables, group, num_groups, i, w, total, stride);
     }
     for (; i < num_quartets; i++) add_some<Bits, G, 1>(side, tables, group, num_groups, i, w, total, stride);
 }
 
 using ScoreFn = void (*)(const Side&, const std::uint8_t*, const std::uint8_t*, int, const Query&, float*, int, const std::uint8_t*);
 using ValueFn = void (*)(const Side&, const std::uint8_t*, int, const Weights&, float*, int, const std::uint8_t*);
-using WeightFn = void (*)(const Side&, const float*, const std::uint8_t*, int, int, int, Weights&);
+using WeightFn = void (*)(const Side&, const float*, const std::uint8_t*, int, int, int, const float*, F*, Weights&);
 
 struct PageKernels {
     ScoreFn score[kMaxGroup];
     ValueFn add[kMaxGroup];
     WeightFn weigh;
 };
+// Scores p (head h at p + h * stride) and value scales of num_groups groups; peaks (G,), mass (G,) lanes.
 template <int Bits>
-static void weigh(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int G, int stride, Weights& out) {
-    for (int h = 0; h < G; h++) quantise_weights<Bits>(side, p + h * stride, scales, num_groups, h, G, out);
+static void weigh(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int G, int stride, const float* peaks, F* mass, Weights& out) {
+    F value_scales[SUBS * kBlockGroups];
+    F check{};
+    for (int i = 0; i < num_groups * SUBS; i++) {
+        value_scales[i] = load_half(scales + 2 * i * LANES);
+        check += value_scales[i] * 0.0f;
+    }
+    const float spoilt = sum(check); // NaN where a value holds NaN or infinity, for heads that see it
+    for (int i = 0; spoilt != spoilt && i < num_groups * SUBS; i++)
+        for (int h = 0; h < G; h++) mass[h] += load<F>(p + h * stride + i * LANES) > -3e38f ? value_scales[i] * 0.0f : F{};
+    for (int h = 0; h < G; h++) weigh_head<Bits>(side, p + h * stride, value_scales, num_groups, h, peaks[h], mass[h], out);
 }
 #define TQ_ALL_GROUPS(f, Bits) {f<Bits, 1>, f<Bits, 2>, f<Bits, 3>, f<Bits, 4>, f<Bits, 5>, f<Bits, 6>, f<Bits, 7>, f<Bits, 8>}
 #define TQ_PAGE_KERNELS(Bits) {TQ_ALL_GROUPS(score_groups, Bits), TQ_ALL_GROUPS(add_values, Bits), weigh<Bits>}
