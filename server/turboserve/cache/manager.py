@@ -1,268 +1,301 @@
 """Who may use how many KV bytes: leases for running requests, conversations for idle ones.
 
-Memory is decided before it is used. A request gets a lease for prompt and answer, starting from
-the longest prefix already held; when it ends, its caches become an idle conversation. Idle
-conversations give way, least recently used first, to leases that need room.
-
-    committed = sum over idle conversations of their measured bytes
-              + sum over leases of (bytes reserved - bytes shared with a conversation still held)
-
-Committed never exceeds the budget. Pages shared between two idle conversations count for both,
-so committed bounds what is allocated from above.
+Memory is decided before it is used. A request gets a lease for prompt and answer, starting from the
+longest prefix that its caller already has, be it idle, running or on disk; when it ends, its caches
+become an idle conversation. What gives way under pressure is pressure.py's business, what is counted
+ledger.py's. Committed bytes never exceed the budget.
 
 Used by the engine thread only; clocks are passed in.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+import itertools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from turboserve.cache.policy import Candidate, largest_fitting, plan_evictions
-from turboserve.cache.runtime import CacheRuntime, Caches, peak_bytes, total_bytes
-from turboserve.cache.sessions import Conversation, Match, SessionStore
-from turboserve.errors import ContextLengthError
+from turboserve.cache import integrity, leasing
+from turboserve.cache.counts import AdmissionCounts, CacheCounts
+from turboserve.cache.holders import Conversation, Lease, RunningCaches, Session, new_id
+from turboserve.cache.integrity import CacheIntegrityError
+from turboserve.cache.leasing import Ask
+from turboserve.cache.ledger import committed_bytes
+from turboserve.cache.persistence import Persistence
+from turboserve.cache.policy import Tokens, common_prefix_len, largest_fitting
+from turboserve.cache.pressure import Need, Preempt, PressureLadder
+from turboserve.cache.quota import Quotas
+from turboserve.cache.runtime import CacheFamily, Caches, peak_bytes, total_bytes
+from turboserve.cache.sessions import SessionStore
+from turboserve.cache.store import SessionDisk
+from turboserve.errors import ContextLengthError, OverloadedError
 
-_MAX_SHOWN = 1 << 20  # longest prompt `can_ever_fit` searches for in messages
+__all__ = ["Ask", "CacheIntegrityError", "CacheManager", "Lease", "ManagerLimits"]
+
+log = logging.getLogger(__name__)
+
+_MAX_SHOWN = 1 << 20  # longest prompt `check_can_fit` searches for in messages
+
+# A conversation that was found again is likely to be found after a restart too: worth a file.
+HOT_HITS = 1
+
+EXPIRY_INTERVAL_S = 1.0  # finer than anybody sets a time to live
 
 
-class CacheIntegrityError(AssertionError):
-    """The manager's figures and the runtime's disagree: a bug in this project."""
+@dataclass(frozen=True, slots=True)
+class ManagerLimits:
+    """What an operator allows. Zero means no limit."""
 
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """Room for one running request. `caches` belong to whoever runs it until the lease ends."""
-
-    conversation_id: str
-    salt: str
-    caches: Caches
-    cached_len: int
-    reserved_tokens: int
-    reserved_bytes: int
-    source: Conversation | None = None
-    source_bytes: int = 0  # of `reserved_bytes`, held by pages that `source` already has
-    hits: int = 0
-
-
-@dataclass(slots=True)
-class CacheCounts:
-    """How often prefixes were looked for and found, and conversations were dropped."""
-
-    lookups: int = 0
-    hits: int = 0
-    cached_tokens: int = 0
-    evictions: int = 0
+    session_ttl_s: float = 0.0
+    max_sessions_per_caller: int = 0
+    max_session_bytes_per_caller: int = 0
+    allow_requantise: bool = False
 
 
 @dataclass(slots=True)
 class CacheManager:
-    """Admission, prefix reuse and eviction within `budget_bytes`."""
+    """Admission, prefix reuse, sessions and pressure within `budget_bytes`."""
 
-    runtime: CacheRuntime
+    family: CacheFamily
     budget_bytes: int
+    limits: ManagerLimits = ManagerLimits()
+    disk: SessionDisk | None = None
+    wall_offset_s: float = 0.0  # Unix seconds less the engine's
     store: SessionStore = field(init=False)
     leases: list[Lease] = field(default_factory=list)
     changes: int = 0  # grows whenever room may have been freed; a refused request need not ask again before
     counts: CacheCounts = field(default_factory=CacheCounts)
+    admission: AdmissionCounts = field(default_factory=AdmissionCounts)
+    persistence: Persistence = field(init=False)
+    quotas: Quotas = field(init=False)
+    orders: itertools.count[int] = field(default_factory=itertools.count)
+    _preempt: Preempt | None = None
+    _expired_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.store = SessionStore(self.runtime)
+        self.store = SessionStore(self.family)
+        self.persistence = Persistence(self.family, self.disk, self.counts)
+        self.quotas = Quotas(self)
+        for conversation in self.persistence.stored_conversations(self.wall_offset_s):
+            self._adopt(conversation)
 
     @property
     def committed_bytes(self) -> int:
         """What is promised or held, counted so that it bounds what is allocated from above."""
-        idle = sum(c.kv_bytes for c in self.store)
-        return idle + sum(self._lease_bytes(lease) for lease in self.leases)
+        return committed_bytes(self.family, self.store, self.leases)
 
-    def largest_sequence(self, most: int = _MAX_SHOWN) -> int:
+    @property
+    def ladder(self) -> PressureLadder:
+        """Over the present state and budget."""
+        return PressureLadder(
+            self.family,
+            self.store,
+            self.leases,
+            self.persistence,
+            self.counts,
+            self.budget_bytes,
+            self.limits.allow_requantise,
+            self._preempt,
+            self.wall_offset_s,
+        )
+
+    def on_preempt(self, preempt: Callable[[Lease], bool]) -> None:
+        """Who can end a lease for the sake of an older one."""
+        self._preempt = preempt
+
+    # --- what could ever fit
+
+    def largest_sequence(self, most: int = _MAX_SHOWN, kv_format: str | None = None) -> int:
         """The longest sequence, at most `most` tokens, that fits the whole budget."""
-        return largest_fitting(lambda n: peak_bytes(self.runtime, n), self.budget_bytes, most)
+        runtime = self.family.runtime(kv_format or self.family.default)
+        return largest_fitting(lambda n: peak_bytes(runtime, n), self.budget_bytes, most)
 
-    def check_can_fit(self, num_tokens: int) -> None:
+    def check_can_fit(self, num_tokens: int, kv_format: str | None = None) -> None:
         """Raises ContextLengthError when that many tokens exceed the whole budget."""
-        needed = peak_bytes(self.runtime, num_tokens)
+        name = kv_format or self.family.default
+        needed = peak_bytes(self.family.runtime(name), num_tokens)
         if needed > self.budget_bytes:
             raise ContextLengthError(
-                f"This request needs {needed:,} bytes of KV cache for {num_tokens:,} tokens (prompt and answer), "
-                f"but the server's budget is {self.budget_bytes:,} bytes, which holds "
-                f"{self.largest_sequence(num_tokens):,} tokens. Shorten the prompt or lower max_tokens.",
+                f"This request needs {needed:,} bytes of KV cache for {num_tokens:,} tokens (prompt and answer) in "
+                f"{name}, but the server's budget is {self.budget_bytes:,} bytes, which holds "
+                f"{self.largest_sequence(num_tokens, name):,} tokens. Shorten the prompt or lower max_tokens.",
                 param="messages",
             )
 
-    def try_lease(self, salt: str, prompt: Sequence[int], num_tokens: int, now_s: float) -> Lease | None:
-        """Room for `num_tokens` starting from the longest held prefix of `prompt`; None: not now.
+    def format_for(self, salt: str, session_id: str | None, kv_format: str | None) -> str:
+        """The format a request's cache is to have. Raises KVFormatError."""
+        if kv_format is not None:
+            return self.family.normalise(kv_format)
+        held = self.store.get(salt, session_id) if session_id is not None else None
+        return self.family.default if held is None else held.wanted_format
 
-        Raises ContextLengthError when it could not be had with the whole budget.
+    # --- leases
+
+    def try_lease(self, ask: Ask, now_s: float) -> Lease | None:
+        """Room for an ask, starting from the longest prefix that its caller has; None: wait.
+
+        Raises ContextLengthError when it could not be had with the whole budget, QuotaExceededError, and
+        OverloadedError when waiting would free nothing.
         """
-        self.check_can_fit(num_tokens)
-        tokens = np.asarray(prompt, np.int32)
-        match = self.store.find(salt, tokens)
-        source_bytes = self._shared_bytes(match.usable_len) if match is not None else 0
-        reserved = peak_bytes(self.runtime, num_tokens)
-        victims = self._plan_room(reserved - source_bytes, match, source_bytes)
-        if victims is None:
-            return None
-        lease = self._open_lease(salt, match, num_tokens, reserved, source_bytes, now_s)
-        for victim in victims:
-            self._evict(victim)
-        self.counts.lookups += 1
-        self.counts.hits += match is not None
-        self.counts.cached_tokens += lease.cached_len
-        return lease
+        return leasing.try_lease(self, ask, now_s)
 
-    def try_extend(self, lease: Lease, num_tokens: int) -> bool:
-        """Grow a lease to `num_tokens`; False leaves it as it was."""
-        reserved = peak_bytes(self.runtime, num_tokens)
-        victims = self._plan_room(reserved - lease.reserved_bytes, None, 0)
-        if victims is None:
-            return False
-        for victim in victims:
-            self._evict(victim)
-        lease.reserved_tokens, lease.reserved_bytes = num_tokens, max(reserved, lease.reserved_bytes)
-        return True
+    def try_extend(self, lease: Lease, num_tokens: int, now_s: float) -> bool:
+        """Grow a lease to `num_tokens`, at the cost of younger ones if need be; False leaves it as it was."""
+        return leasing.try_extend(self, lease, num_tokens, now_s)
 
-    def keep(self, lease: Lease, tokens: Sequence[int], caches: Caches, now_s: float) -> None:
-        """End a lease; its caches, holding exactly `tokens`, become an idle conversation."""
-        self._close_lease(lease)
-        array = np.asarray(tokens, np.int32)
-        longer = self.store.continuation_of(lease.salt, array)
-        if longer is not None or len(array) == 0:
-            self.runtime.release(caches)
-            return
-        superseded = self.store.superseded_by(lease.salt, array, caches)
-        for old in superseded:
-            self.store.remove(old)
-        taken = lease.conversation_id in self.store.ids()
-        kept = Conversation(
-            conversation_id=_new_id() if taken else lease.conversation_id,
-            salt=lease.salt,
-            tokens=array,
-            caches=caches,
-            kv=self.runtime.measure(caches),
-            last_used_s=now_s,
-            hits=lease.hits,
+    def better_start(self, lease: Lease) -> tuple[Caches, int] | None:
+        """(caches, length) of a longer prefix than it holds, once another request computed one; the caller swaps."""
+        return leasing.better_start(self, lease)
+
+    def bytes_to_reserve(self, ask: Ask) -> int:
+        """Without what it might share."""
+        name = self.format_for(ask.salt, ask.session_id, ask.kv_format)
+        return peak_bytes(self.family.runtime(name), ask.num_tokens)
+
+    def no_room(self, needed_bytes: int, free_bytes: int) -> OverloadedError:
+        """The refusal with its figures."""
+        return OverloadedError.without_room(
+            needed_bytes=needed_bytes, free_bytes=max(0, free_bytes), budget_bytes=self.budget_bytes, retry_after_s=30
         )
+
+    def attach(self, lease: Lease, running: RunningCaches) -> None:
+        """From now on the lease's caches are told about, and may be forked, through `running`."""
+        lease.running = running
+
+    def keep(
+        self, lease: Lease, tokens: Sequence[int], caches: Caches, now_s: float, *, has_ended: bool = True
+    ) -> Conversation | None:
+        """End a lease; its caches, holding exactly `tokens`, become an idle conversation, which is returned.
+
+        None: what they hold is held already, and they were released.
+        """
+        kv = lease.runtime.measure(caches)
+        if has_ended:
+            self.admission.add(lease.reserved_bytes, total_bytes(kv))
+        self.close_lease(lease)
+        session = lease.session
+        session.last_used_s = now_s
+        session.num_requests += has_ended
+        array = np.asarray(tokens, np.int32)
+        existing = self.store.get(lease.salt, lease.conversation_id)
+        if existing is not None and not session.is_explicit and not _is_one_line(array, existing.tokens):
+            session, existing = _branch_of(session, now_s), None  # another branch of it ended first
+        kept = Conversation(session, array, lease.kv_format, lease.wanted_format, caches, kv)
+        if self._is_held_already(kept, existing):
+            lease.runtime.release(caches)
+            return existing
+        if existing is not None:
+            self.evict(existing, "superseded")
         self.store.add(kept)
-        self._repoint_leases(superseded, kept)
-        self._shrink_to_budget()
+        for old in self.store.superseded_by(kept):
+            self.evict(old, "superseded")
+        self._after_keep(kept, now_s)
+        return kept
+
+    def _is_held_already(self, kept: Conversation, existing: Conversation | None) -> bool:
+        if len(kept.tokens) == 0:
+            return True
+        if existing is not None:  # a request that was cancelled early must not shorten its session
+            return len(kept.tokens) < len(existing.tokens) and _is_one_line(kept.tokens, existing.tokens)
+        return self.store.continuation_of(kept) is not None
+
+    def _after_keep(self, kept: Conversation, now_s: float) -> None:
+        session = kept.session
+        self.quotas.shrink(kept.salt, kept)
+        is_worth_a_file = session.is_explicit or session.is_pinned or session.hits >= HOT_HITS
+        if is_worth_a_file and kept in self.store and self.persistence.save(kept, self.wall_offset_s):
+            self.counts.spills["idle"] += 1
+        self.ladder.relieve(Need(now_s))
+
+    def take_in(self, conversation: Conversation, now_s: float) -> None:
+        """An idle conversation made by someone else, a fork for one."""
+        self.store.add(conversation)
+        self._after_keep(conversation, now_s)
+
+    def load(self, conversation: Conversation, now_s: float) -> bool:
+        """From disk to memory, if there is room; a file that cannot be read is forgotten."""
+        if not self.ladder.relieve(Need(now_s, extra_bytes=total_bytes(conversation.kv))):
+            return False
+        if self.persistence.load(conversation):
+            return True
+        self.evict(conversation, "unreadable")
+        return False
 
     def drop(self, lease: Lease, caches: Caches | None) -> None:
         """End a lease and give its pages back."""
-        self._close_lease(lease)
+        self.close_lease(lease)
         if caches is not None:
-            self.runtime.release(caches)
+            lease.runtime.release(caches)
+
+    # --- conversations
 
     def drop_idle(self) -> None:
-        """Forget every idle conversation: shutdown, or memory ran out."""
+        """Give all idle memory back, as memory ran out; what is on disk stays there."""
         for conversation in list(self.store):
-            self.store.remove(conversation)
+            if conversation.disk_key is not None:
+                self.store.unload(conversation)
+            else:
+                self.evict(conversation, "out_of_memory")
         self.changes += 1
+
+    def expire(self, now_s: float) -> None:
+        """Forget sessions past their time to live, pinned ones only if the time is their own."""
+        if now_s - self._expired_s < EXPIRY_INTERVAL_S:
+            return
+        self._expired_s = now_s
+        busy = {id(lease.session) for lease in self.leases}
+        for conversation in list(self.store):
+            session = conversation.session
+            ttl_s = session.ttl_s or (0.0 if session.is_pinned else self.limits.session_ttl_s)
+            is_over = bool(ttl_s) and now_s - session.last_used_s > ttl_s and id(session) not in busy
+            if is_over or self.persistence.is_lost(conversation):
+                self.evict(conversation, "expired")
+
+    def persist_all(self) -> None:
+        """Before the process ends: a file for every idle conversation that has none."""
+        for conversation in sorted(self.store, key=lambda c: c.session.last_used_s, reverse=True):
+            if conversation.caches is not None and self.persistence.save(conversation, self.wall_offset_s):
+                self.counts.spills["idle"] += 1
+
+    def evict(self, conversation: Conversation, reason: str) -> None:
+        """Forget it, its file included."""
+        self.persistence.forget(conversation)
+        self.store.remove(conversation)
+        self.counts.evictions[reason] += 1
+        self.changes += 1
+
+    def _adopt(self, conversation: Conversation) -> None:
+        """A conversation that an earlier process left on disk; of two versions the later one counts."""
+        held = self.store.get(conversation.salt, conversation.conversation_id)
+        if held is not None:
+            older, newer = sorted((held, conversation), key=lambda c: c.session.last_used_s)
+            self.persistence.forget(older)
+            if newer is held:
+                return
+            self.store.remove(held)
+        self.store.add(conversation)
+
+    def close_lease(self, lease: Lease, *, has_freed: bool = True) -> None:
+        self.store.leave(lease)
+        self.leases.remove(lease)
+        self.changes += has_freed
 
     def check_integrity(self, running: Sequence[Caches] = ()) -> None:
-        """Raises CacheIntegrityError unless figures agree; `running`: the caches of all leases.
-
-        What the runtime has allocated must be covered by what conversations and leases were
-        measured to hold, and every stored figure must still be true.
-        """
-        for conversation in self.store:
-            measured = total_bytes(self.runtime.measure(conversation.caches))
-            if measured != conversation.kv_bytes:
-                raise CacheIntegrityError(f"{conversation.kv_bytes} bytes booked, {measured} held by a conversation")
-        if self.committed_bytes > self.budget_bytes:
-            raise CacheIntegrityError(f"{self.committed_bytes} bytes committed of a budget of {self.budget_bytes}")
-        held = sum(c.kv_bytes for c in self.store) + sum(total_bytes(self.runtime.measure(c)) for c in running)
-        in_use = self.runtime.allocated_bytes() - self.runtime.slack_bytes()
-        if in_use > held:
-            raise CacheIntegrityError(f"{in_use} bytes in use, but only {held} held by anyone")
-        self.runtime.check_integrity()
-
-    def _lease_bytes(self, lease: Lease) -> int:
-        is_shared = lease.source is not None and lease.source in self.store
-        return lease.reserved_bytes - (lease.source_bytes if is_shared else 0)
-
-    def _shared_bytes(self, num_tokens: int) -> int:
-        """Bytes of the pages that a fork of `num_tokens` shares with its source; exact rows count as copied."""
-        fmt = self.runtime.fmt
-        if fmt is None:
-            return 0
-        return int(fmt.num_pages(num_tokens) * fmt.page_tokens * self.runtime.token_bytes)
-
-    def _plan_room(self, extra_bytes: int, match: Match | None, match_bytes: int) -> list[Conversation] | None:
-        """Conversations to drop so that `extra_bytes` more can be committed; None: not possible now."""
-        needed = self.committed_bytes + extra_bytes - self.budget_bytes
-        if needed <= 0:
-            return []
-        source = match.conversation if match is not None else None
-        by_id = {c.conversation_id: c for c in self.store}
-        candidates = [
-            Candidate(
-                conversation_id=c.conversation_id,
-                gain_bytes=c.kv_bytes - self._leased_bytes(c) - (match_bytes if c is source else 0),
-                last_used_s=c.last_used_s,
-                is_source=c is source,
-            )
-            for c in by_id.values()
-        ]
-        chosen = plan_evictions(candidates, needed)
-        return None if chosen is None else [by_id[i] for i in chosen]
-
-    def _leased_bytes(self, conversation: Conversation) -> int:
-        """Bytes that leases would have to count themselves were this conversation gone."""
-        return sum(lease.source_bytes for lease in self.leases if lease.source is conversation)
-
-    def _open_lease(
-        self, salt: str, match: Match | None, num_tokens: int, reserved: int, source_bytes: int, now_s: float
-    ) -> Lease:
-        if match is None:
-            caches = self.runtime.make_cache()
-            lease = Lease(_new_id(), salt, caches, 0, num_tokens, reserved)
-        else:
-            source = match.conversation
-            caches = self.runtime.fork(source.caches, match.usable_len)
-            source.last_used_s = now_s
-            source.hits += 1
-            lease = Lease(
-                conversation_id=source.conversation_id if match.is_continuation else _new_id(),
-                salt=salt,
-                caches=caches,
-                cached_len=match.usable_len,
-                reserved_tokens=num_tokens,
-                reserved_bytes=reserved,
-                source=source,
-                source_bytes=source_bytes,
-                hits=source.hits if match.is_continuation else 0,
-            )
-        self.leases.append(lease)
-        return lease
-
-    def _close_lease(self, lease: Lease) -> None:
-        self.leases.remove(lease)
-        self.changes += 1
-
-    def _repoint_leases(self, gone: Sequence[Conversation], kept: Conversation) -> None:
-        """Leases that share pages with a superseded conversation share them with its continuation."""
-        for lease in self.leases:
-            if lease.source in gone:
-                lease.source = kept
-
-    def _evict(self, conversation: Conversation) -> None:
-        self.store.remove(conversation)
-        self.counts.evictions += 1
-        self.changes += 1
-
-    def _shrink_to_budget(self) -> None:
-        """Idle conversations that share pages count twice, so keeping one can pass the budget."""
-        while self.committed_bytes > self.budget_bytes:
-            idle = [c for c in self.store if c.kv_bytes > self._leased_bytes(c)]
-            if not idle:
-                return
-            self._evict(min(idle, key=lambda c: c.last_used_s))
+        """Raises CacheIntegrityError unless all figures agree; `running`: the caches of all leases."""
+        try:
+            integrity.check(self.family, self.store, self.leases, self.budget_bytes, running)
+        except AssertionError:
+            self.counts.integrity_failures += 1
+            raise
 
 
-def _new_id() -> str:
-    """Opaque: carries nothing of the conversation."""
-    return secrets.token_hex(8)
+def _is_one_line(a: Tokens, b: Tokens) -> bool:
+    """Whether the longer one begins with all of the shorter."""
+    return common_prefix_len(a, b) == min(len(a), len(b))
+
+
+def _branch_of(session: Session, now_s: float) -> Session:
+    session_id = new_id()
+    return Session(session_id, session.salt, now_s, now_s, cache_key=session.cache_key, public_id=session_id)

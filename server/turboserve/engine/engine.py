@@ -12,11 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
 from turboserve.engine import scheduler
+from turboserve.engine.failures import as_failure
 from turboserve.engine.loop import Clock, StepLoop
 from turboserve.engine.parts import EngineParts, Progress
 from turboserve.engine.protocol import (
@@ -27,6 +30,8 @@ from turboserve.engine.protocol import (
     GenerationRequest,
     KVBytes,
     NullTelemetry,
+    SessionInfo,
+    SessionPage,
 )
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
 from turboserve.settings import Settings
@@ -40,6 +45,8 @@ SNAPSHOT_INTERVAL_S = 0.25
 
 RETRY_AFTER_START_S = 5
 
+IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
@@ -51,6 +58,34 @@ class _Submit:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request_id: str
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[T]):
+    """Something to do on the engine thread between two steps, and whom to tell its result."""
+
+    function: Callable[[StepLoop], T]
+    future: Future[T]
+
+    def run(self, loop: StepLoop) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.function(loop))
+        except Exception as exc:
+            if not isinstance(exc, TurboServeError):
+                log.exception("a session command failed")
+            self.future.set_exception(as_failure(exc, RETRY_AFTER_START_S))
+
+    def refuse(self, error: TurboServeError) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+_Command = _Submit | _Cancel | _Call[Any]
 
 
 class TurboEngine:
@@ -72,7 +107,7 @@ class TurboEngine:
         self._model_id = model_id
         self._created = int(time.time())
         self._changed = threading.Condition()
-        self._inbox: deque[_Submit | _Cancel] = deque()
+        self._inbox: deque[_Command] = deque()
         self._num_waiting = 0  # submitted and not yet admitted, inbox included
         self._num_running = 0
         self._unready: str | None = "the model is not loaded yet"
@@ -138,6 +173,37 @@ class TurboEngine:
         )
         return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
 
+    # --- sessions: done on the engine thread, between two steps
+
+    def list_sessions(self, tenant: str, limit: int, after: str | None) -> Future[SessionPage]:
+        return self._call(lambda loop: loop.sessions.list_page(tenant, limit, after))
+
+    def get_session(self, tenant: str, session_id: str) -> Future[SessionInfo]:
+        return self._call(lambda loop: loop.sessions.get(tenant, session_id))
+
+    def fork_session(self, tenant: str, session_id: str, new_id: str | None) -> Future[SessionInfo]:
+        return self._call(lambda loop: loop.sessions.fork(tenant, session_id, new_id))
+
+    def update_session(
+        self, tenant: str, session_id: str, *, is_pinned: bool | None = None, ttl_s: float | None = None
+    ) -> Future[SessionInfo]:
+        return self._call(lambda loop: loop.sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s))
+
+    def delete_session(self, tenant: str, session_id: str) -> Future[None]:
+        return self._call(lambda loop: loop.sessions.delete(tenant, session_id))
+
+    def _call(self, function: Callable[[StepLoop], T]) -> Future[T]:
+        call = _Call(function, Future())
+        with self._changed:
+            unready = self._unready
+            if unready is None:
+                self._inbox.append(call)
+                self._changed.notify()
+        if unready is not None:
+            error = EngineUnavailableError(f"The engine is not ready: {unready}.", retry_after_s=RETRY_AFTER_START_S)
+            call.refuse(error)
+        return call.future
+
     def stop(self, grace_s: float = 0.0) -> None:
         """Take nothing new, let requests finish for `grace_s`, end the rest with an error, end the thread."""
         with self._changed:
@@ -184,17 +250,21 @@ class TurboEngine:
             for command in commands:
                 if isinstance(command, _Submit):
                     loop.add(command.request, command.sink, command.submitted_s)
-                else:
+                elif isinstance(command, _Cancel):
                     loop.cancel(command.request_id)
+                else:
+                    command.run(loop)
             if loop.has_work:
                 loop.step()
+            else:
+                loop.tick()
             self._after_step(loop)
 
-    def _next_commands(self, loop: StepLoop) -> list[_Submit | _Cancel] | None:
-        """What callers asked for since the last step, waiting while there is nothing to do; None: end."""
+    def _next_commands(self, loop: StepLoop) -> list[_Command] | None:
+        """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
         with self._changed:
-            while not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
-                self._changed.wait()
+            if not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
+                self._changed.wait(IDLE_TICK_S)
             if self._must_end or (self._is_refusing and not self._inbox and not loop.has_work):
                 return None
             commands = list(self._inbox)
@@ -221,11 +291,14 @@ class TurboEngine:
         if loop is not None:
             loop.fail_all(error)
         with self._changed:
-            left = [c for c in self._inbox if isinstance(c, _Submit)]
+            left = list(self._inbox)
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
         for command in left:
-            command.sink.put(Failed(error))
+            if isinstance(command, _Submit):
+                command.sink.put(Failed(error))
+            elif isinstance(command, _Call):
+                command.refuse(error)
         if loop is not None:
             self._publish(loop)
 

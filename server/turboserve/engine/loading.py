@@ -7,6 +7,7 @@ Every expected failure is a StartupError whose one line names the cure.
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import mlx.core as mx
 
 from turboquant_kv import blas
 from turboquant_kv.calibration import Calibration, calibration_for
-from turboquant_kv.format import KVFormat, UnsupportedFormatError
-from turboquant_kv.runtime import KVRuntime, UnsupportedModelError
+from turboquant_kv.format import UnsupportedFormatError
+from turboquant_kv.runtime import UnsupportedModelError
 from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
-from turboserve.cache.manager import CacheManager
+from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.engine import weights
+from turboserve.engine.family import ModelFamily, parse_format
 from turboserve.engine.parts import EngineParts, LoadedModel, Progress
 from turboserve.engine.plan import memory_plan
 from turboserve.engine.resolve import model_id_for, read_config, resolve_folder
@@ -35,14 +37,21 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache manager as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
-    runtime, calibration = _build_runtime(settings, loaded, progress)
+    family = _build_family(settings, loaded, progress)
+    runtime = family.default_runtime
     budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
-    manager = CacheManager(runtime, budget_bytes)
+    limits = ManagerLimits(
+        session_ttl_s=settings.session_ttl_s,
+        max_sessions_per_caller=settings.max_sessions_per_caller,
+        max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
+        allow_requantise=settings.allow_requantise,
+    )
+    manager = CacheManager(family, budget_bytes, limits, wall_offset_s=time.time() - time.monotonic())
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
-    if calibration is not None:
-        details["calibration"] = calibration.origin
+    if family.calibration is not None:
+        details["calibration"] = family.calibration.origin
     if runtime.fmt is not None:
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, manager, details)
@@ -123,16 +132,16 @@ def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tup
     return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
 
 
-def _build_runtime(settings: Settings, loaded: LoadedModel, progress: Progress) -> tuple[KVRuntime, Calibration | None]:
-    """The runtime in the wanted format, and the means it centres with. Raises StartupError."""
+def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -> ModelFamily:
+    """All formats of the model, the wanted one ready to use. Raises StartupError."""
+
+    def calibrate() -> Calibration:
+        progress("key and value means: measured at the first start, then read from the cache folder")
+        cache_dir = settings.cache_dir.expanduser()
+        return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
+
     try:
-        fmt = None if settings.kv_format.strip().lower() == "f16" else KVFormat.parse(settings.kv_format)
-        calibration = None
-        if fmt is not None and fmt.centred:
-            progress("key and value means: measured at the first start, then read from the cache folder")
-            cache_dir = settings.cache_dir.expanduser()
-            calibration = calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
-        return KVRuntime(loaded.model, fmt, calibration=calibration), calibration
+        return ModelFamily(loaded.model, parse_format(settings.kv_format), calibrate)
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:

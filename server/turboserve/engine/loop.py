@@ -1,6 +1,6 @@
 """One engine step after another: admit, prefill a chunk, decode everyone, deliver, free.
 
-Owns all requests from the moment the engine thread sees them until their last event. Runs on the
+Owns all running requests until their last event; those that wait are in admission.py. Runs on the
 engine thread only (or a test's). What to do is decided in scheduler.py, done in runner.py; memory
 is the cache manager's. An exception that leaves `step` is a bug of the engine itself and ends it;
 whatever one request's data can cause ends that request alone.
@@ -9,10 +9,13 @@ whatever one request's data can cause ends that request alone.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
+from turboserve.cache.manager import Lease
 from turboserve.engine import scheduler
+from turboserve.engine.admission import Admission
+from turboserve.engine.commands import SessionCommands
 from turboserve.engine.failures import as_failure, is_out_of_memory
 from turboserve.engine.parts import EngineParts
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
@@ -29,8 +32,9 @@ from turboserve.engine.protocol import (
     Usage,
 )
 from turboserve.engine.runner import Runner
+from turboserve.engine.running import RunningSequence
 from turboserve.engine.sequence import Sequence, Stage
-from turboserve.engine.snapshot import kv_bytes, kv_format_name, take_snapshot
+from turboserve.engine.snapshot import kv_bytes, take_snapshot
 from turboserve.errors import EngineFailureError, RequestCancelledError, TurboServeError
 from turboserve.settings import Settings
 
@@ -48,11 +52,12 @@ class StepLoop:
         """Proves that the model works with one real forward pass; raises whatever that raises."""
         self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
         self.runner = Runner(parts.loaded.model, parts.runtime)
-        self._preparer = Preparer(parts.loaded, parts.manager, self.runner.warm_up())
-        self._waiting: deque[Sequence] = deque()
+        preparer = Preparer(parts.loaded, parts.manager, self.runner.warm_up())
+        self._waiting = Admission(parts.manager, preparer, clock, self._start, self._fail)
         self._running: list[Sequence] = []
         self._num_steps = 0
-        self._refused_at_change: int | None = None  # the manager's change count when the head last got no lease
+        self.sessions = SessionCommands(parts.manager, clock)
+        parts.manager.on_preempt(self._preempt)
 
     @property
     def num_waiting(self) -> int:
@@ -64,10 +69,10 @@ class StepLoop:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self._waiting) or self._running)
 
     def add(self, request: GenerationRequest, sink: EventSink, submitted_s: float) -> None:
-        self._waiting.append(Sequence(request, sink, submitted_s))
+        self._waiting.add(Sequence(request, sink, submitted_s))
 
     def cancel(self, request_id: str) -> None:
         """End a request now; what was computed for it stays as an idle conversation."""
@@ -85,7 +90,8 @@ class StepLoop:
 
     def abandon(self, error: TurboServeError) -> None:
         """Tell every reader that it is over, without touching caches: for an engine beyond repair."""
-        ended, self._running, self._waiting = [*self._running, *self._waiting], [], deque()
+        ended, self._running = [*self._running, *self._waiting], []
+        self._waiting.clear()
         for sequence in ended:
             sequence.stage = Stage.ENDED
             self._send(sequence, Failed(error))
@@ -93,57 +99,55 @@ class StepLoop:
     def snapshot(self) -> EngineStats:
         return take_snapshot(self._parts, self.runner, self._running, len(self._waiting), self._clock())
 
+    def check_integrity(self) -> None:
+        """Raises CacheIntegrityError unless pools, references, trees and accounting agree."""
+        alone = [s.caches for s in self._running if s.caches is not None]
+        views = self.runner.views()
+        try:
+            self._parts.manager.check_integrity([*alone, *views])
+        finally:
+            for view in views:
+                self._parts.runtime.release(view)
+
     def step(self) -> None:
         """A bounded amount of work: at most one prompt prepared, one chunk prefilled, one token per row."""
         self._num_steps += 1
-        self._admit()
+        self._waiting.admit(lambda: len(self._running), self._settings.max_running)
         self._prefill_one()
         self._extend_leases()
         self._decode()
 
-    def _admit(self) -> None:
-        """Start waiting requests in order of arrival; one that has no room yet is not overtaken."""
-        prepared_one = False
-        while self._waiting and scheduler.can_admit(len(self._running), self._settings.max_running):
-            head = self._waiting[0]
-            if not head.prompt:
-                if prepared_one:
-                    return
-                prepared_one = True
-                if not self._try_prepare(head):
-                    continue
-            if not self._try_start(head):
-                return
+    def tick(self) -> None:
+        """What time alone asks for while there is nothing to do."""
+        self._parts.manager.expire(self._clock())
 
-    def _try_prepare(self, sequence: Sequence) -> bool:
-        try:
-            self._preparer.prepare(sequence)
-        except Exception as exc:
-            self._fail(sequence, exc)
-            return False
-        return True
-
-    def _try_start(self, sequence: Sequence) -> bool:
-        """Lease room and start prefill; False when there is no room now. A failing request is ended."""
-        manager = self._parts.manager
-        if self._refused_at_change == manager.changes:
-            return False
-        now_s = self._clock()
-        try:
-            lease = manager.try_lease(sequence.request.tenant, sequence.prompt, tokens_to_reserve(sequence), now_s)
-        except Exception as exc:
-            self._fail(sequence, exc)
-            return True
-        self._refused_at_change = manager.changes if lease is None else None
-        if lease is None:
-            return False
-        self._waiting.remove(sequence)
+    def _start(self, sequence: Sequence, lease: Lease) -> None:
+        """A lease was found: prefill from where its caches end."""
         self._running.append(sequence)
         sequence.stage, sequence.lease = Stage.PREFILL, lease
         sequence.caches, sequence.cache_len = lease.caches, lease.cached_len
         sequence.last_prefill_step = self._num_steps
-        self._telemetry.observe_queue_time(now_s - sequence.submitted_s)
+        self._parts.manager.attach(lease, RunningSequence(sequence, self.runner))
+        if sequence.order is not None:  # it was preempted: its first admission counts
+            return
+        sequence.order, sequence.cached_len = lease.order, lease.cached_len
+        self._telemetry.observe_queue_time(self._clock() - sequence.submitted_s)
         self._telemetry.add_prompt_tokens(len(sequence.prompt), lease.cached_len)
+
+    def _preempt(self, lease: Lease) -> bool:
+        """Queue the request of a lease again; what it computed stays as an idle conversation."""
+        sequence = next((s for s in self._running if s.lease is lease), None)
+        if sequence is None or sequence.stage not in (Stage.PREFILL, Stage.DECODE):
+            return False
+        if self.runner.has(sequence):
+            self.runner.leave([sequence])
+        assert sequence.caches is not None
+        self._running.remove(sequence)
+        held, caches = sequence.tokens(0, sequence.cache_len), sequence.caches
+        sequence.stage, sequence.lease, sequence.caches, sequence.cache_len = Stage.WAITING, None, None, 0
+        self._waiting.put_first(sequence)
+        self._parts.manager.keep(lease, held, caches, self._clock(), has_ended=False)
+        log.info("request %s was preempted after %d answer tokens", sequence.request_id, len(sequence.answer))
         return True
 
     def _prefill_one(self) -> None:
@@ -155,6 +159,7 @@ class StepLoop:
         sequence = prefilling[chosen]
         sequence.last_prefill_step = self._num_steps
         try:
+            self._take_better_start(sequence)
             num_tokens = scheduler.chunk_len(sequence.num_to_prefill, self._settings.prefill_chunk_tokens)
             if num_tokens:
                 self.runner.prefill(sequence, num_tokens)
@@ -165,16 +170,33 @@ class StepLoop:
             log.exception("prefill failed for request %s", sequence.request_id)
             self._fail(sequence, exc)
 
+    def _take_better_start(self, sequence: Sequence) -> None:
+        """Of requests with a common beginning that came together, one computes it and the others follow."""
+        assert sequence.lease is not None and sequence.caches is not None
+        if sequence.num_to_prefill <= 0:
+            return
+        better = self._parts.manager.better_start(sequence.lease)
+        if better is None:
+            return
+        self._parts.runtime.release(sequence.caches)
+        sequence.caches, num_cached = better
+        if not sequence.answer:
+            sequence.cached_len = num_cached
+        sequence.cache_len = num_cached
+
     def _extend_leases(self) -> None:
-        """Open-ended answers reserve as they grow; one that cannot grow ends here."""
-        for sequence in [s for s in self._running if s.stage is Stage.DECODE]:
+        """Open-ended answers reserve as they grow, the oldest first; one that cannot grow makes way for now."""
+        for sequence in sorted((s for s in self._running if s.stage is Stage.DECODE), key=lambda s: s.order or 0):
             lease = sequence.lease
-            assert lease is not None
-            if sequence.num_tokens <= lease.reserved_tokens:
+            if sequence.stage is not Stage.DECODE or lease is None or sequence.num_tokens <= lease.reserved_tokens:
                 continue
-            if not self._parts.manager.try_extend(lease, tokens_to_reserve(sequence)):
-                log.warning("no KV budget left to go on with request %s: ended by length", sequence.request_id)
-                self._finish(sequence, "length")
+            if self._parts.manager.try_extend(lease, tokens_to_reserve(sequence), self._clock()):
+                continue
+            if len(self._running) > 1 and self._preempt(lease):
+                self._parts.manager.counts.preemptions["growth"] += 1
+                continue
+            log.warning("no KV budget left to go on with request %s: ended by length", sequence.request_id)
+            self._finish(sequence, "length")
 
     def _decode(self) -> None:
         for sequence, outcome in self.runner.step().items():
@@ -225,7 +247,8 @@ class StepLoop:
             return
         sequence.num_recoveries += 1
         sequence.stage = Stage.PREFILL
-        sequence.caches, sequence.cache_len = self._parts.runtime.make_cache(), 0
+        assert sequence.lease is not None
+        sequence.caches, sequence.cache_len = sequence.lease.runtime.make_cache(), 0
         sequence.last_prefill_step = self._num_steps
 
     def _finish(self, sequence: Sequence, reason: FinishReason, *, flush: bool = True) -> None:
@@ -240,7 +263,7 @@ class StepLoop:
                 return
             rest, reason = result.text, "stop" if result.stopped else reason
         usage = self._usage(sequence)
-        self._end_keeping(sequence)
+        usage = replace(usage, session_id=self._end_keeping(sequence))
         self._telemetry.request_finished(reason)
         self._telemetry.observe_e2e(self._clock() - sequence.submitted_s)
         if rest:
@@ -252,9 +275,9 @@ class StepLoop:
         return Usage(
             prompt_tokens=len(sequence.prompt),
             completion_tokens=len(sequence.answer),
-            cached_tokens=sequence.lease.cached_len,
+            cached_tokens=sequence.cached_len,
             kv=kv_bytes(self.runner.measure(sequence)),
-            kv_format=kv_format_name(self._parts),
+            kv_format=sequence.lease.kv_format,
         )
 
     def _fail(self, sequence: Sequence, cause: Exception) -> None:
@@ -272,13 +295,15 @@ class StepLoop:
         count(error.code or error.type)
         self._send(sequence, Failed(error))
 
-    def _end_keeping(self, sequence: Sequence) -> None:
-        """End a request; what its cache holds becomes an idle conversation."""
+    def _end_keeping(self, sequence: Sequence) -> str:
+        """End a request; what its cache holds becomes an idle conversation, whose id is returned ("": none)."""
         self._remove(sequence)
-        if sequence.lease is not None and sequence.caches is not None:
-            held = sequence.tokens(0, sequence.cache_len)
-            self._parts.manager.keep(sequence.lease, held, sequence.caches, self._clock())
+        lease, caches = sequence.lease, sequence.caches
         sequence.lease = sequence.caches = None
+        if lease is None or caches is None:
+            return ""
+        kept = self._parts.manager.keep(lease, sequence.tokens(0, sequence.cache_len), caches, self._clock())
+        return kept.conversation_id if kept is not None else ""
 
     def _remove(self, sequence: Sequence) -> None:
         if self.runner.has(sequence):
@@ -287,7 +312,6 @@ class StepLoop:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-            self._refused_at_change = None  # another request is the head now
         sequence.stage = Stage.ENDED
 
     def _send(self, sequence: Sequence, event: Event) -> None:

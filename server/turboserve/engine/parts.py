@@ -30,11 +30,19 @@ class LoadedModel:
 
 
 class ServingRuntime(EvaluatingRuntime, Protocol):
-    """`turboquant_kv.runtime.KVRuntime` as the engine uses it."""
+    """`turboquant_kv.runtime.KVRuntime` as the engine uses it; here the one of the server's own format."""
 
     backend_name: str
     layers_compressed: int
     layers_uncompressed: int
+
+    def allocated_bytes(self) -> int:
+        """Everything its pools hold: pages in use or not, and exact rows."""
+        ...
+
+    def slack_bytes(self) -> int:
+        """Held for pages that nobody uses."""
+        ...
 
     @property
     def token_raw_bytes(self) -> float: ...

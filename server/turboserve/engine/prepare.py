@@ -28,15 +28,16 @@ class Preparer:
         self._template = ChatTemplate(loaded.tokenizer)
 
     def prepare(self, sequence: Sequence) -> None:
-        """Fills in prompt, limits, sampler and text. Raises InvalidRequestError or ContextLengthError."""
+        """Fills in prompt, limits, sampler and text. Raises InvalidRequestError, of whatever kind."""
         request = sequence.request
         prompt = self._template.encode(request.messages, request.tools)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
+        kv_format = self._manager.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:
-            self._manager.check_can_fit(len(prompt) + 1)
-            limit = min(limit, self._manager.largest_sequence(self._loaded.max_context) - len(prompt))
+            self._manager.check_can_fit(len(prompt) + 1, kv_format)
+            limit = min(limit, self._manager.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
         else:
-            self._manager.check_can_fit(len(prompt) + limit)
+            self._manager.check_can_fit(len(prompt) + limit, kv_format)
         sequence.sampler = RowSampler(request.sampling, prompt, self._vocab_len)
         sequence.text = TextStream(self._decode, request.stop)
         sequence.max_answer_len = limit

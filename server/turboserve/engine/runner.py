@@ -28,9 +28,23 @@ Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, 
 
 
 class EvaluatingRuntime(CacheRuntime, Protocol):
-    """A runtime that can also finish pending work on caches."""
+    """A runtime that can also finish pending work on caches, batch them and look at one row."""
 
     def evaluate(self, caches: list[Any]) -> None: ...
+
+    def merge_rows(self, singles: list[list[Any]]) -> list[Any]:
+        """A batch over sequences of whatever formats; their own caches stay as they are."""
+        ...
+
+    def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
+        """The rows of both; only the returned caches are valid afterwards."""
+        ...
+
+    def measure_row(self, batch: list[Any], index: int) -> CacheBytes: ...
+
+    def usable_prefix_row(self, batch: list[Any], index: int, length: int) -> int: ...
+
+    def fork_row(self, batch: list[Any], index: int, length: int) -> list[Any]: ...
 
 
 class NonFiniteLogitsError(RuntimeError):
@@ -92,8 +106,7 @@ class Runner:
         if self._caches is None:
             self._caches = joined
         else:
-            for mine, new in zip(self._caches, joined, strict=True):
-                mine.extend(new)
+            self._caches = self._runtime.extend_rows(self._caches, joined)
         self._rows.append(sequence)
 
     def leave(self, leaving: Sequence_[Sequence]) -> None:
@@ -114,10 +127,25 @@ class Runner:
         """Bytes of a sequence's caches, wherever they are now."""
         if sequence.caches is not None:
             return self._runtime.measure(sequence.caches)
-        view = self._extract(self._rows.index(sequence))
-        measured = self._runtime.measure(view)
-        self._runtime.release(view)
-        return measured
+        return self._runtime.measure_row(self._batch(), self._rows.index(sequence))
+
+    def usable_prefix(self, sequence: Sequence, length: int) -> int:
+        """Longest n <= length of which `fork` can make caches without loss."""
+        if sequence.caches is not None:
+            return self._runtime.usable_prefix(sequence.caches, length)
+        if not self.has(sequence):
+            return 0
+        return self._runtime.usable_prefix_row(self._batch(), self._rows.index(sequence), length)
+
+    def fork(self, sequence: Sequence, length: int) -> list[Any]:
+        """Caches of a sequence's first `length` tokens, sharing pages; it goes on undisturbed."""
+        if sequence.caches is not None:
+            return self._runtime.fork(sequence.caches, length)
+        return self._runtime.fork_row(self._batch(), self._rows.index(sequence), length)
+
+    def views(self) -> list[list[Any]]:
+        """Every row's caches by themselves, sharing pages, to be released by the caller."""
+        return [self._extract(i) for i in range(len(self._rows))]
 
     def step(self) -> Outcomes:
         """Feed every row's newest token and draw the next one for each."""
@@ -196,7 +224,7 @@ class Runner:
             return None
 
     def _merge(self, singles: list[list[Any]]) -> list[Any]:
-        return [layer[0].merge(list(layer)) for layer in zip(*singles, strict=True)]
+        return self._runtime.merge_rows(singles)
 
     def _extract(self, index: int) -> list[Any]:
         return [cache.extract(index) for cache in self._batch()]

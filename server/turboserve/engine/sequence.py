@@ -14,7 +14,7 @@ from turboserve.engine.text import TextStream
 
 
 class Stage(Enum):
-    """Where a request stands; it only moves down, but for a decode that must recompute its cache."""
+    """Where a request stands; it moves down, but for a lost cache (to PREFILL) and preemption (to WAITING)."""
 
     WAITING = "queued"
     PREFILL = "prefill"
@@ -44,6 +44,9 @@ class Sequence:
     caches: list[Any] | None = None
     cache_len: int = 0
     num_recoveries: int = 0  # times its cache was lost and computed again
+    order: int | None = None  # of its first admission; the youngest is preempted first
+    cached_len: int = 0  # prompt tokens that were not computed for it, at its first admission
+    roomless_since_s: float | None = None  # when it first was the queue's head and found no room
     last_prefill_step: int = 0
     last_token_s: float | None = None
 

@@ -13,8 +13,9 @@ import mlx.core as mx
 from mlx_lm.models.qwen2 import Model, ModelArgs
 
 from turboquant_kv.format import KVFormat
-from turboquant_kv.runtime import KVRuntime
-from turboserve.cache.manager import CacheManager
+from turboserve.cache.manager import CacheManager, ManagerLimits
+from turboserve.cache.store import SessionDisk
+from turboserve.engine.family import ModelFamily
 from turboserve.engine.loop import StepLoop
 from turboserve.engine.parts import EngineParts, LoadedModel
 from turboserve.engine.protocol import (
@@ -147,6 +148,8 @@ def make_parts(
     budget_bytes: int = 1 << 28,
     max_context: int = MAX_CONTEXT,
     eos_ids: frozenset[int] = frozenset(),
+    limits: ManagerLimits | None = None,
+    disk: SessionDisk | None = None,
 ) -> EngineParts:
     loaded = LoadedModel(
         model=model,
@@ -158,8 +161,10 @@ def make_parts(
         weights_fingerprint="none",
         eos_ids=eos_ids,
     )
-    runtime = KVRuntime(model, fmt)
-    return EngineParts(loaded, runtime, CacheManager(runtime, budget_bytes))
+    family = ModelFamily(model, fmt)
+    return EngineParts(
+        loaded, family.default_runtime, CacheManager(family, budget_bytes, limits or ManagerLimits(), disk)
+    )
 
 
 class Clock:

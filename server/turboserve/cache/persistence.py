@@ -1,0 +1,177 @@
+"""Conversations to and from the disk store: what is written, and when a file still is the truth.
+
+A file holds one conversation's caches bit by bit, its tokens, and what its session needs after a
+restart. Times in files are Unix seconds. A file that cannot be used is dropped and counted; the
+conversation is then computed again from its tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from turboserve.cache.counts import CacheCounts
+from turboserve.cache.holders import Conversation, Session, new_id
+from turboserve.cache.policy import Tokens
+from turboserve.cache.runtime import CacheBytes, CacheFamily
+from turboserve.cache.store import Meta, SessionDisk, StoredEntry
+from turboserve.errors import KVFormatError
+
+log = logging.getLogger(__name__)
+
+WallClock = Callable[[float], float]
+"""From the engine's seconds to Unix seconds."""
+
+_KV_FIELDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equivalent")
+
+
+@dataclass(slots=True)
+class Persistence:
+    """The disk side of the cache manager; with `disk` None it does nothing and says so."""
+
+    family: CacheFamily
+    disk: SessionDisk | None
+    counts: CacheCounts
+
+    @property
+    def is_writable(self) -> bool:
+        return self.disk is not None and self.disk.status().is_writable
+
+    def save(self, conversation: Conversation, wall_offset_s: float) -> bool:
+        """Whether its file is written or queued. Reads the caches, changes nothing in them."""
+        if self.disk is None or conversation.caches is None:
+            return False
+        if conversation.disk_key is not None:
+            return True
+        if not self.is_writable:
+            return False
+        header, arrays = self.family.export_caches(conversation.caches)
+        key = new_id()
+        if not self.disk.put(key, _meta(conversation, wall_offset_s), header, arrays):
+            return False
+        conversation.disk_key = key
+        conversation.disk_bytes = sum(a.nbytes for a in arrays)
+        return True
+
+    def load(self, conversation: Conversation) -> bool:
+        """Bring its caches back into memory; False, and no file any more, when that is not possible."""
+        assert conversation.caches is None
+        stored = self.disk.get(conversation.disk_key) if self.disk and conversation.disk_key else None
+        try:
+            if stored is not None:
+                _, header, arrays = stored
+                caches = self.family.import_caches(conversation.kv_format, header, list(arrays))
+                conversation.caches = caches
+                conversation.kv = self.family.runtime(conversation.kv_format).measure(caches)
+                self.counts.restores["request"] += 1
+                return True
+        except ValueError as exc:
+            log.warning("a stored conversation cannot be used: %s", exc)
+        self.counts.restores["failed"] += 1
+        self.forget(conversation)
+        return False
+
+    def forget(self, conversation: Conversation) -> None:
+        """Delete its file."""
+        if self.disk is not None and conversation.disk_key is not None:
+            self.disk.delete(conversation.disk_key)
+        conversation.disk_key, conversation.disk_bytes = None, 0
+
+    def rewrite(self, conversation: Conversation, wall_offset_s: float) -> None:
+        """Its session changed: let its file, if there is one, say so."""
+        old_key = conversation.disk_key
+        if self.disk is None or old_key is None:
+            return
+        stored = self.disk.get(old_key)
+        if stored is None:
+            return
+        key = new_id()
+        if self.disk.put(key, _meta(conversation, wall_offset_s), stored[1], list(stored[2])):
+            self.disk.delete(old_key)
+            conversation.disk_key = key
+
+    def is_lost(self, conversation: Conversation) -> bool:
+        """Whether it was on disk only, and the store dropped its file."""
+        if conversation.caches is not None or self.disk is None or conversation.disk_key is None:
+            return False
+        return self.disk.entry_bytes(conversation.disk_key) is None
+
+    def stored_conversations(self, wall_offset_s: float) -> list[Conversation]:
+        """What an earlier process left behind; files that make no sense are deleted."""
+        if self.disk is None:
+            return []
+        found = []
+        for entry in list(self.disk.entries()):
+            conversation = self._from_entry(entry, wall_offset_s)
+            if conversation is None:
+                self.disk.delete(entry.key)
+            else:
+                found.append(conversation)
+        return found
+
+    def _from_entry(self, entry: StoredEntry, wall_offset_s: float) -> Conversation | None:
+        try:
+            conversation = _conversation(entry, wall_offset_s)
+            self.family.runtime(conversation.kv_format)
+            return conversation
+        except (KeyError, TypeError, ValueError, zlib.error, KVFormatError) as exc:
+            log.warning("a file of the session store is of no use (%s): deleted", exc)
+            return None
+
+
+def _meta(conversation: Conversation, wall_offset_s: float) -> Meta:
+    session = conversation.session
+    return {
+        "session_id": session.session_id,
+        "public_id": session.public_id,
+        "salt": session.salt,
+        "created_unix_s": session.created_s + wall_offset_s,
+        "last_used_unix_s": session.last_used_s + wall_offset_s,
+        "is_explicit": session.is_explicit,
+        "is_pinned": session.is_pinned,
+        "ttl_s": session.ttl_s,
+        "hits": session.hits,
+        "num_requests": session.num_requests,
+        "cache_key": session.cache_key,
+        "kv_format": conversation.kv_format,
+        "wanted_format": conversation.wanted_format,
+        "kv": {name: int(getattr(conversation.kv, name)) for name in _KV_FIELDS},
+        "tokens": base64.b85encode(zlib.compress(conversation.tokens.astype("<i4").tobytes(), 1)).decode(),
+    }
+
+
+def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:
+    meta = entry.meta
+    tokens: Tokens = np.frombuffer(zlib.decompress(base64.b85decode(meta["tokens"])), "<i4").astype(np.int32)
+    session = Session(
+        session_id=str(meta["session_id"]),
+        salt=str(meta["salt"]),
+        created_s=float(meta["created_unix_s"]) - wall_offset_s,
+        last_used_s=float(meta["last_used_unix_s"]) - wall_offset_s,
+        is_explicit=bool(meta["is_explicit"]),
+        is_pinned=bool(meta["is_pinned"]),
+        ttl_s=None if meta["ttl_s"] is None else float(meta["ttl_s"]),
+        hits=int(meta["hits"]),
+        num_requests=int(meta["num_requests"]),
+        cache_key=meta["cache_key"],
+        public_id=str(meta["public_id"]),
+    )
+    kv: Any = SimpleNamespace(**{name: int(meta["kv"][name]) for name in _KV_FIELDS})
+    bytes_then: CacheBytes = kv
+    return Conversation(
+        session=session,
+        tokens=tokens,
+        kv_format=str(meta["kv_format"]),
+        wanted_format=str(meta["wanted_format"]),
+        caches=None,
+        kv=bytes_then,
+        disk_key=entry.key,
+        disk_bytes=entry.num_bytes,
+    )

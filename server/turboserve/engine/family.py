@@ -1,0 +1,92 @@
+"""All KV formats of the loaded model as the cache manager uses them: `turboquant_kv.family` with a default.
+
+Adds the server's own format, errors that HTTP shows, and a look at the pages that a conversation holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mlx_lm.models.cache import KVCache
+from numpy.typing import NDArray
+
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.calibration import Calibration
+from turboquant_kv.family import CalibrationSource, KVFamily
+from turboquant_kv.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.runtime import PLAIN_FORMAT, CacheBytes, KVRuntime, UnsupportedModelError
+from turboserve.cache.runtime import Caches, HeldPages
+from turboserve.errors import KVFormatError
+
+
+def parse_format(name: str) -> KVFormat | None:
+    """None for `f16`. Raises UnsupportedFormatError."""
+    return None if name.strip().lower() == PLAIN_FORMAT else KVFormat.parse(name)
+
+
+class ModelFamily:
+    """Implements cache.runtime.CacheFamily for one model. Used by the engine thread only."""
+
+    def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
+        """`fmt` is the server's default, None for f16; other formats get its pages and exact ends.
+
+        Raises UnsupportedFormatError or UnsupportedModelError when the model cannot have it.
+        """
+        self.kv = KVFamily(model, calibration=calibration, base=fmt)
+        self.default = PLAIN_FORMAT if fmt is None else fmt.name
+        self.default_runtime = self.kv.runtime(self.default)
+        self._calibration = self.kv.calibration if fmt is not None and fmt.centred else None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the default format centres with; None when it does not."""
+        return self._calibration
+
+    def normalise(self, name: str) -> str:
+        try:
+            return self.kv.normalise(name)
+        except UnsupportedFormatError as exc:
+            raise KVFormatError(str(exc)) from exc
+
+    def runtime(self, name: str) -> KVRuntime:
+        try:
+            return self.kv.runtime(name)
+        except (UnsupportedFormatError, UnsupportedModelError, ValueError) as exc:
+            raise KVFormatError(f"kv_format {name!r}: {exc}") from exc
+
+    def totals(self) -> CacheBytes:
+        return self.kv.totals()
+
+    def held_pages(self, caches: Caches) -> HeldPages | None:
+        """Of the first compressed layer; all of them hold and share their pages alike."""
+        paged = [c.sequence for c in caches if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
+        if not paged:
+            return None
+        pool, ids = paged[0].pool, paged[0].page_ids
+        references = np.array([pool.references(int(page)) for page in ids], np.int64)
+        return HeldPages(id(pool), ids, references, sum(s.pool.page_bytes for s in paged))
+
+    def can_cut(self, name: str) -> bool:
+        return all(kind is KVCache for kind in self.kv.layers.kinds)
+
+    def convert(self, caches: Caches, source: str, target: str) -> Caches:
+        return self.kv.convert(caches, source, target)
+
+    def export_caches(self, caches: Caches) -> tuple[Mapping[str, Any], list[NDArray[Any]]]:
+        return self.kv.export_caches(caches)
+
+    def import_caches(self, name: str, header: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Caches:
+        if self.kv.saved_format(header) != name:
+            raise ValueError(f"a file holds {self.kv.saved_format(header)} where {name} was saved")
+        return self.kv.import_caches(header, arrays)
+
+    def allocated_bytes(self) -> int:
+        return self.kv.allocated_bytes()
+
+    def slack_bytes(self) -> int:
+        return self.kv.slack_bytes()
+
+    def check_integrity(self) -> None:
+        self.kv.check_integrity()
