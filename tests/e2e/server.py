@@ -52,10 +52,10 @@ class Server:
 
 
 @contextmanager
-def running_server(cache_dir: Path, *flags: str) -> Iterator[Server]:
-    """Start `turboserve serve` with these flags on a free port; ends it with SIGTERM."""
+def running_server(cache_dir: Path, *flags: str, program: tuple[str, ...] = ("-m", "turboserve")) -> Iterator[Server]:
+    """Start `turboserve serve` (`program` runs it) with these flags on a free port; ends it with SIGTERM."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "turboserve", "serve", "--port", "0", "--cache-dir", str(cache_dir), *flags],
+        [sys.executable, *program, "serve", "--port", "0", "--cache-dir", str(cache_dir), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-from turboquant_kv import blas
+from turboquant_kv import UnsupportedFormatError, blas
 from turboserve import __version__
 from turboserve.cache.budget import detect_memory
 from turboserve.cli.backend import device_name, load_backend
@@ -79,6 +79,25 @@ def check_blas() -> Finding:
     return Finding("blas", "ok", status.describe())
 
 
+def check_kv_backend() -> Finding:
+    """What computes attention over compressed caches; meaningful only after MLX was imported."""
+    try:
+        from turboquant_kv.backends import choose_backend, native
+        from turboquant_kv.backends.cpu import NumpyBackend
+    except ImportError:
+        return Finding("kv backend", "failed", "not known without an MLX backend")
+    try:
+        name = choose_backend().name
+    except UnsupportedFormatError as exc:
+        return Finding("kv backend", "failed", str(exc))
+    if not name.startswith(NumpyBackend.name):
+        return Finding("kv backend", "ok", name)
+    _, reason = native.load_kernels()
+    return Finding(
+        "kv backend", "warning", f"{name}, many times slower: {reason}; reinstall with a C++ compiler present"
+    )
+
+
 def check_compiler() -> Finding:
     """mx.compile on a CPU runs g++ at run time (clang++ on macOS through the same name)."""
     if compiler := shutil.which("g++"):
@@ -116,6 +135,7 @@ def run_checks(settings: Settings) -> list[Finding]:
         check_versions,
         check_backend,
         check_blas,
+        check_kv_backend,
         check_compiler,
         check_memory,
         lambda: check_cache_dir(settings),
