@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -18,20 +19,26 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv import cache as caches
+from turboquant_kv import reference
+from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu import GpuBackend
-from turboquant_kv.backends.gpu_source import DecodeKernels
+from turboquant_kv.backends.gpu_launch import DecodeKernels
+from turboquant_kv.backends.gpu_pages import PageKernels
 from turboquant_kv.cache import TurboQuantKVCache
 from turboquant_kv.format import KVFormat
+from turboquant_kv.packing import unpack
+from turboquant_kv.rotation import rotation_matrix
 
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 5e-3}
+
+BACKEND = GpuBackend("metal", DecodeKernels("metal", metal_kernel), PageKernels("metal", metal_kernel))
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cache made in a test attends through emulated Metal."""
-    backend = GpuBackend("metal", DecodeKernels.build("metal", "portable", metal_kernel))
-    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: BACKEND)
 
 
 def prefilled(
@@ -132,3 +139,39 @@ def test_strided_queries_are_read_where_they_lie(rng: np.random.Generator) -> No
     q = mx.array(rng.standard_normal((1, 2, 4, 64)).astype(np.float32)).transpose(0, 2, 1, 3)
     out = feed(cache, history, 50, 52, q, 0.125)
     assert relative_error(out, expected(history, q, fmt, 50, 0.125, None)) < TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
+def test_prefill_in_chunks_is_the_references(bits: Any, rng: np.random.Generator) -> None:
+    """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
+    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=12)
+    history = History.random(rng, 2, 90, 64, 128, mx.float16)
+    means = history.means(rng)
+    cache = new_cache(fmt, "gpu", means)
+    cuts = [0, 9, 40, 60, 90]
+    for start, stop in itertools.pairwise(cuts):
+        q = random_queries(rng, 4, stop - start, 64, mx.float16)
+        out = feed(cache, history, start, stop, q, 0.125)
+        seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
+        assert relative_error(out, expected(seen, q, fmt, start, 0.125, means)) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("case", [(64, 4, "unbiased"), (128, 3, "norm"), (256, 2, "least_squares"), (64, 8, "plain")])
+def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
+    """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
+    dim, bits, scale = case
+    x = rng.standard_normal((2, 48, dim)).astype(np.float32)
+    mean = rng.standard_normal((2, dim)).astype(np.float32)
+    x[1, 3] = mean[1]  # centred it is nothing at all
+    fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
+    storage = BACKEND.new_storage(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    storage.grow(5)
+    storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
+    pages = storage.read(np.array([4, 0, 2]))
+    want = reference.encode(x, bits, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None], scale)
+    got = unpack(pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1), bits, dim)
+    same = got == unpack(want.codes, bits, dim)
+    assert same.mean() > 0.999
+    got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
+    unmoved = same.all(axis=-1)
+    np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)

@@ -1,33 +1,28 @@
-"""The GPU backend: fused decode attention straight on the packed pages, for Metal and CUDA.
+"""The GPU backend: attention and encoding on packed pages in fused kernels, for Metal and CUDA.
 
-Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables and
-exact rows as the kernels take them. Prefill (more than 8 query rows), array masks and encoding are the MLX operations
-of mlx_ops.py over the same pages; `details` says so.
+Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables, exact
+rows as the kernels take them, and which path a call takes; `details` names them. Array masks, prefill and encoding of
+dims that are no power of two are the MLX operations of mlx_ops.py over the same pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
 from turboquant_kv.backends.canonical import CanonicalStorage
-from turboquant_kv.backends.gpu_launch import (
-    MAX_QUERY_ROWS,
-    MIN_ELEMENTS,
-    DecodeShape,
-    LayerInputs,
-    RowFigures,
-    decode_attention,
-    variant_for,
-)
-from turboquant_kv.backends.gpu_source import DecodeKernels, Dialect, device_kernels
+from turboquant_kv.backends.gpu_launch import DecodeKernels, LayerInputs, is_power_of_two
+from turboquant_kv.backends.gpu_pages import PageKernels, SideShape
+from turboquant_kv.backends.gpu_plan import MAX_QUERY_ROWS, MIN_ELEMENTS, DecodeShape
+from turboquant_kv.backends.gpu_prefill import prefill_mask
+from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
-from turboquant_kv.codebook import centroids
 from turboquant_kv.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.rotation import rotation_matrix
 
@@ -45,9 +40,9 @@ class OpenArrays(GrowingArrays):
 
 
 class GpuStorage(CanonicalStorage):
-    """Pages of one layer with everything else that its decode kernels read."""
+    """Pages of one layer with everything else that its kernels read."""
 
-    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
+    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: PageKernels) -> None:
         self._arrays: list[OpenArrays] = []
 
         def new_arrays(heads: int, dim: int, bits: int) -> OpenArrays:
@@ -55,21 +50,52 @@ class GpuStorage(CanonicalStorage):
             return self._arrays[-1]
 
         super().__init__(KIT, shape, fmt, means, new_arrays)
-        heads = shape.num_kv_heads
-        k_turn = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
-        self._rotations = (
-            mx.array(np.stack([k_turn, k_turn.T])),
-            mx.array(rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")),
+        self._kernels = kernels
+        heads, page = shape.num_kv_heads, fmt.page_tokens
+        self._sides = (
+            SideShape(heads, shape.k_dim, fmt.k_bits, page, fmt.scale, shape.dtype),
+            SideShape(heads, shape.v_dim, fmt.v_bits, page, fmt.scale, shape.dtype),
         )
-        centred = means is not None and fmt.centred
-        self._means = (
-            mx.array(means.k) if centred and means else mx.zeros((heads, shape.k_dim)),
-            mx.array(means.v) if centred and means else mx.zeros((heads, shape.v_dim)),
-        )
-        self._books = mx.array(centroids(fmt.k_bits)), mx.array(centroids(fmt.v_bits))
+        centred = means if fmt.centred else None
+        k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
+        v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
+        k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
+        v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
+        self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
         self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
+
+    @property
+    def has_page_kernels(self) -> bool:
+        return all(side.has_kernel for side in self._sides)
+
+    def encode(self, page_ids: PageIds, k: mx.array, v: mx.array) -> None:
+        if not self.has_page_kernels:
+            super().encode(page_ids, k, v)
+            return
+        for side, arrays, constants, rows in zip(self._sides, self._arrays, self._constants, (k, v), strict=True):
+            arrays.put(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
+
+    def history(self, view: SequenceView) -> tuple[mx.array, mx.array]:
+        """Keys and values of a sequence, (H, columns, D): sink, its pages decoded, window."""
+        table = self.page_table([view])
+        num_tokens = len(view.page_ids) * self.fmt.page_tokens
+        k, v = (
+            self._kernels.history(
+                side,
+                (arrays.codes, arrays.scales) if arrays.num_pages else (mx.zeros((8,), mx.uint8), _NO_SCALES),
+                table,
+                num_tokens,
+                _rows_of(view.sink, name, no_rows),
+                _rows_of(view.window, name, no_rows),
+                constants,
+            )
+            for side, arrays, constants, name, no_rows in zip(
+                self._sides, self._arrays, self._constants, "kv", self._no_rows, strict=True
+            )
+        )
+        return k, v
 
     def page_table(self, views: Sequence[SequenceView]) -> mx.array:
         """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
@@ -86,47 +112,55 @@ class GpuStorage(CanonicalStorage):
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
         k, v = self._arrays
-        return LayerInputs(
-            *(k.codes, k.scales, v.codes, v.scales, *self._rotations, *self._means, *self._books),
-            *(*sink, *window),
-        )
+        return LayerInputs((k.codes, k.scales, v.codes, v.scales), (*sink, *window), *self._constants)
 
     def join(self, parts: Sequence[ExactRows | None]) -> tuple[tuple[mx.array, mx.array], list[int]]:
         """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv), and where each sequence's begin."""
         present = [rows for rows in parts if rows is not None]
+        if len(present) <= 1:
+            return self._no_rows if not present else (present[0].k, present[0].v), [0] * len(parts)
         counts = [0 if rows is None else int(rows.k.shape[1]) for rows in parts]
         offsets = [sum(counts[:i]) for i in range(len(counts))]
-        if not present:
-            return self._no_rows, offsets
-        if len(present) == 1:
-            return (present[0].k, present[0].v), offsets
         k, v = (mx.concatenate([getattr(rows, side) for rows in present], axis=1) for side in ("k", "v"))
         return (k, v), offsets
 
 
+_NO_SCALES = mx.zeros((8,), mx.float16)
+
+
+def _rows_of(rows: ExactRows | None, side: str, no_rows: mx.array) -> tuple[mx.array, int]:
+    return (no_rows, 0) if rows is None else (getattr(rows, side), int(rows.k.shape[1]))
+
+
 class GpuBackend(MlxBackend):
-    """Fused kernels for decoding, MLX operations for the rest."""
+    """Fused kernels, and MLX operations for what they do not cover."""
 
     name = "gpu"
 
-    def __init__(self, dialect: Dialect | None = None, kernels: DecodeKernels | None = None) -> None:
-        """Raises UnsupportedFormatError where MLX has neither Metal nor CUDA. `kernels` replaces the device's own."""
+    def __init__(
+        self,
+        dialect: Dialect | None = None,
+        kernels: DecodeKernels | None = None,
+        page_kernels: PageKernels | None = None,
+    ) -> None:
+        """Raises UnsupportedFormatError where MLX has neither Metal nor CUDA. Kernels replace the device's own."""
         self._dialect = dialect or _device_dialect()
-        self._kernels = kernels
+        self._kernels = kernels or device_kernels(self._dialect)
+        self._page_kernels = page_kernels or device_page_kernels(self._dialect)
         self.name = f"gpu-{self._dialect}"
 
     @property
     def details(self) -> str:
         """What runs where, for logs and statistics."""
         return (
-            f"decode attention (up to {MAX_QUERY_ROWS} query rows): fused {self._dialect} kernels; "
-            "prefill, array masks and encoding: MLX operations on the same pages"
+            f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {self._dialect} kernels; "
+            "prefill: MLX's attention over one layer's decoded history at a time; array masks: MLX operations"
         )
 
     def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> GpuStorage:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
         decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
-        return GpuStorage(shape, fmt, means)
+        return GpuStorage(shape, fmt, means, self._page_kernels)
 
     def attend(
         self,
@@ -138,29 +172,62 @@ class GpuBackend(MlxBackend):
         mask: mx.array | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        if mask is not None or queries.shape[2] > MAX_QUERY_ROWS:
+        if mask is not None:
             return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
+        if queries.shape[2] > MAX_QUERY_ROWS:
+            if storage.has_page_kernels and queries.dtype == storage.shape.dtype:
+                return self._prefill(queries, views, storage, scale, sinks)
+            return super().attend(queries, views, storage, scale=scale, mask=None, sinks=sinks)
         shape = decode_shape(queries.shape[1], queries.shape[2], queries.dtype, storage.shape, storage.fmt)
         sink, sink_offsets = storage.join([view.sink for view in views])
         window, window_offsets = storage.join([view.window for view in views])
-        rows = [
-            RowFigures(
+        figures = tuple(
+            (
                 *(view.q_start, view.num_queries, len(view.page_ids)),
                 *(sink_offsets[i], _num_rows(view.sink)),
                 *(window_offsets[i], 0 if view.window is None else view.window.start, _num_rows(view.window)),
             )
             for i, view in enumerate(views)
-        ]
-        return decode_attention(
-            self._kernels or device_kernels(self._dialect, variant_for(self._dialect, shape)),
-            shape,
-            storage.layer_inputs(sink, window),
-            queries,
-            rows,
-            storage.page_table(views),
-            scale=scale,
-            sinks=sinks,
         )
+        layer = storage.layer_inputs(sink, window)
+        table = storage.page_table(views)
+        return self._kernels.attend(shape, layer, queries, figures, table, scale=scale, sinks=sinks)
+
+    def _prefill(
+        self, queries: mx.array, views: Sequence[SequenceView], storage: Any, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
+        outputs = []
+        for b, view in enumerate(views):
+            n = view.num_queries
+            if n == 0:
+                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], storage.shape.v_dim), queries.dtype))
+                continue
+            k, v = storage.history(view)
+            out = mx.fast.scaled_dot_product_attention(
+                queries[b : b + 1, :, :n],
+                k[None],
+                v[None],
+                scale=scale,
+                mask=prefill_mask(view, storage.fmt, queries.dtype),
+                sinks=None if sinks is None else sinks.astype(queries.dtype),
+            )
+            outputs.append(
+                mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - n), (0, 0)]) if n < queries.shape[2] else out
+            )
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.NDArray[np.float32]) -> mx.array:
+    """A rotation as the kernels read it and a layer's means (H, D), flat.
+
+    Of a power of two dims the first row is enough, sign / sqrt(D): a Sylvester matrix begins with ones.
+    """
+    if is_power_of_two(len(rotation)):
+        rotation = rotation[0]
+    elif transpose:
+        rotation = rotation.T
+    return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
 
 
 @lru_cache(maxsize=256)
@@ -176,6 +243,18 @@ def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerS
 
 def _num_rows(rows: ExactRows | None) -> int:
     return 0 if rows is None else int(rows.k.shape[1])
+
+
+@cache
+def device_kernels(dialect: Dialect) -> DecodeKernels:
+    """The decode kernels of this machine's GPU: all layers and runtimes share them."""
+    return DecodeKernels(dialect)
+
+
+@cache
+def device_page_kernels(dialect: Dialect) -> PageKernels:
+    """The page kernels of this machine's GPU."""
+    return PageKernels(dialect)
 
 
 def _device_dialect() -> Dialect:

@@ -56,3 +56,27 @@ TQ_FN void tq_hadamard(TQ_SHARED float* rows, int num_rows, int dim, uint tid, u
   }
   TQ_BARRIER();
 }
+
+// The same over the PER values that each of a warp's 32 lanes holds, lane * PER + i or lane + 32 * i being the
+// index: the order of an index's bits does not matter to it.
+template <int PER>
+TQ_FN void tq_lane_hadamard(TQ_THREAD float* x, uint lane) {
+#pragma unroll
+  for (int width = 1; width < PER; width *= 2) {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      if (i & width) continue;
+      const float a = x[i], b = x[i + width];
+      x[i] = a + b;
+      x[i + width] = a - b;
+    }
+  }
+#pragma unroll
+  for (uint mask = 1; mask < 32; mask *= 2) {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      const float other = tq_shuffle_xor(x[i], mask);
+      x[i] = lane & mask ? other - x[i] : x[i] + other;
+    }
+  }
+}

@@ -8,7 +8,7 @@ for (int tile = first_tile + int(warp); tile < last_tile; tile += WARPS) {
   float score[LIVE];
   for (int r = 0; r < LIVE; r++) score[r] = 0.0f;
   if (token < num_tokens) {
-    row_id = uint((page_table[sequence * meta[1] + token / PAGE] * HEADS + head) * PAGE + token % PAGE);
+    row_id = uint((page_table[sequence * plan[1] + token / PAGE] * HEADS + head) * PAGE + token % PAGE);
     const TQ_DEVICE uchar* vector = k_codes + ulong(row_id) * K_BYTES;
     for (int u = 0; u < D / 8; u++) {
       float c[8];
@@ -21,7 +21,7 @@ for (int tile = first_tile + int(warp); tile < last_tile; tile += WARPS) {
   const float k_scale = token < num_tokens ? float(k_scales[row_id]) : 0.0f;
   const float v_scale = token < num_tokens ? float(v_scales[row_id]) : 0.0f;
   for (int r = 0; r < LIVE; r++) {
-    score[r] = token < limits[r] ? score[r] * k_scale + row_mean[r] : TQ_MASKED;
+    score[r] = token < limits[r] && token >= lows[r] ? score[r] * k_scale + row_mean[r] : TQ_MASKED;
     const float new_peak = tq_max(peak[r], tq_lane_max(score[r]));
     const float fade = tq_exp2(peak[r] - new_peak);
     peak[r] = new_peak;

@@ -1,6 +1,6 @@
 // Exact rows: sink [0, sink rows) and window [window position, + window rows), a tile of 32 a warp, a token a lane.
-const int sink_offset = meta[about + 3], num_sink = meta[about + 4];
-const int window_offset = meta[about + 5], window_start = meta[about + 6], num_window = meta[about + 7];
+const int sink_offset = plan[about + 3], num_sink = plan[about + 4];
+const int window_offset = plan[about + 5], window_start = plan[about + 6], num_window = plan[about + 7];
 const int num_exact = num_sink + num_window;
 for (int start = int(warp) * 32; start < num_exact; start += THREADS) {
   const int token = start + int(lane);
@@ -26,6 +26,7 @@ for (int start = int(warp) * 32; start < num_exact; start += THREADS) {
     const int query = q_start + row % QROWS;
     // The window's tokens are exact for queries of their own page only; others see them through their codes.
     const bool seen = token < num_exact && row < GROUP_ROWS && row % QROWS < num_queries && position <= query &&
+        position > query - reach &&
         (in_sink || (query >= SINK && (position - SINK) / PAGE == (query - SINK) / PAGE));
     if (!seen) score[r] = TQ_MASKED;
     const float new_peak = tq_max(peak[r], tq_lane_max(score[r]));

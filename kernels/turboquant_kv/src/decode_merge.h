@@ -1,4 +1,5 @@
-// The warps' softmaxes become one, and the block's part goes out: totals (ROWS, DV), peak and mass per row.
+// The warps' softmaxes become one, and the block's part goes out: first all parts' totals (LIVE, DV), then all parts'
+// peak and mass per row.
 for (int r = 0; r < LIVE; r++) {
   const float sum = tq_lane_sum(mass[r]);
   if (lane == 0) {
@@ -22,11 +23,12 @@ for (int w = 0; w < WARPS; w++) {
   TQ_BARRIER();
 }
 const ulong part = (ulong(block_z) * HEADS + block_y) * num_blocks_x + block_x;
-for (int i = int(tid); i < LIVE * DV; i += THREADS) totals[part * (ROWS * DV) + i] = work[i];
+for (int i = int(tid); i < LIVE * DV; i += THREADS) parts[part * (LIVE * DV) + i] = work[i];
 if (int(tid) < LIVE) {
   float top = TQ_NO_PEAK, sum = 0.0f;
   for (int i = 0; i < WARPS; i++) top = tq_max(top, row_peak[i * ROWS + tid]);
   for (int i = 0; i < WARPS; i++) sum += row_mass[i * ROWS + tid] * tq_exp2(row_peak[i * ROWS + tid] - top);
-  stats[(part * ROWS + tid) * 2] = top;
-  stats[(part * ROWS + tid) * 2 + 1] = sum;
+  const ulong at = ulong(plan[3]) * (LIVE * DV) + (part * LIVE + tid) * 2;
+  parts[at] = top;
+  parts[at + 1] = sum;
 }

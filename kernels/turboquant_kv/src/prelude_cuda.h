@@ -7,6 +7,7 @@
 #define TQ_THREAD
 #define TQ_SHARED_ARRAY(type, name, count) __shared__ type name[count]
 #define TQ_BARRIER() __syncthreads()
+#define TQ_TABLE __device__ const
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -23,11 +24,9 @@ TQ_FN float tq_lane_max(float x) {
   for (int step = 16; step > 0; step >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
   return x;
 }
-TQ_FN float tq_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+TQ_FN float tq_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(~0u, x, mask); }
+TQ_FN float tq_as_float(int bits) { return __int_as_float(bits); }
+TQ_FN float tq_sqrt(float x) { return sqrtf(x); }
 TQ_FN float tq_max(float a, float b) { return fmaxf(a, b); }
 
 // 16-bit exact values, eight at a time; a row begins at a multiple of 16 bytes.

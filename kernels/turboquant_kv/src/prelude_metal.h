@@ -6,10 +6,14 @@
 #define TQ_THREAD thread
 #define TQ_SHARED_ARRAY(type, name, count) threadgroup type name[count]
 #define TQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define TQ_TABLE constant
 
 TQ_FN float tq_lane_sum(float x) { return simd_sum(x); }
 TQ_FN float tq_lane_max(float x) { return simd_max(x); }
 TQ_FN float tq_shuffle(float x, uint lane) { return simd_shuffle(x, ushort(lane)); }
 TQ_FN uint tq_shuffle(uint x, uint lane) { return simd_shuffle(x, ushort(lane)); }
+TQ_FN float tq_shuffle_xor(float x, uint mask) { return simd_shuffle_xor(x, ushort(mask)); }
+TQ_FN float tq_as_float(int bits) { return as_type<float>(bits); }
 TQ_FN float tq_exp2(float x) { return exp2(x); }
+TQ_FN float tq_sqrt(float x) { return sqrt(x); }
 TQ_FN float tq_max(float a, float b) { return a > b ? a : b; }

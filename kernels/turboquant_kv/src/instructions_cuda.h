@@ -1,0 +1,38 @@
+// What CUDA has no function for: tests/cuda runs every other line on a CPU and has its own version of these.
+TQ_FN float tq_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The m16n8k16 products of tensor cores and a transposed 8x8 tile of 16-bit values.
+TQ_FN void tq_mma(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+TQ_FN void tq_mma_bfloat(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+TQ_FN uint tq_transpose(uint x) {
+  uint y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Asynchronous copies to shared memory; each ends a group, and groups complete in order.
+template <int BYTES>
+TQ_FN void tq_copy(void* to, const void* from) {
+  const uint address = uint(__cvta_generic_to_shared(to));
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+}
+TQ_FN void tq_copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+TQ_FN void tq_copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}

@@ -1,0 +1,55 @@
+// The block's queries, rotated, as halves in shared memory, and q . mean_k of each row. Rows that do not exist are zero.
+if ((D & (D - 1)) == 0) {
+  // A warp a row: a lane holds D / 32 neighbours, the Hadamard butterfly runs in registers and over lanes.
+  const int PER = D / 32;
+  for (int row = int(warp); row < 8; row += WARPS) {
+    float x[PER], dot = 0.0f;
+    const int index = chunk * 8 + row, query = index % QROWS;
+    const bool lives = index < GROUP_ROWS && query < num_queries;
+    const In* p = queries + (sequence * queries_strides[0] + (head * G + (lives ? index / QROWS : 0)) * queries_strides[1] +
+                             (lives ? query : 0) * queries_strides[2]);
+#pragma unroll
+    for (int i = 0; i < PER; i++) x[i] = lives ? float(p[(lane * PER + i) * queries_strides[3]]) * scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      dot += x[i] * k_constants[K_ROTATION + head * D + lane * PER + i];
+      x[i] *= k_constants[lane * PER + i];
+    }
+    dot = tq_lane_sum(dot);
+    tq_lane_hadamard<PER>(x, lane);
+#pragma unroll
+    for (int i = 0; i < PER; i += 2) {
+      *reinterpret_cast<uint*>(shared_q + row * Q_PITCH + lane * PER + i) = tq_half_pair(x[i], x[i + 1]);
+    }
+    if (lane == 0) row_mean[row] = dot;
+  }
+} else {
+  float* plain = reinterpret_cast<float*>(shared_q + 8 * Q_PITCH);  // where the rings begin later
+  for (int i = int(tid); i < 8 * D; i += THREADS) {
+    const int index = chunk * 8 + i / D, query = index % QROWS;
+    float x = 0.0f;
+    if (index < GROUP_ROWS && query < num_queries) {
+      x = float(queries[sequence * queries_strides[0] + (head * G + index / QROWS) * queries_strides[1] +
+                        query * queries_strides[2] + (i % D) * queries_strides[3]]) * scale;
+    }
+    plain[i] = x;
+  }
+  __syncthreads();
+  for (int row = int(warp); row < 8; row += WARPS) {
+    float dot = 0.0f;
+    for (int d = int(lane); d < D; d += 32) dot += plain[row * D + d] * k_constants[K_ROTATION + head * D + d];
+    dot = tq_lane_sum(dot);
+    if (lane == 0) row_mean[row] = dot;
+  }
+  for (int i = int(tid); i < D; i += THREADS) {
+    float sum[8] = {};
+    for (int d = 0; d < D; d++) {
+      const float x = k_constants[d * D + i];  // stored transposed, so that threads read neighbours
+#pragma unroll
+      for (int row = 0; row < 8; row++) sum[row] += plain[row * D + d] * x;
+    }
+#pragma unroll
+    for (int row = 0; row < 8; row++) shared_q[row * Q_PITCH + i] = __float2half_rn(sum[row]);
+  }
+  __syncthreads();
+}

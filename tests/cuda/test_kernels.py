@@ -1,0 +1,117 @@
+"""The fused kernels' CUDA text, tensor-core variant included, on the CPU against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.cuda.emulator import cuda_kernel
+from tests.turboquant_kv.histories import History, expected, feed, new_cache, random_queries, relative_error
+
+from turboquant_kv import cache as caches
+from turboquant_kv import reference
+from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_launch import DecodeKernels
+from turboquant_kv.backends.gpu_pages import PageKernels
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.format import KVFormat
+from turboquant_kv.packing import unpack
+from turboquant_kv.rotation import rotation_matrix
+
+# As in tests/turboquant_kv/test_backends.py, and for the same reasons.
+TOLERANCE = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}
+
+BACKEND = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel), PageKernels("cuda", cuda_kernel))
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in a test attends through emulated CUDA."""
+    monkeypatch.setattr(caches, "choose_backend", lambda name: BACKEND)
+
+
+CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens, dtype
+    (5, 1, 128, 128, 32, 64, (4, 4), 1, 300, mx.float16),
+    (10, 2, 128, 128, 32, 64, (4, 3), 1, 170, mx.bfloat16),
+    (7, 1, 128, 64, 5, 16, (3, 3), 2, 90, mx.float16),
+    (4, 2, 64, 128, 8, 48, (3, 4), 1, 150, mx.bfloat16),
+    (2, 1, 256, 256, 17, 32, (4, 2), 3, 120, mx.float16),
+    (3, 1, 192, 192, 0, 16, (2, 3), 1, 83, mx.bfloat16),
+    (4, 2, 64, 64, 4, 16, (4, 4), 8, 75, mx.float32),
+    (4, 2, 96, 80, 4, 16, (8, 3), 1, 75, mx.float16),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    num_q, num_kv, k_dim, v_dim, sink, page, bits, num_rows, num_tokens, dtype = case
+    fmt = KVFormat(*bits, page_tokens=page, sink_tokens=sink)
+    num_tokens += int(rng.integers(0, page))
+    history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
+    means = history.means(rng)
+    cache = new_cache(fmt, "gpu", means)
+    feed(cache, history, 0, num_tokens, random_queries(rng, num_q, num_tokens, k_dim, dtype), 0.1)
+    q = random_queries(rng, num_q, num_rows, k_dim, dtype)
+    out = feed(cache, history, num_tokens, num_tokens + num_rows, q, 0.1)
+    assert out.dtype == dtype
+    assert relative_error(out, expected(history, q, fmt, num_tokens, 0.1, means)) < TOLERANCE[dtype]
+
+
+def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
+    """Lengths from a few tokens to several blocks in one launch."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    lengths = [int(n) for n in rng.permutation([3, 30, 75, 420])]
+    histories = [History.random(rng, 2, n + 1, 64, dtype=mx.float16) for n in lengths]
+    source = new_cache(fmt, "gpu").source
+    rows = []
+    for history, n in zip(histories, lengths, strict=True):
+        rows.append(TurboQuantKVCache(source))
+        feed(rows[-1], history, 0, n, random_queries(rng, 4, n, 64, mx.float16), 0.125)
+    batch = TurboQuantKVCache.merge(rows)
+    q = mx.concatenate([random_queries(rng, 4, 1, 64, mx.float16) for _ in rows])
+    news = [h.slice(n, n + 1) for h, n in zip(histories, lengths, strict=True)]
+    batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*news, strict=True)))
+    out = batch.attend(q, scale=0.125, mask=None, sinks=None)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        want = expected(history, q[b : b + 1], fmt, n, 0.125, None)
+        assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
+def test_prefill_in_chunks_is_the_references(bits: Any, rng: np.random.Generator) -> None:
+    """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
+    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=12)
+    history = History.random(rng, 2, 90, 64, 128, mx.float16)
+    means = history.means(rng)
+    cache = new_cache(fmt, "gpu", means)
+    cuts = [0, 9, 40, 60, 90]
+    for start, stop in itertools.pairwise(cuts):
+        q = random_queries(rng, 4, stop - start, 64, mx.float16)
+        out = feed(cache, history, start, stop, q, 0.125)
+        seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
+        assert relative_error(out, expected(seen, q, fmt, start, 0.125, means)) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("case", [(64, 4, "unbiased"), (128, 3, "norm"), (256, 2, "least_squares"), (64, 8, "plain")])
+def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
+    """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
+    dim, bits, scale = case
+    x = rng.standard_normal((2, 48, dim)).astype(np.float32)
+    mean = rng.standard_normal((2, dim)).astype(np.float32)
+    x[1, 3] = mean[1]  # centred it is nothing at all
+    fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
+    storage = BACKEND.new_storage(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    storage.grow(5)
+    storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
+    pages = storage.read(np.array([4, 0, 2]))
+    want = reference.encode(x, bits, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None], scale)
+    got = unpack(pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1), bits, dim)
+    same = got == unpack(want.codes, bits, dim)
+    assert same.mean() > 0.999
+    got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
+    unmoved = same.all(axis=-1)
+    np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
