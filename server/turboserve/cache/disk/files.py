@@ -1,0 +1,99 @@
+"""Files that are either as they were or as they should be: atomic writes, the folder's lock, a write rate.
+
+Raises OSError as the system does; what a failure means is store.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from turboserve.errors import StartupError
+
+TEMPORARY = ".tmp"
+"""Suffix of files that are being written; those found at start-up are rubbish."""
+
+LOCK_NAME = "store.lock"
+
+
+class StoreLockedError(StartupError):
+    """Another process uses this store."""
+
+
+def write_atomically(path: Path, parts: Iterable[memoryview], after_write: Callable[[int], None]) -> None:
+    """Write beside `path`, flush to the device, rename. `after_write` learns each part's bytes.
+
+    Until the rename, and after any failure, `path` is as it was. The rename itself is only lasting after
+    `sync_folder`.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            for part in parts:
+                written = 0
+                while written < len(part):
+                    written += file.write(part[written:]) or 0
+                after_write(len(part))
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder lasting."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_folder(folder: Path) -> tuple[int, bool]:
+    """Take a store's lock: an open descriptor (closing it gives the lock back), and whether files can be written.
+
+    Raises StoreLockedError when another process holds it, OSError when there can be no lock at all.
+    """
+    path, is_writable = folder / LOCK_NAME, True
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:
+        handle, is_writable = os.open(path, os.O_RDONLY), False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_writable:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
+    except BlockingIOError as exc:
+        owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise StoreLockedError(
+            f"The session store {folder} is in use by process {owner}: stop that server or choose another folder."
+        ) from exc
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, is_writable
+
+
+class RateLimit:
+    """Bytes per second, kept on average: whoever spends waits until that many bytes were allowed."""
+
+    def __init__(
+        self, bytes_per_s: float, wait: Callable[[float], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """wait(seconds) sleeps, and may return early when the limit no longer matters."""
+        self._bytes_per_s, self._wait, self._clock = bytes_per_s, wait, clock
+        self._free_at = clock()
+
+    def spend(self, num_bytes: int) -> None:
+        """Wait until these bytes were allowed; time in which nothing was spent is not saved up."""
+        now = self._clock()
+        self._free_at = max(self._free_at, now) + num_bytes / self._bytes_per_s
+        self._wait(self._free_at - now)

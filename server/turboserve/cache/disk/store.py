@@ -1,0 +1,361 @@
+"""DiskStore: conversations on disk, written by one background thread that knows nothing of MLX.
+
+Owns the folder (under a lock), the queue, the size limit and the failures. `put` only queues: what is
+queued is held in memory, bounded by `max_pending_bytes`, and can already be had by `get`. A file is
+complete or absent: written beside its place, flushed, renamed; an entry's own file comes last. Whatever
+is damaged is dropped and counted, a full or read-only disk switches writing off with a reason; neither
+is ever raised. Which conversation is worth a file is the manager's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from turboserve.cache.disk import files, scan
+from turboserve.cache.disk.container import Array, DamagedFileError
+from turboserve.cache.disk.index import Entry, Index
+from turboserve.cache.disk.reading import DamagedPieceError, read_entry
+from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
+from turboserve.cache.store import DiskStatus, StoredEntry
+
+log = logging.getLogger(__name__)
+
+MiB = 1 << 20
+DEFAULT_PENDING_BYTES = 256 * MiB  # the stated scratch of writing; one conversation alone may exceed it
+RETRY_S = 60.0  # after a failed write the disk gets this long before it is tried again
+CLOSE_S = 10.0
+STOP_S = 10.0  # for the piece that is being written when time is up
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCounts:
+    """What the store did since it was opened."""
+
+    written: int = 0
+    written_bytes: int = 0
+    read: int = 0
+    refused: int = 0  # put() said no
+    dropped: int = 0  # the least recently used, for room
+    write_failures: int = 0
+    integrity_failures: int = 0  # damaged files
+
+
+class DiskStore:
+    """The real SessionDisk (cache/store.py). All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        limit_bytes: int,
+        write_rate: float,
+        fingerprint: str,
+        max_pending_bytes: int = DEFAULT_PENDING_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Opens or makes the folder and learns what is in it.
+
+        limit_bytes: of all files together. write_rate: bytes per second, on average. fingerprint: of
+        everything that gives stored caches their meaning; entries under another one are not offered.
+        Raises StoreLockedError when another process has the folder; any other trouble only shows in
+        `status`.
+        """
+        self.path = path
+        self._limit_bytes, self._max_pending_bytes = limit_bytes, max_pending_bytes
+        self._fingerprint, self._clock = fingerprint, clock
+        self._index, self._counts = Index(), DiskCounts()
+        self._changed = threading.Condition()
+        self._pending: dict[str, Job] = {}
+        self._writing: Job | None = None
+        self._trash: list[Path] = []
+        self._reason, self._retry_at = "", 0.0
+        self._is_closing = False
+        self._hurry, self._stop = threading.Event(), threading.Event()
+        self._rate = files.RateLimit(write_rate, self._hurry.wait)
+        self._lock_handle: int | None = None
+        self._thread: threading.Thread | None = None
+        self._open()
+
+    # The folder.
+
+    def _open(self) -> None:
+        try:
+            with contextlib.suppress(PermissionError):
+                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are in there
+            for folder in (scan.entries_folder(self.path), scan.pieces_folder(self.path)):
+                with contextlib.suppress(PermissionError):  # of a read-only store that is already there
+                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_handle, is_writable = files.lock_folder(self.path)
+            found = scan.scan(self.path, self._fingerprint)
+        except OSError as exc:
+            self._switch_off(exc)
+            self._retry_at = float("inf")
+            log.warning("the session store %s is off: %s", self.path, self._reason)
+            return
+        for entry in found.entries:
+            self._index.add(entry)
+        for path, why in found.damaged.items():
+            log.warning("the session store drops %s: %s", path.name, why)
+        self._count(integrity_failures=len(found.damaged))
+        self._trash = [*found.damaged, *found.leftovers]
+        if not is_writable:
+            self._trash = []
+            self._reason, self._retry_at = "the folder is read-only", float("inf")
+            return
+        self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Write what is queued, no longer at a limited rate, for at most `timeout_s`; give the lock back."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._hurry.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            self._stop.set()
+            self._thread.join(STOP_S)
+        if self._lock_handle is not None and not (self._thread and self._thread.is_alive()):
+            os.close(self._lock_handle)
+            self._lock_handle = None
+
+    # What the manager sees.
+
+    def put(self, key: str, meta: Mapping[str, Any], header: Mapping[str, Any], arrays: Sequence[Array]) -> bool:
+        """Queue a conversation. Arrays must not change afterwards.
+
+        Its pieces are shared on disk only with entries whose meta has the same `salt`. False: the store is
+        off, closing, or has too much queued.
+        """
+        job = Job(key, dict(meta), dict(header), list(arrays))
+        with self._changed:
+            too_much = self._pending and self.pending_bytes + job.num_bytes > self._max_pending_bytes
+            if not self._accepts() or too_much or job.num_bytes > self._limit_bytes:
+                self._count(refused=1)
+                return False
+            self._pending.pop(key, None)
+            self._pending[key] = job
+            self._changed.notify_all()
+        return True
+
+    def get(self, key: str) -> tuple[Mapping[str, Any], Mapping[str, Any], list[Array]] | None:
+        """Meta, header and arrays as they were put; None when they are gone or damaged."""
+        with self._changed:
+            if key in self._pending:
+                job = self._pending[key]
+                return job.meta, job.header, list(job.arrays)
+            entry = self._index.get(key)
+            if entry is None or entry.is_foreign:
+                return None
+            entry.num_readers += 1
+        try:
+            fields, arrays = read_entry(self.path, key)
+        except (DamagedFileError, OSError) as exc:
+            self._drop_damaged(entry, exc)
+            return None
+        except MemoryError:
+            log.warning("a stored conversation does not fit into memory now")
+            return None
+        finally:
+            with self._changed:
+                entry.num_readers -= 1
+        self._touch(entry)
+        return fields["meta"], fields["header"], arrays
+
+    def delete(self, key: str) -> None:
+        """Forget an entry, written or queued; its files go in the background."""
+        with self._changed:
+            if (job := self._pending.pop(key, None)) is not None:
+                job.is_cancelled = True
+            self._drop(key)
+
+    def entries(self) -> list[StoredEntry]:
+        """What is on disk under this fingerprint."""
+        with self._changed:
+            return [StoredEntry(e.key, e.meta, e.num_bytes) for e in self._index if not e.is_foreign]
+
+    def entry_bytes(self, key: str) -> int | None:
+        """Bytes of an entry, shared pieces included; None when it is gone."""
+        with self._changed:
+            if key in self._pending:
+                return self._pending[key].num_bytes
+            entry = self._index.get(key)
+            return None if entry is None or entry.is_foreign else entry.num_bytes
+
+    def status(self) -> DiskStatus:
+        with self._changed:
+            num_entries = sum(not entry.is_foreign for entry in self._index)
+            return DiskStatus(self._accepts(), self._reason, self._index.total_bytes, self._limit_bytes, num_entries)
+
+    @property
+    def counts(self) -> DiskCounts:
+        return self._counts
+
+    @property
+    def pending_bytes(self) -> int:
+        """Held in memory until written."""
+        with self._changed:
+            writing = self._writing
+            held = sum(job.num_bytes for job in self._pending.values())
+            is_extra = writing is not None and self._pending.get(writing.key) is not writing
+            return held + (writing.num_bytes if writing is not None and is_extra else 0)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or to be deleted; whether that happened in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._pending or self._trash or self._writing), timeout_s)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books do not add up."""
+        with self._changed:
+            self._index.check()
+
+    # The background thread.
+
+    def _work(self) -> None:
+        while (job := self._next_job()) is not None:
+            try:
+                self._make_room(job)
+                entry = write_job(self.path, job, self._fingerprint, self._has_piece, self._after_write)
+                self._finish(job, entry)
+            except Stopped:
+                self._finish(job, None)
+            except OSError as exc:
+                self._fail(job, exc)
+            except Exception:  # nobody would see this thread end
+                log.exception("a conversation could not be written to the session store")
+                self._count(write_failures=1)
+                self._finish(job, None)
+
+    def _next_job(self) -> Job | None:
+        """Waits for one, deleting files in the meantime; None: the thread shall end."""
+        while True:
+            with self._changed:
+                self._writing = None
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._pending or self._trash or self._is_closing)
+                has_trash = bool(self._trash)
+                if not has_trash:
+                    if not self._pending or self._stop.is_set():
+                        return None
+                    self._writing = next(iter(self._pending.values()))
+                    return self._writing
+            self._empty_trash()
+
+    def _after_write(self, num_bytes: int) -> None:
+        writing = self._writing
+        if self._stop.is_set() or (writing is not None and writing.is_cancelled):
+            raise Stopped
+        self._count(written_bytes=num_bytes)
+        if not self._hurry.is_set():
+            self._rate.spend(num_bytes)
+
+    def _has_piece(self, name: str) -> int | None:
+        with self._changed:
+            return self._index.piece_bytes(name)
+
+    def _make_room(self, job: Job) -> None:
+        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot."""
+        _ = job.parts  # hashed here, not under the lock
+        with self._changed:
+            while self._index.total_bytes + new_bytes(job, self._has_piece) > self._limit_bytes:
+                oldest = self._index.oldest()
+                if oldest is None:
+                    self._count(refused=1)
+                    raise Stopped
+                self._drop(oldest.key)
+                self._count(dropped=1)
+        self._empty_trash()
+
+    def _finish(self, job: Job, entry: Entry | None) -> None:
+        """Book what was written; of a job that was stopped, the files go."""
+        with self._changed:
+            if entry is not None:
+                entry.last_used_s = self._clock()
+                self._throw_away(self._index.add(entry))
+                self._count(written=1)
+                self._reason = ""
+                if job.is_cancelled:
+                    self._drop(job.key)
+            self._throw_away(job.written_pieces)  # those that an entry needs stay
+            if self._pending.get(job.key) is job:
+                del self._pending[job.key]
+
+    def _fail(self, job: Job, exc: OSError) -> None:
+        """The disk does not take it: writing is off for a while, and nothing stays queued."""
+        with self._changed:
+            self._switch_off(exc)
+            self._count(write_failures=1)
+            self._throw_away(job.written_pieces)
+            num_lost = len(self._pending)
+            self._pending.clear()
+        log.warning("the session store is off, %d conversations were not written: %s", num_lost, self._reason)
+
+    def _empty_trash(self) -> None:
+        with self._changed:
+            trash = list(self._trash)
+        for path in trash:
+            name = path.name.removesuffix(scan.SUFFIX)
+            if path.parent == scan.pieces_folder(self.path) and self._has_piece(name) is not None:
+                continue  # needed again meanwhile; only this thread adds pieces
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with self._changed:
+            del self._trash[: len(trash)]  # only this thread takes anything out
+
+    # Under the lock.
+
+    def _accepts(self) -> bool:
+        return (
+            self._thread is not None and not self._is_closing and (not self._reason or self._clock() >= self._retry_at)
+        )
+
+    def _switch_off(self, exc: OSError) -> None:
+        what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the disk is full"}
+        self._reason = what.get(exc.errno or 0, exc.strerror or str(exc))
+        self._retry_at = self._clock() + RETRY_S
+
+    def _drop(self, key: str) -> None:
+        if self._index.get(key) is not None:
+            self._throw_away(self._index.remove(key))
+            self._trash.append(scan.entry_path(self.path, key))
+            self._changed.notify_all()
+
+    def _throw_away(self, pieces: Sequence[str]) -> None:
+        self._trash += [scan.piece_path(self.path, name) for name in pieces if self._index.piece_bytes(name) is None]
+        self._changed.notify_all()
+
+    def _drop_damaged(self, entry: Entry, exc: Exception) -> None:
+        """An entry could not be read; if a shared piece is to blame, all its users go."""
+        with self._changed:
+            if self._index.get(entry.key) is not entry:
+                return  # deleted in the meantime
+            if isinstance(exc, OSError) and exc.errno in _NOT_THE_FILES_FAULT:
+                log.warning("a stored conversation cannot be read now: %s", exc)
+                return
+            victims = self._index.users_of(exc.name) if isinstance(exc, DamagedPieceError) else [entry]
+            for victim in victims:
+                self._drop(victim.key)
+            self._count(integrity_failures=1)
+        log.warning("a stored conversation cannot be read and is dropped (%d in all): %s", len(victims), exc)
+
+    def _touch(self, entry: Entry) -> None:
+        entry.last_used_s = self._clock()
+        self._count(read=1)
+        with contextlib.suppress(OSError):
+            os.utime(scan.entry_path(self.path, entry.key), (entry.last_used_s, entry.last_used_s))
+
+    def _count(self, **more: int) -> None:
+        with self._changed:
+            now = {name: getattr(self._counts, name) + n for name, n in more.items()}
+            self._counts = replace(self._counts, **now)
