@@ -138,6 +138,24 @@ def test_the_layout_is_a_lossless_tiling(level: str, dim: int, bits: tuple[int, 
     assert storage.allocated_bytes == 5 * fmt.page_bytes(2, dim, dim)
 
 
+def test_pages_of_every_run_and_slab_have_room_of_their_own(rng: np.random.Generator) -> None:
+    fmt, num_pages = KVFormat(3, 2, page_tokens=16), 2 * 1024 + 21  # past two slabs, the last run not full
+    lead = (num_pages, 3, 16)
+    pages = CanonicalPages(
+        rng.integers(0, 256, (*lead, code_bytes(64, 3)), np.uint8),
+        rng.random(lead).astype(np.float16),
+        rng.integers(0, 256, (*lead, code_bytes(32, 2)), np.uint8),
+        rng.random(lead).astype(np.float16),
+    )
+    storage = choose_backend("cpu-native").new_storage(LayerShape(3, 64, 32, mx.float16), fmt, None)
+    storage.grow(num_pages)
+    order = rng.permutation(num_pages)
+    storage.write(order, pages)
+    again = storage.read(order)
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(pages, name))
+
+
 def test_threads_and_splits_change_no_bit(level: str, rng: np.random.Generator) -> None:
     assert KERNELS is not None
     fmt = KVFormat(4, 3, page_tokens=64, sink_tokens=4)

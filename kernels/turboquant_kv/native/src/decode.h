@@ -107,17 +107,22 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
     const int step = chunk_pages(a);
     for (std::int64_t at = first; at < last; at += step) {
         const int num_pages = int(min1<std::int64_t>(step, last - at)), n = num_pages * page;
-        auto block = [&](std::int64_t i) { return store.block(item.pages[min1(i, last - 1)], kv_head); };
         // What is read kAhead pages later: keys of the chunk, then its values, then keys of the next chunk.
-        auto ahead = [&](int p, bool is_key) {
-            const int later = p + kAhead;
-            if (later < num_pages) return block(at + later) + (is_key ? 0 : store.v_codes_at());
-            return is_key ? block(at + min1(later - num_pages, num_pages - 1)) + store.v_codes_at() : block(at + later - num_pages + step);
+        auto ahead = [&](int p, const Side* side) {
+            std::int64_t later = at + p + kAhead;
+            if (p + kAhead >= num_pages) {
+                later -= side->is_key ? num_pages : num_pages - step;
+                side = side->is_key ? &store.v : &store.k;
+            }
+            const std::int64_t id = item.pages[min1(later, last - 1)];
+            prefetch_bytes(store.scales(*side, id, kv_head), 2 * page);
+            return store.codes(*side, id, kv_head);
         };
         for (int p = 0; p < num_pages; p++) {
-            const std::uint8_t *k = block(at + p), *next = ahead(p, true);
-            prefetch_bytes(next + (p + kAhead < num_pages ? store.k_scales_at() : store.v_scales_at() - store.v_codes_at()), 2 * page);
-            keys.score[G - 1](store.k, k, k + store.k_scales_at(), store.groups_per_page(), q, scores + p * page, n, next);
+            const std::int64_t id = item.pages[at + p];
+            const std::uint8_t* next = ahead(p, &store.k);
+            keys.score[G - 1](store.k, store.codes(store.k, id, kv_head), store.scales(store.k, id, kv_head), store.groups_per_page(), q,
+                              scores + p * page, n, next);
         }
         const std::int64_t start = store.sink_tokens + at * page;
         if (start < oldest) hide_old(a, item, first_head, G, start, n, scores);
@@ -128,10 +133,8 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
             peaks[h] = raise_peak(scores + h * n, n, mine[v_dim], mine[v_dim + 1], mine, v_dim);
         }
         for (int p = 0; p < num_pages; p++) {
-            const std::uint8_t* v = block(at + p) + store.v_codes_at();
-            const std::uint8_t* v_scales = block(at + p) + store.v_scales_at();
-            const std::uint8_t* next = ahead(p, false);
-            prefetch_bytes(next + (p + kAhead < num_pages ? store.v_scales_at() - store.v_codes_at() : store.k_scales_at()), 2 * page);
+            const std::int64_t id = item.pages[at + p];
+            const std::uint8_t *v = store.codes(store.v, id, kv_head), *v_scales = store.scales(store.v, id, kv_head), *next = ahead(p, &store.v);
             for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
                 const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
                 values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, peaks, mass, w);

@@ -114,9 +114,8 @@ class NativeStore {
         std::lock_guard lock(store_.mutex);
         run_tasks(int(ids.shape(0)) * store_.heads, [&](int task, int) {
             const int page = task / store_.heads, head = task % store_.heads, first = page * store_.page_tokens;
-            std::uint8_t* block = store_.block(id[page], head);
-            level_->encode_page(store_, store_.k, sides[0], head, first, block, block + store_.k_scales_at());
-            level_->encode_page(store_, store_.v, sides[1], head, first, block + store_.v_codes_at(), block + store_.v_scales_at());
+            for (const Side* side : {&store_.k, &store_.v})
+                level_->encode_page(store_, *side, sides[side == &store_.v], head, first, store_.codes(*side, id[page], head), store_.scales(*side, id[page], head));
         });
     }
 
@@ -133,18 +132,18 @@ class NativeStore {
         scales_view.expect_dense();
         const auto* id = static_cast<const std::int64_t*>(ids.data());
         auto *packed = static_cast<std::uint8_t*>(codes_view.data()), *halves = static_cast<std::uint8_t*>(scales_view.data());
-        const std::size_t codes_at = is_key ? 0 : store_.v_codes_at(), scales_at = is_key ? store_.k_scales_at() : store_.v_scales_at();
-        const std::size_t page_row = row_bytes * store_.page_tokens, scale_bytes = std::size_t(2) * store_.page_tokens;
+        const std::size_t page_row = row_bytes * store_.page_tokens, scale_bytes = store_.scale_bytes();
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
         run_tasks(int(n) * store_.heads, [&](int task, int) {
-            std::uint8_t* block = store_.block(id[task / store_.heads], task % store_.heads);
+            const std::int64_t page = id[task / store_.heads];
+            std::uint8_t *codes = store_.codes(side, page, task % store_.heads), *scales = store_.scales(side, page, task % store_.heads);
             if (write) {
-                level_->from_canonical(store_, side, packed + task * page_row, block + codes_at);
-                std::memcpy(block + scales_at, halves + task * scale_bytes, scale_bytes);
+                level_->from_canonical(store_, side, packed + task * page_row, codes);
+                std::memcpy(scales, halves + task * scale_bytes, scale_bytes);
             } else {
-                level_->to_canonical(store_, side, block + codes_at, packed + task * page_row);
-                std::memcpy(halves + task * scale_bytes, block + scales_at, scale_bytes);
+                level_->to_canonical(store_, side, codes, packed + task * page_row);
+                std::memcpy(halves + task * scale_bytes, scales, scale_bytes);
             }
         });
     }
@@ -162,15 +161,13 @@ class NativeStore {
         scales_view.expect_dense();
         const auto* id = static_cast<const std::int64_t*>(ids.data());
         auto *out = static_cast<float*>(rows_view.data()), *out_scales = static_cast<float*>(scales_view.data());
-        const std::size_t codes_at = is_key ? 0 : store_.v_codes_at(), scales_at = is_key ? store_.k_scales_at() : store_.v_scales_at();
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
         run_tasks(int(n) * store_.heads, [&](int task, int) {
             const int page = task / store_.heads, head = task % store_.heads;
-            const std::uint8_t* block = store_.block(id[page], head);
             const std::size_t row = std::size_t(head) * tokens + std::size_t(page) * store_.page_tokens;
             float *mine = out + row * side.dim, *mine_scales = out_scales + row;
-            level_->decode_page(store_, side, block + codes_at, block + scales_at, mine, mine_scales);
+            level_->decode_page(store_, side, store_.codes(side, id[page], head), store_.scales(side, id[page], head), mine, mine_scales);
             if (!restore) return;
             for (int t = 0; t < store_.page_tokens; t++)
                 for (int d = 0; d < side.dim; d++) mine[t * side.dim + d] *= mine_scales[t];

@@ -101,9 +101,9 @@ static void prefill_pages(const Attention& a, const Item& item, int kv_head, con
     for (std::int64_t at = item.first_page; at < item.num_pages; at += step) {
         const int num_pages = int(min1<std::int64_t>(step, item.num_pages - at)), n = num_pages * page;
         for (int p = 0; p < num_pages; p++) {
-            const std::uint8_t* block = store.block(item.pages[at + p], kv_head);
-            decode_keys(store, store.k, block, block + store.k_scales_at(), p * page, s.k_tile);
-            decode_values(store, store.v, block + store.v_codes_at(), block + store.v_scales_at(), p * page, n, s.v_tile);
+            const std::int64_t id = item.pages[at + p];
+            decode_keys(store, store.k, store.codes(store.k, id, kv_head), store.scales(store.k, id, kv_head), p * page, s.k_tile);
+            decode_values(store, store.v, store.codes(store.v, id, kv_head), store.scales(store.v, id, kv_head), p * page, n, s.v_tile);
         }
         const std::int64_t start = store.sink_tokens + at * page;
         absorb_tile(s, store, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
