@@ -144,10 +144,10 @@ def test_pages_of_every_run_and_slab_have_room_of_their_own(rng: np.random.Gener
     pages = CanonicalPages(
         rng.integers(0, 256, (*lead, code_bytes(64, 3)), np.uint8),
         rng.random(lead).astype(np.float16),
-        rng.integers(0, 256, (*lead, code_bytes(32, 2)), np.uint8),
+        rng.integers(0, 256, (*lead, code_bytes(80, 2)), np.uint8),
         rng.random(lead).astype(np.float16),
     )
-    storage = choose_backend("cpu-native").new_storage(LayerShape(3, 64, 32, mx.float16), fmt, None)
+    storage = choose_backend("cpu-native").new_storage(LayerShape(3, 64, 80, mx.float16), fmt, None)
     storage.grow(num_pages)
     order = rng.permutation(num_pages)
     storage.write(order, pages)
