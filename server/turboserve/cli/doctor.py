@@ -13,17 +13,19 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from turboquant_kv import UnsupportedFormatError, blas
 from turboserve import __version__
 from turboserve.cache.budget import detect_memory
+from turboserve.cache.disk import check as disk_check
 from turboserve.cli.backend import device_name, load_backend
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 
 Level = Literal["ok", "warning", "failed"]
-GiB = 1 << 30
+MiB, GiB = 1 << 20, 1 << 30
 SHOWN_PACKAGES = ("mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "numpy")
 MIN_MEMORY_BYTES = GiB  # the embedded model with its caches and the Python runtime
 
@@ -126,6 +128,29 @@ def check_cache_dir(settings: Settings) -> Finding:
         reason = exc.strerror or str(exc)
         return Finding("cache folder", "warning", f"{folder}: {reason}; set --cache-dir, or calibrate at every start")
     return Finding("cache folder", "ok", f"{folder}, {shutil.disk_usage(folder).free / GiB:.1f} GiB free")
+
+
+def check_store(folder: Path) -> Finding:
+    """Read and verify a session store; needs no model."""
+    name = "session store"
+    if not disk_check.is_store(folder):
+        return Finding(name, "failed", f"{folder} is no session store; name the folder given to --kv-store-dir")
+    try:
+        found = disk_check.check_store(folder)
+    except OSError as exc:
+        return Finding(name, "failed", f"{folder}: {exc.strerror or exc}")
+    detail = (
+        f"{found.num_entries} conversations of {len(found.fingerprints)} models, {found.total_bytes / MiB:,.1f} MiB"
+    )
+    if found.is_in_use:
+        detail += ", in use by a server"
+    if found.damaged:
+        return Finding(
+            name, "failed", f"{detail}; {len(found.damaged)} damaged, which the server will drop: {found.damaged[0]}"
+        )
+    if found.num_leftovers and not found.is_in_use:
+        detail += f"; {found.num_leftovers} unfinished files of a killed server, removed at the next start"
+    return Finding(name, "ok", detail)
 
 
 def run_checks(settings: Settings) -> list[Finding]:

@@ -116,8 +116,13 @@ def stats_command(
 def doctor_command(
     config_file: ConfigFile = None,
     cache_dir: Annotated[Text, Option(help="Folder to check [~/.cache/turboserve].")] = None,
+    store: Annotated[
+        Path | None, Option("--store", help="Verify this session store instead, every file of it.", metavar="DIR")
+    ] = None,
 ) -> None:
-    """Check this machine; exit status 1 when the server could not run."""
+    """Check this machine; exit status 1 when the server could not run, or a session store is damaged."""
+    if store is not None:
+        raise typer.Exit(doctor.report([doctor.check_store(store)]))
     settings = config.resolve({"cache_dir": cache_dir}, config_file)
     raise typer.Exit(doctor.report(doctor.run_checks(settings)))
 

@@ -55,16 +55,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def lock_folder(folder: Path) -> tuple[int, bool]:
+def lock_folder(folder: Path, *, read_only: bool = False) -> tuple[int, bool]:
     """Take a store's lock: an open descriptor (closing it gives the lock back), and whether files can be written.
+
+    read_only: even where they could, nothing will be.
 
     Raises StoreLockedError when another process holds it, OSError when there can be no lock at all.
     """
-    path, is_writable = folder / LOCK_NAME, True
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError:
-        handle, is_writable = os.open(path, os.O_RDONLY), False
+    handle, is_writable = _open_lock(folder / LOCK_NAME, read_only)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_writable:
@@ -80,6 +78,13 @@ def lock_folder(folder: Path) -> tuple[int, bool]:
         os.close(handle)
         raise
     return handle, is_writable
+
+
+def _open_lock(path: Path, read_only: bool) -> tuple[int, bool]:
+    if not read_only:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o600), True
+    return os.open(path, os.O_RDONLY), False
 
 
 class RateLimit:
