@@ -28,6 +28,9 @@ SLAB_PAGES = 1024
 # 1024 tokens x 2 heads x 128 dims of float32 are 1 MiB: decoded tiles stay in the second-level cache.
 TILE_TOKENS = 1024
 
+# Of exact rows; bfloat16, which NumPy lacks, as its bits.
+NUMPY_DTYPES: dict[mx.Dtype, npt.DTypeLike] = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+
 
 def as_rows(x: mx.array) -> Rows:
     """Zero-copy NumPy view; bfloat16, which NumPy lacks, as its bits in uint16. Evaluates x."""
@@ -132,7 +135,7 @@ class NumpyBackend:
         )
 
     def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Rows:
-        return np.empty((num_heads, num_rows, dim), as_rows(mx.zeros((1,), dtype)).dtype)
+        return np.empty((num_heads, num_rows, dim), NUMPY_DTYPES[dtype])
 
     def write_rows(self, buffer: Rows, start: int, rows: Rows) -> Rows:
         buffer[:, start : start + rows.shape[1]] = rows

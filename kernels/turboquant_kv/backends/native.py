@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, LayerShape, Means, PageIds, SequenceView
-from turboquant_kv.backends.cpu import NumpyBackend, Rows, as_floats, as_rows, from_floats
+from turboquant_kv.backends.cpu import NUMPY_DTYPES, NumpyBackend, Rows, as_floats, as_rows, from_floats
 from turboquant_kv.backends.tiles import Tile
 from turboquant_kv.blas import thread_limit
 from turboquant_kv.codebook import centroids, thresholds
@@ -32,8 +32,6 @@ ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
 
 Floats = npt.NDArray[np.float32]
-
-NUMPY_DTYPES: dict[mx.Dtype, npt.DTypeLike] = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
 
 @lru_cache(maxsize=1)
