@@ -12,7 +12,6 @@ import numpy as np
 from turboserve.cache.holders import Conversation, Holder, Lease, Session, new_id
 from turboserve.cache.manager import CacheManager
 from turboserve.cache.policy import Tokens
-from turboserve.cache.pressure import Need
 from turboserve.cache.runtime import CacheBytes, Caches
 from turboserve.errors import OverloadedError, SessionBusyError, SessionExistsError, SessionNotFoundError
 
@@ -57,38 +56,29 @@ class SessionDesk:
         name = new_session_id or new_id()
         if name in self._holders(salt):
             raise SessionExistsError(f"There is a session {name[:128]!r} already.", param="session_id")
-        manager.quotas.check_new_session(salt, name)
+        manager.quotas.check_new_session(salt, name, holder.session)
         caches, tokens = self._fork_caches(holder, now_s)
         runtime = manager.family.runtime(holder.kv_format)
         session = Session(name, salt, now_s, now_s, is_explicit=True, cache_key=holder.session.cache_key)
         forked = Conversation(session, tokens, holder.kv_format, holder.wanted_format, caches, runtime.measure(caches))
         holder.session.hits += 1
-        manager.take_in(forked, now_s)
-        if forked not in manager.store:
+        if not manager.try_take_in(forked, now_s):
             raise self._no_room(forked.kv.exact + forked.kv.uncompressed)
         return _view(forked, forked)
 
     def _fork_caches(self, holder: Holder, now_s: float) -> tuple[Caches, Tokens]:
-        """Caches of all that is there now, with room for the rows that are not shared."""
+        """Caches of all that is there now."""
         if isinstance(holder, Lease):
             running = holder.running
             length = running.usable_prefix(running.held_len()) if running is not None else 0
             if running is None or length == 0:
                 raise SessionBusyError("This session has nothing to fork yet: its first request is being read.")
-            self._make_room(holder.runtime.bytes_for(length), now_s)
             return running.fork(length), np.asarray(running.held_tokens()[:length], np.int32)
         if holder.caches is None and not self._manager.load(holder, now_s):
             raise self._no_room(holder.kv.compressed + holder.kv.exact)
         assert holder.caches is not None
-        self._make_room(holder.kv.exact + holder.kv.uncompressed, now_s)
-        if holder.caches is None:
-            raise self._no_room(holder.kv.exact)
         runtime = self._manager.family.runtime(holder.kv_format)
         return runtime.fork(holder.caches, len(holder.tokens)), holder.tokens
-
-    def _make_room(self, num_bytes: int, now_s: float) -> None:
-        if not self._manager.ladder.relieve(Need(now_s, extra_bytes=num_bytes)):
-            raise self._no_room(num_bytes)
 
     def _no_room(self, num_bytes: int) -> OverloadedError:
         manager = self._manager

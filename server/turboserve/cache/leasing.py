@@ -66,10 +66,7 @@ def _find(manager: CacheManager, wanted: Wanted, ask: Ask, now_s: float) -> Matc
         if match is None or not isinstance(match.holder, Conversation) or match.holder.caches is not None:
             return match
         if _restore(manager, match.holder, match.usable_len, ask.num_tokens, now_s):
-            usable = manager.family.runtime(match.holder.kv_format).usable_prefix(
-                match.holder.caches or [], match.usable_len
-            )
-            return match._replace(usable_len=usable) if usable else None
+            continue  # it is found again, and now its exact ends can be used too
         if match.holder in manager.store:  # no room for it and the request together now
             return None
 

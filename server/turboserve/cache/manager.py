@@ -209,10 +209,15 @@ class CacheManager:
             self.counts.spills["idle"] += 1
         self.ladder.relieve(Need(now_s))
 
-    def take_in(self, conversation: Conversation, now_s: float) -> None:
-        """An idle conversation made by someone else, a fork for one."""
+    def try_take_in(self, conversation: Conversation, now_s: float) -> bool:
+        """Hold an idle conversation that was forked from another; False, and it is released, without room."""
         self.store.add(conversation)
+        if not self.ladder.relieve(Need(now_s, source=conversation)) or conversation not in self.store:
+            if conversation in self.store:
+                self.store.remove(conversation)
+            return False
         self._after_keep(conversation, now_s)
+        return True
 
     def load(self, conversation: Conversation, now_s: float) -> bool:
         """From disk to memory, if there is room; a file that cannot be read is forgotten."""

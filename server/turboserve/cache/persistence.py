@@ -89,11 +89,13 @@ class Persistence:
         old_key = conversation.disk_key
         if self.disk is None or old_key is None:
             return
-        stored = self.disk.get(old_key)
-        if stored is None:
+        if conversation.caches is not None:
+            self.forget(conversation)
+            self.save(conversation, wall_offset_s)
             return
+        stored = self.disk.get(old_key)
         key = new_id()
-        if self.disk.put(key, _meta(conversation, wall_offset_s), stored[1], list(stored[2])):
+        if stored and self.disk.put(key, _meta(conversation, wall_offset_s), stored[1], list(stored[2])):
             self.disk.delete(old_key)
             conversation.disk_key = key
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turboserve.cache.holders import Conversation
+from turboserve.cache.holders import Conversation, Session
 from turboserve.cache.runtime import peak_bytes
 from turboserve.errors import QuotaExceededError
 
@@ -41,8 +41,8 @@ class Quotas:
                 "max_session_bytes_per_caller",
             )
 
-    def check_new_session(self, salt: str, session_id: str) -> None:
-        """Raises QuotaExceededError when a caller's named sessions are too many and none of them can go."""
+    def check_new_session(self, salt: str, session_id: str, source: Session | None = None) -> None:
+        """Raises QuotaExceededError when a caller's named sessions are too many and none of them can go, `source` included."""
         most, store = self._manager.limits.max_sessions_per_caller, self._manager.store
         if not most or store.get(salt, session_id) is not None:
             return
@@ -52,7 +52,8 @@ class Quotas:
         named = [c for c in store.of(salt) if c.session.is_explicit]
         if len(running | {c.conversation_id for c in named}) < most:
             return
-        may_go = [c for c in named if not c.session.is_pinned and c.conversation_id not in running]
+        busy = running | ({source.session_id} if source is not None else set())
+        may_go = [c for c in named if not c.session.is_pinned and c.conversation_id not in busy]
         if not may_go:
             raise self._refuse(
                 f"All of this caller's {most:,} sessions are pinned or at work: delete or unpin one.",
