@@ -264,6 +264,12 @@ class CacheManager:
             if conversation.caches is not None and self.persistence.save(conversation, self.wall_offset_s):
                 self.counts.spills["idle"] += 1
 
+    def close(self) -> None:
+        """The process ends: write what has no file yet, and give the disk back."""
+        self.persist_all()
+        if self.disk is not None:
+            self.disk.close()
+
     def evict(self, conversation: Conversation, reason: str) -> None:
         """Forget it, its file included."""
         self.persistence.forget(conversation)

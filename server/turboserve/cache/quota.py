@@ -42,7 +42,7 @@ class Quotas:
             )
 
     def check_new_session(self, salt: str, session_id: str, source: Session | None = None) -> None:
-        """Raises QuotaExceededError when a caller's named sessions are too many and none of them can go, `source` included."""
+        """Raises QuotaExceededError when a caller has too many named sessions and none but `source` could go."""
         most, store = self._manager.limits.max_sessions_per_caller, self._manager.store
         if not most or store.get(salt, session_id) is not None:
             return

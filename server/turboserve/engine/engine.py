@@ -225,6 +225,7 @@ class TurboEngine:
             loop = self._load()
             self._serve(loop)
             self._end_all(loop, EngineUnavailableError("The server is shutting down."))
+            loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
             log.critical("the engine thread died", exc_info=not isinstance(exc, StartupError))
             self._die(loop, exc)

@@ -6,6 +6,7 @@ Every expected failure is a StartupError whose one line names the cure.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.format import UnsupportedFormatError
 from turboquant_kv.runtime import UnsupportedModelError
 from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
+from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
+from turboserve.cache.store import SessionDisk
 from turboserve.engine import weights
 from turboserve.engine.family import ModelFamily, parse_format
 from turboserve.engine.parts import EngineParts, LoadedModel, Progress
@@ -46,7 +49,8 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
     )
-    manager = CacheManager(family, budget_bytes, limits, wall_offset_s=time.time() - time.monotonic())
+    disk = _open_store(settings, loaded, family, progress)
+    manager = CacheManager(family, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
@@ -82,6 +86,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         weights_bytes=weights.parameter_bytes(model),
         weights_fingerprint=weights.fingerprint(folder, dtype),
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
+        tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         details={"weights": note or "as stored"},
     )
 
@@ -148,6 +153,26 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         raise StartupError(_one_line(exc)) from exc
     except ValueError as exc:  # the calibration text gave too few tokens
         raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
+
+
+def _open_store(settings: Settings, loaded: LoadedModel, family: ModelFamily, progress: Progress) -> SessionDisk | None:
+    """The disk store, if one is wanted. Raises StartupError when another process has it."""
+    if settings.kv_store_dir is None:
+        return None
+    meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, family.kv.fingerprint)
+    try:
+        store = DiskStore(
+            settings.kv_store_dir.expanduser(),
+            limit_bytes=settings.kv_store_bytes,
+            write_rate=settings.kv_store_write_rate,
+            fingerprint=hashlib.sha256(repr(meaning).encode()).hexdigest()[:32],
+        )
+    except StoreLockedError as exc:
+        raise StartupError(f"{_one_line(exc)}: set another --kv-store-dir, or stop the other server.") from exc
+    status = store.status()
+    state = f", {status.reason}" if status.reason else ""
+    progress(f"session store {settings.kv_store_dir}: {status.num_entries} conversations{state}")
+    return store
 
 
 def _check_fits(folder: Path, memory: MemoryInfo) -> None:

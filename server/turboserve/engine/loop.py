@@ -96,6 +96,10 @@ class StepLoop:
             sequence.stage = Stage.ENDED
             self._send(sequence, Failed(error))
 
+    def close(self) -> None:
+        """After the last request: what is idle goes to disk, as far as there is one."""
+        self._parts.manager.close()
+
     def snapshot(self) -> EngineStats:
         return take_snapshot(self._parts, self.runner, self._running, len(self._waiting), self._clock())
 

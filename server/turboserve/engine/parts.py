@@ -26,6 +26,7 @@ class LoadedModel:
     weights_bytes: int  # as they are in memory
     weights_fingerprint: str
     eos_ids: frozenset[int]
+    tokenizer_fingerprint: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
 
 

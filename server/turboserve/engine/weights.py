@@ -79,6 +79,15 @@ def fingerprint(folder: Path, *parts: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of the files that turn text into tokens."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("tokenizer*"), *folder.glob("*.jinja"), *folder.glob("*.tiktoken")]):
+        if path.is_file():
+            digest.update(f"{path.name}:{_content_hash(path)};".encode())
+    return digest.hexdigest()[:32]
+
+
 def _content_hash(path: Path) -> str:
     content = xxhash.xxh3_128()
     with path.open("rb") as file:
