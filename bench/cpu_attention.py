@@ -36,7 +36,7 @@ from turboquant_kv.backends.cpu import as_rows
 from turboquant_kv.format import KVFormat
 
 MLX_LIMIT = 32768  # tokens times batch; beyond, MLX takes seconds a call and no rival is near
-RIVAL_LIMIT = 8 * 32768
+RIVAL_LIMIT = 8 * 131072
 KV_HEADS, GROUP, DIM = 8, 4, 128
 TARGETS = {1024: 2.0, 8192: 8.0, 32768: 8.0, 131072: 8.0}  # times faster than the best uncompressed rival
 AVX2_TARGET = 3.0
@@ -79,8 +79,8 @@ class Shape(NamedTuple):
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median of each call; rounds are interleaved, so a busy moment hits all.
 
-    Each timed call follows one of its own kind, as PyTorch's do in their process: what fits the last-level cache is there
-    for everyone, and nobody pays for what another evicted.
+    Each timed call follows one of its own kind, as PyTorch's do in their process: what fits the last-level cache is
+    there for everyone, and nobody pays for what another evicted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

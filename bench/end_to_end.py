@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,16 +82,21 @@ def in_turn(steps: dict[str, Callable[[], None]], rounds: int, warm_up: int = 3)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def decode_rows(model: Any, runtimes: dict[str, KVRuntime], contexts: list[int], rounds: int) -> list[Row]:
-    rows = []
-    for context in contexts:
-        steps = {name: decode_step(model, fill(runtime, model, context)) for name, runtime in runtimes.items()}
-        speed = {name: 1 / s for name, s in in_turn(steps, rounds).items()}
-        for name, value in speed.items():
-            target = DECODE_TARGETS.get(context) if name != UNCOMPRESSED else None
-            base = speed[UNCOMPRESSED]
-            bound = None if target is None else target * base
-            rows.append(Row.at_least(f"decode at {context} tokens, {name}", value, "tok/s", bound, base))
+def decode_rows(model: Any, runtimes: dict[str, KVRuntime], context: int, rounds: int) -> list[Row]:
+    steps = {name: decode_step(model, fill(runtime, model, context)) for name, runtime in runtimes.items()}
+    speed = {name: 1 / s for name, s in in_turn(steps, rounds).items()}
+    base, rows = speed[UNCOMPRESSED], []
+    for name, value in speed.items():
+        target = DECODE_TARGETS.get(context) if name != UNCOMPRESSED else None
+        bound = None if target is None else target * base
+        rows.append(Row.at_least(f"decode at {context} tokens, {name}", value, "tok/s", bound, base))
+    return rows
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """Printed at once: a whole run takes minutes."""
+    print_rows(rows)
+    sys.stdout.flush()
     return rows
 
 
@@ -144,10 +150,11 @@ def main() -> None:
     names = [UNCOMPRESSED, *args.formats.split(",")]
     runtimes = {name: KVRuntime(model, parse_format(name), calibration=means, backend=args.backend) for name in names}
     print("backend", runtimes[names[-1]].backend_name, "| BLAS", blas.status().describe())
-    rows = decode_rows(model, runtimes, [int(c) for c in args.contexts.split(",")], args.rounds)
-    rows += prefill_rows(model, runtimes, rounds=3)
-    rows += batch_rows(model, runtimes, args.rounds)
-    print_rows(rows)
+    rows: list[Row] = []
+    for context in map(int, args.contexts.split(",")):
+        rows += shown(decode_rows(model, runtimes, context, args.rounds))
+    rows += shown(prefill_rows(model, runtimes, rounds=3))
+    rows += shown(batch_rows(model, runtimes, args.rounds))
     write_rows(args.json, rows)
 
 
