@@ -156,7 +156,8 @@ class KVFamily:
         Codec tables, rotation, pages, means, and what each layer keeps. A cache saved under another
         fingerprint must not be loaded.
         """
-        digest = hashlib.sha256(json.dumps([CODEC_VERSION, asdict(self._base)], sort_keys=True).encode())
+        without_bits = asdict(self._base.with_(k_bits=8, v_bits=8))  # every cache names its own
+        digest = hashlib.sha256(json.dumps([CODEC_VERSION, without_bits], sort_keys=True).encode())
         for bits in SUPPORTED_BITS:
             digest.update(np.ascontiguousarray(centroids(bits)).tobytes())
         for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):

@@ -79,6 +79,8 @@ def test_the_fingerprint_follows_what_gives_pages_their_meaning(rng: np.random.G
     tokens = random_tokens(rng, 90)
     one = KVFamily(model, base=BASE, calibration=calibrate(model, tokens)).fingerprint
     assert one == KVFamily(model, base=BASE, calibration=calibrate(model, tokens)).fingerprint
+    bits = BASE.with_(k_bits=8, v_bits=3)
+    assert one == KVFamily(model, base=bits, calibration=calibrate(model, tokens)).fingerprint, "another default only"
     others = [
         KVFamily(model, base=BASE, calibration=calibrate(model, tokens[:80])),
         KVFamily(model, base=BASE.with_(rotation_seed=1), calibration=calibrate(model, tokens)),
