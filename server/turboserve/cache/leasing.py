@@ -171,7 +171,7 @@ def better_start(manager: CacheManager, lease: Lease) -> tuple[Caches, int] | No
         return None
     if isinstance(match.holder, Conversation) and match.holder.caches is None:
         return None
-    gained = match.usable_len - lease.cached_len
+    gained = match.usable_len - lease.held_len
     caches = _fork(manager, match.holder, match.usable_len)
     lease.caches, lease.cached_len, lease.source = caches, match.usable_len, match.holder.session
     match.holder.session.hits += 1

@@ -20,7 +20,7 @@ from turboserve.cache.holders import Conversation, Lease
 from turboserve.cache.ledger import Release, committed_bytes, used_bytes
 from turboserve.cache.persistence import Persistence
 from turboserve.cache.policy import Candidate, VictimOrder, next_format_down, order_victims
-from turboserve.cache.runtime import CacheFamily, peak_bytes
+from turboserve.cache.runtime import CacheFamily
 from turboserve.cache.sessions import SessionStore
 from turboserve.errors import KVFormatError
 
@@ -141,7 +141,7 @@ class PressureLadder:
         if target is None or conversation.caches is None:
             return False
         try:
-            new_bytes = peak_bytes(self.family.runtime(target), len(conversation.tokens))
+            new_bytes = self.family.runtime(target).bytes_for(len(conversation.tokens))
         except KVFormatError:
             return False
         used = used_bytes(self.family, self.store, self.leases)

@@ -184,8 +184,8 @@ class StepLoop:
             return
         self._parts.runtime.release(sequence.caches)
         sequence.caches, num_cached = better
-        if not sequence.answer:
-            sequence.cached_len = num_cached
+        if not sequence.answer:  # else it was preempted, and its prompt has been paid for
+            sequence.cached_len += num_cached - sequence.cache_len
         sequence.cache_len = num_cached
 
     def _extend_leases(self) -> None:

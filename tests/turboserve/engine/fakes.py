@@ -194,9 +194,13 @@ def request(
     sampling: SamplingParams = GREEDY,
     tenant: str = "",
     stop: tuple[str, ...] = (),
+    session_id: str | None = None,
+    kv_format: str | None = None,
 ) -> GenerationRequest:
     messages = ({"role": "user", "content": content},)
-    return GenerationRequest(request_id, messages, sampling, max_tokens, stop, tenant)
+    return GenerationRequest(
+        request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format
+    )
 
 
 def add(loop: StepLoop, *requests: GenerationRequest) -> list[Sink]:

@@ -1,0 +1,213 @@
+"""Sessions, formats, pressure and restarts through the step loop: answers never depend on any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
+
+from turboquant_kv.format import KVFormat
+from turboserve.cache.disk import DiskStore
+from turboserve.cache.manager import ManagerLimits
+from turboserve.cache.runtime import peak_bytes
+from turboserve.engine.loop import StepLoop
+from turboserve.engine.parts import EngineParts
+from turboserve.engine.protocol import GenerationRequest, SamplingParams
+from turboserve.errors import KVFormatError, SessionBusyError, SessionNotFoundError
+
+FMT = KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)
+
+
+def prompt(rng: np.random.Generator, num_tokens: int) -> str:
+    return text_of([int(t) for t in rng.integers(0, 256, num_tokens)])
+
+
+def alone(model: Any, one: GenerationRequest, fmt: KVFormat | None = FMT) -> list[int]:
+    """The answer of a server that has done nothing else."""
+    return run(make_loop(make_parts(model, fmt=fmt)), one)[0].tokens
+
+
+def step_all(loop: StepLoop, parts: EngineParts) -> None:
+    while loop.has_work:
+        loop.step()
+        assert parts.manager.committed_bytes <= parts.manager.budget_bytes
+        assert parts.runtime.unique_bytes() <= parts.manager.budget_bytes  # type: ignore[attr-defined]
+        loop.check_integrity()
+
+
+@pytest.mark.parametrize("fmt", [None, FMT], ids=["f16", "4/4"])
+def test_an_old_answer_that_grows_preempts_a_young_one_which_then_goes_on(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboserve.engine.prepare.OPEN_ANSWER_BLOCK", 16)
+    open_ended = request("old", prompt(rng, 150), max_tokens=None, tenant="a", stop=("never",))
+    sampled = SamplingParams(temperature=0.9, seed=7)
+    young = request("young", prompt(rng, 60), max_tokens=150, tenant="b", sampling=sampled)
+    parts = make_parts(model, fmt=fmt, max_context=300)
+    expected = [run(make_loop(make_parts(model, fmt=fmt, max_context=300)), r)[0].tokens for r in (open_ended, young)]
+    parts.manager.budget_bytes = peak_bytes(parts.runtime, 151 + 16) + peak_bytes(parts.runtime, 61 + 150)
+    loop = make_loop(parts)
+    sinks = add(loop, open_ended, young)
+    step_all(loop, parts)
+    assert parts.manager.counts.preemptions["growth"] >= 1
+    assert [s.tokens for s in sinks] == expected
+    assert len(sinks[0].tokens) == 300 - 151 and sinks[1].finished.usage.completion_tokens == 150
+
+
+def test_rows_of_several_formats_decode_together_as_alone(model: Any, rng: np.random.Generator) -> None:
+    names = [None, "f16", "8/4", "4/3", "f16"]
+    requests = [
+        request(str(i), prompt(rng, 20 + 17 * i), max_tokens=10 + 3 * i, tenant=str(i), kv_format=name)
+        for i, name in enumerate(names)
+    ]
+    expected = [alone(model, r) for r in requests]
+    parts = make_parts(model, fmt=FMT)
+    loop = make_loop(parts)
+    sinks = add(loop, *requests)
+    step_all(loop, parts)
+    assert [s.tokens for s in sinks] == expected
+    assert [s.finished.usage.kv_format for s in sinks] == ["4/4", "f16", "8/4", "4/3", "f16"]
+    assert alone(model, requests[1]) == alone(model, requests[1], None)
+
+
+def test_an_unknown_format_is_refused(model: Any, rng: np.random.Generator) -> None:
+    (sink,) = run(make_loop(make_parts(model, fmt=FMT)), request("a", prompt(rng, 9), kv_format="5/1"))
+    assert isinstance(sink.error, KVFormatError)
+
+
+def test_formats_never_share_and_a_session_keeps_its_own(model: Any, rng: np.random.Generator) -> None:
+    loop, content = make_loop(make_parts(model, fmt=FMT)), prompt(rng, 80)
+    run(loop, request("a", content, session_id="s", kv_format="8/4"))
+    (same,) = run(loop, request("b", content, session_id="s"))
+    assert same.finished.usage.kv_format == "8/4" and same.finished.usage.cached_tokens > 60
+    (other,) = run(loop, request("c", content))
+    assert other.finished.usage.kv_format == "4/4" and other.finished.usage.cached_tokens == 0
+
+
+def test_a_named_session_is_listed_forked_and_deleted(model: Any, rng: np.random.Generator) -> None:
+    parts = make_parts(model, fmt=FMT)
+    loop, content = make_loop(parts), prompt(rng, 80)
+    (first,) = run(loop, request("a", content, session_id="chat", tenant="me"))
+    assert first.finished.usage.session_id == "chat"
+    info = loop.sessions.get("me", "chat")
+    assert info.is_explicit and info.tokens == 81 + 8 - 1 and info.tier == "memory" and info.requests == 1
+    fork = loop.sessions.fork("me", "chat", "copy")
+    assert (fork.session_id, fork.tokens, fork.kv) == ("copy", info.tokens, info.kv)
+    pages = parts.runtime.totals().compressed
+    assert pages == info.kv.compressed, "a fork costs no page"
+    page = loop.sessions.list_page("me", 1, None)
+    assert len(page.sessions) == 1 and page.has_more
+    rest = loop.sessions.list_page("me", 5, page.sessions[0].session_id)
+    assert {s.session_id for s in (*page.sessions, *rest.sessions)} == {"chat", "copy"} and not rest.has_more
+    with pytest.raises(SessionNotFoundError):
+        loop.sessions.get("you", "chat")
+    loop.sessions.delete("me", "chat")
+    longer = request("b", content + first.text + prompt(rng, 9), session_id="copy", tenant="me")
+    (second,) = run(loop, longer)
+    assert second.finished.usage.cached_tokens > 80 and second.tokens == alone(model, longer)
+    loop.sessions.delete("me", "copy")
+    loop.check_integrity()
+    assert parts.runtime.totals().compressed == 0
+
+
+def test_a_running_session_can_be_forked_but_not_deleted(model: Any, rng: np.random.Generator) -> None:
+    parts = make_parts(model, fmt=FMT)
+    loop = make_loop(parts)
+    one = request("a", prompt(rng, 60), max_tokens=40, session_id="chat")
+    (sink,) = add(loop, one)
+    for _ in range(15):
+        loop.step()
+    with pytest.raises(SessionBusyError):
+        loop.sessions.delete("", "chat")
+    info, fork = loop.sessions.get("", "chat"), loop.sessions.fork("", "chat", None)
+    assert info.tier == "running" and fork.tier == "memory" and fork.tokens == info.tokens > 60
+    loop.check_integrity()
+    while loop.has_work:
+        loop.step()
+    assert sink.tokens == alone(model, one)
+    loop.check_integrity()
+
+
+def test_requests_with_a_common_beginning_that_come_together_compute_it_once(
+    model: Any, rng: np.random.Generator
+) -> None:
+    parts = make_parts(model, fmt=FMT)
+    loop, system = make_loop(parts), prompt(rng, 200)
+    requests = [request(str(i), system + prompt(rng, 10 + i), max_tokens=6) for i in range(4)]
+    expected = [alone(model, r) for r in requests]
+    sinks = add(loop, *requests)
+    while loop.has_work:
+        loop.step()
+    assert [s.tokens for s in sinks] == expected
+    computed = sum(s.finished.usage.prompt_tokens - s.finished.usage.cached_tokens for s in sinks)
+    assert computed <= 201 + sum(10 + i + FMT.page_tokens for i in range(4)), (
+        "the beginning once, each rest and page cut"
+    )
+
+
+def fill(loop: StepLoop, rng: np.random.Generator, num: int, **options: Any) -> list[tuple[str, Sink]]:
+    """Conversations of different callers, one after another."""
+    filled = []
+    for i in range(num):
+        content = prompt(rng, 90)
+        filled.append((content, run(loop, request(f"f{i}", content, tenant=f"t{i}", session_id="s", **options))[0]))
+    return filled
+
+
+def test_under_pressure_named_sessions_are_requantised_if_allowed_and_say_so(
+    model: Any, rng: np.random.Generator
+) -> None:
+    parts = make_parts(model, fmt=FMT, limits=ManagerLimits(allow_requantise=True))
+    loop = make_loop(parts)
+    fill(loop, rng, 6)
+    parts.manager.budget_bytes = parts.manager.committed_bytes + peak_bytes(parts.runtime, 71) - 2000
+    run(loop, request("new", prompt(rng, 50), max_tokens=20, tenant="new"))
+    assert parts.manager.counts.requantisations["4/4>4/3"] >= 1
+    formats = [loop.sessions.get(f"t{i}", "s").kv_format for i in range(6)]
+    assert "4/3" in formats and set(formats) <= {"4/4", "4/3"}
+    loop.check_integrity()
+
+
+def store(folder: Path) -> DiskStore:
+    return DiskStore(folder, limit_bytes=1 << 30, write_rate=1e12, fingerprint="test")
+
+
+@pytest.mark.parametrize("fmt", [None, FMT], ids=["f16", "4/4"])
+def test_spilled_sessions_come_back_with_the_same_answers(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None, tmp_path: Path
+) -> None:
+    disk = store(tmp_path)
+    parts = make_parts(model, fmt=fmt, disk=disk)
+    parts.manager.budget_bytes = peak_bytes(parts.runtime, 150) * 3
+    loop = make_loop(parts)
+    filled = fill(loop, rng, 8)
+    assert parts.manager.counts.spills["pressure"] >= 4
+    assert {loop.sessions.get(f"t{i}", "s").tier for i in range(8)} == {"memory", "disk"}
+    for i, (content, sink) in enumerate(filled):
+        longer = request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
+        (second,) = run(loop, longer)
+        assert second.tokens == alone(model, longer, fmt)
+        assert second.finished.usage.cached_tokens > 80
+        loop.check_integrity()
+    assert parts.manager.counts.restores["request"] >= 4
+    disk.close()
+
+
+def test_sessions_survive_a_restart(model: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    loop = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
+    filled = fill(loop, rng, 3)
+    loop.sessions.update("t1", "s", is_pinned=True, ttl_s=None)
+    before = [loop.sessions.get(f"t{i}", "s") for i in range(3)]
+    loop.close()
+    again = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
+    for i, ((content, sink), old) in enumerate(zip(filled, before, strict=True)):
+        info = again.sessions.get(f"t{i}", "s")
+        assert info.tier == "disk" and (info.tokens, info.kv, info.is_pinned) == (old.tokens, old.kv, old.is_pinned)
+        longer = request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
+        (second,) = run(again, longer)
+        assert second.finished.usage.cached_tokens > 80 and second.tokens == alone(model, longer)
+    again.check_integrity()
+    again.close()
