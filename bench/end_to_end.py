@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from _rows import Row, add_json_option, print_rows, write_rows
 
@@ -27,12 +28,14 @@ blas.interpose()  # before mlx is imported
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from turboquant_kv.backends.native import NativeStorage
 from turboquant_kv.cache import TurboQuantKVCache
 from turboquant_kv.format import KVFormat
 from turboquant_kv.runtime import KVRuntime
 from turboserve.models.tiny.evaluate import UNCOMPRESSED, calibration_of, load, parse_format
 
 DECODE_TARGETS = {256: 1.0, 1024: 1.0, 8192: 2.0, 16384: 3.0}  # times the uncompressed cache's speed
+ENCODE_TARGET = 0.03  # of the time of a prefill
 BATCH_TARGET = 3.0  # total tokens/s of eight conversations over one
 BATCH, BATCH_CONTEXT = 8, 2048
 PREFILL_TOKENS, PREFILL_CHUNK = 4096, 256
@@ -100,25 +103,48 @@ def shown(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def prefill_step(model: Any, runtime: KVRuntime, tokens: mx.array) -> Callable[[], None]:
+    def step() -> None:
+        caches = runtime.make_cache()
+        for start in range(0, PREFILL_TOKENS, PREFILL_CHUNK):
+            model(tokens[:, start : start + PREFILL_CHUNK], cache=caches)  # lm_head stays lazy, as in the server
+            runtime.evaluate(caches)
+
+    return step
+
+
 def prefill_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
     tokens = mx.random.randint(0, 4096, (1, PREFILL_TOKENS))
-
-    def read(runtime: KVRuntime) -> Callable[[], None]:
-        def step() -> None:
-            caches = runtime.make_cache()
-            for start in range(0, PREFILL_TOKENS, PREFILL_CHUNK):
-                model(tokens[:, start : start + PREFILL_CHUNK], cache=caches)  # lm_head stays lazy, as in the server
-                runtime.evaluate(caches)
-
-        return step
-
-    times = in_turn({name: read(r) for name, r in runtimes.items()}, rounds, warm_up=1)
+    times = in_turn({name: prefill_step(model, r, tokens) for name, r in runtimes.items()}, rounds, warm_up=1)
     speed = {name: PREFILL_TOKENS / s for name, s in times.items()}
     base = speed[UNCOMPRESSED]
     return [
         Row.at_least(f"prefill of {PREFILL_TOKENS}, {n}", v, "tok/s", None if n == UNCOMPRESSED else base, base)
         for n, v in speed.items()
     ]
+
+
+def encode_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
+    """What encoding takes of a prefill, both timed in the same one; of the native kernels, which encode at once."""
+    tokens = mx.random.randint(0, 4096, (1, PREFILL_TOKENS))
+    spent, encode = [0.0], NativeStorage.encode
+
+    def timed(storage: NativeStorage, *rows: Any) -> None:
+        spent[0] += seconds(lambda: encode(storage, *rows))
+
+    rows = []
+    for name, runtime in runtimes.items():
+        if name == UNCOMPRESSED or not runtime.backend_name.startswith("cpu-native"):
+            continue
+        step, shares = prefill_step(model, runtime, tokens), []
+        with mock.patch.object(NativeStorage, "encode", timed):
+            for _ in range(rounds):
+                spent[0] = 0.0
+                total = seconds(step)
+                shares.append(spent[0] / total)
+        share = statistics.median(shares)
+        rows.append(Row.at_most(f"encoding, share of a prefill of {PREFILL_TOKENS}, {name}", share, "", ENCODE_TARGET))
+    return rows
 
 
 def batch_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
@@ -154,6 +180,7 @@ def main() -> None:
     for context in map(int, args.contexts.split(",")):
         rows += shown(decode_rows(model, runtimes, context, args.rounds))
     rows += shown(prefill_rows(model, runtimes, rounds=3))
+    rows += shown(encode_rows(model, runtimes, rounds=3))
     rows += shown(batch_rows(model, runtimes, args.rounds))
     write_rows(args.json, rows)
 
