@@ -79,6 +79,11 @@ class PlainRows(BatchRows):
     def nbytes(self) -> int:
         return sum(int(row.nbytes) for row in self.rows if not row.empty())
 
+    @property
+    def state(self) -> list[Any]:
+        """Of every row; for mlx-lm programs that evaluate it between steps."""
+        return [row.state for row in self.rows]
+
 
 def _differs_by_row(mask: mx.array) -> bool:
     return mask.ndim == 4 and mask.shape[0] > 1
@@ -232,6 +237,11 @@ class MixedBatchCache(BatchRows):
     @property
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups)
+
+    @property
+    def state(self) -> list[Any]:
+        """Of every group."""
+        return [group.state for group in self.groups]
 
 
 def _is_same_kind(a: Group, b: Group) -> bool:

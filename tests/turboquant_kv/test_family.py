@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import deepseek_v3
+from mlx_lm.models import deepseek_v3, qwen2
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
@@ -122,3 +122,24 @@ def test_latent_attention_is_refused_and_still_runs_uncompressed(rng: np.random.
     for b, row in enumerate(rows):
         want = logits_of(model, row, [b + 1], [])[0]
         assert np.linalg.norm(out[b] - want) / np.linalg.norm(want) < 1e-3
+
+
+def test_a_model_with_a_cache_habit_of_its_own_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it does with other caches, it is still served with mlx-lm's own."""
+    model = small_models.dense()
+    whole = qwen2.Attention.__call__
+
+    def peeks(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        return whole(self, x, mask, cache) + 0 * cache.keys.sum()
+
+    monkeypatch.setattr(qwen2.Attention, "__call__", peeks)
+    family = KVFamily(model)
+    assert family.layers.unsupported is not None
+    assert "keys" in family.layers.unsupported
+    with pytest.raises(UnsupportedModelError, match="f16"):
+        family.runtime("4/4")
+    rows = [family.runtime("f16").make_cache() for _ in range(2)]
+    for row in rows:
+        logits_of(model, row, [1, 2, 3], [])
+    out = model(mx.array([[1], [2]]), cache=family.runtime("f16").merge_rows(rows))
+    assert out.shape == (2, 1, small_models.VOCAB)
