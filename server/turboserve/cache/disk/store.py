@@ -24,6 +24,7 @@ from turboserve.cache.disk import files, scan
 from turboserve.cache.disk.container import Array, DamagedFileError
 from turboserve.cache.disk.index import Entry, Index
 from turboserve.cache.disk.reading import DamagedPieceError, read_entry
+from turboserve.cache.disk.switch import Switch
 from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
 from turboserve.cache.store import DiskStatus, StoredEntry
 
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 
 MiB = 1 << 20
 DEFAULT_PENDING_BYTES = 256 * MiB  # the stated scratch of writing; one conversation alone may exceed it
-RETRY_S = 60.0  # after a failed write the disk gets this long before it is tried again
 CLOSE_S = 10.0
 STOP_S = 10.0  # for the piece that is being written when time is up
 _NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -78,7 +78,7 @@ class DiskStore:
         self._pending: dict[str, Job] = {}
         self._writing: Job | None = None
         self._trash: list[Path] = []
-        self._reason, self._retry_at = "", 0.0
+        self._switch = Switch(clock)
         self._is_closing = False
         self._hurry, self._stop = threading.Event(), threading.Event()
         self._rate = files.RateLimit(write_rate, self._hurry.wait)
@@ -98,9 +98,8 @@ class DiskStore:
             self._lock_handle, is_writable = files.lock_folder(self.path)
             found = scan.scan(self.path, self._fingerprint)
         except OSError as exc:
-            self._switch_off(exc)
-            self._retry_at = float("inf")
-            log.warning("the session store %s is off: %s", self.path, self._reason)
+            self._switch.turn_off(exc.strerror or str(exc))
+            log.warning("the session store %s is off: %s", self.path, self._switch.reason)
             return
         for entry in found.entries:
             self._index.add(entry)
@@ -110,7 +109,7 @@ class DiskStore:
         self._trash = [*found.damaged, *found.leftovers]
         if not is_writable:
             self._trash = []
-            self._reason, self._retry_at = "the folder is read-only", float("inf")
+            self._switch.turn_off("the folder is read-only")
             return
         self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
         self._thread.start()
@@ -195,7 +194,9 @@ class DiskStore:
     def status(self) -> DiskStatus:
         with self._changed:
             num_entries = sum(not entry.is_foreign for entry in self._index)
-            return DiskStatus(self._accepts(), self._reason, self._index.total_bytes, self._limit_bytes, num_entries)
+            return DiskStatus(
+                self._accepts(), self._switch.reason, self._index.total_bytes, self._limit_bytes, num_entries
+            )
 
     @property
     def counts(self) -> DiskCounts:
@@ -284,7 +285,7 @@ class DiskStore:
                 entry.last_used_s = self._clock()
                 self._throw_away(self._index.add(entry))
                 self._count(written=1)
-                self._reason = ""
+                self._switch.worked()
                 if job.is_cancelled:
                     self._drop(job.key)
             self._throw_away(job.written_pieces)  # those that an entry needs stay
@@ -294,12 +295,12 @@ class DiskStore:
     def _fail(self, job: Job, exc: OSError) -> None:
         """The disk does not take it: writing is off for a while, and nothing stays queued."""
         with self._changed:
-            self._switch_off(exc)
+            self._switch.fail(exc)
             self._count(write_failures=1)
             self._throw_away(job.written_pieces)
             num_lost = len(self._pending)
             self._pending.clear()
-        log.warning("the session store is off, %d conversations were not written: %s", num_lost, self._reason)
+        log.warning("the session store is off, %d conversations were not written: %s", num_lost, self._switch.reason)
 
     def _empty_trash(self) -> None:
         with self._changed:
@@ -316,14 +317,7 @@ class DiskStore:
     # Under the lock.
 
     def _accepts(self) -> bool:
-        return (
-            self._thread is not None and not self._is_closing and (not self._reason or self._clock() >= self._retry_at)
-        )
-
-    def _switch_off(self, exc: OSError) -> None:
-        what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the disk is full"}
-        self._reason = what.get(exc.errno or 0, exc.strerror or str(exc))
-        self._retry_at = self._clock() + RETRY_S
+        return self._thread is not None and not self._is_closing and self._switch.is_on
 
     def _drop(self, key: str) -> None:
         if self._index.get(key) is not None:
