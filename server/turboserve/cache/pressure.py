@@ -66,7 +66,7 @@ class PressureLadder:
         order = self._order(need)
         is_alone = all(lease is need.lease for lease in self.leases)
         last_resort = order.last_resort if is_alone else []  # with others at work, waiting frees something
-        can_help = self._potential([*order.ordinary, *last_resort]) >= self.shortfall(need)
+        can_help = self._can_free([*order.ordinary, *last_resort], self.shortfall(need))
         if can_help and (self._climb(need, order.ordinary) or self._climb(need, last_resort)):
             return True
         return need.may_preempt and self._preempt_younger(need)
@@ -100,14 +100,16 @@ class PressureLadder:
         order: VictimOrder = order_victims(candidates, self.budget_bytes)
         return VictimConversations([idle[k] for k in order.ordinary], [idle[k] for k in order.last_resort])
 
-    def _potential(self, victims: list[Conversation]) -> int:
-        """What the first three steps could free at most."""
+    def _can_free(self, victims: list[Conversation], num_bytes: int) -> bool:
+        """Whether the first three steps could free that much."""
         release = Release(self.family)
         can_spill = self.persistence.is_writable
         for conversation in victims:
             if not conversation.session.is_pinned or can_spill or conversation.disk_key is not None:
                 release.add(conversation)
-        return release.freed_bytes
+                if release.freed_bytes >= num_bytes:
+                    return True
+        return False
 
     def _forget(self, need: Need, victims: list[Conversation]) -> bool:
         for conversation in self._worthwhile(victims):

@@ -24,6 +24,8 @@ H = TypeVar("H")
 # differ only in where their exact ends and page cuts lie, so a few are as good as all.
 MAX_BELOW = 16
 
+TOKEN_BYTES = 4  # int32
+
 
 class Found(NamedTuple, Generic[H]):
     holder: H
@@ -32,19 +34,24 @@ class Found(NamedTuple, Generic[H]):
 
 
 class _Node(Generic[H]):
-    __slots__ = ("children", "edge", "end", "holders", "parent")
+    __slots__ = ("children", "end", "holders", "parent", "raw")
 
-    def __init__(self, edge: Tokens, end: int, parent: _Node[H] | None) -> None:
-        self.edge, self.end, self.parent = edge, end, parent  # `end`: tokens from the root to here
+    def __init__(self, raw: bytes, end: int, parent: _Node[H] | None) -> None:
+        self.raw, self.end, self.parent = raw, end, parent  # `end`: tokens from the root to here
         self.children: dict[int, _Node[H]] = {}
         self.holders: list[H] = []
+
+    @property
+    def edge(self) -> Tokens:
+        """Its tokens. Kept as bytes, because comparing short edges as arrays costs ten times as much."""
+        return np.frombuffer(self.raw, np.int32)
 
 
 class RadixTree(Generic[H]):
     """Holders by token sequence. Several holders may have the same tokens."""
 
     def __init__(self) -> None:
-        self._root: _Node[H] = _Node(np.empty(0, np.int32), 0, None)
+        self._root: _Node[H] = _Node(b"", 0, None)
         self.num_holders = 0
 
     def insert(self, tokens: Tokens, holder: H) -> None:
@@ -53,8 +60,7 @@ class RadixTree(Generic[H]):
             rest = tokens[node.end :]
             child = node.children.get(int(rest[0]))
             if child is None:
-                # A copy: a view would keep the whole conversation's array alive for one edge.
-                leaf: _Node[H] = _Node(rest.copy(), len(tokens), node)
+                leaf: _Node[H] = _Node(rest.tobytes(), len(tokens), node)
                 node.children[int(rest[0])] = leaf
                 node = leaf
                 continue
@@ -129,16 +135,17 @@ class RadixTree(Generic[H]):
 
     def _walk(self, tokens: Tokens) -> tuple[list[_Node[H]], int]:
         """Nodes from the root on, and how many tokens match; the last node may match in part only."""
-        path, reached = [self._root], 0
+        path, reached, raw = [self._root], 0, tokens.tobytes()
         while reached < len(tokens):
             child = path[-1].children.get(int(tokens[reached]))
             if child is None:
                 break
             path.append(child)
-            common = common_prefix_len(child.edge, tokens[reached : reached + len(child.edge)])
-            reached += common
-            if common < len(child.edge):
-                break
+            if raw[reached * TOKEN_BYTES : child.end * TOKEN_BYTES] == child.raw:
+                reached = child.end
+                continue
+            reached += common_prefix_len(child.edge, tokens[reached:])
+            break
         return path, reached
 
     def _node_of(self, tokens: Tokens) -> _Node[H] | None:
@@ -148,10 +155,11 @@ class RadixTree(Generic[H]):
     def _split(self, node: _Node[H], at: int) -> _Node[H]:
         """A new node after the first `at` tokens of this one's edge."""
         parent = node.parent
-        assert parent is not None and 0 < at < len(node.edge)
-        upper: _Node[H] = _Node(node.edge[:at].copy(), node.end - len(node.edge) + at, parent)
+        assert parent is not None and 0 < at * TOKEN_BYTES < len(node.raw)
+        raw_upper, raw_lower = node.raw[: at * TOKEN_BYTES], node.raw[at * TOKEN_BYTES :]
+        upper: _Node[H] = _Node(raw_upper, node.end - len(raw_lower) // TOKEN_BYTES, parent)
         parent.children[int(upper.edge[0])] = upper
-        node.edge, node.parent = node.edge[at:].copy(), upper
+        node.raw, node.parent = raw_lower, upper
         upper.children[int(node.edge[0])] = node
         return upper
 
@@ -165,7 +173,7 @@ class RadixTree(Generic[H]):
             self._tidy(parent)
         elif len(node.children) == 1:
             (child,) = node.children.values()
-            child.edge = np.concatenate([node.edge, child.edge])
+            child.raw = node.raw + child.raw
             child.parent = parent
             parent.children[int(child.edge[0])] = child
 

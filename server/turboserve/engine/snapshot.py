@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from turboserve.cache.desk import SessionView
 from turboserve.cache.holders import Conversation, Lease
 from turboserve.cache.manager import CacheManager
-from turboserve.cache.runtime import CacheBytes
+from turboserve.cache.runtime import CacheBytes, total_bytes
 from turboserve.engine.parts import EngineParts
 from turboserve.engine.protocol import (
     MAX_SHOWN_CONVERSATIONS,
@@ -106,7 +106,7 @@ def _shown(
 ) -> tuple[ConversationStats, ...]:
     """Running ones, then idle ones, of each the largest; no more than a reply should hold."""
     running = heapq.nlargest(MAX_SHOWN_CONVERSATIONS, at_work, key=lambda item: item[1].total)
-    largest = heapq.nlargest(MAX_SHOWN_CONVERSATIONS - len(running), idle, key=lambda c: kv_bytes(c.kv).total)
+    largest = heapq.nlargest(MAX_SHOWN_CONVERSATIONS - len(running), idle, key=lambda c: total_bytes(c.kv))
     return (
         *(_conversation(lease, kv, 0.0) for lease, kv in running),
         *(_conversation(c, kv_bytes(c.kv), max(0.0, now_s - c.session.last_used_s)) for c in largest),

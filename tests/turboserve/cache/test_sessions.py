@@ -58,9 +58,9 @@ def test_among_equals_the_callers_own_choice_is_continued() -> None:
         converse(manager, [*span(0, 60), ord(name[1])], session_id=name)
     converse(manager, [*span(0, 60), 7], cache_key="k")
     prompt = [*span(0, 60), 9]
-    for options, expected in (({"session_id": "s1"}, "s1"), ({"session_id": "s2"}, "s2")):
-        source = lease_for(manager, prompt, 70, **options).source
-        assert source is not None and source.session_id == expected
+    for name in ("s1", "s2"):
+        source = lease_for(manager, prompt, 70, session_id=name).source
+        assert source is not None and source.session_id == name
     source = lease_for(manager, prompt, 70, cache_key="k").source
     assert source is not None and source.cache_key == "k"
 

@@ -48,7 +48,8 @@ def test_a_caller_finds_what_they_would_find_alone(calls: list[tuple[str, list[i
 @settings(deadline=None)
 def test_a_caller_finds_all_of_their_own(calls: list[tuple[str, list[int]]]) -> None:
     """In a cache that can be cut anywhere, the longest common beginning of all of one's own earlier prompts."""
-    manager, seen = manager_for(FakeFamily("f16"), ROOMY), []
+    manager = manager_for(FakeFamily("f16"), ROOMY)
+    seen: list[tuple[str, list[int]]] = []
     for caller, prompt in calls:
         mine = [p for c, p in seen if c == caller]
         common = max((common_prefix_len(np.array(p, np.int32), np.array(prompt, np.int32)) for p in mine), default=0)
