@@ -2,6 +2,7 @@
 # make test    install with the test tools, then run the tests (ARGS)
 # make lint    ruff, mypy --strict and the import contracts
 # make sanitize  the native kernels' tests under the address, undefined-behaviour and thread sanitizers
+# make emulate   the NEON kernels against the portable ones under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make clean   remove .venv and build output
 
 PORT ?= 8000
@@ -19,7 +20,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native
 BASE_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: serve test lint sanitize clean
+.PHONY: serve test lint sanitize emulate clean
 
 serve: $(BASE_STAMP)
 	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
@@ -34,17 +35,30 @@ lint: $(DEV_STAMP)
 	$(BIN)/lint-imports
 
 # Python itself is not instrumented, so the runtimes are preloaded; it never frees everything, so leaks are not counted.
+# Only Python's own output is captured: a sanitizer's report would be lost with the process it ends.
 SANITIZED := build/sanitize
+NATIVE_TESTS := tests/turboquant_kv/native
+NATIVE_SOURCES := kernels/turboquant_kv/native/src
 sanitize: $(DEV_STAMP)
 	$(BIN)/python -m pip install --quiet nanobind cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DTURBOQUANT_SANITIZE=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --target _kernels
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 TURBOQUANT_TEST_KERNELS="$(abspath $(SANITIZED))" \
-		$(BIN)/python -m pytest tests/turboquant_kv/native $(ARGS)
-	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -Ikernels/turboquant_kv/native/src tests/turboquant_kv/native/pool_test.cpp \
-		kernels/turboquant_kv/native/src/pool.cpp -pthread -o $(SANITIZED)/pool_test
+		$(BIN)/python -m pytest --capture=sys $(NATIVE_TESTS) $(ARGS)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -I$(NATIVE_SOURCES) $(NATIVE_TESTS)/pool_test.cpp $(NATIVE_SOURCES)/pool.cpp \
+		-pthread -o $(SANITIZED)/pool_test
 	$(SANITIZED)/pool_test
+
+EMULATED := build/emulate
+ARM_CXX := aarch64-linux-gnu-g++ -std=c++17 -O2 -static -march=armv8.2-a+dotprod+fp16 -I$(NATIVE_SOURCES)
+emulate:
+	mkdir -p $(EMULATED)
+	$(ARM_CXX) -DLEVEL='"isa_neon.h"' $(NATIVE_TESTS)/lookup_test.cpp -o $(EMULATED)/lookup_test
+	qemu-aarch64 $(EMULATED)/lookup_test
+	$(ARM_CXX) $(NATIVE_TESTS)/levels_test.cpp $(NATIVE_SOURCES)/dispatch.cpp $(wildcard $(NATIVE_SOURCES)/kernels_*.cpp) \
+		-o $(EMULATED)/levels_test
+	qemu-aarch64 $(EMULATED)/levels_test
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

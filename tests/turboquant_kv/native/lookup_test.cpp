@@ -1,6 +1,7 @@
 // The 256-entry table look-up of one instruction-set level against plain indexing: every index, in every lane, exactly.
 //
-// Built once a level with that level's flags and -DLEVEL='"isa_avx2.h"' (make sanitize, make emulate).
+// Built with the level's own flags and -DLEVEL='"isa_neon.h"'; `make emulate` does. test_levels.py looks up all entries on
+// the levels that a CPU has.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
