@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from turboserve.cache.disk import files, scan
 from turboserve.cache.disk.container import Array, DamagedFileError
@@ -50,6 +50,14 @@ class DiskCounts:
     integrity_failures: int = 0  # damaged files
 
 
+class _Rubbish(NamedTuple):
+    """A file to be deleted, unless its entry or piece is needed again by then."""
+
+    path: Path
+    key: str | None = None
+    piece: str | None = None
+
+
 class DiskStore:
     """The real SessionDisk (cache/store.py). All methods may be called from any thread."""
 
@@ -77,7 +85,7 @@ class DiskStore:
         self._changed = threading.Condition()
         self._pending: dict[str, Job] = {}
         self._writing: Job | None = None
-        self._trash: list[Path] = []
+        self._trash: list[_Rubbish] = []
         self._switch = Switch(clock)
         self._is_closing = False
         self._hurry, self._stop = threading.Event(), threading.Event()
@@ -106,7 +114,7 @@ class DiskStore:
         for path, why in found.damaged.items():
             log.warning("the session store drops %s: %s", path.name, why)
         self._count(integrity_failures=len(found.damaged))
-        self._trash = [*found.damaged, *found.leftovers]
+        self._trash = [_Rubbish(path) for path in (*found.damaged, *found.leftovers)]
         if not is_writable:
             self._trash = []
             self._switch.turn_off("the folder is read-only")
@@ -174,8 +182,9 @@ class DiskStore:
     def delete(self, key: str) -> None:
         """Forget an entry, written or queued; its files go in the background."""
         with self._changed:
-            if (job := self._pending.pop(key, None)) is not None:
-                job.is_cancelled = True
+            for job in (self._pending.pop(key, None), self._writing):  # they differ when a key was put twice
+                if job is not None and job.key == key:
+                    job.is_cancelled = True
             self._drop(key)
 
     def entries(self) -> list[StoredEntry]:
@@ -305,14 +314,17 @@ class DiskStore:
     def _empty_trash(self) -> None:
         with self._changed:
             trash = list(self._trash)
-        for path in trash:
-            name = path.name.removesuffix(scan.SUFFIX)
-            if path.parent == scan.pieces_folder(self.path) and self._has_piece(name) is not None:
-                continue  # needed again meanwhile; only this thread adds pieces
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for rubbish in trash:
+            if not self._is_needed(rubbish):  # again, meanwhile; only this thread adds files
+                with contextlib.suppress(OSError):
+                    rubbish.path.unlink()
         with self._changed:
             del self._trash[: len(trash)]  # only this thread takes anything out
+
+    def _is_needed(self, rubbish: _Rubbish) -> bool:
+        with self._changed:
+            is_entry = rubbish.key is not None and self._index.get(rubbish.key) is not None
+            return is_entry or (rubbish.piece is not None and self._index.piece_bytes(rubbish.piece) is not None)
 
     # Under the lock.
 
@@ -322,11 +334,12 @@ class DiskStore:
     def _drop(self, key: str) -> None:
         if self._index.get(key) is not None:
             self._throw_away(self._index.remove(key))
-            self._trash.append(scan.entry_path(self.path, key))
+            self._trash.append(_Rubbish(scan.entry_path(self.path, key), key=key))
             self._changed.notify_all()
 
     def _throw_away(self, pieces: Sequence[str]) -> None:
-        self._trash += [scan.piece_path(self.path, name) for name in pieces if self._index.piece_bytes(name) is None]
+        unused = [name for name in pieces if self._index.piece_bytes(name) is None]
+        self._trash += [_Rubbish(scan.piece_path(self.path, name), piece=name) for name in unused]
         self._changed.notify_all()
 
     def _drop_damaged(self, entry: Entry, exc: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,20 @@ def test_the_last_put_of_a_key_wins(tmp_path: Path) -> None:
     assert_holds(store, "a", conversation(19))
     assert store.flush(20)
     assert_holds(store, "a", conversation(19))
+    close_clean(store)
+
+
+def test_a_key_that_is_deleted_stays_away_whatever_was_being_written(tmp_path: Path) -> None:
+    store = open_store(tmp_path, write_rate=300_000)  # about a fifth of a second for each
+    store.put("a", *conversation(1))
+    while not store.counts.written_bytes:
+        time.sleep(0.001)
+    store.put("a", *conversation(2))
+    store.delete("a")
+    assert store.get("a") is None
+    assert store.flush(20)
+    assert store.get("a") is None
+    assert file_bytes(tmp_path) == 0
     close_clean(store)
 
 
