@@ -43,7 +43,7 @@ def test_malformed_body_is_400(client: httpx.Client, body: bytes) -> None:
     reply = client.post(CHAT, content=body, headers=JSON_TYPE)
     assert reply.status_code == 400
     assert error_of(reply)["type"] == "invalid_request_error"
-    assert time.perf_counter() - start < 2  # a hang, not a speed, is what this guards against
+    assert time.perf_counter() - start < 4  # a hang, not a speed, is what this guards against
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,20 @@ def submit(engine: TurboEngine, request_id: str, **options: Any) -> Sink:
     return sink
 
 
+def submit_slow(engine: TurboEngine, request_id: str) -> Sink:
+    """A request of seconds: its reader holds the engine at every event, so that a busy machine misses nothing."""
+    sink = Sink()
+    put = sink.put
+
+    def slow_put(event: Event) -> None:
+        time.sleep(0.01)
+        put(event)
+
+    sink.put = slow_put  # type: ignore[method-assign]
+    engine.submit(request(request_id, "hello there", max_tokens=450), sink)
+    return sink
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -128,7 +142,7 @@ def test_a_full_queue_refuses_with_retry_after(make_engine: Callable[..., TurboE
 
 
 def test_cancel_ends_a_long_request(engine: TurboEngine) -> None:
-    sink = submit(engine, "long", max_tokens=450)
+    sink = submit_slow(engine, "long")
     wait_for(lambda: len(sink.events) > 2)
     engine.cancel("long")
     assert sink.ended.wait(TIMEOUT_S)
@@ -148,7 +162,7 @@ def test_stop_lets_requests_finish_and_refuses_new_ones(engine: TurboEngine) -> 
 
 
 def test_stop_without_grace_ends_requests_with_an_error(engine: TurboEngine) -> None:
-    sink = submit(engine, "a", max_tokens=450)
+    sink = submit_slow(engine, "a")
     wait_for(lambda: len(sink.events) > 0)
     engine.stop(0)
     assert isinstance(sink.error, EngineUnavailableError)
@@ -157,7 +171,7 @@ def test_stop_without_grace_ends_requests_with_an_error(engine: TurboEngine) -> 
 def test_a_dead_thread_says_so_and_fails_everyone(engine: TurboEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     from turboserve.engine.loop import StepLoop
 
-    sinks = [submit(engine, "a", max_tokens=450), submit(engine, "b", max_tokens=450)]
+    sinks = [submit_slow(engine, "a"), submit_slow(engine, "b")]
     wait_for(lambda: all(len(s.events) > 0 for s in sinks))
 
     def broken(self: StepLoop) -> None:
