@@ -108,6 +108,11 @@ class KVRuntime:
         """The same, uncompressed in the model's dtype."""
         return float(sum(s.raw_token_bytes for s in self.shapes if s is not None))
 
+    @property
+    def chunk_token_bytes(self) -> float:
+        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, rings included."""
+        return self.token_raw_bytes + sum(state.token_bytes for state in self.layers.states)
+
     def make_cache(self) -> list[Any]:
         """One empty single-conversation cache per layer."""
         caches = make_prompt_cache(self._model)
@@ -116,9 +121,9 @@ class KVRuntime:
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes that a conversation of `num_tokens` allocates, exact windows included.
 
-        Layers without a known geometry (recurrent state, rings) are not in this figure.
+        Of rings and recurrent states the most they can take; the rest is exact.
         """
-        total = 0
+        total = sum(state.bytes_for(num_tokens) for state in self.layers.states)
         for i, shape in enumerate(self.shapes):
             if shape is None:
                 continue

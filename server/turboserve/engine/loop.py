@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.manager import Lease
 from turboserve.engine import scheduler
 from turboserve.engine.admission import Admission
@@ -101,7 +102,14 @@ class StepLoop:
         self._parts.manager.close()
 
     def snapshot(self) -> EngineStats:
-        return take_snapshot(self._parts, self.runner, self._running, len(self._waiting), self._clock())
+        now_s, num_waiting = self._clock(), len(self._waiting)
+        return take_snapshot(self._parts, self.runner, self._running, num_waiting, now_s, self.scratch_bytes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The most that one step may hold beside the budget: a prompt's chunk, exact, and what is being written."""
+        chunk = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
+        return int(chunk) + (DEFAULT_PENDING_BYTES if self._parts.manager.disk is not None else 0)
 
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless pools, references, trees and accounting agree."""

@@ -48,6 +48,11 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
     @property
     def token_raw_bytes(self) -> float: ...
 
+    @property
+    def chunk_token_bytes(self) -> float:
+        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer."""
+        ...
+
     def totals(self) -> CacheBytes:
         """Of all conversations in compressed layers, what they share counted once."""
         ...

@@ -54,7 +54,12 @@ def session_info(view: SessionView, wall_offset_s: float) -> SessionInfo:
 
 
 def take_snapshot(
-    parts: EngineParts, runner: Runner, running: Iterable[Sequence], num_waiting: int, now_s: float
+    parts: EngineParts,
+    runner: Runner,
+    running: Iterable[Sequence],
+    num_waiting: int,
+    now_s: float,
+    scratch_bytes: int = 0,
 ) -> EngineStats:
     """A consistent copy, taken between two steps.
 
@@ -92,6 +97,7 @@ def take_snapshot(
         num_conversations={"running": len(at_work), "memory": len(in_memory), "disk": len(on_disk)},
         kv_disk=_sum(c.kv for c in on_disk),
         kv_committed_bytes=manager.committed_bytes,
+        kv_scratch_bytes=scratch_bytes,
         prefix_query_tokens=counts.query_tokens,
         prefix_hit_tokens=counts.cached_tokens,
         events=_events(manager),

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.turboquant_kv import small_models
-from tests.turboserve.engine.fakes import GREEDY, VOCAB, make_loop, make_parts, request, run, text_of
+from tests.turboserve.engine.fakes import GREEDY, VOCAB, add, make_loop, make_parts, request, run, text_of
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.format import KVFormat
+from turboserve.cache.runtime import total_bytes
 
 FORMATS = [None, KVFormat(4, 4, page_tokens=16, sink_tokens=8)]
 
@@ -53,3 +54,20 @@ def test_a_conversation_over_mixed_layers_continues_at_its_end_only(kind: str, r
     assert_same_answer(parts, follow_up, second.tokens, fresh.tokens, RECOMPUTED_TIE)
     branch = run(loop, request("4", opening + text_of([1, 2, 3]), max_tokens=2))[0]
     assert branch.finished.usage.cached_tokens == 0
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("kind", ["sliding", "recurrent", "with_sinks"])
+def test_reservations_cover_rings_and_states(kind: str, fmt: Any, rng: np.random.Generator) -> None:
+    parts = make_parts(small_models.EVERY_KIND[kind](), fmt=fmt)
+    loop = make_loop(parts)
+    one_chunk = loop.scratch_bytes  # a ring keeps a chunk of a prompt until the step after it
+    for i, length in enumerate((1, 30, 90, 130)):
+        text = text_of([int(t) for t in rng.integers(0, VOCAB, length)])
+        add(loop, request(str(i), text, max_tokens=40, tenant=str(i), sampling=GREEDY))
+    while loop.has_work:
+        loop.step()
+        for sequence in loop._running:
+            assert sequence.lease is not None
+            assert total_bytes(loop.runner.measure(sequence)) <= sequence.lease.reserved_bytes + one_chunk
+        loop.check_integrity()
