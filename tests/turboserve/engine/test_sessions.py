@@ -16,7 +16,7 @@ from turboserve.cache.runtime import peak_bytes
 from turboserve.engine.loop import StepLoop
 from turboserve.engine.parts import EngineParts
 from turboserve.engine.protocol import GenerationRequest, SamplingParams
-from turboserve.errors import KVFormatError, SessionBusyError, SessionNotFoundError
+from turboserve.errors import KVFormatError, OverloadedError, SessionBusyError, SessionNotFoundError
 
 FMT = KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)
 
@@ -211,3 +211,34 @@ def test_sessions_survive_a_restart(model: Any, rng: np.random.Generator, tmp_pa
         assert second.finished.usage.cached_tokens > 80 and second.tokens == alone(model, longer)
     again.check_integrity()
     again.close()
+
+
+def test_who_waits_too_long_for_memory_is_refused_with_the_numbers(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboserve.engine.admission.MAX_ROOM_WAIT_S", 0.05)  # the fake clock's steps are 1 ms
+    parts = make_parts(model, fmt=FMT)
+    parts.manager.budget_bytes = peak_bytes(parts.runtime, 200) * 3 // 2
+    loop = make_loop(parts)
+    sinks = add(loop, *(request(str(i), prompt(rng, 50), max_tokens=140, tenant=str(i)) for i in range(2)))
+    step_all(loop, parts)
+    assert len(sinks[0].tokens) == 140
+    error = sinks[1].error
+    assert isinstance(error, OverloadedError) and error.status == 503 and error.retry_after_s
+    assert f"{parts.manager.budget_bytes:,}" in error.message
+    assert parts.manager.counts.refusals["no_room"] == 1
+
+
+def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once(
+    model: Any, rng: np.random.Generator
+) -> None:
+    parts = make_parts(model, fmt=FMT)
+    loop = make_loop(parts)
+    fill(loop, rng, 2)
+    parts.manager.budget_bytes = parts.manager.committed_bytes * 2
+    for i in range(2):
+        loop.sessions.update(f"t{i}", "s", is_pinned=True, ttl_s=None)
+    (sink,) = run(loop, request("big", prompt(rng, 300), max_tokens=100, tenant="new"))
+    assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
+    assert all(loop.sessions.get(f"t{i}", "s").is_pinned for i in range(2))
+    loop.check_integrity()
