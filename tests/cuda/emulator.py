@@ -25,7 +25,7 @@ from turboquant_kv.backends.gpu_source import piece
 SHIM = Path(__file__).with_name("shim.h")
 CTYPES = {
     **{mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"},
-    **{mx.int32: "int32_t", mx.uint8: "uint8_t"},
+    **{mx.int32: "int32_t", mx.uint8: "uint8_t", mx.uint32: "uint32_t"},
 }
 INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")

@@ -144,6 +144,13 @@ inline bool any_lane(bool x) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  const unsigned old = *p;
+  *p += x;
+  return old;
+}
+inline void __threadfence() {}
+inline float __ldcg(const float* p) { return *p; }
 inline float __half2float(__half x) { return float(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }

@@ -8,7 +8,7 @@ dims that are no power of two are the MLX operations of mlx_ops.py over the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
 from turboquant_kv.backends.canonical import CanonicalStorage
-from turboquant_kv.backends.gpu_launch import DecodeKernels, LayerInputs, is_power_of_two
+from turboquant_kv.backends.gpu_launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
 from turboquant_kv.backends.gpu_pages import PageKernels, SideShape
-from turboquant_kv.backends.gpu_plan import MAX_QUERY_ROWS, MIN_ELEMENTS, DecodeShape
+from turboquant_kv.backends.gpu_plan import MAX_QUERY_ROWS, MIN_ELEMENTS, DecodeShape, Figures
 from turboquant_kv.backends.gpu_prefill import prefill_mask
 from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
@@ -63,6 +63,7 @@ class GpuStorage(CanonicalStorage):
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
         self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
         self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
+        self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
@@ -97,8 +98,18 @@ class GpuStorage(CanonicalStorage):
         )
         return k, v
 
+    def launch_for(self, kernels: DecodeKernels, queries: mx.array) -> DecodeLaunch:
+        """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
+        key = queries.shape[1], queries.shape[2], queries.dtype
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = kernels.launch_for(decode_shape(*key, self.shape, self.fmt))
+        return launch
+
     def page_table(self, views: Sequence[SequenceView]) -> mx.array:
         """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
+        if len(views) == 1 and len(self._table_of) == 1 and views[0].page_ids is self._table_of[0]:
+            return self._table
         ids = [view.page_ids for view in views]
         if len(ids) != len(self._table_of) or any(a is not b for a, b in zip(ids, self._table_of, strict=True)):
             width = max(MIN_ELEMENTS, *(len(row) for row in ids))
@@ -108,19 +119,35 @@ class GpuStorage(CanonicalStorage):
             self._table_of, self._table = ids, mx.array(table)
         return self._table
 
-    def layer_inputs(self, sink: tuple[mx.array, mx.array], window: tuple[mx.array, mx.array]) -> LayerInputs:
+    def layer_inputs(self, views: Sequence[SequenceView], max_sets: int) -> tuple[LayerInputs, tuple[Figures, ...]]:
+        """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
         k, v = self._arrays
-        return LayerInputs((k.codes, k.scales, v.codes, v.scales), (*sink, *window), *self._constants)
+        exact: list[mx.array] = []
+        if len(views) <= max_sets:
+            num_sets = 1 << (len(views) - 1).bit_length()  # each number is a kernel: powers of two are enough
+            for view in (*views, *[views[0]] * (num_sets - len(views))):
+                exact += self._rows_or_none(view.sink)
+                exact += self._rows_or_none(view.window)
+            figures = tuple(_figures(view, 0, 0) for view in views)
+        else:
+            sinks, sink_offsets = self.join([view.sink for view in views])
+            windows, window_offsets = self.join([view.window for view in views])
+            exact += [*sinks, *windows]
+            figures = tuple(map(_figures, views, sink_offsets, window_offsets))
+        return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
+
+    def _rows_or_none(self, rows: ExactRows | None) -> tuple[mx.array, mx.array]:
+        return self._no_rows if rows is None else (rows.k, rows.v)
 
     def join(self, parts: Sequence[ExactRows | None]) -> tuple[tuple[mx.array, mx.array], list[int]]:
         """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv), and where each sequence's begin."""
+        counts = [_num_rows(rows) for rows in parts]
+        offsets = [sum(counts[:i]) for i in range(len(counts))]
         present = [rows for rows in parts if rows is not None]
         if len(present) <= 1:
-            return self._no_rows if not present else (present[0].k, present[0].v), [0] * len(parts)
-        counts = [0 if rows is None else int(rows.k.shape[1]) for rows in parts]
-        offsets = [sum(counts[:i]) for i in range(len(counts))]
+            return self._rows_or_none(present[0] if present else None), offsets
         k, v = (mx.concatenate([getattr(rows, side) for rows in present], axis=1) for side in ("k", "v"))
         return (k, v), offsets
 
@@ -178,20 +205,10 @@ class GpuBackend(MlxBackend):
             if storage.has_page_kernels and queries.dtype == storage.shape.dtype:
                 return self._prefill(queries, views, storage, scale, sinks)
             return super().attend(queries, views, storage, scale=scale, mask=None, sinks=sinks)
-        shape = decode_shape(queries.shape[1], queries.shape[2], queries.dtype, storage.shape, storage.fmt)
-        sink, sink_offsets = storage.join([view.sink for view in views])
-        window, window_offsets = storage.join([view.window for view in views])
-        figures = tuple(
-            (
-                *(view.q_start, view.num_queries, len(view.page_ids)),
-                *(sink_offsets[i], _num_rows(view.sink)),
-                *(window_offsets[i], 0 if view.window is None else view.window.start, _num_rows(view.window)),
-            )
-            for i, view in enumerate(views)
-        )
-        layer = storage.layer_inputs(sink, window)
-        table = storage.page_table(views)
-        return self._kernels.attend(shape, layer, queries, figures, table, scale=scale, sinks=sinks)
+        launch = storage.launch_for(self._kernels, queries)
+        layer, figures = storage.layer_inputs(views, launch.max_sets)
+        out: mx.array = launch(layer, queries, figures, storage.page_table(views), scale=scale, sinks=sinks)
+        return out
 
     def _prefill(
         self, queries: mx.array, views: Sequence[SequenceView], storage: Any, scale: float, sinks: mx.array | None
@@ -230,7 +247,6 @@ def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.ND
     return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
 
 
-@lru_cache(maxsize=256)
 def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerShape, fmt: KVFormat) -> DecodeShape:
     """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none."""
     shape = DecodeShape(
@@ -239,6 +255,15 @@ def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerS
     )
     shape.check()
     return shape
+
+
+def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> Figures:
+    sink, window = view.sink, view.window
+    return (
+        *(view.q_start, view.num_queries, len(view.page_ids)),
+        *(sink_offset, 0 if sink is None else sink.k.shape[1]),
+        *((window_offset, 0, 0) if window is None else (window_offset, window.start, window.k.shape[1])),
+    )
 
 
 def _num_rows(rows: ExactRows | None) -> int:

@@ -1,22 +1,28 @@
-"""Launching a decode step's two kernels: kernel objects made once per shape, shapes checked before launch.
+"""Launching a decode step: kernel objects made once per shape, one launch where the last block merges, else two.
 
 Leaves the plan to gpu_plan.py, the text to gpu_source.py, pages and exact rows to gpu.py. The factory of kernels is
-handed in, so that an emulator can stand for the device.
+handed in, so that an emulator can stand for the device. A call costs Python time that a short context does not hide:
+what can be kept is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from turboquant_kv.backends.gpu_plan import (
+    MAX_PARTS,
     NO_WINDOW,
     DecodeShape,
     Figures,
     Tuning,
     arena_bytes,
-    plan_for,
+    make_plan,
+    split,
     tuning_for,
     v_gap,
     variant_for,
@@ -24,6 +30,7 @@ from turboquant_kv.backends.gpu_plan import (
 from turboquant_kv.backends.gpu_source import (
     COMBINE_INPUTS,
     DECODE_INPUTS,
+    FUSED_INPUTS,
     Constants,
     Dialect,
     Kernel,
@@ -33,6 +40,7 @@ from turboquant_kv.backends.gpu_source import (
     combine_body,
     constants_text,
     decode_body,
+    exact_inputs,
     header,
     mlx_factory,
     table_text,
@@ -41,16 +49,26 @@ from turboquant_kv.codebook import centroids
 from turboquant_kv.format import UnsupportedFormatError
 
 LANE_COMBINE_THREADS = 256
+# MLX runs launches of one CUDA graph at the same time where their data allows, and its graphs hold fewer than 255:
+# within so many launches no array of counters comes twice.
+NUM_COUNTERS = 256
+MAX_ROW_GROUPS = 1024
+PLANS_KEPT = 64
+MAX_SETS = 8  # of exact rows that are read where they lie; more sequences' rows are joined first
 
 
-@dataclass(frozen=True, slots=True)
-class LayerInputs:
-    """Arrays of one layer: pages as stored, constants of its rotations, exact rows (H, rows of the batch, D)."""
+class LayerInputs(NamedTuple):
+    """Arrays of one layer.
 
-    pages: tuple[mx.array, mx.array, mx.array, mx.array]  # key codes and scales, value codes and scales
-    exact: tuple[mx.array, mx.array, mx.array, mx.array]  # sink keys and values, window keys and values
-    k_constants: mx.array  # signs (D,), or the transposed rotation (D, D), then the means (H, D); flat float32
-    v_constants: mx.array  # the same for values, the rotation not transposed
+    pages: key codes and scales, value codes and scales. exact: sink keys and values, window keys and values, each
+    (H, rows, D), for all sequences together or for each its own. k_constants: signs (D,), or the transposed rotation
+    (D, D), then the means (H, D), flat float32; v_constants: the same for values, the rotation not transposed.
+    """
+
+    pages: tuple[mx.array, mx.array, mx.array, mx.array]
+    exact: Sequence[mx.array]
+    k_constants: mx.array
+    v_constants: mx.array
 
 
 def is_power_of_two(n: int) -> bool:
@@ -63,17 +81,44 @@ class DecodeKernels:
     def __init__(self, dialect: Dialect, factory: KernelFactory | None = None, tuning: Tuning | None = None) -> None:
         """factory: by default MLX's own for the dialect. tuning: instead of the shape's own (benchmarks)."""
         self.dialect, self._factory, self._tuning = dialect, factory or mlx_factory(dialect), tuning
-        self._launches: dict[DecodeShape, _Launch] = {}
+        self._launches: dict[DecodeShape, DecodeLaunch] = {}
+        self._counters = cycle([mx.array(np.zeros(MAX_ROW_GROUPS, np.uint32)) for _ in range(NUM_COUNTERS)])
 
-    def launch_for(self, shape: DecodeShape) -> _Launch:
+    def launch_for(self, shape: DecodeShape) -> DecodeLaunch:
+        """Raises UnsupportedFormatError for a shape without a kernel."""
         launch = self._launches.get(shape)
         if launch is None:
-            launch = self._launches[shape] = _Launch(self.dialect, shape, self._factory, self._tuning)
+            launch = DecodeLaunch(self.dialect, shape, self._factory, self._tuning, self._counters)
+            self._launches[shape] = launch
         return launch
 
-    def attend(
+
+class DecodeLaunch:
+    """Decode attention of one shape."""
+
+    def __init__(
         self,
+        dialect: Dialect,
         shape: DecodeShape,
+        factory: KernelFactory,
+        tuning: Tuning | None,
+        counters: cycle[mx.array],
+    ) -> None:
+        """Nothing is compiled before the first call."""
+        shape.check()
+        self._dialect, self._shape, self._factory, self._counters = dialect, shape, factory, counters
+        self._variant: Variant = variant_for(dialect, shape)
+        self._tuning = tuning or tuning_for(shape, self._variant)
+        self._fused = self._variant == "mma" and self._tuning.fused and is_power_of_two(shape.v_dim)
+        self._kernels: dict[tuple[str, int, mx.Dtype | None], Kernel] = {}
+        self._rows = shape.live_rows(self._variant)
+        self._groups_per_row = shape.num_chunks(self._variant) * shape.num_kv_heads
+        self.max_sets = MAX_SETS if self._fused and shape.has_exact_mma else 1
+        self._threads = (self._tuning.threads, 1, 1)
+        self._plans: dict[tuple[Any, ...], tuple[mx.array, int]] = {}
+
+    def __call__(
+        self,
         layer: LayerInputs,
         queries: mx.array,
         figures: tuple[Figures, ...],
@@ -88,89 +133,111 @@ class DecodeKernels:
         page_table (B, width) int32. sinks (Hq,) join the denominator. reach: keys that a query sees, itself included.
         Raises UnsupportedFormatError for other shapes.
         """
-        if queries.shape != (len(figures), shape.num_q_heads, shape.num_rows, shape.k_dim):
-            raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
-        return self.launch_for(shape)(layer, queries, figures, page_table, scale, sinks, reach)
-
-
-class _Launch:
-    """Both launches of one shape."""
-
-    def __init__(self, dialect: Dialect, shape: DecodeShape, factory: KernelFactory, tuning: Tuning | None) -> None:
-        shape.check()
-        self._dialect, self._shape, self._factory = dialect, shape, factory
-        self._variant: Variant = variant_for(dialect, shape)
-        self._tuning = tuning or tuning_for(shape, self._variant)
-        self._by_lanes = is_power_of_two(shape.v_dim)
-        self._width = -(-shape.v_dim // 32) * 32  # threads of one run over an output row: whole warps
-        self._runs = max(1, 512 // self._width)  # that share a row's parts and hide the latency of reading them
-        self._combine_threads = LANE_COMBINE_THREADS if self._by_lanes else self._width * self._runs
-        self._decode = decode_text(dialect, shape, self._variant, self._tuning).build(factory)
-        self._combine: dict[mx.Dtype | None, Kernel] = {}
-        self._rows = shape.live_rows(self._variant)
-        self._f32 = [mx.float32]
-        self._threads = (self._tuning.threads, 1, 1)
-
-    def _combine_for(self, sink_dtype: mx.Dtype | None) -> Kernel:
-        kernel = self._combine.get(sink_dtype)
-        if kernel is None:
-            constants: Constants = {
-                **_common_constants(self._shape, self._variant),
-                **{"USE_SINKS": sink_dtype is not None, "Out": self._shape.dtype},
-                **{"WIDTH": self._width, "PARTS": self._runs, "MAX_PARTS": 256},
-            }
-            body = constants_text(self._dialect, constants) + combine_body(self._dialect, by_lanes=self._by_lanes)
-            head = f"// {sink_dtype}\n{header(self._dialect, 'portable', '')}"  # one name per type of the inputs
-            text = KernelText("combine", COMBINE_INPUTS, ("out",), body, head, contiguous=True)
-            kernel = self._combine[sink_dtype] = text.build(self._factory)
-        return kernel
-
-    def __call__(
-        self,
-        layer: LayerInputs,
-        queries: mx.array,
-        figures: tuple[Figures, ...],
-        page_table: mx.array,
-        scale: float,
-        sinks: mx.array | None,
-        reach: int,
-    ) -> mx.array:
         shape, batch = self._shape, len(figures)
-        width = page_table.shape[1]
-        plan, num_blocks = plan_for(shape, self._variant, self._tuning, figures, width, scale, reach)
-        num_groups = batch * shape.num_chunks(self._variant)
-        num_parts = num_groups * shape.num_kv_heads * num_blocks
-        (parts,) = self._decode(
-            inputs=[queries, plan, page_table, *layer.pages, *layer.exact, layer.k_constants],
-            grid=(self._threads[0] * num_blocks, shape.num_kv_heads, num_groups),
+        if queries.shape != (batch, shape.num_q_heads, shape.num_rows, shape.k_dim):
+            raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
+        plan, num_blocks = self._plan(figures, page_table.shape[1], scale, reach)
+        row_groups = batch * self._groups_per_row
+        grid = (self._threads[0] * num_blocks, shape.num_kv_heads, row_groups // shape.num_kv_heads)
+        inputs = [queries, plan, page_table, *layer.pages, layer.k_constants]
+        num_floats = row_groups * num_blocks * self._rows * (shape.v_dim + 2)
+        out_shape = (batch, shape.num_q_heads, shape.num_rows, shape.v_dim)
+        if not self._fused or row_groups > MAX_ROW_GROUPS:
+            return self._twice(layer, inputs, grid, num_floats, out_shape, sinks)
+        inputs += [layer.v_constants, next(self._counters), *layer.exact]
+        if sinks is not None:
+            inputs.append(sinks)
+        out: mx.array = self._kernel("fused", len(layer.exact) // 4, None if sinks is None else sinks.dtype)(
+            inputs=inputs,
+            grid=grid,
             threadgroup=self._threads,
-            output_shapes=[(num_parts * self._rows * (shape.v_dim + 2),)],
-            output_dtypes=self._f32,
-        )
-        out: mx.array
-        (out,) = self._combine_for(None if sinks is None else sinks.dtype)(
-            # any array stands for sinks that are not there
-            inputs=[parts, plan, layer.v_constants if sinks is None else sinks, layer.v_constants],
-            grid=(shape.num_rows * self._combine_threads, shape.num_q_heads, batch),
-            threadgroup=(self._combine_threads, 1, 1),
-            output_shapes=[(batch, shape.num_q_heads, shape.num_rows, shape.v_dim)],
-            output_dtypes=[shape.dtype],
-        )
+            output_shapes=[out_shape, (num_floats,)],
+            output_dtypes=[shape.dtype, mx.float32],
+        )[0]
         return out
 
+    def _twice(
+        self,
+        layer: LayerInputs,
+        inputs: list[mx.array],
+        grid: tuple[int, int, int],
+        num_floats: int,
+        out_shape: tuple[int, int, int, int],
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Parts in one launch, their merge in another."""
+        (parts,) = self._kernel("decode", 1, None)(
+            inputs=[*inputs, *layer.exact],
+            grid=grid,
+            threadgroup=self._threads,
+            output_shapes=[(num_floats,)],
+            output_dtypes=[mx.float32],
+        )
+        threads = combine_threads(self._shape.v_dim)
+        out: mx.array = self._kernel("combine", 1, None if sinks is None else sinks.dtype)(
+            # any array stands for sinks that are not there
+            inputs=[parts, inputs[1], layer.v_constants if sinks is None else sinks, layer.v_constants],
+            grid=(out_shape[2] * threads, out_shape[1], out_shape[0]),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[out_shape],
+            output_dtypes=[self._shape.dtype],
+        )[0]
+        return out
 
-def _common_constants(shape: DecodeShape, variant: Variant) -> dict[str, int | bool | mx.Dtype]:
+    def _plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> tuple[mx.array, int]:
+        """The plan array and the blocks per row group; all layers of a step share it."""
+        key = (figures, width, scale, reach)
+        found = self._plans.get(key)
+        if found is None:
+            tiles, num_blocks = split(self._shape, self._variant, self._tuning, figures, reach)
+            num_parts = num_blocks * len(figures) * self._groups_per_row
+            found = make_plan(figures, tiles, width, num_blocks, num_parts, scale, reach), num_blocks
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = found
+        return found
+
+    def _kernel(self, role: str, num_sets: int, sink_dtype: mx.Dtype | None) -> Kernel:
+        kernel = self._kernels.get((role, num_sets, sink_dtype))
+        if kernel is None:
+            arguments = self._dialect, self._shape, self._variant
+            if role == "combine":
+                text = combine_text(*arguments, sink_dtype)
+            else:
+                text = decode_text(*arguments, self._tuning, role == "fused", num_sets, sink_dtype)
+            kernel = self._kernels[role, num_sets, sink_dtype] = text.build(self._factory)
+        return kernel
+
+
+def combine_threads(v_dim: int) -> int:
+    """Of the merging kernel: eight warps, or as many runs of whole warps over a row as 512 threads hold."""
+    if is_power_of_two(v_dim):
+        return LANE_COMBINE_THREADS
+    width = -(-v_dim // 32) * 32
+    return width * max(1, 512 // width)
+
+
+def _common_constants(shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None) -> Constants:
     return {
         **{"G": shape.group, "HEADS": shape.num_kv_heads, "QROWS": shape.num_rows, "PAGE": shape.page_tokens},
         **{"ROWS": shape.rows_per_block(variant), "LIVE": shape.live_rows(variant), "SINK": shape.sink_tokens},
         **{"DV": shape.v_dim, "V_ROTATION": shape.v_dim if is_power_of_two(shape.v_dim) else shape.v_dim**2},
+        **{"MAX_PARTS": MAX_PARTS, "USE_SINKS": sink_dtype is not None, "Out": shape.dtype},
     }
 
 
-def decode_text(dialect: Dialect, shape: DecodeShape, variant: Variant, tuning: Tuning) -> KernelText:
-    """The decode kernel of a shape."""
+def decode_text(
+    dialect: Dialect,
+    shape: DecodeShape,
+    variant: Variant,
+    tuning: Tuning,
+    fused: bool,
+    num_sets: int,
+    sink_dtype: mx.Dtype | None,
+) -> KernelText:
+    """The decode kernel of a shape; num_sets: of exact rows (gpu_source.exact_inputs)."""
     constants: dict[str, int | bool | mx.Dtype] = {
-        **_common_constants(shape, variant),
+        **_common_constants(shape, variant, sink_dtype),
         **{"D": shape.k_dim, "KBITS": shape.k_bits, "VBITS": shape.v_bits},
         **{"K_ROTATION": shape.k_dim if is_power_of_two(shape.k_dim) else shape.k_dim**2},
         **{"Exact": shape.exact_dtype, "In": shape.dtype},
@@ -180,12 +247,31 @@ def decode_text(dialect: Dialect, shape: DecodeShape, variant: Variant, tuning: 
         constants |= {"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "V_GAP": v_gap(shape)}
         shared = arena_bytes(shape, tuning)
     tables = table_text("tq_k_book", centroids(shape.k_bits)) + table_text("tq_v_book", centroids(shape.v_bits))
-    body = decode_body(dialect, variant, exact_mma=shape.has_exact_mma)
+    body = decode_body(dialect, variant, exact_mma=shape.has_exact_mma, fused=fused, num_sets=num_sets)
+    inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
+    inputs = (*inputs, *exact_inputs(num_sets))
+    if sink_dtype is not None:
+        inputs = (*inputs, "sinks")
+    elif fused:
+        body = body.replace("float(sinks[head * G + index / QROWS])", "0.0f")
     return KernelText(
         f"decode_{variant}",
-        DECODE_INPUTS,
-        ("parts",),
+        inputs,
+        outputs,
         constants_text(dialect, constants) + body,
-        header(dialect, variant, tables),
+        f"// {sink_dtype}\n{header(dialect, variant, tables)}",  # one name per type of the inputs
         shared,
     )
+
+
+def combine_text(dialect: Dialect, shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None) -> KernelText:
+    """The merging kernel of a shape."""
+    width = -(-shape.v_dim // 32) * 32  # threads of one run over an output row: whole warps
+    constants: Constants = {
+        **_common_constants(shape, variant, sink_dtype),
+        **{"WIDTH": width, "PARTS": combine_threads(shape.v_dim) // width},
+    }
+    body = combine_body(dialect, by_lanes=is_power_of_two(shape.v_dim))
+    head = f"// {sink_dtype}\n{header(dialect, 'portable', '')}"
+    source = constants_text(dialect, constants) + body
+    return KernelText("combine", COMBINE_INPUTS, ("out",), source, head, contiguous=True)

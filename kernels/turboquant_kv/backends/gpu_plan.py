@@ -94,6 +94,7 @@ class Tuning:
     tile: int = 32  # tokens a warp takes at once (mma)
     stages: int = 2  # of those, how many lie in its ring (mma)
     blocks: int = 528  # thread blocks wanted in a launch: one wave
+    fused: bool = True  # the last block of a row group merges, instead of a second launch (mma)
 
     @property
     def threads(self) -> int:
@@ -128,7 +129,8 @@ def arena_bytes(shape: DecodeShape, tuning: Tuning) -> int:
     rings = tuning.warps * tuning.stages * (tuning.tile // 16) * unit
     scratch = 32 * shape.k_dim if shape.k_dim & (shape.k_dim - 1) else 0  # queries in float, before the rings are used
     totals = tuning.warps * 8 * (shape.v_dim + 4) * 4
-    return max(128 * pairs + queries + max(rings, scratch), totals)
+    finish = 8 * MAX_PARTS * 4 + tuning.warps * 8 * shape.v_dim * 4
+    return max(128 * pairs + queries + max(rings, scratch), totals, finish)
 
 
 def split(
@@ -149,22 +151,19 @@ def split(
     return tiles, 1 + -(-longest // tiles)
 
 
-@lru_cache(maxsize=64)
-def plan_for(
-    shape: DecodeShape,
-    variant: Variant,
-    tuning: Tuning,
+def make_plan(
     figures: tuple[Figures, ...],
+    tiles_per_block: int,
     table_width: int,
+    num_blocks: int,
+    num_parts: int,
     scale: float,
     reach: int,
-) -> tuple[mx.array, int]:
-    """The plan array of src/plan.h and the launch's blocks per row group; all layers of a step share it."""
-    tiles, num_blocks = split(shape, variant, tuning, figures, reach)
-    num_parts = num_blocks * shape.num_kv_heads * len(figures) * shape.num_chunks(variant)
+) -> mx.array:
+    """The plan array of src/plan.h."""
     scale_bits = int(np.float32(scale * LOG2_E).view(np.int32))
-    head = (tiles, table_width, num_blocks, num_parts, scale_bits, reach, 0, 0)
-    return mx.array(np.array([*head, *(x for row in figures for x in row)], np.int32)), num_blocks
+    head = (tiles_per_block, table_width, num_blocks, num_parts, scale_bits, reach, 0, 0)
+    return mx.array(np.array([*head, *(x for row in figures for x in row)], np.int32))
 
 
 def variant_for(dialect: Dialect, shape: DecodeShape) -> Variant:

@@ -24,10 +24,9 @@ Kernel = Callable[..., Any]
 KernelFactory = Callable[..., Kernel]
 """mx.fast.metal_kernel, mx.fast.cuda_kernel, or something that takes the same arguments."""
 
-DECODE_INPUTS = (
-    *("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales"),
-    *("sink_k", "sink_v", "window_k", "window_v", "k_constants"),
-)
+DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants")
+FUSED_INPUTS = (*DECODE_INPUTS, "v_constants", "counters")
+EXACT_INPUTS = ("sink_k", "sink_v", "window_k", "window_v")
 COMBINE_INPUTS = ("parts", "plan", "sinks", "v_constants")
 ENCODE_INPUTS = ("rows", "figures", "constants")
 HISTORY_INPUTS = ("codes", "scales", "page_ids", "sink", "window", "figures", "constants")
@@ -109,8 +108,35 @@ def header(dialect: Dialect, variant: Variant, tables: str) -> str:
     return piece(f"prelude_{dialect}") + instructions + piece("common") + helpers + tables
 
 
-def decode_body(dialect: Dialect, variant: Variant, *, exact_mma: bool) -> str:
-    """Attention of a block's query rows over exact rows or a run of compressed tokens, to unnormalised parts."""
+def exact_inputs(num_sets: int) -> tuple[str, ...]:
+    """Names of a batch's exact rows: one set for all sequences, or one for each."""
+    if num_sets == 1:
+        return EXACT_INPUTS
+    return tuple(f"{name}_{i}" for i in range(num_sets) for name in EXACT_INPUTS)
+
+
+def exact_choice(num_sets: int) -> str:
+    """CUDA text that gives a sequence its own arrays under the common names."""
+    lines = []
+    for name in EXACT_INPUTS if num_sets > 1 else ():
+
+        def chosen(suffix: str, name: str = name) -> str:
+            first = "".join(f"sequence == {i} ? {name}_{i}{suffix} : " for i in range(num_sets - 1))
+            return f"{first}{name}_{num_sets - 1}{suffix}"
+
+        lines.append(f"const Exact* {name} = {chosen('')};\n")
+        lines.append(
+            f"const ulong {name}_stride[2] = {{ulong({chosen('_strides[0]')}), ulong({chosen('_strides[1]')})}};\n"
+        )
+    return "".join(lines)
+
+
+def decode_body(dialect: Dialect, variant: Variant, *, exact_mma: bool, fused: bool, num_sets: int = 1) -> str:
+    """Attention of a block's query rows over exact rows or a run of compressed tokens, to unnormalised parts.
+
+    exact_mma: exact rows on tensor cores too. num_sets: of exact rows, as in `exact_inputs`. fused: the last block of
+    a row group merges its parts to the output.
+    """
     opening = piece(f"opening_{dialect}") + piece("plan")
     if variant == "portable":
         merge = piece("decode_merge")
@@ -121,7 +147,12 @@ def decode_body(dialect: Dialect, variant: Variant, *, exact_mma: bool) -> str:
     raised = piece("mma_raise")
     codes = piece("mma_codes").replace("MMA_QUERIES\n", piece("mma_queries")).replace("MMA_RAISE_PEAKS\n", raised)
     exact = piece("mma_exact").replace("MMA_RAISE_PEAKS\n", raised) if exact_mma else piece("mma_exact_plain")
-    return f"{opening}{piece('mma_shared')}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{piece('mma_merge')}"
+    merge = piece("mma_merge") + (piece("mma_finish") if fused else "")
+    if num_sets > 1:
+        for name in EXACT_INPUTS:
+            exact = exact.replace(f"{name}_strides", f"{name}_stride")
+        exact = exact_choice(num_sets) + exact
+    return f"{opening}{piece('mma_shared')}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{merge}"
 
 
 def combine_body(dialect: Dialect, *, by_lanes: bool) -> str:
