@@ -144,6 +144,15 @@ class KVFamily:
         """Held for pages that nobody uses."""
         return sum(runtime.slack_bytes() for runtime in self._runtimes.values())
 
+    def trim(self) -> None:
+        """Give memory of unused pages back, as far as the pools can."""
+        for runtime in self._runtimes.values():
+            runtime.trim()
+
+    def give_back_slack(self) -> int:
+        """Give memory of unused pages of all formats back; returns the bytes. Copies, so for times of need."""
+        return sum(runtime.give_back_slack() for runtime in self._runtimes.values())
+
     def check_integrity(self) -> None:
         """Raises PageAccountingError when a pool's books do not agree."""
         for runtime in self._runtimes.values():

@@ -8,15 +8,32 @@ order, is the sequence's business (sequence.py); how a page is stored, the backe
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 
-from turboquant_kv.backends.base import Array, Backend, CanonicalPages, LayerShape, Means, PageIds
+from turboquant_kv.backends.base import Array, Backend, CanonicalPages, LayerShape, Means, PageIds, PageStorage
 from turboquant_kv.format import KVFormat
 
 
 class PageAccountingError(AssertionError):
     """The pool's books do not agree: a bug in this project."""
+
+
+# Copied at once when a pool is rebuilt: 64 pages of 64 tokens x 8 heads x 128 dims are 2 MiB as 4-bit codes.
+PAGES_AT_ONCE = 64
+
+
+class PageHolder(Protocol):
+    """Whoever keeps page ids, and learns their new numbers when pages move."""
+
+    @property
+    def page_ids(self) -> PageIds: ...
+
+    def renumber(self, new_ids: PageIds) -> None:
+        """new_ids[old] is the new id of each page."""
+        ...
 
 
 class PagePool:
@@ -30,6 +47,7 @@ class PagePool:
         self.num_exact_rows = 0  # of those, rows that hold a token
         self._references: list[int] = []
         self._free: list[int] = []
+        self._holders: WeakSet[PageHolder] = WeakSet()
 
     @property
     def num_used(self) -> int:
@@ -88,8 +106,51 @@ class PagePool:
             if self._references[page] == 0:
                 self._free.append(int(page))
 
+    def trim(self) -> None:
+        """Give memory back that holds nothing: all of it, once no page is in use."""
+        if self.num_used == 0 and self._references:
+            self.storage = self.backend.new_storage(self.shape, self.fmt, self.means)
+            self._references, self._free = [], []
+
     def references(self, page: int) -> int:
         return self._references[page]
+
+    def register(self, holder: PageHolder) -> None:
+        """Announce a holder of pages; one that is not announced keeps pages from being moved."""
+        self._holders.add(holder)
+
+    def give_back_slack(self) -> int:
+        """Rebuild the storage without its free pages; returns the bytes given back.
+
+        For when another pool needs the memory. Pages are copied into new storage, so this layer's used
+        bytes are needed once more meanwhile; when that fails, everything is as before.
+        """
+        before = self.storage.allocated_bytes
+        if not self.slack_bytes:
+            return 0
+        holders = list(self._holders)  # alive until this is done, so that no page is freed in between
+        references = np.array(self._references, np.int64)
+        held = np.concatenate([np.empty(0, np.int64), *(h.page_ids for h in holders)])
+        if not np.array_equal(np.bincount(held, minlength=len(references)), references):
+            return 0  # somebody else holds pages by their present numbers
+        used = np.flatnonzero(references)
+        self.storage = self._copied(used)
+        new_ids = np.full(len(references), -1, np.int64)
+        new_ids[used] = np.arange(len(used))
+        for holder in holders:
+            holder.renumber(new_ids)
+        self._references, self._free = references[used].tolist(), []
+        return before - self.storage.allocated_bytes
+
+    def _copied(self, page_ids: PageIds) -> PageStorage:
+        """New storage that holds just these pages, in this order."""
+        storage = self.backend.new_storage(self.shape, self.fmt, self.means)
+        if len(page_ids):
+            storage.grow(len(page_ids))
+        for start in range(0, len(page_ids), PAGES_AT_ONCE):
+            piece = page_ids[start : start + PAGES_AT_ONCE]
+            storage.write(np.arange(start, start + len(piece)), self.storage.read(piece))
+        return storage
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when free list, reference counts and storage disagree."""

@@ -109,6 +109,10 @@ class CacheFamily(Protocol):
         """The part of allocated_bytes that holds no tokens."""
         ...
 
+    def trim(self) -> None:
+        """Give slack back, as far as it can be."""
+        ...
+
     def check_integrity(self) -> None: ...
 
 

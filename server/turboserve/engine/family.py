@@ -88,5 +88,8 @@ class ModelFamily:
     def slack_bytes(self) -> int:
         return self.kv.slack_bytes()
 
+    def trim(self) -> None:
+        self.kv.trim()
+
     def check_integrity(self) -> None:
         self.kv.check_integrity()

@@ -156,7 +156,7 @@ class FakeFamily:
         self.default, self.is_cuttable = default, is_cuttable
         self.live: list[FakeCache] = []
         self._runtimes: dict[str, FakeRuntime] = {}
-        self.leaked = 0
+        self.leaked = self.num_trims = 0
 
     def normalise(self, name: str) -> str:
         if name not in TOKEN_BYTES:
@@ -204,6 +204,9 @@ class FakeFamily:
 
     def slack_bytes(self) -> int:
         return 0
+
+    def trim(self) -> None:
+        self.num_trims += 1
 
     def check_integrity(self) -> None:
         for runtime in self._runtimes.values():

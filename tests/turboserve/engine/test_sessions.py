@@ -107,7 +107,9 @@ def test_a_named_session_is_listed_forked_and_deleted(model: Any, rng: np.random
     loop.sessions.delete("me", "chat")
     longer = request("b", content + first.text + prompt(rng, 9), session_id="copy", tenant="me")
     (second,) = run(loop, longer)
-    assert second.finished.usage.cached_tokens > 80 and second.tokens == alone(model, longer)
+    unlimited = make_loop(make_parts(model, fmt=FMT))
+    run(unlimited, request("a", content, session_id="copy", tenant="me"))
+    assert second.tokens == run(unlimited, longer)[0].tokens and second.finished.usage.cached_tokens > 80
     loop.sessions.delete("me", "copy")
     loop.check_integrity()
     assert parts.runtime.totals().compressed == 0
@@ -175,40 +177,53 @@ def store(folder: Path) -> DiskStore:
     return DiskStore(folder, limit_bytes=1 << 30, write_rate=1e12, fingerprint="test")
 
 
+def second_turns(rng: np.random.Generator, filled: list[tuple[str, Sink]]) -> list[GenerationRequest]:
+    return [
+        request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
+        for i, (content, sink) in enumerate(filled)
+    ]
+
+
 @pytest.mark.parametrize("fmt", [None, FMT], ids=["f16", "4/4"])
 def test_spilled_sessions_come_back_with_the_same_answers(
-    model: Any, rng: np.random.Generator, fmt: KVFormat | None, tmp_path: Path
+    model: Any, seed: int, fmt: KVFormat | None, tmp_path: Path
 ) -> None:
+    """Those of a server that had memory for all of them."""
+    unlimited = make_loop(make_parts(model, fmt=fmt))
+    rng = np.random.default_rng(seed)
+    turns = second_turns(rng, fill(unlimited, rng, 8))
+    expected = [run(unlimited, turn)[0] for turn in turns]
     disk = store(tmp_path)
     parts = make_parts(model, fmt=fmt, disk=disk)
     parts.manager.budget_bytes = peak_bytes(parts.runtime, 150) * 3
     loop = make_loop(parts)
-    filled = fill(loop, rng, 8)
+    fill(loop, np.random.default_rng(seed), 8)
     assert parts.manager.counts.spills["pressure"] >= 4
     assert {loop.sessions.get(f"t{i}", "s").tier for i in range(8)} == {"memory", "disk"}
-    for i, (content, sink) in enumerate(filled):
-        longer = request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
-        (second,) = run(loop, longer)
-        assert second.tokens == alone(model, longer, fmt)
-        assert second.finished.usage.cached_tokens > 80
+    for turn, same in zip(turns, expected, strict=True):
+        (second,) = run(loop, turn)
+        assert second.tokens == same.tokens
+        assert second.finished.usage.cached_tokens == same.finished.usage.cached_tokens > 80
         loop.check_integrity()
     assert parts.manager.counts.restores["request"] >= 4
     disk.close()
 
 
-def test_sessions_survive_a_restart(model: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+def test_sessions_survive_a_restart(model: Any, seed: int, tmp_path: Path) -> None:
+    unlimited = make_loop(make_parts(model, fmt=FMT))
+    rng = np.random.default_rng(seed)
+    turns = second_turns(rng, fill(unlimited, rng, 3))
     loop = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
-    filled = fill(loop, rng, 3)
+    fill(loop, np.random.default_rng(seed), 3)
     loop.sessions.update("t1", "s", is_pinned=True, ttl_s=None)
     before = [loop.sessions.get(f"t{i}", "s") for i in range(3)]
     loop.close()
     again = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
-    for i, ((content, sink), old) in enumerate(zip(filled, before, strict=True)):
+    for i, (turn, old) in enumerate(zip(turns, before, strict=True)):
         info = again.sessions.get(f"t{i}", "s")
         assert info.tier == "disk" and (info.tokens, info.kv, info.is_pinned) == (old.tokens, old.kv, old.is_pinned)
-        longer = request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
-        (second,) = run(again, longer)
-        assert second.finished.usage.cached_tokens > 80 and second.tokens == alone(model, longer)
+        (second,) = run(again, turn)
+        assert second.tokens == run(unlimited, turn)[0].tokens and second.finished.usage.cached_tokens > 80
     again.check_integrity()
     again.close()
 
@@ -241,4 +256,20 @@ def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once
     (sink,) = run(loop, request("big", prompt(rng, 300), max_tokens=100, tenant="new"))
     assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
     assert all(loop.sessions.get(f"t{i}", "s").is_pinned for i in range(2))
+    loop.check_integrity()
+
+
+def test_memory_of_a_format_that_nobody_uses_any_more_is_given_back(model: Any, rng: np.random.Generator) -> None:
+    parts = make_parts(model, fmt=FMT)
+    loop, family = make_loop(parts), parts.manager.family
+    run(loop, request("a", prompt(rng, 300), kv_format="8/8"))
+    parts.manager.drop_idle()
+    slack = family.slack_bytes()
+    assert slack > 0 and family.totals().compressed == 0
+    run(loop, request("b", prompt(rng, 50)))  # there is plenty: nothing is given back
+    assert family.slack_bytes() >= slack
+    parts.manager.budget_bytes = slack + parts.manager.committed_bytes
+    (sink,) = run(loop, request("c", prompt(rng, 90)))
+    assert sink.finished.usage.completion_tokens == 8
+    assert family.allocated_bytes() <= parts.manager.budget_bytes and family.slack_bytes() < slack
     loop.check_integrity()
