@@ -26,6 +26,8 @@ from turboquant_kv.runtime import PLAIN_FORMAT, CacheBytes, KVRuntime
 
 # Changes whenever stored pages mean something else although no field of KVFormat does.
 CODEC_VERSION = 1
+# A pool is copied to give an eighth back: each page then moves at most seven times as often as one is freed.
+WORTHWHILE_SLACK = 1 / 8
 
 CalibrationSource = Calibration | Callable[[], Calibration] | None
 
@@ -144,14 +146,20 @@ class KVFamily:
         """Held for pages that nobody uses."""
         return sum(runtime.slack_bytes() for runtime in self._runtimes.values())
 
-    def trim(self) -> None:
-        """Give memory of unused pages back, as far as the pools can."""
-        for runtime in self._runtimes.values():
-            runtime.trim()
+    def trim(self, wanted_bytes: int | None = None) -> int:
+        """Give memory of unused pages back: at least `wanted_bytes` if there is so much; returns the bytes.
 
-    def give_back_slack(self) -> int:
-        """Give memory of unused pages of all formats back; returns the bytes. Copies, so for times of need."""
-        return sum(runtime.give_back_slack() for runtime in self._runtimes.values())
+        Formats that nobody uses any more cost nothing to empty and go first; others are copied, those with
+        most slack for the copy first. Without a number, only those whose slack is worth a copy.
+        """
+        given = 0
+        for runtime in sorted(self._runtimes.values(), key=lambda r: r.unique_bytes() / max(1, r.slack_bytes())):
+            totals = runtime.totals()
+            slack = totals.slack
+            is_worth_it = slack >= WORTHWHILE_SLACK * (slack + totals.compressed)
+            if slack and (is_worth_it if wanted_bytes is None else given < wanted_bytes):
+                given += runtime.trim()
+        return given
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when a pool's books do not agree."""

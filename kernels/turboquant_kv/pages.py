@@ -106,12 +106,6 @@ class PagePool:
             if self._references[page] == 0:
                 self._free.append(int(page))
 
-    def trim(self) -> None:
-        """Give memory back that holds nothing: all of it, once no page is in use."""
-        if self.num_used == 0 and self._references:
-            self.storage = self.backend.new_storage(self.shape, self.fmt, self.means)
-            self._references, self._free = [], []
-
     def references(self, page: int) -> int:
         return self._references[page]
 
@@ -119,7 +113,7 @@ class PagePool:
         """Announce a holder of pages; one that is not announced keeps pages from being moved."""
         self._holders.add(holder)
 
-    def give_back_slack(self) -> int:
+    def trim(self) -> int:
         """Rebuild the storage without its free pages; returns the bytes given back.
 
         For when another pool needs the memory. Pages are copied into new storage, so this layer's used

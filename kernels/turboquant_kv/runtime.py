@@ -186,18 +186,12 @@ class KVRuntime:
         """Held for pages that nobody uses."""
         return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
 
-    def trim(self) -> None:
-        """Give memory of unused pages back, as far as the pools can."""
-        for source in self._sources.values():
-            if source.pool is not None:
-                source.pool.trim()
-
-    def give_back_slack(self) -> int:
+    def trim(self) -> int:
         """Give memory of unused pages back, for other formats to use; returns the bytes.
 
         Takes a copy of the used pages, one layer at a time. Not between a batch's update and its attention.
         """
-        return sum(s.pool.give_back_slack() for s in self._sources.values() if s.pool is not None)
+        return sum(s.pool.trim() for s in self._sources.values() if s.pool is not None)
 
     def merge_rows(self, singles: Sequence[Sequence[Any]]) -> list[Any]:
         """A batch over these conversations, of whatever formats; their own caches stay as they are."""

@@ -106,6 +106,7 @@ class LayerSequence:
         self._sink, self._tail = _Exact(), _Exact()
         self._pages: PageIds = NO_PAGES
         self._released = False
+        pool.register(self)
 
     def __len__(self) -> int:
         return self._sink.num_rows + len(self._pages) * self.pool.fmt.page_tokens + self._tail.num_rows
@@ -113,6 +114,10 @@ class LayerSequence:
     @property
     def page_ids(self) -> PageIds:
         return self._pages
+
+    def renumber(self, new_ids: PageIds) -> None:
+        """The pool moved its pages: new_ids[old] is each one's new id."""
+        self._pages = new_ids[self._pages]
 
     @property
     def tail_start(self) -> int:
