@@ -16,6 +16,8 @@ from tests.turboquant_kv.histories import History, random_queries
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
 from turboquant_kv.attending import AttendingCache
+from turboquant_kv.backends.base import SequenceView
+from turboquant_kv.backends.native import sliding_window
 from turboquant_kv.cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache
 from turboquant_kv.family import KVFamily
 from turboquant_kv.format import KVFormat
@@ -196,3 +198,17 @@ def test_whole_models_decode_mixed_batches_like_single_ones(kind: str, rng: np.r
         runtime.release(held)
     assert family.unique_bytes() == 0
     family.check_integrity()
+
+
+@pytest.mark.parametrize("lengths", [(20, 70), (70, 20), (20, 5), (70, 90)])
+def test_rows_shorter_than_a_window_do_not_hide_it(lengths: tuple[int, int], rng: np.random.Generator) -> None:
+    """The native kernels take windows themselves, in whatever order short and long rows come."""
+    layer = Layer(rng, "cpu-native")
+    alone = [layer.new_row("4/4", n) for n in lengths]
+    (batch,) = merge_rows([[c] for c in alone])
+    mask = batch.make_mask(1, return_array=True, window_size=30)
+    views = [SequenceView(n, 1, np.empty(0, np.int64), None, None) for n in lengths]
+    assert sliding_window(mask, views) == (30 if max(lengths) > 30 else 0)
+    narrower = batch.make_mask(1, return_array=True, window_size=4)
+    assert sliding_window(mx.concatenate([mask[:1], narrower[1:]]), views) is None, "two windows are none"
+    assert_rows_equal(batch, alone, layer, window=30)

@@ -224,19 +224,22 @@ def sliding_window(mask: mx.array, views: Sequence[SequenceView]) -> int | None:
     if values.shape[1] != 1:
         return None
     keys = np.arange(values.shape[-1])
-    narrowest = 0
+    window, longest = 0, 0  # of rows that leave keys out; of rows that see everything before them
     for b, view in enumerate(views):
+        if view.num_queries == 0:
+            continue
         rows = values[b if values.shape[0] > 1 else 0, 0, : view.num_queries]
         positions = view.q_start + np.arange(view.num_queries)
         if len(rows) != view.num_queries or values.shape[-1] <= positions[-1]:
             return None
-        counts = rows.sum(axis=-1)
-        widest = int(counts.max())
-        if narrowest and widest != narrowest and widest <= positions[-1]:
-            return None
-        window = max(narrowest, widest)
-        expected = (keys <= positions[:, None]) & (keys > positions[:, None] - window)
+        widest = int(rows.sum(axis=-1).max())
+        expected = (keys <= positions[:, None]) & (keys > positions[:, None] - widest)
         if not np.array_equal(rows, expected):
             return None
-        narrowest = window
-    return narrowest
+        if widest > positions[-1]:
+            longest = max(longest, widest)
+        elif window not in (0, widest):
+            return None
+        else:
+            window = widest
+    return None if 0 < window < longest else window
