@@ -1,0 +1,32 @@
+"""Sixty-four conversations over a budget for twelve, with cancels, forks, several formats and a kill in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.stress.run import Load, Outcome, StressError, compare, stress, summary
+
+
+def test_every_answer_is_the_unlimited_servers(tmp_path: Path, cache_dir: Path, seed: int) -> None:
+    outcome: Outcome = stress(Load(seed=seed), tmp_path, cache_dir)
+    print(summary(outcome))
+    stats, watch = outcome.last["stats"], outcome.last["watch"]
+    assert outcome.num_answers == 128
+    assert watch["most_committed"] <= stats["kv_budget_bytes"] == outcome.budget_bytes
+    assert watch["num_steps"] > 50
+    # The run must have been what it claims to be: tight, and helped by the disk.
+    events = stats["events"]
+    assert sum(events["evictions"].values()) + sum(events["spills"].values()) > 20
+    assert sum(events["restores"].values()) > 0
+    assert stats["prefix_hit_tokens"] > 0
+    assert stats["integrity_failures"] == 0
+
+
+def test_a_different_answer_would_be_noticed() -> None:
+    said = {(0, 0): "a", (0, 1): "b"}
+    compare(said, dict(said))
+    with pytest.raises(StressError, match="1 of 2 answers differ"):
+        compare(said, {(0, 0): "a", (0, 1): "c"})
+    with pytest.raises(StressError, match="not answered"):
+        compare(said, {(0, 0): "a"})

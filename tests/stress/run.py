@@ -1,0 +1,206 @@
+"""The stress run: an unlimited engine's answers, then the same conversations in a tight budget, killed half-way.
+
+    python -m tests.stress.run                              what the test suite runs
+    python -m tests.stress.run --conversations 512 --turns 4 --clients 32 --held 12 --kills 3
+
+Owns the processes and the judgement. The budget holds `--held` conversations of average size; every answer must be
+the unlimited engine's, memory within the budget at every step, and all books must agree (see `child.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.stress.child import Job, read_answers
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD_TIMEOUT_S = 1800.0
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked for."""
+
+    num_conversations: int = 64
+    num_turns: int = 2
+    num_forks: int = 8
+    num_clients: int = 16
+    num_held: int = 12  # conversations of average size that the budget has room for
+    num_kills: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """Figures of a run that passed."""
+
+    budget_bytes: int = 0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    num_answers: int = 0
+    unlimited_s: float = 0.0
+    tight_s: float = 0.0
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.reports[-1]
+
+
+class StressError(AssertionError):
+    """A child's own complaint, or answers that differ."""
+
+
+def stress(load: Load, folder: Path, cache_dir: Path) -> Outcome:
+    """Run and judge. Raises StressError with what went wrong."""
+    outcome = Outcome()
+    started = time.monotonic()
+    expected, average_bytes = unlimited(load, folder, cache_dir)
+    outcome.unlimited_s = time.monotonic() - started
+    outcome.budget_bytes = int(average_bytes * load.num_held)
+    answers = folder / "tight.jsonl"
+    job = make_job(
+        load,
+        answers,
+        cache_dir,
+        kv_budget=str(outcome.budget_bytes),
+        kv_store_dir=str(folder / "store"),
+        kv_store_write_rate="1GiB",
+    )
+    started = time.monotonic()
+    for kill in range(load.num_kills):
+        run_until_killed(job, folder, answers, len(expected) * (kill + 1) // (load.num_kills + 1))
+    outcome.reports.append(run_to_end(job, folder))
+    outcome.tight_s = time.monotonic() - started
+    compare(expected, read_answers(answers))
+    outcome.num_answers = len(expected)
+    return outcome
+
+
+def unlimited(load: Load, folder: Path, cache_dir: Path) -> tuple[dict[tuple[int, int], str], float]:
+    """All answers with ample memory, and the average KV bytes of a conversation in the end."""
+    answers = folder / "unlimited.jsonl"
+    report = run_to_end(make_job(load, answers, cache_dir, kv_budget="16GiB"), folder)
+    stats = report["stats"]
+    num_held = stats["num_conversations"]["memory"]
+    kv = stats["kv"]
+    total = kv["compressed"] + kv["exact"] + kv["uncompressed"]
+    if num_held < load.num_conversations:
+        raise StressError(f"without a limit only {num_held} of {load.num_conversations} conversations were kept")
+    return read_answers(answers), total / num_held
+
+
+def make_job(load: Load, answers: Path, cache_dir: Path, **settings: str) -> Job:
+    return Job(
+        answers=str(answers),
+        settings={
+            "kv_format": "4/3",
+            "cache_dir": str(cache_dir),
+            "prefill_chunk_tokens": 128,
+            "max_running": 8,
+            "max_queued": 10_000,
+            **settings,
+        },
+        num_conversations=load.num_conversations,
+        num_turns=load.num_turns,
+        num_forks=load.num_forks,
+        seed=load.seed,
+        num_clients=load.num_clients,
+        order_seed=secrets.randbelow(1 << 30),
+    )
+
+
+def start(job: Job, folder: Path) -> subprocess.Popen[str]:
+    file = folder / "job.json"
+    file.write_text(json.dumps(asdict(job)), "utf-8")
+    paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.stress.child", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_to_end(job: Job, folder: Path) -> dict[str, Any]:
+    """The child's report. Raises StressError with its complaints."""
+    with start(job, folder) as process:
+        try:
+            _, complaints = process.communicate(timeout=CHILD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise StressError("the engine hung") from None
+    if process.returncode != 0:
+        raise StressError(complaints[-6000:])
+    report: dict[str, Any] = json.loads(Path(job.answers).with_suffix(".report.json").read_text("utf-8"))
+    return report
+
+
+def run_until_killed(job: Job, folder: Path, answers: Path, num_answers: int) -> None:
+    """Kill without warning once that many answers were given."""
+    with start(job, folder) as process:
+        while process.poll() is None and count_lines(answers) < num_answers:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            assert process.stderr is not None
+            raise StressError(f"ended before it could be killed: {process.stderr.read()[-6000:]}")
+        process.kill()
+        process.communicate()
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def compare(expected: dict[tuple[int, int], str], found: dict[tuple[int, int], str]) -> None:
+    """Raises StressError unless both hold the same answers."""
+    if expected.keys() != found.keys():
+        raise StressError(f"not answered: {sorted(expected.keys() - found.keys())}")
+    wrong = [key for key in sorted(expected, key=lambda key: key[::-1]) if expected[key] != found[key]]
+    if wrong:
+        shown = "\n".join(f"{key}: {expected[key]!r} became {found[key]!r}" for key in wrong[:5])
+        raise StressError(f"{len(wrong)} of {len(expected)} answers differ, in order of their turns:\n{shown}")
+
+
+def summary(outcome: Outcome) -> str:
+    stats, watch = outcome.last["stats"], outcome.last["watch"]
+    events = ", ".join(f"{kind} {sum(reasons.values())}" for kind, reasons in stats["events"].items())
+    return (
+        f"{outcome.num_answers} answers equal; unlimited {outcome.unlimited_s:.1f} s, tight {outcome.tight_s:.1f} s\n"
+        f"budget {outcome.budget_bytes / MiB:.1f} MiB, at most {watch['most_committed'] / MiB:.1f} committed, "
+        f"{watch['most_allocated'] / MiB:.1f} allocated, in {watch['num_steps']} steps after the last restart\n"
+        f"{events}; prompt tokens found {stats['prefix_hit_tokens']} of {stats['prefix_query_tokens']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=Load.num_conversations)
+    parser.add_argument("--turns", type=int, default=Load.num_turns)
+    parser.add_argument("--forks", type=int, default=Load.num_forks)
+    parser.add_argument("--clients", type=int, default=Load.num_clients)
+    parser.add_argument("--held", type=int, default=Load.num_held)
+    parser.add_argument("--kills", type=int, default=Load.num_kills)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/turboserve").expanduser())
+    args = parser.parse_args()
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    print(f"seed {seed}")
+    load = Load(args.conversations, args.turns, args.forks, args.clients, args.held, args.kills, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        print(summary(stress(load, Path(folder), args.cache_dir)))
+
+
+if __name__ == "__main__":
+    main()
