@@ -138,7 +138,6 @@ def _make_room(manager: CacheManager, lease: Lease, match: Match | None, now_s: 
     if sum(manager.counts.evictions.values()) + sum(manager.counts.spills.values()) > evictions:
         manager.changes += 1
     if has_room:
-        manager.trim()
         return True
     missing = ladder.shortfall(need)
     manager.close_lease(lease, has_freed=False)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboserve.cache.holders import Conversation, Lease
-from turboserve.cache.runtime import CacheFamily
+from turboserve.cache.runtime import CacheFamily, pages_bytes
 
 
 def held_bytes(family: CacheFamily, idle: Iterable[Conversation]) -> int:
@@ -42,6 +42,16 @@ def used_bytes(family: CacheFamily, idle: Iterable[Conversation], leases: Sequen
     totals = family.totals()
     plain = sum(c.kv.uncompressed + c.kv.slack for c in idle if c.caches is not None)
     return totals.compressed + totals.exact + plain + sum(x.reserved_bytes for x in leases if x.runtime.fmt is None)
+
+
+def stranded_bytes(family: CacheFamily, leases: Sequence[Lease]) -> int:
+    """Memory of free pages beyond those that running requests of the same format will yet fill."""
+    slack = dict(family.slack_by_format())
+    for lease in leases:
+        if slack.get(lease.kv_format):
+            to_come = pages_bytes(lease.runtime, lease.reserved_tokens) - pages_bytes(lease.runtime, lease.held_len)
+            slack[lease.kv_format] -= to_come
+    return sum(max(0, num_bytes) for num_bytes in slack.values())
 
 
 class Release:

@@ -101,11 +101,6 @@ class CacheManager:
             self.wall_offset_s,
         )
 
-    def trim(self) -> None:
-        """Slack is memory too: what a pool does not use goes back once it and all that is promised pass the budget."""
-        if self.family.slack_bytes() + self.committed_bytes > self.budget_bytes:
-            self.family.trim()
-
     def on_preempt(self, preempt: Callable[[Lease], bool]) -> None:
         """Who can end a lease for the sake of an older one."""
         self._preempt = preempt

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from turboserve.cache.counts import CacheCounts
 from turboserve.cache.holders import Conversation, Lease
-from turboserve.cache.ledger import Release, committed_bytes, used_bytes
+from turboserve.cache.ledger import Release, committed_bytes, stranded_bytes, used_bytes
 from turboserve.cache.persistence import Persistence
 from turboserve.cache.policy import Candidate, VictimOrder, next_format_down, order_victims
 from turboserve.cache.runtime import CacheFamily
@@ -61,8 +61,19 @@ class PressureLadder:
 
     def relieve(self, need: Need) -> bool:
         """Whether there is room now. False leaves everything idle as it was, less what preemption needed."""
-        if self.shortfall(need) <= 0:
-            return True
+        has_room = self.shortfall(need) <= 0 or self._free_room(need)
+        if has_room:
+            self._give_back_slack(need)
+        return has_room
+
+    def _give_back_slack(self, need: Need) -> None:
+        """Free pages are memory too: those that no lease will fill go back before they pass the budget."""
+        stranded = stranded_bytes(self.family, self.leases)
+        wanted = stranded + self.shortfall(need) if stranded else 0
+        if wanted > 0:
+            self.family.trim(wanted)
+
+    def _free_room(self, need: Need) -> bool:
         order = self._order(need)
         is_alone = all(lease is need.lease for lease in self.leases)
         last_resort = order.last_resort if is_alone else []  # with others at work, waiting frees something

@@ -109,8 +109,12 @@ class CacheFamily(Protocol):
         """The part of allocated_bytes that holds no tokens."""
         ...
 
-    def trim(self) -> None:
-        """Give slack back, as far as it can be."""
+    def slack_by_format(self) -> Mapping[str, int]:
+        """The same, for each format that was ever used."""
+        ...
+
+    def trim(self, wanted_bytes: int) -> int:
+        """Give at least that much slack back, if there is so much; returns the bytes."""
         ...
 
     def check_integrity(self) -> None: ...

@@ -88,8 +88,11 @@ class ModelFamily:
     def slack_bytes(self) -> int:
         return self.kv.slack_bytes()
 
-    def trim(self) -> None:
-        self.kv.trim()
+    def slack_by_format(self) -> dict[str, int]:
+        return {name: runtime.slack_bytes() for name, runtime in self.kv.runtimes.items()}
+
+    def trim(self, wanted_bytes: int) -> int:
+        return self.kv.trim(wanted_bytes)
 
     def check_integrity(self) -> None:
         self.kv.check_integrity()

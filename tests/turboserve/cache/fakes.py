@@ -53,9 +53,11 @@ class FakePool:
     references: dict[int, int] = field(default_factory=dict)
     contents: dict[int, tuple[int, ...]] = field(default_factory=dict)
     ids: Any = field(default_factory=itertools.count)
+    num_free: int = 0  # pages that were given back and still have memory
 
     def new(self, content: Sequence[int]) -> int:
         page = next(self.ids)
+        self.num_free = max(0, self.num_free - 1)
         self.references[page], self.contents[page] = 1, tuple(content)
         return int(page)
 
@@ -64,6 +66,7 @@ class FakePool:
         assert self.references[page] >= 0
         if not self.references[page]:
             del self.references[page], self.contents[page]
+            self.num_free += 1
 
 
 class FakeCache:
@@ -156,7 +159,7 @@ class FakeFamily:
         self.default, self.is_cuttable = default, is_cuttable
         self.live: list[FakeCache] = []
         self._runtimes: dict[str, FakeRuntime] = {}
-        self.leaked = self.num_trims = 0
+        self.leaked = 0
 
     def normalise(self, name: str) -> str:
         if name not in TOKEN_BYTES:
@@ -197,16 +200,25 @@ class FakeFamily:
         return new
 
     def allocated_bytes(self) -> int:
-        """Really in use now, in memory."""
+        """All memory, free pages included."""
         plain = sum(len(c.tokens) * RAW for c in self.live if c.runtime.fmt is None)
         totals = self.totals()
-        return totals.compressed + totals.exact + plain
+        return totals.compressed + totals.exact + plain + self.slack_bytes()
 
     def slack_bytes(self) -> int:
-        return 0
+        return sum(self.slack_by_format().values())
 
-    def trim(self) -> None:
-        self.num_trims += 1
+    def slack_by_format(self) -> dict[str, int]:
+        return {n: r.pool.num_free * PAGE * TOKEN_BYTES[n] for n, r in self._runtimes.items()}
+
+    def trim(self, wanted_bytes: int) -> int:
+        """Takes the most wasteful formats first, whole."""
+        given = 0
+        for name, slack in sorted(self.slack_by_format().items(), key=lambda item: -item[1]):
+            if given < wanted_bytes:
+                given += slack
+                self._runtimes[name].pool.num_free = 0
+        return given
 
     def check_integrity(self) -> None:
         for runtime in self._runtimes.values():

@@ -246,3 +246,19 @@ def test_random_traffic_never_passes_the_budget_and_leaks_nothing(name: str, rng
         manager.drop(got, got.caches)
     manager.drop_idle()
     assert family.live == [] and manager.committed_bytes == 0
+
+
+def test_free_pages_of_one_format_make_way_for_another(paged: FakeFamily) -> None:
+    manager = manager_for(paged, 10 * PAGE * RAW)
+    converse(manager, span(0, 300))
+    manager.drop_idle()
+    assert paged.slack_bytes() > PAGE * RAW
+    got = lease_for(manager, span(1000, 20), 150, kv_format="f16")
+    got.caches[0].grow(span(1000, 150))
+    assert paged.allocated_bytes() <= manager.budget_bytes
+    manager.drop(got, got.caches)
+    converse(manager, span(0, 300))
+    slack = paged.slack_bytes()
+    manager.drop_idle()
+    lease_for(manager, span(0, 200), 300)  # of the same format: what is free serves it
+    assert paged.slack_bytes() > slack
