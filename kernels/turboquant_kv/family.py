@@ -150,16 +150,22 @@ class KVFamily:
         """Give memory of unused pages back: at least `wanted_bytes` if there is so much; returns the bytes.
 
         Formats that nobody uses any more cost nothing to empty and go first; others are copied, those with
-        most slack for the copy first. Without a number, only those whose slack is worth a copy.
+        most slack for the copy first. Without a number, only those whose slack is worth a copy, and only
+        where something else could want it.
         """
         given = 0
         for runtime in sorted(self._runtimes.values(), key=lambda r: r.unique_bytes() / max(1, r.slack_bytes())):
-            totals = runtime.totals()
-            slack = totals.slack
-            is_worth_it = slack >= WORTHWHILE_SLACK * (slack + totals.compressed)
-            if slack and (is_worth_it if wanted_bytes is None else given < wanted_bytes):
+            is_wanted = self._is_worth_a_copy(runtime) if wanted_bytes is None else given < wanted_bytes
+            if is_wanted and runtime.slack_bytes():
                 given += runtime.trim()
         return given
+
+    def _is_worth_a_copy(self, runtime: KVRuntime) -> bool:
+        totals = runtime.totals()
+        is_alone = len(self._runtimes) == 1 and not runtime.layers_uncompressed  # then slack serves its own sequences
+        if is_alone or not totals.compressed:
+            return not totals.compressed
+        return totals.slack >= WORTHWHILE_SLACK * (totals.slack + totals.compressed)
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when a pool's books do not agree."""

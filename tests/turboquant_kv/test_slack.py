@@ -94,6 +94,20 @@ def test_only_what_is_wanted_or_worth_a_copy_is_given_back(rng: np.random.Genera
     assert other.slack_bytes() > 0
 
 
+def test_one_format_alone_keeps_its_slack_while_it_is_used(rng: np.random.Generator) -> None:
+    model = small_models.dense()
+    family = KVFamily(model, base=BASE)
+    runtime = family.runtime("4/4")
+    rows = [filled(family, model, "4/4", random_tokens(rng, 100)) for _ in range(3)]
+    runtime.release(rows.pop())
+    assert family.trim() == 0, "its next conversation takes it"
+    assert family.trim(1) > 0, "unless somebody says that it is wanted"
+    while rows:
+        runtime.release(rows.pop())
+    assert family.trim() > 0
+    assert family.allocated_bytes() == 0
+
+
 def test_pages_held_by_their_numbers_are_not_moved(rng: np.random.Generator) -> None:
     model = small_models.dense()
     family = KVFamily(model, base=BASE)
