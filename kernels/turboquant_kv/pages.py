@@ -1,8 +1,9 @@
 """PagePool: the compressed pages of one layer, counted and shared.
 
 Owns page ids, reference counts and byte counts. A page is written once, when it is full, and never
-changes afterwards, so sharing needs no copy: a fork only counts. Who holds which page, in what
-order, is the sequence's business (sequence.py); how a page is stored, the backend's.
+changes afterwards, so sharing needs no copy: a fork only counts. Its number may change, in `trim` alone, which
+tells every holder. Who holds which page, in what order, is the sequence's business (sequence.py); how a
+page is stored, the backend's.
 """
 
 from __future__ import annotations
