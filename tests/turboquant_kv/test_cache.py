@@ -23,7 +23,8 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv import attention
-from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache, UnsupportedModelError
+from turboquant_kv.attending import UnsupportedModelError
+from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.format import KVFormat
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
