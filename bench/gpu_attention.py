@@ -1,6 +1,6 @@
 """Decode attention on compressed pages on a CUDA or Metal GPU: checked against float64, then timed beside FP16.
 
-    python bench/gpu_attention.py [--json FILE] [--model PATH] [--quick]
+    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds prefill shapes model]
 
 FP16 is mx.fast.scaled_dot_product_attention over a contiguous float16 cache. Each call's output is the next call's
 query, so calls cannot overlap. "step" figures take the Python side in, "gpu" figures only the evaluation of a graph
@@ -31,8 +31,8 @@ from turboquant_kv.format import KVFormat
 BITS = ((4, 4), (4, 3), (3, 3))
 
 
-def checks(backend: str, rng: np.random.Generator) -> list[Row]:
-    """Largest relative error of decode steps over random histories, per shape and dtype."""
+def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int = 1) -> list[Row]:
+    """Largest relative error of decode steps over random histories, per shape and dtype; every num_parts-th of them."""
     rows = []
     shapes = [
         *(
@@ -45,10 +45,8 @@ def checks(backend: str, rng: np.random.Generator) -> list[Row]:
         *((8, 2, 128, 128, (3, 4), 5), (16, 2, 64, 128, (2, 2), 8), (4, 2, 512, 512, (4, 4), 1)),
     ]
     dtypes = (mx.float16, mx.bfloat16, mx.float32)  # all three for the first shape, then in turn: each is compiled
-    for (hq, hkv, d, dv, bits, t), dtype in [
-        *zip(shapes[:1] * 3, dtypes, strict=True),
-        *zip(shapes[1:], itertools.cycle(dtypes), strict=False),
-    ]:
+    cases = [*zip(shapes[:1] * 3, dtypes, strict=True), *zip(shapes[1:], itertools.cycle(dtypes), strict=False)]
+    for (hq, hkv, d, dv, bits, t), dtype in cases[part::num_parts]:
         fmt = KVFormat(*bits)
         num_tokens = int(rng.integers(300, 700))
         error = decode_error(backend, fmt, (hq, hkv, d, dv), t, num_tokens, dtype, rng)
@@ -57,7 +55,38 @@ def checks(backend: str, rng: np.random.Generator) -> list[Row]:
         name = f"error {fmt.name} {hq}/{hkv} heads D={d}/{dv} T={t} {str(dtype)[9:]}"
         rows.append(Row.at_most(name, error, "", limit))
         print_rows(rows[-1:])
+    for bits, dtype in list(zip(BITS, dtypes, strict=True))[part::num_parts]:
+        error = prefill_error(backend, KVFormat(*bits), (40, 8, 128), int(rng.integers(200, 400)), dtype, rng)
+        limit = {mx.float32: 4e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}[dtype]
+        rows.append(Row.at_most(f"error {bits[0]}/{bits[1]} prefill {str(dtype)[9:]}", error, "", limit))
+        lengths = [int(n) for n in rng.integers(1, 1500, size=5)]
+        error = ragged_error(backend, KVFormat(*bits), (40, 8, 128), lengths, dtype, rng)
+        rows.append(Row.at_most(f"error {bits[0]}/{bits[1]} batch of {lengths} {str(dtype)[9:]}", error, "", limit))
+        print_rows(rows[-2:])
     return rows
+
+
+def prefill_error(
+    backend: str,
+    fmt: KVFormat,
+    heads_dim: tuple[int, int, int],
+    num_tokens: int,
+    dtype: mx.Dtype,
+    rng: np.random.Generator,
+) -> float:
+    """Relative error of a prompt's second chunk, 150 queries that begin anywhere in a page."""
+    hq, hkv, dim = heads_dim
+    n = num_tokens + 150
+    k, v = (mx.array(rng.standard_normal((1, hkv, n, dim)).astype(np.float32)).astype(dtype) for _ in "kv")
+    q = mx.array(rng.standard_normal((1, hq, 150, dim)).astype(np.float32)).astype(dtype)
+    cache = TurboQuantKVCache(PoolSource(fmt, backend))
+    cache.update_and_fetch(k[:, :, :num_tokens], v[:, :, :num_tokens])
+    mx.eval(cache.attend(mx.zeros((1, hq, num_tokens, dim), dtype), scale=1.0, mask="causal", sinks=None))
+    cache.update_and_fetch(k[:, :, num_tokens:], v[:, :, num_tokens:])
+    out = cache.attend(q, scale=dim**-0.5, mask="causal", sinks=None)
+    k64, v64, q64, out64 = (np.array(x[0].astype(mx.float32), np.float64) for x in (k, v, q, out))
+    want = reference.attend(q64, k64, v64, fmt, num_tokens, dim**-0.5)
+    return float(np.linalg.norm(out64 - want) / np.linalg.norm(want))
 
 
 def decode_error(
@@ -173,7 +202,14 @@ def view_of(shape: LayerShape, fmt: KVFormat, pages: Any) -> SequenceView:
 
 
 def speed(
-    name: str, hq: int, hkv: int, dim: int, lengths: Sequence[int], rng: np.random.Generator, target: float | None
+    name: str,
+    hq: int,
+    hkv: int,
+    dim: int,
+    lengths: Sequence[int],
+    rng: np.random.Generator,
+    target: float | None,
+    formats: Sequence[tuple[int, int]] = BITS,
 ) -> list[Row]:
     """One batch of sequences of these lengths: FP16 and each format."""
     shape = LayerShape(hkv, dim, dim, mx.float16)
@@ -193,7 +229,7 @@ def speed(
     rows.append(Row.plain(f"{name} f16 apart", f16_apart, "us"))
     print_rows(rows)
     backend: Any = choose_backend("gpu")
-    for bits in BITS:
+    for bits in formats:
         fmt = KVFormat(*bits)
         counts = [max(1, n // fmt.page_tokens - 1) for n in lengths]
         storage = random_storage(backend, shape, fmt, sum(counts), rng)
@@ -215,20 +251,59 @@ def speed(
     return rows
 
 
-def speeds(rng: np.random.Generator, quick: bool) -> list[Row]:
+def speeds(rng: np.random.Generator) -> list[Row]:
+    """The headline shape, and a ragged batch of it."""
     rows = []
     for n, target in ((1024, 1.3), (4096, 1.3), (16384, 2.0), (65536, 3.0), (131072, 3.0)):
         rows += speed(f"40/8 D=128 {n // 1024}K", 40, 8, 128, [n], rng, target)
     ragged = [1, 2, 4, 8, 13, 20, 32, 48]
     rows += speed("40/8 D=128 batch 8, 128K in all", 40, 8, 128, [1024 * n for n in ragged], rng, 2.5)
-    if quick:
-        return rows
+    return rows
+
+
+def other_shapes(rng: np.random.Generator) -> list[Row]:
+    """Other groups and dims, at 4/4."""
+    rows = []
     for group in (1, 2, 4, 7, 8):
         for n in (4096, 32768):
-            rows += speed(f"G={group} D=128 {n // 1024}K", 8 * group, 8, 128, [n], rng, 1.0)
+            rows += speed(f"G={group} D=128 {n // 1024}K", 8 * group, 8, 128, [n], rng, 1.0, BITS[:1])
     for dim in (64, 96, 256):
         for n in (4096, 32768):
-            rows += speed(f"40/8 D={dim} {n // 1024}K", 40, 8, dim, [n], rng, 1.0)
+            rows += speed(f"40/8 D={dim} {n // 1024}K", 40, 8, dim, [n], rng, 1.0, BITS[:1])
+    return rows
+
+
+def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2048) -> list[Row]:
+    """A prefill chunk of 2048 tokens behind 14K others, one layer of the headline shape: attention and encoding."""
+    shape, fmt = LayerShape(8, 128, 128, mx.bfloat16), KVFormat(4, 3)
+    backend: Any = choose_backend("gpu")
+    q = mx.random.normal((1, 40, num_new, 128)).astype(shape.dtype)
+    k, v = (mx.random.normal((1, 8, num_old + num_new, 128)).astype(shape.dtype) for _ in "kv")
+    cache = TurboQuantKVCache(PoolSource(fmt, "gpu"))
+    cache.update_and_fetch(k[:, :, :num_old], v[:, :, :num_old])
+    mx.eval(cache.attend(mx.zeros((1, 40, num_old, 128), shape.dtype), scale=0.1, mask="causal", sinks=None), q, k, v)
+    assert cache.sequence is not None
+    pool: Any = cache.sequence.pool
+    view = cache.sequence.append(k[0, :, num_old:], v[0, :, num_old:])
+    ids, new = view.page_ids[-num_new // fmt.page_tokens :], (k[0, :, -num_new:], v[0, :, -num_new:])
+
+    def encode(x: mx.array) -> mx.array:
+        rows = mx.depends([new[0]], [x])[0]
+        pool.storage.encode(ids, rows, new[1])
+        chained: mx.array = mx.depends([x], [pool.storage._arrays[0].codes, pool.storage._arrays[1].codes])[0]
+        return chained
+
+    def ours(x: mx.array) -> mx.array:
+        out: mx.array = backend.attend(x, [view], pool.storage, scale=0.1, mask=None, sinks=None)
+        return out
+
+    plain = timed(lambda x: mx.fast.scaled_dot_product_attention(x, k, v, scale=0.1, mask="causal"), q, 5)[1]
+    rows = [
+        Row.plain("2048 of 16K attention f16", plain, "us"),
+        Row.plain(f"2048 of 16K attention {fmt.name}", timed(ours, q, 5)[1], "us", plain),
+        Row.plain(f"2048 of 16K encoding {fmt.name}", timed(encode, q, 5)[1], "us"),
+    ]
+    print_rows(rows)
     return rows
 
 
@@ -286,18 +361,26 @@ def main() -> None:
     add_json_option(parser)
     parser.add_argument("--model", type=Path, default=Path("server/turboserve/models/tiny/model"))
     parser.add_argument(
-        "--only", nargs="*", default=["checks", "speeds", "model"], choices=["checks", "speeds", "model"]
+        "--only",
+        nargs="*",
+        default=["checks", "speeds", "prefill", "shapes", "model"],
+        choices=["checks", "speeds", "prefill", "shapes", "model"],
     )
-    parser.add_argument("--quick", action="store_true", help="the headline shape only")
+    parser.add_argument("--part", default="1/1", help="of the checks, so that several processes can share them")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     print(f"seed {args.seed}, {mx.device_info().get('device_name', mx.default_device())}")
     rows: list[Row] = []
     if "checks" in args.only:
-        rows += checks("gpu", rng)
+        part, num_parts = map(int, args.part.split("/"))
+        rows += checks("gpu", rng, part - 1, num_parts)
     if "speeds" in args.only:
-        rows += speeds(rng, args.quick)
+        rows += speeds(rng)
+    if "prefill" in args.only:
+        rows += page_speeds(rng)
+    if "shapes" in args.only:
+        rows += other_shapes(rng)
     if "model" in args.only:
         rows += end_to_end(args.model)
     write_rows(args.json, rows)

@@ -38,6 +38,15 @@ class OpenArrays(GrowingArrays):
     def scales(self) -> mx.array:
         return self._scales
 
+    def put(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
+        """In place where nobody else holds the arrays; a run of pages, as prefill has it, as one slice."""
+        first, last = int(page_ids[0]), int(page_ids[-1])
+        if last - first != len(page_ids) - 1 or np.any(np.diff(page_ids) != 1):
+            super().put(page_ids, packed, scales)
+            return
+        self._codes[first : last + 1] = packed
+        self._scales[first : last + 1] = scales
+
 
 class GpuStorage(CanonicalStorage):
     """Pages of one layer with everything else that its kernels read."""

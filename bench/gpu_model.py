@@ -1,0 +1,298 @@
+"""Whole models on a GPU over compressed caches: a 32B-shaped one against FP16's cache, and the embedded one's answers.
+
+    python bench/gpu_model.py shape32b [--json FILE]        memory, prefill and decode speed at 16K and 64K tokens
+    python bench/gpu_model.py tokens FILE                   greedy tokens of the CPU path, to compare with elsewhere
+    python bench/gpu_model.py streams --tokens FILE         the same on this GPU, alone and eight at a time
+
+The 32B-shaped model has random 4-bit weights; at 64K its caches are filled with random content instead of a prompt.
+Attention alone is bench/gpu_attention.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from _rows import Row, add_json_option, print_rows, write_rows
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import qwen2
+from mlx_lm.models.cache import KVCache
+
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.calibration import calibrate, calibration_text
+from turboquant_kv.format import KVFormat
+from turboquant_kv.runtime import KVRuntime
+from turboquant_kv.sequence import LayerSequence
+
+CHUNK = 2048
+GROUP = 64
+TIE = 0.25  # logits this close may swap places between devices and dtypes
+
+
+def random_model(layers: int, hidden: int, q_heads: int, kv_heads: int, wide: int, vocabulary: int) -> Any:
+    """A Qwen2 of this shape with random 4-bit weights of the usual size; nothing larger is ever in memory."""
+    model = qwen2.Model(
+        qwen2.ModelArgs(
+            model_type="qwen2",
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            intermediate_size=wide,
+            num_attention_heads=q_heads,
+            rms_norm_eps=1e-6,
+            vocab_size=vocabulary,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=1 << 17,
+            rope_theta=1e6,
+            tie_word_embeddings=False,
+        )
+    )
+    nn.quantize(model, group_size=GROUP, bits=4)
+    made = []
+    for name, old in tree_flatten(model.parameters()):
+        if old.dtype == mx.uint32:
+            octets = mx.random.randint(0, 256, (*old.shape[:-1], 4 * old.shape[-1]), mx.uint8)
+            made.append((name, octets.view(mx.uint32)))
+        elif name.endswith(("scales", "biases")):
+            step = 1 / (4.6 * (old.shape[-1] * GROUP) ** 0.5)  # uniform codes of 4 bits have a deviation of 4.6
+            made.append((name, mx.full(old.shape, step if name.endswith("scales") else -7.5 * step, mx.bfloat16)))
+        else:
+            made.append((name, (mx.ones if "norm" in name else mx.zeros)(old.shape, mx.bfloat16)))
+    model.update(tree_unflatten(made))
+    mx.eval(model.parameters())
+    return model
+
+
+def finish(runtime: KVRuntime, caches: list[Any]) -> None:
+    """Compute all that a prefill chunk has left to do, pages included."""
+    runtime.evaluate(caches)
+    for source in runtime._sources.values():
+        if source.pool is not None:
+            mx.eval([a for arrays in source.pool.storage._arrays for a in (arrays.codes, arrays.scales)])
+
+
+def prefill(model: Any, runtime: KVRuntime, caches: list[Any], num_tokens: int) -> float:
+    """Seconds to take in a random prompt."""
+    tokens = mx.random.randint(0, 1000, (1, num_tokens))
+    mx.eval(tokens)
+    start = time.perf_counter()
+    for first in range(0, num_tokens, CHUNK):
+        model(tokens[:, first : first + CHUNK], cache=caches)
+        finish(runtime, caches)
+    mx.synchronize()
+    return time.perf_counter() - start
+
+
+def decode(model: Any, caches: list[Any], num_steps: int) -> float:
+    """Median seconds of a greedy step; the next one is built while the GPU works, as mlx-lm does."""
+    y = mx.array([[1]])
+    stamps = []
+    for _ in range(num_steps):
+        y_next = mx.argmax(model(y, cache=caches)[:, -1:], axis=-1)
+        mx.async_eval(y_next)
+        y.item()
+        stamps.append(time.perf_counter())
+        y = y_next
+    mx.eval(y)
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps[2:]))
+
+
+def filled(runtime: KVRuntime, num_tokens: int) -> list[Any]:
+    """Caches of that many tokens with random content."""
+    caches = runtime.make_cache()
+    for i, cache in enumerate(caches):
+        shape = runtime.shapes[i]
+        assert shape is not None
+        if isinstance(cache, TurboQuantKVCache):
+            pool = cache.source.pool
+            assert pool is not None
+            num_pages = (num_tokens - pool.fmt.sink_tokens - 1) // pool.fmt.page_tokens
+            sequence = LayerSequence(pool)
+            n = pool.fmt.sink_tokens + 1
+            sequence.append(
+                *(mx.random.normal((shape.num_kv_heads, n, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim))
+            )
+            sequence._pages = pool._allocate(num_pages)
+            for arrays in pool.storage._arrays:
+                arrays._codes = mx.random.randint(0, 256, arrays._codes.shape, mx.uint8)
+                arrays._scales = mx.random.uniform(0.05, 0.15, arrays._scales.shape, mx.float16)
+                mx.eval(arrays._codes, arrays._scales)
+            cache.sequence = sequence
+        else:
+            assert isinstance(cache, KVCache)
+            cache.update_and_fetch(
+                *(
+                    mx.random.normal((1, shape.num_kv_heads, num_tokens, d)).astype(shape.dtype)
+                    for d in (shape.k_dim, shape.v_dim)
+                )
+            )
+            mx.eval(cache.keys, cache.values)
+    return caches
+
+
+def shape32b(args: argparse.Namespace) -> list[Row]:
+    start = time.perf_counter()
+    model = random_model(args.layers, args.hidden, args.q_heads, args.kv_heads, args.wide, args.vocabulary)
+    print(f"weights {mx.get_active_memory() / 1e9:.1f} GB, made in {time.perf_counter() - start:.1f} s", flush=True)
+    rows: list[Row] = []
+    base: dict[str, float] = {}
+    warm = KVRuntime(model, None)
+    prefill(model, warm, warm.make_cache(), 2 * CHUNK)
+    for bits in (None, *((int(b[0]), int(b[2])) for b in args.formats)):
+        fmt = None if bits is None else KVFormat(*bits)
+        name = "f16" if fmt is None else fmt.name
+        runtime = KVRuntime(model, fmt, backend=args.backend)
+        if fmt is not None:
+            warm_caches = runtime.make_cache()
+            prefill(model, runtime, warm_caches, 2 * CHUNK)
+            runtime.release(warm_caches)
+        figures: dict[str, float] = {}
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        caches = runtime.make_cache()
+        figures[f"prefill {args.tokens} tok/s"] = args.tokens / prefill(model, runtime, caches, args.tokens)
+        figures["prefill peak over weights GB"] = (mx.get_peak_memory() - before) / 1e9
+        figures["cache GB"] = sum(c.nbytes for c in caches) / 1e9
+        figures["allocated GB"] = (mx.get_active_memory() - before) / 1e9
+        figures[f"decode at {args.tokens} tok/s"] = 1 / decode(model, caches, args.steps)
+        runtime.release(caches)
+        del caches
+        mx.clear_cache()
+        caches = filled(runtime, args.long_tokens)
+        figures[f"decode at {args.long_tokens} tok/s"] = 1 / decode(model, caches, args.steps)
+        runtime.release(caches)
+        del caches, runtime
+        mx.clear_cache()
+        base = base or figures
+        rows += [Row.plain(f"32B {name} {key}", value, "", base[key]) for key, value in figures.items()]
+        print_rows(rows[-len(figures) :])
+    return rows
+
+
+def prompts_of(model_path: Path, tokenizer: Any, num_prompts: int) -> list[tuple[list[int], str]]:
+    """Held-out prompts of different lengths, and what to find in their answers."""
+    lines = map(json.loads, (model_path.parent / "heldout" / "prompts.jsonl").read_text().splitlines())
+    chosen = [p for p in lines if p["kind"].startswith(("needle-512", "needle-1024", "needle-2048", "small_talk"))]
+    chosen.sort(key=lambda p: p["kind"])
+    picked = [chosen[i * len(chosen) // num_prompts] for i in range(num_prompts)]
+    return [
+        (tokenizer.apply_chat_template(p["messages"], add_generation_prompt=True), str(p["check"].get("value", "")))
+        for p in picked
+    ]
+
+
+def load_embedded(args: argparse.Namespace) -> tuple[Any, Any, KVRuntime]:
+    from mlx_lm import load
+    from mlx_lm.utils import dequantize_model
+
+    model, tokenizer = load(str(args.model))[:2]
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        model.set_dtype(mx.float32)
+        model = dequantize_model(model)  # many times faster on a CPU
+    calibration = calibrate(model, tokenizer.encode(calibration_text()))
+    return model, tokenizer, KVRuntime(model, KVFormat(4, 3), calibration=calibration, backend=args.backend)
+
+
+def greedy(
+    model: Any, caches: list[Any], prompts: list[list[int]], num_tokens: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and the margin of each over the second best; prompts one after the other, then all rows together."""
+    firsts = []
+    for ids, cache in zip(prompts, caches, strict=True):
+        firsts.append(model(mx.array(ids)[None], cache=cache)[:, -1])
+        mx.eval(firsts[-1])
+    rows = caches[0] if len(caches) == 1 else [type(c[0]).merge(c) for c in map(list, zip(*caches, strict=True))]
+    logits = mx.concatenate(firsts)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    margins: list[list[float]] = [[] for _ in prompts]
+    for _ in range(num_tokens):
+        best = mx.sort(logits.astype(mx.float32), axis=-1)[:, -2:]
+        chosen = mx.argmax(logits, axis=-1)
+        for i, (token, (second, first)) in enumerate(zip(chosen.tolist(), best.tolist(), strict=True)):
+            tokens[i].append(token)
+            margins[i].append(first - second)
+        logits = model(chosen[:, None], cache=rows)[:, -1]
+    return tokens, margins
+
+
+def tokens_command(args: argparse.Namespace) -> list[Row]:
+    model, tokenizer, runtime = load_embedded(args)
+    prompts = prompts_of(args.model, tokenizer, args.prompts)
+    answers = [greedy(model, [runtime.make_cache()], [ids], args.steps) for ids, _ in prompts]
+    found = [
+        {"prompt": ids, "value": value, "tokens": t[0], "margins": m[0]}
+        for (ids, value), (t, m) in zip(prompts, answers, strict=True)
+    ]
+    args.file.write_text(json.dumps(found))
+    return []
+
+
+def agreement(wanted: list[dict[str, Any]], tokens: list[list[int]]) -> tuple[int, int]:
+    """Rows that agree to the end or part at a near tie, and rows that agree to the end."""
+    fine = same = 0
+    for want, got in zip(wanted, tokens, strict=True):
+        parts = [i for i, (a, b) in enumerate(zip(want["tokens"], got, strict=True)) if a != b]
+        same += not parts
+        fine += not parts or want["margins"][parts[0]] < TIE
+    return fine, same
+
+
+def streams(args: argparse.Namespace) -> list[Row]:
+    wanted = json.loads(args.tokens_file.read_text())
+    model, tokenizer, runtime = load_embedded(args)
+    prompts = [w["prompt"] for w in wanted]
+    steps = len(wanted[0]["tokens"])
+    alone = [greedy(model, [runtime.make_cache()], [ids], steps)[0][0] for ids in prompts]
+    together, _ = greedy(model, [runtime.make_cache() for _ in prompts], prompts, steps)
+    rows = []
+    for name, tokens in (("alone", alone), (f"{len(prompts)} streams", together)):
+        fine, same = agreement(wanted, tokens)
+        rows.append(Row.at_least(f"{name}: answers that part from the CPU's at near ties only", fine, "", len(prompts)))
+        rows.append(Row.plain(f"{name}: answers equal to the CPU's", same, ""))
+        texts = [tokenizer.decode(t).lower() for t in tokens]
+        found = sum(w["value"].lower() in text for w, text in zip(wanted, texts, strict=True))
+        on_cpu = sum(w["value"].lower() in tokenizer.decode(w["tokens"]).lower() for w in wanted)
+        rows.append(Row.at_least(f"{name}: needles found", found, "", on_cpu))
+    print(f"{runtime.backend_name}, prompts of {sorted(map(len, prompts))} tokens, {steps} greedy tokens each")
+    print_rows(rows)
+    runtime.check_integrity()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    shape = commands.add_parser("shape32b")
+    for name, value in (("layers", 64), ("hidden", 5120), ("q-heads", 40), ("kv-heads", 8), ("wide", 27648)):
+        shape.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("vocabulary", 152064), ("tokens", 16384), ("long-tokens", 65536), ("steps", 48)):
+        shape.add_argument(f"--{name}", type=int, default=value)
+    shape.add_argument("--formats", nargs="*", default=["4/3", "3/3"])
+    shape.set_defaults(run=shape32b, backend="gpu")
+    tokens = commands.add_parser("tokens")
+    tokens.add_argument("file", type=Path)
+    tokens.add_argument("--prompts", type=int, default=8)
+    tokens.add_argument("--steps", type=int, default=32)
+    tokens.set_defaults(run=tokens_command, backend="auto")
+    both = commands.add_parser("streams")
+    both.add_argument("--tokens", dest="tokens_file", type=Path, required=True)
+    both.set_defaults(run=streams, backend="gpu")
+    for command in (shape, tokens, both):
+        add_json_option(command)
+        command.add_argument("--model", type=Path, default=Path("server/turboserve/models/tiny/model"))
+        command.add_argument("--backend")
+    args = parser.parse_args()
+    mx.random.seed(int(np.random.default_rng().integers(1 << 30)))
+    write_rows(args.json, args.run(args))
+
+
+if __name__ == "__main__":
+    main()
