@@ -57,10 +57,6 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
         """Of all conversations in compressed layers, what they share counted once."""
         ...
 
-    def compressed_raw_bytes(self, num_tokens: int) -> int:
-        """What that many tokens would take uncompressed in those layers."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:

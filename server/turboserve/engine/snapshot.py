@@ -77,7 +77,7 @@ def take_snapshot(
         kv_format=manager.family.default,
         kv_backend=runtime.backend_name,
         model_dtype=loaded.dtype,
-        kv=_total(parts, [*(kv for _, kv in at_work), *(c.kv for c in in_memory)]),
+        kv=_total(parts, [*((x.kv_format, kv) for x, kv in at_work), *((c.kv_format, c.kv) for c in in_memory)]),
         kv_budget_bytes=manager.budget_bytes,
         kv_token_bytes=runtime.token_bytes,
         kv_token_raw_bytes=runtime.token_raw_bytes,
@@ -182,17 +182,18 @@ def _sum(parts: Iterable[CacheBytes]) -> KVBytes:
     return KVBytes(**{kind: sum(getattr(kv, kind) for kv in held) for kind in _KINDS})
 
 
-def _total(parts: EngineParts, conversations: list[CacheBytes]) -> KVBytes:
-    """All compressed layers' pools, plus what conversations hold in layers that are not compressed."""
-    pooled = parts.manager.family.totals()
-    plain = sum(c.raw_equivalent for c in conversations) - sum(
-        parts.runtime.compressed_raw_bytes(c.tokens) for c in conversations
-    )
+def _total(parts: EngineParts, conversations: list[tuple[str, CacheBytes]]) -> KVBytes:
+    """All formats' pools, plus what conversations (format, bytes) hold in layers that are not compressed."""
+    family = parts.manager.family
+    pooled = family.totals()
+    formats = {name for name, _ in conversations}
+    pooled_token_bytes = {name: family.runtime(name).compressed_raw_bytes(1) for name in formats}
     return KVBytes(
-        tokens=pooled.tokens if parts.runtime.layers_compressed else sum(c.tokens for c in conversations),
+        tokens=pooled.tokens + sum(kv.tokens for name, kv in conversations if not pooled_token_bytes[name]),
         compressed=pooled.compressed,
         exact=pooled.exact,
         slack=pooled.slack,
-        uncompressed=sum(c.uncompressed for c in conversations),
-        raw_equivalent=pooled.raw_equivalent + plain,
+        uncompressed=sum(kv.uncompressed for _, kv in conversations),
+        raw_equivalent=pooled.raw_equivalent
+        + sum(kv.raw_equivalent - kv.tokens * pooled_token_bytes[name] for name, kv in conversations),
     )

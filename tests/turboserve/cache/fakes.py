@@ -122,6 +122,9 @@ class FakeRuntime:
         page_bytes = PAGE * TOKEN_BYTES[cache.runtime.name]
         return FakeBytes(num, len(cache.pages) * page_bytes, cache.num_exact * RAW, raw_equivalent=raw)
 
+    def compressed_raw_bytes(self, num_tokens: int) -> int:
+        return 0 if self.fmt is None else num_tokens * RAW
+
     def usable_prefix(self, caches: Caches, length: int) -> int:
         cache: FakeCache = caches[0]
         assert cache.is_live, "a released cache was asked"

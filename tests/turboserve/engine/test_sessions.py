@@ -71,6 +71,11 @@ def test_rows_of_several_formats_decode_together_as_alone(model: Any, rng: np.ra
     assert [s.tokens for s in sinks] == expected
     assert [s.finished.usage.kv_format for s in sinks] == ["4/4", "f16", "8/4", "4/3", "f16"]
     assert alone(model, requests[1]) == alone(model, requests[1], None)
+    stats = loop.snapshot()
+    shown = [c.kv for c in stats.conversations]
+    assert (stats.kv.tokens, stats.kv.raw_equivalent, stats.kv.uncompressed) == tuple(
+        sum(getattr(kv, kind) for kv in shown) for kind in ("tokens", "raw_equivalent", "uncompressed")
+    )
 
 
 def test_an_unknown_format_is_refused(model: Any, rng: np.random.Generator) -> None:
