@@ -116,17 +116,23 @@ def _fork(manager: CacheManager, holder: Conversation | Lease, length: int) -> C
 def _session_for(manager: CacheManager, ask: Ask, match: Match | None) -> Session:
     """The session that the answer will belong to; times are set when the lease is certain."""
     if ask.session_id is not None:
-        held = manager.store.get(ask.salt, ask.session_id)
-        running = next(
-            (x.session for x in manager.leases if x.salt == ask.salt and x.conversation_id == ask.session_id), None
-        )
-        if held is not None or running is not None:
-            return held.session if held is not None else running  # type: ignore[return-value]
-        return Session(ask.session_id, ask.salt, 0.0, 0.0, is_explicit=True, cache_key=ask.cache_key)
+        session = _named(manager, ask.salt, ask.session_id)
+        if session is None:
+            session = Session(ask.session_id, ask.salt, 0.0, 0.0, cache_key=ask.cache_key)
+        session.is_explicit = True  # also one that had an opaque id so far: its caller asked for it by that
+        return session
     if match is not None and match.is_continuation and not match.holder.session.is_explicit:
         return match.holder.session
     session_id = new_id()
     return Session(session_id, ask.salt, 0.0, 0.0, cache_key=ask.cache_key, public_id=session_id)
+
+
+def _named(manager: CacheManager, salt: str, session_id: str) -> Session | None:
+    """A session of that name, idle or at work."""
+    held = manager.store.get(salt, session_id)
+    if held is not None:
+        return held.session
+    return next((x.session for x in manager.leases if x.salt == salt and x.conversation_id == session_id), None)
 
 
 def _make_room(manager: CacheManager, lease: Lease, match: Match | None, now_s: float) -> bool:

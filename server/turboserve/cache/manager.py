@@ -117,6 +117,7 @@ class CacheManager:
         name = kv_format or self.family.default
         needed = peak_bytes(self.family.runtime(name), num_tokens)
         if needed > self.budget_bytes:
+            self.counts.refusals["never_fits"] += 1
             raise ContextLengthError(
                 f"This request needs {needed:,} bytes of KV cache for {num_tokens:,} tokens (prompt and answer) in "
                 f"{name}, but the server's budget is {self.budget_bytes:,} bytes, which holds "

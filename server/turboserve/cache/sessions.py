@@ -136,13 +136,6 @@ class SessionStore:
             self._family.runtime(conversation.kv_format).release(conversation.caches)
             conversation.caches = None
 
-    def rename(self, conversation: Conversation, session_id: str) -> None:
-        """Its caller gave a nameless conversation a name."""
-        mine = self._by_salt[conversation.salt]
-        del mine[conversation.conversation_id]
-        conversation.session.session_id = session_id
-        mine[session_id] = conversation
-
     def enter(self, lease: Lease) -> None:
         """Let a running request be found by its prompt."""
         self._tree_of(lease).insert(lease.prompt, lease)

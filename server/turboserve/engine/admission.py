@@ -21,8 +21,9 @@ Clock = Callable[[], float]
 Fail = Callable[[Sequence, Exception], None]
 Start = Callable[[Sequence, Lease], None]
 
-# The head of the queue waits no longer than this for KV memory. Long enough for a full answer of those who
-# have it; a client that is told to come back is better off than one whose connection times out.
+# The head of the queue waits no longer than this for KV memory, unless its answer has begun. Long enough
+# for a full answer of those who have it; a client that is told to come back is better off than one whose
+# connection times out.
 MAX_ROOM_WAIT_S = 120.0
 
 
@@ -81,7 +82,8 @@ class Admission:
     def _try_start(self, sequence: Sequence) -> bool:
         """Lease room and start; False when there is none now. A failing request is ended."""
         now_s = self._clock()
-        if sequence.roomless_since_s is not None and now_s - sequence.roomless_since_s > MAX_ROOM_WAIT_S:
+        since_s = sequence.roomless_since_s
+        if since_s is not None and now_s - since_s > MAX_ROOM_WAIT_S and not sequence.answer:
             self._refuse(sequence)
             return True
         if self._refused_at_change == self._manager.changes:

@@ -52,6 +52,15 @@ def test_a_nameless_request_never_takes_over_a_named_session() -> None:
     assert sorted(len(c.tokens) for c in manager.store) == [60, 90]
 
 
+def test_a_nameless_conversation_asked_for_by_its_id_becomes_a_named_one() -> None:
+    manager = manager_for(FakeFamily("f16"), ROOMY)
+    kept = converse(manager, span(0, 60))
+    assert kept is not None and not kept.session.is_explicit
+    converse(manager, [*span(0, 40), *span(500, 50)], session_id=kept.conversation_id)
+    (only,) = manager.store
+    assert only.session is kept.session and only.session.is_explicit and len(only.tokens) == 90
+
+
 def test_among_equals_the_callers_own_choice_is_continued() -> None:
     manager = manager_for(FakeFamily("f16"), ROOMY)
     for name in ("s1", "s2"):
