@@ -40,6 +40,13 @@ class Server:
         stats: dict[str, Any] = self.get("/v1/kv/stats").json()
         return stats
 
+    def forget_sessions(self) -> None:
+        """Delete every conversation that is kept."""
+        self.wait_until_idle()
+        while page := self.get("/v1/sessions?limit=100").json()["data"]:
+            for session in page:
+                httpx.delete(f"{self.url}/v1/sessions/{session['id']}", timeout=30)
+
     def wait_until_idle(self) -> dict[str, Any]:
         """The statistics once nothing runs or waits."""
         deadline = time.monotonic() + 60

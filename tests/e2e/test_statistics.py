@@ -29,6 +29,7 @@ def gauges(server: Server) -> dict[str, float]:
 
 
 def test_stats_metrics_and_usage_agree(server: Server) -> None:
+    server.forget_sessions()  # so that all there is is shown, and all of it compressed
     ask(server, [say(f"{filler(50, 77)} Hello!")], max_tokens=4)
     stats = server.wait_until_idle()
     metrics = gauges(server)
