@@ -20,6 +20,7 @@ from tests.turboserve.cache.fakes import (
 
 from turboserve.cache.desk import SessionDesk
 from turboserve.cache.holders import Lease
+from turboserve.cache.ledger import Release
 from turboserve.cache.manager import CacheManager
 from turboserve.cache.runtime import peak_bytes
 from turboserve.errors import OverloadedError
@@ -52,6 +53,20 @@ def need(manager: CacheManager, num_bytes: int, now_s: float = 100.0) -> Lease |
     runtime = manager.family.runtime("4/4")
     num_tokens = next(n for n in range(6, 9999) if peak_bytes(runtime, n) >= num_bytes)
     return try_lease(manager, span(90_000, 5), num_tokens, now_s)
+
+
+def test_a_shared_page_is_freed_by_its_last_holder_only() -> None:
+    manager = manager_for(FakeFamily(), 10_000)
+    converse(manager, span(0, LENGTH), session_id="s")
+    SessionDesk(manager).fork("", "s", "t", 1.0)
+    release = Release(manager.family)
+    assert [release.add(c) for c in manager.store] == [RAW, BYTES] and release.freed_bytes == BYTES + RAW
+    lease = lease_for(manager, span(0, LENGTH + 9), LENGTH + 10)  # now a third one holds them
+    assert sum(Release(manager.family).add(c) for c in manager.store) == 2 * RAW
+    manager.budget_bytes = manager.committed_bytes
+    assert need(manager, BYTES, 2.0) is None
+    assert len(list(manager.store)) == 2, "nothing was given up for nothing"
+    manager.drop(lease, lease.caches)
 
 
 def test_nameless_conversations_go_first_the_oldest_of_them_first() -> None:
