@@ -109,6 +109,8 @@ def disk_json(disk: DiskState, held: KVBytes) -> Json:
         "bytes": disk.bytes,
         "limit_bytes": disk.limit_bytes,
         "entries": disk.num_entries,
+        "damaged": disk.num_damaged,
+        "pending_bytes": disk.pending_bytes,
         **kv_json(held),
     }
 

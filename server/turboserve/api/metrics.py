@@ -124,6 +124,8 @@ def disk(stats: EngineStats) -> Iterator[Metric]:
     yield gauge("kv_store_bytes", "Bytes of the store's files.", store.bytes)
     yield gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
     yield gauge("kv_store_entries", "Files in the store.", store.num_entries)
+    yield gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)
+    yield counter("kv_store_damaged_files", "Files found damaged, and dropped.", store.num_damaged)
     yield gauge_by(
         "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", kinds_json(stats.kv_disk)
     )

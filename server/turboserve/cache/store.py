@@ -21,13 +21,15 @@ class StoredEntry(NamedTuple):
 
 
 class DiskStatus(NamedTuple):
-    """`reason`: why it takes nothing more, "" while it works."""
+    """`reason`: why it takes nothing more, "" while it works. `pending_bytes` lie in memory until they are written."""
 
     is_writable: bool
     reason: str
     num_bytes: int
     limit_bytes: int
     num_entries: int
+    num_damaged: int = 0  # files found damaged, and dropped
+    pending_bytes: int = 0
 
 
 class SessionDisk(Protocol):

@@ -180,6 +180,8 @@ class DiskState:
     bytes: int = 0
     limit_bytes: int = 0
     num_entries: int = 0
+    num_damaged: int = 0  # files found damaged since the start, and dropped
+    pending_bytes: int = 0  # in memory, outside the KV budget, until they are written
 
 
 @dataclass(frozen=True, slots=True)

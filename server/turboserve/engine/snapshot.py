@@ -174,6 +174,8 @@ def _disk(manager: CacheManager) -> DiskState:
         bytes=status.num_bytes,
         limit_bytes=status.limit_bytes,
         num_entries=status.num_entries,
+        num_damaged=status.num_damaged,
+        pending_bytes=status.pending_bytes,
     )
 
 

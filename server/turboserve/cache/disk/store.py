@@ -204,7 +204,13 @@ class DiskStore:
         with self._changed:
             num_entries = sum(not entry.is_foreign for entry in self._index)
             return DiskStatus(
-                self._accepts(), self._switch.reason, self._index.total_bytes, self._limit_bytes, num_entries
+                is_writable=self._accepts(),
+                reason=self._switch.reason,
+                num_bytes=self._index.total_bytes,
+                limit_bytes=self._limit_bytes,
+                num_entries=num_entries,
+                num_damaged=self._counts.integrity_failures,
+                pending_bytes=self.pending_bytes,
             )
 
     @property
