@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.stress.child import Answer
 from tests.stress.run import Load, Outcome, StressError, compare, stress, summary
 
 
@@ -24,9 +25,11 @@ def test_every_answer_is_the_unlimited_servers(tmp_path: Path, cache_dir: Path, 
 
 
 def test_a_different_answer_would_be_noticed() -> None:
-    said = {(0, 0): "a", (0, 1): "b"}
-    compare(said, dict(said))
-    with pytest.raises(StressError, match="1 of 2 answers differ"):
-        compare(said, {(0, 0): "a", (0, 1): "c"})
+    expected = {(0, 0): Answer("a", [1], [0.5]), (0, 1): Answer("bc", [2, 3], [0.5, 0.01])}
+    assert compare(expected, dict(expected)) == 0
+    assert compare(expected, {**expected, (0, 1): Answer("bd", [2, 4], [0.5, 0.01])}) == 1, "a tie"
+    for other in (Answer("xc", [9, 3], [0.5, 0.01]), Answer("b", [2], [0.5]), Answer("lost", [2, 3], [0.5, 0.01])):
+        with pytest.raises(StressError, match="1 of 2 answers differ"):
+            compare(expected, {**expected, (0, 1): other})
     with pytest.raises(StressError, match="not answered"):
-        compare(said, {(0, 0): "a"})
+        compare(expected, {(0, 0): expected[0, 0]})

@@ -3,7 +3,8 @@
     python -m tests.stress.child JOB.json      (see `run.py`, which writes the job and reads the answers)
 
 Every finished turn becomes one line of JSON in the job's answer file, so that a killed process loses nothing that
-a client had seen. A broken check ends the process with a status other than 0.
+a client had seen; beside each token stands its lead over the next likely one. What is checked after each step is
+`watch.py`'s; a broken check ends the process with a status other than 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,18 +30,28 @@ if __name__ == "__main__":
 
 import orjson
 from tests.stress.plan import Plan, Turn, make_plans
+from tests.stress.watch import LEADS, WATCH, watch_engine
 
-from turboserve.engine import engine as engine_module
 from turboserve.engine.engine import TurboEngine
 from turboserve.engine.loading import build_parts
-from turboserve.engine.loop import StepLoop
 from turboserve.engine.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
 from turboserve.errors import OverloadedError, RequestCancelledError, SessionExistsError, SessionNotFoundError
 from turboserve.settings import Settings
 
 T = TypeVar("T")
 WAIT_S = 300.0  # only a hang reaches it
-CHECK_EVERY = 8  # steps between two full integrity checks; bytes are compared after each
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One greedy answer; `leads` of each token over the next likely one, in standard deviations of the logits."""
+
+    text: str
+    tokens: list[int]
+    leads: list[float]
+
+
+Answers = dict[tuple[int, int], Answer]  # by conversation and turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,46 +66,7 @@ class Job:
     seed: int
     num_clients: int
     order_seed: int
-
-
-@dataclass
-class Watch:
-    """What the engine thread saw, step by step."""
-
-    num_steps: int = 0
-    most_allocated: int = 0
-    most_committed: int = 0
-    complaint: str = ""
-
-
-WATCH = Watch()
-
-
-class CheckedLoop(StepLoop):
-    """The real loop; after each step memory must be within the budget, and every few steps all books agree."""
-
-    def step(self) -> None:
-        super().step()
-        WATCH.num_steps += 1
-        try:
-            self._compare_bytes()
-            if WATCH.num_steps % CHECK_EVERY == 0:
-                self.check_integrity()
-        except Exception:  # reported by the main thread, which then ends the process
-            WATCH.complaint = WATCH.complaint or traceback.format_exc()
-
-    def _compare_bytes(self) -> None:
-        stats = self.snapshot()
-        WATCH.most_allocated = max(WATCH.most_allocated, stats.kv.total)
-        WATCH.most_committed = max(WATCH.most_committed, stats.kv_committed_bytes)
-        books = (
-            f"{stats.kv_committed_bytes} committed of {stats.kv_budget_bytes}, {stats.kv}, {stats.num_conversations}"
-        )
-        assert stats.kv_committed_bytes <= stats.kv_budget_bytes, books
-        # What waits for the disk is scratch as well, but not in `kv`: here only a prompt's chunk comes on top.
-        chunk_bytes = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
-        assert stats.kv.total <= stats.kv_budget_bytes + chunk_bytes, books
-        assert stats.integrity_failures == 0
+    history: str = ""  # answers to build on, a file of an earlier run; "": this run's own
 
 
 @dataclass
@@ -117,6 +89,7 @@ class Player:
         self._out = open(job.answers, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
         self._lock = threading.Lock()
         self._said = read_answers(Path(job.answers))
+        self._history = read_answers(Path(job.history)) if job.history else self._said
         self._plans = make_plans(job.num_conversations, job.num_turns, job.num_forks, job.seed)
         self._complaints: list[str] = []
 
@@ -156,8 +129,9 @@ class Player:
         asked = plan.turns[turn]
         if asked.cancel_after is not None:
             self._ask(plan, turn, asked, f"c{plan.index}-{turn}-cancelled", asked.cancel_after)
-        text, cached = self._ask(plan, turn, asked, f"c{plan.index}-{turn}", None)
-        self._record(plan, turn, text, cached)
+        text = self._ask(plan, turn, asked, f"c{plan.index}-{turn}", None)
+        noted = [LEADS[key] for key in sorted(key for key in LEADS if key[0] == f"c{plan.index}-{turn}")]
+        self._record(plan, turn, Answer(text, [token for token, _ in noted], [lead for _, lead in noted]))
 
     def _fork(self, plan: Plan) -> None:
         """The source's first answer is the fork's; a session that memory pressure took is simply begun anew."""
@@ -172,7 +146,7 @@ class Player:
             assert info.session_id == plan.session_id and info.is_explicit
         except (SessionNotFoundError, SessionExistsError, OverloadedError):
             pass  # gone, forked before the restart, or no room: all of these a client must live with
-        self._record(plan, 0, self._said[source.index, 0], 0)
+        self._record(plan, 0, self._said[source.index, 0])
 
     def _wait(self, future: Future[T]) -> T:
         return future.result(timeout=WAIT_S)
@@ -182,10 +156,10 @@ class Player:
         for earlier in range(turn + 1):
             messages.append({"role": "user", "content": plan.turns[earlier].text})
             if earlier < turn:
-                messages.append({"role": "assistant", "content": self._said[plan.index, earlier]})
+                messages.append({"role": "assistant", "content": self._history[plan.index, earlier].text})
         return tuple(messages)
 
-    def _ask(self, plan: Plan, turn: int, asked: Turn, request_id: str, cancel_after: int | None) -> tuple[str, int]:
+    def _ask(self, plan: Plan, turn: int, asked: Turn, request_id: str, cancel_after: int | None) -> str:
         request = GenerationRequest(
             request_id=request_id,
             messages=self._messages(plan, turn),
@@ -203,7 +177,7 @@ class Player:
             except OverloadedError as exc:  # what an OpenAI client does, only sooner
                 time.sleep(min(exc.retry_after_s or 1, 1) * 0.2)
 
-    def _follow(self, client: Client, request_id: str, cancel_after: int | None) -> tuple[str, int]:
+    def _follow(self, client: Client, request_id: str, cancel_after: int | None) -> str:
         parts: list[str] = []
         while True:
             if cancel_after is not None and len(parts) >= cancel_after:
@@ -213,39 +187,39 @@ class Player:
             if isinstance(event, TextDelta):
                 parts.append(event.text)
             elif isinstance(event, Finished):
-                return "".join(parts), event.usage.cached_tokens
+                return "".join(parts)
             elif isinstance(event, Failed):
                 if isinstance(event.error, RequestCancelledError):
-                    return "", 0
+                    return ""
                 assert not parts or not isinstance(event.error, OverloadedError), "refused in the middle of an answer"
                 raise event.error
 
-    def _record(self, plan: Plan, turn: int, text: str, cached: int) -> None:
-        line = json.dumps({"conversation": plan.index, "turn": turn, "text": text, "cached": cached})
+    def _record(self, plan: Plan, turn: int, answer: Answer) -> None:
+        line = json.dumps({"conversation": plan.index, "turn": turn, **asdict(answer)})
         with self._lock:
-            self._said[plan.index, turn] = text
+            self._said[plan.index, turn] = answer
             self._out.write(line + "\n")
             self._out.flush()
 
 
-def read_answers(path: Path) -> dict[tuple[int, int], str]:
-    """(conversation, turn) -> text. A last line that a kill cut off is taken as not said."""
-    said: dict[tuple[int, int], str] = {}
+def read_answers(path: Path) -> Answers:
+    """What was said, by conversation and turn. A last line that a kill cut off is taken as not said."""
+    said: Answers = {}
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
     if lines and lines[-1]:
         path.write_text("".join(line + "\n" for line in lines[:-1]), "utf-8")
     for line in lines[:-1]:
         entry = json.loads(line)
-        key = (entry["conversation"], entry["turn"])
+        key = (entry.pop("conversation"), entry.pop("turn"))
         assert key not in said, f"answered twice: {key}"
-        said[key] = entry["text"]
+        said[key] = Answer(**entry)
     return said
 
 
 def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # for whoever finds it hanging
     job = Job(**json.loads(Path(sys.argv[1]).read_text("utf-8")))
-    setattr(engine_module, "StepLoop", CheckedLoop)  # noqa: B010 - the module does not offer it, it uses it
+    watch_engine()
     engine = TurboEngine(Settings(**job.settings), build_parts, model_id="tiny", progress=lambda line: None)
     engine.start()
     engine.wait_until_ready(WAIT_S)

@@ -4,7 +4,8 @@
     python -m tests.stress.run --conversations 512 --turns 4 --clients 32 --held 12 --kills 3
 
 Owns the processes and the judgement. The budget holds `--held` conversations of average size; every answer must be
-the unlimited engine's, memory within the budget at every step, and all books must agree (see `child.py`).
+the unlimited engine's, but for places where the model has no preference; memory must be within the budget at every
+step, and all books agree (see `child.py`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.stress.child import Job, read_answers
+from tests.stress.child import Answer, Answers, Job, read_answers
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD_TIMEOUT_S = 1800.0
 MiB = 1 << 20
+# Codes made from sums in another order may differ in a step, which was seen to move a token's lead by less than 0.02
+# standard deviations of the logits. A wrong cache gets this excuse by chance in one answer of six or fewer.
+TIE = 6e-2
+MAX_TIES_SHARE = 0.05  # of all answers
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Outcome:
     budget_bytes: int = 0
     reports: list[dict[str, Any]] = field(default_factory=list)
     num_answers: int = 0
+    num_ties: int = 0  # of them, answers that parted from the unlimited engine's without a preference of the model
     unlimited_s: float = 0.0
     tight_s: float = 0.0
 
@@ -76,17 +82,18 @@ def stress(load: Load, folder: Path, cache_dir: Path) -> Outcome:
         kv_store_dir=str(folder / "store"),
         kv_store_write_rate="1GiB",
     )
+    job = replace(job, history=str(folder / "unlimited.jsonl"))  # one answer that parts must not change the next
     started = time.monotonic()
     for kill in range(load.num_kills):
         run_until_killed(job, folder, answers, len(expected) * (kill + 1) // (load.num_kills + 1))
     outcome.reports.append(run_to_end(job, folder))
     outcome.tight_s = time.monotonic() - started
-    compare(expected, read_answers(answers))
+    outcome.num_ties = compare(expected, read_answers(answers))
     outcome.num_answers = len(expected)
     return outcome
 
 
-def unlimited(load: Load, folder: Path, cache_dir: Path) -> tuple[dict[tuple[int, int], str], float]:
+def unlimited(load: Load, folder: Path, cache_dir: Path) -> tuple[Answers, float]:
     """All answers with ample memory, and the average KV bytes of a conversation in the end."""
     answers = folder / "unlimited.jsonl"
     report = run_to_end(make_job(load, answers, cache_dir, kv_budget="16GiB"), folder)
@@ -163,21 +170,33 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def compare(expected: dict[tuple[int, int], str], found: dict[tuple[int, int], str]) -> None:
-    """Raises StressError unless both hold the same answers."""
+def compare(expected: Answers, found: Answers) -> int:
+    """How many answers part at a tie. Raises StressError unless all others are equal."""
     if expected.keys() != found.keys():
         raise StressError(f"not answered: {sorted(expected.keys() - found.keys())}")
-    wrong = [key for key in sorted(expected, key=lambda key: key[::-1]) if expected[key] != found[key]]
+    parted = [key for key in sorted(expected) if expected[key].text != found[key].text]
+    wrong = [key for key in parted if not parts_at_a_tie(expected[key], found[key])]
     if wrong:
-        shown = "\n".join(f"{key}: {expected[key]!r} became {found[key]!r}" for key in wrong[:5])
-        raise StressError(f"{len(wrong)} of {len(expected)} answers differ, in order of their turns:\n{shown}")
+        shown = "\n".join(f"{key}: {expected[key]} became {found[key]}" for key in wrong[:5])
+        raise StressError(f"{len(wrong)} of {len(expected)} answers differ:\n{shown}")
+    if len(parted) > max(1, MAX_TIES_SHARE * len(expected)):
+        raise StressError(f"{len(parted)} of {len(expected)} answers differ at ties: too many to be chance")
+    return len(parted)
+
+
+def parts_at_a_tie(expected: Answer, found: Answer) -> bool:
+    """Whether the first token that differs was as good as another."""
+    pairs = zip(expected.tokens, found.tokens, expected.leads, strict=False)
+    lead = next((lead for a, b, lead in pairs if a != b), None)
+    return lead is not None and lead <= TIE
 
 
 def summary(outcome: Outcome) -> str:
     stats, watch = outcome.last["stats"], outcome.last["watch"]
     events = ", ".join(f"{kind} {sum(reasons.values())}" for kind, reasons in stats["events"].items())
     return (
-        f"{outcome.num_answers} answers equal; unlimited {outcome.unlimited_s:.1f} s, tight {outcome.tight_s:.1f} s\n"
+        f"{outcome.num_answers - outcome.num_ties} answers equal, {outcome.num_ties} part at ties; "
+        f"unlimited {outcome.unlimited_s:.1f} s, tight {outcome.tight_s:.1f} s\n"
         f"budget {outcome.budget_bytes / MiB:.1f} MiB, at most {watch['most_committed'] / MiB:.1f} committed, "
         f"{watch['most_allocated'] / MiB:.1f} allocated, in {watch['num_steps']} steps after the last restart\n"
         f"{events}; prompt tokens found {stats['prefix_hit_tokens']} of {stats['prefix_query_tokens']}"
