@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tests.cuda.emulator import cuda_kernel
-from tests.turboquant_kv.histories import History, expected, feed, new_cache, random_queries, relative_error
+from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
 from turboquant_kv import cache as caches
 from turboquant_kv import reference
+from turboquant_kv.backends import gpu_launch
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu import GpuBackend
 from turboquant_kv.backends.gpu_launch import DecodeKernels
@@ -59,6 +60,50 @@ def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
     out = feed(cache, history, num_tokens, num_tokens + num_rows, q, 0.1)
     assert out.dtype == dtype
     assert relative_error(out, expected(history, q, fmt, num_tokens, 0.1, means)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_fused_blocks", [1, 100])
+def test_parts_merge_in_either_way(
+    num_fused_blocks: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last block or in a launch of their own; attention sinks join in both."""
+    monkeypatch.setattr(gpu_launch, "MAX_FUSED_BLOCKS", num_fused_blocks)
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 1, 700, 64, dtype=mx.float16)
+    cache = new_cache(fmt, "gpu")
+    feed(cache, history, 0, 699, random_queries(rng, 3, 699, 64, mx.float16), 0.125)
+    q = random_queries(rng, 3, 1, 64, mx.float16)
+    sinks = rng.standard_normal(3).astype(np.float32) + 2
+    out = feed(cache, history, 699, 700, q, 0.125, sinks=mx.array(sinks))
+    want = expected(history, q, fmt, 699, 0.125, None, sinks=sinks)
+    assert relative_error(out, want) < TOLERANCE[mx.float16]
+
+
+def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
+    """`reach` cuts codes, sink and window; here the reference is attention over the keys that are left."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 1, 330, 64, dtype=mx.float16)
+    cache = new_cache(fmt, "gpu")
+    feed(cache, history, 0, 329, random_queries(rng, 3, 329, 64, mx.float16), 0.125)
+    q = random_queries(rng, 3, 1, 64, mx.float16)
+    cache.update_and_fetch(*history.slice(329, 330))
+    views = cache._append(cache.source.get(LayerShape(1, 64, 64, mx.float16)), *cache._pending)
+    assert cache.sequence is not None
+    storage: Any = cache.sequence.pool.storage
+    launch = storage.launch_for(BACKEND._kernels, q)
+    layer, figures = storage.layer_inputs(views, launch.max_sets)
+    table = storage.page_table(views)
+    for reach in (1, 20, 150, 325):
+        out = launch(layer, q, figures, table, scale=0.125, reach=reach)
+        k, v = (as_float64(x)[0] for x in storage.history(views[0]))
+        position = np.concatenate(
+            [np.arange(8 + 16 * len(views[0].page_ids)), views[0].window.start + np.arange(views[0].window.k.shape[1])]
+        )
+        seen = position > 329 - reach
+        scores = as_float64(q)[0, :, 0] @ k[seen].T * 0.125
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        want = weights @ v[seen] / weights.sum(axis=-1, keepdims=True)
+        assert relative_error(out[0, :, 0], want) < TOLERANCE[mx.float16]
 
 
 def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
@@ -115,3 +160,22 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
     unmoved = same.all(axis=-1)
     np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
+
+
+def test_unconfirmed_shapes_are_left_to_mlx_operations(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `auto` does with head dimensions that are no power of two."""
+
+    def refuse(**options: Any) -> Any:
+        raise AssertionError("a kernel was made")
+
+    careful = GpuBackend("cuda", DecodeKernels("cuda", refuse), PageKernels("cuda", refuse), checked_only=True)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: careful)
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 2, 61, 96, dtype=mx.float16)
+    cache = new_cache(fmt, "auto")
+    feed(cache, history, 0, 60, random_queries(rng, 4, 60, 96, mx.float16), 0.1)
+    q = random_queries(rng, 4, 1, 96, mx.float16)
+    out = feed(cache, history, 60, 61, q, 0.1)
+    assert relative_error(out, expected(history, q, fmt, 60, 0.1, None)) < TOLERANCE[mx.float16]

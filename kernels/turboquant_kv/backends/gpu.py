@@ -38,11 +38,11 @@ class OpenArrays(GrowingArrays):
     def scales(self) -> mx.array:
         return self._scales
 
-    def put(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
-        """In place where nobody else holds the arrays; a run of pages, as prefill has it, as one slice."""
+    def put_whole(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
+        """As `put`, for arrays that are contiguous: a run of pages, as prefill has it, is one slice."""
         first, last = int(page_ids[0]), int(page_ids[-1])
         if last - first != len(page_ids) - 1 or np.any(np.diff(page_ids) != 1):
-            super().put(page_ids, packed, scales)
+            self.put(page_ids, packed, scales)
             return
         self._codes[first : last + 1] = packed
         self._scales[first : last + 1] = scales
@@ -85,7 +85,7 @@ class GpuStorage(CanonicalStorage):
             super().encode(page_ids, k, v)
             return
         for side, arrays, constants, rows in zip(self._sides, self._arrays, self._constants, (k, v), strict=True):
-            arrays.put(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
+            arrays.put_whole(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
 
     def history(self, view: SequenceView) -> tuple[mx.array, mx.array]:
         """Keys and values of a sequence, (H, columns, D): sink, its pages decoded, window."""
@@ -178,8 +178,14 @@ class GpuBackend(MlxBackend):
         dialect: Dialect | None = None,
         kernels: DecodeKernels | None = None,
         page_kernels: PageKernels | None = None,
+        *,
+        checked_only: bool = False,
     ) -> None:
-        """Raises UnsupportedFormatError where MLX has neither Metal nor CUDA. Kernels replace the device's own."""
+        """Kernels replace the device's own. checked_only leaves shapes that no device has confirmed to MLX operations.
+
+        Raises UnsupportedFormatError where MLX has neither Metal nor CUDA.
+        """
+        self._checked_only = checked_only
         self._dialect = dialect or _device_dialect()
         self._kernels = kernels or device_kernels(self._dialect)
         self._page_kernels = page_kernels or device_page_kernels(self._dialect)
@@ -193,8 +199,10 @@ class GpuBackend(MlxBackend):
             "prefill: MLX's attention over one layer's decoded history at a time; array masks: MLX operations"
         )
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> GpuStorage:
+    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
+        if self._checked_only and not (is_power_of_two(shape.k_dim) and is_power_of_two(shape.v_dim)):
+            return super().new_storage(shape, fmt, means)
         decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
         return GpuStorage(shape, fmt, means, self._page_kernels)
 
@@ -208,7 +216,7 @@ class GpuBackend(MlxBackend):
         mask: mx.array | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        if mask is not None:
+        if mask is not None or not isinstance(storage, GpuStorage):
             return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
         if queries.shape[2] > MAX_QUERY_ROWS:
             if storage.has_page_kernels and queries.dtype == storage.shape.dtype:

@@ -54,6 +54,8 @@ LANE_COMBINE_THREADS = 256
 NUM_COUNTERS = 256
 MAX_ROW_GROUPS = 1024
 PLANS_KEPT = 64
+# One block merges that many parts in less time than a launch takes; measured on an H100 (docs/gpu.md).
+MAX_FUSED_BLOCKS = 16
 MAX_SETS = 8  # of exact rows that are read where they lie; more sequences' rows are joined first
 
 
@@ -142,7 +144,7 @@ class DecodeLaunch:
         inputs = [queries, plan, page_table, *layer.pages, layer.k_constants]
         num_floats = row_groups * num_blocks * self._rows * (shape.v_dim + 2)
         out_shape = (batch, shape.num_q_heads, shape.num_rows, shape.v_dim)
-        if not self._fused or row_groups > MAX_ROW_GROUPS:
+        if not self._fused or row_groups > MAX_ROW_GROUPS or (batch == 1 and num_blocks > MAX_FUSED_BLOCKS):
             return self._twice(layer, inputs, grid, num_floats, out_shape, sinks)
         inputs += [layer.v_constants, next(self._counters), *layer.exact]
         if sinks is not None:
@@ -166,7 +168,7 @@ class DecodeLaunch:
         sinks: mx.array | None,
     ) -> mx.array:
         """Parts in one launch, their merge in another."""
-        (parts,) = self._kernel("decode", 1, None)(
+        (parts,) = self._kernel("decode", len(layer.exact) // 4, None)(
             inputs=[*inputs, *layer.exact],
             grid=grid,
             threadgroup=self._threads,

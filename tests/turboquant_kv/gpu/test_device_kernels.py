@@ -1,0 +1,45 @@
+"""The emulated kernels' tests (tests/cuda), run by the real device."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.cuda import test_kernels as emulated
+from tests.turboquant_kv.histories import History, feed, new_cache, random_queries
+
+from turboquant_kv import cache as caches
+from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.format import KVFormat
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in a test attends through the device's own kernels."""
+    backend = GpuBackend()
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    monkeypatch.setattr(emulated, "BACKEND", backend)
+
+
+test_decode_is_the_references = emulated.test_decode_is_the_references
+test_parts_merge_in_either_way = emulated.test_parts_merge_in_either_way
+test_a_ragged_batch_is_the_references = emulated.test_a_ragged_batch_is_the_references
+test_prefill_in_chunks_is_the_references = emulated.test_prefill_in_chunks_is_the_references
+test_codes_are_the_references = emulated.test_codes_are_the_references
+
+
+def test_pages_are_written_in_place(rng: np.random.Generator) -> None:
+    """A step that closes a page costs far less memory than the pool: nobody copies it."""
+    fmt = KVFormat(4, 4)
+    history = History.random(rng, 8, 4096 + 130, 128, dtype=mx.float16)
+    cache = new_cache(fmt, "gpu")
+    feed(cache, history, 0, 4096, random_queries(rng, 8, 4096, 128, mx.float16), 0.1)
+    assert cache.sequence is not None
+    pool_bytes = cache.sequence.pool.storage.allocated_bytes
+    for p in range(4096, 4096 + 130):
+        q = random_queries(rng, 8, 1, 128, mx.float16)
+        mx.eval(q)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(feed(cache, history, p, p + 1, q, 0.1))
+        assert mx.get_peak_memory() - before < pool_bytes / 2
