@@ -23,7 +23,7 @@ static void quantise_query(const Side& side, const float* x, int h, Query& q) {
     const int limit = side.bits == 8 ? 127 * 256 : kQueryLimit;
     const float step = largest > 0 && largest < 3e38f ? largest / limit : largest, inverse = largest > 0 ? 1.0f / step : 0.0f;
     alignas(64) std::int32_t whole[kMaxDim];
-    for (int d = 0; d < dim; d += LANES) store_to(whole + d, round_to_int(load<F>(x + d) * inverse));
+    for (int d = 0; d < dim; d += LANES) store_to(whole + d, spoilt == 0 ? round_to_int(load<F>(x + d) * inverse) : I{});
     int total = 0, low_total = 0;
     for (int n = 0; n < dim / 4; n++) {
         if (kSplit && side.bits != 8) {
