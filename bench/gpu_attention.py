@@ -29,6 +29,7 @@ from turboquant_kv.cache import PoolSource, TurboQuantKVCache
 from turboquant_kv.format import KVFormat
 
 BITS = ((4, 4), (4, 3), (3, 3))
+MODEL_FORMATS = (((4, 4), "mlx-ops"), ((4, 4), "gpu"), ((4, 3), "mlx-ops"), ((4, 3), "gpu"))
 
 
 def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int = 1) -> list[Row]:
@@ -309,9 +310,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
 
 def end_to_end(
     model_path: Path,
-    formats: Sequence[tuple[tuple[int, int], str]] = tuple(
-        (b, n) for b in ((4, 4), (4, 3)) for n in ("mlx-ops", "gpu")
-    ),
+    formats: Sequence[tuple[tuple[int, int], str]] = MODEL_FORMATS,
     num_prompts: int = 6,
 ) -> list[Row]:
     """The embedded model: needles found, answers equal to mlx-ops', tokens per second, peak memory."""

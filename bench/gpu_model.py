@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from _rows import Row, add_json_option, print_rows, write_rows
+from mlx.nn import quantize  # type: ignore[attr-defined]
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import KVCache
@@ -54,9 +54,10 @@ def random_model(layers: int, hidden: int, q_heads: int, kv_heads: int, wide: in
             tie_word_embeddings=False,
         )
     )
-    nn.quantize(model, group_size=GROUP, bits=4)
+    quantize(model, group_size=GROUP, bits=4)
     made = []
-    for name, old in tree_flatten(model.parameters()):
+    flat: Any = tree_flatten(model.parameters())
+    for name, old in flat:
         if old.dtype == mx.uint32:
             octets = mx.random.randint(0, 256, (*old.shape[:-1], 4 * old.shape[-1]), mx.uint8)
             made.append((name, octets.view(mx.uint32)))
@@ -75,7 +76,8 @@ def finish(runtime: KVRuntime, caches: list[Any]) -> None:
     runtime.evaluate(caches)
     for source in runtime._sources.values():
         if source.pool is not None:
-            mx.eval([a for arrays in source.pool.storage._arrays for a in (arrays.codes, arrays.scales)])
+            storage: Any = source.pool.storage
+            mx.eval([a for arrays in storage._arrays for a in (arrays.codes, arrays.scales)])
 
 
 def prefill(model: Any, runtime: KVRuntime, caches: list[Any], num_tokens: int) -> float:
@@ -96,7 +98,7 @@ def decode(model: Any, caches: list[Any], num_steps: int) -> float:
     stamps = []
     for _ in range(num_steps):
         y_next = mx.argmax(model(y, cache=caches)[:, -1:], axis=-1)
-        mx.async_eval(y_next)
+        mx.async_eval(y_next)  # type: ignore[no-untyped-call]
         y.item()
         stamps.append(time.perf_counter())
         y = y_next
@@ -120,7 +122,8 @@ def filled(runtime: KVRuntime, num_tokens: int) -> list[Any]:
                 *(mx.random.normal((shape.num_kv_heads, n, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim))
             )
             sequence._pages = pool._allocate(num_pages)
-            for arrays in pool.storage._arrays:
+            storage: Any = pool.storage
+            for arrays in storage._arrays:
                 arrays._codes = mx.random.randint(0, 256, arrays._codes.shape, mx.uint8)
                 arrays._scales = mx.random.uniform(0.05, 0.15, arrays._scales.shape, mx.float16)
                 mx.eval(arrays._codes, arrays._scales)
@@ -214,9 +217,10 @@ def greedy(
     tokens: list[list[int]] = [[] for _ in prompts]
     margins: list[list[float]] = [[] for _ in prompts]
     for _ in range(num_tokens):
-        best = mx.sort(logits.astype(mx.float32), axis=-1)[:, -2:]
+        best: Any = mx.sort(logits.astype(mx.float32), axis=-1)[:, -2:].tolist()
         chosen = mx.argmax(logits, axis=-1)
-        for i, (token, (second, first)) in enumerate(zip(chosen.tolist(), best.tolist(), strict=True)):
+        chosen_ids: Any = chosen.tolist()
+        for i, (token, (second, first)) in enumerate(zip(chosen_ids, best, strict=True)):
             tokens[i].append(token)
             margins[i].append(first - second)
         logits = model(chosen[:, None], cache=rows)[:, -1]

@@ -151,7 +151,18 @@ def compiled(text: str) -> Any:
         program = library.with_suffix(f".{os.getpid()}.cpp")
         program.write_text(text)
         made = library.with_suffix(f".{os.getpid()}.so")
-        command = ["g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-o", made, program]
+        command: list[str | Path] = [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-fno-strict-aliasing",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-o",
+            made,
+            program,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         program.unlink()
         if done.returncode:

@@ -50,7 +50,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
 @pytest.mark.parametrize("case", CASES)
 def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, bits, num_rows, num_tokens, dtype = case
-    fmt = KVFormat(*bits, page_tokens=page, sink_tokens=sink)
+    fmt = KVFormat(bits[0], bits[1], page_tokens=page, sink_tokens=sink)
     num_tokens += int(rng.integers(0, page))
     history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
     means = history.means(rng)
@@ -87,8 +87,11 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
     feed(cache, history, 0, 329, random_queries(rng, 3, 329, 64, mx.float16), 0.125)
     q = random_queries(rng, 3, 1, 64, mx.float16)
     cache.update_and_fetch(*history.slice(329, 330))
-    views = cache._append(cache.source.get(LayerShape(1, 64, 64, mx.float16)), *cache._pending)
-    assert cache.sequence is not None
+    assert cache.sequence is not None and cache._pending is not None
+    keys, values = cache._pending
+    views = cache._append(cache.sequence.pool, keys, values)
+    window = views[0].window
+    assert window is not None
     storage: Any = cache.sequence.pool.storage
     launch = storage.launch_for(BACKEND._kernels, q)
     layer, figures = storage.layer_inputs(views, launch.max_sets)
@@ -97,7 +100,7 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
         out = launch(layer, q, figures, table, scale=0.125, reach=reach)
         k, v = (as_float64(x)[0] for x in storage.history(views[0]))
         position = np.concatenate(
-            [np.arange(8 + 16 * len(views[0].page_ids)), views[0].window.start + np.arange(views[0].window.k.shape[1])]
+            [np.arange(8 + 16 * len(views[0].page_ids)), window.start + np.arange(window.k.shape[1])]
         )
         seen = position > 329 - reach
         scores = as_float64(q)[0, :, 0] @ k[seen].T * 0.125
@@ -129,7 +132,7 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
 def test_prefill_in_chunks_is_the_references(bits: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
-    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=12)
+    fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
     history = History.random(rng, 2, 90, 64, 128, mx.float16)
     means = history.means(rng)
     cache = new_cache(fmt, "gpu", means)

@@ -144,7 +144,7 @@ def test_strided_queries_are_read_where_they_lie(rng: np.random.Generator) -> No
 @pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
 def test_prefill_in_chunks_is_the_references(bits: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
-    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=12)
+    fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
     history = History.random(rng, 2, 90, 64, 128, mx.float16)
     means = history.means(rng)
     cache = new_cache(fmt, "gpu", means)
