@@ -194,7 +194,9 @@ def crowd_rows(server: Served, library: Library, num_tokens: int, num_talks: int
     grown = peak.stop() - before
     failed = [reply.error for reply in replies if reply.error]
     if failed:
-        print(f"{server.name}: {len(failed)} of {num_talks} failed, first: {failed[0][:200]}")
+        status = server.process.poll()
+        end = "its process goes on" if status is None else f"its process ended with status {status}"
+        print(f"{server.name}: {len(failed)} of {num_talks} failed, {end}; first: {failed[0][:200]}")
     alive = server.is_alive and not server.ask([say("Hello!")], 4).error
     label = f"{num_talks} at once, {KV_LIMIT // MiB} MiB for KV, {server.name}"
     return [
