@@ -127,6 +127,32 @@ def doctor_command(
     raise typer.Exit(doctor.report(doctor.run_checks(settings)))
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure parts of the service on this machine.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def bench_root() -> None:
+    """Measure parts of the service on this machine."""
+
+
+@bench_app.command("kernels")
+def bench_kernels_command(
+    heads: Annotated[str, Option(help="Query heads / KV heads of the layer.")] = "40/8",
+    dim: Annotated[int, Option(help="Head dimension.")] = 128,
+    lengths: Annotated[str, Option(help="Context lengths, comma-separated.")] = "1K,4K,16K,64K",
+    formats: Annotated[str, Option(help="KV formats, comma-separated.")] = "4/4,4/3,3/3",
+) -> None:
+    """Time attention over compressed caches beside MLX's uncompressed attention: about a minute."""
+    from turboserve.cli import bench_kernels
+
+    num_q_heads, num_kv_heads = bench_kernels.parse_heads(heads)
+    bench = bench_kernels.KernelBench(
+        num_q_heads, num_kv_heads, dim, bench_kernels.parse_lengths(lengths.split(",")), tuple(formats.split(","))
+    )
+    raise typer.Exit(bench_kernels.run(bench))
+
+
 def _fail(message: str, status: int) -> NoReturn:
     sys.stderr.write(f"turboserve: {' '.join(message.split())}\n")
     raise SystemExit(status)

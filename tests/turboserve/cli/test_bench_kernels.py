@@ -1,0 +1,42 @@
+"""`turboserve bench kernels` measures and prints; bad options are one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from turboserve.cli import bench_kernels
+from turboserve.cli.bench_kernels import KernelBench
+from turboserve.cli.main import main
+from turboserve.errors import StartupError
+
+
+def test_the_table_has_a_row_per_length(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = KernelBench(4, 2, 64, (256, 512), ("4/4", "3/3"), num_calls=1)
+    assert bench_kernels.run(bench) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("backend ") and lines[1].split() == ["tokens", "f16", "4/4", "3/3"]
+    assert [int(line.split()[0]) for line in lines[2:]] == [256, 512]
+    for line in lines[2:]:
+        plain, first, ratio = (float(x) for x in re.findall(r"[\d.]+", line)[1:4])
+        assert plain > 0 and first > 0 and ratio == pytest.approx(plain / first, rel=0.5, abs=0.02)
+
+
+def test_options_are_read_and_refused() -> None:
+    assert bench_kernels.parse_lengths(["300", "4K"]) == (300, 4096)
+    for options in (
+        ["--heads", "40"],
+        ["--lengths", "long"],
+        ["--heads", "3/2"],
+        ["--lengths", "10"],
+        ["--formats", "5/5"],
+    ):
+        with pytest.raises(SystemExit) as status:
+            main(["bench", "kernels", *options])
+        assert status.value.code == 1
+
+
+def test_heads_must_share_out() -> None:
+    with pytest.raises(StartupError, match="evenly"):
+        KernelBench(5, 2).check()
