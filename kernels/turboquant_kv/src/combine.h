@@ -1,4 +1,5 @@
-// As combine_lanes.h, for any number of dims: all parts by log-sum-exp, attention sinks, back from the values' rotated basis, mean_v.
+// As combine_lanes.h, for any number of dims: all parts by log-sum-exp, attention sinks, back from the values' rotated
+// basis, mean_v.
 // Threads: PARTS runs of WIDTH, WIDTH being DV rounded up to whole warps; splits are summed PARTS at a time.
 const int GROUP_ROWS = G * QROWS;
 const int CHUNKS = (GROUP_ROWS + ROWS - 1) / ROWS;
@@ -56,7 +57,7 @@ if (run == 0 && d < DV) {
 }
 float restored = 0.0f;
 TQ_BARRIER();
-if (d < DV && run == 0) {
+if (run == 0 && d < DV) {
   for (int i = 0; i < DV; i++) restored += work[i] * v_constants[i * DV + d];
 }
 if (run == 0 && d < DV) {

@@ -64,7 +64,6 @@ TQ_FN void tq_fill_pairs(uchar* table, const float* book, uint tid, uint num_thr
   }
 }
 
-
 // The same product and pairs in an exact type, and what rounding a pair of weights to bfloat16 leaves over.
 template <typename Exact> TQ_FN void tq_mma_as(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1);
 template <> TQ_FN void tq_mma_as<__half>(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {

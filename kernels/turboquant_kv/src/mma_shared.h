@@ -1,6 +1,6 @@
 // Sizes and shared memory of the tensor-core kernel: one arena of dynamic shared memory with the tables of half pairs
 // (a copy per lane, against bank conflicts), the queries, and a ring of code tiles for each warp. At the end the arena
-// holds the warps' totals. gpu_launch.py computes the arena's bytes by the same formulas.
+// holds the warps' totals. gpu_plan.py computes the arena's bytes by the same formulas.
 const int THREADS = 32 * WARPS;
 const int K_PAIRS = 1 << (2 * KBITS);
 const int V_PAIRS = 1 << (2 * VBITS);
