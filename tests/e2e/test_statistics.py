@@ -114,10 +114,12 @@ def wait_for_sample(port: int, name: str) -> float:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": name}, timeout=5).json()
-            if reply["data"]["result"]:
-                return float(reply["data"]["result"][0]["value"][1])
+            reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": name}, timeout=5)
         except httpx.TransportError:
-            pass  # still starting
+            reply = None  # not listening yet
+        if reply is not None and reply.status_code != 503:  # 503: starting
+            found = reply.raise_for_status().json()["data"]["result"]
+            if found:
+                return float(found[0]["value"][1])
         time.sleep(0.3)
     raise AssertionError(f"no sample of {name} arrived")

@@ -152,7 +152,7 @@ def test_only_true_windows_are_taken_for_windows() -> None:
     views = [view(37, 3)]
     assert native.sliding_window(mx.array(window), views) == 7
     assert native.sliding_window(mx.array(window[None, None]), views) == 7
-    assert (native.sliding_window(mx.array(causal), views) or 0) >= 40
+    assert native.sliding_window(mx.array(causal), views) == 0
     holed = window.copy()
     holed[1, 35] = False
     assert native.sliding_window(mx.array(holed), views) is None
