@@ -339,9 +339,9 @@ class DiskStore:
 
     def _drop(self, key: str) -> None:
         if self._index.get(key) is not None:
-            self._throw_away(self._index.remove(key))
+            # The entry first: a process that is killed in between leaves pieces that nobody names, not a broken entry.
             self._trash.append(_Rubbish(scan.entry_path(self.path, key), key=key))
-            self._changed.notify_all()
+            self._throw_away(self._index.remove(key))
 
     def _throw_away(self, pieces: Sequence[str]) -> None:
         unused = [name for name in pieces if self._index.piece_bytes(name) is None]
