@@ -28,8 +28,9 @@ def held_bytes(family: CacheFamily, idle: Iterable[Conversation]) -> int:
         if conversation.caches is not None:
             exact += conversation.kv.exact
             uncompressed += conversation.kv.uncompressed + conversation.kv.slack
-    # Forks share exact rows until one of them writes; all there are is then the closer bound.
-    return totals.compressed + min(exact, totals.exact) + uncompressed
+    # Exact rows that idle forks share count for each: whatever bounded them by all exact rows there are would rise
+    # with those that running requests fill, and these are in their reservations.
+    return totals.compressed + exact + uncompressed
 
 
 def committed_bytes(family: CacheFamily, idle: Iterable[Conversation], leases: Sequence[Lease]) -> int:
