@@ -67,17 +67,10 @@ def run_metal(
     dtypes = tuple(dtype_name(dtype) for dtype in output_dtypes)
     _check_counts({"inputs": inputs}, len(input_names))
     _check_counts({"output_shapes": output_shapes, "output_dtypes": output_dtypes}, len(output_names))
-    kernel = KernelText(
-        name,
-        tuple(input_names),
-        tuple(output_names),
-        source,
-        header,
-        atomic_outputs,
-        tuple(g.type for g in given),
-        dtypes,
-        tuple((key, _template_value(value)) for key, value in template),
-    )
+    types = tuple(g.type for g in given)
+    values = tuple((key, _template_value(value)) for key, value in template)
+    names = tuple(input_names), tuple(output_names)
+    kernel = KernelText(name, *names, source, header, atomic_outputs, types, dtypes, values)
     _check_threads(name, grid, threadgroup)
     check_types(kernel)
 

@@ -45,7 +45,9 @@ def test_leaving_while_pipelining_is_noticed(service: Service, stream: bool) -> 
         service.engine.wait_live()
         sock.sendall(request)  # arrives while the first is being answered
         time.sleep(0.1)
+        first = service.engine.received[-1].request_id
     service.wait_quiet()
+    assert first in service.engine.cancelled
 
 
 def test_leaving_with_half_a_body(service: Service) -> None:
@@ -75,6 +77,7 @@ def test_a_reader_that_stalls_and_half_closes_is_gone_at_once() -> None:
         time.sleep(0.1)
         sock.shutdown(socket.SHUT_WR)
         service.wait_quiet()
+        assert service.engine.cancelled == [service.engine.received[-1].request_id]
 
 
 def test_a_slow_but_steady_reader_is_served(service: Service) -> None:
