@@ -227,6 +227,32 @@ inline unsigned tq_transpose(unsigned x) {
     }
   });
 }
+struct Matrices {
+  unsigned of[4];
+};
+template <bool TRANSPOSED>
+void matrices(const uintptr_t* rows, Matrices* out) {
+  for (int lane = 0; lane < 32; lane++) {
+    for (int k = 0; k < 4; k++) {
+      uint16_t pair[2];
+      for (int i = 0; i < 2; i++) {
+        const int row = lane / 4, column = 2 * (lane % 4) + i;
+        const uintptr_t from = rows[8 * k + (TRANSPOSED ? column : row)];
+        if (from % 16) failure = "a row of a matrix is not aligned";
+        memcpy(&pair[i], reinterpret_cast<const uint16_t*>(from) + (TRANSPOSED ? row : column), 2);
+      }
+      out[lane].of[k] = pair[0] | unsigned(pair[1]) << 16;
+    }
+  }
+}
+inline void tq_load_matrices(unsigned* out, const void* row) {
+  const Matrices loaded = together<uintptr_t, Matrices>(-6, uintptr_t(row), matrices<false>);
+  memcpy(out, loaded.of, sizeof(loaded.of));
+}
+inline void tq_load_matrices_transposed(unsigned* out, const void* row) {
+  const Matrices loaded = together<uintptr_t, Matrices>(-7, uintptr_t(row), matrices<true>);
+  memcpy(out, loaded.of, sizeof(loaded.of));
+}
 template <int BYTES>
 void tq_copy(void* to, const void* from) {
   if ((uintptr_t(to) | uintptr_t(from)) % BYTES) failure = "an asynchronous copy is not aligned";

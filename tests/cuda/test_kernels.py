@@ -16,6 +16,7 @@ from turboquant_kv import reference
 from turboquant_kv.backends import gpu_launch
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_flash import FlashKernels
 from turboquant_kv.backends.gpu_launch import DecodeKernels
 from turboquant_kv.backends.gpu_pages import PageKernels
 from turboquant_kv.cache import TurboQuantKVCache
@@ -26,7 +27,8 @@ from turboquant_kv.rotation import rotation_matrix
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
 TOLERANCE = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}
 
-BACKEND = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel), PageKernels("cuda", cuda_kernel))
+NO_FLASH = FlashKernels("metal", cuda_kernel)  # no kernel prefills here: that is test_prefill.py's
+BACKEND = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel), PageKernels("cuda", cuda_kernel), NO_FLASH)
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
 from turboquant_kv.backends.canonical import CanonicalStorage
+from turboquant_kv.backends.gpu_flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu_launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
 from turboquant_kv.backends.gpu_pages import PageKernels, SideShape
 from turboquant_kv.backends.gpu_plan import MAX_QUERY_ROWS, MIN_ELEMENTS, DecodeShape, Figures
-from turboquant_kv.backends.gpu_prefill import prefill_mask
+from turboquant_kv.backends.gpu_prefill import masked_attention
 from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
 from turboquant_kv.format import KVFormat, UnsupportedFormatError
@@ -162,6 +163,10 @@ class GpuStorage(CanonicalStorage):
 
 
 _NO_SCALES = mx.zeros((8,), mx.float16)
+PREFILL: dict[Dialect, str] = {
+    "cuda": "a fused kernel for 16-bit types and head dimensions 64, 128 and 256, else MLX's attention with a mask",
+    "metal": "MLX's attention with a mask",
+}
 
 
 def _rows_of(rows: ExactRows | None, side: str, no_rows: mx.array) -> tuple[mx.array, int]:
@@ -178,6 +183,7 @@ class GpuBackend(MlxBackend):
         dialect: Dialect | None = None,
         kernels: DecodeKernels | None = None,
         page_kernels: PageKernels | None = None,
+        flash_kernels: FlashKernels | None = None,
         *,
         checked_only: bool = False,
     ) -> None:
@@ -189,6 +195,7 @@ class GpuBackend(MlxBackend):
         self._dialect = dialect or _device_dialect()
         self._kernels = kernels or device_kernels(self._dialect)
         self._page_kernels = page_kernels or device_page_kernels(self._dialect)
+        self._flash_kernels = flash_kernels or device_flash_kernels(self._dialect)
         self.name = f"gpu-{self._dialect}"
 
     @property
@@ -196,7 +203,7 @@ class GpuBackend(MlxBackend):
         """What runs where, for logs and statistics."""
         return (
             f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {self._dialect} kernels; "
-            "prefill: MLX's attention over one layer's decoded history at a time; array masks: MLX operations"
+            f"prefill over one layer's decoded history at a time: {PREFILL[self._dialect]}; array masks: MLX operations"
         )
 
     def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
@@ -232,23 +239,20 @@ class GpuBackend(MlxBackend):
     ) -> mx.array:
         """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
         outputs = []
+        shape = storage.shape
+        flash = FlashShape(
+            *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
+            *(storage.fmt.page_tokens, storage.fmt.sink_tokens, shape.dtype),
+        )
         for b, view in enumerate(views):
-            n = view.num_queries
-            if n == 0:
-                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], storage.shape.v_dim), queries.dtype))
+            if view.num_queries == 0:
+                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
                 continue
-            k, v = storage.history(view)
-            out = mx.fast.scaled_dot_product_attention(
-                queries[b : b + 1, :, :n],
-                k[None],
-                v[None],
-                scale=scale,
-                mask=prefill_mask(view, storage.fmt, queries.dtype),
-                sinks=None if sinks is None else sinks.astype(queries.dtype),
-            )
-            outputs.append(
-                mx.pad(out, [(0, 0), (0, 0), (0, queries.shape[2] - n), (0, 0)]) if n < queries.shape[2] else out
-            )
+            q, history = queries[b : b + 1], storage.history(view)
+            if self._flash_kernels.has_kernel(flash):
+                outputs.append(self._flash_kernels.attend(flash, q, history, view, scale=scale, sinks=sinks))
+            else:
+                outputs.append(masked_attention(q, history, view, storage.fmt, scale=scale, sinks=sinks))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
@@ -297,6 +301,12 @@ def device_kernels(dialect: Dialect) -> DecodeKernels:
 def device_page_kernels(dialect: Dialect) -> PageKernels:
     """The page kernels of this machine's GPU."""
     return PageKernels(dialect)
+
+
+@cache
+def device_flash_kernels(dialect: Dialect) -> FlashKernels:
+    """The prefill kernels of this machine's GPU."""
+    return FlashKernels(dialect)
 
 
 def _device_dialect() -> Dialect:

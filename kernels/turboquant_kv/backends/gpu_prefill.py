@@ -1,4 +1,4 @@
-"""Which column of a decoded history a prefill's query sees (format.py's rule), as an additive mask.
+"""Prefill by MLX's attention, where gpu_flash.py has no kernel: format.py's rule of who sees what as an additive mask.
 
 The history's columns are sink rows, all pages' tokens decoded, then the window's exact rows: a query sees a page's
 decoded tokens from later pages on, and exact rows of its own page up to itself.
@@ -12,6 +12,31 @@ import mlx.core as mx
 
 from turboquant_kv.backends.base import SequenceView
 from turboquant_kv.format import KVFormat
+
+
+def masked_attention(
+    queries: mx.array,
+    history: tuple[mx.array, mx.array],
+    view: SequenceView,
+    fmt: KVFormat,
+    *,
+    scale: float,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention of queries (1, Hq, T, D) at view.q_start; (1, Hq, T, Dv) in their dtype, zeros past num_queries.
+
+    history: keys (Hkv, columns, D) and values (Hkv, columns, Dv). sinks (Hq,) join the denominator.
+    """
+    num_rows, num_queries = queries.shape[2], view.num_queries
+    out = mx.fast.scaled_dot_product_attention(
+        queries[:, :, :num_queries],
+        history[0][None],
+        history[1][None],
+        scale=scale,
+        mask=prefill_mask(view, fmt, queries.dtype),
+        sinks=None if sinks is None else sinks.astype(queries.dtype),
+    )
+    return mx.pad(out, [(0, 0), (0, 0), (0, num_rows - num_queries), (0, 0)]) if num_queries < num_rows else out
 
 
 def prefill_mask(view: SequenceView, fmt: KVFormat, dtype: mx.Dtype) -> mx.array:

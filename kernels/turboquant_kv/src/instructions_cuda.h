@@ -36,3 +36,16 @@ template <int PENDING>
 TQ_FN void tq_copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+// Four 8x8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8, 16 aligned bytes, and
+// gets of matrix k, in out[k], row lane / 4 and columns 2 * (lane % 4) and the next; transposed, rows and columns swap.
+TQ_FN void tq_load_matrices(uint* out, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(uint(__cvta_generic_to_shared(row))));
+}
+TQ_FN void tq_load_matrices_transposed(uint* out, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(uint(__cvta_generic_to_shared(row))));
+}

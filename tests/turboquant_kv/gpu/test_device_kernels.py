@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tests.cuda import test_kernels as emulated
+from tests.cuda import test_prefill as prefill
 from tests.turboquant_kv.histories import History, feed, new_cache, random_queries
 
 from turboquant_kv import cache as caches
@@ -19,6 +20,7 @@ def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = GpuBackend()
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     monkeypatch.setattr(emulated, "BACKEND", backend)
+    monkeypatch.setattr(prefill, "FLASH", backend._flash_kernels)
 
 
 test_decode_is_the_references = emulated.test_decode_is_the_references
@@ -26,6 +28,15 @@ test_parts_merge_in_either_way = emulated.test_parts_merge_in_either_way
 test_a_ragged_batch_is_the_references = emulated.test_a_ragged_batch_is_the_references
 test_prefill_in_chunks_is_the_references = emulated.test_prefill_in_chunks_is_the_references
 test_codes_are_the_references = emulated.test_codes_are_the_references
+test_prefill_is_the_references = prefill.test_prefill_is_the_references
+test_rows_of_a_batch_past_their_queries_are_zeros = prefill.test_rows_of_a_batch_past_their_queries_are_zeros
+test_large_scores_neither_overflow_nor_vanish = prefill.test_large_scores_neither_overflow_nor_vanish
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="the prefill kernel is CUDA's")
+@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 64), (70, 48, 128), (0, 64, 256)])
+def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: int, rng: np.random.Generator) -> None:
+    prefill.test_each_query_sees_its_columns_and_no_others(sink, page, dim, rng)
 
 
 def test_pages_are_written_in_place(rng: np.random.Generator) -> None:

@@ -1,0 +1,163 @@
+"""The prefill kernel's CUDA text on the CPU: against the reference, and column by column against format.py's rule."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.cuda import test_kernels as kernels
+from tests.cuda.emulator import cuda_kernel
+from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
+
+from turboquant_kv import cache as caches
+from turboquant_kv.backends import gpu
+from turboquant_kv.backends.base import ExactRows, SequenceView
+from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_flash import FlashKernels, FlashShape
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.reference import exact_pairs
+
+# Weights and outputs are rounded to the type, to one in 2^12 or 2^9; a code that float32 moves costs 2e-3 of one row.
+TOLERANCE = {mx.float16: 2e-3, mx.bfloat16: 5e-3}
+
+FLASH = FlashKernels("cuda", cuda_kernel)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache made in a test prefills through this kernel and no other way."""
+
+    def refuse(*_: Any, **__: Any) -> mx.array:
+        raise AssertionError("MLX's attention was called")
+
+    backend = GpuBackend("cuda", kernels.BACKEND._kernels, kernels.BACKEND._page_kernels, FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    monkeypatch.setattr(gpu, "masked_attention", refuse)
+
+
+CASES = [  # query heads, KV heads, D, Dv, sink, page, dtype, where chunks end
+    (5, 1, 128, 128, 32, 64, mx.bfloat16, (20, 110, 170)),
+    (2, 1, 128, 128, 32, 64, mx.float16, (130, 300)),
+    (4, 1, 64, 64, 0, 64, mx.bfloat16, (64, 150)),
+    (8, 1, 64, 64, 32, 64, mx.float16, (97, 140)),
+    (7, 1, 64, 64, 5, 16, mx.float16, (40, 70)),
+    (4, 2, 64, 128, 70, 48, mx.float16, (50, 90, 170)),
+    (1, 1, 256, 256, 32, 64, mx.bfloat16, (100, 180)),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    num_q, num_kv, k_dim, v_dim, sink, page, dtype, ends = case
+    fmt = KVFormat(4, 3, page_tokens=page, sink_tokens=sink)
+    ends = [n + int(rng.integers(0, 20)) for n in ends]
+    history = History.random(rng, num_kv, ends[-1], k_dim, v_dim, dtype)
+    means = history.means(rng)
+    cache = new_cache(fmt, "gpu", means)
+    for start, stop in itertools.pairwise([0, *ends]):
+        q = random_queries(rng, num_q, stop - start, k_dim, dtype)
+        sinks = (rng.standard_normal(num_q) + 2).astype(np.float32) if start else None
+        out = feed(cache, history, start, stop, q, 0.1, sinks=None if sinks is None else mx.array(sinks))
+        assert out.dtype == dtype
+        seen = History(history.k[:, :stop], history.v[:, :stop], dtype)
+        want = expected(seen, q, fmt, start, 0.1, means, sinks=sinks)
+        assert relative_error(out, want) < TOLERANCE[dtype]
+
+
+def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queries: int) -> SequenceView:
+    """What append gives for these positions; exact rows have a shape and no content."""
+
+    def rows(start: int, num_rows: int) -> ExactRows | None:
+        empty = mx.zeros((1, num_rows, 1))
+        return ExactRows(start, empty, empty) if num_rows else None
+
+    length = q_start + num_queries
+    first_page = max(0, q_start - fmt.sink_tokens) // fmt.page_tokens
+    window_start = fmt.page_start(first_page)
+    return SequenceView(
+        *(q_start, num_queries, rng.permutation(fmt.num_pages(length))),
+        *(rows(0, min(length, fmt.sink_tokens)), rows(window_start, max(0, length - window_start))),
+    )
+
+
+@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 64), (70, 48, 64), (0, 64, 256)])
+def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: int, rng: np.random.Generator) -> None:
+    """All scores are equal and the values one-hot, a KV head for every `dim` columns: outputs are the weights."""
+    fmt = KVFormat(page_tokens=page, sink_tokens=sink)
+    for q_start, num_queries in ((0, 9), (int(rng.integers(1, 60)), 70), (int(rng.integers(60, 200)), 140)):
+        view = random_view(rng, fmt, q_start, num_queries)
+        num_sink = 0 if view.sink is None else view.sink.k.shape[1]
+        window = np.arange(0 if view.window is None else view.window.k.shape[1])
+        if view.window is not None:
+            window += view.window.start
+        coded = sink + np.arange(len(view.page_ids) * page)
+        position = np.concatenate([np.arange(num_sink), coded, window])
+        is_exact = np.ones(len(position), bool)
+        is_exact[num_sink : num_sink + len(coded)] = False
+        query = q_start + np.arange(num_queries)
+        exact = exact_pairs(query, int(position.max()) + 1, fmt)[:, position]
+        seen = (exact == is_exact) & (position <= query[:, None])  # (T, columns)
+        assert (seen.sum(axis=1) == query + 1).all()
+
+        num_heads = -(-len(position) // dim)
+        values = np.zeros((num_heads, len(position), dim), np.float32)
+        columns = np.arange(len(position))
+        values[columns // dim, columns, columns % dim] = 1
+        v = mx.array(values).astype(mx.float16)
+        num_rows = num_queries + 3
+        shape = FlashShape(num_heads, num_heads, dim, dim, page, sink, mx.float16)
+        q = mx.ones((1, num_heads, num_rows, dim), mx.float16)
+        out = FLASH.attend(shape, q, (mx.zeros_like(v), v), view, scale=0.5, sinks=None)
+        weights = as_float64(out)[0].transpose(1, 0, 2).reshape(num_rows, -1)
+        assert not weights[:, len(position) :].any() and not weights[num_queries:].any()
+        want = seen / seen.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(weights[:num_queries, : len(position)], want, rtol=2e-3)
+
+
+def test_rows_of_a_batch_past_their_queries_are_zeros(rng: np.random.Generator) -> None:
+    """A batch of prompts of different lengths, right-padded, as mlx-lm hands them over."""
+    fmt = KVFormat(page_tokens=16, sink_tokens=8)
+    lengths = [30, 47]
+    histories = [History.random(rng, 1, max(lengths), 64, dtype=mx.float16) for _ in lengths]
+    source = new_cache(fmt, "gpu").source
+    batch = TurboQuantKVCache.merge([TurboQuantKVCache(source) for _ in lengths])
+    batch.prepare(lengths=lengths, right_padding=[max(lengths) - n for n in lengths])
+    q = mx.concatenate([random_queries(rng, 2, max(lengths), 64, mx.float16) for _ in lengths])
+    news = [h.slice(0, max(lengths)) for h in histories]
+    batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*news, strict=True)))
+    out = batch.attend(q, scale=0.125, mask="causal", sinks=None)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        want = expected(history, q[b : b + 1, :, :n], fmt, 0, 0.125, None)
+        assert relative_error(out[b : b + 1, :, :n], want) < TOLERANCE[mx.float16]
+        assert not mx.any(out[b, :, n:]).item()
+
+
+def test_large_scores_neither_overflow_nor_vanish(rng: np.random.Generator) -> None:
+    """Peaks that rise from tile to tile by more than float32's exponent holds."""
+    fmt = KVFormat(8, 8, page_tokens=64, sink_tokens=32)
+    history = History.random(rng, 1, 250, 64, dtype=mx.float16)
+    history.k *= np.linspace(0, 8, 250).round(2)[None, :, None]
+    history = History(as_float64(history.slice(0, 250)[0])[0], history.v, mx.float16)
+    q = random_queries(rng, 1, 250, 64, mx.float16)
+    out = feed(new_cache(fmt, "gpu"), history, 0, 250, q, 1.0)
+    want = expected(history, q, fmt, 0, 1.0, None)
+    # weights are nearly one-hot: what 8 bits do to a score of 100 shows, an overflow would not stay so small
+    assert relative_error(out, want) < 2e-2
+
+
+def test_what_has_no_kernel_is_refused(rng: np.random.Generator) -> None:
+    shape = FlashShape(2, 1, 64, 64, 64, 32, mx.float16)
+    assert FLASH.has_kernel(shape)
+    assert not FlashKernels("metal", cuda_kernel).has_kernel(shape)
+    assert not FLASH.has_kernel(FlashShape(2, 1, 64, 64, 64, 32, mx.float32))
+    assert not FLASH.has_kernel(FlashShape(2, 1, 96, 96, 64, 32, mx.float16))
+    view = random_view(rng, KVFormat(), 50, 20)
+    q, rows = mx.zeros((1, 2, 20, 64), mx.float16), mx.zeros((1, 70, 64), mx.float16)  # 32 and 38 exact rows
+    assert FLASH.attend(shape, q, (rows, rows), view, scale=1.0, sinks=None).shape == q.shape
+    for keys, scale in ((rows[:, 1:], 1.0), (rows.astype(mx.bfloat16), 1.0), (rows, -1.0)):
+        with pytest.raises(UnsupportedFormatError):
+            FLASH.attend(shape, q, (keys, rows), view, scale=scale, sinks=None)
