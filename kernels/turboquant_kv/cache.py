@@ -93,7 +93,9 @@ class TurboQuantKVCache(CompressedCache):
     def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
         if self.sequence is None:
             self.sequence = LayerSequence(pool)
-        return [self.sequence.append(pool.backend.from_mlx(keys)[0], pool.backend.from_mlx(values)[0])]
+        # squeezed: MLX would make a copy of `keys[0]`
+        k, v = (pool.backend.from_mlx(x).squeeze(0) for x in (keys, values))
+        return [self.sequence.append(k, v)]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""

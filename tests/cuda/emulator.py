@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant_kv.backends.gpu_source import piece
+from turboquant_kv.backends.gpu_source import expanded
 
 SHIM = Path(__file__).with_name("shim.h")
 CTYPES = {
@@ -133,8 +133,8 @@ def kernel_text(
     for output_name, dtype in zip(output_names, output_dtypes, strict=True):
         declared.append(f"{CTYPES[dtype]}* {output_name}")
         passed.append((declared[-1], output_name))
-    header = INCLUDE.sub("", header.replace(piece("instructions_cuda"), ""))
-    body = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", source)
+    header = INCLUDE.sub("", expanded(header, without=("instructions_cuda",)))
+    body = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", expanded(source))
     return (
         f"{SHIM.read_text()}{header}void {name}({', '.join(declared)}) {{\n{body}\n}}\n"
         f'extern "C" const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, '

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 struct dim3 {
@@ -150,7 +151,10 @@ inline unsigned atomicAdd(unsigned* p, unsigned x) {
   return old;
 }
 inline void __threadfence() {}
-inline float __ldcg(const float* p) { return *p; }
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline float __half2float(__half x) { return float(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
@@ -270,6 +274,43 @@ void tq_copies_wait() {
   }
 }
 
+// Barriers of bulk copies: a word that counts completed phases; what was announced and what is under way beside it.
+struct Announced {
+  int expected = 0;
+  std::vector<Copy> copies;
+};
+inline std::map<uint64_t*, Announced> announced;
+inline void tq_barrier_open(uint64_t* barrier) {
+  *barrier = 0;
+  announced[barrier] = {};
+}
+inline void tq_barriers_opened() {}
+inline void tq_barrier_expect(uint64_t* barrier, unsigned bytes) {
+  if (!announced.count(barrier)) failure = "a barrier is used before it is opened";
+  if (announced[barrier].expected) failure = "a barrier's phase is announced twice";
+  announced[barrier].expected = int(bytes);
+}
+inline void tq_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
+  if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) failure = "a bulk copy is not aligned";
+  announced[barrier].copies.push_back({to, from, int(bytes)});
+}
+// Copies happen when a thread waits for their phase: earlier readers find what was there before.
+inline void tq_barrier_wait(uint64_t* barrier, int phase) {
+  for (int turns = 0; int(*barrier & 1) == phase; turns++) {
+    Announced& mine = announced[barrier];
+    int bytes = 0;
+    for (const Copy& copy : mine.copies) bytes += copy.bytes;
+    if (bytes && bytes == mine.expected) {
+      for (const Copy& copy : mine.copies) memcpy(copy.to, copy.from, copy.bytes);
+      mine = {};
+      ++*barrier;
+    } else {
+      if (turns > 1000) failure = "a barrier waits for other bytes than are copied";
+      pause_fibre();
+    }
+  }
+}
+
 // Runs one block after the other; returns what went wrong, or null.
 inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function<void()>& kernel) {
   static std::function<void()> body;
@@ -282,6 +323,7 @@ inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function
   for (unsigned block = 0; block < grid.x * grid.y * grid.z; block++) {
     blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     memset(cuda_arena, 0xff, sizeof(cuda_arena));
+    announced.clear();
     for (unsigned i = 0; i < num_threads; i++) {
       Fibre& fibre = fibres[i];
       fibre.thread = {i, 0, 0};

@@ -13,12 +13,12 @@ from tests.turboquant_kv.histories import History, as_float64, expected, feed, n
 
 from turboquant_kv import cache as caches
 from turboquant_kv import reference
-from turboquant_kv.backends import gpu_launch
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu import GpuBackend
 from turboquant_kv.backends.gpu_flash import FlashKernels
 from turboquant_kv.backends.gpu_launch import DecodeKernels
 from turboquant_kv.backends.gpu_pages import PageKernels
+from turboquant_kv.backends.gpu_plan import AMPERE, HOPPER, SMALL, Device, Tuning
 from turboquant_kv.cache import TurboQuantKVCache
 from turboquant_kv.format import KVFormat
 from turboquant_kv.packing import unpack
@@ -28,7 +28,12 @@ from turboquant_kv.rotation import rotation_matrix
 TOLERANCE = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}
 
 NO_FLASH = FlashKernels("metal", cuda_kernel)  # no kernel prefills here: that is test_prefill.py's
-BACKEND = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel), PageKernels("cuda", cuda_kernel), NO_FLASH)
+BACKEND = GpuBackend(
+    "cuda",
+    DecodeKernels("cuda", cuda_kernel, device=HOPPER),
+    PageKernels("cuda", cuda_kernel),
+    NO_FLASH,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,8 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
     (2, 1, 256, 256, 17, 32, (4, 2), 3, 120, mx.float16),
     (3, 1, 192, 192, 0, 16, (2, 3), 1, 83, mx.bfloat16),
     (4, 2, 64, 64, 4, 16, (4, 4), 8, 75, mx.float32),
+    (3, 1, 96, 96, 4, 64, (4, 3), 1, 200, mx.float16),
+    (2, 1, 80, 112, 4, 32, (3, 4), 1, 100, mx.bfloat16),
     (4, 2, 96, 80, 4, 16, (8, 3), 1, 75, mx.float16),
 ]
 
@@ -64,12 +71,30 @@ def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
     assert relative_error(out, expected(history, q, fmt, num_tokens, 0.1, means)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("num_fused_blocks", [1, 100])
-def test_parts_merge_in_either_way(
-    num_fused_blocks: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("device", [AMPERE, SMALL])
+@pytest.mark.parametrize("bits", [(4, 3), (3, 3)])
+def test_smaller_devices_are_the_references(
+    device: Device, bits: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No copy engine, less shared memory, other tables and fewer warps."""
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, device=device), BACKEND._page_kernels, NO_FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    fmt = KVFormat(bits[0], bits[1], page_tokens=32, sink_tokens=4)
+    dim = 128 if device is AMPERE else 256
+    history = History.random(rng, 1, 170, dim, dtype=mx.float16)
+    cache = new_cache(fmt, "gpu")
+    feed(cache, history, 0, 165, random_queries(rng, 2, 165, dim, mx.float16), 0.1)
+    q = random_queries(rng, 2, 5, dim, mx.float16)
+    out = feed(cache, history, 165, 170, q, 0.1)
+    assert relative_error(out, expected(history, q, fmt, 165, 0.1, None)) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parts_merge_in_either_way(fused: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last block or in a launch of their own; attention sinks join in both."""
-    monkeypatch.setattr(gpu_launch, "MAX_FUSED_BLOCKS", num_fused_blocks)
+    tuning = Tuning(4, 16, 2, 128, blocks=20, fused=fused)
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND._page_kernels, NO_FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
     history = History.random(rng, 1, 700, 64, dtype=mx.float16)
     cache = new_cache(fmt, "gpu")

@@ -8,8 +8,9 @@ what can be kept is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +19,14 @@ from turboquant_kv.backends.gpu_plan import (
     MAX_PARTS,
     NO_WINDOW,
     DecodeShape,
+    Device,
     Figures,
     Tuning,
     arena_bytes,
     make_plan,
     split,
+    table_layout,
+    this_device,
     tuning_for,
     v_gap,
     variant_for,
@@ -39,10 +43,12 @@ from turboquant_kv.backends.gpu_source import (
     Variant,
     combine_body,
     constants_text,
-    decode_body,
     exact_inputs,
     header,
+    lookup_text,
     mlx_factory,
+    mma_body,
+    portable_body,
     table_text,
 )
 from turboquant_kv.codebook import centroids
@@ -54,9 +60,12 @@ LANE_COMBINE_THREADS = 256
 NUM_COUNTERS = 256
 MAX_ROW_GROUPS = 1024
 PLANS_KEPT = 64
-# One block merges that many parts in less time than a launch takes; measured on an H100 (docs/gpu.md).
-MAX_FUSED_BLOCKS = 16
 MAX_SETS = 8  # of exact rows that are read where they lie; more sequences' rows are joined first
+
+
+# A step that closes no page: first query's position and window rows.
+ONE_ROW_MORE: Figures = (1, 0, 0, 0, 0, 0, 0, 1)
+_PlanKey = tuple[tuple[Figures, ...], int, float, int]
 
 
 class LayerInputs(NamedTuple):
@@ -80,9 +89,16 @@ def is_power_of_two(n: int) -> bool:
 class DecodeKernels:
     """The kernels of one kind of GPU, made at the first use of each shape."""
 
-    def __init__(self, dialect: Dialect, factory: KernelFactory | None = None, tuning: Tuning | None = None) -> None:
-        """factory: by default MLX's own for the dialect. tuning: instead of the shape's own (benchmarks)."""
+    def __init__(
+        self,
+        dialect: Dialect,
+        factory: KernelFactory | None = None,
+        tuning: Tuning | None = None,
+        device: Device | None = None,
+    ) -> None:
+        """factory, device: by default MLX's own. tuning: instead of the shape's own (benchmarks)."""
         self.dialect, self._factory, self._tuning = dialect, factory or mlx_factory(dialect), tuning
+        self._device = device
         self._launches: dict[DecodeShape, DecodeLaunch] = {}
         self._counters = cycle([mx.array(np.zeros(MAX_ROW_GROUPS, np.uint32)) for _ in range(NUM_COUNTERS)])
 
@@ -90,7 +106,9 @@ class DecodeKernels:
         """Raises UnsupportedFormatError for a shape without a kernel."""
         launch = self._launches.get(shape)
         if launch is None:
-            launch = DecodeLaunch(self.dialect, shape, self._factory, self._tuning, self._counters)
+            variant = variant_for(self.dialect, shape)
+            tuning = self._tuning or tuning_for(shape, variant, self._device or this_device())
+            launch = DecodeLaunch(self.dialect, shape, self._factory, variant, tuning, self._counters)
             self._launches[shape] = launch
         return launch
 
@@ -103,21 +121,22 @@ class DecodeLaunch:
         dialect: Dialect,
         shape: DecodeShape,
         factory: KernelFactory,
-        tuning: Tuning | None,
+        variant: Variant,
+        tuning: Tuning,
         counters: cycle[mx.array],
     ) -> None:
         """Nothing is compiled before the first call."""
         shape.check()
         self._dialect, self._shape, self._factory, self._counters = dialect, shape, factory, counters
-        self._variant: Variant = variant_for(dialect, shape)
-        self._tuning = tuning or tuning_for(shape, self._variant)
-        self._fused = self._variant == "mma" and self._tuning.fused and is_power_of_two(shape.v_dim)
+        self._variant, self._tuning = variant, tuning
+        self._fused = self._variant == "mma" and self._tuning.fused
         self._kernels: dict[tuple[str, int, mx.Dtype | None], Kernel] = {}
         self._rows = shape.live_rows(self._variant)
         self._groups_per_row = shape.num_chunks(self._variant) * shape.num_kv_heads
         self.max_sets = MAX_SETS if self._fused and shape.has_exact_mma else 1
         self._threads = (self._tuning.threads, 1, 1)
-        self._plans: dict[tuple[Any, ...], tuple[mx.array, int]] = {}
+        self._plans: dict[_PlanKey, tuple[mx.array, int]] = {}
+        self._latest: _PlanKey | None = None
 
     def __call__(
         self,
@@ -144,7 +163,7 @@ class DecodeLaunch:
         inputs = [queries, plan, page_table, *layer.pages, layer.k_constants]
         num_floats = row_groups * num_blocks * self._rows * (shape.v_dim + 2)
         out_shape = (batch, shape.num_q_heads, shape.num_rows, shape.v_dim)
-        if not self._fused or row_groups > MAX_ROW_GROUPS or (batch == 1 and num_blocks > MAX_FUSED_BLOCKS):
+        if not self._fused or row_groups > MAX_ROW_GROUPS:
             return self._twice(layer, inputs, grid, num_floats, out_shape, sinks)
         inputs += [layer.v_constants, next(self._counters), *layer.exact]
         if sinks is not None:
@@ -191,13 +210,33 @@ class DecodeLaunch:
         key = (figures, width, scale, reach)
         found = self._plans.get(key)
         if found is None:
-            tiles, num_blocks = split(self._shape, self._variant, self._tuning, figures, reach)
-            num_parts = num_blocks * len(figures) * self._groups_per_row
-            found = make_plan(figures, tiles, width, num_blocks, num_parts, scale, reach), num_blocks
+            found = self._advanced(key) or self._new_plan(*key)
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = found
+            self._latest = key
         return found
+
+    def _new_plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> tuple[mx.array, int]:
+        tiles, num_blocks = split(self._shape, self._variant, self._tuning, figures, reach)
+        num_parts = num_blocks * len(figures) * self._groups_per_row
+        return make_plan(figures, tiles, width, num_blocks, num_parts, scale, reach), num_blocks
+
+    def _advanced(self, key: _PlanKey) -> tuple[mx.array, int] | None:
+        """The latest plan, where each sequence has one exact row more since: by an addition on the GPU.
+
+        An array that the host has written costs a CUDA device a page fault, about 180 us.
+        """
+        if self._latest is None or self._latest[1:] != key[1:] or key[3] != NO_WINDOW:
+            return None
+        figures, latest = key[0], self._latest[0]
+        if len(figures) != len(latest) or any(
+            new != tuple(map(sum, zip(old, ONE_ROW_MORE, strict=True)))
+            for new, old in zip(figures, latest, strict=True)
+        ):
+            return None
+        plan, num_blocks = self._plans[self._latest]
+        return plan + _one_row_more(len(figures)), num_blocks
 
     def _kernel(self, role: str, num_sets: int, sink_dtype: mx.Dtype | None) -> Kernel:
         kernel = self._kernels.get((role, num_sets, sink_dtype))
@@ -209,6 +248,12 @@ class DecodeLaunch:
                 text = decode_text(*arguments, self._tuning, role == "fused", num_sets, sink_dtype)
             kernel = self._kernels[role, num_sets, sink_dtype] = text.build(self._factory)
         return kernel
+
+
+@lru_cache(maxsize=64)
+def _one_row_more(batch: int) -> mx.array:
+    """What a step adds to a plan."""
+    return mx.array(np.array([0] * 8 + [*ONE_ROW_MORE] * batch, np.int32))
 
 
 def combine_threads(v_dim: int) -> int:
@@ -244,25 +289,29 @@ def decode_text(
         **{"K_ROTATION": shape.k_dim if is_power_of_two(shape.k_dim) else shape.k_dim**2},
         **{"Exact": shape.exact_dtype, "In": shape.dtype},
     }
-    shared = 0
-    if variant == "mma":
-        constants |= {"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "V_GAP": v_gap(shape)}
-        shared = arena_bytes(shape, tuning)
-    tables = table_text("tq_k_book", centroids(shape.k_bits)) + table_text("tq_v_book", centroids(shape.v_bits))
-    body = decode_body(dialect, variant, exact_mma=shape.has_exact_mma, fused=fused, num_sets=num_sets)
     inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
     inputs = (*inputs, *exact_inputs(num_sets))
-    if sink_dtype is not None:
+    if fused and sink_dtype is not None:
         inputs = (*inputs, "sinks")
-    elif fused:
-        body = body.replace("float(sinks[head * G + index / QROWS])", "0.0f")
+    books = centroids(shape.k_bits), centroids(shape.v_bits)
+    if variant == "portable":
+        tables = table_text("tq_k_book", books[0]) + table_text("tq_v_book", books[1])
+        source = constants_text(dialect, constants) + portable_body(dialect)
+        return KernelText("decode_portable", inputs, outputs, source, header(dialect, variant, tables))
+    constants |= {"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "PITCH": tuning.pitch}
+    constants |= {"V_GAP": v_gap(shape, tuning.tile), **table_layout(shape, tuning)}
+    switches = {"FUSED": int(fused), "BULK": int(tuning.bulk), "NUM_SETS": num_sets}
+    switches |= {"EXACT_MMA": int(shape.has_exact_mma)}
+    source = mma_body(switches, exact_inputs(num_sets), "0.0f" if sink_dtype is None else "float(sinks[i])")
+    tables = lookup_text("tq_k_book_at", books[0]) + lookup_text("tq_v_book_at", books[1])
     return KernelText(
-        f"decode_{variant}",
+        "decode_mma",
         inputs,
         outputs,
-        constants_text(dialect, constants) + body,
+        constants_text(dialect, constants) + source,
         f"// {sink_dtype}\n{header(dialect, variant, tables)}",  # one name per type of the inputs
-        shared,
+        arena_bytes(shape, tuning),
+        (tuning.threads, tuning.resident),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -63,10 +63,17 @@ class DecodeShape:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def tile(self) -> int:
+        """Tokens that a warp of the tensor-core variant takes at once; they never straddle a page."""
+        return 32 if max(self.k_dim, self.v_dim) <= 128 and self.page_tokens % 32 == 0 else 16
+
+    @property
     def has_mma(self) -> bool:
         """Whether the tensor-core variant covers it (on CUDA)."""
         dims = (self.k_dim, self.v_dim)
-        return all(d % 64 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
+        if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
+            return False
+        return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
 
     @property
     def has_exact_mma(self) -> bool:
@@ -88,12 +95,15 @@ class DecodeShape:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a decode kernel is cut; measured figures are in docs/gpu.md."""
+    """How a decode kernel is cut; measured figures are in docs/performance.md."""
 
     warps: int = 4
     tile: int = 32  # tokens a warp takes at once (mma)
     stages: int = 2  # of those, how many lie in its ring (mma)
-    blocks: int = 528  # thread blocks wanted in a launch: one wave
+    pitch: int = 128  # bytes between entries of the table of pairs; 256 saves an instruction an entry (mma)
+    bulk: bool = False  # tiles are copied by Hopper's copy engine (mma)
+    blocks: int = 528  # thread blocks that run at the same time
+    resident: int = 1  # blocks that share a processor (mma)
     fused: bool = True  # the last block of a row group merges, instead of a second launch (mma)
 
     @property
@@ -101,36 +111,100 @@ class Tuning:
         return 32 * self.warps
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a GPU offers to a kernel."""
+
+    processors: int
+    shared_bytes: int  # of one thread block at most
+    has_bulk_copies: bool
+
+
+HOPPER = Device(132, 227 << 10, True)
+AMPERE = Device(108, 163 << 10, False)
+SMALL = Device(84, 99 << 10, False)  # consumers' cards; their number of processors varies and is not told
 PORTABLE = Tuning()
-H100_PROCESSORS = 132
+
+
+@cache
+def this_device() -> Device:
+    """The GPU that MLX uses, by its compute capability: MLX tells no more."""
+    capability = int(mx.device_info().get("compute_capability_major", 0)) if mx.cuda.is_available() else 9
+    if capability in (9, 10):
+        return HOPPER
+    minor = int(mx.device_info().get("compute_capability_minor", 0))
+    return AMPERE if (capability, minor) == (8, 0) else SMALL
 
 
 @lru_cache(maxsize=256)
-def tuning_for(shape: DecodeShape, variant: Variant) -> Tuning:
-    """Portable: a constant. Tensor cores: as many blocks as are resident at once on an H100."""
+def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
+    """Portable: a constant. Tensor cores: as many warps in a block as registers allow, fewer where memory is small."""
     if variant == "portable":
         return PORTABLE
     narrow = max(shape.k_dim, shape.v_dim) <= 128
-    return Tuning(tile=32 if narrow else 16, stages=2, blocks=H100_PROCESSORS * (3 if narrow else 2))
+    by_bytes = max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
+    bulk = device.has_bulk_copies
+    choices = [
+        Tuning(12 if narrow else 8, shape.tile, 2, 256 if by_bytes else 128, bulk, device.processors),
+        Tuning(8, shape.tile, 2, 128, bulk, device.processors),
+        Tuning(4, 16, 2, 128, bulk, device.processors),
+    ]
+    return next((t for t in choices if arena_bytes(shape, t) + STATIC_BYTES <= device.shared_bytes), choices[-1])
 
 
-def v_gap(shape: DecodeShape) -> int:
-    """Bytes between pairs of value rows in shared memory: pairs must begin 32 or 96 bytes apart, modulo 128."""
-    pair = 2 * code_bytes(shape.v_dim, shape.v_bits)
-    return next(gap for gap in range(0, 128, 16) if (pair + gap) % 128 in (32, 96))
+STATIC_BYTES = 4096  # shared memory beside the arena, generously
+MAX_PAD = 128
+
+
+def v_gap(shape: DecodeShape, tile: int) -> int:
+    """Bytes between a tile's blocks of values in shared memory: blocks must begin 32 or 96 bytes apart, modulo 128."""
+    block = tile // 4 * code_bytes(shape.v_dim, shape.v_bits)
+    return next(gap for gap in range(0, MAX_PAD, 16) if (block + gap) % 128 in (32, 96) or block % 32)
+
+
+def table_layout(shape: DecodeShape, tuning: Tuning) -> dict[str, int]:
+    """Where the tables of pairs lie in shared memory and how long all are, by their names in the kernel's text.
+
+    With a pitch of 256 there are two tables side by side, of up to 256 entries of 128 bytes; codes of 3 bits have two.
+    """
+    tables: list[tuple[int, bool]] = []  # bits, and whether entries are told by a byte's high bits
+
+    def place(bits: int, high: bool) -> int:
+        if (bits, high) not in tables:
+            tables.append((bits, high))
+        index = tables.index((bits, high))
+        if tuning.pitch == 256:
+            return index // 2 * (256 << 8) + index % 2 * 128
+        return 128 * sum(1 << (2 * bits) for bits, _ in tables[:index])
+
+    offsets = {}
+    for name, bits in (("K", shape.k_bits), ("V", shape.v_bits)):
+        offsets[f"{name}_TABLE"] = place(bits, False)
+        offsets[f"{name}_HIGH_TABLE"] = place(bits, bits == 3 and tuning.pitch == 256)
+    if tuning.pitch == 256:
+        lengths = [256 << 8 if bits >= 3 else 256 << (2 * bits) for bits, _ in tables]
+        total = max(index // 2 * (256 << 8) + length for index, length in enumerate(lengths))
+    else:
+        total = 128 * sum(1 << (2 * bits) for bits, _ in tables)
+    return {**offsets, "TABLE_BYTES": total}
 
 
 def arena_bytes(shape: DecodeShape, tuning: Tuning) -> int:
     """Dynamic shared memory of the tensor-core kernel (src/mma_shared.h has the same formulas)."""
-    pairs = sum(1 << (2 * bits) for bits in {shape.k_bits, shape.v_bits})
+    tables = table_layout(shape, tuning)["TABLE_BYTES"]
     queries = 16 * (shape.k_dim + 8)
-    unit = 16 * code_bytes(shape.k_dim, shape.k_bits) + 64
-    unit += 8 * (2 * code_bytes(shape.v_dim, shape.v_bits) + v_gap(shape))
-    rings = tuning.warps * tuning.stages * (tuning.tile // 16) * unit
+    stage = tuning.tile * (code_bytes(shape.k_dim, shape.k_bits) + code_bytes(shape.v_dim, shape.v_bits) + 4)
+    stage += 4 * v_gap(shape, tuning.tile)
+    rings = tuning.warps * tuning.stages * stage
     scratch = 32 * shape.k_dim if shape.k_dim & (shape.k_dim - 1) else 0  # queries in float, before the rings are used
     totals = tuning.warps * 8 * (shape.v_dim + 4) * 4
-    finish = 8 * MAX_PARTS * 4 + tuning.warps * 8 * shape.v_dim * 4
-    return max(128 * pairs + queries + max(rings, scratch), totals, finish)
+    exact = 16 * (shape.k_dim + 8) if shape.has_exact_mma else tuning.warps * 128 * 4
+    finish = 4 * (tuning.warps * MAX_PARTS + (8 + max(8, tuning.warps)) * shape.v_dim)
+    return max(tables + queries + max(rings, scratch), totals, exact, finish)
+
+
+# Of a block beside its tokens, in tokens: start, table, merge. Measured on an H100: about 5 us, and 6 ns a token.
+BLOCK_COST = 800
 
 
 def split(
@@ -138,17 +212,28 @@ def split(
 ) -> tuple[int, int]:
     """Tiles of 32 tokens per block and blocks per row group of the longest sequence, the exact rows' block included.
 
-    Every block gets the same number of tokens, whatever the sequences' lengths, so that none waits for a long one.
+    Every block gets the same number of tokens, whatever the sequences' lengths, so that none waits for a long one: the
+    number with which all are done soonest, `tuning.blocks` at a time.
     """
     unseen = [max(0, f[0] - shape.sink_tokens + 1 - reach) // TILE_TOKENS for f in figures]
     held = [-(-f[2] * shape.page_tokens // TILE_TOKENS) for f in figures]
     num_tiles = [max(0, n - before) for n, before in zip(held, unseen, strict=True)]
-    least = max(1, tuning.warps * tuning.tile // TILE_TOKENS)  # a tile a warp
-    longest = max(num_tiles, default=0)
-    blocks = max(1, tuning.blocks // (shape.num_kv_heads * shape.num_chunks(variant)) - len(figures))
-    tiles = max(least, -(-sum(num_tiles) // blocks), -(-longest // (MAX_PARTS - 1)))
-    tiles = -(-tiles // least) * least
-    return tiles, 1 + -(-longest // tiles)
+    # tiles that give every warp one, or what a page has
+    least = max(1, min(tuning.warps * tuning.tile, shape.page_tokens) // TILE_TOKENS)
+    longest, total = max(num_tiles, default=0), sum(num_tiles)
+    groups = shape.num_kv_heads * shape.num_chunks(variant)
+    at_once = max(1, tuning.blocks // groups)
+    best, best_time = max(1, longest), float("inf")
+    for wanted in sorted({max(1, at_once * waves - k) for waves in (1, 2, 3) for k in range(len(figures) + 2)}):
+        tiles = max(least, -(-total // wanted), -(-longest // (MAX_PARTS - 1)))
+        tiles = -(-tiles // least) * least
+        blocks = sum(-(-n // tiles) for n in num_tiles)
+        # the exact rows' blocks are short
+        waves = -(-(blocks + len(figures) // 2 + len(figures) % 2) // at_once)
+        time = waves * (tiles * TILE_TOKENS + BLOCK_COST)
+        if time < best_time:
+            best, best_time = tiles, time
+    return best, 1 + -(-longest // best)
 
 
 def make_plan(

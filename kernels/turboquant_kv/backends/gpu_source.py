@@ -2,16 +2,20 @@
 
 Owns which pieces of src/ make which kernel, and how constants get into the text. Leaves shapes and launches to
 gpu_plan.py and gpu_launch.py. Constants are written into the text instead of being template values: MLX handles those
-anew at every call, which costs more than the launch. Kernels are told apart by name, so names carry a digest.
+anew at every call, which costs more than the launch. It also copies and frees the text at every call (40 KB: 9 us), so
+CUDA's text includes the files of src/ by path; Metal's compiler sees no files, its text is whole. Kernels are told apart
+by name, so names carry a digest of everything.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -37,11 +41,29 @@ _TYPE_NAMES: dict[Dialect, dict[mx.Dtype, str]] = {
 }
 
 
+_FOLDER = resources.files("turboquant_kv").joinpath("src")
+_INCLUDED = re.compile(r'^#include "(?:.*/)?(\w+)\.h"$', re.MULTILINE)
+
+
 @cache
 def piece(name: str) -> str:
-    """One file of src/ without comment lines and indentation: MLX copies a kernel's text at every call."""
-    text = resources.files("turboquant_kv").joinpath("src", f"{name}.h").read_text(encoding="utf-8")
-    return "".join(f"{line}\n" for line in map(str.strip, text.splitlines()) if line and not line.startswith("//"))
+    """One file of src/ with what it includes, without comment lines and indentation: texts are copied at every call."""
+    text = _FOLDER.joinpath(f"{name}.h").read_text(encoding="utf-8")
+    lines = (line for line in map(str.strip, text.splitlines()) if line and not line.startswith("//"))
+    return expanded("".join(f"{line}\n" for line in lines))
+
+
+def expanded(text: str, without: tuple[str, ...] = ()) -> str:
+    """A text with the files of src/ that it includes put in, but for those named."""
+    return _INCLUDED.sub(lambda found: "" if found[1] in without else piece(found[1]).rstrip("\n"), text)
+
+
+def included(dialect: Dialect, name: str) -> str:
+    """A file of src/ as part of a kernel's text: by its path where the compiler reads files, else as it is."""
+    path = _FOLDER.joinpath(f"{name}.h")
+    if dialect == "cuda" and isinstance(path, Path) and not set('"\\\n') & set(str(path)):
+        return f'#include "{path}"\n'
+    return piece(name)
 
 
 def mlx_factory(dialect: Dialect) -> KernelFactory:
@@ -61,22 +83,34 @@ class KernelText:
     source: str
     header: str
     shared_bytes: int = 0
+    bounds: tuple[int, int] | None = (
+        None  # threads of a block, blocks per processor: registers are shared out so (CUDA)
+    )
     contiguous: bool = False  # False: strided inputs are read where they lie, a copy would be one more launch
 
     @property
     def name(self) -> str:
-        digest = hashlib.sha256(f"{self.header}\0{self.source}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(expanded(f"{self.header}\0{self.source}").encode()).hexdigest()[:16]
         return f"turboquant_{self.role}_{digest}"
 
     def build(self, factory: KernelFactory) -> Kernel:
         """Nothing is compiled before the first launch."""
         options = {"shared_memory": self.shared_bytes} if self.shared_bytes else {}
+        # MLX hands strides over to a body that names them; it does not look into included files.
+        whole = expanded(self.source)
+        strided = [x for x in (f"{name}_strides" for name in self.inputs) if x in whole and x not in self.source]
+        header, source = self.header, f"// {' '.join(strided)}\n{self.source}" if strided else self.source
+        if self.bounds:
+            # MLX writes the signature; its function's name is a macro up to there.
+            function = f"custom_kernel_{self.name}"
+            header += f"#define {function} __launch_bounds__({self.bounds[0]}, {self.bounds[1]}) {function}\n"
+            source = f"#undef {function}\n{source}"
         return factory(
             name=self.name,
             input_names=list(self.inputs),
             output_names=list(self.outputs),
-            source=self.source,
-            header=self.header,
+            source=source,
+            header=header,
             ensure_row_contiguous=self.contiguous,
             **options,
         )
@@ -102,10 +136,18 @@ def table_text(name: str, values: npt.NDArray[Any]) -> str:
     return f"TQ_TABLE float {name}[{len(values)}] = {{{numbers}}};\n"
 
 
+def lookup_text(name: str, values: npt.NDArray[Any]) -> str:
+    """A function that gives one of a table's values, from the instructions themselves: no memory is waited for."""
+    numbers = [f"{np.float32(v):.9e}f" for v in values]
+    choice = "".join(f"i == {i} ? {x} : " for i, x in enumerate(numbers[:-1]))
+    return f"TQ_FN float {name}(uint i) {{ return {choice}{numbers[-1]}; }}\n"
+
+
 def header(dialect: Dialect, variant: Variant, tables: str) -> str:
-    instructions = piece("instructions_cuda") if dialect == "cuda" else ""
-    helpers = piece("mma_helpers") if variant == "mma" else ""
-    return piece(f"prelude_{dialect}") + instructions + piece("common") + helpers + tables
+    """What stands before the kernel."""
+    names = [f"prelude_{dialect}", *(["instructions_cuda"] if dialect == "cuda" else []), "common"]
+    names += ["mma_helpers"] if variant == "mma" else []
+    return "".join(included(dialect, name) for name in names) + tables
 
 
 def exact_inputs(num_sets: int) -> tuple[str, ...]:
@@ -115,46 +157,24 @@ def exact_inputs(num_sets: int) -> tuple[str, ...]:
     return tuple(f"{name}_{i}" for i in range(num_sets) for name in EXACT_INPUTS)
 
 
-def exact_choice(num_sets: int) -> str:
-    """CUDA text that gives a sequence its own arrays under the common names."""
-    lines = []
-    for name in EXACT_INPUTS if num_sets > 1 else ():
-
-        def chosen(suffix: str, name: str = name) -> str:
-            first = "".join(f"sequence == {i} ? {name}_{i}{suffix} : " for i in range(num_sets - 1))
-            return f"{first}{name}_{num_sets - 1}{suffix}"
-
-        lines.append(f"const Exact* {name} = {chosen('')};\n")
-        lines.append(
-            f"const ulong {name}_stride[2] = {{ulong({chosen('_strides[0]')}), ulong({chosen('_strides[1]')})}};\n"
-        )
-    return "".join(lines)
+def portable_body(dialect: Dialect) -> str:
+    """Attention of a block's query rows over exact rows or a run of compressed tokens, to unnormalised parts."""
+    first = "".join(included(dialect, name) for name in (f"opening_{dialect}", "plan", "decode_shared", "decode_setup"))
+    exact, codes = included(dialect, "decode_exact"), included(dialect, "decode_codes")
+    return f"{first}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{included(dialect, 'decode_merge')}"
 
 
-def decode_body(dialect: Dialect, variant: Variant, *, exact_mma: bool, fused: bool, num_sets: int = 1) -> str:
-    """Attention of a block's query rows over exact rows or a run of compressed tokens, to unnormalised parts.
+def mma_body(switches: Mapping[str, int], sets: Sequence[str], sink: str) -> str:
+    """The same on tensor cores, and where it is fused the merge of all parts by a row group's last block.
 
-    exact_mma: exact rows on tensor cores too. num_sets: of exact rows, as in `exact_inputs`. fused: the last block of
-    a row group merges its parts to the output.
+    switches: the TQ_ macros of src/decode_mma.h. sets: names of exact rows, whose strides the text must mention for MLX
+    to hand them over. sink: what gives the attention sink of a query head `i`.
     """
-    opening = piece(f"opening_{dialect}") + piece("plan")
-    if variant == "portable":
-        merge = piece("decode_merge")
-        return (
-            f"{opening}{piece('decode_shared')}{piece('decode_setup')}"
-            f"if (block_x == 0) {{\n{piece('decode_exact')}}} else {{\n{piece('decode_codes')}}}\n{merge}"
-        )
-    raised = piece("mma_raise")
-    codes = piece("mma_codes").replace("MMA_QUERIES\n", piece("mma_queries")).replace("MMA_RAISE_PEAKS\n", raised)
-    exact = piece("mma_exact").replace("MMA_RAISE_PEAKS\n", raised) if exact_mma else piece("mma_exact_plain")
-    merge = piece("mma_merge") + (piece("mma_finish") if fused else "")
-    if num_sets > 1:
-        for name in EXACT_INPUTS:
-            exact = exact.replace(f"{name}_strides", f"{name}_stride")
-        exact = exact_choice(num_sets) + exact
-    return f"{opening}{piece('mma_shared')}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{merge}"
+    macros = "".join(f"#define TQ_{name} {value}\n" for name, value in switches.items())
+    names = " ".join(f"{name}_strides" for name in sets)
+    return f"// {names}\n{macros}#define TQ_SINK_OF(i) {sink}\n{included('cuda', 'decode_mma')}"
 
 
 def combine_body(dialect: Dialect, *, by_lanes: bool) -> str:
     """All parts of a query row to its output."""
-    return piece(f"opening_{dialect}") + piece("combine_lanes" if by_lanes else "combine")
+    return included(dialect, f"opening_{dialect}") + included(dialect, "combine_lanes" if by_lanes else "combine")

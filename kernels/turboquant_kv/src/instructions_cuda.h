@@ -37,6 +37,29 @@ TQ_FN void tq_copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Hopper's copy engine: bytes to shared memory, counted by a barrier there that one arrival and all expected bytes
+// complete. Addresses and sizes are multiples of 16.
+TQ_FN void tq_barrier_open(ulong* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(uint(__cvta_generic_to_shared(barrier))) : "memory");
+}
+TQ_FN void tq_barriers_opened() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+TQ_FN void tq_barrier_expect(ulong* barrier, uint num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               ::"r"(uint(__cvta_generic_to_shared(barrier))), "r"(num_bytes) : "memory");
+}
+TQ_FN void tq_bulk_copy(void* to, const void* from, uint num_bytes, ulong* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(uint(__cvta_generic_to_shared(to))), "l"(from), "r"(num_bytes),
+               "r"(uint(__cvta_generic_to_shared(barrier))) : "memory");
+}
+TQ_FN void tq_barrier_wait(ulong* barrier, int phase) {
+  uint done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(uint(__cvta_generic_to_shared(barrier))), "r"(phase) : "memory");
+  } while (!done);
+}
+
 // Four 8x8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8, 16 aligned bytes, and
 // gets of matrix k, in out[k], row lane / 4 and columns 2 * (lane % 4) and the next; transposed, rows and columns swap.
 TQ_FN void tq_load_matrices(uint* out, const void* row) {

@@ -1,88 +1,40 @@
 // Compressed tokens on tensor cores: scores = K (16 tokens x 16 dims) . Q^T (16 dims x 8 rows), output = V^T (16 dims x
-// 16 tokens) . P^T (16 tokens x 8 rows), so eight query rows share every unpacked code. Dims may be summed in any
-// order: lane (r, c) = (lane / 4, lane % 4) reads a quarter of the key of tokens r and r + 8, and an eighth of the value
-// of tokens 2c, 2c+1, 2c+8, 2c+9, both contiguous in the canonical layout. A pair of codes indexes a table of half
-// pairs, which is one register of an A fragment; value pairs are two tokens of one dim, interleaved by masks.
-// Each warp copies its own tiles to its ring STAGES - 1 ahead, asynchronously, and waits for nobody else.
-const int K_PART = K_BYTES / 4;  // bytes a lane reads
-const int V_PART = V_BYTES / 8;
-const int K_WORDS = (K_PART + 3) / 4;
-const int V_WORDS = (V_PART + 3) / 4;
-const int V_CHUNK = V_BYTES % 16 == 0 ? 16 : 8;  // bytes copied at once
-const int K_COPIES = (K_UNIT / 16 + 31) / 32;
-const int V_COPIES = (16 * V_BYTES / V_CHUNK + 31) / 32;
+// 16 tokens) . P^T (16 tokens x 8 rows), so eight query rows share every unpacked code. Dims and tokens may be summed in
+// any order: lane (r, c) = (lane / 4, lane % 4) reads a quarter of the keys of two tokens and an eighth of the values of
+// four, contiguous in the canonical layout. A pair of codes indexes a table of half pairs, which is one register of an A
+// fragment; value pairs are two tokens of one dim, interleaved by masks. Row i = r, r + 8 of unit u is token
+// (r / 2) * BLOCK_TOKENS + 4u + r % 2, and two further: what lane column r / 2 holds of values.
+#include "mma_ring.h"
+const int K_PART = D * KBITS / 4;  // bits a lane reads
+const int V_PART = DV * VBITS / 8;
+const int K_WORDS = (K_PART + 31) / 32;
+const int V_WORDS = (V_PART + 31) / 32;
 const uint EVEN = VBITS == 4 ? 0x0f0f0f0fu : VBITS == 3 ? 0x1c71c7u : 0x3333u;  // even ones of eight codes
-const int STEP = WARPS * TILE;
-const int begin = first_tile * 32 + int(warp) * TILE, end = min(last_tile * 32, num_tokens);
-const int* pages = page_table + sequence * plan[1];
-uchar* ring = arena + TABLE_BYTES + 16 * Q_PITCH + int(warp) * RING_BYTES;
-
-// 16 tokens never straddle a page; those beyond the end are read again and masked. A tile's pages are looked up one
-// tile before it is copied, so that nothing waits for two reads in a row.
-int page_ids[UNITS];
-#pragma unroll
-for (int u = 0; u < UNITS; u++) page_ids[u] = pages[min(begin + u * 16, end - 16) / PAGE];
-int t_copied = begin, stage_copied = 0;
-auto copy_tile = [&]() {
-  if (t_copied < end) {
-    uchar* to = ring + stage_copied * (UNITS * UNIT_BYTES);
-#pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-      const int token = min(t_copied + u * 16, end - 16);
-      const ulong row_id = ulong((page_ids[u] * HEADS + head) * PAGE + token % PAGE);
-      page_ids[u] = pages[min(t_copied + STEP + u * 16, end - 16) / PAGE];
-      const uchar* k_from = k_codes + row_id * K_BYTES;
-      const uchar* v_from = v_codes + row_id * V_BYTES;
-#pragma unroll
-      for (int i = 0; i < K_COPIES; i++) {
-        const int at = (i * 32 + int(lane)) * 16;
-        if (K_UNIT % 512 == 0 || at < K_UNIT) tq_copy<16>(to + at, k_from + at);
-      }
-#pragma unroll
-      for (int i = 0; i < V_COPIES; i++) {
-        const int at = (i * 32 + int(lane)) * V_CHUNK;
-        if (16 * V_BYTES % (32 * V_CHUNK) == 0 || at < 16 * V_BYTES) {
-          tq_copy<V_CHUNK>(to + K_UNIT + at + at / (2 * V_BYTES) * V_GAP, v_from + at);
-        }
-      }
-      if (lane < 4) {
-        const __half* from = (lane < 2 ? k_scales : v_scales) + row_id + 8 * (lane & 1);
-        tq_copy<16>(to + K_UNIT + 8 * V_PITCH + 16 * lane, from);
-      }
-      to += UNIT_BYTES;
-    }
-  }
-  tq_copies_end();
-  t_copied += STEP;
-  stage_copied = stage_copied + 1 == STAGES ? 0 : stage_copied + 1;
-};
-
-const bool k_same = KBITS == VBITS;
 if ((D & (D - 1)) == 0) {
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) copy_tile();
 }
-tq_fill_pairs<KBITS>(arena, tq_k_book, tid, THREADS);
-if (!k_same) tq_fill_pairs<VBITS>(arena + 128 * K_PAIRS, tq_v_book, tid, THREADS);
-MMA_QUERIES
-if ((D & (D - 1)) != 0) {
+const float k_centroid = tq_k_book_at(tid % (1 << KBITS)), v_centroid = tq_v_book_at(tid % (1 << VBITS));
+tq_fill_pairs<KBITS, PITCH, 0>(arena + K_TABLE, k_centroid, tid, THREADS);
+if (K_HIGH_TABLE != K_TABLE) tq_fill_pairs<KBITS, PITCH, 2>(arena + K_HIGH_TABLE, k_centroid, tid, THREADS);
+if (V_TABLE != K_TABLE) {
+  tq_fill_pairs<VBITS, PITCH, 0>(arena + V_TABLE, v_centroid, tid, THREADS);
+  if (V_HIGH_TABLE != V_TABLE) tq_fill_pairs<VBITS, PITCH, 2>(arena + V_HIGH_TABLE, v_centroid, tid, THREADS);
+}
+#include "mma_queries.h"
+if ((D & (D - 1)) != 0) {  // the queries' scratch lay where the rings are
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) copy_tile();
 }
 __syncthreads();
 uint q_fragments[D / 8];
 #pragma unroll
-for (int i = 0; i < D / 32; i++) {
-  const uint4 x = *reinterpret_cast<const uint4*>(shared_q + r * Q_PITCH + c * (D / 4) + 8 * i);
-  q_fragments[4 * i] = x.x;
-  q_fragments[4 * i + 1] = x.y;
-  q_fragments[4 * i + 2] = x.z;
-  q_fragments[4 * i + 3] = x.w;
+for (int i = 0; i < D / 8; i++) {
+  q_fragments[i] = reinterpret_cast<const uint*>(shared_q + r * Q_PITCH + c * (D / 4))[i];
 }
 const float mean_0 = row_mean[2 * c], mean_1 = row_mean[2 * c + 1];
-const uchar* k_pairs = arena;
-const uchar* v_pairs = arena + (k_same ? 0 : 128 * K_PAIRS);
 const uint lane_4 = 4 * lane;
+num_busy = min(WARPS, (end - first_tile * 32 + TILE - 1) / TILE);
 
 // Tokens [low, limit) that the lane's two query rows see.
 const int position_0 = q_start + (chunk * 8 + 2 * c) % QROWS, position_1 = q_start + (chunk * 8 + 2 * c + 1) % QROWS;
@@ -93,41 +45,51 @@ if (QROWS > 1) {
   limit_1 = min(end, min(num_pages, max(0, position_1 - SINK) / PAGE) * PAGE);
 }
 
-int stage = 0;
+int stage = 0, phase = 0;
 for (int t0 = begin; t0 < end; t0 += STEP) {
+#if TQ_BULK
+  tq_barrier_wait(barrier + stage, phase);
+#else
   tq_copies_wait<STAGES - 2>();
+#endif
   __syncwarp();
-  const uchar* from = ring + stage * (UNITS * UNIT_BYTES);
-  stage = stage + 1 == STAGES ? 0 : stage + 1;
+  const uchar* from = ring + stage * STAGE_BYTES;
+  if (++stage == STAGES) {
+    stage = 0;
+    phase ^= 1;
+  }
   copy_tile();
+  const __half* scales = reinterpret_cast<const __half*>(from + SCALES_AT) + (r >> 1) * BLOCK_TOKENS + (r & 1);
   float s[UNITS][4];
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const uchar* unit = from + u * UNIT_BYTES;
-    uint k_words[2][K_WORDS];
-    tq_words<K_PART, K_BYTES>(unit + r * K_BYTES, c, k_words[0]);
-    tq_words<K_PART, K_BYTES>(unit + (r + 8) * K_BYTES, c, k_words[1]);
+    const uint row = (r >> 1) * BLOCK_TOKENS + 4 * u + (r & 1);
+    uint k_words[2][K_WORDS + 1];
+    tq_bits<K_PART, K_BYTES>(from, row, c, k_words[0]);
+    tq_bits<K_PART, K_BYTES>(from, row + 2, c, k_words[1]);
+    uint k_later[2][K_WORDS];
+    tq_later_words<KBITS, PITCH, K_WORDS>(k_words[0], k_later[0]);
+    tq_later_words<KBITS, PITCH, K_WORDS>(k_words[1], k_later[1]);
+    auto key_pair = [&](int row, int n) {
+      return tq_pair_at<KBITS, PITCH>(arena + K_TABLE, arena + K_HIGH_TABLE, k_words[row], k_later[row], n, lane_4);
+    };
     float s_even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, s_odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
-      tq_mma(i % 2 ? s_odd : s_even, tq_pair_at<2 * KBITS>(k_pairs, k_words[0], 4 * KBITS * i, lane_4),
-             tq_pair_at<2 * KBITS>(k_pairs, k_words[1], 4 * KBITS * i, lane_4),
-             tq_pair_at<2 * KBITS>(k_pairs, k_words[0], 4 * KBITS * i + 2 * KBITS, lane_4),
-             tq_pair_at<2 * KBITS>(k_pairs, k_words[1], 4 * KBITS * i + 2 * KBITS, lane_4), q_fragments[2 * i],
-             q_fragments[2 * i + 1]);
+      tq_mma(i % 2 ? s_odd : s_even, key_pair(0, 2 * i), key_pair(1, 2 * i), key_pair(0, 2 * i + 1),
+             key_pair(1, 2 * i + 1), q_fragments[2 * i], q_fragments[2 * i + 1]);
     }
-    const __half* scales = reinterpret_cast<const __half*>(unit + K_UNIT + 8 * V_PITCH);
-    const float k_scale_0 = __half2float(scales[r]), k_scale_1 = __half2float(scales[r + 8]);
+    const float k_scale_0 = __half2float(scales[4 * u]), k_scale_1 = __half2float(scales[4 * u + 2]);
     s[u][0] = (s_even[0] + s_odd[0]) * k_scale_0 + mean_0;
     s[u][1] = (s_even[1] + s_odd[1]) * k_scale_0 + mean_1;
     s[u][2] = (s_even[2] + s_odd[2]) * k_scale_1 + mean_0;
     s[u][3] = (s_even[3] + s_odd[3]) * k_scale_1 + mean_1;
-    if (QROWS > 1 || t0 + u * 16 >= end || low_1 > t0) {
-      const int token = t0 + u * 16 + r;
+    if (QROWS > 1 || low_1 > t0) {
+      const int token = t0 + int(row);
       if (token >= limit_0 || token < low_0) s[u][0] = TQ_MASKED;
       if (token >= limit_1 || token < low_1) s[u][1] = TQ_MASKED;
-      if (token + 8 >= limit_0 || token + 8 < low_0) s[u][2] = TQ_MASKED;
-      if (token + 8 >= limit_1 || token + 8 < low_1) s[u][3] = TQ_MASKED;
+      if (token + 2 >= limit_0 || token + 2 < low_0) s[u][2] = TQ_MASKED;
+      if (token + 2 >= limit_1 || token + 2 < low_1) s[u][3] = TQ_MASKED;
     }
   }
   float n_0 = m_0, n_1 = m_1;
@@ -136,26 +98,21 @@ for (int t0 = begin; t0 < end; t0 += STEP) {
     n_0 = fmaxf(n_0, fmaxf(s[u][0], s[u][2]));
     n_1 = fmaxf(n_1, fmaxf(s[u][1], s[u][3]));
   }
-  MMA_RAISE_PEAKS
+#include "mma_raise.h"
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const uchar* unit = from + u * UNIT_BYTES;
     const float p_0 = tq_exp2(s[u][0] - m_0), p_1 = tq_exp2(s[u][1] - m_1);
     const float p_2 = tq_exp2(s[u][2] - m_0), p_3 = tq_exp2(s[u][3] - m_1);
     l_0 += p_0 + p_2;
     l_1 += p_1 + p_3;
-    const __half* scales = reinterpret_cast<const __half*>(unit + K_UNIT + 8 * V_PITCH + 32);
-    const float v_scale_0 = __half2float(scales[r]), v_scale_1 = __half2float(scales[r + 8]);
+    const float v_scale_0 = __half2float(scales[TILE + 4 * u]), v_scale_1 = __half2float(scales[TILE + 4 * u + 2]);
     const uint b_0 = tq_transpose(tq_half_pair(p_0 * v_scale_0, p_1 * v_scale_0));
     const uint b_1 = tq_transpose(tq_half_pair(p_2 * v_scale_1, p_3 * v_scale_1));
-    uint v_words[4][V_WORDS];
-    const uchar* v_row = unit + K_UNIT + c * V_PITCH;
-    tq_words<V_PART, V_BYTES>(v_row, r, v_words[0]);
-    tq_words<V_PART, V_BYTES>(v_row + V_BYTES, r, v_words[1]);
-    tq_words<V_PART, V_BYTES>(v_row + 4 * V_PITCH, r, v_words[2]);
-    tq_words<V_PART, V_BYTES>(v_row + 4 * V_PITCH + V_BYTES, r, v_words[3]);
+    uint v_words[4][V_WORDS + 1];
 #pragma unroll
-    for (int j = 0; j < DV / 64; j++) {  // eight dims: two registers of four products
+    for (int i = 0; i < 4; i++) tq_bits<V_PART, V_BYTES>(from + K_TILE + c * V_BLOCK, 4 * u + i, r, v_words[i]);
+#pragma unroll
+    for (int j = 0; j < (DV + 63) / 64; j++) {  // eight dims: two registers of four products
       uint x[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -163,18 +120,23 @@ for (int t0 = begin; t0 < end; t0 += STEP) {
         const int word = 8 * VBITS * j >> 5, shift = 8 * VBITS * j & 31;
         x[i] = shift + 8 * VBITS > 32 ? __funnelshift_r(w[word], w[word + 1], shift) : w[word] >> shift;
       }
-      const uint low_even = (x[0] & EVEN) | ((x[1] & EVEN) << VBITS);
-      const uint low_odd = ((x[0] >> VBITS) & EVEN) | (x[1] & (EVEN << VBITS));
-      const uint high_even = (x[2] & EVEN) | ((x[3] & EVEN) << VBITS);
-      const uint high_odd = ((x[2] >> VBITS) & EVEN) | (x[3] & (EVEN << VBITS));
+      // Registers of four pairs: even and odd dims of the first two tokens, then of the other two.
+      const uint pairs[4] = {(x[0] & EVEN) | ((x[1] & EVEN) << VBITS), ((x[0] >> VBITS) & EVEN) | (x[1] & (EVEN << VBITS)),
+                             (x[2] & EVEN) | ((x[3] & EVEN) << VBITS), ((x[2] >> VBITS) & EVEN) | (x[3] & (EVEN << VBITS))};
+      uint later[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) tq_later_words<VBITS, PITCH, 1>(pairs + i, later + i);
+      auto value_pair = [&](int i, int n) {
+        return tq_pair_at<VBITS, PITCH>(arena + V_TABLE, arena + V_HIGH_TABLE, pairs + i, later + i, n, lane_4);
+      };
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        tq_mma(o[4 * j + i], tq_pair_at<2 * VBITS>(v_pairs, &low_even, 2 * VBITS * i, lane_4),
-               tq_pair_at<2 * VBITS>(v_pairs, &low_odd, 2 * VBITS * i, lane_4),
-               tq_pair_at<2 * VBITS>(v_pairs, &high_even, 2 * VBITS * i, lane_4),
-               tq_pair_at<2 * VBITS>(v_pairs, &high_odd, 2 * VBITS * i, lane_4), b_0, b_1);
+        if (4 * j + i >= DV / 16) break;
+        tq_mma(o[4 * j + i], value_pair(0, i), value_pair(1, i), value_pair(2, i), value_pair(3, i), b_0, b_1);
       }
     }
   }
 }
+#if !TQ_BULK
 tq_copies_wait<0>();
+#endif

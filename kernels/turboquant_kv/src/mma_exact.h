@@ -15,17 +15,17 @@ for (int i = int(tid); i < 8 * D; i += THREADS) {
             : Exact(0.0f);
 }
 __syncthreads();
+num_busy = max(1, min(WARPS, (num_exact + 15) / 16));
 const int query_0 = q_start + (chunk * 8 + 2 * c) % QROWS, query_1 = q_start + (chunk * 8 + 2 * c + 1) % QROWS;
 for (int start = int(warp) * 16; start < num_exact; start += 16 * WARPS) {
-  uint4 key[2][D / 32], value[4][DV / 64];
+  uint key[2][D / 8], value[4][DV / 16];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int token = min(start + r + 8 * i, num_exact - 1);
     const Exact* row = token < num_sink
         ? sink_k + (head * sink_k_strides[0] + (sink_offset + token) * sink_k_strides[1])
         : window_k + (head * window_k_strides[0] + (window_offset + token - num_sink) * window_k_strides[1]);
-#pragma unroll
-    for (int j = 0; j < D / 32; j++) key[i][j] = reinterpret_cast<const uint4*>(row + c * (D / 4))[j];
+    tq_device_words<D / 8>(row + c * (D / 4), key[i]);
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -33,16 +33,13 @@ for (int start = int(warp) * 16; start < num_exact; start += 16 * WARPS) {
     const Exact* row = token < num_sink
         ? sink_v + (head * sink_v_strides[0] + (sink_offset + token) * sink_v_strides[1])
         : window_v + (head * window_v_strides[0] + (window_offset + token - num_sink) * window_v_strides[1]);
-#pragma unroll
-    for (int j = 0; j < DV / 64; j++) value[i][j] = reinterpret_cast<const uint4*>(row + r * (DV / 8))[j];
+    tq_device_words<DV / 16>(row + r * (DV / 8), value[i]);
   }
   float s[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const uint* q_row = reinterpret_cast<const uint*>(raw_q + r * Q_PITCH + c * (D / 4));
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
-    const uint4 x = key[0][i / 2], y = key[1][i / 2];
-    tq_mma_as<Exact>(s, i % 2 ? x.z : x.x, i % 2 ? y.z : y.x, i % 2 ? x.w : x.y, i % 2 ? y.w : y.y, q_row[2 * i],
-                     q_row[2 * i + 1]);
+    tq_mma_as<Exact>(s, key[0][2 * i], key[1][2 * i], key[0][2 * i + 1], key[1][2 * i + 1], q_row[2 * i], q_row[2 * i + 1]);
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -55,7 +52,7 @@ for (int start = int(warp) * 16; start < num_exact; start += 16 * WARPS) {
     s[i] = seen ? s[i] * scale : TQ_MASKED;
   }
   float n_0 = fmaxf(m_0, fmaxf(s[0], s[2])), n_1 = fmaxf(m_1, fmaxf(s[1], s[3]));
-  MMA_RAISE_PEAKS
+#include "mma_raise.h"
   const float p_0 = tq_exp2(s[0] - m_0), p_1 = tq_exp2(s[1] - m_1);
   const float p_2 = tq_exp2(s[2] - m_0), p_3 = tq_exp2(s[3] - m_1);
   l_0 += p_0 + p_2;
@@ -64,14 +61,9 @@ for (int start = int(warp) * 16; start < num_exact; start += 16 * WARPS) {
   const uint rest_0 = tq_transpose(tq_pair_rest<Exact>(p_0, p_1)), rest_1 = tq_transpose(tq_pair_rest<Exact>(p_2, p_3));
 #pragma unroll
   for (int j = 0; j < DV / 16; j++) {
-    uint x[4];  // dims 2j and 2j + 1 of the lane's eighth, one register a token
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint4 words = value[i][j / 4];
-      x[i] = j % 4 == 0 ? words.x : j % 4 == 1 ? words.y : j % 4 == 2 ? words.z : words.w;
-    }
-    const uint a_0 = __byte_perm(x[0], x[1], 0x5410), a_1 = __byte_perm(x[0], x[1], 0x7632);
-    const uint a_2 = __byte_perm(x[2], x[3], 0x5410), a_3 = __byte_perm(x[2], x[3], 0x7632);
+    // A word is dims 2j and 2j + 1 of the lane's eighth of one token.
+    const uint a_0 = __byte_perm(value[0][j], value[1][j], 0x5410), a_1 = __byte_perm(value[0][j], value[1][j], 0x7632);
+    const uint a_2 = __byte_perm(value[2][j], value[3][j], 0x5410), a_3 = __byte_perm(value[2][j], value[3][j], 0x7632);
     tq_mma_as<Exact>(o[j], a_0, a_1, a_2, a_3, b_0, b_1);
     if (sizeof(Exact) == 2 && tq_needs_rest<Exact>()) tq_mma_as<Exact>(o[j], a_0, a_1, a_2, a_3, rest_0, rest_1);
   }

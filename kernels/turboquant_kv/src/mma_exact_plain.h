@@ -5,6 +5,7 @@ const int window_offset = plan[about + 5], window_start = plan[about + 6], num_w
 const int num_exact = num_sink + num_window;
 float* weights = reinterpret_cast<float*>(arena);  // (8 rows, 16 tokens) of the warp's tile
 weights += int(warp) * 128;
+num_busy = max(1, min(WARPS, (num_exact + 15) / 16));
 for (int start = int(warp) * 16; start < num_exact; start += 16 * WARPS) {
   for (int row = 0; row < 8; row++) {
     const int index = chunk * 8 + row, query = q_start + index % QROWS;

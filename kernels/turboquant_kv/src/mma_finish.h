@@ -1,92 +1,135 @@
 // The row group's last block merges all parts: log-sum-exp, attention sinks, back from the values' rotated basis,
 // mean_v. Saves the second launch. counters: one per row group, zero between launches; no two launches that may run at
 // the same time are given the same array.
-__threadfence();
-__syncthreads();
 __shared__ int num_arrived;
 const int row_group = int(block_z) * HEADS + int(block_y);
 const int num_parts = 1 + (num_tiles > tile_0 ? (num_tiles - tile_0 + tiles_per_block - 1) / tiles_per_block : 0);
-uint* counter = const_cast<uint*>(counters) + row_group;
-if (tid == 0) num_arrived = int(atomicAdd(counter, 1u));
+__syncthreads();
+if (tid == 0) {
+  // The barrier orders the other threads' writes before this fence, and the fence before the count.
+  uint* counter = const_cast<uint*>(counters) + row_group;
+  __threadfence();
+  num_arrived = int(atomicAdd(counter, 1u));
+  if (num_arrived == num_parts - 1) *counter = 0u;
+  __threadfence();
+}
 __syncthreads();
 if (num_arrived != num_parts - 1) return;
-if (tid == 0) *counter = 0u;
-__threadfence();
 
-const int PER = DV / 32;
+const int PER = (DV + 31) / 32;
+const int RUNS = WARPS > LIVE ? WARPS / LIVE : 1;  // warps that share a row's parts
 const ulong first_row = ulong(row_group) * num_blocks_x * LIVE;
 const float* stats = parts + ulong(plan[3]) * (LIVE * DV) + first_row * 2;
-const float* totals = parts + first_row * DV + lane;
-float* weights = reinterpret_cast<float*>(arena);  // (LIVE, MAX_PARTS)
-float* work = weights + 8 * MAX_PARTS;             // (WARPS, LIVE, DV)
+const float* totals = parts + first_row * DV;
+float* weights = reinterpret_cast<float*>(arena);  // (WARPS, MAX_PARTS)
+float* exact_totals = weights + WARPS * MAX_PARTS;  // (LIVE, DV)
+float* work = exact_totals + LIVE * DV;             // (RUNS, LIVE, DV)
+// Of the last step, asked for now: means and what ends the rotation.
+const int EACH = (LIVE * DV + THREADS - 1) / THREADS;
+float v_mean[EACH], v_sign[EACH];
+#pragma unroll
+for (int k = 0; k < EACH; k++) {
+  const int d = (int(tid) + k * THREADS) % DV;
+  v_mean[k] = v_constants[V_ROTATION + head * DV + d];
+  v_sign[k] = v_constants[d];
+}
 __shared__ float row_compressed[8], row_all[8];
-for (int row = int(warp); row < LIVE; row += WARPS) {
-  const int index = chunk * 8 + row;
-  const float sink = USE_SINKS && index < GROUP_ROWS ? float(sinks[head * G + index / QROWS]) * 1.44269504f : TQ_NO_PEAK;
-  float top = sink;
-  for (int i = int(lane); i < num_parts; i += 32) {
-    const float peak = __ldcg(stats + (i * LIVE + row) * 2);
-    weights[row * MAX_PARTS + i] = peak;
-    top = fmaxf(top, peak);
-  }
-  top = tq_lane_max(top);
-  float compressed = 0.0f, exact = 0.0f;
-  for (int i = int(lane); i < num_parts; i += 32) {
-    const float weight = tq_exp2(weights[row * MAX_PARTS + i] - top);
-    weights[row * MAX_PARTS + i] = weight;
-    const float mass = weight * __ldcg(stats + (i * LIVE + row) * 2 + 1);
-    if (i == 0) exact = mass;
-    else compressed += mass;
-  }
-  compressed = tq_lane_sum(compressed);
-  exact = tq_lane_sum(exact);
-  if (lane == 0) {
-    row_compressed[row] = compressed;
-    row_all[row] = compressed + exact + (USE_SINKS ? tq_exp2(sink - top) : 0.0f);
-  }
-}
-__syncthreads();
-float sum[LIVE][PER];
+for (int job = int(warp); job < LIVE * RUNS; job += WARPS) {
+  // Every warp of a row works its weights out for itself: they are cheaper than a barrier. Totals are asked for in
+  // batches, the first one with the peaks, so that there is one wait for both.
+  const int BATCH = 8, my_row = job % LIVE, my_run = job / LIVE;
+  const int index = chunk * 8 + my_row;
+  const float sink = USE_SINKS && index < GROUP_ROWS ? TQ_SINK_OF(head * G + index / QROWS) * 1.44269504f : TQ_NO_PEAK;
+  const float2* my_stats = reinterpret_cast<const float2*>(stats) + my_row;
+  const float* my_totals = totals + my_row * DV + lane;
+  float compressed = 0.0f, exact = 0.0f, top = sink, sum[PER], exact_total[PER], x[BATCH][PER];
+  auto ask = [&](int first) {
 #pragma unroll
-for (int row = 0; row < LIVE; row++) {
+    for (int k = 0; k < BATCH; k++) {
+      const int part = first + k * RUNS;
 #pragma unroll
-  for (int e = 0; e < PER; e++) sum[row][e] = 0.0f;
-}
-#pragma unroll 2
-for (int i = 1 + int(warp); i < num_parts; i += WARPS) {
-#pragma unroll
-  for (int row = 0; row < LIVE; row++) {
-    const float weight = weights[row * MAX_PARTS + i];
-#pragma unroll
-    for (int e = 0; e < PER; e++) sum[row][e] += weight * __ldcg(totals + ulong(i * LIVE + row) * DV + 32 * e);
-  }
-}
-#pragma unroll
-for (int row = 0; row < LIVE; row++) {
-#pragma unroll
-  for (int e = 0; e < PER; e++) work[(int(warp) * LIVE + row) * DV + lane + 32 * e] = sum[row][e];
-}
-__syncthreads();
-for (int row = int(warp); row < LIVE; row += WARPS) {
-  const int index = chunk * 8 + row, query = index % QROWS;
-  float x[PER];
-#pragma unroll
-  for (int e = 0; e < PER; e++) {
-    x[e] = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) x[e] += work[(w * LIVE + row) * DV + lane + 32 * e];
-  }
-  tq_lane_hadamard<PER>(x, lane);
-  const float all = row_all[row];
-  const float factor = all > 0.0f && query < num_queries ? 1.0f / all : 0.0f;
-#pragma unroll
-  for (int e = 0; e < PER; e++) {
-    const int d = int(lane) + 32 * e;
-    const float value = x[e] * v_constants[d] + row_compressed[row] * v_constants[V_ROTATION + head * DV + d] +
-        weights[row * MAX_PARTS] * __ldcg(totals + ulong(row) * DV + 32 * e);
-    if (index < GROUP_ROWS) {
-      out[((ulong(sequence) * HEADS * G + head * G + index / QROWS) * QROWS + query) * DV + d] =
-          Out(factor > 0.0f ? value * factor : 0.0f);
+      for (int e = 0; e < PER; e++) {
+        const bool held = part < num_parts && (DV % 32 == 0 || int(lane) + 32 * e < DV);
+        x[k][e] = held ? __ldcg(my_totals + part * (LIVE * DV) + 32 * e) : 0.0f;
+      }
     }
+  };
+  ask(my_run);
+  __syncwarp();  // before the weights of the job before are overwritten
+  for (int i = int(lane); i < num_parts; i += 32) top = fmaxf(top, __ldcg(my_stats + i * LIVE).x);
+  top = tq_lane_max(top);
+  for (int i = int(lane); i < num_parts; i += 32) {
+    const float2 both = __ldcg(my_stats + i * LIVE);
+    const float weight = tq_exp2(both.x - top);
+    weights[warp * MAX_PARTS + i] = weight;
+    if (i == 0) exact = weight * both.y;
+    else compressed += weight * both.y;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < PER; e++) sum[e] = exact_total[e] = 0.0f;
+  for (int first = my_run; first < num_parts; first += BATCH * RUNS) {
+    if (first > my_run) ask(first);
+#pragma unroll
+    for (int k = 0; k < BATCH; k++) {
+      const int part = first + k * RUNS;
+      const float w = part < num_parts ? weights[warp * MAX_PARTS + part] : 0.0f;
+#pragma unroll
+      for (int e = 0; e < PER; e++) {
+        if (part == 0) exact_total[e] = w * x[k][e];
+        else sum[e] += w * x[k][e];
+      }
+    }
+  }
+  if (my_run == 0) {
+    compressed = tq_lane_sum(compressed);
+    exact = tq_lane_sum(exact);
+    if (lane == 0) {
+      row_compressed[my_row] = compressed;
+      row_all[my_row] = compressed + exact + (USE_SINKS ? tq_exp2(sink - top) : 0.0f);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < PER; e++) {
+    if (DV % 32 == 0 || int(lane) + 32 * e < DV) {
+      work[(my_run * LIVE + my_row) * DV + lane + 32 * e] = sum[e];
+      if (my_run == 0) exact_totals[my_row * DV + lane + 32 * e] = exact_total[e];
+    }
+  }
+}
+__syncthreads();
+if ((DV & (DV - 1)) == 0) {
+  for (int row = int(warp); row < LIVE; row += WARPS) {
+    float x[PER];
+#pragma unroll
+    for (int e = 0; e < PER; e++) {
+      x[e] = work[row * DV + lane + 32 * e];
+      for (int run = 1; run < RUNS; run++) x[e] += work[(run * LIVE + row) * DV + lane + 32 * e];
+    }
+    tq_lane_hadamard<PER>(x, lane);
+#pragma unroll
+    for (int e = 0; e < PER; e++) work[row * DV + lane + 32 * e] = x[e];
+  }
+} else {
+  for (int i = int(tid); i < LIVE * DV; i += THREADS) {
+    for (int run = 1; run < RUNS; run++) work[i] += work[run * LIVE * DV + i];
+  }
+}
+__syncthreads();
+#pragma unroll
+for (int k = 0; k < EACH; k++) {
+  const int i = int(tid) + k * THREADS;
+  if (i >= LIVE * DV) break;
+  const int row = i / DV, d = i % DV, index = chunk * 8 + row, query = index % QROWS;
+  float x = work[i] * v_sign[k];
+  if ((DV & (DV - 1)) != 0) {
+    x = 0.0f;
+    for (int e = 0; e < DV; e++) x += work[row * DV + e] * v_constants[e * DV + d];
+  }
+  x += row_compressed[row] * v_mean[k] + exact_totals[i];
+  const float all = row_all[row];
+  if (index < GROUP_ROWS) {
+    out[((ulong(sequence) * HEADS * G + head * G + index / QROWS) * QROWS + query) * DV + d] =
+        Out(all > 0.0f && query < num_queries ? x / all : 0.0f);
   }
 }

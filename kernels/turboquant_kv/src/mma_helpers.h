@@ -4,63 +4,109 @@ TQ_FN uint tq_half_pair(float low, float high) {
   return *reinterpret_cast<uint*>(&pair);
 }
 
-// BYTES bytes at offset part * BYTES of a vector of ROW bytes (a multiple of 4, and so aligned), into 32-bit words.
-template <int BYTES, int ROW>
-TQ_FN void tq_words(const uchar* row, uint part, uint* out) {
-  if (BYTES % 16 == 0) {
-    const uint4* p = reinterpret_cast<const uint4*>(row + part * BYTES);
+// NUM 32-bit words of device memory, as wide as their number allows: they lie at a multiple of NUM words.
+template <int NUM>
+TQ_FN void tq_device_words(const void* from, uint* out) {
+  if (NUM % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < BYTES / 16; i++) {
+    for (int i = 0; i < NUM / 4; i++) {
+      const uint4 x = reinterpret_cast<const uint4*>(from)[i];
+      out[4 * i] = x.x;
+      out[4 * i + 1] = x.y;
+      out[4 * i + 2] = x.z;
+      out[4 * i + 3] = x.w;
+    }
+  } else if (NUM % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < NUM / 2; i++) {
+      const uint2 x = reinterpret_cast<const uint2*>(from)[i];
+      out[2 * i] = x.x;
+      out[2 * i + 1] = x.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < NUM; i++) out[i] = reinterpret_cast<const uint*>(from)[i];
+  }
+}
+
+// Part `part` of a vector's codes, BITS bits long, from packed vectors of ROW bytes that begin at a multiple of 16 bytes in
+// shared memory: as 32-bit words, of which the last may hold bits of what follows.
+template <int BITS, int ROW>
+TQ_FN void tq_bits(const uchar* rows, uint row, uint part, uint* out) {
+  if (BITS % 128 == 0 && ROW % 16 == 0) {
+    const uint4* p = reinterpret_cast<const uint4*>(rows + row * ROW + part * (BITS / 8));
+#pragma unroll
+    for (int i = 0; i < BITS / 128; i++) {
       const uint4 x = p[i];
       out[4 * i] = x.x;
       out[4 * i + 1] = x.y;
       out[4 * i + 2] = x.z;
       out[4 * i + 3] = x.w;
     }
-  } else if (BYTES % 8 == 0 && ROW % 8 == 0) {
-    const uint2* p = reinterpret_cast<const uint2*>(row + part * BYTES);
+  } else if (BITS % 64 == 0 && ROW % 8 == 0) {
+    const uint2* p = reinterpret_cast<const uint2*>(rows + row * ROW + part * (BITS / 8));
 #pragma unroll
-    for (int i = 0; i < BYTES / 8; i++) {
+    for (int i = 0; i < BITS / 64; i++) {
       const uint2 x = p[i];
       out[2 * i] = x.x;
       out[2 * i + 1] = x.y;
     }
-  } else if (BYTES % 4 == 0) {
-    const uint* p = reinterpret_cast<const uint*>(row + part * BYTES);
+  } else if (BITS % 32 == 0 && ROW % 4 == 0) {
+    const uint* p = reinterpret_cast<const uint*>(rows + row * ROW + part * (BITS / 8));
 #pragma unroll
-    for (int i = 0; i < BYTES / 4; i++) out[i] = p[i];
+    for (int i = 0; i < BITS / 32; i++) out[i] = p[i];
   } else {
-    // Words that straddle: one more than needed is read, never past the vector's last.
-    const uint first = part * BYTES / 4, shift = (part * BYTES & 3) * 8;
-    const uint* p = reinterpret_cast<const uint*>(row);
-    uint x[(BYTES + 3) / 4 + 1];
+    // From any bit. One word more may be read than holds any of these bits: it lies in the ring's tile, scales follow.
+    const uint first = row * (8 * ROW) + part * BITS;
+    const uint* p = reinterpret_cast<const uint*>(rows) + (first >> 5);
+    uint x[(BITS + 31) / 32 + 1];
 #pragma unroll
-    for (int i = 0; i < (BYTES + 3) / 4 + 1; i++) x[i] = p[min(first + i, uint(ROW / 4 - 1))];
+    for (int i = 0; i < (BITS + 31) / 32 + 1; i++) x[i] = p[i];
 #pragma unroll
-    for (int i = 0; i < (BYTES + 3) / 4; i++) out[i] = __funnelshift_r(x[i], x[i + 1], shift);
+    for (int i = 0; i < (BITS + 31) / 32; i++) out[i] = __funnelshift_r(x[i], x[i + 1], first & 31);
   }
 }
 
-// The table's half pair for the COUNT bits from bit `at` of a word array; `at` is a constant once loops are unrolled.
-// The table holds each pair 32 times, so that lanes never meet in a bank: an entry is 128 bytes.
-template <int COUNT>
-TQ_FN uint tq_pair_at(const uchar* table, const uint* words, int at, uint lane_4) {
-  const int word = at >> 5, shift = at & 31;
+// Half pair n of packed codes: words hold them from bit 0 on, later_words are the same bits from bit 4 on (3 bits, PITCH 256
+// only). A table holds each pair 32 times, so that lanes never meet in a bank; entries are PITCH bytes apart. With PITCH 256
+// an entry is found by a whole byte of the codes, whose place in the address one byte permutation gives: pairs of 4 bits are
+// bytes; of 3 bits, four pairs are three bytes, and each pair is the low or the high 6 bits of a byte, if not of these words
+// then of later_words. The low ones are found in `table`, the high ones in `high_table`.
+template <int BITS, int PITCH>
+TQ_FN uint tq_pair_at(const uchar* table, const uchar* high_table, const uint* words, const uint* later_words, int n,
+                      uint lane_4) {
+  const int at = 2 * BITS * n, word = at >> 5, shift = at & 31;
+  const int LOG_PITCH = PITCH == 256 ? 8 : 7;
   uint x;
-  if (shift + COUNT > 32) x = __funnelshift_r(words[word], words[word + 1], shift) << 7;
-  else x = shift >= 7 ? words[word] >> (shift - 7) : words[word] << (7 - shift);
-  return *reinterpret_cast<const uint*>(table + ((x & (((1u << COUNT) - 1) << 7)) | lane_4));
+  if (PITCH == 256 && BITS >= 3) {
+    const bool later = BITS == 3 && (n % 4 == 1 || n % 4 == 2), high = BITS == 3 && n % 2 == 1;
+    const int byte = BITS == 4 ? n : n / 4 * 3 + (n % 4 == 2 ? 1 : n % 4 == 3 ? 2 : 0);
+    x = __byte_perm((later ? later_words : words)[byte >> 2], lane_4, 0x5504 | (byte & 3) << 4);
+    return *reinterpret_cast<const uint*>((high ? high_table : table) + x);
+  }
+  if (shift + 2 * BITS > 32) x = __funnelshift_r(words[word], words[word + 1], shift) << LOG_PITCH;
+  else x = shift >= LOG_PITCH ? words[word] >> (shift - LOG_PITCH) : words[word] << (LOG_PITCH - shift);
+  return *reinterpret_cast<const uint*>(table + ((x & (((1u << (2 * BITS)) - 1) << LOG_PITCH)) | lane_4));
 }
-// That table: 2^(2 BITS) pairs of centroids. A lane keeps one centroid and hands it round.
-template <int BITS>
-TQ_FN void tq_fill_pairs(uchar* table, const float* book, uint tid, uint num_threads) {
+// The later_words of that.
+template <int BITS, int PITCH, int NUM>
+TQ_FN void tq_later_words(const uint* words, uint* later_words) {
+  if (BITS != 3 || PITCH != 256) return;
+#pragma unroll
+  for (int i = 0; i < NUM; i++) later_words[i] = i + 1 < NUM ? __funnelshift_r(words[i], words[i + 1], 4) : words[i] >> 4;
+}
+
+// One table: entry i is pair i >> SHIFT, of 2^(2 BITS) or as many entries as a byte has values. A lane holds one centroid,
+// number lane % 2^BITS, and hands it round.
+template <int BITS, int PITCH, int SHIFT>
+TQ_FN void tq_fill_pairs(uchar* table, float centroid, uint tid, uint num_threads) {
   const uint mask = (1u << BITS) - 1;
-  const float mine = book[tid & mask];
-  for (uint i = tid; i < 8u << (2 * BITS); i += num_threads) {
-    const uint pair = i >> 3;
-    const float low = __shfl_sync(~0u, mine, pair & mask), high = __shfl_sync(~0u, mine, pair >> BITS);
+  const uint num_entries = PITCH == 256 && BITS >= 3 ? 256 : 1 << (2 * BITS);
+  for (uint i = tid; i < 8 * num_entries; i += num_threads) {
+    const uint entry = i >> 3, pair = entry >> SHIFT;
+    const float low = __shfl_sync(~0u, centroid, pair & mask), high = __shfl_sync(~0u, centroid, pair >> BITS & mask);
     const uint x = tq_half_pair(low, high);
-    reinterpret_cast<uint4*>(table)[i] = make_uint4(x, x, x, x);
+    *reinterpret_cast<uint4*>(table + entry * PITCH + (i & 7) * 16) = make_uint4(x, x, x, x);
   }
 }
 

@@ -5,11 +5,15 @@ if ((D & (D - 1)) == 0) {
   for (int row = int(warp); row < 8; row += WARPS) {
     float x[PER], dot = 0.0f;
     const int index = chunk * 8 + row, query = index % QROWS;
-    const bool lives = index < GROUP_ROWS && query < num_queries;
-    const In* p = queries + (sequence * queries_strides[0] + (head * G + (lives ? index / QROWS : 0)) * queries_strides[1] +
-                             (lives ? query : 0) * queries_strides[2]);
+    // Read before the plan is known; what does not live is dropped afterwards.
+    const int safe = index < GROUP_ROWS ? index : 0;
+    const In* p = queries + (sequence * queries_strides[0] + (head * G + safe / QROWS) * queries_strides[1] +
+                             safe % QROWS * queries_strides[2]);
 #pragma unroll
-    for (int i = 0; i < PER; i++) x[i] = lives ? float(p[(lane * PER + i) * queries_strides[3]]) * scale : 0.0f;
+    for (int i = 0; i < PER; i++) x[i] = float(p[(lane * PER + i) * queries_strides[3]]);
+    const bool lives = index < GROUP_ROWS && query < num_queries;
+#pragma unroll
+    for (int i = 0; i < PER; i++) x[i] = lives ? x[i] * scale : 0.0f;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
       dot += x[i] * k_constants[K_ROTATION + head * D + lane * PER + i];
