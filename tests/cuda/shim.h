@@ -145,12 +145,6 @@ inline bool any_lane(bool x) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-inline unsigned atomicAdd(unsigned* p, unsigned x) {
-  const unsigned old = *p;
-  *p += x;
-  return old;
-}
-inline void __threadfence() {}
 template <typename T>
 T __ldcg(const T* p) {
   return *p;
@@ -162,6 +156,7 @@ inline float2 __half22float2(__half2 x) { return {float(x.x), float(x.y)}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <typename To, typename From>
 To bits_as(From x) {
@@ -273,6 +268,8 @@ void tq_copies_wait() {
     self->groups.erase(self->groups.begin());
   }
 }
+
+inline unsigned tq_count(unsigned* counter) { return (*counter)++; }
 
 // Barriers of bulk copies: a word that counts completed phases; what was announced and what is under way beside it.
 struct Announced {

@@ -72,3 +72,10 @@ TQ_FN void tq_load_matrices_transposed(uint* out, const void* row) {
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(uint(__cvta_generic_to_shared(row))));
 }
+
+// Adds one; returns what was there. Orders this thread's view of memory before and after, for the whole device.
+TQ_FN uint tq_count(uint* counter) {
+  uint before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}

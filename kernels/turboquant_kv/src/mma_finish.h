@@ -4,35 +4,31 @@
 __shared__ int num_arrived;
 const int row_group = int(block_z) * HEADS + int(block_y);
 const int num_parts = 1 + (num_tiles > tile_0 ? (num_tiles - tile_0 + tiles_per_block - 1) / tiles_per_block : 0);
+const int PER = (DV + 31) / 32;
+float v_sign[PER], v_mean[PER];  // of the last step, asked for now; lane's dims are lane + 32 e everywhere below
+#pragma unroll
+for (int e = 0; e < PER; e++) {
+  const int d = DV % 32 == 0 || int(lane) + 32 * e < DV ? int(lane) + 32 * e : 0;
+  v_sign[e] = v_constants[d];
+  v_mean[e] = v_constants[V_ROTATION + head * DV + d];
+}
 __syncthreads();
 if (tid == 0) {
-  // The barrier orders the other threads' writes before this fence, and the fence before the count.
+  // The barrier orders the other threads' writes before the count, and the count their later reads.
   uint* counter = const_cast<uint*>(counters) + row_group;
-  __threadfence();
-  num_arrived = int(atomicAdd(counter, 1u));
+  num_arrived = int(tq_count(counter));
   if (num_arrived == num_parts - 1) *counter = 0u;
-  __threadfence();
 }
 __syncthreads();
 if (num_arrived != num_parts - 1) return;
 
-const int PER = (DV + 31) / 32;
 const int RUNS = WARPS > LIVE ? WARPS / LIVE : 1;  // warps that share a row's parts
 const ulong first_row = ulong(row_group) * num_blocks_x * LIVE;
 const float* stats = parts + ulong(plan[3]) * (LIVE * DV) + first_row * 2;
 const float* totals = parts + first_row * DV;
-float* weights = reinterpret_cast<float*>(arena);  // (WARPS, MAX_PARTS)
+float* weights = reinterpret_cast<float*>(arena);   // (WARPS, MAX_PARTS)
 float* exact_totals = weights + WARPS * MAX_PARTS;  // (LIVE, DV)
 float* work = exact_totals + LIVE * DV;             // (RUNS, LIVE, DV)
-// Of the last step, asked for now: means and what ends the rotation.
-const int EACH = (LIVE * DV + THREADS - 1) / THREADS;
-float v_mean[EACH], v_sign[EACH];
-#pragma unroll
-for (int k = 0; k < EACH; k++) {
-  const int d = (int(tid) + k * THREADS) % DV;
-  v_mean[k] = v_constants[V_ROTATION + head * DV + d];
-  v_sign[k] = v_constants[d];
-}
 __shared__ float row_compressed[8], row_all[8];
 for (int job = int(warp); job < LIVE * RUNS; job += WARPS) {
   // Every warp of a row works its weights out for itself: they are cheaper than a barrier. Totals are asked for in
@@ -54,12 +50,15 @@ for (int job = int(warp); job < LIVE * RUNS; job += WARPS) {
       }
     }
   };
+  const bool has_one = int(lane) < num_parts;
+  const float2 first_stats = has_one ? __ldcg(my_stats + lane * LIVE) : make_float2(TQ_NO_PEAK, 0.0f);
   ask(my_run);
-  __syncwarp();  // before the weights of the job before are overwritten
-  for (int i = int(lane); i < num_parts; i += 32) top = fmaxf(top, __ldcg(my_stats + i * LIVE).x);
+  top = fmaxf(top, first_stats.x);
+  for (int i = 32 + int(lane); i < num_parts; i += 32) top = fmaxf(top, __ldcg(my_stats + i * LIVE).x);
   top = tq_lane_max(top);
+  __syncwarp();  // before the weights of the job before are overwritten
   for (int i = int(lane); i < num_parts; i += 32) {
-    const float2 both = __ldcg(my_stats + i * LIVE);
+    const float2 both = i < 32 ? first_stats : __ldcg(my_stats + i * LIVE);
     const float weight = tq_exp2(both.x - top);
     weights[warp * MAX_PARTS + i] = weight;
     if (i == 0) exact = weight * both.y;
@@ -98,38 +97,48 @@ for (int job = int(warp); job < LIVE * RUNS; job += WARPS) {
   }
 }
 __syncthreads();
-if ((DV & (DV - 1)) == 0) {
-  for (int row = int(warp); row < LIVE; row += WARPS) {
-    float x[PER];
+for (int row = int(warp); row < LIVE; row += WARPS) {
+  float x[PER];
 #pragma unroll
-    for (int e = 0; e < PER; e++) {
-      x[e] = work[row * DV + lane + 32 * e];
-      for (int run = 1; run < RUNS; run++) x[e] += work[(run * LIVE + row) * DV + lane + 32 * e];
+  for (int e = 0; e < PER; e++) {
+    x[e] = 0.0f;
+    if (DV % 32 == 0 || int(lane) + 32 * e < DV) {
+#pragma unroll
+      for (int run = 0; run < RUNS; run++) x[e] += work[(run * LIVE + row) * DV + lane + 32 * e];
     }
+  }
+  if ((DV & (DV - 1)) == 0) {
     tq_lane_hadamard<PER>(x, lane);
 #pragma unroll
-    for (int e = 0; e < PER; e++) work[row * DV + lane + 32 * e] = x[e];
-  }
-} else {
-  for (int i = int(tid); i < LIVE * DV; i += THREADS) {
-    for (int run = 1; run < RUNS; run++) work[i] += work[run * LIVE * DV + i];
-  }
-}
-__syncthreads();
+    for (int e = 0; e < PER; e++) x[e] *= v_sign[e];
+  } else {  // a dense rotation, whose rows lie in memory
+    float rotated[PER];
 #pragma unroll
-for (int k = 0; k < EACH; k++) {
-  const int i = int(tid) + k * THREADS;
-  if (i >= LIVE * DV) break;
-  const int row = i / DV, d = i % DV, index = chunk * 8 + row, query = index % QROWS;
-  float x = work[i] * v_sign[k];
-  if ((DV & (DV - 1)) != 0) {
-    x = 0.0f;
-    for (int e = 0; e < DV; e++) x += work[row * DV + e] * v_constants[e * DV + d];
+    for (int e = 0; e < PER; e++) {
+      if (DV % 32 == 0 || int(lane) + 32 * e < DV) work[row * DV + lane + 32 * e] = x[e];
+      rotated[e] = 0.0f;
+    }
+    __syncwarp();
+#pragma unroll 8
+    for (int i = 0; i < DV; i++) {
+      const float rotating = work[row * DV + i];
+#pragma unroll
+      for (int e = 0; e < PER; e++) {
+        if (DV % 32 == 0 || int(lane) + 32 * e < DV) rotated[e] += rotating * v_constants[i * DV + lane + 32 * e];
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < PER; e++) x[e] = rotated[e];
   }
-  x += row_compressed[row] * v_mean[k] + exact_totals[i];
+  const int index = chunk * 8 + row, query = index % QROWS;
   const float all = row_all[row];
-  if (index < GROUP_ROWS) {
-    out[((ulong(sequence) * HEADS * G + head * G + index / QROWS) * QROWS + query) * DV + d] =
-        Out(all > 0.0f && query < num_queries ? x / all : 0.0f);
+  Out* to = out + ((ulong(sequence) * HEADS * G + head * G + index / QROWS) * QROWS + query) * DV;
+#pragma unroll
+  for (int e = 0; e < PER; e++) {
+    const int d = int(lane) + 32 * e;
+    if (index < GROUP_ROWS && (DV % 32 == 0 || d < DV)) {
+      const float sum = x[e] + row_compressed[row] * v_mean[e] + exact_totals[row * DV + d];
+      to[d] = Out(all > 0.0f && query < num_queries ? sum / all : 0.0f);
+    }
   }
 }

@@ -98,15 +98,16 @@ TQ_FN void tq_later_words(const uint* words, uint* later_words) {
 
 // One table: entry i is pair i >> SHIFT, of 2^(2 BITS) or as many entries as a byte has values. A lane holds one centroid,
 // number lane % 2^BITS, and hands it round.
-template <int BITS, int PITCH, int SHIFT>
-TQ_FN void tq_fill_pairs(uchar* table, float centroid, uint tid, uint num_threads) {
+template <int BITS, int PITCH, int SHIFT, int NUM_THREADS>
+TQ_FN void tq_fill_pairs(uchar* table, float centroid, uint tid) {
   const uint mask = (1u << BITS) - 1;
-  const uint num_entries = PITCH == 256 && BITS >= 3 ? 256 : 1 << (2 * BITS);
-  for (uint i = tid; i < 8 * num_entries; i += num_threads) {
-    const uint entry = i >> 3, pair = entry >> SHIFT;
+  const uint num_pieces = 8 * (PITCH == 256 && BITS >= 3 ? 256 : 1 << (2 * BITS));  // of 16 bytes
+#pragma unroll
+  for (uint k = 0; k < (num_pieces + NUM_THREADS - 1) / NUM_THREADS; k++) {
+    const uint i = tid + k * NUM_THREADS, entry = i >> 3, pair = entry >> SHIFT;
     const float low = __shfl_sync(~0u, centroid, pair & mask), high = __shfl_sync(~0u, centroid, pair >> BITS & mask);
     const uint x = tq_half_pair(low, high);
-    *reinterpret_cast<uint4*>(table + entry * PITCH + (i & 7) * 16) = make_uint4(x, x, x, x);
+    if (i < num_pieces) *reinterpret_cast<uint4*>(table + entry * PITCH + (i & 7) * 16) = make_uint4(x, x, x, x);
   }
 }
 

@@ -32,22 +32,23 @@ __syncthreads();
 const ulong part = (ulong(block_z) * HEADS + block_y) * num_blocks_x + block_x;
 const ulong part_stats = ulong(plan[3]) * (LIVE * DV) + part * LIVE * 2;
 __shared__ float row_weight[8 * WARPS];
-if (tid < 8 * WARPS) {  // a thread for each warp's row
-  const int row = int(tid) & 7, w = int(tid) >> 3;
-  float top = TQ_NO_PEAK;
-  for (int i = 0; i < num_busy; i++) top = fmaxf(top, row_peak[i * 8 + row]);
-  row_weight[tid] = w < num_busy ? tq_exp2(row_peak[w * 8 + row] - top) : 0.0f;
-  if (w == 0 && row < LIVE) {
-    float mass = 0.0f;
-    for (int i = 0; i < num_busy; i++) mass += tq_exp2(row_peak[i * 8 + row] - top) * row_mass[i * 8 + row];
-    parts[part_stats + 2 * row] = top;
-    parts[part_stats + 2 * row + 1] = mass;
-  }
+for (int row = int(warp); row < LIVE; row += WARPS) {  // a warp a row, a lane a warp's part
+  const bool busy = int(lane) < num_busy;
+  const float peak = busy ? row_peak[lane * 8 + row] : TQ_NO_PEAK;
+  const float top = tq_lane_max(peak), weight = busy ? tq_exp2(peak - top) : 0.0f;
+  const float mass = tq_lane_sum(busy ? weight * row_mass[lane * 8 + row] : 0.0f);
+  if (busy) row_weight[lane * 8 + row] = weight;
+  if (lane == 0) *reinterpret_cast<float2*>(parts + part_stats + 2 * row) = make_float2(top, mass);
 }
 __syncthreads();
-for (int i = int(tid); i < LIVE * DV; i += THREADS) {
-  const int row = i / DV, at = i % DV;
+#pragma unroll
+for (int k = 0; k < (LIVE * DV + THREADS - 1) / THREADS; k++) {
+  const int i = int(tid) + k * THREADS, row = i / DV, at = i % DV;
+  if (i >= LIVE * DV) break;
   float sum = 0.0f;
-  for (int w = 0; w < num_busy; w++) sum += row_weight[w * 8 + row] * sums[(w * LIVE + row) * STRIDE + at];
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    if (w < num_busy) sum += row_weight[w * 8 + row] * sums[(w * LIVE + row) * STRIDE + at];
+  }
   parts[part * (LIVE * DV) + row * DV + at % 8 * (DV / 8) + at / 8] = sum;
 }

@@ -9,14 +9,6 @@ uchar* ring = arena + TABLE_BYTES + 16 * Q_PITCH + int(warp) * RING_BYTES;
 int t_copied = begin, stage_copied = 0;
 int page_id = begin < end ? pages[begin / PAGE] : 0;
 #if TQ_BULK
-__shared__ ulong barriers[WARPS * STAGES];
-ulong* barrier = barriers + int(warp) * STAGES;
-if (lane == 0) {
-#pragma unroll
-  for (int i = 0; i < STAGES; i++) tq_barrier_open(barrier + i);
-  tq_barriers_opened();
-}
-__syncwarp();
 // Lane 0: keys; 1 to 4: the blocks of values; 5 and 6: scales.
 const uchar* piece_from = k_codes;
 uint piece_of_row = K_BYTES, piece_bytes = K_TILE, piece_at = 0, piece_shift = 0;
