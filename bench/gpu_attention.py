@@ -1,10 +1,11 @@
 """Decode attention on compressed pages on a CUDA or Metal GPU: checked against float64, then timed beside FP16.
 
     python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds prefill shapes model]
+    python bench/gpu_attention.py --only one --tokens 16384 --format 4/4      a few calls, for a profiler
 
 FP16 is mx.fast.scaled_dot_product_attention over a contiguous float16 cache. Each call's output is the next call's
-query, so calls cannot overlap. "step" figures take the Python side in, "gpu" figures only the evaluation of a graph
-that stands already. Owns nothing else: correctness in CI is tests/metal's business.
+query, so calls cannot overlap. "kernels" is what CUDA's profiler sees on the GPU, "call" is by the clock and takes the
+host in (_gpu_time.py). Owns nothing else: correctness in CI is tests/metal's and tests/cuda's business.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from _gpu_time import Step, call_us, has_profiler, kernel_us
 from _rows import Row, add_json_option, print_rows, write_rows
 
 from turboquant_kv import reference
@@ -147,37 +149,6 @@ def ragged_error(
     return max(errors)
 
 
-def timed(step: Callable[[mx.array], mx.array], query: mx.array, num_calls: int = 50) -> tuple[float, float]:
-    """Median microseconds of one call in a chain: with building the graph, and its evaluation alone."""
-    both, alone = [], []
-    for i in range(8):
-        mx.synchronize()
-        start = time.perf_counter()
-        x = query
-        for _ in range(num_calls):
-            x = step(x)
-        built = time.perf_counter()
-        mx.eval(x)
-        mx.synchronize()
-        end = time.perf_counter()
-        if i >= 3:
-            both.append((end - start) / num_calls * 1e6)
-            alone.append((end - built) / num_calls * 1e6)
-    return statistics.median(both), statistics.median(alone)
-
-
-def timed_apart(step: Callable[[mx.array], mx.array], query: mx.array, num_calls: int = 100) -> float:
-    """Median microseconds of one of many calls that do not depend on each other, graph building included."""
-    times = []
-    for i in range(9):
-        start = time.perf_counter()
-        mx.eval([step(query) for _ in range(num_calls)])
-        mx.synchronize()
-        if i >= 2:
-            times.append((time.perf_counter() - start) / num_calls * 1e6)
-    return statistics.median(times)
-
-
 def random_storage(backend: Any, shape: LayerShape, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
     """A storage full of random codes, made without encoding."""
     storage = backend.new_storage(shape, fmt, None)
@@ -224,11 +195,8 @@ def speed(
     def plain(x: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(x, k, v, scale=0.1, mask=mask)
 
-    f16_step, f16 = timed(plain, q)
-    f16_apart = timed_apart(plain, q)
-    rows = [Row.plain(f"{name} f16 gpu", f16, "us"), Row.plain(f"{name} f16 step", f16_step, "us")]
-    rows.append(Row.plain(f"{name} f16 apart", f16_apart, "us"))
-    print_rows(rows)
+    base = figures(name, "f16", plain, q, None, None)
+    rows = list(base)
     backend: Any = choose_backend("gpu")
     for bits in formats:
         fmt = KVFormat(*bits)
@@ -244,12 +212,37 @@ def speed(
             out: mx.array = backend.attend(x, views, storage, scale=0.1, mask=None, sinks=None)
             return out
 
-        with_python, alone = timed(step, q)
-        rows.append(Row.at_least_ratio(f"{name} {fmt.name} gpu", alone, "us", f16, target))
-        rows.append(Row.plain(f"{name} {fmt.name} step", with_python, "us", f16_step))
-        rows.append(Row.plain(f"{name} {fmt.name} apart", timed_apart(step, q), "us", f16_apart))
-        print_rows(rows[-3:])
+        rows += figures(name, fmt.name, step, q, base, target)
     return rows
+
+
+def figures(
+    name: str, what: str, step: Step, query: mx.array, base: Sequence[Row] | None, target: float | None
+) -> list[Row]:
+    """Kernels' time, which carries the target, and time by the clock; the latter alone where there is no profiler."""
+    rows = []
+    for kind, measure in (("kernels", kernel_us), ("call", call_us))[0 if has_profiler() else 1 :]:
+        value = measure(step, query)
+        carried = target if kind == "kernels" or not has_profiler() else None
+        if base is None:
+            rows.append(Row.plain(f"{name} {what} {kind}", value, "us"))
+        else:
+            rows.append(Row.at_least_ratio(f"{name} {what} {kind}", value, "us", base[len(rows)].value, carried))
+    print_rows(rows)
+    return rows
+
+
+def speed_once(num_tokens: int, fmt: KVFormat, rng: np.random.Generator) -> None:
+    """Ten calls of the headline shape."""
+    shape = LayerShape(8, 128, 128, mx.float16)
+    backend: Any = choose_backend("gpu")
+    count = num_tokens // fmt.page_tokens - 1
+    storage = random_storage(backend, shape, fmt, count, rng)
+    view = view_of(shape, fmt, rng.permutation(count).astype(np.int64))
+    x = mx.random.normal((1, 40, 1, 128)).astype(mx.float16)
+    for _ in range(10):
+        x = backend.attend(x, [view], storage, scale=0.1, mask=None, sinks=None)
+    mx.eval(x)
 
 
 def speeds(rng: np.random.Generator) -> list[Row]:
@@ -298,11 +291,12 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
         out: mx.array = backend.attend(x, [view], pool.storage, scale=0.1, mask=None, sinks=None)
         return out
 
-    plain = timed(lambda x: mx.fast.scaled_dot_product_attention(x, k, v, scale=0.1, mask="causal"), q, 5)[1]
+    measure = kernel_us if has_profiler() else call_us
+    plain = measure(lambda x: mx.fast.scaled_dot_product_attention(x, k, v, scale=0.1, mask="causal"), q, 10)
     rows = [
         Row.plain("2048 of 16K attention f16", plain, "us"),
-        Row.plain(f"2048 of 16K attention {fmt.name}", timed(ours, q, 5)[1], "us", plain),
-        Row.plain(f"2048 of 16K encoding {fmt.name}", timed(encode, q, 5)[1], "us"),
+        Row.plain(f"2048 of 16K attention {fmt.name}", measure(ours, q, 10), "us", plain),
+        Row.plain(f"2048 of 16K encoding {fmt.name}", measure(encode, q, 10), "us"),
     ]
     print_rows(rows)
     return rows
@@ -363,8 +357,10 @@ def main() -> None:
         "--only",
         nargs="*",
         default=["checks", "speeds", "prefill", "shapes", "model"],
-        choices=["checks", "speeds", "prefill", "shapes", "model"],
+        choices=["checks", "speeds", "prefill", "shapes", "model", "one"],
     )
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--format", default="4/4")
     parser.add_argument("--part", default="1/1", help="of the checks, so that several processes can share them")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
@@ -382,6 +378,8 @@ def main() -> None:
         rows += other_shapes(rng)
     if "model" in args.only:
         rows += end_to_end(args.model)
+    if "one" in args.only:
+        speed_once(args.tokens, KVFormat.parse(args.format), rng)
     write_rows(args.json, rows)
     missed = [row.name for row in rows if row.met is False]
     print(f"{len(rows)} figures, missed: {', '.join(missed) or 'none'}")

@@ -197,7 +197,7 @@ def load_embedded(args: argparse.Namespace) -> tuple[Any, Any, KVRuntime]:
     from mlx_lm.utils import dequantize_model
 
     model, tokenizer = load(str(args.model))[:2]
-    if not (mx.metal.is_available() or mx.cuda.is_available()):
+    if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         model = dequantize_model(model)  # many times faster on a CPU
     calibration = calibrate(model, tokenizer.encode(calibration_text()))
@@ -228,6 +228,7 @@ def greedy(
 
 
 def tokens_command(args: argparse.Namespace) -> list[Row]:
+    mx.set_default_device(mx.cpu)
     model, tokenizer, runtime = load_embedded(args)
     prompts = prompts_of(args.model, tokenizer, args.prompts)
     answers = [greedy(model, [runtime.make_cache()], [ids], args.steps) for ids, _ in prompts]
