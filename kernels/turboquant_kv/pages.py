@@ -1,9 +1,9 @@
 """PagePool: the compressed pages of one layer, counted and shared.
 
-Owns page ids, reference counts and byte counts. A page is written once, when it is full, and never
-changes afterwards, so sharing needs no copy: a fork only counts. Its number may change, in `trim` alone, which
-tells every holder. Who holds which page, in what order, is the sequence's business (sequence.py); how a
-page is stored, the backend's.
+Owns reference counts and byte counts. A page is written once, when it is full, and never changes
+afterwards, so sharing needs no copy: a fork only counts. Its number may change, in `trim` alone, which
+tells every holder. Who holds which page, in what order, is the sequence's business (sequence.py); which
+free ids are taken first, free_pages.py's; how a page is stored, the backend's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from turboquant_kv.backends.base import Array, Backend, CanonicalPages, LayerShape, Means, PageIds, PageStorage
 from turboquant_kv.format import KVFormat
+from turboquant_kv.free_pages import FreePages
 
 
 class PageAccountingError(AssertionError):
@@ -47,7 +48,7 @@ class PagePool:
         self.exact_bytes = 0  # of all live ExactBlocks of this layer; kept by them
         self.num_exact_rows = 0  # of those, rows that hold a token
         self._references: list[int] = []
-        self._free: list[int] = []
+        self._free = FreePages()
         self._holders: WeakSet[PageHolder] = WeakSet()
 
     @property
@@ -101,11 +102,13 @@ class PagePool:
 
     def free(self, page_ids: Iterable[int]) -> None:
         """Give one hold of each page back; pages that nobody holds can be allocated again."""
+        unused: list[int] = []
         for page in page_ids:
             self._references[page] -= 1
             assert self._references[page] >= 0, f"page {page} was freed twice"
             if self._references[page] == 0:
-                self._free.append(int(page))
+                unused.append(int(page))
+        self._free.put(unused)
 
     def references(self, page: int) -> int:
         return self._references[page]
@@ -134,7 +137,7 @@ class PagePool:
         new_ids[used] = np.arange(len(used))
         for holder in holders:
             holder.renumber(new_ids)
-        self._references, self._free = references[used].tolist(), []
+        self._references, self._free = references[used].tolist(), FreePages()
         return before - self.storage.allocated_bytes
 
     def _copied(self, page_ids: PageIds) -> PageStorage:
@@ -149,8 +152,8 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when free list, reference counts and storage disagree."""
-        zero = sorted(page for page, count in enumerate(self._references) if count == 0)
-        if zero != sorted(self._free):
+        zero = [page for page, count in enumerate(self._references) if count == 0]
+        if zero != list(self._free) or len(zero) != len(self._free):
             raise PageAccountingError(f"{len(zero)} unreferenced pages, {len(self._free)} in the free list")
         if len(self._references) > self.storage.num_pages:
             raise PageAccountingError(
@@ -158,13 +161,13 @@ class PagePool:
             )
 
     def _allocate(self, num_pages: int) -> PageIds:
-        reused = [self._free.pop() for _ in range(min(num_pages, len(self._free)))]
+        reused = self._free.take(num_pages)
         first_new = len(self._references)
         num_new = num_pages - len(reused)
         try:
             self.storage.grow(first_new + num_new)
         except BaseException:
-            self._free.extend(reused)
+            self._free.put(reused)
             raise
         self._references.extend([0] * num_new)
         page_ids = np.array([*reused, *range(first_new, first_new + num_new)], dtype=np.int64)

@@ -25,7 +25,11 @@ from turboquant_kv.backends.gpu_prefill import masked_attention
 from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
 from turboquant_kv.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.free_pages import runs_of
 from turboquant_kv.rotation import rotation_matrix
+
+# A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
+MAX_SLICES = 4
 
 
 class OpenArrays(GrowingArrays):
@@ -40,13 +44,16 @@ class OpenArrays(GrowingArrays):
         return self._scales
 
     def put_whole(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
-        """As `put`, for arrays that are contiguous: a run of pages, as prefill has it, is one slice."""
-        first, last = int(page_ids[0]), int(page_ids[-1])
-        if last - first != len(page_ids) - 1 or np.any(np.diff(page_ids) != 1):
+        """As `put`; few runs of ids, as prefill has them, are written as a slice each."""
+        runs = runs_of(page_ids)
+        if len(runs) > MAX_SLICES:
             self.put(page_ids, packed, scales)
             return
-        self._codes[first : last + 1] = packed
-        self._scales[first : last + 1] = scales
+        done = 0
+        for start, stop in runs:
+            part = slice(done, done + stop - start)
+            self._codes[start:stop], self._scales[start:stop] = packed[part], scales[part]
+            done = part.stop
 
 
 class GpuStorage(CanonicalStorage):
