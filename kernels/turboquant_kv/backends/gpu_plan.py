@@ -196,10 +196,12 @@ def arena_bytes(shape: DecodeShape, tuning: Tuning) -> int:
     stage = tuning.tile * (code_bytes(shape.k_dim, shape.k_bits) + code_bytes(shape.v_dim, shape.v_bits) + 4)
     stage += 4 * v_gap(shape, tuning.tile)
     rings = tuning.warps * tuning.stages * stage
-    scratch = 32 * shape.k_dim if shape.k_dim & (shape.k_dim - 1) else 0  # queries in float, before the rings are used
+    # dense rotations: queries in float and partial sums, before the rings are used; sums of the values at the end
+    scratch = 32 * shape.k_dim * (1 + tuning.warps) if shape.k_dim & (shape.k_dim - 1) else 0
     totals = tuning.warps * 8 * (shape.v_dim + 4) * 4
     exact = 16 * (shape.k_dim + 8) if shape.has_exact_mma else tuning.warps * 128 * 4
     finish = 4 * (tuning.warps * MAX_PARTS + (8 + max(8, tuning.warps)) * shape.v_dim)
+    finish += 32 * shape.v_dim * tuning.warps if shape.v_dim & (shape.v_dim - 1) else 0
     return max(tables + queries + max(rings, scratch), totals, exact, finish)
 
 

@@ -7,4 +7,5 @@ if (lane == 0) {
   for (int i = 0; i < STAGES; i++) tq_barrier_open(barrier + i);
   tq_barriers_opened();
 }
+__syncwarp();
 #endif

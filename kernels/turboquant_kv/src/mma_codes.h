@@ -15,12 +15,8 @@ if ((D & (D - 1)) == 0) {
   for (int i = 0; i < STAGES - 1; i++) copy_tile();
 }
 const float k_centroid = tq_k_book_at(tid % (1 << KBITS)), v_centroid = tq_v_book_at(tid % (1 << VBITS));
-tq_fill_pairs<KBITS, PITCH, 0, THREADS>(arena + K_TABLE, k_centroid, tid);
-if (K_HIGH_TABLE != K_TABLE) tq_fill_pairs<KBITS, PITCH, 2, THREADS>(arena + K_HIGH_TABLE, k_centroid, tid);
-if (V_TABLE != K_TABLE) {
-  tq_fill_pairs<VBITS, PITCH, 0, THREADS>(arena + V_TABLE, v_centroid, tid);
-  if (V_HIGH_TABLE != V_TABLE) tq_fill_pairs<VBITS, PITCH, 2, THREADS>(arena + V_HIGH_TABLE, v_centroid, tid);
-}
+tq_fill_pairs<KBITS, PITCH, THREADS>(arena + K_TABLE, arena + K_HIGH_TABLE, k_centroid, tid);
+if (V_TABLE != K_TABLE) tq_fill_pairs<VBITS, PITCH, THREADS>(arena + V_TABLE, arena + V_HIGH_TABLE, v_centroid, tid);
 #include "mma_queries.h"
 if ((D & (D - 1)) != 0) {  // the queries' scratch lay where the rings are
 #pragma unroll

@@ -97,38 +97,32 @@ for (int job = int(warp); job < LIVE * RUNS; job += WARPS) {
   }
 }
 __syncthreads();
+if ((DV & (DV - 1)) != 0) {
+  float* partial = work + RUNS * LIVE * DV;
+  for (int i = int(tid); i < LIVE * DV; i += THREADS) {
+    for (int run = 1; run < RUNS; run++) work[i] += work[run * LIVE * DV + i];
+  }
+  __syncthreads();
+  tq_rotate_densely<LIVE, DV, WARPS>(work, v_constants, partial, warp, lane);
+  __syncthreads();
+  for (int i = int(tid); i < LIVE * DV; i += THREADS) work[i] = tq_partial_sum<LIVE, DV, WARPS>(partial, i);
+  __syncthreads();
+}
 for (int row = int(warp); row < LIVE; row += WARPS) {
   float x[PER];
 #pragma unroll
   for (int e = 0; e < PER; e++) {
-    x[e] = 0.0f;
-    if (DV % 32 == 0 || int(lane) + 32 * e < DV) {
-#pragma unroll
-      for (int run = 0; run < RUNS; run++) x[e] += work[(run * LIVE + row) * DV + lane + 32 * e];
-    }
+    x[e] = DV % 32 == 0 || int(lane) + 32 * e < DV ? work[row * DV + lane + 32 * e] : 0.0f;
   }
   if ((DV & (DV - 1)) == 0) {
+#pragma unroll
+    for (int run = 1; run < RUNS; run++) {
+#pragma unroll
+      for (int e = 0; e < PER; e++) x[e] += work[(run * LIVE + row) * DV + lane + 32 * e];
+    }
     tq_lane_hadamard<PER>(x, lane);
 #pragma unroll
     for (int e = 0; e < PER; e++) x[e] *= v_sign[e];
-  } else {  // a dense rotation, whose rows lie in memory
-    float rotated[PER];
-#pragma unroll
-    for (int e = 0; e < PER; e++) {
-      if (DV % 32 == 0 || int(lane) + 32 * e < DV) work[row * DV + lane + 32 * e] = x[e];
-      rotated[e] = 0.0f;
-    }
-    __syncwarp();
-#pragma unroll 8
-    for (int i = 0; i < DV; i++) {
-      const float rotating = work[row * DV + i];
-#pragma unroll
-      for (int e = 0; e < PER; e++) {
-        if (DV % 32 == 0 || int(lane) + 32 * e < DV) rotated[e] += rotating * v_constants[i * DV + lane + 32 * e];
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < PER; e++) x[e] = rotated[e];
   }
   const int index = chunk * 8 + row, query = index % QROWS;
   const float all = row_all[row];

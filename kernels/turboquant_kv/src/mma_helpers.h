@@ -96,19 +96,70 @@ TQ_FN void tq_later_words(const uint* words, uint* later_words) {
   for (int i = 0; i < NUM; i++) later_words[i] = i + 1 < NUM ? __funnelshift_r(words[i], words[i + 1], 4) : words[i] >> 4;
 }
 
-// One table: entry i is pair i >> SHIFT, of 2^(2 BITS) or as many entries as a byte has values. A lane holds one centroid,
-// number lane % 2^BITS, and hands it round.
-template <int BITS, int PITCH, int SHIFT, int NUM_THREADS>
-TQ_FN void tq_fill_pairs(uchar* table, float centroid, uint tid) {
-  const uint mask = (1u << BITS) - 1;
-  const uint num_pieces = 8 * (PITCH == 256 && BITS >= 3 ? 256 : 1 << (2 * BITS));  // of 16 bytes
+// These tables. A lane holds one centroid, number lane % 2^BITS, and hands it round; a thread's pairs have one first code.
+template <int BITS, int PITCH, int NUM_THREADS>
+TQ_FN void tq_fill_pairs(uchar* table, uchar* high_table, float centroid, uint tid) {
+  const uint mask = (1u << BITS) - 1, num_pairs = 1u << (2 * BITS), step = NUM_THREADS / 8;
+  static_assert(NUM_THREADS / 8 % (1 << BITS) == 0, "a thread's first code would change");
+  const float low = __shfl_sync(~0u, centroid, tid >> 3 & mask);
 #pragma unroll
-  for (uint k = 0; k < (num_pieces + NUM_THREADS - 1) / NUM_THREADS; k++) {
-    const uint i = tid + k * NUM_THREADS, entry = i >> 3, pair = entry >> SHIFT;
-    const float low = __shfl_sync(~0u, centroid, pair & mask), high = __shfl_sync(~0u, centroid, pair >> BITS & mask);
-    const uint x = tq_half_pair(low, high);
-    if (i < num_pieces) *reinterpret_cast<uint4*>(table + entry * PITCH + (i & 7) * 16) = make_uint4(x, x, x, x);
+  for (uint k = 0; k < (num_pairs + step - 1) / step; k++) {
+    const uint pair = (tid >> 3) + k * step;
+    const uint x = tq_half_pair(low, __shfl_sync(~0u, centroid, pair >> BITS & mask));
+    if (pair >= num_pairs) break;
+    const uint4 four = make_uint4(x, x, x, x);
+    uchar* to = table + (tid & 7) * 16;
+    if (BITS == 3 && PITCH == 256) {
+      uchar* high_to = high_table + (tid & 7) * 16;
+#pragma unroll
+      for (uint i = 0; i < 4; i++) {
+        *reinterpret_cast<uint4*>(to + (pair + num_pairs * i) * PITCH) = four;
+        *reinterpret_cast<uint4*>(high_to + (4 * pair + i) * PITCH) = four;
+      }
+    } else {
+      *reinterpret_cast<uint4*>(to + pair * PITCH) = four;
+    }
   }
+}
+
+// Rows (NUM, D) in shared memory times a matrix (D, D) in device memory, a warp its share of the matrix's rows, so that
+// all of it is asked for at once: partial sums (WARPS, NUM, D), to be added after a barrier.
+template <int NUM, int D, int WARPS>
+TQ_FN void tq_rotate_densely(const float* rows, const float* matrix, float* partial, uint warp, uint lane) {
+  const int PER = (D + 31) / 32, SHARE = (D + WARPS - 1) / WARPS;
+  float sum[NUM][PER];
+#pragma unroll
+  for (int row = 0; row < NUM; row++) {
+#pragma unroll
+    for (int e = 0; e < PER; e++) sum[row][e] = 0.0f;
+  }
+#pragma unroll 8
+  for (int k = 0; k < SHARE; k++) {
+    const int i = int(warp) * SHARE + k;
+    float x[PER];
+#pragma unroll
+    for (int e = 0; e < PER; e++) x[e] = i < D && int(lane) + 32 * e < D ? matrix[i * D + lane + 32 * e] : 0.0f;
+#pragma unroll
+    for (int row = 0; row < NUM; row++) {
+      const float y = i < D ? rows[row * D + i] : 0.0f;
+#pragma unroll
+      for (int e = 0; e < PER; e++) sum[row][e] += y * x[e];
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < NUM; row++) {
+#pragma unroll
+    for (int e = 0; e < PER; e++) {
+      if (int(lane) + 32 * e < D) partial[(warp * NUM + row) * D + lane + 32 * e] = sum[row][e];
+    }
+  }
+}
+template <int NUM, int D, int WARPS>
+TQ_FN float tq_partial_sum(const float* partial, int i) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += partial[w * NUM * D + i];
+  return sum;
 }
 
 // The same product and pairs in an exact type, and what rounding a pair of weights to bfloat16 leaves over.

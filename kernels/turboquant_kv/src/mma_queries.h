@@ -45,15 +45,11 @@ if ((D & (D - 1)) == 0) {
     dot = tq_lane_sum(dot);
     if (lane == 0) row_mean[row] = dot;
   }
-  for (int i = int(tid); i < D; i += THREADS) {
-    float sum[8] = {};
-    for (int d = 0; d < D; d++) {
-      const float x = k_constants[d * D + i];  // stored transposed, so that threads read neighbours
-#pragma unroll
-      for (int row = 0; row < 8; row++) sum[row] += plain[row * D + d] * x;
-    }
-#pragma unroll
-    for (int row = 0; row < 8; row++) shared_q[row * Q_PITCH + i] = __float2half_rn(sum[row]);
+  float* partial = plain + 8 * D;
+  tq_rotate_densely<8, D, WARPS>(plain, k_constants, partial, warp, lane);  // stored transposed: threads read neighbours
+  __syncthreads();
+  for (int i = int(tid); i < 8 * D; i += THREADS) {
+    shared_q[i / D * Q_PITCH + i % D] = __float2half_rn(tq_partial_sum<8, D, WARPS>(partial, i));
   }
   __syncthreads();
 }
