@@ -24,14 +24,14 @@ def has_profiler() -> bool:
     return mx.cuda.is_available() and importlib.util.find_spec("torch") is not None
 
 
-def kernel_us(step: Step, query: mx.array, num_calls: int = 40) -> float:
-    """Microseconds that a call's kernels run, medians summed; calls follow each other. Needs `has_profiler()`."""
+def kernels_of(run: Callable[[], None]) -> dict[str, list[float]]:
+    """Microseconds of every kernel and copy that runs on the GPU meanwhile, by name. Needs `has_profiler()`."""
     torch: Any = importlib.import_module("torch")
     profiler: Any = importlib.import_module("torch.profiler")
-    for _ in range(3):  # compile, and let the clocks rise
-        _chain(step, query, num_calls)
+    mx.synchronize()
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
-        _chain(step, query, num_calls)
+        run()
+        mx.synchronize()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -41,6 +41,14 @@ def kernel_us(step: Step, query: mx.array, num_calls: int = 40) -> float:
     for event in events:
         if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             times.setdefault(event["name"], []).append(event["dur"])
+    return times
+
+
+def kernel_us(step: Step, query: mx.array, num_calls: int = 40) -> float:
+    """Microseconds that a call's kernels run, medians summed; calls follow each other. Needs `has_profiler()`."""
+    for _ in range(3):  # compile, and let the clocks rise
+        _chain(step, query, num_calls)
+    times = kernels_of(lambda: _chain(step, query, num_calls))
     return sum(statistics.median(found) * round(len(found) / num_calls) for found in times.values())
 
 

@@ -2,9 +2,10 @@
 
     python bench/gpu.py [--json FILE] [--only STAGE ...] [--tokens FILE]
 
-Runs the other gpu_* scripts and the tests for real devices, one after the other (checks share the machine's cores),
-and prints all figures as one table at the end. --tokens: the CPU's greedy tokens, from `bench/gpu_model.py tokens FILE`
-on a machine whose CPU is fast; without it they are made here. A stage that fails is reported, and the others still run.
+Runs the other gpu_* scripts and the tests for real devices, one stage after the other; checks, eight streams among
+them, share the machine. Prints all figures as one table at the end. --tokens: the CPU's greedy tokens, which
+`bench/gpu_model.py tokens FILE` makes where a CPU is fast; without it they are made here. A stage that fails is
+reported, and the others still run.
 """
 
 from __future__ import annotations
@@ -106,19 +107,24 @@ def main() -> None:
         available: dict[str, Callable[[], None]] = {
             "checks": lambda: stages.run(
                 "checks",
-                [[attention, "--only", "checks", "--part", f"{i + 1}/{NUM_CHECKERS}"] for i in range(NUM_CHECKERS)],
-                120,
+                [
+                    [model, "streams", "--tokens", str(args.tokens)],
+                    *(
+                        [attention, "--only", "checks", "--part", f"{i + 1}/{NUM_CHECKERS}"]
+                        for i in range(NUM_CHECKERS)
+                    ),
+                ],
+                200,
             ),
             "speeds": lambda: stages.run("speeds", [[attention, "--only", "speeds", "prefill", "shapes"]], 150),
             "shape32b": lambda: stages.run("shape32b", [[model, "shape32b"]], 240),
             "model": lambda: stages.run("model", [[attention, "--only", "model"]], 120),
-            "streams": lambda: stages.run("streams", [[model, "streams", "--tokens", str(args.tokens)]], 120),
             "profile": lambda: stages.profile(60),
             "tests": lambda: stages.tests(150),
         }
         parser.add_argument("--only", nargs="*", default=list(available), choices=list(available))
         args = parser.parse_args()
-        if "streams" in args.only and not args.tokens.exists():
+        if "checks" in args.only and not args.tokens.exists():
             subprocess.run([sys.executable, str(BENCH / model), "tokens", str(args.tokens)], check=True)
         for name in args.only:
             available[name]()
