@@ -51,6 +51,13 @@ def hadamard(order: int) -> Signs:
 
 
 @cache
+def hadamard_base(head_dim: int) -> Signs:
+    """A (m, m) of H = kron(A, Sylvester), m in {1, 12, 20, 28}; read-only. Raises UnsupportedFormatError."""
+    check_head_dim(head_dim)
+    return _frozen(_base_matrix(_factor(head_dim)[0]))
+
+
+@cache
 def rotation_matrix(head_dim: int, seed: int, which: Which) -> NDArray[np.float32]:
     """R (head_dim, head_dim) float32, orthonormal: y = x @ R.T rotates rows, x = y @ R undoes it; read-only.
 

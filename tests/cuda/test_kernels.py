@@ -156,22 +156,29 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
 
 
+@pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
 @pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
-def test_prefill_in_chunks_is_the_references(bits: Any, rng: np.random.Generator) -> None:
+def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
-    history = History.random(rng, 2, 90, 64, 128, mx.float16)
+    history = History.random(rng, 2, 90, dims[0], dims[1], mx.float16)
     means = history.means(rng)
     cache = new_cache(fmt, "gpu", means)
     cuts = [0, 9, 40, 60, 90]
     for start, stop in itertools.pairwise(cuts):
-        q = random_queries(rng, 4, stop - start, 64, mx.float16)
+        q = random_queries(rng, 4, stop - start, dims[0], mx.float16)
         out = feed(cache, history, start, stop, q, 0.125)
         seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
         assert relative_error(out, expected(seen, q, fmt, start, 0.125, means)) < TOLERANCE[mx.float16]
 
 
-@pytest.mark.parametrize("case", [(64, 4, "unbiased"), (128, 3, "norm"), (256, 2, "least_squares"), (64, 8, "plain")])
+CODED = [  # dim, bits, scale
+    *((64, 4, "unbiased"), (128, 3, "norm"), (256, 2, "least_squares"), (64, 8, "plain"), (512, 3, "unbiased")),
+    *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
+]
+
+
+@pytest.mark.parametrize("case", CODED)
 def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
     dim, bits, scale = case

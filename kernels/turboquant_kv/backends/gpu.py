@@ -1,8 +1,8 @@
 """The GPU backend: attention and encoding on packed pages in fused kernels, for Metal and CUDA.
 
 Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables, exact
-rows as the kernels take them, and which path a call takes; `details` names them. Array masks, prefill and encoding of
-dims that are no power of two are the MLX operations of mlx_ops.py over the same pages.
+rows as the kernels take them, and which path a call takes; `details` names them. Array masks are the MLX operations of
+mlx_ops.py over the same pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
 from turboquant_kv.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.free_pages import runs_of
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.rotation import Which, rotation_matrix, signs
 
 # A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
 MAX_SLICES = 4
@@ -79,20 +79,17 @@ class GpuStorage(CanonicalStorage):
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
         self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
+        self._page_constants = (
+            self._constants[0] if is_power_of_two(shape.k_dim) else _page_constants("k", fmt, k_mean),
+            self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
+        )
         self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
         self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
-    @property
-    def has_page_kernels(self) -> bool:
-        return all(side.has_kernel for side in self._sides)
-
     def encode(self, page_ids: PageIds, k: mx.array, v: mx.array) -> None:
-        if not self.has_page_kernels:
-            super().encode(page_ids, k, v)
-            return
-        for side, arrays, constants, rows in zip(self._sides, self._arrays, self._constants, (k, v), strict=True):
+        for side, arrays, constants, rows in zip(self._sides, self._arrays, self._page_constants, (k, v), strict=True):
             arrays.put_whole(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
 
     def history(self, view: SequenceView) -> tuple[mx.array, mx.array]:
@@ -110,7 +107,7 @@ class GpuStorage(CanonicalStorage):
                 constants,
             )
             for side, arrays, constants, name, no_rows in zip(
-                self._sides, self._arrays, self._constants, "kv", self._no_rows, strict=True
+                self._sides, self._arrays, self._page_constants, "kv", self._no_rows, strict=True
             )
         )
         return k, v
@@ -233,7 +230,7 @@ class GpuBackend(MlxBackend):
         if mask is not None or not isinstance(storage, GpuStorage):
             return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
         if queries.shape[2] > MAX_QUERY_ROWS:
-            if storage.has_page_kernels and queries.dtype == storage.shape.dtype:
+            if queries.dtype == storage.shape.dtype:
                 return self._prefill(queries, views, storage, scale, sinks)
             return super().attend(queries, views, storage, scale=scale, mask=None, sinks=sinks)
         launch = storage.launch_for(self._kernels, queries)
@@ -273,6 +270,13 @@ def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.ND
     elif transpose:
         rotation = rotation.T
     return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
+
+
+def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32]) -> mx.array:
+    """What page kernels read, signs / sqrt(D) and means (H, D), flat: of a power of two dims `_constants`' own."""
+    dim = means.shape[1]
+    scaled = signs(dim, fmt.rotation_seed, which) / np.sqrt(dim)
+    return mx.array(np.concatenate([scaled, means.reshape(-1)]).astype(np.float32))
 
 
 def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerShape, fmt: KVFormat) -> DecodeShape:

@@ -24,7 +24,7 @@ from turboquant_kv.backends.tiles import Tile
 from turboquant_kv.blas import thread_limit
 from turboquant_kv.codebook import centroids, thresholds
 from turboquant_kv.format import KVFormat, UnsupportedFormatError, code_bytes
-from turboquant_kv.rotation import Which, hadamard, rotation_matrix, signs
+from turboquant_kv.rotation import Which, hadamard_base, rotation_matrix, signs
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +55,6 @@ def is_available() -> bool:
     return load_kernels()[0] is not None
 
 
-def hadamard_base(dim: int) -> Floats:
-    """The odd factor of the Hadamard matrix, flat: kron(base, Sylvester) is hadamard(dim)."""
-    power = dim & -dim
-    base_order = dim // power
-    if base_order > 1:  # orders above 2 are multiples of 4
-        base_order, power = base_order * 4, power // 4
-    return np.ascontiguousarray(hadamard(dim)[::power, ::power], np.float32).ravel()
-
-
 class NativeStorage:
     """Pages of one layer in the kernels' own layout; implements base.PageStorage and tiles.TileSource."""
 
@@ -81,9 +72,8 @@ class NativeStorage:
     def _set_side(self, which: Which, dim: int, bits: int, mean: Floats | None) -> None:
         flat_mean = None if mean is None else np.ascontiguousarray(mean, np.float32).ravel()
         flips = signs(dim, self.fmt.rotation_seed, which).astype(np.float32)
-        self.store.set_side(
-            which == "k", dim, bits, flips, hadamard_base(dim), flat_mean, centroids(bits), thresholds(bits)
-        )
+        base = hadamard_base(dim).astype(np.float32).ravel()
+        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, centroids(bits), thresholds(bits))
 
     @property
     def num_pages(self) -> int:

@@ -49,3 +49,38 @@ TQ_FN void tq_load8(const __nv_bfloat16* p, float* out) {
     out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
   }
 }
+TQ_FN void tq_load8(const float* p, float* out) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint4 x = reinterpret_cast<const uint4*>(p)[i];
+    out[4 * i] = __uint_as_float(x.x);
+    out[4 * i + 1] = __uint_as_float(x.y);
+    out[4 * i + 2] = __uint_as_float(x.z);
+    out[4 * i + 3] = __uint_as_float(x.w);
+  }
+}
+
+// The inverses.
+template <typename Pair>
+TQ_FN uint tq_word_of(Pair x) { return *reinterpret_cast<const uint*>(&x); }
+TQ_FN void tq_store8(__half* p, const float* x) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(tq_word_of(__floats2half2_rn(x[0], x[1])), tq_word_of(__floats2half2_rn(x[2], x[3])),
+                 tq_word_of(__floats2half2_rn(x[4], x[5])), tq_word_of(__floats2half2_rn(x[6], x[7])));
+}
+TQ_FN void tq_store8(__nv_bfloat16* p, const float* x) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(tq_word_of(__floats2bfloat162_rn(x[0], x[1])), tq_word_of(__floats2bfloat162_rn(x[2], x[3])),
+                 tq_word_of(__floats2bfloat162_rn(x[4], x[5])), tq_word_of(__floats2bfloat162_rn(x[6], x[7])));
+}
+TQ_FN void tq_store8(float* p, const float* x) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    *reinterpret_cast<uint4*>(p + i) =
+        make_uint4(tq_word_of(x[i]), tq_word_of(x[i + 1]), tq_word_of(x[i + 2]), tq_word_of(x[i + 3]));
+  }
+}
+
+// Whether eight neighbours of a row can be read at once.
+template <typename T>
+TQ_FN bool tq_is_wide(const T* row, int stride) { return stride == 1 && (ulong(row) & 15) == 0; }

@@ -17,3 +17,6 @@ TQ_FN float tq_as_float(int bits) { return as_type<float>(bits); }
 TQ_FN float tq_exp2(float x) { return exp2(x); }
 TQ_FN float tq_sqrt(float x) { return sqrt(x); }
 TQ_FN float tq_max(float a, float b) { return a > b ? a : b; }
+// Whether a row's neighbours lie side by side; eight are read one by one all the same (common.h, page_helpers.h).
+template <typename T>
+TQ_FN bool tq_is_wide(const device T*, int stride) { return stride == 1; }

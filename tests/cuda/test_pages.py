@@ -1,0 +1,129 @@
+"""The page kernels' text of both dialects on the CPU: encoding and decoding beside their readable twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.cuda.emulator import cuda_kernel
+from tests.metal.emulator import metal_kernel
+from tests.turboquant_kv.histories import as_float64
+
+from turboquant_kv.backends import gpu_pages
+from turboquant_kv.backends.base import ExactRows, LayerShape, Means, SequenceView
+from turboquant_kv.backends.canonical import CanonicalStorage
+from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_launch import DecodeKernels
+from turboquant_kv.backends.gpu_pages import PageKernels
+from turboquant_kv.backends.gpu_plan import HOPPER
+from turboquant_kv.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, KVFormat
+from turboquant_kv.rotation import hadamard, hadamard_base
+
+
+def new_backends() -> tuple[GpuBackend, ...]:
+    """Kernels are made anew: some tests change what they are made from."""
+    return (
+        GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, device=HOPPER), PageKernels("cuda", cuda_kernel)),
+        GpuBackend("metal", DecodeKernels("metal", metal_kernel), PageKernels("metal", metal_kernel)),
+    )
+
+
+CUDA, METAL = new_backends()
+
+
+def exact_rows(rng: np.random.Generator, start: int, num_rows: int, dims: tuple[int, int], dtype: Any) -> ExactRows:
+    """As models hand them over: heads lie behind tokens."""
+    k, v = (
+        mx.array(rng.standard_normal((num_rows, 2, d)).astype(np.float32)).astype(dtype).swapaxes(0, 1) for d in dims
+    )
+    return ExactRows(start, k, v)
+
+
+def check_history(
+    backend: GpuBackend, fmt: KVFormat, dims: tuple[int, int], num_pages: int, dtype: Any, rng: np.random.Generator
+) -> None:
+    """Random pages between random exact rows: decoded as MLX operations do it, exact ones copied."""
+    means = Means(*(rng.standard_normal((2, d)).astype(np.float32) for d in dims))
+    storage: Any = backend.new_storage(LayerShape(2, *dims, dtype), fmt, means)
+    storage.grow(num_pages + 2)
+    for arrays in storage._arrays:
+        arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
+        arrays._scales = mx.array(rng.uniform(0.05, 0.15, arrays.scales.shape).astype(np.float16))
+    page_ids = rng.permutation(num_pages + 2)[:num_pages]
+    sink = exact_rows(rng, 0, fmt.sink_tokens, dims, dtype) if fmt.sink_tokens else None
+    num_window = int(rng.integers(0, 40))
+    window = exact_rows(rng, 0, num_window, dims, dtype) if num_window else None
+    got = storage.history(SequenceView(0, 0, page_ids, sink, window))
+    rotated = CanonicalStorage.decode(storage, page_ids)
+    for side, x, decoded in zip("kv", got, rotated, strict=True):
+        parts = [getattr(sink, side)] if sink else []
+        parts += [decoded, *([getattr(window, side)] if window else [])]
+        want = mx.concatenate(parts, axis=1)
+        assert (x.shape, x.dtype) == (want.shape, want.dtype)
+        tolerance = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
+        np.testing.assert_allclose(as_float64(x), as_float64(want), rtol=tolerance, atol=tolerance)
+        num_sink = 0 if sink is None else fmt.sink_tokens
+        exact = np.r_[:num_sink, num_sink + num_pages * fmt.page_tokens : want.shape[1]]
+        assert np.array_equal(as_float64(x)[:, exact], as_float64(want)[:, exact])
+
+
+DECODED = [  # dims of keys and values, bits, sink, pages, dtype; every dim and width is there
+    ((128, 64), (4, 3), 32, 3, mx.bfloat16),
+    ((128, 128), (3, 8), 5, 1, mx.float16),
+    ((64, 256), (2, 4), 0, 4, mx.float32),
+    ((512, 512), (3, 4), 3, 2, mx.bfloat16),
+    ((80, 96), (3, 4), 7, 3, mx.float16),
+    ((112, 192), (4, 3), 33, 2, mx.bfloat16),
+    ((192, 80), (8, 2), 0, 5, mx.float32),
+    ((96, 112), (2, 8), 1, 0, mx.float16),
+]
+
+
+@pytest.mark.parametrize("case", DECODED)
+@pytest.mark.parametrize("backend", [CUDA, METAL], ids=["cuda", "metal"])
+def test_histories_are_decoded_as_their_twins(backend: GpuBackend, case: Any, rng: np.random.Generator) -> None:
+    dims, bits, sink, num_pages, dtype = case
+    fmt = KVFormat(bits[0], bits[1], page_tokens=int(rng.choice([16, 48])), sink_tokens=sink)
+    check_history(backend, fmt, dims, num_pages, dtype, rng)
+
+
+def test_threads_may_hold_twice_as_much(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LANE_DIMS and ROUNDS are there to be tuned: other values compute the same."""
+    monkeypatch.setattr(gpu_pages, "LANE_DIMS", 16)
+    monkeypatch.setattr(gpu_pages, "ROUNDS", 3)
+    for backend in new_backends():
+        for bits in SUPPORTED_BITS:
+            check_history(backend, KVFormat(bits, bits, page_tokens=16), (64, 128), 3, mx.bfloat16, rng)
+
+
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_every_dim_has_kernels_of_its_own(dim: int) -> None:
+    """H is kron(A, Sylvester), a vector's lanes fill whole warps, and what they share fits Metal's 32 KiB."""
+    side = gpu_pages.SideShape(2, dim, 3, 16, "unbiased", mx.float16)
+    base, lanes = hadamard_base(dim), side.lanes
+    power = dim // len(base)
+    assert np.array_equal(np.kron(base, hadamard(dim)[:power, :power] * base[0, 0]), hadamard(dim))
+    assert 32 % lanes == 0
+    if side.base > 1:
+        vectors = gpu_pages.THREADS // lanes
+        assert vectors * (5 * dim + 4 * lanes) + 2 * 4 * 256 <= 32 << 10
+
+
+@pytest.mark.parametrize("dim", [64, 128, 80, 192])
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_rows_of_every_layout_give_the_same_codes(dim: int, bits: int, rng: np.random.Generator) -> None:
+    """Contiguous, heads behind tokens, and dims apart from each other: Metal reads them where they lie."""
+    fmt = KVFormat(bits, bits, page_tokens=16)
+    x = rng.standard_normal((2, 32, dim)).astype(np.float32)
+    storage = METAL.new_storage(LayerShape(2, dim, dim, mx.float16), fmt, None)
+    storage.grow(6)
+    layouts = [mx.array(x), mx.array(x.swapaxes(0, 1).copy()).swapaxes(0, 1), mx.array(np.repeat(x, 2, 2))[:, :, ::2]]
+    for i, rows in enumerate(layouts):
+        storage.encode(np.array([2 * i, 2 * i + 1]), rows.astype(mx.float16), rows.astype(mx.float16))
+    pages = [storage.read(np.array([2 * i, 2 * i + 1])) for i in range(3)]
+    assert pages[0].k_codes.any()
+    for other in pages[1:]:
+        assert np.array_equal(other.k_codes, pages[0].k_codes)
+        assert np.array_equal(other.v_scales, pages[0].v_scales)
