@@ -49,6 +49,7 @@ from turboquant_kv.backends.gpu_source import (
     mlx_factory,
     mma_body,
     portable_body,
+    simd_body,
     table_text,
 )
 from turboquant_kv.codebook import centroids
@@ -95,10 +96,11 @@ class DecodeKernels:
         factory: KernelFactory | None = None,
         tuning: Tuning | None = None,
         device: Device | None = None,
+        variant: Variant | None = None,
     ) -> None:
-        """factory, device: by default MLX's own. tuning: instead of the shape's own (benchmarks)."""
+        """factory, device: by default MLX's own. tuning, variant: instead of the shape's own (benchmarks, tests)."""
         self.dialect, self._factory, self._tuning = dialect, factory or mlx_factory(dialect), tuning
-        self._device = device
+        self._device, self._variant = device, variant
         self._launches: dict[DecodeShape, DecodeLaunch] = {}
         self._counters = cycle([mx.array(np.zeros(MAX_ROW_GROUPS, np.uint32)) for _ in range(NUM_COUNTERS)])
 
@@ -106,7 +108,7 @@ class DecodeKernels:
         """Raises UnsupportedFormatError for a shape without a kernel."""
         launch = self._launches.get(shape)
         if launch is None:
-            variant = variant_for(self.dialect, shape)
+            variant = self._variant or variant_for(self.dialect, shape)
             tuning = self._tuning or tuning_for(shape, variant, self._device or this_device())
             launch = DecodeLaunch(self.dialect, shape, self._factory, variant, tuning, self._counters)
             self._launches[shape] = launch
@@ -294,10 +296,13 @@ def decode_text(
     if fused and sink_dtype is not None:
         inputs = (*inputs, "sinks")
     books = centroids(shape.k_bits), centroids(shape.v_bits)
-    if variant == "portable":
+    if variant != "mma":
         tables = table_text("tq_k_book", books[0]) + table_text("tq_v_book", books[1])
-        source = constants_text(dialect, constants) + portable_body(dialect)
-        return KernelText("decode_portable", inputs, outputs, source, header(dialect, variant, tables))
+        if variant == "simd":
+            constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
+        body = simd_body() if variant == "simd" else portable_body(dialect)
+        source = constants_text(dialect, constants) + body
+        return KernelText(f"decode_{variant}", inputs, outputs, source, header(dialect, variant, tables))
     constants |= {"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "PITCH": tuning.pitch}
     constants |= {"V_GAP": v_gap(shape, tuning.tile), **table_layout(shape, tuning)}
     switches = {"FUSED": int(fused), "BULK": int(tuning.bulk), "NUM_SETS": num_sets}

@@ -76,13 +76,18 @@ class DecodeShape:
         return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
 
     @property
+    def has_simd(self) -> bool:
+        """Whether the variant on 8x8 matrices covers it (on Metal)."""
+        return max(self.k_dim, self.v_dim) <= 256
+
+    @property
     def has_exact_mma(self) -> bool:
         """Whether its exact rows may use tensor cores as well."""
         return self.dtype == self.exact_dtype and self.dtype != mx.float32
 
     def rows_per_block(self, variant: Variant) -> int:
         """Query rows that share one unpacking; Metal's 32 KB of threadgroup memory hold four of 512 dims."""
-        if variant == "mma":
+        if variant != "portable":
             return 8
         return min(8 if max(self.k_dim, self.v_dim) <= 256 else 4, self.group * self.num_rows)
 
@@ -124,6 +129,11 @@ HOPPER = Device(132, 227 << 10, True)
 AMPERE = Device(108, 163 << 10, False)
 SMALL = Device(84, 99 << 10, False)  # consumers' cards; their number of processors varies and is not told
 PORTABLE = Tuning()
+# Metal does not tell how many cores there are, 8 to 40 in Macs; about four such blocks fit the registers of one.
+SIMD = Tuning(blocks=128)
+# Matrices cost the same for one row as for eight. Modelled from counted operations and published throughputs, not
+# measured: from so many rows on, the worse of the model's two assumptions loses less with them (docs/metal.md).
+MIN_SIMD_ROWS = 3
 
 
 @cache
@@ -138,9 +148,9 @@ def this_device() -> Device:
 
 @lru_cache(maxsize=256)
 def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
-    """Portable: a constant. Tensor cores: as many warps in a block as registers allow, fewer where memory is small."""
-    if variant == "portable":
-        return PORTABLE
+    """Constants but for tensor cores: as many warps in a block as registers allow, fewer where memory is small."""
+    if variant != "mma":
+        return SIMD if variant == "simd" else PORTABLE
     narrow = max(shape.k_dim, shape.v_dim) <= 128
     by_bytes = max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
     bulk = device.has_bulk_copies
@@ -254,5 +264,7 @@ def make_plan(
 
 
 def variant_for(dialect: Dialect, shape: DecodeShape) -> Variant:
-    """Tensor cores where they are written for it, the portable body elsewhere."""
-    return "mma" if dialect == "cuda" and shape.has_mma else "portable"
+    """Matrices where they are written for it and expected to pay, the portable body elsewhere."""
+    if dialect == "metal":
+        return "simd" if shape.has_simd and shape.group * shape.num_rows >= MIN_SIMD_ROWS else "portable"
+    return "mma" if shape.has_mma else "portable"

@@ -3,8 +3,8 @@
 Owns which pieces of src/ make which kernel, and how constants get into the text. Leaves shapes and launches to
 gpu_plan.py and gpu_launch.py. Constants are written into the text instead of being template values: MLX handles those
 anew at every call, which costs more than the launch. It also copies and frees the text at every call (40 KB: 9 us), so
-CUDA's text includes the files of src/ by path; Metal's compiler sees no files, its text is whole. Kernels are told apart
-by name, so names carry a digest of everything.
+CUDA's text includes the files of src/ by path; Metal's compiler sees no files, its text is whole. Kernels are told
+apart by name, so names carry a digest of everything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 Dialect = Literal["metal", "cuda"]
-Variant = Literal["portable", "mma"]
+Variant = Literal["portable", "mma", "simd"]
 Kernel = Callable[..., Any]
 KernelFactory = Callable[..., Kernel]
 """mx.fast.metal_kernel, mx.fast.cuda_kernel, or something that takes the same arguments."""
@@ -146,7 +146,7 @@ def lookup_text(name: str, values: npt.NDArray[Any]) -> str:
 def header(dialect: Dialect, variant: Variant, tables: str) -> str:
     """What stands before the kernel."""
     names = [f"prelude_{dialect}", *(["instructions_cuda"] if dialect == "cuda" else []), "common"]
-    names += ["mma_helpers"] if variant == "mma" else []
+    names += [f"{variant}_helpers"] if variant != "portable" else []
     return "".join(included(dialect, name) for name in names) + tables
 
 
@@ -159,9 +159,16 @@ def exact_inputs(num_sets: int) -> tuple[str, ...]:
 
 def portable_body(dialect: Dialect) -> str:
     """Attention of a block's query rows over exact rows or a run of compressed tokens, to unnormalised parts."""
-    first = "".join(included(dialect, name) for name in (f"opening_{dialect}", "plan", "decode_shared", "decode_setup"))
+    names = (f"opening_{dialect}", "plan", "decode_tables", "decode_shared", "decode_queries", "decode_setup")
+    first = "".join(included(dialect, name) for name in names)
     exact, codes = included(dialect, "decode_exact"), included(dialect, "decode_codes")
-    return f"{first}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{included(dialect, 'decode_merge')}"
+    last = included(dialect, "decode_merge") + included(dialect, "decode_part")
+    return f"{first}if (block_x == 0) {{\n{exact}}} else {{\n{codes}}}\n{last}"
+
+
+def simd_body() -> str:
+    """The same with Metal's 8x8 matrices."""
+    return included("metal", "decode_simd")
 
 
 def mma_body(switches: Mapping[str, int], sets: Sequence[str], sink: str) -> str:
