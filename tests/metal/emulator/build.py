@@ -50,13 +50,18 @@ _KERNEL = [
     "-fmax-errors=5",
 ]
 _COUNTED = [
-    "-O2",
+    "-O3",
     "-fno-tree-vectorize",
+    # Short loops of constant length are unrolled as a GPU's compiler does, however much they hold.
+    "--param=max-completely-peel-times=64",
+    "--param=max-completely-peeled-insns=20000",
+    "--param=max-peel-branches=1000",
     "-mfma",
     "-ffp-contract=fast",
     "-fsanitize-coverage=trace-pc",
     "-DEMU_COUNT=1",
 ]
+_UNROLL = re.compile(r"^\s*#pragma unroll(?:[ (]*(\d+)\)?)?\s*$", re.MULTILINE)
 # Its calls are answered by shim/memory.cpp; no sanitizer library is linked.
 _WATCHED = [
     "-fsanitize=thread",
@@ -158,6 +163,8 @@ def load(kernel: KernelText, options: Options) -> ctypes.CDLL:
 def library_path(kernel: KernelText, options: Options) -> Path:
     folder = cache_folder()
     text = cpp_text(kernel, folder)
+    if options.count_ops:
+        text = _UNROLL.sub(lambda found: f"#pragma GCC unroll {found[1] or 256}", text)
     key = hashlib.sha256(repr((text, options, _tool_key())).encode()).hexdigest()[:24]
     (folder / f"{key}.cpp").write_text(text)
     return folder / f"{key}.so"

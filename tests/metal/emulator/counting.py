@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-_MARK = re.compile(r"^\s+call\s+__sanitizer_cov_trace_pc(?:@PLT)?\s*$")
+_MARK = re.compile(r"^\s+(call|jmp)\s+__sanitizer_cov_trace_pc(?:@PLT)?\s*$")
 _FUNCTION = re.compile(r"^\s+\.type\s+(\S+), @function")
-# Bodies of the shim's reductions, where they are not inlined.
-_EMULATION = ("_ZZN5metal", "_ZZNK5metal")
+# Bodies of the shim's simd and matrix operations, and of what they call, where they are not inlined.
+_EMULATION = re.compile(r"_ZZNK?5metal|_ZNK?5metal(?:8gathered|\d+(?:emu_|simd))")
 _MATHS = re.compile(r"^(?:call|jmp)\s+(?:exp|exp2|exp10|log|log2|log10|pow|sin|cos|tan|tanh|atan2|fmod)\w*f(?:@PLT)?$")
 _FLOAT = re.compile(r"v?(?:add|sub|mul|max|min|ucomi|comi)ss|vf\w+ss|v?(?:and|andn|or|xor)p[sd]|v?(?:cmp\w*|round)ss")
 _SPECIAL = re.compile(r"v?(?:div|sqrt|rsqrt|rcp)ss")
@@ -57,11 +57,13 @@ def instrument(assembly: str) -> tuple[str, list[Operations]]:
         function = _FUNCTION.match(line)
         if function:
             # Block 0 collects what is never counted: code before a function's first mark.
-            skipped = function.group(1).startswith(_EMULATION)
+            skipped = _EMULATION.match(function.group(1)) is not None
             blocks.append(Counter())
-        if _MARK.match(line):
+        mark = _MARK.match(line)
+        if mark:
             blocks.append(Counter())
             lines.append(f"\tincq\t.Lemu_blocks+{8 * (len(blocks) - 1)}(%rip)")
+            lines += ["\tret"] if mark.group(1) == "jmp" else []  # a function's end, where nothing but the mark is left
             continue
         kind = kind_of(line.strip()) if line.startswith("\t") and not line.startswith("\t.") else None
         if kind and not skipped:
