@@ -47,6 +47,11 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, dtype, where chunks end
     (7, 1, 64, 64, 5, 16, mx.float16, (40, 70)),
     (4, 2, 64, 128, 70, 48, mx.float16, (50, 90, 170)),
     (1, 1, 256, 256, 32, 64, mx.bfloat16, (100, 180)),
+    (3, 1, 80, 80, 32, 64, mx.float16, (60, 150)),
+    (2, 1, 96, 112, 5, 32, mx.bfloat16, (40, 130)),
+    (2, 2, 112, 96, 0, 16, mx.float16, (33, 90)),
+    (2, 1, 192, 192, 32, 64, mx.bfloat16, (100, 170)),
+    (2, 1, 192, 128, 8, 48, mx.float16, (90, 150)),
 ]
 
 
@@ -84,7 +89,7 @@ def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queri
     )
 
 
-@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 64), (70, 48, 64), (0, 64, 256)])
+@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 80), (70, 48, 64), (0, 64, 256)])
 def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: int, rng: np.random.Generator) -> None:
     """All scores are equal and the values one-hot, a KV head for every `dim` columns: outputs are the weights."""
     fmt = KVFormat(page_tokens=page, sink_tokens=sink)
@@ -154,7 +159,7 @@ def test_what_has_no_kernel_is_refused(rng: np.random.Generator) -> None:
     assert FLASH.has_kernel(shape)
     assert not FlashKernels("metal", cuda_kernel).has_kernel(shape)
     assert not FLASH.has_kernel(FlashShape(2, 1, 64, 64, 64, 32, mx.float32))
-    assert not FLASH.has_kernel(FlashShape(2, 1, 96, 96, 64, 32, mx.float16))
+    assert not FLASH.has_kernel(FlashShape(2, 1, 512, 512, 64, 32, mx.float16))
     view = random_view(rng, KVFormat(), 50, 20)
     q, rows = mx.zeros((1, 2, 20, 64), mx.float16), mx.zeros((1, 70, 64), mx.float16)  # 32 and 38 exact rows
     assert FLASH.attend(shape, q, (rows, rows), view, scale=1.0, sinks=None).shape == q.shape

@@ -168,7 +168,7 @@ class GpuStorage(CanonicalStorage):
 
 _NO_SCALES = mx.zeros((8,), mx.float16)
 PREFILL: dict[Dialect, str] = {
-    "cuda": "a fused kernel for 16-bit types and head dimensions 64, 128 and 256, else MLX's attention with a mask",
+    "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
     "metal": "MLX's attention with a mask",
 }
 

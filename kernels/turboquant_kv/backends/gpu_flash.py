@@ -1,7 +1,7 @@
 """Prefill attention on CUDA's tensor cores over one layer's decoded history: no mask is read, positions decide.
 
 FlashAttention-2 (arXiv 2307.08691, after 2205.14135) with this project's rule of who sees what (format.py), for 16-bit
-types and the head dimensions in DIMS. Owns tile sizes, the kernel's text and its launch; the history itself is
+types and head dimensions up to MAX_DIM. Owns tile sizes, the kernel's text and its launch; the history itself is
 gpu_pages.py's, and what has no kernel here takes gpu_prefill.py's mask.
 """
 
@@ -28,7 +28,7 @@ from turboquant_kv.backends.gpu_source import (
 from turboquant_kv.format import UnsupportedFormatError
 
 FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
-DIMS = (64, 128, 256)
+MAX_DIM = 256  # of 512 no tile's sums fit the registers
 DTYPES = (mx.float16, mx.bfloat16)
 WARPS = 4  # two blocks of 128 threads, of 255 registers each, are what a processor's registers hold
 LOG2_E = 1.4426950408889634
@@ -64,8 +64,9 @@ class FlashShape:
 
     @property
     def arena_bytes(self) -> int:
-        """Dynamic shared memory: queries and two tiles (src/prefill_setup.h has the same formula)."""
-        return 2 * self.rows * self.k_dim + 2 * 2 * self.columns * (self.k_dim + self.v_dim)
+        """Dynamic shared memory: queries and two tiles, rows of 128-byte pieces (src/prefill_setup.h has it too)."""
+        k_pitch, v_pitch = (2 * -(-dim // 64) * 64 for dim in (self.k_dim, self.v_dim))
+        return self.rows * k_pitch + 2 * self.columns * (k_pitch + v_pitch)
 
 
 class FlashKernels:
@@ -77,7 +78,7 @@ class FlashKernels:
         self._made: dict[FlashShape, Kernel] = {}
 
     def has_kernel(self, shape: FlashShape) -> bool:
-        return self._dialect == "cuda" and shape.k_dim in DIMS and shape.v_dim in DIMS and shape.dtype in DTYPES
+        return self._dialect == "cuda" and max(shape.k_dim, shape.v_dim) <= MAX_DIM and shape.dtype in DTYPES
 
     def attend(
         self,

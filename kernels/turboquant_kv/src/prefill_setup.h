@@ -15,9 +15,9 @@ const int WINDOW_START = 5, WINDOW_ROWS = 6, SCALE = 7;
 const int M_TILES = WARP_ROWS / 16;
 const int THREADS = 32 * WARPS;
 const int ROWS = WARPS * WARP_ROWS;
-const int K_CHUNKS = D / 8, V_CHUNKS = DV / 8;
-const int K_STEP = THREADS / K_CHUNKS, V_STEP = THREADS / V_CHUNKS;  // rows that all threads copy at once
-const int Q_BYTES = ROWS * D * 2, K_BYTES = COLUMNS * D * 2, V_BYTES = COLUMNS * DV * 2;
+const int K_CHUNKS = D / 8, V_CHUNKS = DV / 8;  // pieces of a row in memory; in the arena a multiple of eight
+const int K_PITCH = (K_CHUNKS + 7) / 8 * 8, V_PITCH = (V_CHUNKS + 7) / 8 * 8;
+const int Q_BYTES = ROWS * K_PITCH * 16, K_BYTES = COLUMNS * K_PITCH * 16, V_BYTES = COLUMNS * V_PITCH * 16;
 extern __shared__ __align__(128) uchar arena[];  // queries, then two tiles of keys, then two of values
 
 const int r = int(lane) >> 2, c = int(lane) & 3;

@@ -6,35 +6,18 @@ const auto copy_tile = [&](int tile) {
   const ulong first_row = ulong(walk.first_row + column);
   uchar* to_keys = arena + Q_BYTES + (tile & 1) * K_BYTES;
   uchar* to_values = arena + Q_BYTES + 2 * K_BYTES + (tile & 1) * V_BYTES;
-  const int k_row = int(tid) / K_CHUNKS, k_chunk = int(tid) % K_CHUNKS;
-  const int v_row = int(tid) / V_CHUNKS, v_chunk = int(tid) % V_CHUNKS;
-  const In* from_keys = keys + first_row * D + 8 * k_chunk;
-  const In* from_values = values + first_row * DV + 8 * v_chunk;
+  const In *from_keys = keys + first_row * D, *from_values = values + first_row * DV;
   if (last >= COLUMNS - 1) {
-    from_keys += k_row * D;
-    from_values += v_row * DV;
-#pragma unroll
-    for (int i = 0; i < COLUMNS; i += K_STEP) {
-      tq_copy<16>(to_keys + tq_piece<K_CHUNKS>(k_row + i, k_chunk), from_keys + i * D);
-    }
-#pragma unroll
-    for (int i = 0; i < COLUMNS; i += V_STEP) {
-      tq_copy<16>(to_values + tq_piece<V_CHUNKS>(v_row + i, v_chunk), from_values + i * DV);
-    }
-  } else {  // the history's end: its last row again
-#pragma unroll 1
-    for (int i = k_row; i < COLUMNS; i += K_STEP) {
-      tq_copy<16>(to_keys + tq_piece<K_CHUNKS>(i, k_chunk), from_keys + min(i, last) * D);
-    }
-#pragma unroll 1
-    for (int i = v_row; i < COLUMNS; i += V_STEP) {
-      tq_copy<16>(to_values + tq_piece<V_CHUNKS>(i, v_chunk), from_values + min(i, last) * DV);
-    }
+    tq_copy_rows<true, K_CHUNKS, COLUMNS, THREADS>(to_keys, from_keys, last, int(tid));
+    tq_copy_rows<true, V_CHUNKS, COLUMNS, THREADS>(to_values, from_values, last, int(tid));
+  } else {  // the history's end
+    tq_copy_rows<false, K_CHUNKS, COLUMNS, THREADS>(to_keys, from_keys, last, int(tid));
+    tq_copy_rows<false, V_CHUNKS, COLUMNS, THREADS>(to_values, from_values, last, int(tid));
   }
 };
 for (int i = int(tid); i < ROWS * K_CHUNKS; i += THREADS) {
   const int row = i / K_CHUNKS, chunk = i % K_CHUNKS, query = block_start + row - q_start;
-  uchar* to = arena + tq_piece<K_CHUNKS>(row, chunk);
+  uchar* to = arena + tq_piece<K_PITCH>(row, chunk);
   if (query >= 0 && query < num_queries) tq_copy<16>(to, queries + (head * num_rows + query) * D + 8 * chunk);
   else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
 }
@@ -54,7 +37,7 @@ for (int m = 0; m < M_TILES; m++) {
 // and values the four are two by two rows first, in keys pieces first.
 const int tall_row = int(lane) & 15, wide_row = (int(lane) & 7) + int(lane >> 4) * 8;
 const uint tall_bits = 16 * ((lane >> 4) ^ (lane & 7)), wide_bits = 16 * (((lane >> 3) & 1) ^ (lane & 7));
-const uchar* lane_queries = arena + (int(warp) * WARP_ROWS + tall_row) * (2 * D);
+const uchar* lane_queries = arena + (int(warp) * WARP_ROWS + tall_row) * (16 * K_PITCH);
 
 for (int tile = 0; tile < walk.num_tiles; tile++) {
   tq_copies_wait<0>();
@@ -69,7 +52,7 @@ for (int tile = 0; tile < walk.num_tiles; tile++) {
   }
 
   // Scores.
-  const uchar* lane_keys = arena + Q_BYTES + (tile & 1) * K_BYTES + wide_row * (2 * D);
+  const uchar* lane_keys = arena + Q_BYTES + (tile & 1) * K_BYTES + wide_row * (16 * K_PITCH);
   float s[M_TILES][COLUMNS / 8][4];
 #pragma unroll
   for (int m = 0; m < M_TILES; m++) {
@@ -81,12 +64,12 @@ for (int tile = 0; tile < walk.num_tiles; tile++) {
     uint a[M_TILES][4];
 #pragma unroll
     for (int m = 0; m < M_TILES; m++) {
-      tq_load_matrices(a[m], tq_lane_piece(lane_queries, tall_bits, 2 * i) + 16 * m * (2 * D));
+      tq_load_matrices(a[m], tq_lane_piece(lane_queries, tall_bits, 2 * i) + 16 * m * (16 * K_PITCH));
     }
 #pragma unroll
     for (int j = 0; j < COLUMNS / 16; j++) {
       uint b[4];
-      tq_load_matrices(b, tq_lane_piece(lane_keys, wide_bits, 2 * i) + 16 * j * (2 * D));
+      tq_load_matrices(b, tq_lane_piece(lane_keys, wide_bits, 2 * i) + 16 * j * (16 * K_PITCH));
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) {
         tq_mma_as<In>(s[m][2 * j], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
@@ -152,14 +135,14 @@ for (int tile = 0; tile < walk.num_tiles; tile++) {
 
   // Sums: two neighbouring fragments of weights are one of the next product. The row goes through a shuffle, because a
   // compiler that knows which of its bits are zero computes more addresses than it needs.
-  const int value_row = int(tq_shuffle(uint(tall_row) * 2 * DV, lane));
+  const int value_row = int(tq_shuffle(uint(tall_row) * 16 * V_PITCH, lane));
   const uchar* lane_values = arena + Q_BYTES + 2 * K_BYTES + (tile & 1) * V_BYTES + value_row;
 #pragma unroll
   for (int i = 0; i < COLUMNS / 16; i++) {
 #pragma unroll
     for (int j = 0; j < DV / 16; j++) {
       uint b[4];
-      tq_load_matrices_transposed(b, tq_lane_piece(lane_values, tall_bits, 2 * j) + 16 * i * (2 * DV));
+      tq_load_matrices_transposed(b, tq_lane_piece(lane_values, tall_bits, 2 * j) + 16 * i * (16 * V_PITCH));
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) {
         const uint *low = p[m][2 * i], *high = p[m][2 * i + 1];
