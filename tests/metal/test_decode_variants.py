@@ -1,0 +1,173 @@
+"""Decode attention on Metal's matrices and its portable twin, on the same pages, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.metal.emulator import metal_kernel, run_metal
+from tests.turboquant_kv.histories import History, expected, new_cache, random_queries, relative_error
+
+from turboquant_kv import cache as caches
+from turboquant_kv.backends.base import LayerShape, SequenceView
+from turboquant_kv.backends.canonical import CanonicalStorage
+from turboquant_kv.backends.gpu import GpuBackend, GpuStorage, decode_shape
+from turboquant_kv.backends.gpu_launch import DecodeKernels, LayerInputs
+from turboquant_kv.backends.gpu_plan import NO_WINDOW, Figures, Tuning, variant_for
+from turboquant_kv.backends.gpu_source import Variant
+from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.format import KVFormat
+
+# As in tests/turboquant_kv/test_backends.py: operands in half cost 16-bit types nothing that their output shows.
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 5e-3}
+VARIANTS: tuple[Variant, ...] = ("portable", "simd")
+
+BACKEND = GpuBackend("metal", DecodeKernels("metal", metal_kernel))
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are filled by MLX operations: only decode kernels are emulated."""
+    monkeypatch.setattr(caches, "choose_backend", lambda name: BACKEND)
+    monkeypatch.setattr(GpuStorage, "encode", CanonicalStorage.encode)
+
+
+@cache
+def kernels(variant: Variant) -> DecodeKernels:
+    return DecodeKernels("metal", metal_kernel, variant=variant)
+
+
+def appended(cache: TurboQuantKVCache, history: History, start: int, stop: int) -> Sequence[SequenceView]:
+    """The views of a cache that has got tokens start..stop, without attending."""
+    num_heads, _, dim = history.k.shape
+    pool = cache.source.get(LayerShape(num_heads, dim, history.v.shape[2], history.dtype))
+    return cache._append(pool, *history.slice(start, stop))
+
+
+class Step:
+    """A sequence with its latest rows appended: what a backend is given, for as many launches as a test wants."""
+
+    def __init__(self, rng: np.random.Generator, fmt: KVFormat, history: History, num_rows: int, means: Any) -> None:
+        self.start = history.num_tokens - num_rows
+        self.fmt, self.history, self.means = fmt, history, means
+        cache = new_cache(fmt, "gpu", means)
+        if self.start:
+            appended(cache, history, 0, self.start)
+        self.views = appended(cache, history, self.start, history.num_tokens)
+        assert cache.sequence is not None
+        self.storage: Any = cache.sequence.pool.storage
+
+    def inputs(self) -> tuple[LayerInputs, tuple[Figures, ...]]:
+        layer, figures = self.storage.layer_inputs(self.views, 1)
+        return layer, figures
+
+    def attend(self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW) -> mx.array:
+        launch = made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt))
+        layer, figures = self.inputs()
+        sinks = None if sinks is None else mx.array(sinks)
+        table = self.storage.page_table(self.views)
+        return launch(layer, q, figures, table, scale=0.1, sinks=sinks, reach=reach)
+
+    def error(self, out: mx.array, q: mx.array, **options: Any) -> float:
+        return relative_error(out, expected(self.history, q, self.fmt, self.start, 0.1, self.means, **options))
+
+
+CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens, dtype
+    (8, 1, 128, 128, 32, 64, (4, 4), 1, 300, mx.float16),
+    (5, 1, 128, 64, 8, 16, (4, 3), 1, 90, mx.bfloat16),
+    (7, 1, 80, 80, 5, 16, (3, 3), 2, 77, mx.float32),
+    (4, 2, 96, 128, 17, 32, (3, 4), 4, 130, mx.float16),
+    (2, 1, 192, 112, 32, 16, (2, 2), 5, 83, mx.float32),
+    (12, 1, 64, 256, 1, 48, (3, 8), 1, 160, mx.bfloat16),
+    (3, 3, 112, 64, 40, 16, (2, 4), 8, 33, mx.float32),
+    (4, 1, 256, 192, 0, 64, (4, 2), 1, 200, mx.float16),
+    (6, 2, 64, 96, 3, 32, (8, 2), 1, 100, mx.float32),
+    (1, 1, 256, 80, 0, 16, (8, 3), 3, 50, mx.bfloat16),
+    (3, 1, 192, 256, 7, 32, (3, 3), 1, 90, mx.float16),
+    (1, 1, 112, 112, 4, 16, (3, 2), 1, 75, mx.float32),
+    (2, 1, 80, 96, 4, 16, (2, 3), 2, 40, mx.float32),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_variants_are_the_references(case: Any, rng: np.random.Generator) -> None:
+    num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits), num_rows, num_tokens, dtype = case
+    fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
+    num_tokens += int(rng.integers(0, page)) + num_rows
+    history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
+    means = history.means(rng)
+    step = Step(rng, fmt, history.steady(rng, fmt, means), num_rows, means)
+    q = random_queries(rng, num_q, num_rows, k_dim, dtype)
+    for variant in VARIANTS:
+        out = step.attend(kernels(variant), q)
+        assert out.dtype == dtype
+        assert step.error(out, q) < TOLERANCE[dtype], variant
+
+
+def test_every_length_up_to_three_pages(rng: np.random.Generator) -> None:
+    """No page at all, tiles of 32 that are half full, at the end nine pages, which fill the page table."""
+    fmt = KVFormat(4, 3, page_tokens=16, sink_tokens=4)
+    history = History.random(rng, 1, 170, 64).steady(rng, fmt)
+    for num_tokens in (*range(1, 54, 4), 20, 21, 36, 37, 149 + int(rng.integers(0, 16))):
+        seen = History(history.k[:, :num_tokens], history.v[:, :num_tokens], history.dtype)
+        step, q = Step(rng, fmt, seen, 1, None), random_queries(rng, 4, 1, 64, mx.float32)
+        assert step.error(step.attend(kernels("simd"), q), q) < TOLERANCE[mx.float32], num_tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_windows_sinks_and_lanes_in_any_order(variant: Variant, rng: np.random.Generator) -> None:
+    """Windows end in the walk, in the sink and nowhere; backwards, lanes race and read too early where barriers lack."""
+
+    def backwards(*args: Any, **kwargs: Any) -> Any:
+        def call(output_dtypes: Any, **launch: Any) -> list[mx.array]:
+            names = dict(zip(("name", "input_names", "output_names", "source", "header"), args, strict=False))
+            outputs, _ = run_metal(**names, **kwargs, **launch, output_dtypes=output_dtypes, reverse=True)
+            return [mx.array(out).astype(dtype) for out, dtype in zip(outputs, output_dtypes, strict=True)]
+
+        return call
+
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    step = Step(rng, fmt, History.random(rng, 1, 330 + int(rng.integers(0, 16)), 64).steady(rng, fmt), 2, None)
+    q = random_queries(rng, 3, 2, 64, mx.float32)
+    sinks = rng.standard_normal(3).astype(np.float32) + 2
+    # few blocks at a time, so that the simdgroups of each go round their loop
+    narrow = DecodeKernels("metal", metal_kernel, Tuning(blocks=1), variant=variant)
+    for made in (narrow, DecodeKernels("metal", backwards, variant=variant)):
+        for reach in (2, 20, 150, 325, NO_WINDOW):
+            out = step.attend(made, q, sinks, reach)
+            assert step.error(out, q, sinks=sinks, window=reach) < TOLERANCE[mx.float32], reach
+
+
+@pytest.mark.parametrize("num_q", [4, 10])
+def test_a_ragged_batch_equals_each_row_alone(num_q: int, rng: np.random.Generator) -> None:
+    """Groups of two and of five: the backend's own choice takes one variant for each."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    lengths = [int(n) for n in rng.permutation([3, 30, 75, 200])]
+    histories = [History.random(rng, 2, n + 1, 64, dtype=mx.float16).steady(rng, fmt) for n in lengths]
+    source = new_cache(fmt, "gpu").source
+    rows = []
+    for history, n in zip(histories, lengths, strict=True):
+        rows.append(TurboQuantKVCache(source))
+        appended(rows[-1], history, 0, n)
+    batch = TurboQuantKVCache.merge(rows)
+    q = mx.concatenate([random_queries(rng, num_q, 1, 64, mx.float16) for _ in rows])
+    news = [h.slice(n, n + 1) for h, n in zip(histories, lengths, strict=True)]
+    batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*news, strict=True)))
+    out = batch.attend(q, scale=0.125, mask=None, sinks=None)
+    for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
+        want = expected(history, q[b : b + 1], fmt, n, 0.125, None)
+        assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
+
+
+def test_wide_groups_take_matrices() -> None:
+    def chosen(num_q: int, num_rows: int, dim: int) -> Variant:
+        shape = decode_shape(num_q, num_rows, mx.float16, LayerShape(1, dim, dim, mx.float16), KVFormat())
+        return variant_for("metal", shape)
+
+    assert [chosen(g, 1, 128) for g in (1, 2, 3, 8)] == ["portable", "portable", "simd", "simd"]
+    assert [chosen(1, rows, 128) for rows in (1, 8)] == ["portable", "simd"]
+    assert chosen(8, 1, 512) == "portable"
