@@ -120,7 +120,7 @@ def test_every_length_up_to_three_pages(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_windows_sinks_and_lanes_in_any_order(variant: Variant, rng: np.random.Generator) -> None:
-    """Windows end in the walk, in the sink and nowhere; backwards, lanes race and read too early where barriers lack."""
+    """Windows end in the walk, in the sink and nowhere; backwards, lanes race and read too early without barriers."""
 
     def backwards(*args: Any, **kwargs: Any) -> Any:
         def call(output_dtypes: Any, **launch: Any) -> list[mx.array]:
