@@ -13,7 +13,7 @@ from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
 from turboquant_kv import cache as caches
-from turboquant_kv.backends import gpu
+from turboquant_kv.backends import gpu, gpu_flash
 from turboquant_kv.backends.base import ExactRows, SequenceView
 from turboquant_kv.backends.gpu import GpuBackend
 from turboquant_kv.backends.gpu_flash import FlashKernels, FlashShape
@@ -121,6 +121,26 @@ def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: in
         assert not weights[:, len(position) :].any() and not weights[num_queries:].any()
         want = seen / seen.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(weights[:num_queries, : len(position)], want, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("warps", "stages"), [(8, 2), (8, 3), (4, 4)])
+def test_other_blocks_compute_the_same(
+    warps: int, stages: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WARPS and STAGES are there to be tuned."""
+    monkeypatch.setattr(gpu_flash, "WARPS", warps)
+    monkeypatch.setattr(gpu_flash, "STAGES", stages)
+    backend = GpuBackend(
+        "cuda", kernels.BACKEND._kernels, kernels.BACKEND._page_kernels, FlashKernels("cuda", cuda_kernel)
+    )
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    history = History.random(rng, 1, 420, 64, dtype=mx.float16)
+    cache = new_cache(KVFormat(), "gpu")
+    for start, stop in ((0, 90), (90, 420)):
+        q = random_queries(rng, 2, stop - start, 64, mx.float16)
+        out = feed(cache, history, start, stop, q, 0.125)
+        seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
+        assert relative_error(out, expected(seen, q, KVFormat(), start, 0.125, None)) < TOLERANCE[mx.float16]
 
 
 def test_rows_of_a_batch_past_their_queries_are_zeros(rng: np.random.Generator) -> None:

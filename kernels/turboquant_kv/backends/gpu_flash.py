@@ -30,7 +30,11 @@ from turboquant_kv.format import UnsupportedFormatError
 FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
 MAX_DIM = 256  # of 512 no tile's sums fit the registers
 DTYPES = (mx.float16, mx.bfloat16)
-WARPS = 4  # two blocks of 128 threads, of 255 registers each, are what a processor's registers hold
+# Two blocks of 128 threads, of 255 registers each, are what a processor's registers hold, and two stages of tiles what
+# its shared memory does beside their queries. One block of 8 warps with up to 4 stages reads tiles half as often but ends
+# more unevenly; it was not timed.
+WARPS = 4
+STAGES = 2
 LOG2_E = 1.4426950408889634
 NO_SINK = -1e30  # a logit that weighs nothing
 
@@ -64,9 +68,9 @@ class FlashShape:
 
     @property
     def arena_bytes(self) -> int:
-        """Dynamic shared memory: queries and two tiles, rows of 128-byte pieces (src/prefill_setup.h has it too)."""
+        """Dynamic shared memory: queries and STAGES tiles, rows of 128-byte pieces (src/prefill_setup.h has it too)."""
         k_pitch, v_pitch = (2 * -(-dim // 64) * 64 for dim in (self.k_dim, self.v_dim))
-        return self.rows * k_pitch + 2 * self.columns * (k_pitch + v_pitch)
+        return self.rows * k_pitch + STAGES * self.columns * (k_pitch + v_pitch)
 
 
 class FlashKernels:
@@ -157,7 +161,7 @@ def flash_text(shape: FlashShape) -> KernelText:
     constants: Constants = {
         **{"D": shape.k_dim, "DV": shape.v_dim, "G": shape.num_q_heads // shape.num_kv_heads},
         **{"PAGE": shape.page_tokens, "SINK": shape.sink_tokens, "In": shape.dtype},
-        **{"WARPS": WARPS, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
+        **{"WARPS": WARPS, "STAGES": STAGES, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
     }
     pieces = ("opening_cuda", "prefill_setup", "prefill_tiles", "prefill_write")
     body = constants_text("cuda", constants) + "".join(map(piece, pieces))

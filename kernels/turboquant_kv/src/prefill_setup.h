@@ -18,7 +18,7 @@ const int ROWS = WARPS * WARP_ROWS;
 const int K_CHUNKS = D / 8, V_CHUNKS = DV / 8;  // pieces of a row in memory; in the arena a multiple of eight
 const int K_PITCH = (K_CHUNKS + 7) / 8 * 8, V_PITCH = (V_CHUNKS + 7) / 8 * 8;
 const int Q_BYTES = ROWS * K_PITCH * 16, K_BYTES = COLUMNS * K_PITCH * 16, V_BYTES = COLUMNS * V_PITCH * 16;
-extern __shared__ __align__(128) uchar arena[];  // queries, then two tiles of keys, then two of values
+extern __shared__ __align__(128) uchar arena[];  // queries, then STAGES tiles of keys, then as many of values
 
 const int r = int(lane) >> 2, c = int(lane) & 3;
 const int head = int(block_y);

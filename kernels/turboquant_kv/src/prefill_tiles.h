@@ -1,11 +1,12 @@
-// The walk over the tiles, a copy ahead: scores, online softmax in base 2, weighted sums. Queries stay in shared
-// memory, because registers are full of sums: a lane holds rows r and r + 8 of M_TILES fragments, dims 8 j + 2 c and
-// the next.
+// The walk over the tiles, STAGES - 1 copies ahead: scores, online softmax in base 2, weighted sums. Queries stay in
+// shared memory, because registers are full of sums: a lane holds rows r and r + 8 of M_TILES fragments, dims 8 j + 2 c
+// and the next.
+const auto slot_of = [](int tile) { return STAGES == 2 ? tile & 1 : tile % STAGES; };
 const auto copy_tile = [&](int tile) {
   const int column = column_of(tile), last = walk.num_columns - 1 - column;
   const ulong first_row = ulong(walk.first_row + column);
-  uchar* to_keys = arena + Q_BYTES + (tile & 1) * K_BYTES;
-  uchar* to_values = arena + Q_BYTES + 2 * K_BYTES + (tile & 1) * V_BYTES;
+  uchar* to_keys = arena + Q_BYTES + slot_of(tile) * K_BYTES;
+  uchar* to_values = arena + Q_BYTES + STAGES * K_BYTES + slot_of(tile) * V_BYTES;
   const In *from_keys = keys + first_row * D, *from_values = values + first_row * DV;
   if (last >= COLUMNS - 1) {
     tq_copy_rows<true, K_CHUNKS, COLUMNS, THREADS>(to_keys, from_keys, last, int(tid));
@@ -21,8 +22,11 @@ for (int i = int(tid); i < ROWS * K_CHUNKS; i += THREADS) {
   if (query >= 0 && query < num_queries) tq_copy<16>(to, queries + (head * num_rows + query) * D + 8 * chunk);
   else *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
 }
-if (walk.num_tiles > 0) copy_tile(0);
-tq_copies_end();
+#pragma unroll
+for (int tile = 0; tile < STAGES - 1; tile++) {
+  if (tile < walk.num_tiles) copy_tile(tile);
+  tq_copies_end();
+}
 
 float o[M_TILES][DV / 8][4], peak[M_TILES][2], mass[M_TILES][2];  // peaks are scores before the scale
 #pragma unroll
@@ -40,9 +44,9 @@ const uint tall_bits = 16 * ((lane >> 4) ^ (lane & 7)), wide_bits = 16 * (((lane
 const uchar* lane_queries = arena + (int(warp) * WARP_ROWS + tall_row) * (16 * K_PITCH);
 
 for (int tile = 0; tile < walk.num_tiles; tile++) {
-  tq_copies_wait<0>();
+  tq_copies_wait<STAGES - 2>();
   __syncthreads();  // the tile is there for all, and nobody reads the one that the next copy replaces
-  if (tile + 1 < walk.num_tiles) copy_tile(tile + 1);
+  if (tile + STAGES - 1 < walk.num_tiles) copy_tile(tile + STAGES - 1);
   tq_copies_end();
   const bool plain = tile >= walk.tokens_from && tile < plain_until[warp];
   if (!plain) {
@@ -52,7 +56,7 @@ for (int tile = 0; tile < walk.num_tiles; tile++) {
   }
 
   // Scores.
-  const uchar* lane_keys = arena + Q_BYTES + (tile & 1) * K_BYTES + wide_row * (16 * K_PITCH);
+  const uchar* lane_keys = arena + Q_BYTES + slot_of(tile) * K_BYTES + wide_row * (16 * K_PITCH);
   float s[M_TILES][COLUMNS / 8][4];
 #pragma unroll
   for (int m = 0; m < M_TILES; m++) {
@@ -136,7 +140,7 @@ for (int tile = 0; tile < walk.num_tiles; tile++) {
   // Sums: two neighbouring fragments of weights are one of the next product. The row goes through a shuffle, because a
   // compiler that knows which of its bits are zero computes more addresses than it needs.
   const int value_row = int(tq_shuffle(uint(tall_row) * 16 * V_PITCH, lane));
-  const uchar* lane_values = arena + Q_BYTES + 2 * K_BYTES + (tile & 1) * V_BYTES + value_row;
+  const uchar* lane_values = arena + Q_BYTES + STAGES * K_BYTES + slot_of(tile) * V_BYTES + value_row;
 #pragma unroll
   for (int i = 0; i < COLUMNS / 16; i++) {
 #pragma unroll
