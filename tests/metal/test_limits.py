@@ -1,0 +1,101 @@
+"""Every kernel text of every supported geometry keeps Metal's limits; nothing is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tests.metal.emulator import last_report, metal_kernel
+from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADGROUP_BYTES, MAX_THREADS
+from tests.metal.sizing import sizes
+
+from turboquant_kv.backends.gpu_launch import combine_text, combine_threads, decode_text
+from turboquant_kv.backends.gpu_pages import THREADS, SideShape, encode_text, history_text
+from turboquant_kv.backends.gpu_plan import HOPPER, DecodeShape, tuning_for
+from turboquant_kv.backends.gpu_source import KernelText, Variant
+from turboquant_kv.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
+
+# Arrays that live at once and 24 for the rest: an estimate, which no Apple compiler has judged. The two that are beyond
+# may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.
+MAX_ESTIMATE = {("decode", 256): 144, ("history", 112): 136}
+VARIANTS: tuple[Variant, ...] = ("portable", "simd")
+Checked = tuple[str, KernelText, int, int]
+"""What it is, its text, its threads, the registers that it may need."""
+
+
+def decode_shape(k_dim: int, v_dim: int, bits: tuple[int, int], num_rows: int) -> DecodeShape:
+    """With the largest types, which need most."""
+    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32)
+
+
+def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
+    for v_dim, k_bits, v_bits, num_rows in product(SUPPORTED_HEAD_DIMS, SUPPORTED_BITS, SUPPORTED_BITS, (1, 3, 8)):
+        shape = decode_shape(k_dim, v_dim, (k_bits, v_bits), num_rows)
+        if variant == "simd" and not shape.has_simd:
+            continue
+        tuning = tuning_for(shape, variant, HOPPER)
+        text = decode_text("metal", shape, variant, tuning, False, 1, None)
+        yield str(shape), text, tuning.threads, MAX_ESTIMATE.get(("decode", v_dim), MAX_REGISTERS)
+
+
+def other_texts() -> Iterator[Checked]:
+    for dim, bits in product(SUPPORTED_HEAD_DIMS, SUPPORTED_BITS):
+        shape = decode_shape(dim, dim, (bits, bits), 8)
+        for variant in VARIANTS:
+            text = combine_text("metal", shape, variant, mx.float32)
+            yield str(shape), text, combine_threads(dim), MAX_REGISTERS
+        side = SideShape(1, dim, bits, 16, "unbiased", mx.float32)
+        yield str(side), encode_text("metal", side), THREADS, MAX_REGISTERS
+        yield str(side), history_text("metal", side), THREADS, MAX_ESTIMATE.get(("history", dim), MAX_REGISTERS)
+
+
+def check(texts: Iterator[Checked]) -> None:
+    beyond, num_texts = [], 0
+    for what, text, threads, max_registers in texts:
+        num_texts += 1
+        found = sizes(text)
+        if found.threadgroup_bytes > MAX_THREADGROUP_BYTES or found.registers > max_registers or threads > MAX_THREADS:
+            beyond.append(f"{text.role} {threads} threads, {found} (registers: {max_registers} at most): {what}")
+    assert num_texts > 0
+    assert not beyond, f"{len(beyond)} of {num_texts}:\n" + "\n".join(beyond[:10])
+
+
+@pytest.mark.parametrize("k_dim", SUPPORTED_HEAD_DIMS)
+def test_portable_decode_fits(k_dim: int) -> None:
+    check(decode_texts("portable", k_dim))
+
+
+@pytest.mark.parametrize("k_dim", [d for d in SUPPORTED_HEAD_DIMS if d <= 256])
+def test_decode_on_matrices_fits(k_dim: int) -> None:
+    check(decode_texts("simd", k_dim))
+
+
+def test_merging_encoding_and_decoding_pages_fit() -> None:
+    check(other_texts())
+
+
+def test_the_reader_agrees_with_the_emulator() -> None:
+    """On threadgroup memory, which the emulator counts where it is declared; a kernel of which all blocks return."""
+    shape = decode_shape(192, 128, (3, 4), 3)
+    for variant in VARIANTS:
+        text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
+        kernel: Any = text.build(metal_kernel)
+        plan = np.zeros(16, np.int32)
+        plan[0], plan[1], plan[2], plan[3], plan[5] = 1, 8, 1, 1, 1 << 30
+        pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
+        values = [np.zeros((8, 1, 16, 64), np.uint8), np.zeros((8, 1, 16), np.float16)]
+        exact = [np.zeros((1, 8, dim), np.float32) for dim in (192, 128, 192, 128)]
+        constants = np.zeros(192 * 192 + 192, np.float32)
+        queries, table = np.zeros((1, 3, 1, 192), np.float32), np.zeros((1, 8), np.int32)
+        kernel(
+            inputs=[queries, plan, table, *pages, *values, constants, *exact],
+            grid=(128, 1, 1),
+            threadgroup=(128, 1, 1),
+            output_shapes=[(3 * 130,)],
+            output_dtypes=[mx.float32],
+        )
+        assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, variant
