@@ -53,7 +53,9 @@ class CompressedCache(AttendingCache):
         mask: mx.array | str | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        pool = self.source.get(_geometry(keys, values))
+        pool = self.source.pool
+        if pool is None or not pool.shape.fits(keys, values):
+            pool = self.source.get(_geometry(keys, values))
         pool.backend.wait_for([queries, keys, values])
         views = self._append(pool, keys, values)
         array_mask = None if mask is None or isinstance(mask, str) else mask
@@ -93,9 +95,9 @@ class TurboQuantKVCache(CompressedCache):
     def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
         if self.sequence is None:
             self.sequence = LayerSequence(pool)
+        from_mlx = pool.backend.from_mlx
         # squeezed: MLX would make a copy of `keys[0]`
-        k, v = (pool.backend.from_mlx(x).squeeze(0) for x in (keys, values))
-        return [self.sequence.append(k, v)]
+        return [self.sequence.append(from_mlx(keys).squeeze(0), from_mlx(values).squeeze(0))]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""

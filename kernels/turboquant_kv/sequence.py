@@ -30,6 +30,7 @@ class ExactBlock:
     def __init__(self, pool: PagePool, k: Array, v: Array) -> None:
         self._pool, self.k, self.v = pool, k, v
         self.nbytes = k.nbytes + v.nbytes
+        self.capacity = int(k.shape[1])
         self._num_rows = 0
         pool.exact_bytes += self.nbytes
 
@@ -41,10 +42,6 @@ class ExactBlock:
             backend.empty_rows(shape.num_kv_heads, capacity, shape.k_dim, shape.dtype),
             backend.empty_rows(shape.num_kv_heads, capacity, shape.v_dim, shape.dtype),
         )
-
-    @property
-    def capacity(self) -> int:
-        return int(self.k.shape[1])
 
     def copy(self, num_rows: int, capacity: int) -> ExactBlock:
         """A new block with the first rows of this one."""
@@ -59,7 +56,7 @@ class ExactBlock:
         self._num_rows = start + k.shape[1]
 
     def rows(self, first_position: int, num_rows: int) -> ExactRows:
-        return ExactRows(first_position, self.k[:, :num_rows], self.v[:, :num_rows])
+        return ExactRows(first_position, self.k, self.v, num_rows)
 
     def __del__(self) -> None:
         self._pool.exact_bytes -= self.nbytes
@@ -77,14 +74,13 @@ class _Exact:
     def append(self, pool: PagePool, most: int, k: Array, v: Array) -> None:
         """Add rows to a region of at most `most`; a block that is too small or shared is replaced."""
         num_rows = self.num_rows + k.shape[1]
-        capacity = exact_capacity(num_rows, most)
-        if self.block is None:
-            self.block = ExactBlock.empty(pool, capacity)
-        elif self.shared or self.block.capacity < num_rows:
-            self.block = self.block.copy(self.num_rows, max(capacity, self.block.capacity))
-        self.shared = False
-        self.block.write(self.num_rows, k, v)
-        self.num_rows = num_rows
+        block = self.block
+        if block is None:
+            block = ExactBlock.empty(pool, exact_capacity(num_rows, most))
+        elif self.shared or block.capacity < num_rows:
+            block = block.copy(self.num_rows, max(exact_capacity(num_rows, most), block.capacity))
+        block.write(self.num_rows, k, v)
+        self.block, self.num_rows, self.shared = block, num_rows, False
 
     def fork(self) -> _Exact:
         self.shared = self.block is not None
@@ -139,12 +135,26 @@ class LayerSequence:
         All pages that end before the new last token are encoded here.
         """
         fmt = self.pool.fmt
+        if k.shape[1] == 1 and self._sink.num_rows == fmt.sink_tokens:
+            return self._append_one(k, v)
         q_start, num_queries = len(self), k.shape[1]
         to_sink = min(max(0, fmt.sink_tokens - self._sink.num_rows), num_queries)
         if to_sink:
             self._sink.append(self.pool, fmt.sink_tokens, k[:, :to_sink], v[:, :to_sink])
-        window = self._extend_window(k[:, to_sink:], v[:, to_sink:])
+            k, v = k[:, to_sink:], v[:, to_sink:]
+        window = self._extend_window(k, v)
         return SequenceView(q_start, num_queries, self._pages, self._sink.rows(0), window)
+
+    def _append_one(self, k: Array, v: Array) -> SequenceView:
+        """As `append` for one token behind a full sink: what each layer does in each decode step, and no more."""
+        fmt, tail = self.pool.fmt, self._tail
+        if tail.num_rows == fmt.page_tokens:
+            self._encode_tail()
+            tail = self._tail
+        start = fmt.page_start(len(self._pages))
+        position = start + tail.num_rows
+        tail.append(self.pool, fmt.page_tokens, k, v)
+        return SequenceView(position, 1, self._pages, self._sink.rows(0), tail.rows(start))
 
     def _extend_window(self, k: Array, v: Array) -> ExactRows | None:
         """Append behind the sink; returns exact rows from the first new token's page on."""

@@ -29,6 +29,13 @@ class LayerShape:
     v_dim: int
     dtype: mx.Dtype  # the model's own dtype, kept by the exact windows
 
+    def fits(self, keys: mx.array, values: mx.array) -> bool:
+        """Whether keys (B, H, T, D) and values (B, H, T, Dv) are of this layer."""
+        _, num_heads, _, dim = keys.shape
+        return (num_heads, dim, values.shape[3]) == (self.num_kv_heads, self.k_dim, self.v_dim) and (
+            keys.dtype == self.dtype
+        )
+
     @property
     def raw_token_bytes(self) -> int:
         """Bytes of one uncompressed token, keys and values, all heads."""
@@ -104,13 +111,26 @@ class PageStorage(Protocol):
     def write(self, page_ids: PageIds, pages: CanonicalPages) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
 class ExactRows:
-    """Consecutive exact tokens: k (H, n, D), v (H, n, Dv); `start` is the first one's position."""
+    """Consecutive exact tokens: k (H, n, D), v (H, n, Dv); `start` is the first one's position.
 
-    start: int
-    k: Array
-    v: Array
+    They are the first rows of buffers that may hold more: slices are made only when they are asked for.
+    """
+
+    __slots__ = ("k_buffer", "num_rows", "start", "v_buffer")
+
+    def __init__(self, start: int, k_buffer: Array, v_buffer: Array, num_rows: int | None = None) -> None:
+        """num_rows: by default all that the buffers hold."""
+        self.start, self.k_buffer, self.v_buffer = start, k_buffer, v_buffer
+        self.num_rows: int = k_buffer.shape[1] if num_rows is None else num_rows
+
+    @property
+    def k(self) -> Array:
+        return self.k_buffer[:, : self.num_rows]
+
+    @property
+    def v(self) -> Array:
+        return self.v_buffer[:, : self.num_rows]
 
 
 @dataclass(frozen=True, slots=True)

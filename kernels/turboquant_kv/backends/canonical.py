@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +54,20 @@ class ArrayKit:
     look_up: Callable[[npt.NDArray[np.float32]], Callable[[Array], Array]]  # table -> (indices -> rows, flattened)
 
 
+@cache
+def _rotation(kit: ArrayKit, dim: int, seed: int, which: Which) -> Array:
+    """One array for all layers."""
+    return kit.from_numpy(rotation_matrix(dim, seed, which))
+
+
+@cache
+def _tables(kit: ArrayKit, bits: int) -> tuple[Array, tuple[Array, Array], Callable[[Array], Array]]:
+    """Centroids, the tables that find codes and the function that unpacks them, the same for all layers."""
+    start_codes, limits = codes.search_grid(bits)
+    search = kit.from_numpy(start_codes), kit.from_numpy(limits)
+    return kit.from_numpy(centroids(bits)), search, kit.look_up(codes.unpacking_table(bits))
+
+
 class Side:
     """Keys or values of one layer: rotation, mean, codebook and page arrays."""
 
@@ -60,12 +75,9 @@ class Side:
         self, kit: ArrayKit, which: Which, bits: int, dim: int, fmt: KVFormat, mean: Any, arrays: PageArrays
     ) -> None:
         self._kit, self.bits, self.dim, self.fmt, self.arrays = kit, bits, dim, fmt, arrays
-        self.rotation = kit.from_numpy(rotation_matrix(dim, fmt.rotation_seed, which))
+        self.rotation = _rotation(kit, dim, fmt.rotation_seed, which)
         self.mean = kit.from_numpy(mean) if fmt.centred and mean is not None else None
-        self._book = kit.from_numpy(centroids(bits))
-        start_codes, limits = codes.search_grid(bits)
-        self._search = kit.from_numpy(start_codes), kit.from_numpy(limits)
-        self._look_up = kit.look_up(codes.unpacking_table(bits))
+        self._book, self._search, self._look_up = _tables(kit, bits)
 
     def encode(self, page_ids: PageIds, rows: Array) -> None:
         """Write exact rows (H, P*page, D) as pages."""

@@ -137,19 +137,20 @@ class GpuStorage(CanonicalStorage):
         """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
-        k, v = self._arrays
         exact: list[mx.array] = []
         if len(views) <= max_sets:
             num_sets = 1 << (len(views) - 1).bit_length()  # each number is a kernel: powers of two are enough
-            for view in (*views, *[views[0]] * (num_sets - len(views))):
-                exact += self._rows_or_none(view.sink)
-                exact += self._rows_or_none(view.window)
-            figures = tuple(_figures(view, 0, 0) for view in views)
+            for i in range(num_sets):
+                view = views[i if i < len(views) else 0]
+                for rows in (view.sink, view.window):
+                    exact += self._no_rows if rows is None else (rows.k_buffer, rows.v_buffer)
+            figures = tuple([_figures(view, 0, 0) for view in views])
         else:
             sinks, sink_offsets = self.join([view.sink for view in views])
             windows, window_offsets = self.join([view.window for view in views])
             exact += [*sinks, *windows]
             figures = tuple(map(_figures, views, sink_offsets, window_offsets))
+        k, v = self._arrays
         return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
 
     def _rows_or_none(self, rows: ExactRows | None) -> tuple[mx.array, mx.array]:
@@ -174,7 +175,7 @@ PREFILL: dict[Dialect, str] = {
 
 
 def _rows_of(rows: ExactRows | None, side: str, no_rows: mx.array) -> tuple[mx.array, int]:
-    return (no_rows, 0) if rows is None else (getattr(rows, side), int(rows.k.shape[1]))
+    return (no_rows, 0) if rows is None else (getattr(rows, side), rows.num_rows)
 
 
 class GpuBackend(MlxBackend):
@@ -292,14 +293,19 @@ def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerS
 def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> Figures:
     sink, window = view.sink, view.window
     return (
-        *(view.q_start, view.num_queries, len(view.page_ids)),
-        *(sink_offset, 0 if sink is None else sink.k.shape[1]),
-        *((window_offset, 0, 0) if window is None else (window_offset, window.start, window.k.shape[1])),
+        view.q_start,
+        view.num_queries,
+        len(view.page_ids),
+        sink_offset,
+        0 if sink is None else sink.num_rows,
+        window_offset,
+        0 if window is None else window.start,
+        0 if window is None else window.num_rows,
     )
 
 
 def _num_rows(rows: ExactRows | None) -> int:
-    return 0 if rows is None else int(rows.k.shape[1])
+    return 0 if rows is None else rows.num_rows
 
 
 @cache

@@ -133,8 +133,8 @@ class FlashKernels:
 
     def _sections(self, shape: FlashShape, view: SequenceView) -> tuple[int, int, int]:
         """Columns of sink, decoded pages and window."""
-        num_sink = 0 if view.sink is None else int(view.sink.k.shape[1])
-        num_window = 0 if view.window is None else int(view.window.k.shape[1])
+        num_sink = 0 if view.sink is None else view.sink.num_rows
+        num_window = 0 if view.window is None else view.window.num_rows
         return num_sink, len(view.page_ids) * shape.page_tokens, num_window
 
     def _kernel(self, shape: FlashShape) -> Kernel:

@@ -87,6 +87,16 @@ def is_power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
+class Plan(NamedTuple):
+    """What all layers of a step share: the plan array of src/plan.h, and the launch that it describes."""
+
+    array: mx.array
+    row_groups: int
+    grid: tuple[int, int, int]
+    num_floats: int  # of all parts
+    out_shape: tuple[int, int, int, int]
+
+
 class DecodeKernels:
     """The kernels of one kind of GPU, made at the first use of each shape."""
 
@@ -137,7 +147,8 @@ class DecodeLaunch:
         self._groups_per_row = shape.num_chunks(self._variant) * shape.num_kv_heads
         self.max_sets = MAX_SETS if self._fused and shape.has_exact_mma else 1
         self._threads = (self._tuning.threads, 1, 1)
-        self._plans: dict[_PlanKey, tuple[mx.array, int]] = {}
+        self._fused_dtypes = [shape.dtype, mx.float32]
+        self._plans: dict[_PlanKey, Plan] = {}
         self._latest: _PlanKey | None = None
 
     def __call__(
@@ -159,56 +170,50 @@ class DecodeLaunch:
         shape, batch = self._shape, len(figures)
         if queries.shape != (batch, shape.num_q_heads, shape.num_rows, shape.k_dim):
             raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
-        plan, num_blocks = self._plan(figures, page_table.shape[1], scale, reach)
-        row_groups = batch * self._groups_per_row
-        grid = (self._threads[0] * num_blocks, shape.num_kv_heads, row_groups // shape.num_kv_heads)
-        inputs = [queries, plan, page_table, *layer.pages, layer.k_constants]
-        num_floats = row_groups * num_blocks * self._rows * (shape.v_dim + 2)
-        out_shape = (batch, shape.num_q_heads, shape.num_rows, shape.v_dim)
-        if not self._fused or row_groups > MAX_ROW_GROUPS:
-            return self._twice(layer, inputs, grid, num_floats, out_shape, sinks)
-        inputs += [layer.v_constants, next(self._counters), *layer.exact]
+        plan = self._plan(figures, page_table.shape[1], scale, reach)
+        if not self._fused or plan.row_groups > MAX_ROW_GROUPS:
+            return self._twice(layer, queries, plan, page_table, sinks)
+        # A list at once: this is the host's time of every layer and step.
+        inputs = [
+            *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.v_constants),
+            *(next(self._counters), *layer.exact),
+        ]
         if sinks is not None:
             inputs.append(sinks)
         out: mx.array = self._kernel("fused", len(layer.exact) // 4, None if sinks is None else sinks.dtype)(
             inputs=inputs,
-            grid=grid,
+            grid=plan.grid,
             threadgroup=self._threads,
-            output_shapes=[out_shape, (num_floats,)],
-            output_dtypes=[shape.dtype, mx.float32],
+            output_shapes=[plan.out_shape, (plan.num_floats,)],
+            output_dtypes=self._fused_dtypes,
         )[0]
         return out
 
     def _twice(
-        self,
-        layer: LayerInputs,
-        inputs: list[mx.array],
-        grid: tuple[int, int, int],
-        num_floats: int,
-        out_shape: tuple[int, int, int, int],
-        sinks: mx.array | None,
+        self, layer: LayerInputs, queries: mx.array, plan: Plan, page_table: mx.array, sinks: mx.array | None
     ) -> mx.array:
         """Parts in one launch, their merge in another."""
         (parts,) = self._kernel("decode", len(layer.exact) // 4, None)(
-            inputs=[*inputs, *layer.exact],
-            grid=grid,
+            inputs=[queries, plan.array, page_table, *layer.pages, layer.k_constants, *layer.exact],
+            grid=plan.grid,
             threadgroup=self._threads,
-            output_shapes=[(num_floats,)],
+            output_shapes=[(plan.num_floats,)],
             output_dtypes=[mx.float32],
         )
         threads = combine_threads(self._shape.v_dim)
+        batch, num_heads, num_rows, _ = plan.out_shape
         out: mx.array = self._kernel("combine", 1, None if sinks is None else sinks.dtype)(
             # any array stands for sinks that are not there
-            inputs=[parts, inputs[1], layer.v_constants if sinks is None else sinks, layer.v_constants],
-            grid=(out_shape[2] * threads, out_shape[1], out_shape[0]),
+            inputs=[parts, plan.array, layer.v_constants if sinks is None else sinks, layer.v_constants],
+            grid=(num_rows * threads, num_heads, batch),
             threadgroup=(threads, 1, 1),
-            output_shapes=[out_shape],
+            output_shapes=[plan.out_shape],
             output_dtypes=[self._shape.dtype],
         )[0]
         return out
 
-    def _plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> tuple[mx.array, int]:
-        """The plan array and the blocks per row group; all layers of a step share it."""
+    def _plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> Plan:
+        """All layers of a step share it."""
         key = (figures, width, scale, reach)
         found = self._plans.get(key)
         if found is None:
@@ -219,12 +224,19 @@ class DecodeLaunch:
             self._latest = key
         return found
 
-    def _new_plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> tuple[mx.array, int]:
-        tiles, num_blocks = split(self._shape, self._variant, self._tuning, figures, reach)
-        num_parts = num_blocks * len(figures) * self._groups_per_row
-        return make_plan(figures, tiles, width, num_blocks, num_parts, scale, reach), num_blocks
+    def _new_plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> Plan:
+        shape, row_groups = self._shape, len(figures) * self._groups_per_row
+        tiles, num_blocks = split(shape, self._variant, self._tuning, figures, reach)
+        num_parts = num_blocks * row_groups
+        return Plan(
+            make_plan(figures, tiles, width, num_blocks, num_parts, scale, reach),
+            row_groups,
+            (self._threads[0] * num_blocks, shape.num_kv_heads, row_groups // shape.num_kv_heads),
+            num_parts * self._rows * (shape.v_dim + 2),
+            (len(figures), shape.num_q_heads, shape.num_rows, shape.v_dim),
+        )
 
-    def _advanced(self, key: _PlanKey) -> tuple[mx.array, int] | None:
+    def _advanced(self, key: _PlanKey) -> Plan | None:
         """The latest plan, where each sequence has one exact row more since: by an addition on the GPU.
 
         An array that the host has written costs a CUDA device a page fault, about 180 us.
@@ -237,8 +249,8 @@ class DecodeLaunch:
             for new, old in zip(figures, latest, strict=True)
         ):
             return None
-        plan, num_blocks = self._plans[self._latest]
-        return plan + _one_row_more(len(figures)), num_blocks
+        plan = self._plans[self._latest]
+        return plan._replace(array=plan.array + _one_row_more(len(figures)))
 
     def _kernel(self, role: str, num_sets: int, sink_dtype: mx.Dtype | None) -> Kernel:
         kernel = self._kernels.get((role, num_sets, sink_dtype))

@@ -41,8 +41,8 @@ def masked_attention(
 
 def prefill_mask(view: SequenceView, fmt: KVFormat, dtype: mx.Dtype) -> mx.array:
     """(num_queries, columns): 0 where seen, the dtype's most negative value elsewhere."""
-    num_sink = 0 if view.sink is None else int(view.sink.k.shape[1])
-    window = (0, 0) if view.window is None else (view.window.start, int(view.window.k.shape[1]))
+    num_sink = 0 if view.sink is None else view.sink.num_rows
+    window = (0, 0) if view.window is None else (view.window.start, view.window.num_rows)
     return _mask(view.q_start, view.num_queries, num_sink, len(view.page_ids), *window, fmt, dtype)
 
 
