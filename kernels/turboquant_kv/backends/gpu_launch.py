@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import cycle
+from operator import sub
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -149,7 +150,6 @@ class DecodeLaunch:
         self._threads = (self._tuning.threads, 1, 1)
         self._fused_dtypes = [shape.dtype, mx.float32]
         self._plans: dict[_PlanKey, Plan] = {}
-        self._latest: _PlanKey | None = None
 
     def __call__(
         self,
@@ -221,7 +221,6 @@ class DecodeLaunch:
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = found
-            self._latest = key
         return found
 
     def _new_plan(self, figures: tuple[Figures, ...], width: int, scale: float, reach: int) -> Plan:
@@ -237,20 +236,16 @@ class DecodeLaunch:
         )
 
     def _advanced(self, key: _PlanKey) -> Plan | None:
-        """The latest plan, where each sequence has one exact row more since: by an addition on the GPU.
+        """The plan of a step before, if each sequence has one exact row more since, advanced by an addition on the GPU.
 
         An array that the host has written costs a CUDA device a page fault, about 180 us.
         """
-        if self._latest is None or self._latest[1:] != key[1:] or key[3] != NO_WINDOW:
-            return None
-        figures, latest = key[0], self._latest[0]
-        if len(figures) != len(latest) or any(
-            new != tuple(map(sum, zip(old, ONE_ROW_MORE, strict=True)))
-            for new, old in zip(figures, latest, strict=True)
-        ):
-            return None
-        plan = self._plans[self._latest]
-        return plan._replace(array=plan.array + _one_row_more(len(figures)))
+        figures, width, scale, reach = key
+        if reach != NO_WINDOW:
+            return None  # a window moves the walk's first tile
+        before = tuple(tuple(map(sub, row, ONE_ROW_MORE)) for row in figures)
+        plan = self._plans.get((before, width, scale, reach))
+        return None if plan is None else plan._replace(array=plan.array + _one_row_more(len(figures)))
 
     def _kernel(self, role: str, num_sets: int, sink_dtype: mx.Dtype | None) -> Kernel:
         kernel = self._kernels.get((role, num_sets, sink_dtype))

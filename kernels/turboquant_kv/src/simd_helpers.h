@@ -1,4 +1,5 @@
 // Helpers of the matrix kernel: a lane's two elements of an 8x8 matrix, its part of a packed vector, pairs of codes.
+#include <metal_simdgroup_matrix>
 
 TQ_FN half2 tq_two(half a, half b) { return half2(a, b); }
 TQ_FN float2 tq_two(float a, float b) { return float2(a, b); }
