@@ -198,22 +198,3 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
     unmoved = same.all(axis=-1)
     np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
-
-
-def test_unconfirmed_shapes_are_left_to_mlx_operations(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What `auto` does with head dimensions that are no power of two."""
-
-    def refuse(**options: Any) -> Any:
-        raise AssertionError("a kernel was made")
-
-    careful = GpuBackend("cuda", DecodeKernels("cuda", refuse), PageKernels("cuda", refuse), checked_only=True)
-    monkeypatch.setattr(caches, "choose_backend", lambda name: careful)
-    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
-    history = History.random(rng, 2, 61, 96, dtype=mx.float16)
-    cache = new_cache(fmt, "auto")
-    feed(cache, history, 0, 60, random_queries(rng, 4, 60, 96, mx.float16), 0.1)
-    q = random_queries(rng, 4, 1, 96, mx.float16)
-    out = feed(cache, history, 60, 61, q, 0.1)
-    assert relative_error(out, expected(history, q, fmt, 60, 0.1, None)) < TOLERANCE[mx.float16]

@@ -28,13 +28,13 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
 def choose_backend(name: str = "auto") -> Backend:
     """The backend called `name`; `auto` takes native kernels on the CPU, fused ones on CUDA, MLX operations on Metal.
 
-    On CUDA it takes them for head dimensions that are powers of two, the ones confirmed there (docs/gpu.md).
+    Metal's fused kernels have never run on Apple's hardware (docs/metal.md): there they must be asked for.
     Without compiled kernels `auto` falls back to NumPy, says so in the log once, and in the backend's name.
     Raises UnsupportedFormatError for an unknown name, and for cpu-native where its kernels are not built.
     """
     if name == "auto":
         if mx.default_device() != mx.Device(mx.cpu):
-            return GpuBackend("cuda", checked_only=True) if mx.cuda.is_available() else MlxBackend()
+            return GpuBackend("cuda") if mx.cuda.is_available() else MlxBackend()
         kernels, reason = native.load_kernels()
         return NativeBackend() if kernels is not None else _numpy_instead(reason)
     if name not in _BACKENDS:

@@ -189,14 +189,8 @@ class GpuBackend(MlxBackend):
         kernels: DecodeKernels | None = None,
         page_kernels: PageKernels | None = None,
         flash_kernels: FlashKernels | None = None,
-        *,
-        checked_only: bool = False,
     ) -> None:
-        """Kernels replace the device's own. checked_only leaves shapes that no device has confirmed to MLX operations.
-
-        Raises UnsupportedFormatError where MLX has neither Metal nor CUDA.
-        """
-        self._checked_only = checked_only
+        """Kernels replace the device's own. Raises UnsupportedFormatError where MLX has neither Metal nor CUDA."""
         self._dialect = dialect or _device_dialect()
         self._kernels = kernels or device_kernels(self._dialect)
         self._page_kernels = page_kernels or device_page_kernels(self._dialect)
@@ -213,8 +207,6 @@ class GpuBackend(MlxBackend):
 
     def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
-        if self._checked_only and not (is_power_of_two(shape.k_dim) and is_power_of_two(shape.v_dim)):
-            return super().new_storage(shape, fmt, means)
         decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
         return GpuStorage(shape, fmt, means, self._page_kernels)
 
@@ -228,7 +220,7 @@ class GpuBackend(MlxBackend):
         mask: mx.array | None,
         sinks: mx.array | None,
     ) -> mx.array:
-        if mask is not None or not isinstance(storage, GpuStorage):
+        if mask is not None:
             return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
         if queries.shape[2] > MAX_QUERY_ROWS:
             if queries.dtype == storage.shape.dtype:
