@@ -170,7 +170,8 @@ def test_outlier_channels_cost_nothing(
 @every_width
 def test_one_hot_vectors(bits: int, rng: np.random.Generator) -> None:
     """A rotated one-hot is all +-1: one centroid serves every coordinate, and a fitted scale makes it exact."""
-    x = np.eye(128)[rng.integers(128, size=200)] * rng.standard_normal((200, 1))
+    # not so small that a float16 scale would be subnormal and round by more than 2^-11
+    x = np.eye(128)[rng.integers(128, size=200)] * rng.uniform(0.05, 3, (200, 1)) * rng.choice([-1, 1], (200, 1))
     x[0] = -3 * np.eye(128)[5]
     levels = centroids(bits).astype(np.float64)
     nearest = levels[np.argmin(np.abs(levels - 1))]
