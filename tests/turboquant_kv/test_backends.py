@@ -19,8 +19,8 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv import reference
-from turboquant_kv.backends import choose_backend
+from turboquant_kv import backends, reference
+from turboquant_kv.backends import choose_backend, gpu
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
 from turboquant_kv.packing import unpack
@@ -181,3 +181,19 @@ def test_sinks_windows_and_masks(backend: str, kind: str, rng: np.random.Generat
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(UnsupportedFormatError, match="cpu-numpy"):
         choose_backend("tpu")
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "mlx-ops"), ((8, 6), "gpu-cuda"), ((9, 0), "gpu-cuda")])
+def test_auto_takes_cuda_kernels_where_the_device_can_run_them(
+    capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (backends, gpu):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    for name in ("device_kernels", "device_page_kernels", "device_flash_kernels"):
+        monkeypatch.setattr(gpu, name, lambda dialect: object())
+    assert backends.choose_backend("auto").name == chosen
+    if chosen == "mlx-ops":
+        with pytest.raises(UnsupportedFormatError, match=r"compute capability 8\.0, this GPU has 7\.5"):
+            backends.choose_backend("gpu")

@@ -11,6 +11,7 @@ from turboquant_kv.backends import native
 from turboquant_kv.backends.base import Backend
 from turboquant_kv.backends.cpu import NumpyBackend
 from turboquant_kv.backends.gpu import GpuBackend
+from turboquant_kv.backends.gpu_plan import MIN_CAPABILITY, compute_capability
 from turboquant_kv.backends.mlx_ops import MlxBackend
 from turboquant_kv.backends.native import NativeBackend
 from turboquant_kv.format import UnsupportedFormatError
@@ -28,13 +29,14 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
 def choose_backend(name: str = "auto") -> Backend:
     """The backend called `name`; `auto` takes native kernels on the CPU, fused ones on CUDA, MLX operations on Metal.
 
-    Metal's fused kernels have never run on Apple's hardware (docs/metal.md): there they must be asked for.
+    CUDA devices before compute capability 8.0 get MLX operations, too. Metal's fused kernels have never run on Apple's
+    hardware (docs/metal.md): there they must be asked for.
     Without compiled kernels `auto` falls back to NumPy, says so in the log once, and in the backend's name.
     Raises UnsupportedFormatError for an unknown name, and for cpu-native where its kernels are not built.
     """
     if name == "auto":
         if mx.default_device() != mx.Device(mx.cpu):
-            return GpuBackend("cuda") if mx.cuda.is_available() else MlxBackend()
+            return GpuBackend() if compute_capability() >= MIN_CAPABILITY else MlxBackend()
         kernels, reason = native.load_kernels()
         return NativeBackend() if kernels is not None else _numpy_instead(reason)
     if name not in _BACKENDS:

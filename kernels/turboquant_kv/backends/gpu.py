@@ -20,7 +20,14 @@ from turboquant_kv.backends.canonical import CanonicalStorage
 from turboquant_kv.backends.gpu_flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu_launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
 from turboquant_kv.backends.gpu_pages import PageKernels, SideShape
-from turboquant_kv.backends.gpu_plan import MAX_QUERY_ROWS, MIN_ELEMENTS, DecodeShape, Figures
+from turboquant_kv.backends.gpu_plan import (
+    MAX_QUERY_ROWS,
+    MIN_CAPABILITY,
+    MIN_ELEMENTS,
+    DecodeShape,
+    Figures,
+    compute_capability,
+)
 from turboquant_kv.backends.gpu_prefill import masked_attention
 from turboquant_kv.backends.gpu_source import Dialect
 from turboquant_kv.backends.mlx_ops import KIT, GrowingArrays, MlxBackend
@@ -190,8 +197,8 @@ class GpuBackend(MlxBackend):
         page_kernels: PageKernels | None = None,
         flash_kernels: FlashKernels | None = None,
     ) -> None:
-        """Kernels replace the device's own. Raises UnsupportedFormatError where MLX has neither Metal nor CUDA."""
-        self._dialect = dialect or _device_dialect()
+        """Kernels replace the device's own. Raises UnsupportedFormatError where there is no GPU that they run on."""
+        self._dialect = dialect or device_dialect()
         self._kernels = kernels or device_kernels(self._dialect)
         self._page_kernels = page_kernels or device_page_kernels(self._dialect)
         self._flash_kernels = flash_kernels or device_flash_kernels(self._dialect)
@@ -318,9 +325,13 @@ def device_flash_kernels(dialect: Dialect) -> FlashKernels:
     return FlashKernels(dialect)
 
 
-def _device_dialect() -> Dialect:
+def device_dialect() -> Dialect:
+    """Of the kernels for this machine's GPU. Raises UnsupportedFormatError when it has none, or too old a one."""
     if mx.metal.is_available():
         return "metal"
-    if mx.cuda.is_available():
-        return "cuda"
-    raise UnsupportedFormatError("KV backend 'gpu' needs Metal or CUDA; MLX has neither here")
+    if not mx.cuda.is_available():
+        raise UnsupportedFormatError("KV backend 'gpu' needs Metal or CUDA; MLX has neither here")
+    if compute_capability() < MIN_CAPABILITY:
+        wanted, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, compute_capability()))
+        raise UnsupportedFormatError(f"KV backend 'gpu' needs compute capability {wanted}, this GPU has {found}")
+    return "cuda"

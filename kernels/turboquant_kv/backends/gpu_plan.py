@@ -136,14 +136,24 @@ SIMD = Tuning(blocks=128)
 MIN_SIMD_ROWS = 3
 
 
+MIN_CAPABILITY = (8, 0)  # of CUDA devices: asynchronous copies and the tensor cores' products
+
+
 @cache
+def compute_capability() -> tuple[int, int]:
+    """Of the CUDA device that MLX uses; (0, 0) where there is none."""
+    if not mx.cuda.is_available():
+        return 0, 0
+    info = mx.device_info()
+    return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
+
+
 def this_device() -> Device:
-    """The GPU that MLX uses, by its compute capability: MLX tells no more."""
-    capability = int(mx.device_info().get("compute_capability_major", 0)) if mx.cuda.is_available() else 9
-    if capability in (9, 10):
+    """The CUDA device that MLX uses, by its compute capability: MLX tells no more."""
+    capability = compute_capability()
+    if capability[0] in (9, 10):
         return HOPPER
-    minor = int(mx.device_info().get("compute_capability_minor", 0))
-    return AMPERE if (capability, minor) == (8, 0) else SMALL
+    return AMPERE if capability == (8, 0) else SMALL
 
 
 @lru_cache(maxsize=256)
