@@ -73,8 +73,9 @@ class Stages:
 
     def profile(self, timeout_s: float) -> None:
         """Nsight Compute's figures of the decode kernel, where it is installed; clocks and caches left alone."""
-        start = time.perf_counter()
+        start, failed = time.perf_counter(), 0
         if shutil.which("ncu") is None:
+            print("== profile: ncu is not installed, nothing was profiled", flush=True)
             return
         for num_tokens in (1024, 16384, 131072):
             for fmt in ("4/4", "3/3"):
@@ -82,7 +83,12 @@ class Stages:
                 command += ["--kernel-name", "regex:turboquant_decode", "--launch-count", "1"]
                 command += ["--metrics", ",".join(NCU_METRICS), sys.executable, str(BENCH / "gpu_attention.py")]
                 command += ["--only", "one", "--tokens", str(num_tokens), "--format", fmt]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+                except subprocess.TimeoutExpired:
+                    failed += 1
+                    continue
+                failed += done.returncode != 0
                 for line in done.stdout.splitlines():
                     fields = [field.strip('"') for field in line.split('","')]
                     if len(fields) > 3 and fields[-3] in NCU_METRICS:
@@ -90,7 +96,7 @@ class Stages:
                         value *= 1e-3 if fields[-2] in ("ns", "nsecond") else 1.0
                         name = f"profile {num_tokens // 1024}K {fmt} {fields[-3].split('.')[0]}"
                         self.rows.append(Row.plain(name, value, NCU_METRICS[fields[-3]]))
-        self._finish("profile", 0, start)
+        self._finish("profile", failed, start)
 
     def _finish(self, name: str, failed: int, start: float) -> None:
         self.rows.append(Row.at_most(f"stage {name} failures", failed, "", 0))

@@ -213,6 +213,10 @@ def speed(
             return out
 
         rows += figures(name, fmt.name, step, q, base, target)
+        if bits == formats[0]:
+            first = rows[-len(base)].value
+        elif target is not None:
+            rows.append(Row.at_most(f"{name} {fmt.name} beside 4/4", rows[-len(base)].value, "us", first, first))
     return rows
 
 

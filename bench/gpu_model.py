@@ -196,6 +196,10 @@ def figures_of(model: Any, new_runtime: Callable[[], KVRuntime], args: argparse.
     figures["allocated GB"] = (mx.get_active_memory() - before) / 1e9
     figures["decode"] = 1 / decode(model, caches, args.steps)
     if has_profiler():
+        chunk = runtime.make_cache()
+        times = {name: sum(t) for name, t in kernels_of(lambda: _one_chunk(model, runtime, chunk)).items()}
+        figures["encoding"] = sum(t for name, t in times.items() if "turboquant_encode" in name) / sum(times.values())
+        runtime.release(chunk)
         figures["launches"] = sum(map(len, kernels_of(lambda: _profiled(model, caches)).values())) / (8 * args.layers)
     runtime.release(caches)
     del caches
@@ -204,6 +208,10 @@ def figures_of(model: Any, new_runtime: Callable[[], KVRuntime], args: argparse.
     figures["long decode"] = 1 / decode(model, caches, args.steps)
     runtime.release(caches)
     return figures
+
+
+def _one_chunk(model: Any, runtime: KVRuntime, caches: list[Any]) -> None:
+    prefill(model, runtime, caches, CHUNK)
 
 
 def _profiled(model: Any, caches: list[Any]) -> None:
@@ -216,6 +224,7 @@ NAMES = {
     "cache GB": "pages and exact rows GB",
     "allocated GB": "allocated after prefill GB",
     "decode": "decode tok/s",
+    "encoding": "encoding's share of a chunk's GPU time",
     "launches": "launches per layer and decode step",
     "long decode": "decode at the long length tok/s",
 }
@@ -227,6 +236,8 @@ def rows_of(name: str, figures: dict[str, float], base: dict[str, float], aims: 
         label = f"32B {name} {NAMES[key]}"
         if key == "launches":
             rows.append(Row.at_most(label, value, "", base[key] + 2 if figures is not base else None, base[key]))
+        elif key == "encoding":
+            rows.append(Row.at_most(label, value, "", 0.03))
         elif key.endswith("GB"):
             rows.append(Row.at_most(label, value, "", aims.get(key), base[key]))
         else:

