@@ -14,9 +14,9 @@ import numpy as np
 from tests.metal.emulator import Report, run_metal
 from tests.metal.emulator.counting import Operations
 
-from turboquant_kv.backends.gpu_launch import DecodeKernels, LayerInputs
-from turboquant_kv.backends.gpu_plan import DecodeShape, Tuning
-from turboquant_kv.backends.gpu_source import Variant
+from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
+from turboquant_kv.backends.gpu.plan import DecodeShape, Tuning
+from turboquant_kv.backends.gpu.source import Variant
 
 PAGE = 64
 SHORT_PAGES, LONG_PAGES = 4, 20

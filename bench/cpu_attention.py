@@ -31,10 +31,10 @@ blas.interpose()  # before mlx is imported
 
 import mlx.core as mx
 
-from turboquant_kv.backends import native
 from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
-from turboquant_kv.backends.cpu import as_rows
-from turboquant_kv.format import KVFormat
+from turboquant_kv.backends.native import backend as native
+from turboquant_kv.backends.numpy_ops.backend import as_rows
+from turboquant_kv.codec.format import KVFormat
 
 MLX_LIMIT = 32768  # tokens times batch; beyond, MLX takes seconds a call and no rival is near
 RIVAL_LIMIT = 8 * 131072

@@ -1,6 +1,6 @@
 """The codec's distortion against theory: rotations, bit widths, inputs, and the meanings of the stored scale.
 
-    python bench/distortion.py --json distortion.json
+    PYTHONPATH=. python bench/distortion.py --json distortion.json
 
 Random vectors through the float64 reference (no model, no MLX). D is the mean of |x - x_hat|^2 / |x|^2; slope and v
 belong to inner products of unit vectors: the slope of the estimate on the truth, and head_dim * E[error^2] for
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from _rows import Row, add_json_option, print_rows, write_rows
 from numpy.typing import NDArray
+from tests.turboquant_kv.product_form import decode_product, draw_sketch, encode_product
 
-from turboquant_kv.codebook import expected_distortion
-from turboquant_kv.format import SUPPORTED_HEAD_DIMS, ScaleKind, vector_bytes
-from turboquant_kv.product_form import decode_product, draw_sketch, encode_product
-from turboquant_kv.reference import decode, encode
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.codec.codebook import expected_distortion
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, ScaleKind, vector_bytes
+from turboquant_kv.codec.reference import decode, encode
+from turboquant_kv.codec.rotation import rotation_matrix
 
 Floats = NDArray[np.floating[Any]]
 BITS = (2, 3, 4)

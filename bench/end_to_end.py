@@ -28,10 +28,10 @@ blas.interpose()  # before mlx is imported
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant_kv.backends.native import NativeStorage
-from turboquant_kv.cache import TurboQuantKVCache
-from turboquant_kv.format import KVFormat
-from turboquant_kv.runtime import KVRuntime
+from turboquant_kv.backends.native.backend import NativeStorage
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.runtime import KVRuntime
+from turboquant_kv.codec.format import KVFormat
 from turboserve.models.tiny.evaluate import UNCOMPRESSED, calibration_of, load, parse_format
 
 DECODE_TARGETS = {256: 1.0, 1024: 1.0, 8192: 2.0, 16384: 3.0}  # times the uncompressed cache's speed

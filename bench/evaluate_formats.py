@@ -27,7 +27,7 @@ from turboquant_kv import blas
 
 blas.interpose()  # before mlx is imported
 
-from turboquant_kv.runtime import KVRuntime
+from turboquant_kv.cache.runtime import KVRuntime
 from turboserve.models.tiny.comparison import SIGNIFICANCE, compare
 from turboserve.models.tiny.evaluate import (
     UNCOMPRESSED,

@@ -24,11 +24,11 @@ import numpy as np
 from _gpu_time import Step, call_us, has_profiler, kernel_us
 from _rows import Row, add_json_option, print_rows, write_rows
 
-from turboquant_kv import reference
-from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
-from turboquant_kv.cache import PoolSource, TurboQuantKVCache
-from turboquant_kv.format import KVFormat
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.codec import reference
+from turboquant_kv.codec.format import KVFormat
 
 BITS = ((4, 4), (4, 3), (3, 3))
 MODEL_FORMATS = (((4, 4), "mlx-ops"), ((4, 4), "gpu"), ((4, 3), "mlx-ops"), ((4, 3), "gpu"))
@@ -316,8 +316,8 @@ def end_to_end(
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import dequantize_model
 
+    from turboquant_kv.cache.runtime import KVRuntime
     from turboquant_kv.calibration import calibrate, calibration_text
-    from turboquant_kv.runtime import KVRuntime
 
     model, tokenizer = load(str(model_path))[:2]
     model = dequantize_model(model)  # so small a model is faster so, and its first prompt does not wait for compilers

@@ -30,11 +30,11 @@ from mlx_lm.models import qwen2
 from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.base import Means
-from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.runtime import KVRuntime
+from turboquant_kv.cache.sequence import LayerSequence
 from turboquant_kv.calibration import Calibration, calibrate, calibration_text
-from turboquant_kv.format import KVFormat
-from turboquant_kv.runtime import KVRuntime
-from turboquant_kv.sequence import LayerSequence
+from turboquant_kv.codec.format import KVFormat
 
 CHUNK = 2048
 GROUP = 64

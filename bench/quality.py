@@ -28,7 +28,7 @@ blas.interpose()  # before mlx is imported
 import mlx.core as mx
 from _round_trip import RoundTripCache
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.models.tiny.evaluate import calibration_of, load, runtime_for
 from turboserve.models.tiny.prompts import load_texts
 

@@ -6,6 +6,6 @@ Importing this package loads no array library; take what you need from its modul
 
 from __future__ import annotations
 
-from .format import KVFormat, ScaleKind, UnsupportedFormatError
+from .codec.format import KVFormat, ScaleKind, UnsupportedFormatError
 
 __all__ = ["KVFormat", "ScaleKind", "UnsupportedFormatError"]

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant_kv.backends.gpu_source import expanded
+from turboquant_kv.backends.gpu.source import expanded
 
 SHIM = Path(__file__).with_name("shim.h")
 CTYPES = {

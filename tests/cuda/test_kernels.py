@@ -11,18 +11,18 @@ import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
-from turboquant_kv import cache as caches
-from turboquant_kv import reference
 from turboquant_kv.backends.base import LayerShape, Means
-from turboquant_kv.backends.gpu import GpuBackend
-from turboquant_kv.backends.gpu_flash import FlashKernels
-from turboquant_kv.backends.gpu_launch import DecodeKernels
-from turboquant_kv.backends.gpu_pages import PageKernels
-from turboquant_kv.backends.gpu_plan import AMPERE, HOPPER, SMALL, Device, Tuning
-from turboquant_kv.cache import TurboQuantKVCache
-from turboquant_kv.format import KVFormat
-from turboquant_kv.packing import unpack
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.flash import FlashKernels
+from turboquant_kv.backends.gpu.launch import DecodeKernels
+from turboquant_kv.backends.gpu.page_kernels import PageKernels
+from turboquant_kv.backends.gpu.plan import AMPERE, HOPPER, SMALL, Device, Tuning
+from turboquant_kv.cache import layer_cache as caches
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.codec import reference
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.packing import unpack
+from turboquant_kv.codec.rotation import rotation_matrix
 
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
 TOLERANCE = {mx.float32: 2e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}

@@ -12,14 +12,15 @@ from tests.cuda import test_kernels as kernels
 from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
-from turboquant_kv import cache as caches
-from turboquant_kv.backends import gpu, gpu_flash
 from turboquant_kv.backends.base import ExactRows, SequenceView
-from turboquant_kv.backends.gpu import GpuBackend
-from turboquant_kv.backends.gpu_flash import FlashKernels, FlashShape
-from turboquant_kv.cache import TurboQuantKVCache
-from turboquant_kv.format import KVFormat, UnsupportedFormatError
-from turboquant_kv.reference import exact_pairs
+from turboquant_kv.backends.gpu import backend as gpu
+from turboquant_kv.backends.gpu import flash as gpu_flash
+from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
+from turboquant_kv.cache import layer_cache as caches
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.reference import exact_pairs
 
 # Weights and outputs are rounded to the type, to one in 2^12 or 2^9; a code that float32 moves costs 2e-3 of one row.
 TOLERANCE = {mx.float16: 2e-3, mx.bfloat16: 5e-3}

@@ -12,7 +12,7 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
-from turboquant_kv.backends.gpu_source import KernelText, expanded
+from turboquant_kv.backends.gpu.source import KernelText, expanded
 
 # Registers beside the arrays: positions, pointers, loops. As the emulator guesses.
 BASE_REGISTERS = 24

@@ -12,15 +12,15 @@ import pytest
 from tests.metal.emulator import metal_kernel, run_metal
 from tests.turboquant_kv.histories import History, expected, new_cache, random_queries, relative_error
 
-from turboquant_kv import cache as caches
 from turboquant_kv.backends.base import LayerShape, SequenceView
-from turboquant_kv.backends.canonical import CanonicalStorage
-from turboquant_kv.backends.gpu import GpuBackend, GpuStorage, decode_shape
-from turboquant_kv.backends.gpu_launch import DecodeKernels, LayerInputs
-from turboquant_kv.backends.gpu_plan import NO_WINDOW, Figures, Tuning, variant_for
-from turboquant_kv.backends.gpu_source import Variant
-from turboquant_kv.cache import TurboQuantKVCache
-from turboquant_kv.format import KVFormat
+from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStorage, decode_shape
+from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
+from turboquant_kv.backends.gpu.plan import NO_WINDOW, Figures, Tuning, variant_for
+from turboquant_kv.backends.gpu.source import Variant
+from turboquant_kv.backends.portable.canonical import CanonicalStorage
+from turboquant_kv.cache import layer_cache as caches
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.codec.format import KVFormat
 
 # As in tests/turboquant_kv/test_backends.py: operands in half cost 16-bit types nothing that their output shows.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 5e-3}

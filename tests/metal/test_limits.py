@@ -13,11 +13,11 @@ from tests.metal.emulator import last_report, metal_kernel
 from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADGROUP_BYTES, MAX_THREADS
 from tests.metal.sizing import sizes
 
-from turboquant_kv.backends.gpu_launch import combine_text, combine_threads, decode_text
-from turboquant_kv.backends.gpu_pages import THREADS, SideShape, encode_text, history_text
-from turboquant_kv.backends.gpu_plan import HOPPER, DecodeShape, tuning_for
-from turboquant_kv.backends.gpu_source import KernelText, Variant
-from turboquant_kv.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
+from turboquant_kv.backends.gpu.launch import combine_text, combine_threads, decode_text
+from turboquant_kv.backends.gpu.page_kernels import THREADS, SideShape, encode_text, history_text
+from turboquant_kv.backends.gpu.plan import HOPPER, DecodeShape, tuning_for
+from turboquant_kv.backends.gpu.source import KernelText, Variant
+from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
 
 # Arrays that live at once and 24 for the rest: an estimate, which no Apple compiler has judged. The two that are beyond
 # may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.

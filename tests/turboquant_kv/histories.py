@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import Means
-from turboquant_kv.cache import PoolSource, TurboQuantKVCache
-from turboquant_kv.codebook import thresholds
-from turboquant_kv.format import KVFormat
-from turboquant_kv.reference import attend, fitted_scale, quantise
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.codec.codebook import thresholds
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.reference import attend, fitted_scale, quantise
+from turboquant_kv.codec.rotation import rotation_matrix
 
 Floats = npt.NDArray[np.float64]
 

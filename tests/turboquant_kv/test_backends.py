@@ -19,12 +19,14 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv import backends, reference
-from turboquant_kv.backends import choose_backend, gpu
+from turboquant_kv.backends import choice as backends
 from turboquant_kv.backends.base import LayerShape
-from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
-from turboquant_kv.packing import unpack
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.backends.gpu import backend as gpu
+from turboquant_kv.codec import reference
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.packing import unpack
+from turboquant_kv.codec.rotation import rotation_matrix
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
 # Histories are steady (histories.py), so all that differs is rounding: of float32 sums, measured below 1e-6, and of the

@@ -22,10 +22,10 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv import attention
-from turboquant_kv.attending import UnsupportedModelError
-from turboquant_kv.cache import BatchTurboQuantKVCache, TurboQuantKVCache
-from turboquant_kv.format import KVFormat
+from turboquant_kv.cache import seam as attention
+from turboquant_kv.cache.attending import UnsupportedModelError
+from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.codec.format import KVFormat
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
 FMT = KVFormat(4, 3, page_tokens=16, sink_tokens=8)

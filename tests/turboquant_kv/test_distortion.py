@@ -12,12 +12,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from tests.turboquant_kv.product_form import decode_product, draw_sketch, encode_product
 
-from turboquant_kv.codebook import centroids, expected_distortion
-from turboquant_kv.format import ScaleKind
-from turboquant_kv.product_form import decode_product, draw_sketch, encode_product
-from turboquant_kv.reference import Float64, decode, encode
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.codec.codebook import centroids, expected_distortion
+from turboquant_kv.codec.format import ScaleKind
+from turboquant_kv.codec.reference import Float64, decode, encode
+from turboquant_kv.codec.rotation import rotation_matrix
 
 # Optimal scalar quantiser of the sphere marginal; our Gaussian tables cost up to 0.43% more (d = 64, 4 bits).
 OPTIMAL = {

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboquant_kv.format import (
+from turboquant_kv.codec.format import (
     SUPPORTED_BITS,
     SUPPORTED_HEAD_DIMS,
     check_head_dim,
     code_bytes,
     vector_bytes,
 )
-from turboquant_kv.reference import encode, exact_pairs
-from turboquant_kv.rotation import rotation_matrix
+from turboquant_kv.codec.reference import encode, exact_pairs
+from turboquant_kv.codec.rotation import rotation_matrix
 
 
 @pytest.mark.parametrize(("text", "k_bits", "v_bits"), [("4/3", 4, 3), ("8/4", 8, 4), ("4", 4, 4), (" 2/2 ", 2, 2)])

@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant_kv.backends import choose_backend
 from turboquant_kv.backends.base import LayerShape
-from turboquant_kv.backends.gpu import MAX_SLICES, OpenArrays
-from turboquant_kv.format import KVFormat
-from turboquant_kv.free_pages import FreePages, runs_of
-from turboquant_kv.pages import PagePool
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.backends.gpu.backend import MAX_SLICES, OpenArrays
+from turboquant_kv.cache.free_pages import FreePages, runs_of
+from turboquant_kv.cache.pages import PagePool
+from turboquant_kv.codec.format import KVFormat
 
 FMT = KVFormat(page_tokens=16, sink_tokens=8)
 

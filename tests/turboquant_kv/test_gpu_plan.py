@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant_kv.backends.gpu_launch import ONE_ROW_MORE, DecodeKernels
-from turboquant_kv.backends.gpu_plan import (
+from turboquant_kv.backends.gpu.launch import ONE_ROW_MORE, DecodeKernels
+from turboquant_kv.backends.gpu.plan import (
     AMPERE,
     HOPPER,
     MAX_PARTS,
@@ -24,7 +24,7 @@ from turboquant_kv.backends.gpu_plan import (
     split,
     tuning_for,
 )
-from turboquant_kv.format import SUPPORTED_HEAD_DIMS
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS
 
 SHAPE = DecodeShape(40, 8, 128, 128, 4, 3, 64, 32, 1, mx.bfloat16, mx.bfloat16)
 

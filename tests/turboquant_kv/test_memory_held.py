@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from tests.turboquant_kv.histories import new_cache
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 
 
 def test_exact_rows_do_not_keep_their_prompt_in_memory(rng: np.random.Generator) -> None:

@@ -15,13 +15,13 @@ from tests.turboquant_kv import small_models
 from tests.turboquant_kv.histories import History, random_queries
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
-from turboquant_kv.attending import AttendingCache
 from turboquant_kv.backends.base import SequenceView
-from turboquant_kv.backends.native import sliding_window
-from turboquant_kv.cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache
-from turboquant_kv.family import KVFamily
-from turboquant_kv.format import KVFormat
-from turboquant_kv.mixed import MixedBatchCache, PlainRows, extend_rows, merge_rows
+from turboquant_kv.backends.native.backend import sliding_window
+from turboquant_kv.cache.attending import AttendingCache
+from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows, extend_rows, merge_rows
+from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)
 DIM, HEADS, Q_HEADS, SCALE = 64, 2, 4, 0.125

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turboquant_kv.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, UnsupportedFormatError, code_bytes
-from turboquant_kv.packing import pack, unpack
+from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, UnsupportedFormatError, code_bytes
+from turboquant_kv.codec.packing import pack, unpack
 
 every_width = pytest.mark.parametrize("bits", [1, *SUPPORTED_BITS])
 

@@ -6,13 +6,13 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from tests.turboquant_kv.product_form import decode_product, draw_sketch, encode_product, inner_product
 
-from turboquant_kv.codebook import centroids
-from turboquant_kv.format import SUPPORTED_BITS, KVFormat, ScaleKind, UnsupportedFormatError
-from turboquant_kv.packing import unpack
-from turboquant_kv.product_form import decode_product, draw_sketch, encode_product, inner_product
-from turboquant_kv.reference import attend, decode, encode, exact_pairs, quantise
-from turboquant_kv.rotation import rotation_matrix, unrotate
+from turboquant_kv.codec.codebook import centroids
+from turboquant_kv.codec.format import SUPPORTED_BITS, KVFormat, ScaleKind, UnsupportedFormatError
+from turboquant_kv.codec.packing import unpack
+from turboquant_kv.codec.reference import attend, decode, encode, exact_pairs, quantise
+from turboquant_kv.codec.rotation import rotation_matrix, unrotate
 
 R = rotation_matrix(64, 2504, "k")
 every_scale = pytest.mark.parametrize("scale", get_args(ScaleKind))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turboquant_kv.format import SUPPORTED_HEAD_DIMS, UnsupportedFormatError
-from turboquant_kv.rotation import Which, hadamard, rotate, rotation_matrix, signs, unrotate
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, UnsupportedFormatError
+from turboquant_kv.codec.rotation import Which, hadamard, rotate, rotation_matrix, signs, unrotate
 
 every_head_dim = pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
 

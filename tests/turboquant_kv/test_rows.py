@@ -10,8 +10,8 @@ import pytest
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
-from turboquant_kv.format import KVFormat
-from turboquant_kv.runtime import KVRuntime
+from turboquant_kv.cache.runtime import KVRuntime
+from turboquant_kv.codec.format import KVFormat
 
 FMT = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
 

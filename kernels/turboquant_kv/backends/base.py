@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.format import KVFormat, code_bytes
+from turboquant_kv.codec.format import KVFormat, code_bytes
 
 Array = Any
 PageIds = npt.NDArray[np.int64]

@@ -1,5 +1,5 @@
 // The tensor-core decode kernel, CUDA's variant of the portable one: same plan, same parts, same merge. Its text is put
-// together here; constants and TQ_ switches come from gpu_launch.py.
+// together here; constants and TQ_ switches come from launch.py.
 #include "opening_cuda.h"
 #include "mma_barriers.h"
 #include "plan.h"

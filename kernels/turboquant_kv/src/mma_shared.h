@@ -1,5 +1,5 @@
 // Sizes and shared memory of the tensor-core kernel: one arena of dynamic shared memory with the tables of half pairs (from
-// K_TABLE, K_HIGH_TABLE, V_TABLE and V_HIGH_TABLE on, TABLE_BYTES in all; gpu_plan.py lays them out), the queries, and a
+// K_TABLE, K_HIGH_TABLE, V_TABLE and V_HIGH_TABLE on, TABLE_BYTES in all; plan.py lays them out), the queries, and a
 // ring of code tiles for each warp. At the end the arena holds the warps' totals.
 const int THREADS = 32 * WARPS;
 const int Q_PITCH = D + 8;

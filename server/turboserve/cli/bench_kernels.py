@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboquant_kv.format import check_head_dim
+from turboquant_kv.codec.format import check_head_dim
 from turboserve.errors import StartupError
 
 NUM_ROUNDS = 5
@@ -48,7 +48,7 @@ class KernelBench:
 
 def run(bench: KernelBench) -> int:
     """Measure and print one table row per context length; returns the exit status."""
-    from turboquant_kv.backends import choose_backend
+    from turboquant_kv.backends.choice import choose_backend
 
     bench.check()
     backend = choose_backend(_backend_name())
@@ -136,7 +136,7 @@ def _exact_rows(backend: Any, shape: Any, num_rows: int) -> Callable[[int], Any]
 def random_pages(shape: Any, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
     """Pages of random codes, scales of about a tenth."""
     from turboquant_kv.backends.base import CanonicalPages
-    from turboquant_kv.format import code_bytes
+    from turboquant_kv.codec.format import code_bytes
 
     lead = (num_pages, shape.num_kv_heads, fmt.page_tokens)
 

@@ -84,8 +84,9 @@ def check_blas() -> Finding:
 def check_kv_backend() -> Finding:
     """What computes attention over compressed caches; meaningful only after MLX was imported."""
     try:
-        from turboquant_kv.backends import choose_backend, native
-        from turboquant_kv.backends.cpu import NumpyBackend
+        from turboquant_kv.backends.choice import choose_backend
+        from turboquant_kv.backends.native import backend as native
+        from turboquant_kv.backends.numpy_ops.backend import NumpyBackend
     except ImportError:
         return Finding("kv backend", "failed", "not known without an MLX backend")
     try:

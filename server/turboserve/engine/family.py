@@ -12,11 +12,12 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
-from turboquant_kv.cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
+from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime, UnsupportedModelError
 from turboquant_kv.calibration import Calibration
-from turboquant_kv.family import CalibrationSource, KVFamily
-from turboquant_kv.format import KVFormat, UnsupportedFormatError
-from turboquant_kv.runtime import PLAIN_FORMAT, CacheBytes, KVRuntime, UnsupportedModelError
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.runtime import Caches, HeldPages
 from turboserve.errors import KVFormatError
 
@@ -56,7 +57,7 @@ class ModelFamily:
         except (UnsupportedFormatError, UnsupportedModelError, ValueError) as exc:
             raise KVFormatError(f"kv_format {name!r}: {exc}") from exc
 
-    def totals(self) -> CacheBytes:
+    def totals(self) -> KVBytes:
         return self.kv.totals()
 
     def held_pages(self, caches: Caches) -> HeldPages | None:

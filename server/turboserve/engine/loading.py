@@ -15,9 +15,9 @@ from typing import Any
 import mlx.core as mx
 
 from turboquant_kv import blas
+from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.calibration import Calibration, calibration_for
-from turboquant_kv.format import UnsupportedFormatError
-from turboquant_kv.runtime import UnsupportedModelError
+from turboquant_kv.codec.format import UnsupportedFormatError
 from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits

@@ -9,9 +9,9 @@ from tests.cuda import test_kernels as emulated
 from tests.cuda import test_prefill as prefill
 from tests.turboquant_kv.histories import History, feed, new_cache, random_queries
 
-from turboquant_kv import cache as caches
-from turboquant_kv.backends.gpu import GpuBackend
-from turboquant_kv.format import KVFormat
+from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.cache import layer_cache as caches
+from turboquant_kv.codec.format import KVFormat
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 
-from turboquant_kv import backends
-from turboquant_kv.backends import choose_backend, native
-from turboquant_kv.format import UnsupportedFormatError
+from turboquant_kv.backends import choice as backends
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.backends.native import backend as native
+from turboquant_kv.codec.format import UnsupportedFormatError
 
 
 def test_auto_takes_the_native_kernels() -> None:

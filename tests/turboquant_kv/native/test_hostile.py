@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant_kv.backends import choose_backend, native
 from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
-from turboquant_kv.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.backends.native import backend as native
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 
 FMT = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
 HEADS, DIM, PAGES = 2, 64, 3

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
-from turboquant_kv.backends import choose_backend, native
 from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerShape, SequenceView
-from turboquant_kv.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.backends.native import backend as native
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
 
 KERNELS, WHY_MISSING = native.load_kernels()
 LEVELS: list[str] = KERNELS.isa_levels() if KERNELS is not None else []

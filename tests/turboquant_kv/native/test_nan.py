@@ -10,8 +10,8 @@ import pytest
 from tests.turboquant_kv.histories import History, as_float64, random_queries
 from tests.turboquant_kv.native.test_levels import LEVELS, attended
 
-from turboquant_kv.backends import native
-from turboquant_kv.format import KVFormat
+from turboquant_kv.backends.native import backend as native
+from turboquant_kv.codec.format import KVFormat
 
 NUM_TOKENS, SINK, PAGE, DIM = 150, 8, 16, 64
 KV_HEADS, GROUP = 2, 3

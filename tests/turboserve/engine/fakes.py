@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.qwen2 import Model, ModelArgs
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
 from turboserve.engine.family import ModelFamily

@@ -11,7 +11,7 @@ import pytest
 from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.loop import StepLoop
 from turboserve.engine.sequence import Stage
 from turboserve.errors import EngineFailureError, OverloadedError

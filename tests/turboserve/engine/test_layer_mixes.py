@@ -10,7 +10,7 @@ from tests.turboquant_kv import small_models
 from tests.turboserve.engine.fakes import GREEDY, VOCAB, add, make_loop, make_parts, request, run, text_of
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.runtime import total_bytes
 
 FORMATS = [None, KVFormat(4, 4, page_tokens=16, sink_tokens=8)]

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import errors as hub
 from tests.turboserve.engine.fakes import make_parts, random_model
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.budget import MemoryInfo, detect_memory
 from turboserve.cache.runtime import peak_bytes
 from turboserve.engine import weights

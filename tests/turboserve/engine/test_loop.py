@@ -19,7 +19,7 @@ from tests.turboserve.engine.fakes import (
 )
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.runtime import peak_bytes
 from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError

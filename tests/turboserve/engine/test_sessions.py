@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
 
-from turboquant_kv.format import KVFormat
+from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.disk import DiskStore
 from turboserve.cache.manager import ManagerLimits
 from turboserve.cache.runtime import peak_bytes

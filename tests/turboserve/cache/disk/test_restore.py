@@ -11,8 +11,8 @@ from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 from tests.turboserve.cache.disk.conversations import close_clean, open_store
 
-from turboquant_kv.family import KVFamily
-from turboquant_kv.format import KVFormat
+from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)
 

@@ -1,0 +1,337 @@
+"""The GPU backend: attention and encoding on packed pages in fused kernels, for Metal and CUDA.
+
+Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables, exact
+rows as the kernels take them, and which path a call takes; `details` names them. Array masks are the MLX operations of
+mlx_ops over the same pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
+from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
+from turboquant_kv.backends.gpu.masked_prefill import masked_attention
+from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
+from turboquant_kv.backends.gpu.plan import (
+    MAX_QUERY_ROWS,
+    MIN_CAPABILITY,
+    MIN_ELEMENTS,
+    DecodeShape,
+    Figures,
+    compute_capability,
+)
+from turboquant_kv.backends.gpu.source import Dialect
+from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend
+from turboquant_kv.backends.portable.canonical import CanonicalStorage
+from turboquant_kv.cache.free_pages import runs_of
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
+
+# A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
+MAX_SLICES = 4
+
+
+class OpenArrays(GrowingArrays):
+    """Page arrays that kernels may read."""
+
+    @property
+    def codes(self) -> mx.array:
+        return self._codes
+
+    @property
+    def scales(self) -> mx.array:
+        return self._scales
+
+    def put_whole(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
+        """As `put`; few runs of ids, as prefill has them, are written as a slice each."""
+        runs = runs_of(page_ids)
+        if len(runs) > MAX_SLICES:
+            self.put(page_ids, packed, scales)
+            return
+        done = 0
+        for start, stop in runs:
+            part = slice(done, done + stop - start)
+            self._codes[start:stop], self._scales[start:stop] = packed[part], scales[part]
+            done = part.stop
+
+
+class GpuStorage(CanonicalStorage):
+    """Pages of one layer with everything else that its kernels read."""
+
+    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: PageKernels) -> None:
+        self._arrays: list[OpenArrays] = []
+
+        def new_arrays(heads: int, dim: int, bits: int) -> OpenArrays:
+            self._arrays.append(OpenArrays(heads, dim, bits, fmt.page_tokens))
+            return self._arrays[-1]
+
+        super().__init__(KIT, shape, fmt, means, new_arrays)
+        self._kernels = kernels
+        heads, page = shape.num_kv_heads, fmt.page_tokens
+        self._sides = (
+            SideShape(heads, shape.k_dim, fmt.k_bits, page, fmt.scale, shape.dtype),
+            SideShape(heads, shape.v_dim, fmt.v_bits, page, fmt.scale, shape.dtype),
+        )
+        centred = means if fmt.centred else None
+        k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
+        v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
+        k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
+        v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
+        self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
+        self._page_constants = (
+            self._constants[0] if is_power_of_two(shape.k_dim) else _page_constants("k", fmt, k_mean),
+            self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
+        )
+        self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
+        self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
+        self._table_of: list[PageIds] = []
+        self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
+
+    def encode(self, page_ids: PageIds, k: mx.array, v: mx.array) -> None:
+        for side, arrays, constants, rows in zip(self._sides, self._arrays, self._page_constants, (k, v), strict=True):
+            arrays.put_whole(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
+
+    def history(self, view: SequenceView) -> tuple[mx.array, mx.array]:
+        """Keys and values of a sequence, (H, columns, D): sink, its pages decoded, window."""
+        table = self.page_table([view])
+        num_tokens = len(view.page_ids) * self.fmt.page_tokens
+        k, v = (
+            self._kernels.history(
+                side,
+                (arrays.codes, arrays.scales) if arrays.num_pages else (mx.zeros((8,), mx.uint8), _NO_SCALES),
+                table,
+                num_tokens,
+                _rows_of(view.sink, name, no_rows),
+                _rows_of(view.window, name, no_rows),
+                constants,
+            )
+            for side, arrays, constants, name, no_rows in zip(
+                self._sides, self._arrays, self._page_constants, "kv", self._no_rows, strict=True
+            )
+        )
+        return k, v
+
+    def launch_for(self, kernels: DecodeKernels, queries: mx.array) -> DecodeLaunch:
+        """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
+        key = queries.shape[1], queries.shape[2], queries.dtype
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = kernels.launch_for(decode_shape(*key, self.shape, self.fmt))
+        return launch
+
+    def page_table(self, views: Sequence[SequenceView]) -> mx.array:
+        """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
+        if len(views) == 1 and len(self._table_of) == 1 and views[0].page_ids is self._table_of[0]:
+            return self._table
+        ids = [view.page_ids for view in views]
+        if len(ids) != len(self._table_of) or any(a is not b for a, b in zip(ids, self._table_of, strict=True)):
+            width = max(MIN_ELEMENTS, *(len(row) for row in ids))
+            table = np.zeros((len(ids), width), np.int32)
+            for row, pages in zip(table, ids, strict=True):
+                row[: len(pages)] = pages
+            self._table_of, self._table = ids, mx.array(table)
+        return self._table
+
+    def layer_inputs(self, views: Sequence[SequenceView], max_sets: int) -> tuple[LayerInputs, tuple[Figures, ...]]:
+        """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
+        if self.num_pages == 0:
+            self.grow(1)  # kernels take no empty arrays
+        exact: list[mx.array] = []
+        if len(views) <= max_sets:
+            num_sets = 1 << (len(views) - 1).bit_length()  # each number is a kernel: powers of two are enough
+            for i in range(num_sets):
+                view = views[i if i < len(views) else 0]
+                for rows in (view.sink, view.window):
+                    exact += self._no_rows if rows is None else (rows.k_buffer, rows.v_buffer)
+            figures = tuple([_figures(view, 0, 0) for view in views])
+        else:
+            sinks, sink_offsets = self.join([view.sink for view in views])
+            windows, window_offsets = self.join([view.window for view in views])
+            exact += [*sinks, *windows]
+            figures = tuple(map(_figures, views, sink_offsets, window_offsets))
+        k, v = self._arrays
+        return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
+
+    def _rows_or_none(self, rows: ExactRows | None) -> tuple[mx.array, mx.array]:
+        return self._no_rows if rows is None else (rows.k, rows.v)
+
+    def join(self, parts: Sequence[ExactRows | None]) -> tuple[tuple[mx.array, mx.array], list[int]]:
+        """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv), and where each sequence's begin."""
+        counts = [_num_rows(rows) for rows in parts]
+        offsets = [sum(counts[:i]) for i in range(len(counts))]
+        present = [rows for rows in parts if rows is not None]
+        if len(present) <= 1:
+            return self._rows_or_none(present[0] if present else None), offsets
+        k, v = (mx.concatenate([getattr(rows, side) for rows in present], axis=1) for side in ("k", "v"))
+        return (k, v), offsets
+
+
+_NO_SCALES = mx.zeros((8,), mx.float16)
+PREFILL: dict[Dialect, str] = {
+    "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
+    "metal": "MLX's attention with a mask",
+}
+
+
+def _rows_of(rows: ExactRows | None, side: str, no_rows: mx.array) -> tuple[mx.array, int]:
+    return (no_rows, 0) if rows is None else (getattr(rows, side), rows.num_rows)
+
+
+class GpuBackend(MlxBackend):
+    """Fused kernels, and MLX operations for what they do not cover."""
+
+    name = "gpu"
+
+    def __init__(
+        self,
+        dialect: Dialect | None = None,
+        kernels: DecodeKernels | None = None,
+        page_kernels: PageKernels | None = None,
+        flash_kernels: FlashKernels | None = None,
+    ) -> None:
+        """Kernels replace the device's own. Raises UnsupportedFormatError where there is no GPU that they run on."""
+        self._dialect = dialect or device_dialect()
+        self._kernels = kernels or device_kernels(self._dialect)
+        self._page_kernels = page_kernels or device_page_kernels(self._dialect)
+        self._flash_kernels = flash_kernels or device_flash_kernels(self._dialect)
+        self.name = f"gpu-{self._dialect}"
+
+    @property
+    def details(self) -> str:
+        """What runs where, for logs and statistics."""
+        return (
+            f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {self._dialect} kernels; "
+            f"prefill over one layer's decoded history at a time: {PREFILL[self._dialect]}; array masks: MLX operations"
+        )
+
+    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
+        """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
+        decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
+        return GpuStorage(shape, fmt, means, self._page_kernels)
+
+    def attend(
+        self,
+        queries: mx.array,
+        views: Sequence[SequenceView],
+        storage: Any,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if mask is not None:
+            return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
+        if queries.shape[2] > MAX_QUERY_ROWS:
+            if queries.dtype == storage.shape.dtype:
+                return self._prefill(queries, views, storage, scale, sinks)
+            return super().attend(queries, views, storage, scale=scale, mask=None, sinks=sinks)
+        launch = storage.launch_for(self._kernels, queries)
+        layer, figures = storage.layer_inputs(views, launch.max_sets)
+        out: mx.array = launch(layer, queries, figures, storage.page_table(views), scale=scale, sinks=sinks)
+        return out
+
+    def _prefill(
+        self, queries: mx.array, views: Sequence[SequenceView], storage: Any, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
+        outputs = []
+        shape = storage.shape
+        flash = FlashShape(
+            *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
+            *(storage.fmt.page_tokens, storage.fmt.sink_tokens, shape.dtype),
+        )
+        for b, view in enumerate(views):
+            if view.num_queries == 0:
+                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
+                continue
+            q, history = queries[b : b + 1], storage.history(view)
+            if self._flash_kernels.has_kernel(flash):
+                outputs.append(self._flash_kernels.attend(flash, q, history, view, scale=scale, sinks=sinks))
+            else:
+                outputs.append(masked_attention(q, history, view, storage.fmt, scale=scale, sinks=sinks))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.NDArray[np.float32]) -> mx.array:
+    """A rotation as the kernels read it and a layer's means (H, D), flat.
+
+    Of a power of two dims the first row is enough, sign / sqrt(D): a Sylvester matrix begins with ones.
+    """
+    if is_power_of_two(len(rotation)):
+        rotation = rotation[0]
+    elif transpose:
+        rotation = rotation.T
+    return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
+
+
+def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32]) -> mx.array:
+    """What page kernels read, signs / sqrt(D) and means (H, D), flat: of a power of two dims `_constants`' own."""
+    dim = means.shape[1]
+    scaled = signs(dim, fmt.rotation_seed, which) / np.sqrt(dim)
+    return mx.array(np.concatenate([scaled, means.reshape(-1)]).astype(np.float32))
+
+
+def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerShape, fmt: KVFormat) -> DecodeShape:
+    """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none."""
+    shape = DecodeShape(
+        *(num_q_heads, layer.num_kv_heads, layer.k_dim, layer.v_dim, fmt.k_bits, fmt.v_bits),
+        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype),
+    )
+    shape.check()
+    return shape
+
+
+def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> Figures:
+    sink, window = view.sink, view.window
+    return (
+        view.q_start,
+        view.num_queries,
+        len(view.page_ids),
+        sink_offset,
+        0 if sink is None else sink.num_rows,
+        window_offset,
+        0 if window is None else window.start,
+        0 if window is None else window.num_rows,
+    )
+
+
+def _num_rows(rows: ExactRows | None) -> int:
+    return 0 if rows is None else rows.num_rows
+
+
+@cache
+def device_kernels(dialect: Dialect) -> DecodeKernels:
+    """The decode kernels of this machine's GPU: all layers and runtimes share them."""
+    return DecodeKernels(dialect)
+
+
+@cache
+def device_page_kernels(dialect: Dialect) -> PageKernels:
+    """The page kernels of this machine's GPU."""
+    return PageKernels(dialect)
+
+
+@cache
+def device_flash_kernels(dialect: Dialect) -> FlashKernels:
+    """The prefill kernels of this machine's GPU."""
+    return FlashKernels(dialect)
+
+
+def device_dialect() -> Dialect:
+    """Of the kernels for this machine's GPU. Raises UnsupportedFormatError when it has none, or too old a one."""
+    if mx.metal.is_available():
+        return "metal"
+    if not mx.cuda.is_available():
+        raise UnsupportedFormatError("KV backend 'gpu' needs Metal or CUDA; MLX has neither here")
+    if compute_capability() < MIN_CAPABILITY:
+        wanted, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, compute_capability()))
+        raise UnsupportedFormatError(f"KV backend 'gpu' needs compute capability {wanted}, this GPU has {found}")
+    return "cuda"

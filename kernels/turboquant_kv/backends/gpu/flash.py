@@ -1,0 +1,170 @@
+"""Prefill attention on CUDA's tensor cores over one layer's decoded history: no mask is read, positions decide.
+
+FlashAttention-2 (arXiv 2307.08691, after 2205.14135) with this project's rule of who sees what (format.py), for 16-bit
+types and head dimensions up to MAX_DIM. Owns tile sizes, the kernel's text and its launch; the history itself is
+page_kernels.py's, and what has no kernel here takes masked_prefill.py's mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from turboquant_kv.backends.base import SequenceView
+from turboquant_kv.backends.gpu.source import (
+    Constants,
+    Dialect,
+    Kernel,
+    KernelFactory,
+    KernelText,
+    constants_text,
+    header,
+    mlx_factory,
+    piece,
+)
+from turboquant_kv.codec.format import UnsupportedFormatError
+
+FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
+MAX_DIM = 256  # of 512 no tile's sums fit the registers
+DTYPES = (mx.float16, mx.bfloat16)
+# Two blocks of 128 threads, of 255 registers each, are what a processor's registers hold, and two stages of tiles what
+# its shared memory does beside their queries. One block of 8 warps reads tiles half as often but ends more unevenly: on
+# an H100 it was 5% slower, 10% with three stages.
+WARPS = 4
+STAGES = 2
+LOG2_E = 1.4426950408889634
+NO_SINK = -1e30  # a logit that weighs nothing
+
+
+@dataclass(frozen=True, slots=True)
+class FlashShape:
+    """What a prefill kernel is compiled for."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    page_tokens: int
+    sink_tokens: int
+    dtype: mx.Dtype  # of queries, history and output
+
+    @property
+    def warp_rows(self) -> int:
+        """Queries of a warp: 32 share each fragment that is read, where that many rows of sums fit its registers."""
+        return 32 if self.v_dim <= 128 else 16
+
+    @property
+    def columns(self) -> int:
+        """Keys of a tile: a page of 64, or fewer where two blocks' shared memory would not hold them."""
+        return 64 if max(self.k_dim, self.v_dim) <= 128 else 32
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block, all of one head."""
+        return WARPS * self.warp_rows
+
+    @property
+    def arena_bytes(self) -> int:
+        """Dynamic shared memory: queries and STAGES tiles, rows of 128-byte pieces (src/prefill_setup.h has it too)."""
+        k_pitch, v_pitch = (2 * -(-dim // 64) * 64 for dim in (self.k_dim, self.v_dim))
+        return self.rows * k_pitch + STAGES * self.columns * (k_pitch + v_pitch)
+
+
+class FlashKernels:
+    """The prefill kernels of one kind of GPU, made at the first use of each shape."""
+
+    def __init__(self, dialect: Dialect, factory: KernelFactory | None = None) -> None:
+        """factory: by default MLX's own for the dialect."""
+        self._dialect, self._factory = dialect, factory or mlx_factory(dialect)
+        self._made: dict[FlashShape, Kernel] = {}
+
+    def has_kernel(self, shape: FlashShape) -> bool:
+        return self._dialect == "cuda" and max(shape.k_dim, shape.v_dim) <= MAX_DIM and shape.dtype in DTYPES
+
+    def attend(
+        self,
+        shape: FlashShape,
+        queries: mx.array,
+        history: tuple[mx.array, mx.array],
+        view: SequenceView,
+        *,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Attention of queries (1, Hq, T, D) at view.q_start; (1, Hq, T, Dv) in their dtype, zeros past num_queries.
+
+        history: keys (Hkv, columns, D) and values (Hkv, columns, Dv), sink rows, the view's pages decoded, window rows.
+        scale is positive; sinks (Hq,) join the denominator. Raises UnsupportedFormatError for what has no kernel.
+        """
+        num_heads, num_rows = queries.shape[1:3]
+        num_sink, num_tokens, num_window = self._sections(shape, view)
+        num_columns = num_sink + num_tokens + num_window
+        k_shape = (shape.num_kv_heads, num_columns, shape.k_dim)
+        v_shape = (shape.num_kv_heads, num_columns, shape.v_dim)
+        if (
+            not self.has_kernel(shape)
+            or scale <= 0  # peaks are looked for before scores are scaled
+            or queries.shape != (1, shape.num_q_heads, num_rows, shape.k_dim)
+            or (history[0].shape, history[1].shape) != (k_shape, v_shape)
+            or {queries.dtype, history[0].dtype, history[1].dtype} != {shape.dtype}
+        ):
+            raise UnsupportedFormatError(f"queries {queries.shape} over {history[0].shape} do not fit {shape}")
+        # a run of rows begins at a multiple of a warp's behind the sink, up to warp_rows - 1 before the first query
+        num_blocks = -(-((view.q_start - shape.sink_tokens) % shape.warp_rows + num_rows) // shape.rows)
+        window_start = 0 if view.window is None else view.window.start
+        out: mx.array = self._kernel(shape)(
+            inputs=[
+                queries,
+                *history,
+                _figures(
+                    view.q_start, view.num_queries, num_rows, num_sink, num_tokens, window_start, num_window, scale
+                ),
+                _no_sinks(num_heads) if sinks is None else sinks.astype(mx.float32),
+            ],
+            grid=(32 * WARPS * num_blocks, num_heads, 1),
+            threadgroup=(32 * WARPS, 1, 1),
+            output_shapes=[(1, num_heads, num_rows, shape.v_dim)],
+            output_dtypes=[shape.dtype],
+        )[0]
+        return out
+
+    def _sections(self, shape: FlashShape, view: SequenceView) -> tuple[int, int, int]:
+        """Columns of sink, decoded pages and window."""
+        num_sink = 0 if view.sink is None else view.sink.num_rows
+        num_window = 0 if view.window is None else view.window.num_rows
+        return num_sink, len(view.page_ids) * shape.page_tokens, num_window
+
+    def _kernel(self, shape: FlashShape) -> Kernel:
+        kernel = self._made.get(shape)
+        if kernel is None:
+            kernel = self._made[shape] = flash_text(shape).build(self._factory)
+        return kernel
+
+
+@lru_cache(maxsize=16)  # all layers of a step ask for the same ones
+def _figures(*values: float) -> mx.array:
+    """The figures of src/prefill_setup.h; the last value is the scale."""
+    scale_bits = int(np.float32(values[-1] * LOG2_E).view(np.int32))
+    return mx.array(np.array([*values[:-1], scale_bits], np.int32))
+
+
+@cache
+def _no_sinks(num_heads: int) -> mx.array:
+    return mx.array(np.full(num_heads, NO_SINK, np.float32))
+
+
+def flash_text(shape: FlashShape) -> KernelText:
+    """The prefill kernel of a shape, in CUDA's dialect."""
+    constants: Constants = {
+        **{"D": shape.k_dim, "DV": shape.v_dim, "G": shape.num_q_heads // shape.num_kv_heads},
+        **{"PAGE": shape.page_tokens, "SINK": shape.sink_tokens, "In": shape.dtype},
+        **{"WARPS": WARPS, "STAGES": STAGES, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
+    }
+    pieces = ("opening_cuda", "prefill_setup", "prefill_tiles", "prefill_write")
+    body = constants_text("cuda", constants) + "".join(map(piece, pieces))
+    head = header("cuda", "mma", piece("prefill_helpers"))
+    # contiguous: queries are copied if they are not, which a launch of this length hides
+    return KernelText("prefill", FLASH_INPUTS, ("out",), body, head, shape.arena_bytes, contiguous=True)

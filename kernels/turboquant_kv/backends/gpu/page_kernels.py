@@ -1,0 +1,156 @@
+"""Kernels over whole pages: encoding exact rows, and one side of a history decoded for prefill.
+
+Leaves the text's vocabulary to source.py and where results go to gpu.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from turboquant_kv.backends.gpu.source import (
+    ENCODE_INPUTS,
+    HISTORY_INPUTS,
+    Constants,
+    Dialect,
+    Kernel,
+    KernelFactory,
+    KernelText,
+    constants_text,
+    header,
+    included,
+    mlx_factory,
+    table_text,
+)
+from turboquant_kv.codec.codebook import centroids, thresholds
+from turboquant_kv.codec.format import ScaleKind
+from turboquant_kv.codec.rotation import Signs, hadamard_base
+
+THREADS = 128
+# Of a power of two dims, what a thread holds of a vector: 8 or 16. More exchange less and need more registers.
+LANE_DIMS = 8
+# Vectors that a thread decodes one after the other, their codes asked for at once; more need more registers.
+ROUNDS = 4
+SCALE_KINDS: dict[ScaleKind, int] = {"plain": 0, "norm": 1, "least_squares": 2, "unbiased": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class SideShape:
+    """What a page kernel is compiled for: keys or values of a layer."""
+
+    num_heads: int
+    dim: int
+    bits: int
+    page_tokens: int
+    scale: ScaleKind
+    dtype: mx.Dtype  # of exact rows
+
+    @property
+    def base(self) -> int:
+        """Order of the Hadamard matrix's factor that is not Sylvester's; 1 for powers of two."""
+        return len(hadamard_base(self.dim))
+
+    @property
+    def lanes(self) -> int:
+        """Neighbouring threads that share a vector, each with LANE_DIMS of it or a column of src/page_helpers.h."""
+        return min(32, self.dim // LANE_DIMS) if self.base == 1 else self.dim // self.base
+
+    @property
+    def rounds(self) -> int:
+        """Vectors of which a thread decodes its part."""
+        return ROUNDS if self.base == 1 else 1  # columns meet in shared memory, which has room for one
+
+
+@lru_cache(maxsize=64)
+def _figures(*values: int) -> mx.array:
+    """As an array of eight: fewer would come in another of Metal's address spaces."""
+    return mx.array(np.array([*values, *(0 for _ in range(8 - len(values)))], np.int32))
+
+
+class PageKernels:
+    """The kernels of one kind of GPU, made at the first use of each shape."""
+
+    def __init__(self, dialect: Dialect, factory: KernelFactory | None = None) -> None:
+        self._dialect, self._factory = dialect, factory or mlx_factory(dialect)
+        self._made: dict[tuple[str, SideShape], Kernel] = {}
+
+    def _kernel(self, role: str, shape: SideShape) -> Kernel:
+        kernel = self._made.get((role, shape))
+        if kernel is None:
+            text = encode_text(self._dialect, shape) if role == "encode" else history_text(self._dialect, shape)
+            kernel = self._made[role, shape] = text.build(self._factory)
+        return kernel
+
+    def encode(self, shape: SideShape, rows: mx.array, constants: mx.array) -> tuple[mx.array, mx.array]:
+        """rows (H, P*page, D) to packed codes (P, H, page, bytes) and scales (P, H, page).
+
+        constants: signs / sqrt(D) (D,), then means (H, D), flat.
+        """
+        num_rows, block_rows = rows.shape[1], THREADS // shape.lanes
+        pages = (num_rows // shape.page_tokens, shape.num_heads, shape.page_tokens)
+        packed, scales = self._kernel("encode", shape)(
+            inputs=[rows, _figures(num_rows), constants],
+            grid=(THREADS * -(-num_rows // block_rows), shape.num_heads, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(*pages, shape.dim * shape.bits // 8), pages],
+            output_dtypes=[mx.uint8, mx.float16],
+        )
+        return packed, scales
+
+    def history(
+        self,
+        shape: SideShape,
+        pages: tuple[mx.array, mx.array],
+        page_ids: mx.array,
+        num_tokens: int,
+        sink: tuple[mx.array, int],
+        window: tuple[mx.array, int],
+        constants: mx.array,
+    ) -> mx.array:
+        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. sink, window: rows and how many."""
+        num_columns, block_columns = sink[1] + num_tokens + window[1], THREADS // shape.lanes * shape.rounds
+        history: mx.array
+        (history,) = self._kernel("history", shape)(
+            inputs=[*pages, page_ids, sink[0], window[0], _figures(num_columns, sink[1], num_tokens), constants],
+            grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(shape.num_heads, num_columns, shape.dim)],
+            output_dtypes=[shape.dtype],
+        )
+        return history
+
+
+def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
+    """Exact rows to codes."""
+    tables = table_text("tq_book", centroids(shape.bits)) + table_text("tq_thresholds", thresholds(shape.bits))
+    body = _body(dialect, shape, "encode", {"In": shape.dtype, "Half": mx.float16})
+    head = _head(dialect, tables, hadamard_base(shape.dim))
+    return KernelText("encode", ENCODE_INPUTS, ("packed", "scales"), body, head)
+
+
+def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
+    """Codes and exact rows to full vectors."""
+    body = _body(dialect, shape, "history", {"Exact": shape.dtype, "ROUNDS": shape.rounds})
+    head = _head(dialect, table_text("tq_book", centroids(shape.bits)), hadamard_base(shape.dim).T)
+    return KernelText("history", HISTORY_INPUTS, ("history",), body, head)
+
+
+def _body(dialect: Dialect, shape: SideShape, name: str, more: Constants) -> str:
+    per_lane = shape.dim // shape.lanes
+    constants: Constants = {
+        **{"D": shape.dim, "BITS": shape.bits, "HEADS": shape.num_heads, "PAGE": shape.page_tokens},
+        **{"ROTATION": shape.dim, "SCALE_KIND": SCALE_KINDS[shape.scale]},
+        **{"BASE": shape.base, "LANES": shape.lanes, "PER": per_lane, "UNITS": -(-per_lane // 8)},
+        **more,
+    }
+    return constants_text(dialect, constants) + included(dialect, f"opening_{dialect}") + included(dialect, name)
+
+
+def _head(dialect: Dialect, tables: str, base: Signs) -> str:
+    rows = [sum(1 << int(k) for k in np.flatnonzero(row < 0)) for row in base]
+    choice = "".join(f"i == {i} ? {row}u : " for i, row in enumerate(rows[:-1]))
+    mix = f"TQ_FN uint tq_base(int i) {{ return {choice}{rows[-1]}u; }}\n"
+    return header(dialect, "portable", tables + mix + included(dialect, "page_helpers"))

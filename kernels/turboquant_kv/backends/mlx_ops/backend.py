@@ -1,0 +1,140 @@
+"""The portable MLX backend: pages in MLX arrays, attention in MLX operations on the default device.
+
+Lazy like everything in MLX; used on Metal and CUDA. Owns the page arrays; leaves the walk to tiles.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.base import Array, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.portable.canonical import ArrayKit, CanonicalStorage
+from turboquant_kv.backends.portable.tiles import SequenceAttention
+from turboquant_kv.codec.format import KVFormat, code_bytes
+
+# A GPU wants long tiles (launches cost more than scratch); 4096 tokens x 8 heads x 128 dims are 16 MiB.
+TILE_TOKENS = 4096
+# Arrays grow by a thirty-second, so at most 3% of a large pool is slack and a page is copied 32 times in all.
+GROWTH_SHARE = 32
+MIN_GROWTH_PAGES = 4
+
+
+def row_look_up(table: npt.NDArray[np.float32]) -> Callable[[mx.array], mx.array]:
+    """Rows of a float32 table by index."""
+    rows = mx.array(table)
+    return lambda index: rows[index]
+
+
+KIT = ArrayKit(
+    xp=mx,
+    from_numpy=mx.array,
+    to_numpy=np.array,
+    to_floats=lambda rows: rows.astype(mx.float32),
+    from_floats=lambda x, shape: x.astype(shape.dtype),
+    look_up=row_look_up,
+)
+
+
+class GrowingArrays:
+    """Page arrays that are replaced by larger ones: one side of one layer at a time, so the peak stays small."""
+
+    def __init__(self, num_heads: int, dim: int, bits: int, page_tokens: int) -> None:
+        lead = (0, num_heads, page_tokens)
+        self._codes = mx.zeros((*lead, code_bytes(dim, bits)), mx.uint8)
+        self._scales = mx.zeros(lead, mx.float16)
+
+    @property
+    def num_pages(self) -> int:
+        return self._codes.shape[0]
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes
+
+    def grow(self, num_pages: int) -> None:
+        target = max(num_pages, self.num_pages + max(MIN_GROWTH_PAGES, self.num_pages // GROWTH_SHARE))
+        self._codes, self._scales = (
+            mx.concatenate([old, mx.zeros((target - old.shape[0], *old.shape[1:]), old.dtype)])
+            for old in (self._codes, self._scales)
+        )
+        mx.eval(self._codes, self._scales)
+
+    def put(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
+        ids = mx.array(page_ids)
+        self._codes[ids] = packed
+        self._scales[ids] = scales
+
+    def get(self, page_ids: PageIds) -> tuple[mx.array, mx.array]:
+        ids = mx.array(page_ids)
+        return self._codes[ids], self._scales[ids]
+
+
+class MlxBackend:
+    """Everything as MLX operations; correct on every device, fused kernels come beside it."""
+
+    name = "mlx-ops"
+
+    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
+        return CanonicalStorage(
+            KIT, shape, fmt, means, lambda heads, dim, bits: GrowingArrays(heads, dim, bits, fmt.page_tokens)
+        )
+
+    def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> mx.array:
+        return mx.zeros((num_heads, num_rows, dim), dtype)
+
+    def write_rows(self, buffer: mx.array, start: int, rows: mx.array) -> mx.array:
+        if rows.shape == buffer.shape:
+            # MLX would take the rows as they are, and a slice keeps all of its source in memory: a chunk for a page.
+            return rows * mx.array(1, rows.dtype)
+        buffer[:, start : start + rows.shape[1]] = rows
+        return buffer
+
+    def concatenate(self, arrays: Sequence[mx.array]) -> mx.array:
+        return mx.concatenate(list(arrays), axis=1)
+
+    def from_mlx(self, x: mx.array) -> mx.array:
+        return x
+
+    def to_mlx(self, rows: mx.array, dtype: mx.Dtype) -> mx.array:
+        return rows.astype(dtype)
+
+    def wait_for(self, arrays: Sequence[mx.array]) -> None:
+        """Nothing to wait for: everything stays lazy."""
+
+    def evaluate(self, arrays: Sequence[Array]) -> None:
+        mx.eval(list(arrays))
+
+    def attend(
+        self,
+        queries: mx.array,
+        views: Sequence[SequenceView],
+        storage: Any,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        q = queries.astype(mx.float32) * scale
+        batch, num_q_heads, num_rows, _ = q.shape
+        heads, v_dim = storage.shape.num_kv_heads, storage.shape.v_dim
+        walk = SequenceAttention(mx, storage, tile_tokens=TILE_TOKENS)
+        f32_sinks = None if sinks is None else sinks.astype(mx.float32)
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            mask = mx.broadcast_to(mask, (batch, *mask.shape[1:]))
+        outputs = []
+        for b, view in enumerate(views):
+            n = view.num_queries
+            if n == 0:
+                outputs.append(mx.zeros((num_q_heads, num_rows, v_dim), mx.float32))
+                continue
+            grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
+            row_mask = None if mask is None else mask[b][:, :n]
+            result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=f32_sinks)
+            outputs.append(mx.pad(result.reshape(num_q_heads, n, v_dim), [(0, 0), (0, num_rows - n), (0, 0)]))
+        return mx.stack(outputs).astype(queries.dtype)

@@ -1,0 +1,235 @@
+"""The native CPU backend: C++ kernels that attend straight on the packed codes (docs/cpu.md).
+
+Owns the border to `turboquant_kv.native._kernels`: geometry and tables going in, views of rows per call. Exact rows
+are NumPy arrays as in numpy_ops. Masks that are no sliding window take the walk of tiles.py over decoded tiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.numpy_ops.backend import NUMPY_DTYPES, NumpyBackend, Rows, as_floats, as_rows, from_floats
+from turboquant_kv.backends.portable.tiles import Tile
+from turboquant_kv.blas import thread_limit
+from turboquant_kv.codec.codebook import centroids, thresholds
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError, code_bytes
+from turboquant_kv.codec.rotation import Which, hadamard_base, rotation_matrix, signs
+
+log = logging.getLogger(__name__)
+
+ISA_SWITCH = "TURBOQUANT_ISA"
+THREADS_SWITCH = "TURBOQUANT_THREADS"
+
+Floats = npt.NDArray[np.float32]
+
+
+@lru_cache(maxsize=1)
+def load_kernels() -> tuple[ModuleType | None, str]:
+    """The compiled module and "", or None and why it is missing."""
+    try:
+        module = importlib.import_module("turboquant_kv.native._kernels")
+    except ImportError as exc:
+        return None, str(exc)
+    module.set_num_threads(num_threads())
+    return module, ""
+
+
+def num_threads() -> int:
+    """TURBOQUANT_THREADS, else what OMP_NUM_THREADS, the container and the affinity allow (blas.thread_limit)."""
+    text = os.environ.get(THREADS_SWITCH, "").strip()
+    return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else thread_limit()
+
+
+def is_available() -> bool:
+    return load_kernels()[0] is not None
+
+
+class NativeStorage:
+    """Pages of one layer in the kernels' own layout; implements base.PageStorage and tiles.TileSource."""
+
+    def __init__(self, kernels: ModuleType, shape: LayerShape, fmt: KVFormat, means: Means | None, isa: str) -> None:
+        self.shape, self.fmt = shape, fmt
+        self.store: Any = kernels.Store(shape.num_kv_heads, fmt.page_tokens, fmt.sink_tokens, fmt.scale, isa)
+        centred = means if fmt.centred else None
+        self._k_mean: Floats | None = None if centred is None else centred.k
+        self._v_mean: Floats | None = None if centred is None else centred.v
+        self._set_side("k", shape.k_dim, fmt.k_bits, self._k_mean)
+        self._set_side("v", shape.v_dim, fmt.v_bits, self._v_mean)
+        self._page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        assert self.store.page_bytes == self._page_bytes, "the native layout costs what the format says"
+
+    def _set_side(self, which: Which, dim: int, bits: int, mean: Floats | None) -> None:
+        flat_mean = None if mean is None else np.ascontiguousarray(mean, np.float32).ravel()
+        flips = signs(dim, self.fmt.rotation_seed, which).astype(np.float32)
+        base = hadamard_base(dim).astype(np.float32).ravel()
+        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, centroids(bits), thresholds(bits))
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.store.num_pages)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of the pages that were ever given out; the rest of the last slab is untouched."""
+        return self.num_pages * self._page_bytes
+
+    def grow(self, num_pages: int) -> None:
+        self.store.grow(num_pages)
+
+    def encode(self, page_ids: PageIds, k: Rows, v: Rows) -> None:
+        self.store.encode(page_ids, dense_rows(k), dense_rows(v))
+
+    def decode(self, page_ids: PageIds) -> tuple[Rows, Rows]:
+        k, _ = self._decode("k", page_ids, restore=True)
+        v, _ = self._decode("v", page_ids, restore=True)
+        return from_floats(k, self.shape.dtype), from_floats(v, self.shape.dtype)
+
+    def _decode(self, which: Which, page_ids: PageIds, *, restore: bool) -> tuple[Floats, Floats]:
+        dim = self.shape.k_dim if which == "k" else self.shape.v_dim
+        rows = np.empty((self.shape.num_kv_heads, len(page_ids) * self.fmt.page_tokens, dim), np.float32)
+        scales = np.empty(rows.shape[:2], np.float32)
+        self.store.decode(which == "k", restore, page_ids, rows, scales)
+        return rows, scales
+
+    def read(self, page_ids: PageIds) -> CanonicalPages:
+        lead = (len(page_ids), self.shape.num_kv_heads, self.fmt.page_tokens)
+        pages = CanonicalPages(
+            np.empty((*lead, code_bytes(self.shape.k_dim, self.fmt.k_bits)), np.uint8),
+            np.empty(lead, np.float16),
+            np.empty((*lead, code_bytes(self.shape.v_dim, self.fmt.v_bits)), np.uint8),
+            np.empty(lead, np.float16),
+        )
+        if len(page_ids):
+            self.store.transfer(True, False, page_ids, pages.k_codes, pages.k_scales)
+            self.store.transfer(False, False, page_ids, pages.v_codes, pages.v_scales)
+        return pages
+
+    def write(self, page_ids: PageIds, pages: CanonicalPages) -> None:
+        pages.check(self.shape, self.fmt)
+        dense = np.ascontiguousarray
+        self.store.transfer(True, True, page_ids, dense(pages.k_codes), dense(pages.k_scales))
+        self.store.transfer(False, True, page_ids, dense(pages.v_codes), dense(pages.v_scales))
+
+    def tile(self, page_ids: PageIds) -> Tile:
+        return Tile(*self._decode("k", page_ids, restore=False), *self._decode("v", page_ids, restore=False))
+
+    def exact_tile(self, rows: ExactRows) -> Tile:
+        return Tile(as_floats(rows.k), None, as_floats(rows.v), None)
+
+    def rotate_queries(self, q: Floats) -> tuple[Floats, Floats | None]:
+        rotated = q @ rotation_matrix(self.shape.k_dim, self.fmt.rotation_seed, "k").T
+        return rotated, None if self._k_mean is None else q @ self._k_mean[..., None]
+
+    def restore_output(self, rotated: Floats, mass: Floats) -> Floats:
+        out: Floats = rotated @ rotation_matrix(self.shape.v_dim, self.fmt.rotation_seed, "v")
+        return out if self._v_mean is None else out + mass * self._v_mean[:, None]
+
+
+class NativeBackend(NumpyBackend):
+    """C++ kernels for storage and attention; exact rows and foreign masks as in the NumPy backend.
+
+    Raises UnsupportedFormatError when the kernels are not built or TURBOQUANT_ISA names what this CPU lacks.
+    """
+
+    name = "cpu-native"
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernels, reason = load_kernels()
+        if kernels is None:
+            raise UnsupportedFormatError(f"KV backend cpu-native: the kernels are not built ({reason})")
+        self._kernels = kernels
+        levels: list[str] = kernels.isa_levels()
+        self.isa = os.environ.get(ISA_SWITCH, "").strip() or levels[0]
+        if self.isa not in levels:
+            raise UnsupportedFormatError(f"{ISA_SWITCH}={self.isa}: this CPU and build have {', '.join(levels)}")
+        self.name = f"cpu-native/{self.isa}"
+
+    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> Any:
+        return NativeStorage(self._kernels, shape, fmt, means, self.isa)
+
+    def from_mlx(self, x: mx.array) -> Rows:
+        # NumPy's way for bfloat16 is a view that MLX has to compute: tens of microseconds a layer.
+        return dense_rows(self._kernels.bfloat16_bits(x) if x.dtype == mx.bfloat16 else as_rows(x))
+
+    def attend(
+        self,
+        queries: mx.array,
+        views: Sequence[SequenceView],
+        storage: Any,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        window = 0
+        if mask is not None:
+            found = sliding_window(mask, views)
+            if found is None:
+                return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
+            window = found
+        batch, num_q_heads, num_rows, _ = queries.shape
+        make = np.empty if all(view.num_queries == num_rows for view in views) else np.zeros
+        out = make((batch, num_q_heads, num_rows, storage.shape.v_dim), NUMPY_DTYPES[queries.dtype])
+        np_sinks = None if sinks is None else np.ascontiguousarray(as_floats(as_rows(sinks)))
+        rows = [_row(view) for view in views]
+        storage.store.attend(self.from_mlx(queries), out, rows, scale, np_sinks, window)
+        return mx.array(self._kernels.as_bfloat16(out) if queries.dtype == mx.bfloat16 else out)
+
+
+def _row(view: SequenceView) -> tuple[Any, ...]:
+    """What the kernels call a view."""
+    sink, window = view.sink, view.window
+    sink_rows = (None, None) if sink is None else (sink.k, sink.v)
+    window_rows = (0, None, None) if window is None else (window.start, window.k, window.v)
+    return (view.q_start, view.num_queries, view.page_ids, *sink_rows, *window_rows)
+
+
+def dense_rows(rows: Array) -> Rows:
+    """The same rows, copied only if their last axis has gaps."""
+    dense: Rows = rows if rows.strides[-1] == rows.itemsize else np.ascontiguousarray(rows)
+    return dense
+
+
+def sliding_window(mask: mx.array, views: Sequence[SequenceView]) -> int | None:
+    """The window w (0: all) if a bool mask says no more than `p - w < j <= p`, the same w in every row; else None.
+
+    Looking costs one pass over the mask, which is far less than attention through decoded tiles.
+    """
+    if mask.dtype != mx.bool_ or int(np.prod(mask.shape[:-3] if mask.ndim == 4 else (1,))) not in (1, len(views)):
+        return None
+    values = np.asarray(mask)
+    values = values.reshape((1,) * (4 - values.ndim) + values.shape)
+    if values.shape[1] != 1:
+        return None
+    keys = np.arange(values.shape[-1])
+    window, longest = 0, 0  # of rows that leave keys out; of rows that see everything before them
+    for b, view in enumerate(views):
+        if view.num_queries == 0:
+            continue
+        rows = values[b if values.shape[0] > 1 else 0, 0, : view.num_queries]
+        positions = view.q_start + np.arange(view.num_queries)
+        if len(rows) != view.num_queries or values.shape[-1] <= positions[-1]:
+            return None
+        widest = int(rows.sum(axis=-1).max())
+        expected = (keys <= positions[:, None]) & (keys > positions[:, None] - widest)
+        if not np.array_equal(rows, expected):
+            return None
+        if widest > positions[-1]:
+            longest = max(longest, widest)
+        elif window not in (0, widest):
+            return None
+        else:
+            window = widest
+    return None if 0 < window < longest else window

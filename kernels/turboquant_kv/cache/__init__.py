@@ -1,0 +1,1 @@
+"""Pages, sequences and the caches that mlx-lm sees."""

@@ -1,0 +1,175 @@
+"""Caches that compute attention over themselves: what seam.py dispatches on, and the verbs batches share.
+
+Keeps the books of one update followed by one attend. New tokens are kept back until their queries
+arrive, so that an eager backend waits once a layer for queries, keys and values together;
+`update_and_fetch` therefore returns only the new tokens' keys and values. There must be no attribute
+called `bits` here: mlx-lm would take its own affine path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+
+class UnsupportedModelError(RuntimeError):
+    """A model uses its cache in a way that compressed attention cannot serve."""
+
+
+class AttendingCache:
+    """One layer's cache, for one conversation or several, that owns its attention."""
+
+    _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
+
+    def attend(
+        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+    ) -> mx.array:
+        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv)."""
+        if self._pending is None:
+            raise UnsupportedModelError("attention was asked for without new keys in this cache")
+        if mask is None and queries.shape[2] > 1:
+            raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
+        (keys, values), self._pending = self._pending, None
+        return self._attend(keys, values, queries, scale=scale, mask=mask, sinks=sinks)
+
+    def _attend(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        raise TypeError(f"{type(self).__name__} cannot attend")
+
+    def evaluate(self) -> None:
+        """Finish pending work, so that no lazy graph outlives a step."""
+        raise TypeError(f"{type(self).__name__} cannot be evaluated")
+
+    def release(self) -> None:
+        """Give all memory back now; idempotent."""
+        raise TypeError(f"{type(self).__name__} cannot be released")
+
+    def _hold(self, keys: mx.array, values: mx.array) -> None:
+        """Keep a step's keys and values until its queries come."""
+        if self._pending is not None:
+            raise UnsupportedModelError(
+                "this model reads its KV cache without mlx-lm's scaled_dot_product_attention, "
+                "so it cannot be compressed; serve it with --kv-format f16"
+            )
+        self._pending = keys, values
+
+    @property
+    def _num_pending(self) -> int:
+        return 0 if self._pending is None else self._pending[0].shape[2]
+
+    def _trim_pending(self, n: int) -> int:
+        """Drop up to n tokens that no query has asked for yet; returns how many are left to drop."""
+        held = self._num_pending
+        if held > n > 0:
+            assert self._pending is not None
+            keys, values = self._pending
+            self._pending = keys[:, :, : held - n], values[:, :, : held - n]
+        elif held <= n:
+            self._pending = None
+        return max(0, n - held)
+
+
+class BatchRows(AttendingCache):
+    """Several conversations in one layer: rows of any lengths, none padded, moved or copied."""
+
+    _remaining: list[int] | None = None  # valid tokens still to come per row, while right-padded
+
+    @property
+    def _held_lengths(self) -> list[int]:
+        """Tokens appended per row."""
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+    def _cut_rows(self, num_tokens: int) -> None:
+        """Drop the last tokens of every row."""
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+    def extract(self, idx: int) -> Any:
+        """Row `idx` as a single cache; the batch stays as it is."""
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held per row, this step's included."""
+        held = self._held_lengths
+        return [n + new for n, new in zip(held, self._valid(self._num_pending, len(held)), strict=True)]
+
+    def _valid(self, num_new: int, num_rows: int) -> list[int]:
+        """How many of a step's tokens belong to each row; the rest is padding."""
+        if self._remaining is None:
+            return [num_new] * num_rows
+        return [min(num_new, left) for left in self._remaining]
+
+    def _take(self, num_new: int) -> list[int]:
+        """The same, counted as arrived."""
+        valid = self._valid(num_new, len(self._held_lengths))
+        if self._remaining is not None:
+            self._remaining = [left - n for left, n in zip(self._remaining, valid, strict=True)]
+        return valid
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens held per row, (B,) int32: each row's next position."""
+        return mx.array(self.lengths, dtype=mx.int32)
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce a right-padded prompt: row b brings `lengths[b]` tokens, then padding until finalize."""
+        if left_padding is not None and any(left_padding):
+            raise ValueError("left padding is not needed here: rows may have different lengths")
+        if right_padding is not None and any(right_padding):
+            if lengths is None:
+                raise ValueError("right padding needs the rows' lengths")
+            self._remaining = list(lengths)
+
+    def finalize(self) -> None:
+        self._remaining = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys (B, H, T, D) and values (B, H, T, Dv), less each row's padding; returns just these."""
+        num_rows = len(self._held_lengths)
+        if keys.shape[0] != num_rows:
+            raise ValueError(f"a batch of {num_rows} conversations got keys for {keys.shape[0]}")
+        self._hold(keys, values)
+        return keys, values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """As mlx-lm asks for it; an array is (B, 1, N, longest row), columns by absolute position."""
+        longest = max(self.lengths) + N
+        if not return_array and (window_size is None or longest <= window_size):
+            return None if N == 1 else "causal"
+        rows = self.offset[:, None, None, None] + mx.arange(N)[:, None]
+        columns = mx.arange(longest)
+        mask = columns <= rows
+        return mask if window_size is None else mask & (columns > rows - window_size)
+
+    def size(self) -> int:
+        return max(self.lengths, default=0)
+
+    def empty(self) -> bool:
+        return self.size() == 0
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
+        n = min([n, *self.lengths])
+        surplus = self._trim_pending(n)
+        if surplus:
+            self._cut_rows(surplus)
+        return n

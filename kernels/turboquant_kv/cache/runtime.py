@@ -1,0 +1,239 @@
+"""KVRuntime: all KV caches of one loaded model.
+
+Decides per layer whether it is compressed, makes caches, and answers what they cost. The server's
+cache manager and plain mlx-lm programs use this; nobody else builds caches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy.typing as npt
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.choice import choose_backend
+from turboquant_kv.cache import held as rows
+from turboquant_kv.cache import mixed_batch as mixed
+from turboquant_kv.cache import seam as attention
+from turboquant_kv.cache import serialise as exporting
+from turboquant_kv.cache.attending import AttendingCache, UnsupportedModelError
+from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
+from turboquant_kv.calibration import Calibration
+from turboquant_kv.codec.format import KVFormat, check_head_dim
+from turboquant_kv.kv_bytes import KVBytes
+
+__all__ = ["PLAIN_FORMAT", "KVRuntime", "UnsupportedModelError"]
+
+PLAIN_FORMAT = "f16"  # mlx-lm's own caches, in the model's dtype
+
+
+class KVRuntime:
+    """Caches of one model in one format. fmt None keeps mlx-lm's own caches everywhere."""
+
+    def __init__(
+        self,
+        model: Any,
+        fmt: KVFormat | None,
+        *,
+        calibration: Calibration | None = None,
+        backend: str = "auto",
+        layers: ModelLayers | None = None,
+    ) -> None:
+        """Runs a few tokens through the model to learn its layers, unless `layers` already tells.
+
+        Raises UnsupportedFormatError for a head_dim without a rotation, UnsupportedModelError when the
+        model does not attend through the seam.
+        """
+        attention.install()
+        self._model, self.fmt = model, fmt
+        self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
+        self.layers = layers if layers is not None else probe_layers(model)
+        self.shapes = self.layers.shapes
+        self._sources: dict[int, PoolSource] = {}
+        if fmt is not None:
+            self._add_sources(fmt, calibration, backend)
+        self.layers_compressed = len(self._sources)
+        self.layers_uncompressed = len(self.shapes) - len(self._sources)
+
+    @property
+    def fmt_name(self) -> str:
+        """`4/3`, or `f16` when nothing is compressed."""
+        return PLAIN_FORMAT if self.fmt is None else self.fmt.name
+
+    def _add_sources(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
+        if self.layers.unsupported is not None and any(self.shapes):
+            raise UnsupportedModelError(self.layers.unsupported)
+        for i, shape in enumerate(self.shapes):
+            if shape is None:
+                continue
+            check_head_dim(shape.k_dim)
+            check_head_dim(shape.v_dim)
+            means = calibration.layers.get(i) if calibration is not None else None
+            self._sources[i] = PoolSource(fmt, backend, means)
+            self._sources[i].get(shape)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that one more token of a long conversation takes, all layers."""
+        compressed = 0
+        if self.fmt is not None:
+            compressed = sum(
+                self.fmt.token_bytes(s.num_kv_heads, s.k_dim, s.v_dim)
+                for i, s in enumerate(self.shapes)
+                if s is not None and i in self._sources
+            )
+        plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
+        return float(compressed + plain)
+
+    @property
+    def token_raw_bytes(self) -> float:
+        """The same, uncompressed in the model's dtype."""
+        return float(sum(s.raw_token_bytes for s in self.shapes if s is not None))
+
+    @property
+    def chunk_token_bytes(self) -> float:
+        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, rings included."""
+        return self.token_raw_bytes + sum(state.token_bytes for state in self.layers.states)
+
+    def make_cache(self) -> list[Any]:
+        """One empty single-conversation cache per layer."""
+        caches = make_prompt_cache(self._model)
+        return [TurboQuantKVCache(self._sources[i]) if i in self._sources else cache for i, cache in enumerate(caches)]
+
+    def bytes_for(self, num_tokens: int) -> int:
+        """Bytes that a conversation of `num_tokens` allocates, exact windows included.
+
+        Of rings and recurrent states the most they can take; the rest is exact.
+        """
+        total = sum(state.bytes_for(num_tokens) for state in self.layers.states)
+        for i, shape in enumerate(self.shapes):
+            if shape is None:
+                continue
+            if i in self._sources:
+                total += self._compressed_bytes(shape, num_tokens)
+            else:
+                step = KVCache.step
+                total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
+        return total
+
+    def _compressed_bytes(self, shape: LayerShape, num_tokens: int) -> int:
+        assert self.fmt is not None
+        pages = self.fmt.num_pages(num_tokens) * self.fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        return pages + self.fmt.exact_rows(num_tokens) * shape.raw_token_bytes
+
+    def measure(self, caches: Sequence[Any]) -> KVBytes:
+        """Where the bytes of one conversation are, summed over its arrays."""
+        return self._measure([rows.held_alone(cache) for cache in caches])
+
+    def measure_row(self, batch: Sequence[Any], index: int) -> KVBytes:
+        """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
+        return self._measure([rows.held_in_batch(cache, index) for cache in batch])
+
+    def _measure(self, layers: Sequence[rows.Held]) -> KVBytes:
+        compressed = exact = uncompressed = raw = 0
+        for shape, held in zip(self.shapes, layers, strict=True):
+            if held.sequence is not None:
+                compressed += held.sequence.compressed_bytes
+                exact += held.sequence.exact_bytes
+            uncompressed += held.plain_bytes
+            raw += held.num_tokens * shape.raw_token_bytes if shape is not None else held.plain_bytes
+        tokens = max((held.num_tokens for held in layers), default=0)
+        return KVBytes(tokens, compressed, exact, 0, uncompressed, raw)
+
+    def totals(self) -> KVBytes:
+        """Of all compressed layers and conversations together: from the pools, shared pages and rows once."""
+        pools = [s.pool for s in self._sources.values() if s.pool is not None]
+        return KVBytes(
+            tokens=max((p.num_tokens for p in pools), default=0),
+            compressed=sum(p.used_bytes for p in pools),
+            exact=sum(p.exact_bytes for p in pools),
+            slack=sum(p.slack_bytes for p in pools),
+            uncompressed=0,
+            raw_equivalent=sum(p.num_tokens * p.shape.raw_token_bytes for p in pools),
+        )
+
+    def compressed_raw_bytes(self, num_tokens: int) -> int:
+        """What that many tokens would take uncompressed, in the layers that are compressed."""
+        return num_tokens * sum(s.pool.shape.raw_token_bytes for s in self._sources.values() if s.pool is not None)
+
+    def allocated_bytes(self) -> int:
+        """Everything the compressed layers' pools hold: pages, free ones too, and exact rows."""
+        return sum(s.pool.allocated_bytes for s in self._sources.values() if s.pool is not None)
+
+    def unique_bytes(self) -> int:
+        """Pages and exact rows in use by the compressed layers; what conversations share counts once."""
+        return sum(s.pool.used_bytes + s.pool.exact_bytes for s in self._sources.values() if s.pool is not None)
+
+    def slack_bytes(self) -> int:
+        """Held for pages that nobody uses."""
+        return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
+
+    def trim(self) -> int:
+        """Give memory of unused pages back, for other formats to use; returns the bytes.
+
+        Takes a copy of the used pages, one layer at a time. Not between a batch's update and its attention.
+        """
+        return sum(s.pool.trim() for s in self._sources.values() if s.pool is not None)
+
+    def merge_rows(self, singles: Sequence[Sequence[Any]]) -> list[Any]:
+        """A batch over these conversations, of whatever formats; their own caches stay as they are."""
+        return mixed.merge_rows(singles, padded=self.layers.unsupported is not None)
+
+    def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
+        """The rows of both batches; only the returned caches are valid afterwards."""
+        return mixed.extend_rows(batch, other)
+
+    def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
+        """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
+        return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
+
+    def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
+        """The same of one row of a batch."""
+        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in batch], length)
+
+    def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
+        """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
+        return rows.cut_to([copy.deepcopy(cache) for cache in caches], length)
+
+    def fork_row(self, batch: Sequence[Any], index: int, length: int) -> list[Any]:
+        """The same of one row of a batch, which stays as it is; `length` must come from usable_prefix_row.
+
+        Pages are shared; layers that mlx-lm keeps are copied at once, so that the batch's next step may
+        still write in place.
+        """
+        return rows.cut_to([rows.extract(cache, index) for cache in batch], length)
+
+    def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
+        """Caches from what `exporting.export_caches` gave. Raises ValueError for anything inconsistent."""
+        caches = exporting.import_caches(header, arrays, self.make_cache())
+        for cache, shape in zip(caches, self.shapes, strict=True):
+            if type(cache) is KVCache and not cache.empty() and shape_of(cache) != shape:
+                raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {shape}")
+        if len({rows.num_tokens_of(cache) for cache in caches} - {0}) > 1:
+            raise ValueError("the layers of a saved cache hold different numbers of tokens")
+        return caches
+
+    def release(self, caches: Sequence[Any]) -> None:
+        """Give memory back now; idempotent."""
+        for cache in caches:
+            if isinstance(cache, AttendingCache):
+                cache.release()
+
+    def evaluate(self, caches: Sequence[Any]) -> None:
+        """Finish all pending work on these caches, so that no lazy graph outlives a step."""
+        for cache in caches:
+            if isinstance(cache, AttendingCache):
+                cache.evaluate()
+            else:
+                mx.eval(cache.state)
+
+    def check_integrity(self) -> None:
+        """Raises PageAccountingError when a pool's books do not agree."""
+        for source in self._sources.values():
+            if source.pool is not None:
+                source.pool.check_integrity()

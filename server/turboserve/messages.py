@@ -1,0 +1,286 @@
+"""What the layers tell each other: requests, events, byte records, statistics. Plain frozen dataclasses, nothing else.
+
+`api`, `engine` and `cache` share these instead of copying them into forms of their own. A request has four forms from
+body to batch row: the HTTP body (api), `Request` here, the engine's state of it, and the memory's lease.
+Times ending in `_unix_s` are Unix seconds, all others seconds of the engine's clock. Imports errors alone, and the
+library's record of bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from turboquant_kv.kv_bytes import NO_BYTES, KVBytes
+from turboserve.errors import TurboServeError
+
+FinishReason = Literal["stop", "length"]
+CacheTier = Literal["running", "memory", "disk"]
+"""Where a conversation's cache is: a request works on it; idle and ready to continue; not in memory."""
+
+# Statistics name this many conversations, the largest first, however many are held: neither a reply
+# nor a scrape may grow with the number of callers.
+MAX_SHOWN_CONVERSATIONS = 20
+
+# --- requests
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Bounds are enforced by the HTTP schema."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One validated chat completion. `tenant` is the server's own view of the caller, never a body field."""
+
+    request_id: str
+    messages: tuple[Mapping[str, object], ...]  # {"role": str, "content": str, ...}, content already plain text
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None  # None: up to the context length
+    stop: tuple[str, ...] = ()
+    tenant: str = ""
+    session_id: str | None = None  # an explicit session: continued when it exists, created when not
+    kv_format: str | None = None  # "4/3", "f16", ...; None: the session's own, else the server's
+    cache_key: str | None = None  # OpenAI's prompt_cache_key: of equally long prefixes, prefer this one's
+
+
+@dataclass(frozen=True, slots=True)
+class ListSessions:
+    """At most `limit` of a caller's sessions following the one called `after`. Answered with a SessionPage."""
+
+    tenant: str
+    limit: int
+    after: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GetSession:
+    """Answered with a SessionInfo."""
+
+    tenant: str
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSession:
+    """A new explicit session sharing all pages; new_id None: the server chooses. Answered with its SessionInfo."""
+
+    tenant: str
+    session_id: str
+    new_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSession:
+    """None leaves a value; a `ttl_s` of 0 takes the session's own limit away. Answered with a SessionInfo."""
+
+    tenant: str
+    session_id: str
+    is_pinned: bool | None = None
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSession:
+    """Gives its memory and its file back. Answered with None."""
+
+    tenant: str
+    session_id: str
+
+
+SessionCommand = ListSessions | GetSession | ForkSession | UpdateSession | DeleteSession
+
+# --- events of one request
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one finished request, and its conversation's KV bytes.
+
+    session_id: under which the conversation can now be looked up, explicit or opaque; "" when it was not kept.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    kv: KVBytes
+    kv_format: str
+    session_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Newly decoded text; never a broken character, never part of a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete."""
+
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended with an error."""
+
+    error: TurboServeError
+
+
+Event = TextDelta | Finished | Failed
+"""Each request ends with exactly one Finished or Failed, after which nothing more is delivered."""
+
+# --- sessions and statistics
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One caller's session.
+
+    `kv` and `kv_format` say what it holds in memory, or held when it went to disk; `disk_bytes` what its
+    file takes. `hits` counts requests that found part of their prompt here, `requests` those that ended here.
+    """
+
+    session_id: str
+    is_explicit: bool
+    tokens: int
+    kv: KVBytes
+    kv_format: str
+    tier: CacheTier
+    hits: int
+    created_unix_s: float
+    last_used_unix_s: float
+    is_pinned: bool = False
+    ttl_s: float | None = None  # counted from the last use; None: until memory is needed
+    requests: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPage:
+    """Some of a caller's sessions, by last use, newest first; `has_more` when others follow the last one."""
+
+    sessions: tuple[SessionInfo, ...] = ()
+    has_more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationStats:
+    """One conversation as statistics show it.
+
+    `conversation_id` is opaque and carries no text: an explicit session's name is its caller's own and
+    is shown to that caller only, in answer to `GetSession`.
+    """
+
+    conversation_id: str
+    tier: CacheTier
+    kv: KVBytes
+    hits: int
+    idle_s: float
+    kv_format: str = ""
+    is_explicit: bool = False
+    is_pinned: bool = False
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatus:
+    """The disk store. `reason`: why it is off or takes no more; "" while it works."""
+
+    is_enabled: bool = False
+    is_writable: bool = False
+    reason: str = ""
+    num_bytes: int = 0
+    limit_bytes: int = 0
+    num_entries: int = 0
+    num_damaged: int = 0  # files found damaged since the start, and dropped
+    pending_bytes: int = 0  # in memory, outside the KV budget, until they are written
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionStats:
+    """KV bytes reserved when requests were admitted beside those they took in the end."""
+
+    num_requests: int = 0  # ended, and so in both sums
+    estimated_bytes: int = 0
+    actual_bytes: int = 0
+    last_estimated_bytes: int = 0
+    last_actual_bytes: int = 0
+
+    def plus(self, estimated_bytes: int, actual_bytes: int) -> AdmissionStats:
+        """With one more ended request."""
+        return AdmissionStats(
+            self.num_requests + 1,
+            self.estimated_bytes + estimated_bytes,
+            self.actual_bytes + actual_bytes,
+            estimated_bytes,
+            actual_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """What the cache memory did since start, counted by reason. Reasons are few and fixed, never a caller's text.
+
+    evictions        pressure | quota | expired | superseded | deleted | unreadable | out_of_memory
+    requantisations  4/4 -> 4/3 and so on, as "4/4>4/3"
+    spills           pressure | idle (written ahead, while still in memory)
+    restores         request | failed (unreadable: computed again)
+    preemptions      growth (an older answer needed the room)
+    refusals         no_room | never_fits | quota
+    """
+
+    evictions: Mapping[str, int] = field(default_factory=dict)
+    requantisations: Mapping[str, int] = field(default_factory=dict)
+    spills: Mapping[str, int] = field(default_factory=dict)
+    restores: Mapping[str, int] = field(default_factory=dict)
+    preemptions: Mapping[str, int] = field(default_factory=dict)
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    integrity_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A consistent copy of the engine's state, taken between two steps."""
+
+    model_id: str
+    kv_format: str  # "4/3", or "f16" when nothing is compressed
+    kv_backend: str  # "cpu-numpy", "mlx-ops", ...
+    model_dtype: str
+    kv: KVBytes = NO_BYTES
+    kv_budget_bytes: int = 0
+    kv_token_bytes: float = 0.0  # one more token of a long conversation, all layers
+    kv_token_raw_bytes: float = 0.0
+    max_context_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    conversations: tuple[ConversationStats, ...] = ()  # the MAX_SHOWN_CONVERSATIONS largest
+    layers_compressed: int = 0
+    layers_uncompressed: int = 0
+    details: Mapping[str, str] = field(default_factory=dict)  # codec, scale, calibration, BLAS, ...
+    num_conversations: Mapping[CacheTier, int] = field(default_factory=dict)
+    kv_disk: KVBytes = NO_BYTES  # what conversations on disk would take in memory, by kind
+    kv_committed_bytes: int = 0  # held, or promised to running requests; never above the budget
+    kv_scratch_bytes: int = 0  # the most that one step may allocate beside the budget
+    events: CacheEvents = CacheEvents()
+    admission: AdmissionStats = AdmissionStats()
+    disk: DiskStatus = DiskStatus()
