@@ -38,7 +38,7 @@ class RoundTripCache(KVCache):  # type: ignore[misc]
         shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         num_tokens = keys.shape[2]
         page_ids = np.arange(-(-num_tokens // PAGE_TOKENS))
-        storage = self._backend.new_storage(shape, self._fmt, self._means)
+        storage = self._backend.new_store(shape, self._fmt, self._means)
         storage.grow(len(page_ids))
         storage.encode(page_ids, self._padded(keys), self._padded(values))
         k, v = (self._backend.to_mlx(rows, shape.dtype)[None, :, :num_tokens] for rows in storage.decode(page_ids))

@@ -31,7 +31,7 @@ blas.interpose()  # before mlx is imported
 
 import mlx.core as mx
 
-from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, SequenceView
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.backends.numpy_ops.backend import as_rows
 from turboquant_kv.codec.format import KVFormat
@@ -101,7 +101,7 @@ def ours(shape: Shape, fmt: KVFormat, backend: native.NativeBackend, *, scattere
     Pages have their ids in order, as prefill gives them out, or are scattered over the pool, as after long service.
     """
     rng = np.random.default_rng(0)
-    storage = backend.new_storage(LayerShape(shape.kv_heads, shape.dim, shape.dim, mx.bfloat16), fmt, None)
+    storage = backend.new_store(LayerShape(shape.kv_heads, shape.dim, shape.dim, mx.bfloat16), fmt, None)
     pages = fmt.num_pages(shape.tokens)
     storage.grow(pages * shape.batch)
     order = rng.permutation(pages * shape.batch) if scattered else np.arange(pages * shape.batch)
@@ -122,7 +122,8 @@ def ours(shape: Shape, fmt: KVFormat, backend: native.NativeBackend, *, scattere
     q = mx.random.normal((shape.batch, shape.kv_heads * shape.group, 1, shape.dim)).astype(mx.bfloat16)
     mx.eval(q)
     scale = shape.dim**-0.5
-    return lambda: mx.eval(backend.attend(q, views, storage, scale=scale, mask=None, sinks=None))
+    call = AttentionCall(q, views, backend.prepare_step(views), scale)
+    return lambda: mx.eval(storage.attend(call))
 
 
 def mlx_rival(shape: Shape, dtype: mx.Dtype) -> Callable[[], Any]:
@@ -232,7 +233,7 @@ def prefill_rows(backend: native.NativeBackend, rounds: int, history: int = 1638
     """A causal chunk over a history, two KV heads; MLX multiplies through the interposed BLAS."""
     heads, fmt = 2, KVFormat(4, 4)
     num_q, total = heads * GROUP, history + chunk
-    storage = backend.new_storage(LayerShape(heads, DIM, DIM, mx.float32), fmt, None)
+    storage = backend.new_store(LayerShape(heads, DIM, DIM, mx.float32), fmt, None)
     pages = np.arange(fmt.num_pages(total))
     storage.grow(len(pages))
     x = np.random.default_rng(0).standard_normal((heads, len(pages) * fmt.page_tokens, DIM), np.float32)
@@ -246,7 +247,7 @@ def prefill_rows(backend: native.NativeBackend, rounds: int, history: int = 1638
     mx.eval(q, k, v)
     scale = DIM**-0.5
     calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: mx.eval(backend.attend(q, [view], storage, scale=scale, mask=None, sinks=None)),
+        "ours": lambda: mx.eval(storage.attend(AttentionCall(q, [view], backend.prepare_step([view]), scale))),
         "MLX f32": lambda: mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")),
     }
     times = milliseconds(calls, rounds)

@@ -28,7 +28,7 @@ blas.interpose()  # before mlx is imported
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant_kv.backends.native.backend import NativeStorage
+from turboquant_kv.backends.native.backend import NativeStore
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
@@ -127,9 +127,9 @@ def prefill_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> lis
 def encode_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list[Row]:
     """What encoding takes of a prefill, both timed in the same one; of the native kernels, which encode at once."""
     tokens = mx.random.randint(0, 4096, (1, PREFILL_TOKENS))
-    spent, encode = [0.0], NativeStorage.encode
+    spent, encode = [0.0], NativeStore.encode
 
-    def timed(storage: NativeStorage, *rows: Any) -> None:
+    def timed(storage: NativeStore, *rows: Any) -> None:
         spent[0] += seconds(lambda: encode(storage, *rows))
 
     rows = []
@@ -137,7 +137,7 @@ def encode_rows(model: Any, runtimes: dict[str, KVRuntime], rounds: int) -> list
         if name == UNCOMPRESSED or not runtime.backend_name.startswith("cpu-native"):
             continue
         step, shares = prefill_step(model, runtime, tokens), []
-        with mock.patch.object(NativeStorage, "encode", timed):
+        with mock.patch.object(NativeStore, "encode", timed):
             for _ in range(rounds):
                 spent[0] = 0.0
                 total = seconds(step)

@@ -26,7 +26,7 @@ from _rows import Row, add_json_option, print_rows, write_rows
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
 
@@ -82,7 +82,7 @@ def prefill_error(
     n = num_tokens + 150
     k, v = (mx.array(rng.standard_normal((1, hkv, n, dim)).astype(np.float32)).astype(dtype) for _ in "kv")
     q = mx.array(rng.standard_normal((1, hq, 150, dim)).astype(np.float32)).astype(dtype)
-    cache = TurboQuantKVCache(PoolSource(fmt, backend))
+    cache = TurboQuantKVCache(LayerSource(fmt, backend))
     cache.update_and_fetch(k[:, :, :num_tokens], v[:, :, :num_tokens])
     mx.eval(cache.attend(mx.zeros((1, hq, num_tokens, dim), dtype), scale=1.0, mask="causal", sinks=None))
     cache.update_and_fetch(k[:, :, num_tokens:], v[:, :, num_tokens:])
@@ -109,7 +109,7 @@ def decode_error(
         for n in (d, dv)
     )
     q = mx.array(rng.standard_normal((1, hq, num_rows, d)).astype(np.float32)).astype(dtype)
-    cache = TurboQuantKVCache(PoolSource(fmt, backend))
+    cache = TurboQuantKVCache(LayerSource(fmt, backend))
     cache.update_and_fetch(k[:, :, :num_tokens], v[:, :, :num_tokens])
     cache.attend(mx.zeros((1, hq, num_tokens, d), dtype), scale=1.0, mask="causal", sinks=None)
     cache.update_and_fetch(k[:, :, num_tokens:], v[:, :, num_tokens:])
@@ -129,7 +129,7 @@ def ragged_error(
 ) -> float:
     """Largest relative error of one batched decode step over the rows of a ragged batch."""
     hq, hkv, dim = heads_dim
-    source = PoolSource(fmt, backend)
+    source = LayerSource(fmt, backend)
     rows, histories = [], []
     for n in lengths:
         k, v = (mx.array(rng.standard_normal((1, hkv, n + 1, dim)).astype(np.float32)).astype(dtype) for _ in "kv")
@@ -151,7 +151,7 @@ def ragged_error(
 
 def random_storage(backend: Any, shape: LayerShape, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
     """A storage full of random codes, made without encoding."""
-    storage = backend.new_storage(shape, fmt, None)
+    storage = backend.new_store(shape, fmt, None)
     for arrays in storage._arrays:
         arrays.grow(num_pages)
         mx.random.seed(int(rng.integers(1 << 30)))
@@ -277,7 +277,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
     backend: Any = choose_backend("gpu")
     q = mx.random.normal((1, 40, num_new, 128)).astype(shape.dtype)
     k, v = (mx.random.normal((1, 8, num_old + num_new, 128)).astype(shape.dtype) for _ in "kv")
-    cache = TurboQuantKVCache(PoolSource(fmt, "gpu"))
+    cache = TurboQuantKVCache(LayerSource(fmt, "gpu"))
     cache.update_and_fetch(k[:, :, :num_old], v[:, :, :num_old])
     mx.eval(cache.attend(mx.zeros((1, 40, num_old, 128), shape.dtype), scale=0.1, mask="causal", sinks=None), q, k, v)
     assert cache.sequence is not None
@@ -287,12 +287,12 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
 
     def encode(x: mx.array) -> mx.array:
         rows = mx.depends([new[0]], [x])[0]
-        pool.storage.encode(ids, rows, new[1])
-        chained: mx.array = mx.depends([x], [pool.storage._arrays[0].codes, pool.storage._arrays[1].codes])[0]
+        pool.stores[0].encode(ids, rows, new[1])
+        chained: mx.array = mx.depends([x], [pool.stores[0]._arrays[0].codes, pool.stores[0]._arrays[1].codes])[0]
         return chained
 
     def ours(x: mx.array) -> mx.array:
-        out: mx.array = backend.attend(x, [view], pool.storage, scale=0.1, mask=None, sinks=None)
+        out: mx.array = backend.attend(x, [view], pool.stores[0], scale=0.1, mask=None, sinks=None)
         return out
 
     measure = kernel_us if has_profiler() else call_us

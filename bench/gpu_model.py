@@ -29,10 +29,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import KVCache
 
-from turboquant_kv.backends.base import Means
+from turboquant_kv.backends.base import ExactRows, Means
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.cache.sequence import LayerSequence
 from turboquant_kv.calibration import Calibration, calibrate, calibration_text
 from turboquant_kv.codec.format import KVFormat
 
@@ -80,7 +79,7 @@ def finish(runtime: KVRuntime, caches: list[Any]) -> None:
     runtime.evaluate(caches)
     for source in runtime._sources.values():
         if source.pool is not None:
-            storage: Any = source.pool.storage
+            storage: Any = source.pool.stores[0]
             mx.eval([a for arrays in storage._arrays for a in (arrays.codes, arrays.scales)])
 
 
@@ -113,25 +112,29 @@ def decode(model: Any, caches: list[Any], num_steps: int) -> float:
 def filled(runtime: KVRuntime, num_tokens: int) -> list[Any]:
     """Caches of that many tokens with random content."""
     caches = runtime.make_cache()
+    page_ids: Any = None
+    ends: dict[int, tuple[ExactRows, ExactRows]] = {}
     for i, cache in enumerate(caches):
         shape = runtime.shapes[i]
         assert shape is not None
         if isinstance(cache, TurboQuantKVCache):
             pool = cache.source.pool
-            assert pool is not None
-            num_pages = (num_tokens - pool.fmt.sink_tokens - 1) // pool.fmt.page_tokens
-            sequence = LayerSequence(pool)
-            n = pool.fmt.sink_tokens + 1
-            sequence.append(
-                *(mx.random.normal((shape.num_kv_heads, n, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim))
-            )
-            sequence._pages = pool._allocate(num_pages)
-            storage: Any = pool.storage
+            assert pool is not None and cache.sequence is not None
+            if page_ids is None:
+                page_ids = pool.allocate((num_tokens - pool.fmt.sink_tokens - 1) // pool.fmt.page_tokens)
+            storage: Any = pool.stores[cache.source.layer]
             for arrays in storage._arrays:
                 arrays._codes = mx.random.randint(0, 256, arrays._codes.shape, mx.uint8)
                 arrays._scales = mx.random.uniform(0.05, 0.15, arrays._scales.shape, mx.float16)
                 mx.eval(arrays._codes, arrays._scales)
-            cache.sequence = sequence
+            dims, heads, dtype = (shape.k_dim, shape.v_dim), shape.num_kv_heads, shape.dtype
+            k_sink, v_sink, k_tail, v_tail = (
+                mx.random.normal((heads, n, d)).astype(dtype) for n in (pool.fmt.sink_tokens, 1) for d in dims
+            )
+            tail_start = pool.fmt.page_start(len(page_ids))
+            ends[cache.source.layer] = ExactRows(0, k_sink, v_sink), ExactRows(tail_start, k_tail, v_tail)
+            if len(ends) == len(pool.stores):
+                cache.sequence.shared.fill(page_ids, ends)
         else:
             assert isinstance(cache, KVCache)
             cache.update_and_fetch(

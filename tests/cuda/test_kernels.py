@@ -77,7 +77,7 @@ def test_smaller_devices_are_the_references(
     device: Device, bits: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No copy engine, less shared memory, other tables and fewer warps."""
-    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, device=device), BACKEND._page_kernels, NO_FLASH)
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, device=device), BACKEND.kernels.pages, NO_FLASH)
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     fmt = KVFormat(bits[0], bits[1], page_tokens=32, sink_tokens=4)
     dim = 128 if device is AMPERE else 256
@@ -93,7 +93,7 @@ def test_smaller_devices_are_the_references(
 def test_parts_merge_in_either_way(fused: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last block or in a launch of their own; attention sinks join in both."""
     tuning = Tuning(4, 16, 2, 128, blocks=20, fused=fused)
-    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND._page_kernels, NO_FLASH)
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND.kernels.pages, NO_FLASH)
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
     history = History.random(rng, 1, 700, 64, dtype=mx.float16)
@@ -116,16 +116,17 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
     cache.update_and_fetch(*history.slice(329, 330))
     assert cache.sequence is not None and cache._pending is not None
     keys, values = cache._pending
-    views = cache._append(cache.sequence.pool, keys, values)
+    pool = cache.sequence.pool
+    _, views = cache._append(pool, pool.shapes[0], keys, values)
+    plan = BACKEND.prepare_step(views)
     window = views[0].window
     assert window is not None
-    storage: Any = cache.sequence.pool.storage
-    launch = storage.launch_for(BACKEND._kernels, q)
-    layer, figures = storage.layer_inputs(views, launch.max_sets)
-    table = storage.page_table(views)
+    storage: Any = cache.sequence.pool.stores[0]
+    launch = storage.launch_for(q)
+    layer, figures = storage.layer_inputs(views, plan, launch.max_sets)
     for reach in (1, 20, 150, 325):
-        out = launch(layer, q, figures, table, scale=0.125, reach=reach)
-        k, v = (as_float64(x)[0] for x in storage.history(views[0]))
+        out = launch(layer, q, figures, plan.page_table, scale=0.125, reach=reach)
+        k, v = (as_float64(x)[0] for x in storage.history(views[0], plan.page_table))
         position = np.concatenate(
             [np.arange(8 + 16 * len(views[0].page_ids)), window.start + np.arange(window.k.shape[1])]
         )
@@ -187,7 +188,7 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     mean = rng.standard_normal((2, dim)).astype(np.float32)
     x[1, 3] = mean[1]  # centred it is nothing at all
     fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
-    storage = BACKEND.new_storage(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
     storage.grow(5)
     storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))

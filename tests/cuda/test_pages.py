@@ -46,7 +46,7 @@ def check_history(
 ) -> None:
     """Random pages between random exact rows: decoded as MLX operations do it, exact ones copied."""
     means = Means(*(rng.standard_normal((2, d)).astype(np.float32) for d in dims))
-    storage: Any = backend.new_storage(LayerShape(2, *dims, dtype), fmt, means)
+    storage: Any = backend.new_store(LayerShape(2, *dims, dtype), fmt, means)
     storage.grow(num_pages + 2)
     for arrays in storage._arrays:
         arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
@@ -55,7 +55,8 @@ def check_history(
     sink = exact_rows(rng, 0, fmt.sink_tokens, dims, dtype) if fmt.sink_tokens else None
     num_window = int(rng.integers(0, 40))
     window = exact_rows(rng, 0, num_window, dims, dtype) if num_window else None
-    got = storage.history(SequenceView(0, 0, page_ids, sink, window))
+    view = SequenceView(0, 0, page_ids, sink, window)
+    got = storage.history(view, backend.prepare_step([view]).page_table)
     rotated = CanonicalStorage.decode(storage, page_ids)
     for side, x, decoded in zip("kv", got, rotated, strict=True):
         parts = [getattr(sink, side)] if sink else []
@@ -117,7 +118,7 @@ def test_rows_of_every_layout_give_the_same_codes(dim: int, bits: int, rng: np.r
     """Contiguous, heads behind tokens, and dims apart from each other: Metal reads them where they lie."""
     fmt = KVFormat(bits, bits, page_tokens=16)
     x = rng.standard_normal((2, 32, dim)).astype(np.float32)
-    storage = METAL.new_storage(LayerShape(2, dim, dim, mx.float16), fmt, None)
+    storage = METAL.new_store(LayerShape(2, dim, dim, mx.float16), fmt, None)
     storage.grow(6)
     layouts = [mx.array(x), mx.array(x.swapaxes(0, 1).copy()).swapaxes(0, 1), mx.array(np.repeat(x, 2, 2))[:, :, ::2]]
     for i, rows in enumerate(layouts):

@@ -35,7 +35,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> mx.array:
         raise AssertionError("MLX's attention was called")
 
-    backend = GpuBackend("cuda", kernels.BACKEND._kernels, kernels.BACKEND._page_kernels, FLASH)
+    backend = GpuBackend("cuda", kernels.BACKEND.kernels.decode, kernels.BACKEND.kernels.pages, FLASH)
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     monkeypatch.setattr(gpu, "masked_attention", refuse)
 
@@ -132,7 +132,7 @@ def test_other_blocks_compute_the_same(
     monkeypatch.setattr(gpu_flash, "WARPS", warps)
     monkeypatch.setattr(gpu_flash, "STAGES", stages)
     backend = GpuBackend(
-        "cuda", kernels.BACKEND._kernels, kernels.BACKEND._page_kernels, FlashKernels("cuda", cuda_kernel)
+        "cuda", kernels.BACKEND.kernels.decode, kernels.BACKEND.kernels.pages, FlashKernels("cuda", cuda_kernel)
     )
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     history = History.random(rng, 1, 420, 64, dtype=mx.float16)

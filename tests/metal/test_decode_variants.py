@@ -13,7 +13,7 @@ from tests.metal.emulator import metal_kernel, run_metal
 from tests.turboquant_kv.histories import History, expected, new_cache, random_queries, relative_error
 
 from turboquant_kv.backends.base import LayerShape, SequenceView
-from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStorage, decode_shape
+from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStore, decode_shape
 from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
 from turboquant_kv.backends.gpu.plan import NO_WINDOW, Figures, Tuning, variant_for
 from turboquant_kv.backends.gpu.source import Variant
@@ -33,7 +33,7 @@ BACKEND = GpuBackend("metal", DecodeKernels("metal", metal_kernel))
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages are filled by MLX operations: only decode kernels are emulated."""
     monkeypatch.setattr(caches, "choose_backend", lambda name: BACKEND)
-    monkeypatch.setattr(GpuStorage, "encode", CanonicalStorage.encode)
+    monkeypatch.setattr(GpuStore, "encode", CanonicalStorage.encode)
 
 
 @cache
@@ -45,7 +45,7 @@ def appended(cache: TurboQuantKVCache, history: History, start: int, stop: int) 
     """The views of a cache that has got tokens start..stop, without attending."""
     num_heads, _, dim = history.k.shape
     pool = cache.source.get(LayerShape(num_heads, dim, history.v.shape[2], history.dtype))
-    return cache._append(pool, *history.slice(start, stop))
+    return cache._append(pool, pool.shapes[0], *history.slice(start, stop))[1]
 
 
 class Step:
@@ -59,18 +59,18 @@ class Step:
             appended(cache, history, 0, self.start)
         self.views = appended(cache, history, self.start, history.num_tokens)
         assert cache.sequence is not None
-        self.storage: Any = cache.sequence.pool.storage
+        self.storage: Any = cache.sequence.pool.stores[0]
+        self.plan = BACKEND.prepare_step(self.views)
 
     def inputs(self) -> tuple[LayerInputs, tuple[Figures, ...]]:
-        layer, figures = self.storage.layer_inputs(self.views, 1)
+        layer, figures = self.storage.layer_inputs(self.views, self.plan, 1)
         return layer, figures
 
     def attend(self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW) -> mx.array:
         launch = made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt))
         layer, figures = self.inputs()
         sinks = None if sinks is None else mx.array(sinks)
-        table = self.storage.page_table(self.views)
-        return launch(layer, q, figures, table, scale=0.1, sinks=sinks, reach=reach)
+        return launch(layer, q, figures, self.plan.page_table, scale=0.1, sinks=sinks, reach=reach)
 
     def error(self, out: mx.array, q: mx.array, **options: Any) -> float:
         return relative_error(out, expected(self.history, q, self.fmt, self.start, 0.1, self.means, **options))

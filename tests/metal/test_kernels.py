@@ -172,7 +172,7 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     mean = rng.standard_normal((2, dim)).astype(np.float32)
     x[1, 3] = mean[1]  # centred it is nothing at all
     fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
-    storage = BACKEND.new_storage(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
     storage.grow(5)
     storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))

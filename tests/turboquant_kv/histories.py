@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import Means
-from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec.codebook import thresholds
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.reference import attend, fitted_scale, quantise
@@ -125,7 +125,7 @@ def relative_error(x: mx.array, reference: Floats) -> float:
 
 
 def new_cache(fmt: KVFormat, backend: str, means: Means | None = None) -> TurboQuantKVCache:
-    return TurboQuantKVCache(PoolSource(fmt, backend, means))
+    return TurboQuantKVCache(LayerSource(fmt, backend, means))
 
 
 def feed(

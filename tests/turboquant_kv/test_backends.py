@@ -51,7 +51,7 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
     history = History.random(rng, 2, 48, head_dim)
     means = history.means(rng)
     history.steady(rng, fmt, means)
-    storage = choose_backend(backend).new_storage(LayerShape(2, head_dim, head_dim, mx.float32), fmt, means)
+    storage = choose_backend(backend).new_store(LayerShape(2, head_dim, head_dim, mx.float32), fmt, means)
     storage.grow(3)
     pages = np.array([2, 0, 1])
     rows = [choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 48)]
@@ -78,7 +78,7 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
 def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.random.Generator) -> None:
     fmt = KVFormat(3, 2, scale=scale, page_tokens=16, centred=False)  # type: ignore[arg-type]
     history = History.random(rng, 1, 64, 128).steady(rng, fmt)
-    storage = choose_backend(backend).new_storage(LayerShape(1, 128, 128, mx.float32), fmt, None)
+    storage = choose_backend(backend).new_store(LayerShape(1, 128, 128, mx.float32), fmt, None)
     storage.grow(4)
     storage.encode(np.arange(4), *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
     want = reference.encode(history.k, 3, rotation_matrix(128, fmt.rotation_seed, "k"), None, fmt.scale)
@@ -90,7 +90,7 @@ def test_zero_huge_and_tiny_vectors_stay_finite(backend: str) -> None:
     fmt = KVFormat(4, 4, page_tokens=16, centred=False)
     x = np.zeros((1, 16, 64), np.float32)
     x[0, 1], x[0, 2], x[0, 3, 5] = 1e6, 1e-9, 3.0
-    storage = choose_backend(backend).new_storage(LayerShape(1, 64, 64, mx.float32), fmt, None)
+    storage = choose_backend(backend).new_store(LayerShape(1, 64, 64, mx.float32), fmt, None)
     storage.grow(1)
     row = choose_backend(backend).from_mlx(mx.array(x[None]))[0]
     storage.encode(np.array([0]), row, row)

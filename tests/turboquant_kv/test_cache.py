@@ -23,8 +23,8 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.cache import seam as attention
-from turboquant_kv.cache.attending import UnsupportedModelError
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.cache.protocol import UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
@@ -59,7 +59,7 @@ def test_results_do_not_depend_on_chunks(backend: str, rng: np.random.Generator)
     history = draw(rng, 120)
     a, b = (filled(history, backend, 110, rng, cuts=n) for n in (1, 7))
     assert relative_error(step(a, history, 1, 5), as_float64(step(b, history, 1, 5))) < ROUNDING
-    pages = [c.sequence.pool.storage.read(c.sequence.page_ids) for c in (a, b) if c.sequence]
+    pages = [c.sequence.pool.stores[0].read(c.sequence.page_ids) for c in (a, b) if c.sequence]
     assert (pages[0].k_codes == pages[1].k_codes).all()
     assert len(a.sequence.page_ids) == len(b.sequence.page_ids) == FMT.num_pages(115)  # type: ignore[union-attr]
 
@@ -181,14 +181,14 @@ def test_exact_cut_falls_back_to_the_page_start(rng: np.random.Generator) -> Non
 def test_cutting_inside_a_page_keeps_its_decoded_tokens(rng: np.random.Generator) -> None:
     history = draw(rng, 100)
     cache = filled(history, "cpu-numpy", 70, rng)
-    before = cache.sequence.pool.storage.read(cache.sequence.page_ids)  # type: ignore[union-attr]
+    before = cache.sequence.pool.stores[0].read(cache.sequence.page_ids)  # type: ignore[union-attr]
     cache.trim(70 - 30)
     assert cache.offset == 30
-    _, _, tail = cache.sequence.save()  # type: ignore[union-attr]
+    _, tail = cache.sequence.exact_ends()  # type: ignore[union-attr]
     assert tail is not None
     error = np.linalg.norm(tail.k - history.k[:, 24:30]) / np.linalg.norm(history.k[:, 24:30])
     assert 0.02 < error < 0.2, "decoded through 4-bit codes: close, and not exact"
-    assert (before.k_codes[0] == cache.sequence.save()[1].k_codes[0]).all()  # type: ignore[union-attr]
+    assert (before.k_codes[0] == cache.sequence.pages().k_codes[0]).all()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,7 +226,7 @@ def test_bytes_are_those_of_the_arrays(backend: str, rng: np.random.Generator) -
     cache = filled(draw(rng, 100), backend, 100, rng)
     pool = cache.source.pool
     assert pool is not None and cache.sequence is not None
-    pages = pool.storage.read(cache.sequence.page_ids)
+    pages = pool.stores[0].read(cache.sequence.page_ids)
     code_and_scale_bytes = sum(a.nbytes for a in (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales))
     exact_bytes = sum(a.nbytes for a in cache.sequence.pending_arrays())
     assert cache.nbytes == code_and_scale_bytes + exact_bytes
@@ -240,13 +240,13 @@ def test_pages_are_reused_after_release(rng: np.random.Generator) -> None:
     cache = filled(history, "cpu-numpy", 100, rng)
     pool = cache.source.pool
     assert pool is not None
-    held = pool.storage.allocated_bytes
+    held = pool.stores[0].allocated_bytes
     cache.release()
     cache.release()
     assert pool.num_used == 0
     again = TurboQuantKVCache(cache.source)
     feed(again, history, 0, 100, random_queries(rng, Q_HEADS, 100, DIM, mx.float32), SCALE)
-    assert pool.storage.allocated_bytes == held
+    assert pool.stores[0].allocated_bytes == held
 
 
 def test_dropping_a_cache_gives_its_pages_back(rng: np.random.Generator) -> None:
@@ -270,7 +270,7 @@ def test_a_failed_encode_leaks_no_page(rng: np.random.Generator, monkeypatch: py
         raise MemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool.storage, "encode", fail)
+        patch.setattr(pool.stores[0], "encode", fail)
         with pytest.raises(MemoryError):
             feed(cache, history, 70, 120, random_queries(rng, Q_HEADS, 50, DIM, mx.float32), SCALE)
     assert pool.num_used == used

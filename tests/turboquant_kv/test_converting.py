@@ -28,7 +28,7 @@ def held(family: KVFamily, model: Any, name: str, tokens: list[int]) -> list[Any
 
 def canonical(cache: TurboQuantKVCache) -> Any:
     assert cache.sequence is not None
-    return cache.sequence.pool.storage.read(cache.sequence.page_ids)
+    return cache.sequence.pool.stores[0].read(cache.sequence.page_ids)
 
 
 @pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])

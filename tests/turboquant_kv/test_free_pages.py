@@ -60,13 +60,14 @@ def test_books_agree_after_any_calls(rng: np.random.Generator) -> None:
 def test_a_prompt_takes_one_run_of_what_others_left(backend: str, rng: np.random.Generator) -> None:
     """Pages given back in any order are one run again; a pool grows only when all free ids are taken."""
     chosen = choose_backend(backend)
-    pool = PagePool(chosen, LayerShape(1, 64, 64, mx.float32), FMT, None)
+    pool = PagePool(chosen, [LayerShape(1, 64, 64, mx.float32)], FMT)
 
     def encode(num_pages: int) -> list[int]:
         rows = chosen.from_mlx(mx.array(rng.standard_normal((1, num_pages * 16, 64)).astype(np.float32)))
-        ids: list[int] = pool.encode(rows, rows).tolist()
+        ids = pool.allocate(num_pages)
+        pool.stores[0].encode(ids, rows, rows)
         pool.check_integrity()
-        return ids
+        return [int(page) for page in ids]
 
     first, second, third = encode(4), encode(1), encode(6)
     assert (first, second, third) == ([0, 1, 2, 3], [4], [5, 6, 7, 8, 9, 10])
@@ -86,16 +87,15 @@ class NoMemory(Exception):
 
 
 def test_what_could_not_be_had_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = PagePool(choose_backend("cpu-numpy"), LayerShape(1, 64, 64, mx.float32), FMT, None)
-    rows = np.zeros((1, 48, 64), np.float32)
-    pool.free(pool.encode(rows, rows)[1:])
+    pool = PagePool(choose_backend("cpu-numpy"), [LayerShape(1, 64, 64, mx.float32)] * 2, FMT)
+    pool.free(pool.allocate(3)[1:])
 
     def refuse(num_pages: int) -> None:
         raise NoMemory
 
-    monkeypatch.setattr(pool.storage, "grow", refuse)
+    monkeypatch.setattr(pool.stores[1], "grow", refuse)
     with pytest.raises(NoMemory):
-        pool._allocate(3)
+        pool.allocate(3)
     pool.check_integrity()
     assert list(pool._free) == [1, 2]
 

@@ -24,7 +24,7 @@ def test_exact_rows_do_not_keep_their_prompt_in_memory(rng: np.random.Generator)
         cache.sequence.pool.backend.evaluate(cache.sequence.pending_arrays())
     assert cache.sequence is not None
     pool = cache.sequence.pool
-    pool.storage.read(cache.sequence.page_ids)  # computes what encoding has left to do
+    pool.stores[0].read(cache.sequence.page_ids)  # computes what encoding has left to do
     chunk_bytes = k.nbytes
     del k, v
     gc.collect()

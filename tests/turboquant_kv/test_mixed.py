@@ -17,10 +17,10 @@ from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
 from turboquant_kv.backends.base import SequenceView
 from turboquant_kv.backends.native.backend import sliding_window
-from turboquant_kv.cache.attending import AttendingCache
-from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows, extend_rows, merge_rows
 from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.cache.protocol import AttendingCache
 from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)
@@ -35,7 +35,7 @@ class Layer:
     def __init__(self, rng: np.random.Generator, backend: str, dtype: Any = mx.float32) -> None:
         self.rng, self.dtype = rng, dtype
         bits = {"4/4": (4, 4), "8/4": (8, 4), "4/3": (4, 3)}
-        self.sources = {name: PoolSource(BASE.with_(k_bits=k, v_bits=v), backend) for name, (k, v) in bits.items()}
+        self.sources = {name: LayerSource(BASE.with_(k_bits=k, v_bits=v), backend) for name, (k, v) in bits.items()}
 
     def new_row(self, fmt: str, length: int) -> Any:
         cache = KVCache() if fmt == "f16" else TurboQuantKVCache(self.sources[fmt])

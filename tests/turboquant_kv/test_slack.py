@@ -116,9 +116,9 @@ def test_pages_held_by_their_numbers_are_not_moved(rng: np.random.Generator) -> 
     pool = caches[0].sequence.pool
     pool.share([2])
     family.runtime("4/4").release(caches)
-    before = pool.storage.read(np.array([2]))
+    before = pool.stores[0].read(np.array([2]))
     assert pool.trim() == 0
-    assert np.array_equal(pool.storage.read(np.array([2])).k_codes, before.k_codes)
+    assert np.array_equal(pool.stores[0].read(np.array([2])).k_codes, before.k_codes)
     pool.free([2])
     assert pool.trim() > 0
     assert pool.allocated_bytes == 0

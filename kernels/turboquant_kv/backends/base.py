@@ -1,4 +1,4 @@
-"""What every backend offers the cache: page storage, exact rows, and attention over both.
+"""What every backend offers the cache: stores of pages, exact rows, and attention over both.
 
 A backend decides how pages are laid out in memory and who computes on them. The cache above it
 only knows page ids, token counts and bytes. `Array` is the backend's own array type.
@@ -6,9 +6,10 @@ only knows page ids, token counts and bytes. `Array` is the backend's own array 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -81,36 +82,6 @@ class CanonicalPages:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}; this format needs {np.dtype(dtype)}{dims}")
 
 
-class PageStorage(Protocol):
-    """The arrays behind one layer's page pool. Page ids are 0 .. num_pages-1."""
-
-    @property
-    def num_pages(self) -> int:
-        """Pages that memory is held for."""
-        ...
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes held for those pages: codes and scales."""
-        ...
-
-    def grow(self, num_pages: int) -> None:
-        """Hold memory for at least `num_pages` pages; contents are kept."""
-        ...
-
-    def encode(self, page_ids: PageIds, k: Array, v: Array) -> None:
-        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order."""
-        ...
-
-    def decode(self, page_ids: PageIds) -> tuple[Array, Array]:
-        """Lossy values of pages, in exact rows' dtype: (H, P*page, D), (H, P*page, Dv)."""
-        ...
-
-    def read(self, page_ids: PageIds) -> CanonicalPages: ...
-
-    def write(self, page_ids: PageIds, pages: CanonicalPages) -> None: ...
-
-
 class ExactRows:
     """Consecutive exact tokens: k (H, n, D), v (H, n, Dv); `start` is the first one's position.
 
@@ -149,54 +120,114 @@ class SequenceView:
     window: ExactRows | None
 
 
-class Backend(Protocol):
-    """Computes on pages. One instance serves all layers of a model."""
+class StepPlan:
+    """What a backend prepares once for all layers of a step. Backends that prepare something subclass it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's attention in one step.
+
+    queries  (B, Hq, T, D) in the model's dtype
+    views    one per row: this layer's exact rows, and what is the same in all layers (positions, pages)
+    plan     what `Backend.prepare_step` made of the views of any layer of this step
+    mask     None for causal, else bool or additive, broadcastable to (B, Hq, T, N) with columns by absolute position;
+             causality must be part of it
+    sinks    (Hq,) logits that join the softmax's denominator and carry no value
+    """
+
+    queries: mx.array
+    views: Sequence[SequenceView]
+    plan: StepPlan
+    scale: float
+    mask: mx.array | None = None
+    sinks: mx.array | None = None
+
+
+class LayerStore(ABC):
+    """One layer's pages, and attention over them. Page ids are 0 .. num_pages-1, the same in all layers of a pool."""
+
+    shape: LayerShape
+    fmt: KVFormat
+
+    @property
+    @abstractmethod
+    def num_pages(self) -> int:
+        """Pages that memory is held for."""
+
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Bytes held for those pages: codes and scales."""
+
+    @abstractmethod
+    def grow(self, num_pages: int) -> None:
+        """Hold memory for at least `num_pages` pages; contents are kept."""
+
+    @abstractmethod
+    def encode(self, page_ids: PageIds, k: Array, v: Array) -> None:
+        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order."""
+
+    @abstractmethod
+    def decode(self, page_ids: PageIds) -> tuple[Array, Array]:
+        """Lossy values of pages, in exact rows' dtype: (H, P*page, D), (H, P*page, Dv)."""
+
+    @abstractmethod
+    def read(self, page_ids: PageIds) -> CanonicalPages:
+        """Copies of pages in the canonical layout."""
+
+    @abstractmethod
+    def write(self, page_ids: PageIds, pages: CanonicalPages) -> None:
+        """Inverse of `read`. Raises ValueError when they are of another format."""
+
+    @abstractmethod
+    def attend(self, call: AttentionCall) -> mx.array:
+        """Attention of the call's queries over each row's view; (B, Hq, T, Dv) in the queries' dtype.
+
+        Rows past a view's num_queries come back as zeros.
+        """
+
+
+class Backend(ABC):
+    """Makes stores for one kind of device and handles its arrays. One instance serves all layers of a model."""
 
     name: str
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> PageStorage: ...
+    @abstractmethod
+    def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
+        """An empty store. Raises UnsupportedFormatError for a geometry without a kernel."""
 
+    def prepare_step(self, views: Sequence[SequenceView]) -> StepPlan:
+        """What all layers of a step share, made once: page tables, positions, launch plans.
+
+        `views` are any one layer's: of those only what is the same in all layers is read.
+        """
+        return StepPlan()
+
+    @abstractmethod
     def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Array:
         """A buffer for exact rows, (H, n, D)."""
-        ...
 
+    @abstractmethod
     def write_rows(self, buffer: Array, start: int, rows: Array) -> Array:
         """The buffer with rows written at `start`; may or may not be the same object."""
-        ...
 
+    @abstractmethod
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         """Along the token axis (1)."""
-        ...
 
+    @abstractmethod
     def from_mlx(self, x: mx.array) -> Array:
         """(B, H, T, D) of the model, in the backend's array type, dtype kept."""
-        ...
 
-    def to_mlx(self, rows: Array, dtype: mx.Dtype) -> mx.array: ...
+    @abstractmethod
+    def to_mlx(self, rows: Array, dtype: mx.Dtype) -> mx.array:
+        """Exact rows as MLX has them."""
 
+    @abstractmethod
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
         """Called before `from_mlx` and `attend` with all of a layer's inputs: an eager backend computes them here."""
-        ...
 
+    @abstractmethod
     def evaluate(self, arrays: Sequence[Array]) -> None:
         """Finish pending work on these arrays, so that no lazy graph outlives a step."""
-        ...
-
-    def attend(
-        self,
-        queries: mx.array,
-        views: Sequence[SequenceView],
-        storage: Any,
-        *,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Attention of queries (B, Hq, T, D) over each row's view; returns (B, Hq, T, Dv) in the queries' dtype.
-
-        mask: None for causal, else bool or additive, broadcastable to (B, Hq, T, N) with columns by
-        absolute position (it restricts on top of causality only where it says so: causality must be
-        part of it). sinks: (Hq,) logits that join the softmax's denominator.
-        Rows past a view's num_queries come back as zeros.
-        """
-        ...

@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant_kv.backends.base import CanonicalPages, LayerShape, PageIds
-from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.backends.base import CanonicalPages, LayerShape, LayerStore, PageIds
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.sequence import LayerSequence
+from turboquant_kv.cache.sequence import PagedSequence
 
 # 16 pages of 64 tokens x 8 heads x 128 dims are 8 MiB in float32, keys and values.
 PAGES_AT_ONCE = 16
@@ -28,56 +28,100 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     A side (keys or values) whose bits do not change keeps its codes bit for bit. Raises ValueError when
     the formats differ in more than bits.
     """
-    return [_convert_layer(old, new) for old, new in zip(caches, empty, strict=True)]
+    converted: list[Any] = [None] * len(caches)
+    both, inflated = list[int](), list[int]()
+    for i, (old, new) in enumerate(zip(caches, empty, strict=True)):
+        if isinstance(new, TurboQuantKVCache):
+            (both if isinstance(old, TurboQuantKVCache) else inflated).append(i)
+        else:
+            converted[i] = _decompressed(old) if isinstance(old, TurboQuantKVCache) else copy.deepcopy(old)
+    for places in _conversations(both, caches):
+        fresh = [empty[i] for i in places]
+        for i, cache in zip(places, _requantised([caches[i] for i in places], fresh), strict=True):
+            converted[i] = cache
+    for i, cache in zip(
+        inflated, _compressed([caches[i] for i in inflated], [empty[i] for i in inflated]), strict=True
+    ):
+        converted[i] = cache
+    return converted
 
 
-def _convert_layer(old: Any, new: Any) -> Any:
-    if isinstance(old, TurboQuantKVCache) and isinstance(new, TurboQuantKVCache):
-        return old.fork() if old.source is new.source else _requantised(old, new.source)
-    if isinstance(new, TurboQuantKVCache):
-        return _compressed(old, new.source)
-    return _decompressed(old) if isinstance(old, TurboQuantKVCache) else copy.deepcopy(old)
+def _conversations(places: Sequence[int], caches: Sequence[Any]) -> list[list[int]]:
+    """The layers that hold one PagedSequence together; those without any are together as well."""
+    by_sequence: dict[int, list[int]] = {}
+    for i in places:
+        sequence = caches[i].sequence
+        by_sequence.setdefault(0 if sequence is None else id(sequence.shared), []).append(i)
+    return list(by_sequence.values())
 
 
-def _requantised(cache: TurboQuantKVCache, target: PoolSource) -> TurboQuantKVCache:
-    old = cache.sequence
-    if old is None:
-        return TurboQuantKVCache(target)
-    was, wanted = cache.source.fmt, target.fmt
+def _requantised(old: Sequence[TurboQuantKVCache], new: Sequence[TurboQuantKVCache]) -> list[TurboQuantKVCache]:
+    """Layers of one conversation."""
+    sequences = [cache.sequence for cache in old]
+    if all(a.source is b.source for a, b in zip(old, new, strict=True)):
+        return [cache.fork() for cache in old]
+    if sequences[0] is None or not len(sequences[0]):
+        return [TurboQuantKVCache(cache.source, cache.sequence) for cache in new]
+    was, wanted = old[0].source.fmt, new[0].source.fmt
     if was.with_(k_bits=wanted.k_bits, v_bits=wanted.v_bits) != wanted:
         raise ValueError(f"formats {was} and {wanted} differ in more than bits")
-    new = LayerSequence(target.get(old.pool.shape))
-    sink, tail = old.exact_ends()
-    new.fill(sink, (_encoded_again(old.pool, ids, new.pool) for ids in _pieces(old.page_ids)), tail)
-    return TurboQuantKVCache(target, new)
+    held = [sequence for sequence in sequences if sequence is not None]
+    source = held[0].pool
+    target = new[0].source.get(source.shapes[old[0].source.layer])
+    layers = [(a.source.layer, b.source.layer) for a, b in zip(old, new, strict=True)]
+    sequence = PagedSequence(target, [layer for _, layer in layers])
+    new_ids = _encoded_again(source, held[0].page_ids, target, layers)
+    ends = {layer: kept.exact_ends() for (_, layer), kept in zip(layers, held, strict=True)}
+    sequence.fill(new_ids, ends)
+    return [TurboQuantKVCache(cache.source, sequence.of_layer(cache.source.layer)) for cache in new]
 
 
 def _pieces(page_ids: PageIds) -> Iterator[PageIds]:
     return (page_ids[i : i + PAGES_AT_ONCE] for i in range(0, len(page_ids), PAGES_AT_ONCE))
 
 
-def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool) -> PageIds:
-    """New pages of the target pool with what the source's pages hold."""
-    new_ids = target.encode(*source.storage.decode(page_ids))
-    same_k, same_v = source.fmt.k_bits == target.fmt.k_bits, source.fmt.v_bits == target.fmt.v_bits
-    if same_k or same_v:
-        old, new = source.storage.read(page_ids), target.storage.read(new_ids)
-        k, v = (old if same_k else new), (old if same_v else new)
-        target.storage.write(new_ids, CanonicalPages(k.k_codes, k.k_scales, v.v_codes, v.v_scales))
+def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers: Sequence[tuple[int, int]]) -> PageIds:
+    """New pages of the target pool with what the source's pages hold; layers: (of the source, of the target)."""
+    new_ids = target.allocate(len(page_ids))
+    try:
+        for from_layer, to_layer in layers:
+            for old, new in zip(_pieces(page_ids), _pieces(new_ids), strict=True):
+                _encode_layer_again(source.stores[from_layer], old, target.stores[to_layer], new)
+    except BaseException:
+        target.free(new_ids)
+        raise
     return new_ids
 
 
-def _compressed(cache: KVCache, target: PoolSource) -> TurboQuantKVCache:
-    if cache.offset == 0:
-        return TurboQuantKVCache(target)
-    keys, values = cache.keys_and_values()  # (1, H, T, D)
-    sequence = LayerSequence(target.get(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)))
-    backend, step = sequence.pool.backend, PAGES_AT_ONCE * target.fmt.page_tokens
-    for start in range(0, cache.offset, step):
-        k, v = (x[:, :, start : start + step] for x in (keys, values))
-        backend.wait_for([k, v])
-        sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
-    return TurboQuantKVCache(target, sequence)
+def _encode_layer_again(source: LayerStore, old_ids: PageIds, target: LayerStore, new_ids: PageIds) -> None:
+    target.encode(new_ids, *source.decode(old_ids))
+    same_k, same_v = source.fmt.k_bits == target.fmt.k_bits, source.fmt.v_bits == target.fmt.v_bits
+    if same_k or same_v:
+        old, new = source.read(old_ids), target.read(new_ids)
+        k, v = (old if same_k else new), (old if same_v else new)
+        target.write(new_ids, CanonicalPages(k.k_codes, k.k_scales, v.v_codes, v.v_scales))
+
+
+def _compressed(caches: Sequence[KVCache], targets: Sequence[TurboQuantKVCache]) -> list[TurboQuantKVCache]:
+    """Uncompressed layers of one conversation, fed in steps into caches that compress."""
+    if not caches:
+        return []
+    step, num_tokens = PAGES_AT_ONCE * targets[0].source.fmt.page_tokens, max(cache.offset for cache in caches)
+    filled = [TurboQuantKVCache(target.source, target.sequence) for target in targets]
+    for start in range(0, num_tokens, step):
+        for cache, target in zip(caches, filled, strict=True):
+            _feed(target, *(x[:, :, start : start + step] for x in cache.keys_and_values()))
+    return filled
+
+
+def _feed(target: TurboQuantKVCache, k: mx.array, v: mx.array) -> None:
+    """Append k (1, H, T, D), v (1, H, T, Dv) without attending."""
+    shape = LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype)
+    if target.sequence is None:
+        target.sequence = target.source.new_sequence(shape)
+    backend = target.source.get(shape).backend
+    backend.wait_for([k, v])
+    target.sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
 
 
 def _decompressed(cache: TurboQuantKVCache) -> KVCache:
@@ -87,12 +131,13 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
     if sequence is None or not len(sequence):
         return plain
     pool = sequence.pool
+    shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
-    parts += [pool.storage.decode(ids) for ids in _pieces(sequence.page_ids)]
+    parts += [store.decode(ids) for ids in _pieces(sequence.page_ids)]
     parts += [(tail.k, tail.v)] if tail is not None else []
     for k, v in parts:
-        k, v = (pool.backend.to_mlx(x, pool.shape.dtype)[None] for x in (k, v))
+        k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))
         plain.update_and_fetch(k, v)
         mx.eval(plain.keys, plain.values)
     return plain

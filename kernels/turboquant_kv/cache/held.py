@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache
 
-from turboquant_kv.cache.attending import BatchRows
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows
+from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.cache.sequence import LayerSequence
 
 

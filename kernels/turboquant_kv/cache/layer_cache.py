@@ -1,68 +1,86 @@
 """The KV caches that mlx-lm models see: one conversation, or a batch of them, in one layer.
 
 They speak mlx-lm's cache verbs (update_and_fetch, make_mask, trim, merge, extend, filter, extract,
-prepare, finalize, state, nbytes, ...) over `LayerSequence`; how attention reaches them is attending.py's
+prepare, finalize, state, nbytes, ...) over `LayerSequence`; how attention reaches them is protocol.py's
 business.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from turboquant_kv.backends.base import LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import AttentionCall, LayerShape, Means, SequenceView
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.cache import saving
-from turboquant_kv.cache.attending import AttendingCache, BatchRows, UnsupportedModelError
+from turboquant_kv.cache import layer_contents
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.sequence import LayerSequence
+from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError
+from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.codec.format import KVFormat
 
 
-class PoolSource:
-    """Where a layer's pool comes from: it is made when the first keys tell the layer's geometry."""
+class LayerSource:
+    """Where one layer's caches have their pages: a layer of a pool.
+
+    All layers of a model share one pool (`of_pool`). A cache by itself, as a program makes it or loads it from a file,
+    gets a pool of one layer when the first keys tell the layer's geometry.
+    """
 
     def __init__(self, fmt: KVFormat, backend: str, means: Means | None = None) -> None:
-        self.fmt, self._backend, self.means = fmt, backend, means
+        self.fmt, self._backend, self._means = fmt, backend, means
         self.pool: PagePool | None = None
+        self.layer = 0
+
+    @classmethod
+    def of_pool(cls, pool: PagePool, layer: int) -> LayerSource:
+        """One layer of a pool that exists."""
+        source = cls(pool.fmt, pool.backend.name)
+        source.pool, source.layer = pool, layer
+        return source
+
+    @property
+    def shape(self) -> LayerShape | None:
+        """None until it is known."""
+        return None if self.pool is None else self.pool.shapes[self.layer]
 
     def get(self, shape: LayerShape) -> PagePool:
-        """Raises UnsupportedModelError when a later sequence has another geometry."""
+        """The pool. Raises UnsupportedModelError when a later sequence has another geometry."""
         if self.pool is None:
-            self.pool = PagePool(choose_backend(self._backend), shape, self.fmt, self.means)
-        elif self.pool.shape != shape:
-            raise UnsupportedModelError(f"a layer's cache changed from {self.pool.shape} to {shape}")
+            self.pool = PagePool(choose_backend(self._backend), [shape], self.fmt, [self._means])
+        elif self.shape != shape:
+            raise UnsupportedModelError(f"a layer's cache changed from {self.shape} to {shape}")
         return self.pool
+
+    def new_sequence(self, shape: LayerShape) -> LayerSequence:
+        """An empty conversation of this layer alone."""
+        return PagedSequence(self.get(shape), [self.layer]).of_layer(self.layer)
 
 
 class CompressedCache(AttendingCache):
-    """A cache over one layer's page pool: the single and the batched one."""
+    """A cache over one layer of a page pool: the single and the batched one."""
 
-    source: PoolSource
+    source: LayerSource
 
-    def _attend(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        queries: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        pool = self.source.pool
-        if pool is None or not pool.shape.fits(keys, values):
-            pool = self.source.get(_geometry(keys, values))
-        pool.backend.wait_for([queries, keys, values])
-        views = self._append(pool, keys, values)
-        array_mask = None if mask is None or isinstance(mask, str) else mask
-        return pool.backend.attend(queries, views, pool.storage, scale=scale, mask=array_mask, sinks=sinks)
+    def _attend(self, step: LayerInput) -> mx.array:
+        shape = self.source.shape
+        if shape is None or not shape.fits(step.keys, step.values):
+            shape = _geometry(step.keys, step.values)
+        pool = self.source.get(shape)
+        pool.backend.wait_for([step.queries, step.keys, step.values])
+        sequences, views = self._append(pool, shape, step.keys, step.values)
+        plan = pool.step_plan([sequence.shared.last_append for sequence in sequences], views)
+        call = AttentionCall(step.queries, views, plan, step.scale, step.array_mask, step.sinks)
+        return pool.stores[self.source.layer].attend(call)
 
-    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
-        raise TypeError(f"{type(self).__name__} cannot append")
+    @abstractmethod
+    def _append(
+        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
+    ) -> tuple[list[LayerSequence], list[SequenceView]]:
+        """Add each row's new tokens; the rows, and what their queries attend over."""
 
     def _evaluate(self, sequences: Sequence[LayerSequence | None]) -> None:
         if self.source.pool is not None:
@@ -76,7 +94,7 @@ def _geometry(keys: mx.array, values: mx.array) -> LayerShape:
 class TurboQuantKVCache(CompressedCache):
     """One conversation in one layer, compressed (mlx-lm's KVCache is its uncompressed counterpart)."""
 
-    def __init__(self, source: PoolSource, sequence: LayerSequence | None = None) -> None:
+    def __init__(self, source: LayerSource, sequence: LayerSequence | None = None) -> None:
         self.source = source
         self.sequence = sequence
 
@@ -92,12 +110,15 @@ class TurboQuantKVCache(CompressedCache):
         self._hold(keys, values)
         return keys, values
 
-    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
+    def _append(
+        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
+    ) -> tuple[list[LayerSequence], list[SequenceView]]:
         if self.sequence is None:
-            self.sequence = LayerSequence(pool)
+            self.sequence = self.source.new_sequence(shape)
         from_mlx = pool.backend.from_mlx
         # squeezed: MLX would make a copy of `keys[0]`
-        return [self.sequence.append(from_mlx(keys).squeeze(0), from_mlx(values).squeeze(0))]
+        view = self.sequence.append(from_mlx(keys).squeeze(0), from_mlx(values).squeeze(0))
+        return [self.sequence], [view]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""
@@ -160,18 +181,18 @@ class TurboQuantKVCache(CompressedCache):
     @property
     def state(self) -> tuple[Any, ...]:
         """Everything that `from_state` needs, as MLX arrays and one string (mlx-lm saves such trees)."""
-        return saving.save_state(self)
+        return layer_contents.save_state(self.source.fmt, self.sequence)
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> TurboQuantKVCache:
         """A cache with a pool of its own. Raises ValueError when the arrays contradict their header."""
-        return saving.load_states([state])[0]
+        return _loaded([state])[0]
 
 
 class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     """Several conversations in one layer. Rows are page lists, so nothing is padded, moved or copied."""
 
-    def __init__(self, source: PoolSource, sequences: Sequence[LayerSequence | None]) -> None:
+    def __init__(self, source: LayerSource, sequences: Sequence[LayerSequence | None]) -> None:
         self.source = source
         self.sequences = list(sequences)
 
@@ -179,14 +200,18 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     def _held_lengths(self) -> list[int]:
         return [0 if s is None else len(s) for s in self.sequences]
 
-    def _append(self, pool: PagePool, keys: mx.array, values: mx.array) -> list[SequenceView]:
+    def _append(
+        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
+    ) -> tuple[list[LayerSequence], list[SequenceView]]:
         k, v = pool.backend.from_mlx(keys), pool.backend.from_mlx(values)
-        views = []
+        sequences, views = [], []
         for b, n in enumerate(self._take(keys.shape[2])):
-            sequence = self.sequences[b] or LayerSequence(pool)
-            self.sequences[b] = sequence
+            sequence = self.sequences[b]
+            if sequence is None:
+                sequence = self.sequences[b] = self.source.new_sequence(shape)
+            sequences.append(sequence)
             views.append(sequence.append(k[b, :, :n], v[b, :, :n]))
-        return views
+        return sequences, views
 
     def _cut_rows(self, num_tokens: int) -> None:
         for sequence in self.sequences:
@@ -236,14 +261,26 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         if not rows:
             return 0
         pages = {int(page) for s in rows for page in s.page_ids}
-        return len(pages) * rows[0].pool.page_bytes + sum(s.exact_bytes for s in rows)
+        return len(pages) * rows[0].pool.layer_page_bytes(self.source.layer) + sum(s.exact_bytes for s in rows)
 
     @property
     def state(self) -> list[tuple[Any, ...]]:
         """One saved state per row."""
-        return [saving.save_state(self.extract(i)) for i in range(len(self.sequences))]
+        return [layer_contents.save_state(self.source.fmt, sequence) for sequence in self.sequences]
 
     @classmethod
     def from_state(cls, state: Sequence[Sequence[Any]]) -> BatchTurboQuantKVCache:
         """A batch with a pool of its own. Raises ValueError when the arrays contradict their header."""
-        return TurboQuantKVCache.merge(saving.load_states(state))
+        return TurboQuantKVCache.merge(_loaded(state))
+
+
+def _loaded(states: Sequence[Sequence[Any]]) -> list[TurboQuantKVCache]:
+    """Caches from what `state` gave for rows of one batch, in one new pool. Raises ValueError if they contradict it."""
+    fmt, means = layer_contents.format_and_means(states)
+    source = LayerSource(fmt, "auto", means)
+    caches = []
+    for state in states:
+        contents = layer_contents.load_state(fmt, state)
+        sequence = None if contents is None else layer_contents.restore(source.get(contents.shape), {0: contents})
+        caches.append(TurboQuantKVCache(source, None if sequence is None else sequence.of_layer(0)))
+    return caches

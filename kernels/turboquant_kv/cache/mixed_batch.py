@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from turboquant_kv.cache.attending import BatchRows
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.cache.protocol import BatchRows, LayerInput
 
 
 class PlainRows(BatchRows):
@@ -28,16 +28,8 @@ class PlainRows(BatchRows):
     def _held_lengths(self) -> list[int]:
         return [int(row.offset) for row in self.rows]
 
-    def _attend(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        queries: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def _attend(self, step: LayerInput) -> mx.array:
+        keys, values, queries = step.keys, step.values, step.queries
         num_new = keys.shape[2]
         outputs = []
         for b, n in enumerate(self._take(num_new)):
@@ -46,8 +38,8 @@ class PlainRows(BatchRows):
                 continue
             k, v = self.rows[b].update_and_fetch(keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
             q = queries[b : b + 1, :, :n]
-            row_mask = _row_mask(mask, b, n, k.shape[2])
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=row_mask, sinks=sinks)
+            mask = _row_mask(step.mask, b, n, k.shape[2])
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks)
             outputs.append(out if n == num_new else mx.pad(out, [(0, 0), (0, 0), (0, num_new - n), (0, 0)]))
         return mx.concatenate(outputs)
 
@@ -142,23 +134,14 @@ class MixedBatchCache(BatchRows):
             self._split = _Split([mx.array(rows) for rows in by_group], mx.array(inverse))
         return self._split
 
-    def _attend(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        queries: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
+    def _attend(self, step: LayerInput) -> mx.array:
         if self._remaining is not None:
-            self._take(keys.shape[2])  # the groups count for themselves; this keeps `lengths` true
-        split, outputs = self._current_split(), []
+            self._take(step.keys.shape[2])  # the groups count for themselves; this keeps `lengths` true
+        split, outputs, mask = self._current_split(), [], step.mask
         for group, rows in zip(self.groups, split.rows, strict=True):
             part = mask if mask is None or isinstance(mask, str) or not _differs_by_row(mask) else mask[rows]
-            group.update_and_fetch(keys[rows], values[rows])
-            outputs.append(group.attend(queries[rows], scale=scale, mask=part, sinks=sinks))
+            group.update_and_fetch(step.keys[rows], step.values[rows])
+            outputs.append(group.attend(step.queries[rows], scale=step.scale, mask=part, sinks=step.sinks))
         return mx.concatenate(outputs)[split.inverse]
 
     def prepare(

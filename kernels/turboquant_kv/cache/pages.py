@@ -1,6 +1,7 @@
-"""PagePool: the compressed pages of one layer, counted and shared.
+"""PagePool: the compressed pages of all layers that share one numbering, counted and shared.
 
-Owns reference counts and byte counts. A page is written once, when it is full, and never changes
+A page is the same tokens in every layer of the pool, under one id: it is allocated, shared and freed once, whatever
+the number of layers. Owns reference counts and byte counts. A page is written once, when it is full, and never changes
 afterwards, so sharing needs no copy: a fork only counts. Its number may change, in `trim` alone, which
 tells every holder. Who holds which page, in what order, is the sequence's business (sequence.py); which
 free ids are taken first, free_pages.py's; how a page is stored, the backend's.
@@ -8,13 +9,13 @@ free ids are taken first, free_pages.py's; how a page is stored, the backend's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 from weakref import WeakSet
 
 import numpy as np
 
-from turboquant_kv.backends.base import Array, Backend, CanonicalPages, LayerShape, Means, PageIds, PageStorage
+from turboquant_kv.backends.base import Backend, LayerShape, LayerStore, Means, PageIds, SequenceView, StepPlan
 from turboquant_kv.cache.free_pages import FreePages
 from turboquant_kv.codec.format import KVFormat
 
@@ -39,17 +40,34 @@ class PageHolder(Protocol):
 
 
 class PagePool:
-    """Allocate, share and free pages of one layer. Not thread-safe: one thread owns all caches."""
+    """Allocate, share and free pages. Not thread-safe: one thread owns all caches."""
 
-    def __init__(self, backend: Backend, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
-        self.backend, self.shape, self.fmt, self.means = backend, shape, fmt, means
-        self.storage = backend.new_storage(shape, fmt, means)
-        self.page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
-        self.exact_bytes = 0  # of all live ExactBlocks of this layer; kept by them
+    def __init__(
+        self, backend: Backend, shapes: Sequence[LayerShape], fmt: KVFormat, means: Sequence[Means | None] | None = None
+    ) -> None:
+        """One store for each layer's shape. means: calibrated ones, per layer; None: none anywhere.
+
+        Raises UnsupportedFormatError for a geometry that the backend has no kernel for.
+        """
+        self.backend, self.shapes, self.fmt = backend, tuple(shapes), fmt
+        self.means = tuple(means) if means is not None else (None,) * len(self.shapes)
+        self.stores: list[LayerStore] = self._new_stores()
+        self.page_bytes = sum(self.layer_page_bytes(layer) for layer in range(len(self.shapes)))
+        self.exact_bytes = 0  # of all exact rows that sequences hold, shared ones once; kept by them
         self.num_exact_rows = 0  # of those, rows that hold a token
         self._references: list[int] = []
         self._free = FreePages()
         self._holders: WeakSet[PageHolder] = WeakSet()
+        self._planned: list[object] = []  # what the present step's plan was made for
+        self._plan: StepPlan | None = None
+
+    def _new_stores(self) -> list[LayerStore]:
+        return [self.backend.new_store(s, self.fmt, m) for s, m in zip(self.shapes, self.means, strict=True)]
+
+    def layer_page_bytes(self, layer: int) -> int:
+        """Bytes of one page in one layer."""
+        shape = self.shapes[layer]
+        return self.fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
 
     @property
     def num_used(self) -> int:
@@ -60,9 +78,14 @@ class PagePool:
         return self.num_used * self.page_bytes
 
     @property
+    def stored_bytes(self) -> int:
+        """Held for pages, used or not, in all layers."""
+        return sum(store.allocated_bytes for store in self.stores)
+
+    @property
     def slack_bytes(self) -> int:
         """Held for pages that nobody uses now."""
-        return self.storage.allocated_bytes - self.used_bytes
+        return self.stored_bytes - self.used_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -70,28 +93,41 @@ class PagePool:
         return self.num_used * self.fmt.page_tokens + self.num_exact_rows
 
     @property
+    def raw_token_bytes(self) -> int:
+        """Bytes of one uncompressed token in all layers."""
+        return sum(shape.raw_token_bytes for shape in self.shapes)
+
+    @property
     def allocated_bytes(self) -> int:
-        """Pages (used or not) and exact rows of this layer."""
-        return self.storage.allocated_bytes + self.exact_bytes
+        """Pages (used or not) and exact rows."""
+        return self.stored_bytes + self.exact_bytes
 
-    def encode(self, k: Array, v: Array) -> PageIds:
-        """Compress whole pages: k (H, P*page, D), v (H, P*page, Dv). Returns P new page ids, held once."""
-        num_rows = k.shape[1]
-        assert num_rows % self.fmt.page_tokens == 0, "only whole pages are encoded"
-        page_ids = self._allocate(num_rows // self.fmt.page_tokens)
+    def step_plan(self, appends: list[object], views: Sequence[SequenceView]) -> StepPlan:
+        """The backend's preparation of a step, made at its first layer and handed to all others.
+
+        `appends` are the sequences' records of this step, the same objects in every layer.
+        """
+        same = len(appends) == len(self._planned) and all(a is b for a, b in zip(appends, self._planned, strict=True))
+        if self._plan is None or not same:
+            self._planned, self._plan = appends, self.backend.prepare_step(views)
+        return self._plan
+
+    def allocate(self, num_pages: int) -> PageIds:
+        """New page ids, held once; nothing is written yet. Raises what a store raises that cannot grow."""
+        reused = self._free.take(num_pages)
+        first_new = len(self._references)
+        num_new = num_pages - len(reused)
         try:
-            self.storage.encode(page_ids, k, v)
+            for store in self.stores:
+                if first_new + num_new > store.num_pages:
+                    store.grow(first_new + num_new)
         except BaseException:
-            self.free(page_ids)
+            self._free.put(reused)
             raise
-        return page_ids
-
-    def restore(self, pages: CanonicalPages) -> PageIds:
-        """Write saved pages into new ones. Raises ValueError when they are of another format."""
-        pages.check(self.shape, self.fmt)
-        page_ids = self._allocate(pages.num_pages)
-        if len(page_ids):
-            self.storage.write(page_ids, pages)
+        self._references.extend([0] * num_new)
+        page_ids = np.array([*reused, *range(first_new, first_new + num_new)], dtype=np.int64)
+        for page in page_ids:
+            self._references[page] = 1
         return page_ids
 
     def share(self, page_ids: Iterable[int]) -> None:
@@ -111,6 +147,7 @@ class PagePool:
         self._free.put(unused)
 
     def references(self, page: int) -> int:
+        """How many sequences hold a page."""
         return self._references[page]
 
     def register(self, holder: PageHolder) -> None:
@@ -118,12 +155,13 @@ class PagePool:
         self._holders.add(holder)
 
     def trim(self) -> int:
-        """Rebuild the storage without its free pages; returns the bytes given back.
+        """Move used pages together and rebuild the stores without the free ones; returns the bytes given back.
 
-        For when another pool needs the memory. Pages are copied into new storage, so this layer's used
-        bytes are needed once more meanwhile; when that fails, everything is as before.
+        For when another pool needs the memory; not within a step. Stores are rebuilt one after the other, so one
+        layer's used bytes are needed once more meanwhile. A failure loses nothing: until all layers have the moved
+        pages in both places, the old numbers hold, and a store that cannot be rebuilt stays as large as it is.
         """
-        before = self.storage.allocated_bytes
+        before = self.stored_bytes
         if not self.slack_bytes:
             return 0
         holders = list(self._holders)  # alive until this is done, so that no page is freed in between
@@ -131,46 +169,53 @@ class PagePool:
         held = np.concatenate([np.empty(0, np.int64), *(h.page_ids for h in holders)])
         if not np.array_equal(np.bincount(held, minlength=len(references)), references):
             return 0  # somebody else holds pages by their present numbers
-        used = np.flatnonzero(references)
-        self.storage = self._copied(used)
-        new_ids = np.full(len(references), -1, np.int64)
-        new_ids[used] = np.arange(len(used))
+        new_ids = _moved_together(references)
+        self._move(new_ids)
         for holder in holders:
             holder.renumber(new_ids)
-        self._references, self._free = references[used].tolist(), FreePages()
-        return before - self.storage.allocated_bytes
+        used = np.flatnonzero(references)
+        packed = np.zeros(len(used), np.int64)
+        packed[new_ids[used]] = references[used]
+        self._references, self._free = packed.tolist(), FreePages()
+        for layer in range(len(self.stores)):
+            self.stores[layer] = self._rebuilt(layer, len(used))
+        return before - self.stored_bytes
 
-    def _copied(self, page_ids: PageIds) -> PageStorage:
-        """New storage that holds just these pages, in this order."""
-        storage = self.backend.new_storage(self.shape, self.fmt, self.means)
-        if len(page_ids):
-            storage.grow(len(page_ids))
-        for start in range(0, len(page_ids), PAGES_AT_ONCE):
-            piece = page_ids[start : start + PAGES_AT_ONCE]
-            storage.write(np.arange(start, start + len(piece)), self.storage.read(piece))
-        return storage
+    def _move(self, new_ids: PageIds) -> None:
+        """Copy pages to their new places, which are free, in every layer."""
+        old = np.flatnonzero((new_ids >= 0) & (new_ids != np.arange(len(new_ids))))
+        for store in self.stores:
+            for piece in _pieces(old):
+                store.write(new_ids[piece], store.read(piece))
+
+    def _rebuilt(self, layer: int, num_pages: int) -> LayerStore:
+        """A layer's store that holds its first pages and no more."""
+        store = self.backend.new_store(self.shapes[layer], self.fmt, self.means[layer])
+        if num_pages:
+            store.grow(num_pages)
+        for piece in _pieces(np.arange(num_pages)):
+            store.write(piece, self.stores[layer].read(piece))
+        return store
 
     def check_integrity(self) -> None:
-        """Raises PageAccountingError when free list, reference counts and storage disagree."""
+        """Raises PageAccountingError when free list, reference counts and stores disagree."""
         zero = [page for page, count in enumerate(self._references) if count == 0]
         if zero != list(self._free) or len(zero) != len(self._free):
             raise PageAccountingError(f"{len(zero)} unreferenced pages, {len(self._free)} in the free list")
-        if len(self._references) > self.storage.num_pages:
-            raise PageAccountingError(
-                f"{len(self._references)} pages given out, storage holds {self.storage.num_pages}"
-            )
+        smallest = min((store.num_pages for store in self.stores), default=len(self._references))
+        if len(self._references) > smallest:
+            raise PageAccountingError(f"{len(self._references)} pages given out, a store holds {smallest}")
 
-    def _allocate(self, num_pages: int) -> PageIds:
-        reused = self._free.take(num_pages)
-        first_new = len(self._references)
-        num_new = num_pages - len(reused)
-        try:
-            self.storage.grow(first_new + num_new)
-        except BaseException:
-            self._free.put(reused)
-            raise
-        self._references.extend([0] * num_new)
-        page_ids = np.array([*reused, *range(first_new, first_new + num_new)], dtype=np.int64)
-        for page in page_ids:
-            self._references[page] = 1
-        return page_ids
+
+def _pieces(page_ids: PageIds) -> Iterator[PageIds]:
+    return (page_ids[i : i + PAGES_AT_ONCE] for i in range(0, len(page_ids), PAGES_AT_ONCE))
+
+
+def _moved_together(references: PageIds) -> PageIds:
+    """The new id of each page, -1 of free ones: those beyond the number of used pages fill the gaps before it."""
+    used = np.flatnonzero(references)
+    new_ids = np.full(len(references), -1, np.int64)
+    new_ids[used] = used
+    gaps = np.flatnonzero(references[: len(used)] == 0)
+    new_ids[used[used >= len(used)]] = gaps
+    return new_ids

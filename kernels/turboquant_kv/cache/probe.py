@@ -15,8 +15,8 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import seam as attention
-from turboquant_kv.cache.attending import UnsupportedModelError
 from turboquant_kv.cache.mixed_batch import PlainRows
+from turboquant_kv.cache.protocol import UnsupportedModelError
 
 # A chunk with a causal mask, then single tokens: an update that nobody attends over shows at the next one.
 _CHUNKS = ([0, 1], [2], [1])

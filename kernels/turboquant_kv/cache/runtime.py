@@ -20,9 +20,11 @@ from turboquant_kv.cache import held as rows
 from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
-from turboquant_kv.cache.attending import AttendingCache, UnsupportedModelError
-from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
+from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
+from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
+from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat, check_head_dim
 from turboquant_kv.kv_bytes import KVBytes
@@ -54,9 +56,10 @@ class KVRuntime:
         self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
-        self._sources: dict[int, PoolSource] = {}
+        self._sources: dict[int, LayerSource] = {}
+        self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
-            self._add_sources(fmt, calibration, backend)
+            self._make_pool(fmt, calibration, backend)
         self.layers_compressed = len(self._sources)
         self.layers_uncompressed = len(self.shapes) - len(self._sources)
 
@@ -65,17 +68,16 @@ class KVRuntime:
         """`4/3`, or `f16` when nothing is compressed."""
         return PLAIN_FORMAT if self.fmt is None else self.fmt.name
 
-    def _add_sources(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
+    def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
-        for i, shape in enumerate(self.shapes):
-            if shape is None:
-                continue
+        compressed = {i: shape for i, shape in enumerate(self.shapes) if shape is not None}
+        for shape in compressed.values():
             check_head_dim(shape.k_dim)
             check_head_dim(shape.v_dim)
-            means = calibration.layers.get(i) if calibration is not None else None
-            self._sources[i] = PoolSource(fmt, backend, means)
-            self._sources[i].get(shape)
+        means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
+        self._pool = PagePool(choose_backend(backend), list(compressed.values()), fmt, means)
+        self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
 
     @property
     def token_bytes(self) -> float:
@@ -103,7 +105,12 @@ class KVRuntime:
     def make_cache(self) -> list[Any]:
         """One empty single-conversation cache per layer."""
         caches = make_prompt_cache(self._model)
-        return [TurboQuantKVCache(self._sources[i]) if i in self._sources else cache for i, cache in enumerate(caches)]
+        if self._pool is None:
+            return list(caches)
+        conversation = PagedSequence(self._pool, range(len(self._sources)))
+        for i, source in self._sources.items():
+            caches[i] = TurboQuantKVCache(source, conversation.of_layer(source.layer))
+        return list(caches)
 
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes that a conversation of `num_tokens` allocates, exact windows included.
@@ -146,39 +153,40 @@ class KVRuntime:
         return KVBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
     def totals(self) -> KVBytes:
-        """Of all compressed layers and conversations together: from the pools, shared pages and rows once."""
-        pools = [s.pool for s in self._sources.values() if s.pool is not None]
+        """Of all compressed layers and conversations together: from the pool, shared pages and rows once."""
+        pool = self._pool
+        if pool is None:
+            return KVBytes()
         return KVBytes(
-            tokens=max((p.num_tokens for p in pools), default=0),
-            compressed=sum(p.used_bytes for p in pools),
-            exact=sum(p.exact_bytes for p in pools),
-            slack=sum(p.slack_bytes for p in pools),
-            uncompressed=0,
-            raw_equivalent=sum(p.num_tokens * p.shape.raw_token_bytes for p in pools),
+            tokens=pool.num_tokens,
+            compressed=pool.used_bytes,
+            exact=pool.exact_bytes,
+            slack=pool.slack_bytes,
+            raw_equivalent=pool.num_tokens * pool.raw_token_bytes,
         )
 
     def compressed_raw_bytes(self, num_tokens: int) -> int:
         """What that many tokens would take uncompressed, in the layers that are compressed."""
-        return num_tokens * sum(s.pool.shape.raw_token_bytes for s in self._sources.values() if s.pool is not None)
+        return 0 if self._pool is None else num_tokens * self._pool.raw_token_bytes
 
     def allocated_bytes(self) -> int:
-        """Everything the compressed layers' pools hold: pages, free ones too, and exact rows."""
-        return sum(s.pool.allocated_bytes for s in self._sources.values() if s.pool is not None)
+        """Everything the pool holds: pages, free ones too, and exact rows."""
+        return 0 if self._pool is None else self._pool.allocated_bytes
 
     def unique_bytes(self) -> int:
         """Pages and exact rows in use by the compressed layers; what conversations share counts once."""
-        return sum(s.pool.used_bytes + s.pool.exact_bytes for s in self._sources.values() if s.pool is not None)
+        return 0 if self._pool is None else self._pool.used_bytes + self._pool.exact_bytes
 
     def slack_bytes(self) -> int:
         """Held for pages that nobody uses."""
-        return sum(s.pool.slack_bytes for s in self._sources.values() if s.pool is not None)
+        return 0 if self._pool is None else self._pool.slack_bytes
 
     def trim(self) -> int:
         """Give memory of unused pages back, for other formats to use; returns the bytes.
 
         Takes a copy of the used pages, one layer at a time. Not between a batch's update and its attention.
         """
-        return sum(s.pool.trim() for s in self._sources.values() if s.pool is not None)
+        return 0 if self._pool is None else self._pool.trim()
 
     def merge_rows(self, singles: Sequence[Sequence[Any]]) -> list[Any]:
         """A batch over these conversations, of whatever formats; their own caches stay as they are."""
@@ -233,7 +241,6 @@ class KVRuntime:
                 mx.eval(cache.state)
 
     def check_integrity(self) -> None:
-        """Raises PageAccountingError when a pool's books do not agree."""
-        for source in self._sources.values():
-            if source.pool is not None:
-                source.pool.check_integrity()
+        """Raises PageAccountingError when the pool's books do not agree."""
+        if self._pool is not None:
+            self._pool.check_integrity()

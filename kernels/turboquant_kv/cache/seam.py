@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
-from turboquant_kv.cache.attending import AttendingCache
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.cache.protocol import AttendingCache
 
 _NAME = "scaled_dot_product_attention"
 _original = base.scaled_dot_product_attention

@@ -20,10 +20,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
-from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerShape
+from turboquant_kv.backends.base import CanonicalPages, LayerShape
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_contents import LayerContents, contents_of, restore
 from turboquant_kv.cache.plain_states import CHUNK_TOKENS, PLAIN_CODECS, Array, Exported, count, from_mlx, take
-from turboquant_kv.cache.sequence import LayerSequence
 from turboquant_kv.codec.format import KVFormat
 
 VERSION = 1
@@ -61,10 +61,16 @@ def _import_caches(header: Mapping[str, Any], arrays: Sequence[Array], empty: Se
     if len(header["layers"]) != len(empty):
         raise ValueError(f"a cache of {len(header['layers'])} layers, the model has {len(empty)}")
     queue = _checked(header["arrays"], arrays)
-    caches = [_import_layer(layer, fresh, queue) for layer, fresh in zip(header["layers"], empty, strict=True)]
+    caches, contents = list(empty), dict[int, LayerContents | None]()
+    for i, (layer, fresh) in enumerate(zip(header["layers"], empty, strict=True)):
+        if isinstance(fresh, TurboQuantKVCache):
+            _check_kind(layer, "compressed")
+            contents[i] = _import_compressed(layer, fresh, queue)
+        else:
+            caches[i] = _import_layer(layer, fresh, queue)
     if next(queue, None) is not None:
         raise ValueError("a saved cache has more arrays than its layers name")
-    return caches
+    return _join_layers(caches, contents)
 
 
 def _checked(described: Sequence[Mapping[str, Any]], arrays: Sequence[Array]) -> Iterator[mx.array]:
@@ -97,12 +103,15 @@ def _export_layer(cache: Any, out: list[Exported]) -> dict[str, Any]:
     return {"kind": type(cache).__name__, **codec.export(cache, out)}
 
 
-def _import_layer(layer: Mapping[str, Any], fresh: Any, arrays: Iterator[mx.array]) -> Any:
-    kind = "compressed" if isinstance(fresh, TurboQuantKVCache) else type(fresh).__name__
+def _check_kind(layer: Mapping[str, Any], kind: str) -> None:
     if layer["kind"] != kind:
         raise ValueError(f"a saved layer is {layer['kind']!r}, the model's is {kind!r}")
-    if isinstance(fresh, TurboQuantKVCache):
-        return _import_compressed(layer, fresh, arrays)
+
+
+def _import_layer(layer: Mapping[str, Any], fresh: Any, arrays: Iterator[mx.array]) -> Any:
+    """A layer that mlx-lm's own caches hold."""
+    kind = type(fresh).__name__
+    _check_kind(layer, kind)
     if isinstance(fresh, CacheList):
         if len(layer["caches"]) != len(fresh.caches):
             raise ValueError("a saved layer holds another number of caches than the model's")
@@ -120,62 +129,51 @@ def _import_layer(layer: Mapping[str, Any], fresh: Any, arrays: Iterator[mx.arra
 
 def _export_compressed(cache: TurboQuantKVCache, out: list[Exported]) -> dict[str, Any]:
     sequence = cache.sequence
-    if sequence is None:
+    if sequence is None or not len(sequence):
         return {"kind": "compressed", "tokens": 0}
-    pool = sequence.pool
-    sink, pages, tail = sequence.save()
-
-    def exact(rows: ExactRows | None) -> list[Exported]:
-        if rows is None:
-            return [from_mlx(mx.zeros((pool.shape.num_kv_heads, 0, d), pool.shape.dtype)) for d in dims]
-        return [from_mlx(pool.backend.to_mlx(x, pool.shape.dtype)) for x in (rows.k, rows.v)]
-
-    dims = pool.shape.k_dim, pool.shape.v_dim
-    cut = [0, max(1, CHUNK_TOKENS // pool.fmt.page_tokens)]
+    contents = contents_of(sequence)
+    pages = contents.pages
+    cut = [0, max(1, CHUNK_TOKENS // sequence.pool.fmt.page_tokens)]
     codes = (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales)
-    out += [*exact(sink), *(Exported(np.array(a), a.dtype.name, cut) for a in codes), *exact(tail)]
+    out += [from_mlx(x) for x in contents.sink]
+    out += [Exported(np.array(a), a.dtype.name, cut) for a in codes]
+    out += [from_mlx(x) for x in contents.tail]
     return {"kind": "compressed", "tokens": len(sequence)}
 
 
 def _import_compressed(
     layer: Mapping[str, Any], fresh: TurboQuantKVCache, arrays: Iterator[mx.array]
-) -> TurboQuantKVCache:
+) -> LayerContents | None:
     num_tokens = count(layer["tokens"], 1 << 40)
     if num_tokens == 0:
-        return fresh
+        return None
     sink_k, sink_v, *codes, tail_k, tail_v = (take(arrays) for _ in range(8))
     shape = LayerShape(sink_k.shape[0], sink_k.shape[2], sink_v.shape[2], sink_k.dtype)
-    if fresh.source.pool is not None and fresh.source.pool.shape != shape:
-        raise ValueError(f"a saved layer has the geometry {shape}, the model's {fresh.source.pool.shape}")
-    _check_exact(fresh.source.fmt, shape, num_tokens, (sink_k, sink_v), (tail_k, tail_v), codes[0].shape[0])
-    sequence = LayerSequence(fresh.source.get(shape))
-    backend = sequence.pool.backend
-
-    def exact(k: mx.array, v: mx.array, start: int) -> ExactRows | None:
-        return ExactRows(start, backend.from_mlx(k), backend.from_mlx(v)) if k.shape[1] else None
-
+    if fresh.source.shape not in (None, shape):
+        raise ValueError(f"a saved layer has the geometry {shape}, the model's {fresh.source.shape}")
     pages = CanonicalPages(*(np.array(c) for c in codes))
-    sequence.load(exact(sink_k, sink_v, 0), pages, exact(tail_k, tail_v, num_tokens - tail_k.shape[1]))
-    return TurboQuantKVCache(fresh.source, sequence)
+    contents = LayerContents(shape, (sink_k, sink_v), pages, (tail_k, tail_v))
+    contents.check(fresh.source.fmt, num_tokens)
+    return contents
 
 
-def _check_exact(
-    fmt: KVFormat,
-    shape: LayerShape,
-    num_tokens: int,
-    sink: tuple[mx.array, mx.array],
-    tail: tuple[mx.array, mx.array],
-    num_pages: int,
-) -> None:
-    """Raises ValueError unless sink, pages and tail are those of a conversation of this length."""
-    num_sink, num_tail = sink[0].shape[1], tail[0].shape[1]
-    for (k, v), n in ((sink, num_sink), (tail, num_tail)):
-        if k.shape != (shape.num_kv_heads, n, shape.k_dim) or v.shape != (shape.num_kv_heads, n, shape.v_dim):
-            raise ValueError(f"exact rows are {k.shape} and {v.shape}, the layer is {shape}")
-        if k.dtype != shape.dtype or v.dtype != shape.dtype:
-            raise ValueError(f"exact rows are {k.dtype} and {v.dtype}, the layer is {shape}")
-    held = num_sink + num_pages * fmt.page_tokens + num_tail
-    if num_sink != min(num_tokens, fmt.sink_tokens) or num_tail > fmt.page_tokens or held != num_tokens:
-        raise ValueError(
-            f"{num_sink} first, {num_tail} last exact tokens and {num_pages} pages do not make {num_tokens} tokens"
-        )
+def _join_layers(caches: list[Any], contents: Mapping[int, LayerContents | None]) -> list[Any]:
+    """The compressed layers' caches: those of one pool become one conversation. contents: by place in `caches`."""
+    by_pool: dict[int, list[int]] = {}
+    for i, of_layer in contents.items():
+        source = caches[i].source
+        if of_layer is not None:
+            source.get(of_layer.shape)
+        by_pool.setdefault(id(source.pool), []).append(i)
+    joined = list(caches)
+    for places in by_pool.values():
+        held = {i: of_layer for i in places if (of_layer := contents[i]) is not None}
+        if not held:
+            continue
+        if len(held) != len(places):
+            raise ValueError("the layers of a saved cache hold different numbers of tokens")
+        sources = {i: caches[i].source for i in places}
+        sequence = restore(sources[places[0]].pool, {sources[i].layer: c for i, c in held.items()})
+        for i in places:
+            joined[i] = TurboQuantKVCache(sources[i], sequence.of_layer(sources[i].layer))
+    return joined

@@ -97,10 +97,10 @@ def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: i
     """The backend's attention over as many tokens: exact ends and pages of random codes in random order."""
     import mlx.core as mx
 
-    from turboquant_kv.backends.base import LayerShape, SequenceView
+    from turboquant_kv.backends.base import AttentionCall, LayerShape, SequenceView
 
     shape = LayerShape(bench.num_kv_heads, bench.dim, bench.dim, mx.float16)
-    storage = backend.new_storage(shape, fmt, None)
+    storage = backend.new_store(shape, fmt, None)
     num_pages = max(1, (num_tokens - fmt.sink_tokens) // fmt.page_tokens - 1)
     rng = np.random.default_rng(num_tokens)
     storage.grow(num_pages)
@@ -114,7 +114,7 @@ def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: i
 
     def step(x: Any) -> Any:
         backend.wait_for([x])
-        return backend.attend(x, [view], storage, scale=0.1, mask=None, sinks=None)
+        return storage.attend(AttentionCall(x, [view], backend.prepare_step([view]), 0.1))
 
     return call_us(step, query, bench.num_calls)
 

@@ -61,13 +61,13 @@ class ModelFamily:
         return self.kv.totals()
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
-        """Of the first compressed layer; all of them hold and share their pages alike."""
+        """The same in all compressed layers, which share one numbering."""
         paged = [c.sequence for c in caches if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
         if not paged:
             return None
         pool, ids = paged[0].pool, paged[0].page_ids
         references = np.array([pool.references(int(page)) for page in ids], np.int64)
-        return HeldPages(id(pool), ids, references, sum(s.pool.page_bytes for s in paged))
+        return HeldPages(id(pool), ids, references, pool.page_bytes)
 
     def can_cut(self, name: str) -> bool:
         return all(kind is KVCache for kind in self.kv.layers.kinds)

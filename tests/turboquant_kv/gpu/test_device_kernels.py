@@ -20,7 +20,7 @@ def on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = GpuBackend()
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
     monkeypatch.setattr(emulated, "BACKEND", backend)
-    monkeypatch.setattr(prefill, "FLASH", backend._flash_kernels)
+    monkeypatch.setattr(prefill, "FLASH", backend.kernels.flash)
 
 
 test_decode_is_the_references = emulated.test_decode_is_the_references
@@ -46,7 +46,7 @@ def test_pages_are_written_in_place(rng: np.random.Generator) -> None:
     cache = new_cache(fmt, "gpu")
     feed(cache, history, 0, 4096, random_queries(rng, 8, 4096, 128, mx.float16), 0.1)
     assert cache.sequence is not None
-    pool_bytes = cache.sequence.pool.storage.allocated_bytes
+    pool_bytes = cache.sequence.pool.stores[0].allocated_bytes
     for p in range(4096, 4096 + 130):
         q = random_queries(rng, 8, 1, 128, mx.float16)
         mx.eval(q)

@@ -26,7 +26,7 @@ def rows(num_rows: int, dim: int = DIM, heads: int = HEADS) -> Any:
 
 @pytest.fixture
 def storage() -> Any:
-    storage = choose_backend("cpu-native").new_storage(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
+    storage = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
     storage.grow(PAGES)
     storage.encode(np.arange(PAGES), rows(PAGES * 16), rows(PAGES * 16))
     return storage
@@ -119,7 +119,7 @@ def test_hostile_encoding_is_refused(storage: Any, ids: list[int], num_rows: int
 
 
 def test_pages_of_another_format_are_refused(storage: Any) -> None:
-    other = choose_backend("cpu-native").new_storage(LayerShape(HEADS, DIM, 80, mx.float32), FMT, None)
+    other = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, 80, mx.float32), FMT, None)
     other.grow(1)
     with pytest.raises(ValueError):
         storage.write(np.array([0]), other.read(np.array([0])))

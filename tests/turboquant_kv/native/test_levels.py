@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
 
-from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, CanonicalPages, ExactRows, LayerShape, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
@@ -130,7 +130,7 @@ def test_the_layout_is_a_lossless_tiling(level: str, dim: int, bits: tuple[int, 
         rng.integers(0, 256, (*lead, code_bytes(dim, bits[1])), np.uint8),
         rng.random(lead).astype(np.float16),
     )
-    storage = choose_backend("cpu-native").new_storage(LayerShape(2, dim, dim, mx.float16), fmt, None)
+    storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float16), fmt, None)
     storage.grow(5)
     storage.write(np.array([4, 0, 2]), pages)
     again = storage.read(np.array([4, 0, 2]))
@@ -148,7 +148,7 @@ def test_pages_of_every_run_and_slab_have_room_of_their_own(rng: np.random.Gener
         rng.integers(0, 256, (*lead, code_bytes(80, 2)), np.uint8),
         rng.random(lead).astype(np.float16),
     )
-    storage = choose_backend("cpu-native").new_storage(LayerShape(3, 64, 80, mx.float16), fmt, None)
+    storage = choose_backend("cpu-native").new_store(LayerShape(3, 64, 80, mx.float16), fmt, None)
     storage.grow(num_pages)
     order = rng.permutation(num_pages)
     storage.write(order, pages)
@@ -168,10 +168,10 @@ def test_every_entry_of_the_8_bit_tables_is_looked_up(level: str, num_rows: int,
     outputs = []
     for name in (level, LEVELS[-1]):
         backend = native.NativeBackend()
-        storage = native.NativeStorage(backend._kernels, LayerShape(2, 64, 64, mx.float32), fmt, None, name)
+        storage = native.NativeStore(backend._kernels, LayerShape(2, 64, 64, mx.float32), fmt, None, name)
         storage.grow(3)
         storage.write(np.arange(3), CanonicalPages(codes[0], scales[0], codes[1], scales[1]))
-        outputs.append(backend.attend(q, [view], storage, scale=0.05, mask=None, sinks=None))
+        outputs.append(storage.attend(AttentionCall(q, [view], backend.prepare_step([view]), 0.05)))
     # A query's coordinate may round to the next of 65,000 steps, measured up to 2e-5; one wrong low byte costs 3e-4.
     assert relative_error(outputs[0], as_float64(outputs[1])) < 5e-5
 

@@ -8,14 +8,23 @@ mlx_ops over the same pages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.base import (
+    AttentionCall,
+    ExactRows,
+    LayerShape,
+    LayerStore,
+    Means,
+    PageIds,
+    SequenceView,
+    StepPlan,
+)
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
@@ -29,7 +38,7 @@ from turboquant_kv.backends.gpu.plan import (
     compute_capability,
 )
 from turboquant_kv.backends.gpu.source import Dialect
-from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend
+from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.cache.free_pages import runs_of
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
@@ -63,10 +72,43 @@ class OpenArrays(GrowingArrays):
             done = part.stop
 
 
-class GpuStorage(CanonicalStorage):
-    """Pages of one layer with everything else that its kernels read."""
+class Kernels(NamedTuple):
+    """The kernels of one kind of GPU; all layers and runtimes share them."""
 
-    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: PageKernels) -> None:
+    dialect: Dialect
+    decode: DecodeKernels
+    pages: PageKernels
+    flash: FlashKernels
+
+
+class GpuStepPlan(StepPlan):
+    """One page table and one set of figures for all layers of a step.
+
+    page_table (B, width) int32, rows padded. Figures tell where each sequence's exact rows lie: in arrays of its own,
+    or, where a kernel takes no more arrays, behind each other in joined ones.
+    """
+
+    def __init__(self, views: Sequence[SequenceView], page_table: mx.array) -> None:
+        self.page_table = page_table
+        self.sink_rows, self.window_rows = [_num_rows(v.sink) for v in views], [_num_rows(v.window) for v in views]
+        self.separate: tuple[Figures, ...] = tuple([_figures(view, 0, 0) for view in views])
+
+    @cached_property
+    def joined(self) -> tuple[Figures, ...]:
+        """Figures of exact rows that lie behind each other."""
+        figures = []
+        sink_offset = window_offset = 0
+        for row, num_sink, num_window in zip(self.separate, self.sink_rows, self.window_rows, strict=True):
+            figures.append((*row[:3], sink_offset, row[4], window_offset, *row[6:]))
+            sink_offset += num_sink
+            window_offset += num_window
+        return tuple(figures)
+
+
+class GpuStore(CanonicalStorage, LayerStore):
+    """Pages of one layer with everything else that its kernels read, and which of them a call takes."""
+
+    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: Kernels) -> None:
         self._arrays: list[OpenArrays] = []
 
         def new_arrays(heads: int, dim: int, bits: int) -> OpenArrays:
@@ -92,19 +134,16 @@ class GpuStorage(CanonicalStorage):
         )
         self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
         self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
-        self._table_of: list[PageIds] = []
-        self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
     def encode(self, page_ids: PageIds, k: mx.array, v: mx.array) -> None:
         for side, arrays, constants, rows in zip(self._sides, self._arrays, self._page_constants, (k, v), strict=True):
-            arrays.put_whole(page_ids, *self._kernels.encode(side, rows.astype(side.dtype), constants))
+            arrays.put_whole(page_ids, *self._kernels.pages.encode(side, rows.astype(side.dtype), constants))
 
-    def history(self, view: SequenceView) -> tuple[mx.array, mx.array]:
-        """Keys and values of a sequence, (H, columns, D): sink, its pages decoded, window."""
-        table = self.page_table([view])
+    def history(self, view: SequenceView, table: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
         num_tokens = len(view.page_ids) * self.fmt.page_tokens
         k, v = (
-            self._kernels.history(
+            self._kernels.pages.history(
                 side,
                 (arrays.codes, arrays.scales) if arrays.num_pages else (mx.zeros((8,), mx.uint8), _NO_SCALES),
                 table,
@@ -119,59 +158,84 @@ class GpuStorage(CanonicalStorage):
         )
         return k, v
 
-    def launch_for(self, kernels: DecodeKernels, queries: mx.array) -> DecodeLaunch:
+    def attend(self, call: AttentionCall) -> mx.array:
+        if call.mask is not None:
+            return attend_by_tiles(self, self.shape, call)
+        if call.queries.shape[2] <= MAX_QUERY_ROWS:
+            return self._decode_attention(call)
+        if call.queries.dtype == self.shape.dtype:
+            return self._prefill_attention(call)
+        return attend_by_tiles(self, self.shape, call)
+
+    def _decode_attention(self, call: AttentionCall) -> mx.array:
+        """All sequences in one launch, codes read where they lie."""
+        launch, plan = self.launch_for(call.queries), call.plan
+        assert isinstance(plan, GpuStepPlan)
+        layer, figures = self.layer_inputs(call.views, plan, launch.max_sets)
+        out: mx.array = launch(layer, call.queries, figures, plan.page_table, scale=call.scale, sinks=call.sinks)
+        return out
+
+    def layer_inputs(
+        self, views: Sequence[SequenceView], plan: GpuStepPlan, max_sets: int
+    ) -> tuple[LayerInputs, tuple[Figures, ...]]:
+        """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
+        if self.num_pages == 0:
+            self.grow(1)  # kernels take no empty arrays
+        if len(views) <= max_sets:
+            exact, figures = self._separate_rows(views), plan.separate
+        else:
+            exact = [*self._joined([view.sink for view in views]), *self._joined([view.window for view in views])]
+            figures = plan.joined
+        k, v = self._arrays
+        return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
+
+    def _prefill_attention(self, call: AttentionCall) -> mx.array:
+        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
+        outputs, shape, queries, plan = [], self.shape, call.queries, call.plan
+        assert isinstance(plan, GpuStepPlan)
+        flash = FlashShape(
+            *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
+            *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype),
+        )
+        for b, view in enumerate(call.views):
+            if view.num_queries == 0:
+                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
+                continue
+            table = plan.page_table if len(call.views) == 1 else plan.page_table[b : b + 1]
+            q, history = queries[b : b + 1], self.history(view, table)
+            if self._kernels.flash.has_kernel(flash):
+                out = self._kernels.flash.attend(flash, q, history, view, scale=call.scale, sinks=call.sinks)
+            else:
+                out = masked_attention(q, history, view, self.fmt, scale=call.scale, sinks=call.sinks)
+            outputs.append(out)
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def launch_for(self, queries: mx.array) -> DecodeLaunch:
         """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
         key = queries.shape[1], queries.shape[2], queries.dtype
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = kernels.launch_for(decode_shape(*key, self.shape, self.fmt))
+            launch = self._launches[key] = self._kernels.decode.launch_for(decode_shape(*key, self.shape, self.fmt))
         return launch
 
-    def page_table(self, views: Sequence[SequenceView]) -> mx.array:
-        """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
-        if len(views) == 1 and len(self._table_of) == 1 and views[0].page_ids is self._table_of[0]:
-            return self._table
-        ids = [view.page_ids for view in views]
-        if len(ids) != len(self._table_of) or any(a is not b for a, b in zip(ids, self._table_of, strict=True)):
-            width = max(MIN_ELEMENTS, *(len(row) for row in ids))
-            table = np.zeros((len(ids), width), np.int32)
-            for row, pages in zip(table, ids, strict=True):
-                row[: len(pages)] = pages
-            self._table_of, self._table = ids, mx.array(table)
-        return self._table
-
-    def layer_inputs(self, views: Sequence[SequenceView], max_sets: int) -> tuple[LayerInputs, tuple[Figures, ...]]:
-        """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
-        if self.num_pages == 0:
-            self.grow(1)  # kernels take no empty arrays
+    def _separate_rows(self, views: Sequence[SequenceView]) -> list[mx.array]:
+        """Each sequence's exact rows as arrays of their own, as many sets as a kernel is made for."""
         exact: list[mx.array] = []
-        if len(views) <= max_sets:
-            num_sets = 1 << (len(views) - 1).bit_length()  # each number is a kernel: powers of two are enough
-            for i in range(num_sets):
-                view = views[i if i < len(views) else 0]
-                for rows in (view.sink, view.window):
-                    exact += self._no_rows if rows is None else (rows.k_buffer, rows.v_buffer)
-            figures = tuple([_figures(view, 0, 0) for view in views])
-        else:
-            sinks, sink_offsets = self.join([view.sink for view in views])
-            windows, window_offsets = self.join([view.window for view in views])
-            exact += [*sinks, *windows]
-            figures = tuple(map(_figures, views, sink_offsets, window_offsets))
-        k, v = self._arrays
-        return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
+        for i in range(1 << (len(views) - 1).bit_length()):  # each number is a kernel: powers of two are enough
+            view = views[i if i < len(views) else 0]
+            for rows in (view.sink, view.window):
+                exact += self._no_rows if rows is None else (rows.k_buffer, rows.v_buffer)
+        return exact
 
-    def _rows_or_none(self, rows: ExactRows | None) -> tuple[mx.array, mx.array]:
-        return self._no_rows if rows is None else (rows.k, rows.v)
-
-    def join(self, parts: Sequence[ExactRows | None]) -> tuple[tuple[mx.array, mx.array], list[int]]:
-        """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv), and where each sequence's begin."""
-        counts = [_num_rows(rows) for rows in parts]
-        offsets = [sum(counts[:i]) for i in range(len(counts))]
+    def _joined(self, parts: Sequence[ExactRows | None]) -> tuple[mx.array, mx.array]:
+        """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv)."""
         present = [rows for rows in parts if rows is not None]
-        if len(present) <= 1:
-            return self._rows_or_none(present[0] if present else None), offsets
+        if not present:
+            return self._no_rows
+        if len(present) == 1:
+            return present[0].k, present[0].v
         k, v = (mx.concatenate([getattr(rows, side) for rows in present], axis=1) for side in ("k", "v"))
-        return (k, v), offsets
+        return k, v
 
 
 _NO_SCALES = mx.zeros((8,), mx.float16)
@@ -198,66 +262,43 @@ class GpuBackend(MlxBackend):
         flash_kernels: FlashKernels | None = None,
     ) -> None:
         """Kernels replace the device's own. Raises UnsupportedFormatError where there is no GPU that they run on."""
-        self._dialect = dialect or device_dialect()
-        self._kernels = kernels or device_kernels(self._dialect)
-        self._page_kernels = page_kernels or device_page_kernels(self._dialect)
-        self._flash_kernels = flash_kernels or device_flash_kernels(self._dialect)
-        self.name = f"gpu-{self._dialect}"
+        dialect = dialect or device_dialect()
+        self.kernels = Kernels(
+            dialect,
+            kernels or device_kernels(dialect),
+            page_kernels or device_page_kernels(dialect),
+            flash_kernels or device_flash_kernels(dialect),
+        )
+        self.name = f"gpu-{dialect}"
+        self._table_of: list[PageIds] = []
+        self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
     @property
     def details(self) -> str:
         """What runs where, for logs and statistics."""
+        dialect = self.kernels.dialect
         return (
-            f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {self._dialect} kernels; "
-            f"prefill over one layer's decoded history at a time: {PREFILL[self._dialect]}; array masks: MLX operations"
+            f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {dialect} kernels; "
+            f"prefill over one layer's decoded history at a time: {PREFILL[dialect]}; array masks: MLX operations"
         )
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
+    def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
         decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
-        return GpuStorage(shape, fmt, means, self._page_kernels)
+        return GpuStore(shape, fmt, means, self.kernels)
 
-    def attend(
-        self,
-        queries: mx.array,
-        views: Sequence[SequenceView],
-        storage: Any,
-        *,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        if mask is not None:
-            return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
-        if queries.shape[2] > MAX_QUERY_ROWS:
-            if queries.dtype == storage.shape.dtype:
-                return self._prefill(queries, views, storage, scale, sinks)
-            return super().attend(queries, views, storage, scale=scale, mask=None, sinks=sinks)
-        launch = storage.launch_for(self._kernels, queries)
-        layer, figures = storage.layer_inputs(views, launch.max_sets)
-        out: mx.array = launch(layer, queries, figures, storage.page_table(views), scale=scale, sinks=sinks)
-        return out
+    def prepare_step(self, views: Sequence[SequenceView]) -> GpuStepPlan:
+        return GpuStepPlan(views, self._page_table([view.page_ids for view in views]))
 
-    def _prefill(
-        self, queries: mx.array, views: Sequence[SequenceView], storage: Any, scale: float, sinks: mx.array | None
-    ) -> mx.array:
-        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
-        outputs = []
-        shape = storage.shape
-        flash = FlashShape(
-            *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
-            *(storage.fmt.page_tokens, storage.fmt.sink_tokens, shape.dtype),
-        )
-        for b, view in enumerate(views):
-            if view.num_queries == 0:
-                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
-                continue
-            q, history = queries[b : b + 1], storage.history(view)
-            if self._flash_kernels.has_kernel(flash):
-                outputs.append(self._flash_kernels.attend(flash, q, history, view, scale=scale, sinks=sinks))
-            else:
-                outputs.append(masked_attention(q, history, view, storage.fmt, scale=scale, sinks=sinks))
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    def _page_table(self, ids: list[PageIds]) -> mx.array:
+        """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
+        if len(ids) != len(self._table_of) or any(a is not b for a, b in zip(ids, self._table_of, strict=True)):
+            width = max(MIN_ELEMENTS, *(len(row) for row in ids))
+            table = np.zeros((len(ids), width), np.int32)
+            for row, pages in zip(table, ids, strict=True):
+                row[: len(pages)] = pages
+            self._table_of, self._table = ids, mx.array(table)
+        return self._table
 
 
 def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.NDArray[np.float32]) -> mx.array:

@@ -6,15 +6,14 @@ Lazy like everything in MLX; used on Metal and CUDA. Owns the page arrays; leave
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.base import Array, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
 from turboquant_kv.backends.portable.canonical import ArrayKit, CanonicalStorage
-from turboquant_kv.backends.portable.tiles import SequenceAttention
+from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
 from turboquant_kv.codec.format import KVFormat, code_bytes
 
 # A GPU wants long tiles (launches cost more than scratch); 4096 tokens x 8 heads x 128 dims are 16 MiB.
@@ -74,15 +73,25 @@ class GrowingArrays:
         return self._codes[ids], self._scales[ids]
 
 
-class MlxBackend:
+class MlxStore(CanonicalStorage, LayerStore):
+    """One layer's pages in MLX arrays, attended over tile by tile in MLX operations."""
+
+    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
+        super().__init__(
+            KIT, shape, fmt, means, lambda heads, dim, bits: GrowingArrays(heads, dim, bits, fmt.page_tokens)
+        )
+
+    def attend(self, call: AttentionCall) -> mx.array:
+        return attend_by_tiles(self, self.shape, call)
+
+
+class MlxBackend(Backend):
     """Everything as MLX operations; correct on every device, fused kernels come beside it."""
 
     name = "mlx-ops"
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
-        return CanonicalStorage(
-            KIT, shape, fmt, means, lambda heads, dim, bits: GrowingArrays(heads, dim, bits, fmt.page_tokens)
-        )
+    def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
+        return MlxStore(shape, fmt, means)
 
     def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> mx.array:
         return mx.zeros((num_heads, num_rows, dim), dtype)
@@ -109,32 +118,25 @@ class MlxBackend:
     def evaluate(self, arrays: Sequence[Array]) -> None:
         mx.eval(list(arrays))
 
-    def attend(
-        self,
-        queries: mx.array,
-        views: Sequence[SequenceView],
-        storage: Any,
-        *,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        q = queries.astype(mx.float32) * scale
-        batch, num_q_heads, num_rows, _ = q.shape
-        heads, v_dim = storage.shape.num_kv_heads, storage.shape.v_dim
-        walk = SequenceAttention(mx, storage, tile_tokens=TILE_TOKENS)
-        f32_sinks = None if sinks is None else sinks.astype(mx.float32)
-        if mask is not None:
-            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-            mask = mx.broadcast_to(mask, (batch, *mask.shape[1:]))
-        outputs = []
-        for b, view in enumerate(views):
-            n = view.num_queries
-            if n == 0:
-                outputs.append(mx.zeros((num_q_heads, num_rows, v_dim), mx.float32))
-                continue
-            grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
-            row_mask = None if mask is None else mask[b][:, :n]
-            result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=f32_sinks)
-            outputs.append(mx.pad(result.reshape(num_q_heads, n, v_dim), [(0, 0), (0, num_rows - n), (0, 0)]))
-        return mx.stack(outputs).astype(queries.dtype)
+
+def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) -> mx.array:
+    """LayerStore.attend in MLX operations over decoded tiles: any mask, any number of query rows."""
+    q = call.queries.astype(mx.float32) * call.scale
+    batch, num_q_heads, num_rows, _ = q.shape
+    heads, v_dim = shape.num_kv_heads, shape.v_dim
+    walk = SequenceAttention(mx, source, tile_tokens=TILE_TOKENS)
+    sinks, mask = None if call.sinks is None else call.sinks.astype(mx.float32), call.mask
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        mask = mx.broadcast_to(mask, (batch, *mask.shape[1:]))
+    outputs = []
+    for b, view in enumerate(call.views):
+        n = view.num_queries
+        if n == 0:
+            outputs.append(mx.zeros((num_q_heads, num_rows, v_dim), mx.float32))
+            continue
+        grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
+        row_mask = None if mask is None else mask[b][:, :n]
+        result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=sinks)
+        outputs.append(mx.pad(result.reshape(num_q_heads, n, v_dim), [(0, 0), (0, num_rows - n), (0, 0)]))
+    return mx.stack(outputs).astype(call.queries.dtype)

@@ -18,8 +18,26 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, LayerShape, Means, PageIds, SequenceView
-from turboquant_kv.backends.numpy_ops.backend import NUMPY_DTYPES, NumpyBackend, Rows, as_floats, as_rows, from_floats
+from turboquant_kv.backends.base import (
+    Array,
+    AttentionCall,
+    CanonicalPages,
+    ExactRows,
+    LayerShape,
+    LayerStore,
+    Means,
+    PageIds,
+    SequenceView,
+)
+from turboquant_kv.backends.numpy_ops.backend import (
+    NUMPY_DTYPES,
+    NumpyBackend,
+    Rows,
+    as_floats,
+    as_rows,
+    attend_by_tiles,
+    from_floats,
+)
 from turboquant_kv.backends.portable.tiles import Tile
 from turboquant_kv.blas import thread_limit
 from turboquant_kv.codec.codebook import centroids, thresholds
@@ -55,11 +73,11 @@ def is_available() -> bool:
     return load_kernels()[0] is not None
 
 
-class NativeStorage:
-    """Pages of one layer in the kernels' own layout; implements base.PageStorage and tiles.TileSource."""
+class NativeStore(LayerStore):
+    """Pages of one layer in the kernels' own layout, attended over by them; implements tiles.TileSource as well."""
 
     def __init__(self, kernels: ModuleType, shape: LayerShape, fmt: KVFormat, means: Means | None, isa: str) -> None:
-        self.shape, self.fmt = shape, fmt
+        self.shape, self.fmt, self._kernels = shape, fmt, kernels
         self.store: Any = kernels.Store(shape.num_kv_heads, fmt.page_tokens, fmt.sink_tokens, fmt.scale, isa)
         centred = means if fmt.centred else None
         self._k_mean: Floats | None = None if centred is None else centred.k
@@ -135,6 +153,22 @@ class NativeStorage:
         out: Floats = rotated @ rotation_matrix(self.shape.v_dim, self.fmt.rotation_seed, "v")
         return out if self._v_mean is None else out + mass * self._v_mean[:, None]
 
+    def attend(self, call: AttentionCall) -> mx.array:
+        window = 0
+        if call.mask is not None:
+            found = sliding_window(call.mask, call.views)
+            if found is None:
+                return attend_by_tiles(self, self.shape, call)
+            window = found
+        batch, num_q_heads, num_rows, _ = call.queries.shape
+        dtype = call.queries.dtype
+        make = np.empty if all(view.num_queries == num_rows for view in call.views) else np.zeros
+        out = make((batch, num_q_heads, num_rows, self.shape.v_dim), NUMPY_DTYPES[dtype])
+        sinks = None if call.sinks is None else np.ascontiguousarray(as_floats(as_rows(call.sinks)))
+        rows = [_row(view) for view in call.views]
+        self.store.attend(rows_from_mlx(self._kernels, call.queries), out, rows, call.scale, sinks, window)
+        return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
+
 
 class NativeBackend(NumpyBackend):
     """C++ kernels for storage and attention; exact rows and foreign masks as in the NumPy backend.
@@ -156,36 +190,17 @@ class NativeBackend(NumpyBackend):
             raise UnsupportedFormatError(f"{ISA_SWITCH}={self.isa}: this CPU and build have {', '.join(levels)}")
         self.name = f"cpu-native/{self.isa}"
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> Any:
-        return NativeStorage(self._kernels, shape, fmt, means, self.isa)
+    def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
+        return NativeStore(self._kernels, shape, fmt, means, self.isa)
 
     def from_mlx(self, x: mx.array) -> Rows:
-        # NumPy's way for bfloat16 is a view that MLX has to compute: tens of microseconds a layer.
-        return dense_rows(self._kernels.bfloat16_bits(x) if x.dtype == mx.bfloat16 else as_rows(x))
+        return rows_from_mlx(self._kernels, x)
 
-    def attend(
-        self,
-        queries: mx.array,
-        views: Sequence[SequenceView],
-        storage: Any,
-        *,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        window = 0
-        if mask is not None:
-            found = sliding_window(mask, views)
-            if found is None:
-                return super().attend(queries, views, storage, scale=scale, mask=mask, sinks=sinks)
-            window = found
-        batch, num_q_heads, num_rows, _ = queries.shape
-        make = np.empty if all(view.num_queries == num_rows for view in views) else np.zeros
-        out = make((batch, num_q_heads, num_rows, storage.shape.v_dim), NUMPY_DTYPES[queries.dtype])
-        np_sinks = None if sinks is None else np.ascontiguousarray(as_floats(as_rows(sinks)))
-        rows = [_row(view) for view in views]
-        storage.store.attend(self.from_mlx(queries), out, rows, scale, np_sinks, window)
-        return mx.array(self._kernels.as_bfloat16(out) if queries.dtype == mx.bfloat16 else out)
+
+def rows_from_mlx(kernels: ModuleType, x: mx.array) -> Rows:
+    """A view of x with a dense last axis, bfloat16 as its bits in uint16."""
+    # NumPy's way for bfloat16 is a view that MLX has to compute: tens of microseconds a layer.
+    return dense_rows(kernels.bfloat16_bits(x) if x.dtype == mx.bfloat16 else as_rows(x))
 
 
 def _row(view: SequenceView) -> tuple[Any, ...]:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from turboquant_kv.backends.base import Array, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
 from turboquant_kv.backends.portable.canonical import ArrayKit, CanonicalStorage
-from turboquant_kv.backends.portable.tiles import SequenceAttention
+from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
 from turboquant_kv.codec.format import SCALE_BYTES, KVFormat, code_bytes
 
 Floats = npt.NDArray[np.float32]
@@ -121,7 +121,17 @@ def keep_numpy_single_threaded() -> None:
             library.set_num_threads(1)
 
 
-class NumpyBackend:
+class NumpyStore(CanonicalStorage, LayerStore):
+    """One layer's pages in the canonical layout, attended over tile by tile."""
+
+    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
+        super().__init__(KIT, shape, fmt, means, lambda heads, dim, bits: SlabArrays(heads, dim, bits, fmt.page_tokens))
+
+    def attend(self, call: AttentionCall) -> mx.array:
+        return attend_by_tiles(self, self.shape, call)
+
+
+class NumpyBackend(Backend):
     """Readable and portable; the native kernels replace it where they are built."""
 
     name = "cpu-numpy"
@@ -129,10 +139,8 @@ class NumpyBackend:
     def __init__(self) -> None:
         keep_numpy_single_threaded()
 
-    def new_storage(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> CanonicalStorage:
-        return CanonicalStorage(
-            KIT, shape, fmt, means, lambda heads, dim, bits: SlabArrays(heads, dim, bits, fmt.page_tokens)
-        )
+    def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
+        return NumpyStore(shape, fmt, means)
 
     def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Rows:
         return np.empty((num_heads, num_rows, dim), NUMPY_DTYPES[dtype])
@@ -157,32 +165,25 @@ class NumpyBackend:
     def evaluate(self, arrays: Sequence[Array]) -> None:
         """Nothing is ever pending here."""
 
-    def attend(
-        self,
-        queries: mx.array,
-        views: Sequence[SequenceView],
-        storage: Any,
-        *,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        q = as_floats(as_rows(queries)) * np.float32(scale)
-        batch, num_q_heads, num_rows, _ = q.shape
-        heads, v_dim = storage.shape.num_kv_heads, storage.shape.v_dim
-        walk = SequenceAttention(np, storage, tile_tokens=TILE_TOKENS)
-        np_mask = None if mask is None else as_mask(mask, batch)
-        np_sinks = None if sinks is None else as_floats(as_rows(sinks))
-        out = np.zeros((batch, num_q_heads, num_rows, v_dim), np.float32)
-        for b, view in enumerate(views):
-            n = view.num_queries
-            if n == 0:
-                continue
-            grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
-            row_mask = None if np_mask is None else np_mask[b][:, :n]
-            result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=np_sinks)
-            out[b, :, :n] = result.reshape(num_q_heads, n, v_dim)
-        return mx.array(out).astype(queries.dtype)
+
+def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) -> mx.array:
+    """LayerStore.attend in NumPy over decoded tiles: any mask, any number of query rows."""
+    q = as_floats(as_rows(call.queries)) * np.float32(call.scale)
+    batch, num_q_heads, num_rows, _ = q.shape
+    heads, v_dim = shape.num_kv_heads, shape.v_dim
+    walk = SequenceAttention(np, source, tile_tokens=TILE_TOKENS)
+    mask = None if call.mask is None else as_mask(call.mask, batch)
+    sinks = None if call.sinks is None else as_floats(as_rows(call.sinks))
+    out = np.zeros((batch, num_q_heads, num_rows, v_dim), np.float32)
+    for b, view in enumerate(call.views):
+        n = view.num_queries
+        if n == 0:
+            continue
+        grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
+        row_mask = None if mask is None else mask[b][:, :n]
+        result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=sinks)
+        out[b, :, :n] = result.reshape(num_q_heads, n, v_dim)
+    return mx.array(out).astype(call.queries.dtype)
 
 
 def as_mask(mask: mx.array, batch: int) -> Rows:

@@ -8,8 +8,10 @@ called `bits` here: mlx-lm would take its own affine path.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -18,7 +20,27 @@ class UnsupportedModelError(RuntimeError):
     """A model uses its cache in a way that compressed attention cannot serve."""
 
 
-class AttendingCache:
+class LayerInput(NamedTuple):
+    """What a model hands one layer in one step.
+
+    keys (B, H, T, D), values (B, H, T, Dv) of the new tokens, queries (B, Hq, T, D); mask: None for one query row,
+    "causal", or an array broadcastable to (B, Hq, T, N) with columns by absolute position; sinks (Hq,) or None.
+    """
+
+    keys: mx.array
+    values: mx.array
+    queries: mx.array
+    scale: float
+    mask: mx.array | str | None
+    sinks: mx.array | None
+
+    @property
+    def array_mask(self) -> mx.array | None:
+        """The mask, if it says more than causality."""
+        return None if isinstance(self.mask, str) else self.mask
+
+
+class AttendingCache(ABC):
     """One layer's cache, for one conversation or several, that owns its attention."""
 
     _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
@@ -32,27 +54,19 @@ class AttendingCache:
         if mask is None and queries.shape[2] > 1:
             raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
         (keys, values), self._pending = self._pending, None
-        return self._attend(keys, values, queries, scale=scale, mask=mask, sinks=sinks)
+        return self._attend(LayerInput(keys, values, queries, scale, mask, sinks))
 
-    def _attend(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        queries: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        raise TypeError(f"{type(self).__name__} cannot attend")
+    @abstractmethod
+    def _attend(self, step: LayerInput) -> mx.array:
+        """Append and attend."""
 
+    @abstractmethod
     def evaluate(self) -> None:
         """Finish pending work, so that no lazy graph outlives a step."""
-        raise TypeError(f"{type(self).__name__} cannot be evaluated")
 
+    @abstractmethod
     def release(self) -> None:
         """Give all memory back now; idempotent."""
-        raise TypeError(f"{type(self).__name__} cannot be released")
 
     def _hold(self, keys: mx.array, values: mx.array) -> None:
         """Keep a step's keys and values until its queries come."""
@@ -85,17 +99,17 @@ class BatchRows(AttendingCache):
     _remaining: list[int] | None = None  # valid tokens still to come per row, while right-padded
 
     @property
+    @abstractmethod
     def _held_lengths(self) -> list[int]:
         """Tokens appended per row."""
-        raise TypeError(f"{type(self).__name__} has no rows")
 
+    @abstractmethod
     def _cut_rows(self, num_tokens: int) -> None:
         """Drop the last tokens of every row."""
-        raise TypeError(f"{type(self).__name__} has no rows")
 
+    @abstractmethod
     def extract(self, idx: int) -> Any:
         """Row `idx` as a single cache; the batch stays as it is."""
-        raise TypeError(f"{type(self).__name__} has no rows")
 
     @property
     def lengths(self) -> list[int]:
@@ -110,7 +124,7 @@ class BatchRows(AttendingCache):
         return [min(num_new, left) for left in self._remaining]
 
     def _take(self, num_new: int) -> list[int]:
-        """The same, counted as arrived."""
+        """How many of a step's tokens each row gets; of a right-padded prompt, so many fewer are still to come."""
         valid = self._valid(num_new, len(self._held_lengths))
         if self._remaining is not None:
             self._remaining = [left - n for left, n in zip(self._remaining, valid, strict=True)]
@@ -119,7 +133,7 @@ class BatchRows(AttendingCache):
     @property
     def offset(self) -> mx.array:
         """Tokens held per row, (B,) int32: each row's next position."""
-        return mx.array(self.lengths, dtype=mx.int32)
+        return _positions(tuple(self.lengths))
 
     def prepare(
         self,
@@ -173,3 +187,8 @@ class BatchRows(AttendingCache):
         if surplus:
             self._cut_rows(surplus)
         return n
+
+
+@lru_cache(maxsize=4)  # all layers of a step ask for the same ones
+def _positions(lengths: tuple[int, ...]) -> mx.array:
+    return mx.array(lengths, dtype=mx.int32)
