@@ -24,7 +24,7 @@ import numpy as np
 from _gpu_time import Step, call_us, has_profiler, kernel_us
 from _rows import Row, add_json_option, print_rows, write_rows
 
-from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import reference
@@ -208,8 +208,10 @@ def speed(
             for i in range(len(counts))
         ]
 
-        def step(x: mx.array, storage: Any = storage, views: Any = views) -> mx.array:
-            out: mx.array = backend.attend(x, views, storage, scale=0.1, mask=None, sinks=None)
+        plan = backend.prepare_step(views)  # once for all layers, as in a model's step
+
+        def step(x: mx.array, storage: Any = storage, views: Any = views, plan: Any = plan) -> mx.array:
+            out: mx.array = storage.attend(AttentionCall(x, views, plan, 0.1))
             return out
 
         rows += figures(name, fmt.name, step, q, base, target)
@@ -243,9 +245,10 @@ def speed_once(num_tokens: int, fmt: KVFormat, rng: np.random.Generator) -> None
     count = num_tokens // fmt.page_tokens - 1
     storage = random_storage(backend, shape, fmt, count, rng)
     view = view_of(shape, fmt, rng.permutation(count).astype(np.int64))
+    plan = backend.prepare_step([view])
     x = mx.random.normal((1, 40, 1, 128)).astype(mx.float16)
     for _ in range(10):
-        x = backend.attend(x, [view], storage, scale=0.1, mask=None, sinks=None)
+        x = storage.attend(AttentionCall(x, [view], plan, 0.1))
     mx.eval(x)
 
 
@@ -283,6 +286,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
     assert cache.sequence is not None
     pool: Any = cache.sequence.pool
     view = cache.sequence.append(k[0, :, num_old:], v[0, :, num_old:])
+    plan = backend.prepare_step([view])
     ids, new = view.page_ids[-num_new // fmt.page_tokens :], (k[0, :, -num_new:], v[0, :, -num_new:])
 
     def encode(x: mx.array) -> mx.array:
@@ -292,7 +296,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
         return chained
 
     def ours(x: mx.array) -> mx.array:
-        out: mx.array = backend.attend(x, [view], pool.stores[0], scale=0.1, mask=None, sinks=None)
+        out: mx.array = pool.stores[0].attend(AttentionCall(x, [view], plan, 0.1))
         return out
 
     measure = kernel_us if has_profiler() else call_us
