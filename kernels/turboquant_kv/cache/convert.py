@@ -25,8 +25,8 @@ PAGES_AT_ONCE = 16
 def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     """Caches of the same tokens in the format of `empty`, new caches of the target runtime; `caches` stay.
 
-    A side (keys or values) whose bits do not change keeps its codes bit for bit. Raises ValueError when
-    the formats differ in more than bits.
+    A side (keys or values) whose codec does not change keeps its codes bit for bit. Raises ValueError when
+    the formats differ in more than codecs.
     """
     return [_convert_layer(old, new) for old, new in zip(caches, empty, strict=True)]
 
@@ -44,7 +44,7 @@ def _requantised(cache: TurboQuantKVCache, target: PoolSource) -> TurboQuantKVCa
     if old is None:
         return TurboQuantKVCache(target)
     was, wanted = cache.source.fmt, target.fmt
-    if was.with_(k_bits=wanted.k_bits, v_bits=wanted.v_bits) != wanted:
+    if was.with_codecs(wanted.name) != wanted:
         raise ValueError(f"formats {was} and {wanted} differ in more than bits")
     new = LayerSequence(target.get(old.pool.shape))
     sink, tail = old.exact_ends()
@@ -59,7 +59,7 @@ def _pieces(page_ids: PageIds) -> Iterator[PageIds]:
 def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool) -> PageIds:
     """New pages of the target pool with what the source's pages hold."""
     new_ids = target.encode(*source.storage.decode(page_ids))
-    same_k, same_v = source.fmt.k_bits == target.fmt.k_bits, source.fmt.v_bits == target.fmt.v_bits
+    same_k, same_v = source.fmt.keys == target.fmt.keys, source.fmt.values == target.fmt.values
     if same_k or same_v:
         old, new = source.storage.read(page_ids), target.storage.read(new_ids)
         k, v = (old if same_k else new), (old if same_v else new)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def save_state(cache: TurboQuantKVCache) -> tuple[Any, ...]:
     """(header JSON, arrays ...): the format, geometry and means, sink rows, canonical pages, tail rows."""
     if cache.sequence is None:
-        return (json.dumps({"format": asdict(cache.source.fmt)}),)
+        return (json.dumps({"format": cache.source.fmt.to_dict()}),)
     pool = cache.sequence.pool
     sink, pages, tail = cache.sequence.save()
     dtype = pool.shape.dtype
@@ -35,7 +34,7 @@ def save_state(cache: TurboQuantKVCache) -> tuple[Any, ...]:
         return [pool.backend.to_mlx(rows.k, dtype), pool.backend.to_mlx(rows.v, dtype)]
 
     header = {
-        "format": asdict(pool.fmt),
+        "format": pool.fmt.to_dict(),
         "shape": [pool.shape.num_kv_heads, pool.shape.k_dim, pool.shape.v_dim],
         "tail_start": cache.sequence.tail_start,
         "dtype": str(dtype).removeprefix("mlx.core."),
@@ -57,7 +56,7 @@ def load_states(states: Sequence[Sequence[Any]]) -> list[TurboQuantKVCache]:
     full = next((s for s in states if len(s) > 1), None)
     if full is not None and len(full) > 9:
         means = Means(np.array(full[9]), np.array(full[10]))
-    source = PoolSource(KVFormat(**header["format"]), "auto", means)
+    source = PoolSource(KVFormat.from_dict(header["format"]), "auto", means)
     return [TurboQuantKVCache(source, _load_one(source, state)) for state in states]
 
 
@@ -65,7 +64,7 @@ def _load_one(source: PoolSource, state: Sequence[Any]) -> LayerSequence | None:
     if len(state) == 1:
         return None
     header = json.loads(state[0])
-    if KVFormat(**header["format"]) != source.fmt:
+    if KVFormat.from_dict(header["format"]) != source.fmt:
         raise ValueError("saved rows of one batch have different formats")
     dtype = getattr(mx, header["dtype"])
     num_kv_heads, k_dim, v_dim = header["shape"]
