@@ -49,7 +49,7 @@ def test_a_codec_stores_the_bytes_that_it_counts_and_scales_what_its_codes_stand
         assert encoded.scales.dtype == np.float16
         assert encoded.codes.shape == (3, 2, codec.code_bytes(head_dim))
         assert encoded.codes[0, 0].nbytes + encoded.scales[0, 0].nbytes == codec.vector_bytes(head_dim)
-        values = codec.values(encoded.codes, head_dim)
+        values = codec.decode(encoded.codes, head_dim)
         assert values.shape == y.shape
         assert np.isin(values, codec.table()).all()
         assert encoded.scales[0, 0] == 0
@@ -57,7 +57,7 @@ def test_a_codec_stores_the_bytes_that_it_counts_and_scales_what_its_codes_stand
         error = np.linalg.norm(y - values * encoded.scales[..., None]) / np.linalg.norm(y)
         assert error < {"2": 0.6, "3": 0.3, "4": 0.2, "8": 0.02}[name]
         with pytest.raises(ValueError, match="bytes do not hold"):
-            codec.values(encoded.codes[..., :-1], head_dim)
+            codec.decode(encoded.codes[..., :-1], head_dim)
 
 
 def test_codecs_are_compared_by_value() -> None:
@@ -168,9 +168,9 @@ class SignCodec(Codec):
     def encode(self, y: npt.NDArray[np.float64]) -> Encoded:
         z, rms = unit_variance(y)
         codes = np.packbits(z > 0, axis=-1, bitorder="little")
-        return Encoded(codes, stored(rms * fitted_scale(z, self.values(codes, y.shape[-1]), self.scale)))
+        return Encoded(codes, stored(rms * fitted_scale(z, self.decode(codes, y.shape[-1]), self.scale)))
 
-    def values(self, codes: npt.NDArray[np.uint8], head_dim: int) -> npt.NDArray[np.float64]:
+    def decode(self, codes: npt.NDArray[np.uint8], head_dim: int) -> npt.NDArray[np.float64]:
         return np.unpackbits(codes, axis=-1, bitorder="little", count=head_dim) * np.float64(2) - 1.0
 
 
@@ -184,7 +184,7 @@ class SignKernels:
         scales = (y * y).sum(-1) / np.maximum(np.abs(y).sum(-1), np.float32(1e-30))
         return np.packbits(y > 0, axis=-1, bitorder="little"), scales.astype(np.float16)
 
-    def values(self, codes: Any, head_dim: int) -> Any:
+    def decode(self, codes: Any, head_dim: int) -> Any:
         return np.unpackbits(codes, axis=-1, bitorder="little", count=head_dim) * np.float32(2) - np.float32(1)
 
 

@@ -72,8 +72,8 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def values(self, codes: NDArray[np.uint8], head_dim: int) -> NDArray[np.float64]:
-        """What packed codes (..., code_bytes) stand for before scaling, rotated: (..., head_dim) float64.
+    def decode(self, codes: NDArray[np.uint8], head_dim: int) -> NDArray[np.float64]:
+        """What packed codes (..., code_bytes) stand for, rotated and not yet scaled: (..., head_dim) float64.
 
         Raises ValueError when the last axis has another length.
         """

@@ -31,11 +31,11 @@ def encode(x: Real, codec: Codec, rotation: Real, mean: Real | None = None) -> E
 
 
 def decode(encoded: Encoded, codec: Codec, head_dim: int, rotation: Real, mean: Real | None = None) -> Float64:
-    """The vectors (..., head_dim) float64 that `encoded` stands for: mean + scale * R^T values.
+    """The vectors (..., head_dim) float64 that `encoded` stands for: mean + scale * R^T codec.decode(codes).
 
     Raises ValueError when the packed length is not that of head_dim coordinates.
     """
-    y = codec.values(encoded.codes, head_dim) @ np.asarray(rotation, np.float64)
+    y = codec.decode(encoded.codes, head_dim) @ np.asarray(rotation, np.float64)
     x = encoded.scales.astype(np.float64)[..., None] * y
     return np.asarray(x if mean is None else x + np.asarray(mean, np.float64))
 

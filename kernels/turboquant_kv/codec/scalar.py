@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .codec import Codec, Encoded, ScaleKind, check_scale
-from .limits import CODEBOOK_BITS, UnsupportedFormatError, code_bytes
+from .limits import CODEBOOK_BITS, SUPPORTED_BITS, UnsupportedFormatError, code_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,16 +51,16 @@ class ScalarCodec(Codec):
 
         return scalar_reference.encode(y, self.bits, self.scale)
 
-    def values(self, codes: NDArray[np.uint8], head_dim: int) -> NDArray[np.float64]:
+    def decode(self, codes: NDArray[np.uint8], head_dim: int) -> NDArray[np.float64]:
         from . import scalar_reference
 
-        return scalar_reference.values(codes, self.bits, head_dim)
+        return scalar_reference.decode(codes, self.bits, head_dim)
 
 
 def scalar_codec(codec: Codec, reader: str) -> ScalarCodec:
     """The codec itself, for a reader that has kernels of no other kind. Raises UnsupportedFormatError."""
     if not isinstance(codec, ScalarCodec):
-        raise UnsupportedFormatError(f"{reader} knows no codec {codec.name!r}, only {_listed(CODEBOOK_BITS[1:])} bits")
+        raise UnsupportedFormatError(f"{reader}: codec {codec.name!r} is none of {_listed(SUPPORTED_BITS)} bits")
     return codec
 
 

@@ -34,7 +34,7 @@ def encode(y: Float64, bits: int, scale: ScaleKind) -> Encoded:
     return Encoded(pack(codes, bits), stored(rms * fitted_scale(z, centroids(bits).astype(np.float64)[codes], scale)))
 
 
-def values(packed: NDArray[np.uint8], bits: int, head_dim: int) -> Float64:
+def decode(packed: NDArray[np.uint8], bits: int, head_dim: int) -> Float64:
     """Unscaled centroids (..., head_dim) of packed codes (..., head_dim*bits/8).
 
     Raises ValueError when the last axis has another length.

@@ -71,7 +71,7 @@ class Side:
         num_heads = packed.shape[1]
         by_head = packed.swapaxes(0, 1).reshape(num_heads, -1, packed.shape[-1])
         by_head_scales = scales.swapaxes(0, 1).reshape(num_heads, -1).astype(self._kit.xp.float32)
-        return self._kernels.values(by_head, self.dim), by_head_scales
+        return self._kernels.decode(by_head, self.dim), by_head_scales
 
     def values_of(self, page_ids: PageIds) -> Array:
         """Decoded vectors (H, P*page, D), float32, in the model's basis."""

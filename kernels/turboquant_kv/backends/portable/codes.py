@@ -115,6 +115,6 @@ class ScalarKernels:
         c = None if self._codec.scale == "plain" else self._book[codes]
         return pack(xp, codes, self._codec.bits), stored_scales(xp, y, energy, self._codec.scale, c)
 
-    def values(self, codes: Array, head_dim: int) -> Array:
+    def decode(self, codes: Array, head_dim: int) -> Array:
         found = self._look_up(table_indices(self._xp, codes, self._codec.bits))
         return found.reshape(*codes.shape[:-1], head_dim)

@@ -31,6 +31,6 @@ class CodecKernels(Protocol):
         """Rotated, centred vectors y (..., D) float32 to codes (..., code_bytes) uint8 and scales (...) float16."""
         ...
 
-    def values(self, codes: Array, head_dim: int) -> Array:
+    def decode(self, codes: Array, head_dim: int) -> Array:
         """Codes (..., code_bytes) to the unscaled values (..., head_dim) float32 that they stand for, rotated."""
         ...
