@@ -17,6 +17,7 @@ from tests.metal.emulator.counting import Operations
 from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
 from turboquant_kv.backends.gpu.plan import DecodeShape, Tuning
 from turboquant_kv.backends.gpu.source import Variant
+from turboquant_kv.codec.format import code_bytes
 
 PAGE = 64
 SHORT_PAGES, LONG_PAGES = 4, 20
@@ -79,7 +80,7 @@ def _report(shape: DecodeShape, variant: Variant, num_pages: int) -> Report:
         return mx.array(rng.standard_normal(extents).astype(np.float32) / 8)
 
     def side(dim: int, bits: int) -> tuple[mx.array, mx.array]:
-        codes = rng.integers(0, 256, (num_pages, 1, PAGE, dim * bits // 8)).astype(np.uint8)
+        codes = rng.integers(0, 256, (num_pages, 1, PAGE, code_bytes(dim, bits))).astype(np.uint8)
         return mx.array(codes), mx.array(np.ones((num_pages, 1, PAGE), np.float16))
 
     kernels = DecodeKernels("metal", factory, Tuning(blocks=1), variant=variant)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from tests.turboquant_kv.product_form import decode_product, draw_sketch, encode_product
 
 from turboquant_kv.codec.codebook import expected_distortion
-from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, ScaleKind, vector_bytes
+from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, ScaleKind
 from turboquant_kv.codec.reference import decode, encode
 from turboquant_kv.codec.rotation import rotation_matrix
+from turboquant_kv.codec.scalar import ScalarCodec
 
 Floats = NDArray[np.floating[Any]]
 BITS = (2, 3, 4)
@@ -123,10 +124,10 @@ def chunks(num_vectors: int, chunk: int) -> Iterator[int]:
 def isotropic(rng: np.random.Generator, head_dim: int, bits: int, num_vectors: int) -> float:
     """D of Gaussian vectors under the shipped rotation and the plain scale."""
     rotation, parts = rotation_matrix(head_dim, 2504, "k"), list(chunks(num_vectors, CHUNK))
-    values = []
+    values, codec = [], ScalarCodec(bits, "plain")
     for count in parts:
         x = gaussian(rng, count, head_dim)
-        values.append(distortion(x, decode(encode(x, bits, rotation, scale="plain"), bits, head_dim, rotation)))
+        values.append(distortion(x, decode(encode(x, codec, rotation), codec, head_dim, rotation)))
     return float(np.average(values, weights=parts))
 
 
@@ -135,10 +136,10 @@ def over_rotations(
 ) -> float:
     """D of one kind of input, a fresh rotation for every 200 vectors."""
     draw, scale = SCHEMES[scheme]
-    values = []
+    values, codec = [], ScalarCodec(bits, scale)
     for count in chunks(num_vectors, 200):
         x, rotation = INPUTS[kind](rng, count, head_dim), draw(rng, head_dim)
-        values.append(distortion(x, decode(encode(x, bits, rotation, scale=scale), bits, head_dim, rotation)))
+        values.append(distortion(x, decode(encode(x, codec, rotation), codec, head_dim, rotation)))
     return float(np.mean(values))
 
 
@@ -150,7 +151,8 @@ def product_quality(rng: np.random.Generator, scheme: str, bits: int, num_vector
         x = gaussian(rng, count, head_dim)
         x /= np.linalg.norm(x, axis=-1, keepdims=True)
         if scheme in get_args(ScaleKind):
-            decoded = decode(encode(x, bits, rotation, scale=scheme), bits, head_dim, rotation)  # type: ignore[arg-type]
+            codec = ScalarCodec(bits, scheme)  # type: ignore[arg-type]
+            decoded = decode(encode(x, codec, rotation), codec, head_dim, rotation)
         else:
             sketch = draw_sketch(head_dim, rng, scheme)  # type: ignore[arg-type]
             decoded = decode_product(encode_product(x, bits, rotation, sketch), bits, head_dim, rotation, sketch)
@@ -228,9 +230,10 @@ def scale_table(rng: np.random.Generator, num_vectors: int) -> Iterator[Row]:
 def bytes_rows() -> Iterator[Row]:
     rotation = rotation_matrix(128, 2504, "k")
     for bits, target in zip(BITS, VECTOR_BYTES, strict=True):
-        encoded = encode(np.ones(128), bits, rotation)
+        codec = ScalarCodec(bits)
+        encoded = encode(np.ones(128), codec, rotation)
         num_bytes = encoded.codes.nbytes + encoded.scales.nbytes
-        assert num_bytes == vector_bytes(128, bits)
+        assert num_bytes == codec.vector_bytes(128)
         yield Row.near(f"bytes of a stored 128-vector b={bits}", num_bytes, "bytes", target, relative=0)
 
 

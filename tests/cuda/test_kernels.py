@@ -192,7 +192,7 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     storage.grow(5)
     storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
-    want = reference.encode(x, bits, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None], scale)
+    want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
     got = unpack(pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1), bits, dim)
     same = got == unpack(want.codes, bits, dim)
     assert same.mean() > 0.999

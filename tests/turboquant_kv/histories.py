@@ -13,8 +13,11 @@ from turboquant_kv.backends.base import Means
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec.codebook import thresholds
 from turboquant_kv.codec.format import KVFormat
-from turboquant_kv.codec.reference import attend, fitted_scale, quantise
+from turboquant_kv.codec.reference import attend
 from turboquant_kv.codec.rotation import rotation_matrix
+from turboquant_kv.codec.scalar import ScalarCodec, scalar_codec
+from turboquant_kv.codec.scalar_reference import quantise
+from turboquant_kv.codec.scales import fitted_scale, unit_variance
 
 Floats = npt.NDArray[np.float64]
 
@@ -72,26 +75,28 @@ class History:
         which is one test in many, and then a single output may move by a percent. A tolerance wide enough for that
         would let real errors pass, so tests that compare two computations of the same codes have none to move.
         """
-        for x, which, bits, mean in (
-            (self.k, "k", fmt.k_bits, None if means is None else means.k),
-            (self.v, "v", fmt.v_bits, None if means is None else means.v),
+        for x, which, codec, mean in (
+            (self.k, "k", fmt.keys, None if means is None else means.k),
+            (self.v, "v", fmt.values, None if means is None else means.v),
         ):
+            scalar = scalar_codec(codec, "steady")
             rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, "k" if which == "k" else "v")
             centre = 0.0 if mean is None or not fmt.centred else mean[:, None]
-            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), bits, fmt)).any():
+            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), scalar)).any():
                 x[shaky] = rounded(x[shaky] + 0.1 * rng.standard_normal(x[shaky].shape), self.dtype)
         return self
 
 
-def hangs_on_rounding(y: Floats, bits: int, fmt: KVFormat) -> npt.NDArray[np.bool_]:
+def hangs_on_rounding(y: Floats, codec: ScalarCodec) -> npt.NDArray[np.bool_]:
     """Which rotated vectors y (..., D) have a coordinate by a threshold, or a scale between two float16 values."""
-    rms = np.sqrt(np.mean(y * y, axis=-1))
-    z, edges = y / rms[..., None], thresholds(bits).astype(np.float64)
+    z, rms = unit_variance(y)
+    edges = thresholds(codec.bits).astype(np.float64)
     above = np.searchsorted(edges, z)
     nearest = np.minimum(
         np.abs(z - edges[np.maximum(above - 1, 0)]), np.abs(z - edges[np.minimum(above, len(edges) - 1)])
     )
-    scale = rms * fitted_scale(z, quantise(z, bits), bits, fmt.scale)
+    decoded = codec.table().astype(np.float64)[quantise(z, codec.bits)]
+    scale = rms * fitted_scale(z, decoded, codec.scale)
     split = (scale * (1 - ROUNDING)).astype(np.float16) != (scale * (1 + ROUNDING)).astype(np.float16)
     shaky: npt.NDArray[np.bool_] = (nearest < ROUNDING).any(-1) | split
     return shaky

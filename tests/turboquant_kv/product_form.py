@@ -2,7 +2,7 @@
 
 One bit per coordinate of the budget goes to a sign sketch of the residual (QJL): b-1 bits of Lloyd-Max codes, then
 sign(S r) and |r|. Inner products come out unbiased, but with 4 to 6 times the variance that the unbiased scale of
-reference.py leaves at the same bits (2 times with an orthogonal S), and a second float16 is stored.
+scales.py leaves at the same bits (2 times with an orthogonal S), and a second float16 is stored.
 No cache or kernel uses this module; bench/distortion.py measures it.
 """
 
@@ -15,8 +15,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from turboquant_kv.codec.codec import Encoded
 from turboquant_kv.codec.packing import pack, unpack
-from turboquant_kv.codec.reference import FLOAT16_MAX, Encoded, Float64, Real, decode, encode
+from turboquant_kv.codec.reference import Float64, Real, decode, encode
+from turboquant_kv.codec.scalar import ScalarCodec
+from turboquant_kv.codec.scales import stored
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,18 @@ def encode_product(x: Real, bits: int, rotation: Real, sketch: Sketch) -> Produc
     Raises UnsupportedFormatError unless bits is 2, 3 or 4.
     """
     x64 = np.asarray(x, np.float64)
-    codes = encode(x64, bits - 1, rotation, scale="plain")
-    residual = x64 - decode(codes, bits - 1, x64.shape[-1], rotation)
+    coarse = _coarse(bits)
+    codes = encode(x64, coarse, rotation)
+    residual = x64 - decode(codes, coarse, x64.shape[-1], rotation)
     signs = (residual @ sketch.matrix.T > 0).astype(np.uint8)
-    norms = np.minimum(np.linalg.norm(residual, axis=-1), FLOAT16_MAX)
-    return ProductEncoded(codes, pack(signs, 1), norms.astype(np.float16))
+    return ProductEncoded(codes, pack(signs, 1), stored(np.linalg.norm(residual, axis=-1)))
 
 
 def decode_product(encoded: ProductEncoded, bits: int, head_dim: int, rotation: Real, sketch: Sketch) -> Float64:
     """Vectors (..., head_dim) whose inner product with q is `inner_product`."""
     residual = _signs(encoded, head_dim) @ sketch.matrix
     weight = sketch.factor * encoded.residual_norms.astype(np.float64)
-    return decode(encoded.codes, bits - 1, head_dim, rotation) + weight[..., None] * residual
+    return decode(encoded.codes, _coarse(bits), head_dim, rotation) + weight[..., None] * residual
 
 
 def inner_product(q: Real, encoded: ProductEncoded, bits: int, rotation: Real, sketch: Sketch) -> Float64:
@@ -76,11 +79,16 @@ def inner_product(q: Real, encoded: ProductEncoded, bits: int, rotation: Real, s
     """
     head_dim = q.shape[-1]
     q64 = np.asarray(q, np.float64)
-    coarse = decode(encoded.codes, bits - 1, head_dim, np.eye(head_dim))  # still rotated, as is q below
+    coarse = decode(encoded.codes, _coarse(bits), head_dim, np.eye(head_dim))  # still rotated, as is q below
     from_codes = np.sum((q64 @ np.asarray(rotation, np.float64).T) * coarse, axis=-1)
     from_signs = np.sum((q64 @ sketch.matrix.T) * _signs(encoded, head_dim), axis=-1)
     estimate: Float64 = from_codes + sketch.factor * encoded.residual_norms.astype(np.float64) * from_signs
     return estimate
+
+
+def _coarse(bits: int) -> ScalarCodec:
+    """The codec of the first stage."""
+    return ScalarCodec(bits - 1, "plain")
 
 
 def _signs(encoded: ProductEncoded, head_dim: int) -> NDArray[Any]:

@@ -58,19 +58,19 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
     storage.encode(pages, *rows)
 
     stored = storage.read(pages)
-    for side, x, codes, scales in (
-        ("k", history.k, stored.k_codes, stored.k_scales),
-        ("v", history.v, stored.v_codes, stored.v_scales),
+    for side, codec, x, codes, scales in (
+        ("k", fmt.keys, history.k, stored.k_codes, stored.k_scales),
+        ("v", fmt.values, history.v, stored.v_codes, stored.v_scales),
     ):
         rotation = rotation_matrix(head_dim, fmt.rotation_seed, "k" if side == "k" else "v")
         mean = (means.k if side == "k" else means.v)[:, None]
-        want = reference.encode(x, bits, rotation, mean, fmt.scale)
+        want = reference.encode(x, codec, rotation, mean)
         got = codes.swapaxes(0, 1).reshape(2, 48, -1)
         np.testing.assert_array_equal(unpack(got, bits, head_dim), unpack(want.codes, bits, head_dim))
         np.testing.assert_array_equal(scales.swapaxes(0, 1).reshape(2, 48), want.scales)
         decoded = as_float64(mx.array(storage.decode(pages)[0 if side == "k" else 1]))
         # float32, and the scales that multiply are the same: a few roundings of values up to about 6
-        np.testing.assert_allclose(decoded, reference.decode(want, bits, head_dim, rotation, mean), atol=2e-5)
+        np.testing.assert_allclose(decoded, reference.decode(want, codec, head_dim, rotation, mean), atol=2e-5)
 
 
 @pytest.mark.parametrize("scale", ["unbiased", "norm", "least_squares", "plain"])
@@ -81,7 +81,7 @@ def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.ra
     storage = choose_backend(backend).new_store(LayerShape(1, 128, 128, mx.float32), fmt, None)
     storage.grow(4)
     storage.encode(np.arange(4), *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
-    want = reference.encode(history.k, 3, rotation_matrix(128, fmt.rotation_seed, "k"), None, fmt.scale)
+    want = reference.encode(history.k, fmt.keys, rotation_matrix(128, fmt.rotation_seed, "k"))
     np.testing.assert_array_equal(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales)
 
 

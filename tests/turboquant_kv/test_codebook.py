@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from turboquant_kv.codec.codebook import CODEBOOK_BITS, centroids, expected_distortion, thresholds
-from turboquant_kv.codec.format import SUPPORTED_BITS, UnsupportedFormatError
+from turboquant_kv.codec.codebook import centroids, expected_distortion, thresholds
+from turboquant_kv.codec.limits import CODEBOOK_BITS, SUPPORTED_BITS, UnsupportedFormatError
 
 # Positive halves for the unit Gaussian (Max 1960, table I, to the five digits of a converged derivation).
 # The d = 128 tables of the sphere marginal are another thing and checked below.

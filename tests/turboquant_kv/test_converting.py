@@ -93,11 +93,11 @@ def test_every_layer_mix_can_go_down_and_back_to_plain(kind: str, rng: np.random
     assert np.array_equal(logits_of(model, caches, more, []), want), "the original stays as it was"
 
 
-def test_only_bits_may_differ(rng: np.random.Generator) -> None:
+def test_only_codecs_may_differ(rng: np.random.Generator) -> None:
     model = small_models.dense()
     one, other = (KVFamily(model, base=BASE.with_(sink_tokens=n)) for n in (8, 16))
     caches = held(one, model, "4/4", random_tokens(rng, 50))
-    with pytest.raises(ValueError, match="more than bits"):
+    with pytest.raises(ValueError, match="more than codecs"):
         convert(caches, other.runtime("4/3").make_cache())
     with pytest.raises(ValueError, match="not 8/4"):
         one.convert(caches, "8/4", "4/4")

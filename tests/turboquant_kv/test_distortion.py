@@ -18,6 +18,7 @@ from turboquant_kv.codec.codebook import centroids, expected_distortion
 from turboquant_kv.codec.format import ScaleKind
 from turboquant_kv.codec.reference import Float64, decode, encode
 from turboquant_kv.codec.rotation import rotation_matrix
+from turboquant_kv.codec.scalar import ScalarCodec
 
 # Optimal scalar quantiser of the sphere marginal; our Gaussian tables cost up to 0.43% more (d = 64, 4 bits).
 OPTIMAL = {
@@ -39,8 +40,8 @@ def distortion(x: np.ndarray, decoded: Float64) -> float:
 
 
 def through(x: np.ndarray, bits: int, scale: ScaleKind, seed: int = 2504) -> Float64:
-    rotation = rotation_matrix(x.shape[-1], seed, "k")
-    return decode(encode(x, bits, rotation, scale=scale), bits, x.shape[-1], rotation)
+    rotation, codec = rotation_matrix(x.shape[-1], seed, "k"), ScalarCodec(bits, scale)
+    return decode(encode(x, codec, rotation), codec, x.shape[-1], rotation)
 
 
 def unit_vectors(rng: np.random.Generator, num_vectors: int, head_dim: int) -> Float64:

@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboquant_kv.codec.format import (
-    SUPPORTED_BITS,
-    SUPPORTED_HEAD_DIMS,
-    check_head_dim,
-    code_bytes,
-    vector_bytes,
-)
+from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, check_head_dim, code_bytes
 from turboquant_kv.codec.reference import encode, exact_pairs
 from turboquant_kv.codec.rotation import rotation_matrix
+from turboquant_kv.codec.scalar import ScalarCodec
 
 
 @pytest.mark.parametrize(("text", "k_bits", "v_bits"), [("4/3", 4, 3), ("8/4", 8, 4), ("4", 4, 4), (" 2/2 ", 2, 2)])
@@ -44,22 +39,22 @@ def test_fields_are_validated(change: dict[str, object]) -> None:
 
 
 def test_a_128_vector_costs_34_50_66_bytes() -> None:
-    assert [vector_bytes(128, bits) for bits in (2, 3, 4, 8)] == [34, 50, 66, 130]
+    assert [ScalarCodec(bits).vector_bytes(128) for bits in (2, 3, 4, 8)] == [34, 50, 66, 130]
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
 def test_counted_bytes_are_the_encoded_bytes(bits: int, head_dim: int, rng: np.random.Generator) -> None:
     assert head_dim * bits % 8 == 0
-    encoded = encode(rng.standard_normal((5, head_dim)), bits, rotation_matrix(head_dim, 1, "v"))
-    assert encoded.codes.nbytes == 5 * code_bytes(head_dim, bits)
-    assert encoded.codes.nbytes + encoded.scales.nbytes == 5 * vector_bytes(head_dim, bits)
+    encoded = encode(rng.standard_normal((5, head_dim)), ScalarCodec(bits), rotation_matrix(head_dim, 1, "v"))
+    assert encoded.codes.nbytes == 5 * code_bytes(head_dim, bits) == 5 * ScalarCodec(bits).code_bytes(head_dim)
+    assert encoded.codes.nbytes + encoded.scales.nbytes == 5 * ScalarCodec(bits).vector_bytes(head_dim)
 
 
 def test_token_and_page_bytes(rng: np.random.Generator) -> None:
     fmt = KVFormat(k_bits=4, v_bits=3, page_tokens=64)
-    k = encode(rng.standard_normal((2, 64, 128)), 4, rotation_matrix(128, 1, "k"))
-    v = encode(rng.standard_normal((2, 64, 80)), 3, rotation_matrix(80, 1, "v"))
+    k = encode(rng.standard_normal((2, 64, 128)), fmt.keys, rotation_matrix(128, 1, "k"))
+    v = encode(rng.standard_normal((2, 64, 80)), fmt.values, rotation_matrix(80, 1, "v"))
     page = sum(array.nbytes for array in (*k, *v))
     assert fmt.page_bytes(2, 128, 80) == page
     assert fmt.token_bytes(2, 128, 80) * 64 == page

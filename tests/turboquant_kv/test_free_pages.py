@@ -14,6 +14,7 @@ from turboquant_kv.backends.gpu.backend import MAX_SLICES, OpenArrays
 from turboquant_kv.cache.free_pages import FreePages, runs_of
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.scalar import ScalarCodec
 
 FMT = KVFormat(page_tokens=16, sink_tokens=8)
 
@@ -118,7 +119,7 @@ def written(arrays: OpenArrays, ids: list[int], rng: np.random.Generator) -> Non
 
 
 def test_few_runs_are_slices_and_many_a_scatter(rng: np.random.Generator, tmp_path: Path) -> None:
-    arrays = OpenArrays(2, 64, 4, 16)
+    arrays = OpenArrays(2, 64, ScalarCodec(4), 16)
     arrays.grow(40)
     rows = mx.zeros((6, 2, 16, 32), mx.uint8), mx.zeros((6, 2, 16), mx.float16)
     for ids, want in (
@@ -136,7 +137,7 @@ def test_few_runs_are_slices_and_many_a_scatter(rng: np.random.Generator, tmp_pa
 
 def test_pages_are_written_where_they_lie() -> None:
     """No copy of a pool for a few of its pages."""
-    arrays = OpenArrays(8, 128, 8, 64)
+    arrays = OpenArrays(8, 128, ScalarCodec(8), 64)
     arrays.grow(100)
     rows = mx.ones((4, 8, 64, 128), mx.uint8), mx.ones((4, 8, 64), mx.float16)
     mx.eval(arrays.codes, arrays.scales, *rows)

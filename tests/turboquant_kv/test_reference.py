@@ -11,8 +11,10 @@ from tests.turboquant_kv.product_form import decode_product, draw_sketch, encode
 from turboquant_kv.codec.codebook import centroids
 from turboquant_kv.codec.format import SUPPORTED_BITS, KVFormat, ScaleKind, UnsupportedFormatError
 from turboquant_kv.codec.packing import unpack
-from turboquant_kv.codec.reference import attend, decode, encode, exact_pairs, quantise
+from turboquant_kv.codec.reference import attend, decode, encode, exact_pairs
 from turboquant_kv.codec.rotation import rotation_matrix, unrotate
+from turboquant_kv.codec.scalar import ScalarCodec
+from turboquant_kv.codec.scalar_reference import quantise
 
 R = rotation_matrix(64, 2504, "k")
 every_scale = pytest.mark.parametrize("scale", get_args(ScaleKind))
@@ -35,19 +37,20 @@ def test_a_tie_takes_the_lower_code() -> None:
 @every_scale
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_decode_is_scale_times_unrotated_centroids(bits: int, scale: ScaleKind, rng: np.random.Generator) -> None:
-    mean = rng.standard_normal(64)
-    encoded = encode(rng.standard_normal((2, 3, 64)), bits, R, mean, scale)
+    mean, codec = rng.standard_normal(64), ScalarCodec(bits, scale)
+    encoded = encode(rng.standard_normal((2, 3, 64)), codec, R, mean)
     assert encoded.scales.dtype == np.float16
     assert encoded.scales.shape == (2, 3)
     levels = centroids(bits)[unpack(encoded.codes, bits, 64)].astype(np.float64)
     expected = encoded.scales[..., None].astype(np.float64) * unrotate(levels, 2504, "k") + mean
-    assert np.allclose(decode(encoded, bits, 64, R, mean), expected, rtol=0, atol=1e-5)  # R is float32
+    assert np.allclose(decode(encoded, codec, 64, R, mean), expected, rtol=0, atol=1e-5)  # R is float32
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_each_scale_keeps_what_it_promises(bits: int, rng: np.random.Generator) -> None:
     x = rng.standard_normal((200, 64)) * 3
-    hat = {scale: decode(encode(x, bits, R, scale=scale), bits, 64, R) for scale in get_args(ScaleKind)}
+    codecs = {scale: ScalarCodec(bits, scale) for scale in get_args(ScaleKind)}
+    hat = {scale: decode(encode(x, codec, R), codec, 64, R) for scale, codec in codecs.items()}
     energy = np.sum(x * x, axis=-1)
 
     assert np.allclose(np.sum(x * hat["unbiased"], axis=-1), energy, rtol=HALF)
@@ -55,31 +58,31 @@ def test_each_scale_keeps_what_it_promises(bits: int, rng: np.random.Generator) 
     fitted = hat["least_squares"]
     projection = np.sum(x * fitted, axis=-1) / np.sum(fitted**2, axis=-1)  # 1 where no other scale is closer
     assert np.allclose(projection, 1, rtol=HALF)
-    stored = encode(x, bits, R, scale="plain").scales
+    stored = encode(x, codecs["plain"], R).scales
     assert np.allclose(stored, np.sqrt(energy / 64), rtol=HALF)
 
 
 @every_scale
 def test_eight_bits_are_nearly_exact(scale: ScaleKind, rng: np.random.Generator) -> None:
-    x = rng.standard_normal((100, 64))
-    error = decode(encode(x, 8, R, scale=scale), 8, 64, R) - x
+    x, codec = rng.standard_normal((100, 64)), ScalarCodec(8, scale)
+    error = decode(encode(x, codec, R), codec, 64, R) - x
     # expected is 4e-5; reaching 2e-4 would take a coordinate beyond 5.6 sigma, where the table ends at 4.6
     assert np.mean(np.sum(error**2, axis=-1) / np.sum(x**2, axis=-1)) < 2e-4
 
 
 @every_scale
 def test_zero_vectors_and_mean_vectors_come_back_exactly(scale: ScaleKind, rng: np.random.Generator) -> None:
-    mean = rng.standard_normal(64)
-    encoded = encode(np.stack([mean, mean]), 3, R, mean, scale)
+    mean, codec = rng.standard_normal(64), ScalarCodec(3, scale)
+    encoded = encode(np.stack([mean, mean]), codec, R, mean)
     assert np.array_equal(encoded.scales, [0, 0])
-    assert np.array_equal(decode(encoded, 3, 64, R, mean), [mean, mean])
+    assert np.array_equal(decode(encoded, codec, 64, R, mean), [mean, mean])
 
 
 @every_scale
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
 def test_codes_do_not_depend_on_magnitude(scale: ScaleKind, magnitude: float, rng: np.random.Generator) -> None:
-    x = rng.standard_normal((10, 64))
-    small, large = encode(x, 4, R, scale=scale), encode(x * magnitude, 4, R, scale=scale)
+    x, codec = rng.standard_normal((10, 64)), ScalarCodec(4, scale)
+    small, large = encode(x, codec, R), encode(x * magnitude, codec, R)
     # scaling rounds in the last place of float64, which moves a coordinate across a threshold once in 10^12
     assert np.array_equal(small.codes, large.codes)
     assert np.allclose(large.scales.astype(np.float64), small.scales.astype(np.float64) * magnitude, rtol=HALF)
@@ -87,28 +90,28 @@ def test_codes_do_not_depend_on_magnitude(scale: ScaleKind, magnitude: float, rn
 
 @every_scale
 def test_beyond_float16_scales_saturate_or_vanish(scale: ScaleKind, rng: np.random.Generator) -> None:
-    x = rng.standard_normal(64)
-    encoded = encode(np.stack([x * 1e9, x * 1e-30, x * 1e-300]), 4, R, scale=scale)
+    x, codec = rng.standard_normal(64), ScalarCodec(4, scale)
+    encoded = encode(np.stack([x * 1e9, x * 1e-30, x * 1e-300]), codec, R)
     assert encoded.scales.tolist() == [65504, 0, 0]
-    assert np.all(np.isfinite(decode(encoded, 4, 64, R)))
+    assert np.all(np.isfinite(decode(encoded, codec, 64, R)))
 
 
 @every_scale
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_bad_value_shows_in_its_vector_only(scale: ScaleKind, poison: float, rng: np.random.Generator) -> None:
-    x = rng.standard_normal((3, 64))
-    clean = encode(x, 4, R, scale=scale)
+    x, codec = rng.standard_normal((3, 64)), ScalarCodec(4, scale)
+    clean = encode(x, codec, R)
     x[1, 5] = poison
-    encoded = encode(x, 4, R, scale=scale)
+    encoded = encode(x, codec, R)
     assert np.isnan(encoded.scales).tolist() == [False, True, False]
     assert np.array_equal(encoded.codes[[0, 2]], clean.codes[[0, 2]])
 
 
 def test_misuse_is_refused() -> None:
     with pytest.raises(UnsupportedFormatError):
-        encode(np.ones(64), 5, R)
+        encode(np.ones(64), ScalarCodec(5), R)
     with pytest.raises(ValueError, match="exactly 128 codes"):
-        decode(encode(np.ones(64), 4, R), 4, 128, R)
+        decode(encode(np.ones(64), ScalarCodec(4), R), ScalarCodec(4), 128, R)
 
 
 # --- the product form -------------------------------------------------------------------------------------------
@@ -158,8 +161,8 @@ def test_attend_sees_sinks_and_its_own_page_exactly_and_the_rest_through_codes(r
     out = attend(q, k, v, FMT, 0, 0.125, k_mean, v_mean)
     r_k, r_v = rotation_matrix(64, FMT.rotation_seed, "k"), rotation_matrix(80, FMT.rotation_seed, "v")
     for head in range(2):
-        k_hat = decode(encode(k[head], 3, r_k, k_mean[head]), 3, 64, r_k, k_mean[head])
-        v_hat = decode(encode(v[head], 2, r_v, v_mean[head]), 2, 80, r_v, v_mean[head])
+        k_hat = decode(encode(k[head], FMT.keys, r_k, k_mean[head]), FMT.keys, 64, r_k, k_mean[head])
+        v_hat = decode(encode(v[head], FMT.values, r_v, v_mean[head]), FMT.values, 80, r_v, v_mean[head])
         for position in range(60):
             k_seen, v_seen = k[head, : position + 1].copy(), v[head, : position + 1].copy()
             first_exact = max(5, 5 + (position - 5) // 16 * 16)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.codec.format import KVFormat, code_bytes
+from turboquant_kv.codec.format import KVFormat
 
 Array = Any
 PageIds = npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class Means:
 class CanonicalPages:
     """Pages in the reference layout (docs/codec.md), the one that is saved and compared.
 
-    k_codes (P, H, page, D*bits/8) uint8, k_scales (P, H, page) float16; the same for v.
+    k_codes (P, H, page, code_bytes of the keys' codec) uint8, k_scales (P, H, page) float16; the same for v.
     """
 
     k_codes: npt.NDArray[np.uint8]
@@ -71,8 +71,8 @@ class CanonicalPages:
         """Raises ValueError when an array does not have the format's shape or type."""
         lead = (self.num_pages, shape.num_kv_heads, fmt.page_tokens)
         expected = {
-            "k_codes": ((*lead, code_bytes(shape.k_dim, fmt.k_bits)), np.uint8),
-            "v_codes": ((*lead, code_bytes(shape.v_dim, fmt.v_bits)), np.uint8),
+            "k_codes": ((*lead, fmt.keys.code_bytes(shape.k_dim)), np.uint8),
+            "v_codes": ((*lead, fmt.values.code_bytes(shape.v_dim)), np.uint8),
             "k_scales": (lead, np.float16),
             "v_scales": (lead, np.float16),
         }

@@ -25,8 +25,8 @@ PAGES_AT_ONCE = 16
 def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     """Caches of the same tokens in the format of `empty`, new caches of the target runtime; `caches` stay.
 
-    A side (keys or values) whose bits do not change keeps its codes bit for bit. Raises ValueError when
-    the formats differ in more than bits.
+    A side (keys or values) whose codec does not change keeps its codes bit for bit. Raises ValueError when
+    the formats differ in more than codecs.
     """
     converted: list[Any] = [None] * len(caches)
     both, inflated = list[int](), list[int]()
@@ -63,8 +63,8 @@ def _requantised(old: Sequence[TurboQuantKVCache], new: Sequence[TurboQuantKVCac
     if sequences[0] is None or not len(sequences[0]):
         return [TurboQuantKVCache(cache.source, cache.sequence) for cache in new]
     was, wanted = old[0].source.fmt, new[0].source.fmt
-    if was.with_(k_bits=wanted.k_bits, v_bits=wanted.v_bits) != wanted:
-        raise ValueError(f"formats {was} and {wanted} differ in more than bits")
+    if was.with_codecs(wanted.name) != wanted:
+        raise ValueError(f"formats {was} and {wanted} differ in more than codecs")
     held = [sequence for sequence in sequences if sequence is not None]
     source = held[0].pool
     target = new[0].source.get(source.shapes[old[0].source.layer])
@@ -95,7 +95,7 @@ def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers
 
 def _encode_layer_again(source: LayerStore, old_ids: PageIds, target: LayerStore, new_ids: PageIds) -> None:
     target.encode(new_ids, *source.decode(old_ids))
-    same_k, same_v = source.fmt.k_bits == target.fmt.k_bits, source.fmt.v_bits == target.fmt.v_bits
+    same_k, same_v = source.fmt.keys == target.fmt.keys, source.fmt.values == target.fmt.values
     if same_k or same_v:
         old, new = source.read(old_ids), target.read(new_ids)
         k, v = (old if same_k else new), (old if same_v else new)

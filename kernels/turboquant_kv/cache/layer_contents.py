@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -113,11 +112,11 @@ def _rows(pool: PagePool, start: int, exact: tuple[mx.array, mx.array]) -> Exact
 def save_state(fmt: KVFormat, sequence: LayerSequence | None) -> tuple[Any, ...]:
     """(header JSON, sink keys, sink values, four page arrays, tail keys, tail values[, means of keys, of values])."""
     if sequence is None or not len(sequence):
-        return (json.dumps({"format": asdict(fmt)}),)
+        return (json.dumps({"format": fmt.to_dict()}),)
     contents, pool = contents_of(sequence), sequence.pool
     shape, pages, means = contents.shape, contents.pages, pool.means[sequence.layer]
     header = {
-        "format": asdict(fmt),
+        "format": fmt.to_dict(),
         "shape": [shape.num_kv_heads, shape.k_dim, shape.v_dim],
         "tail_start": sequence.tail_start,
         "dtype": str(shape.dtype).removeprefix("mlx.core."),
@@ -131,13 +130,13 @@ def format_and_means(states: Sequence[Sequence[Any]]) -> tuple[KVFormat, Means |
     """Of rows of one batch, as `save_state` gave them."""
     full = next((state for state in states if len(state) > 9), None)
     means = None if full is None else Means(np.array(full[9]), np.array(full[10]))
-    return KVFormat(**json.loads(states[0][0])["format"]), means
+    return KVFormat.from_dict(json.loads(states[0][0])["format"]), means
 
 
 def load_state(fmt: KVFormat, state: Sequence[Any]) -> LayerContents | None:
     """Inverse of save_state; None for an empty cache. Raises ValueError when the arrays contradict their header."""
     header = json.loads(state[0])
-    if KVFormat(**header["format"]) != fmt:
+    if KVFormat.from_dict(header["format"]) != fmt:
         raise ValueError("saved rows of one batch have different formats")
     if len(state) == 1:
         return None

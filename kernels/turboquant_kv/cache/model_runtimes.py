@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.cache import convert as converting
@@ -22,8 +20,8 @@ from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime
 from turboquant_kv.calibration import Calibration
-from turboquant_kv.codec.codebook import centroids
-from turboquant_kv.codec.format import SUPPORTED_BITS, KVFormat
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.registry import scalar_tables
 from turboquant_kv.kv_bytes import KVBytes
 
 # Changes whenever stored pages mean something else although no field of KVFormat does.
@@ -67,8 +65,7 @@ class KVFamily:
     def _new_runtime(self, name: str) -> KVRuntime:
         if name == PLAIN_FORMAT:
             return KVRuntime(self._model, None, layers=self.layers)
-        parsed = KVFormat.parse(name)
-        fmt = self._base.with_(k_bits=parsed.k_bits, v_bits=parsed.v_bits)
+        fmt = self._base.with_codecs(name)
         calibration = self.calibration if fmt.centred else None
         return KVRuntime(self._model, fmt, calibration=calibration, backend=self._backend, layers=self.layers)
 
@@ -119,10 +116,7 @@ class KVFamily:
         fmt = header.get("format")
         if fmt is None:
             return PLAIN_FORMAT
-        try:
-            return KVFormat(**fmt).name
-        except TypeError as exc:
-            raise ValueError(f"a saved cache's format cannot be understood: {exc}") from exc
+        return KVFormat.from_dict(fmt).name
 
     def totals(self) -> KVBytes:
         """Of all compressed layers, formats and conversations together, shared pages and rows once."""
@@ -173,10 +167,9 @@ class KVFamily:
         Codec tables, rotation, pages, means, and what each layer keeps. A cache saved under another
         fingerprint must not be loaded.
         """
-        without_bits = asdict(self._base.with_(k_bits=8, v_bits=8))  # every cache names its own
-        digest = hashlib.sha256(json.dumps([CODEC_VERSION, without_bits], sort_keys=True).encode())
-        for bits in SUPPORTED_BITS:
-            digest.update(np.ascontiguousarray(centroids(bits)).tobytes())
+        without_codecs = self._base.with_codecs("8/8").to_dict()  # every cache names its own
+        digest = hashlib.sha256(json.dumps([CODEC_VERSION, without_codecs], sort_keys=True).encode())
+        digest.update(scalar_tables())
         for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):
             digest.update(f"{kind.__name__}:{shape};".encode())
         calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None

@@ -4,7 +4,7 @@ For stores that must not touch MLX: pages leave in the canonical layout, bfloat1
 Nothing is executed on the way in, and whatever contradicts the header, the runtime or itself is a
 ValueError. Where headers and arrays are kept is the caller's business.
 
-    header  {"version", "format": KVFormat's fields or null, "layers": [...], "arrays": [...]}
+    header  {"version", "format": KVFormat.to_dict() or null, "layers": [...], "arrays": [...]}
     arrays  in the order in which the layers name them, each described by {"dtype", "shape", "cut"};
             cut [axis, items]: these many items along that axis hold CHUNK_TOKENS tokens, so that equal
             beginnings of conversations have equal pieces
@@ -13,7 +13,6 @@ ValueError. Where headers and arrays are kept is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +35,8 @@ def export_caches(caches: Sequence[Any]) -> tuple[Header, list[Array]]:
     layers = [_export_layer(cache, exported) for cache in caches]
     fmt = next((c.source.fmt for c in caches if isinstance(c, TurboQuantKVCache)), None)
     described = [{"dtype": e.dtype, "shape": list(e.array.shape), "cut": e.cut} for e in exported]
-    header = {"version": VERSION, "format": None if fmt is None else asdict(fmt), "layers": layers, "arrays": described}
+    saved_format = None if fmt is None else fmt.to_dict()
+    header = {"version": VERSION, "format": saved_format, "layers": layers, "arrays": described}
     return header, [e.array for e in exported]
 
 
@@ -55,7 +55,7 @@ def _import_caches(header: Mapping[str, Any], arrays: Sequence[Array], empty: Se
     if header["version"] != VERSION:
         raise ValueError(f"a cache saved by version {header['version']!r} of this format, expected {VERSION}")
     fmt = next((c.source.fmt for c in empty if isinstance(c, TurboQuantKVCache)), None)
-    saved = None if header["format"] is None else KVFormat(**header["format"])
+    saved = None if header["format"] is None else KVFormat.from_dict(header["format"])
     if saved != fmt:
         raise ValueError(f"a cache saved as {saved}, wanted as {fmt}")
     if len(header["layers"]) != len(empty):

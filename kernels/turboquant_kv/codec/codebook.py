@@ -4,7 +4,7 @@ A randomly rotated unit vector times sqrt(d) has coordinates that are almost N(0
 section 3.1), so one Gaussian table per bit width serves every head dimension; it costs at most
 0.43% distortion against the exact table of the sphere for d >= 64 at 2, 3 and 4 bits.
 
-Owns the tables and their thresholds. Which vectors are quantised, and by what scale, is reference.py's.
+Owns the tables and their thresholds. Which vectors are quantised, and by what scale, is scalar_reference.py's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import UnsupportedFormatError
-
-CODEBOOK_BITS = (1, 2, 3, 4, 8)
-"""Bit widths with a table: those of KVFormat, and 1 for the first stage of the 2-bit product form."""
+from .limits import CODEBOOK_BITS, UnsupportedFormatError
 
 # Lloyd steps before Newton: from the starting guess alone Newton diverges at 8 bits, after ten steps it does not.
 _SETTLING_STEPS = 20

@@ -1,38 +1,43 @@
 """What one compressed KV cache looks like, and what it costs in bytes.
 
-`KVFormat` is the single source of every byte count in the project: pools allocate by it,
-budgets are planned with it and the printed ratios come from it. It holds no arrays.
+`KVFormat` and the codecs that it names are the single source of every byte count in the project: pools allocate by
+them, budgets are planned with them and the printed ratios come from them. Loads no array library.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-ScaleKind = Literal["unbiased", "norm", "least_squares", "plain"]
-"""What the one stored 16-bit scalar of a vector means (see docs/codec.md)."""
+from .codec import Codec, ScaleKind
+from .limits import (
+    SUPPORTED_BITS,
+    SUPPORTED_HEAD_DIMS,
+    UnsupportedFormatError,
+    check_head_dim,
+    code_bytes,
+)
+from .registry import codec_named
+from .scalar import scalar_codec
 
-SUPPORTED_BITS = (2, 3, 4, 8)
-SUPPORTED_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
-SCALE_BYTES = 2  # one float16 per vector
+__all__ = [
+    "EXACT_ROWS_STEP",
+    "SUPPORTED_BITS",
+    "SUPPORTED_HEAD_DIMS",
+    "Codec",
+    "KVFormat",
+    "ScaleKind",
+    "UnsupportedFormatError",
+    "check_head_dim",
+    "code_bytes",
+    "exact_capacity",
+]
+
 # Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
 EXACT_ROWS_STEP = 8
-
-
-class UnsupportedFormatError(ValueError):
-    """A bit width, head dimension or option that no codec path implements."""
-
-
-def code_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one vector's packed codes; tight, so 3 bits cost 3 bits."""
-    return head_dim * bits // 8
-
-
-def vector_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one stored vector: packed codes and its scale."""
-    return code_bytes(head_dim, bits) + SCALE_BYTES
 
 
 def exact_capacity(num_rows: int, most: int) -> int:
@@ -40,18 +45,9 @@ def exact_capacity(num_rows: int, most: int) -> int:
     return min(most, -(-num_rows // EXACT_ROWS_STEP) * EXACT_ROWS_STEP)
 
 
-def check_head_dim(head_dim: int) -> None:
-    """Raises UnsupportedFormatError unless a Hadamard rotation of this size is implemented."""
-    if head_dim not in SUPPORTED_HEAD_DIMS:
-        raise UnsupportedFormatError(
-            f"head_dim {head_dim} has no rotation here; supported: {', '.join(map(str, SUPPORTED_HEAD_DIMS))}. "
-            "Serve this model with --kv-format f16."
-        )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class KVFormat:
-    """Bits, scale and exact ends of a compressed KV cache.
+    """Codecs and exact ends of a compressed KV cache. Immutable, compared by value.
 
     A sequence's tokens are laid out as
 
@@ -62,20 +58,45 @@ class KVFormat:
     so what a query sees depends on positions alone, never on how the prompt was cut into chunks.
     """
 
-    k_bits: int = 4
-    v_bits: int = 4
-    scale: ScaleKind = "unbiased"
-    page_tokens: int = 64
-    sink_tokens: int = 32
-    centred: bool = True
-    rotation_seed: int = 2504
+    keys: Codec
+    values: Codec
+    page_tokens: int
+    sink_tokens: int
+    centred: bool
+    rotation_seed: int
 
-    def __post_init__(self) -> None:
-        for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if bits not in SUPPORTED_BITS:
-                raise UnsupportedFormatError(f"{name}={bits}: supported bit widths are 2, 3, 4 and 8")
-        if self.scale not in get_args(ScaleKind):
-            raise UnsupportedFormatError(f"scale={self.scale!r}: supported are {', '.join(get_args(ScaleKind))}")
+    def __init__(
+        self,
+        k_bits: int | str = 4,
+        v_bits: int | str = 4,
+        scale: ScaleKind = "unbiased",
+        page_tokens: int = 64,
+        sink_tokens: int = 32,
+        centred: bool = True,
+        rotation_seed: int = 2504,
+        *,
+        keys: Codec | None = None,
+        values: Codec | None = None,
+    ) -> None:
+        """k_bits, v_bits: a codec's name, for the scalar ones their bits; `keys` and `values` take their place.
+
+        Raises UnsupportedFormatError for codecs that registry.py does not make, for two whose scales differ in
+        meaning, and for numbers of tokens that no page or sink can have.
+        """
+        keys = codec_named(str(k_bits), scale) if keys is None else keys
+        values = codec_named(str(v_bits), scale) if values is None else values
+        fields = (keys, values, page_tokens, sink_tokens, centred, rotation_seed)
+        for name, value in zip(self.__slots__, fields, strict=True):
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        for codec in (self.keys, self.values):  # else what is saved could not be found again by its name
+            named = codec_named(codec.name, codec.scale)
+            if named != codec:
+                raise UnsupportedFormatError(f"codec {codec.name!r} is {named}, not {codec}")
+        if self.keys.scale != self.values.scale:
+            raise UnsupportedFormatError(f"{self.keys} and {self.values}: their scales must mean the same")
         if self.page_tokens < 1 or self.page_tokens % 16:
             raise UnsupportedFormatError(f"page_tokens={self.page_tokens}: must be a positive multiple of 16")
         if self.sink_tokens < 0:
@@ -83,24 +104,87 @@ class KVFormat:
 
     @classmethod
     def parse(cls, text: str) -> KVFormat:
-        """The format named like `4/3` (key bits / value bits) or `4`. Raises UnsupportedFormatError."""
-        parts = text.strip().split("/")
-        if len(parts) not in (1, 2) or not all(p.isascii() and p.isdigit() and len(p) < 3 for p in parts):
-            raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_BITS/VALUE_BITS such as 4/4 or 4/3")
-        return cls(k_bits=int(parts[0]), v_bits=int(parts[-1]))
+        """The format named like `4/3` (key codec / value codec) or `4`. Raises UnsupportedFormatError."""
+        return cls().with_codecs(text)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> KVFormat:
+        """Inverse of `to_dict`; missing entries take their defaults.
+
+        Raises UnsupportedFormatError for what is no such dictionary, and for a codec whose tables have changed since.
+        """
+        if not isinstance(saved, Mapping) or not saved.keys() <= cls().to_dict().keys():
+            raise UnsupportedFormatError(f"a saved KV format cannot be understood: {saved!r}")
+        codecs = {side: str(saved[side]).partition("#")[0] for side in ("k_bits", "v_bits") if side in saved}
+        try:
+            fmt = cls(**{**saved, **codecs})
+        except TypeError as exc:
+            raise UnsupportedFormatError(f"a saved KV format cannot be understood: {exc}") from exc
+        now = fmt.to_dict()
+        if any(now[name] != value for name, value in saved.items()):
+            raise UnsupportedFormatError(f"a KV format saved as {dict(saved)} is now {now}")
+        return fmt
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved with caches of this format and what fingerprints cover; JSON-able.
+
+        `k_bits` and `v_bits` are the codecs' saved names: numbers for the scalar ones.
+        """
+        return {
+            "k_bits": self.keys.saved_name,
+            "v_bits": self.values.saved_name,
+            "scale": self.scale,
+            "page_tokens": self.page_tokens,
+            "sink_tokens": self.sink_tokens,
+            "centred": self.centred,
+            "rotation_seed": self.rotation_seed,
+        }
 
     @property
     def name(self) -> str:
-        """Short name, key bits first: `4/3`."""
-        return f"{self.k_bits}/{self.v_bits}"
+        """Short name, key codec first: `4/3`."""
+        return f"{self.keys.name}/{self.values.name}"
 
-    def with_(self, **changes: object) -> KVFormat:
-        """A copy with some fields changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+    @property
+    def scale(self) -> ScaleKind:
+        """What the stored scale of a vector means."""
+        return self.keys.scale
+
+    @property
+    def k_bits(self) -> int:
+        """Bits per coordinate of scalar keys. Raises UnsupportedFormatError for another codec."""
+        return scalar_codec(self.keys, "k_bits").bits
+
+    @property
+    def v_bits(self) -> int:
+        """Bits per coordinate of scalar values. Raises UnsupportedFormatError for another codec."""
+        return scalar_codec(self.values, "v_bits").bits
+
+    def with_(self, **changes: Any) -> KVFormat:
+        """A copy with some of the arguments of KVFormat changed. Raises UnsupportedFormatError as that does."""
+        scale = changes.pop("scale", self.scale)
+        for side, bits in (("keys", "k_bits"), ("values", "v_bits")):
+            name = str(changes.pop(bits, getattr(self, side).name))
+            changes.setdefault(side, codec_named(name, scale))
+        return replace(self, **changes)
+
+    def with_codecs(self, text: str) -> KVFormat:
+        """A copy with the codecs named like `4/3` or `4`; their scales mean what they meant.
+
+        Raises UnsupportedFormatError.
+        """
+        parts = text.strip().split("/")
+        names = [part[1:] if len(part) == 2 and part[0] == "0" else part for part in parts]  # "04" is 4 bits, too
+        if len(parts) not in (1, 2) or not all(names):
+            raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_BITS/VALUE_BITS such as 4/4 or 4/3")
+        try:
+            return self.with_(k_bits=names[0], v_bits=names[-1])
+        except UnsupportedFormatError as exc:
+            raise UnsupportedFormatError(f"KV format {text!r}: {exc}") from None
 
     def token_bytes(self, num_kv_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one compressed token in one layer, all heads."""
-        return num_kv_heads * (vector_bytes(k_dim, self.k_bits) + vector_bytes(v_dim, self.v_bits))
+        return num_kv_heads * (self.keys.vector_bytes(k_dim) + self.values.vector_bytes(v_dim))
 
     def page_bytes(self, num_kv_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one page in one layer, all heads."""
@@ -122,4 +206,4 @@ class KVFormat:
 
     def fingerprint(self) -> str:
         """Stable hash of every field that changes stored bytes or their meaning."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

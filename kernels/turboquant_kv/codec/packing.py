@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import UnsupportedFormatError, code_bytes
+from .limits import UnsupportedFormatError, code_bytes
 
 Bytes = NDArray[np.uint8]
 

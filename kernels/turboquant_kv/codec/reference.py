@@ -1,91 +1,42 @@
 """The plain meaning of every operation on compressed keys and values, in float64: the twin of each kernel.
 
-Owns `quantise`, `encode`, `decode` and `attend`. Written to be read and compared against, not to be fast; pages,
-pools and mlx-lm's cache verbs are elsewhere. The paper's product form is tests/turboquant_kv/product_form.py.
+Owns centring, rotation and `attend`; what becomes of a rotated vector is its codec's (scalar_reference.py for today's).
+Written to be read and compared against, not to be fast; pages, pools and mlx-lm's cache verbs are elsewhere.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codebook import centroids, thresholds
-from .format import KVFormat, ScaleKind
-from .packing import pack, unpack
-from .rotation import rotation_matrix
-
-FLOAT16_MAX = 65504.0
+from .codec import Codec, Encoded
+from .format import KVFormat
+from .rotation import Which, rotation_matrix
 
 Real = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
 
 
-class Encoded(NamedTuple):
-    """Stored vectors: codes (..., D*bits/8) uint8 in canonical packing, scales (...) float16."""
-
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float16]
-
-
-def quantise(y: Real, bits: int) -> NDArray[np.uint8]:
-    """Codes (uint8, y's shape) of the nearest centroids of unit-variance coordinates y.
-
-    A code is the number of thresholds strictly below y, so a value on a threshold takes the lower code.
-    Raises UnsupportedFormatError.
-    """
-    return np.searchsorted(thresholds(bits), y, side="left").astype(np.uint8)
-
-
-def encode(x: Real, bits: int, rotation: Real, mean: Real | None = None, scale: ScaleKind = "unbiased") -> Encoded:
+def encode(x: Real, codec: Codec, rotation: Real, mean: Real | None = None) -> Encoded:
     """Compress vectors x (..., D) after subtracting `mean` (broadcast against x; None: 0).
 
-    `rotation` (D, D) is orthonormal, y = R x (rotation.py). Coordinates of y are divided by their root mean square
-    and quantised (paper, algorithm 1); one float16 per vector, `fitted_scale`, multiplies the centroids back.
-
-    Where float16 ends: scales above 65504 are clamped, those below 6e-5 lose precision and below 3e-8 become 0.
-    A zero vector stores scale 0. A vector with a NaN or an infinity stores a NaN scale and harms no other.
-    Raises UnsupportedFormatError for bits without a codebook or packing.
+    `rotation` (D, D) is orthonormal: the codec gets y = R (x - mean) (rotation.py), and says what becomes of vectors
+    that are zero, not finite, or beyond float16 (Codec.encode). Raises UnsupportedFormatError.
     """
     centred = np.asarray(x, np.float64) - (0.0 if mean is None else np.asarray(mean, np.float64))
     with np.errstate(invalid="ignore"):  # inf - inf, on its way to a NaN scale
-        y = centred @ np.asarray(rotation, np.float64).T
-        rms = np.sqrt(np.mean(y * y, axis=-1))
-        rms = np.where(np.isinf(rms), np.nan, rms)  # else the clamp below would hide an infinity
-        z = y / np.where(rms == 0, 1.0, rms)[..., None]  # unit variance, or all zeros
-        codes = quantise(z, bits)
-        stored = np.minimum(rms * fitted_scale(z, codes, bits, scale), FLOAT16_MAX)
-    return Encoded(pack(codes, bits), stored.astype(np.float16))
+        return codec.encode(centred @ np.asarray(rotation, np.float64).T)
 
 
-def fitted_scale(z: Float64, codes: NDArray[np.uint8], bits: int, scale: ScaleKind) -> Float64:
-    """The factor (...) that multiplies c = centroids[codes] to stand for z (..., D), where |z|^2 = D or z = 0.
+def decode(encoded: Encoded, codec: Codec, head_dim: int, rotation: Real, mean: Real | None = None) -> Float64:
+    """The vectors (..., head_dim) float64 that `encoded` stands for: mean + scale * R^T codec.decode(codes).
 
-    plain           1                   the paper's: restores the norm before quantisation
-    norm            |z| / |c|           the decoded vector has the norm of the original
-    least_squares   <z, c> / |c|^2      least error, but inner products shrink by about 1 - D
-    unbiased        |z|^2 / <z, c>      the decoded vector's projection on the original is the original
+    Raises ValueError when the packed length is not that of head_dim coordinates.
     """
-    c = centroids(bits).astype(np.float64)[codes]
-    z_energy, c_energy = np.sum(z * z, axis=-1), np.sum(c * c, axis=-1)
-    inner = np.sum(z * c, axis=-1)  # positive unless z = 0: every centroid has the sign of its coordinate
-    if scale == "plain":
-        return np.ones(z.shape[:-1])
-    if scale == "norm":
-        return np.asarray(np.sqrt(z_energy / c_energy))
-    if scale == "least_squares":
-        return np.asarray(inner / c_energy)
-    return np.asarray(z_energy / np.where(inner == 0, 1.0, inner))
-
-
-def decode(encoded: Encoded, bits: int, head_dim: int, rotation: Real, mean: Real | None = None) -> Float64:
-    """The vectors (..., head_dim) float64 that `encoded` stands for: mean + scale * R^T centroids[codes].
-
-    Raises UnsupportedFormatError for unknown bits, ValueError when the packed length is not head_dim codes.
-    """
-    c = centroids(bits).astype(np.float64)[unpack(encoded.codes, bits, head_dim)]
-    x = encoded.scales.astype(np.float64)[..., None] * (c @ np.asarray(rotation, np.float64))
+    y = codec.decode(encoded.codes, head_dim) @ np.asarray(rotation, np.float64)
+    x = encoded.scales.astype(np.float64)[..., None] * y
     return np.asarray(x if mean is None else x + np.asarray(mean, np.float64))
 
 
@@ -134,8 +85,8 @@ def attend(
     positions = q_start + np.arange(num_queries)
     exact = exact_pairs(positions, num_keys, fmt)
     bias = _bias(positions, num_heads, num_keys, window, mask)
-    k_seen = _through_codes(k, fmt, "k", k_mean)
-    v_seen = _through_codes(v, fmt, "v", v_mean)
+    k_seen = _through_codes(k, fmt.keys, fmt, "k", k_mean)
+    v_seen = _through_codes(v, fmt.values, fmt, "v", v_mean)
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.empty((num_heads, num_queries, v.shape[-1]))
     for head in range(num_heads):
@@ -146,13 +97,11 @@ def attend(
     return out
 
 
-def _through_codes(x: Real, fmt: KVFormat, which: str, mean: Real | None) -> Float64:
+def _through_codes(x: Real, codec: Codec, fmt: KVFormat, which: Which, mean: Real | None) -> Float64:
     """x (Hkv, N, D) as every later page sees it."""
-    head_dim = x.shape[-1]
-    bits = fmt.k_bits if which == "k" else fmt.v_bits
-    rotation = rotation_matrix(head_dim, fmt.rotation_seed, "k" if which == "k" else "v")
+    rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, which)
     centre = mean[:, None, :] if mean is not None and fmt.centred else None
-    return decode(encode(x, bits, rotation, centre, fmt.scale), bits, head_dim, rotation, centre)
+    return decode(encode(x, codec, rotation, centre), codec, x.shape[-1], rotation, centre)
 
 
 def _bias(

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .format import check_head_dim
+from .limits import check_head_dim
 
 Which = Literal["k", "v"]
 

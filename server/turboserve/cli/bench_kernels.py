@@ -136,17 +136,17 @@ def _exact_rows(backend: Any, shape: Any, num_rows: int) -> Callable[[int], Any]
 def random_pages(shape: Any, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
     """Pages of random codes, scales of about a tenth."""
     from turboquant_kv.backends.base import CanonicalPages
-    from turboquant_kv.codec.format import code_bytes
 
     lead = (num_pages, shape.num_kv_heads, fmt.page_tokens)
 
-    def codes(dim: int, bits: int) -> Any:
-        return rng.integers(0, 256, (*lead, code_bytes(dim, bits)), dtype=np.uint8)
+    def codes(num_bytes: int) -> Any:
+        return rng.integers(0, 256, (*lead, num_bytes), dtype=np.uint8)
 
     def scales() -> Any:
         return rng.uniform(0.05, 0.15, lead).astype(np.float16)
 
-    return CanonicalPages(codes(shape.k_dim, fmt.k_bits), scales(), codes(shape.v_dim, fmt.v_bits), scales())
+    k_codes, v_codes = codes(fmt.keys.code_bytes(shape.k_dim)), codes(fmt.values.code_bytes(shape.v_dim))
+    return CanonicalPages(k_codes, scales(), v_codes, scales())
 
 
 def parse_heads(text: str) -> tuple[int, int]:

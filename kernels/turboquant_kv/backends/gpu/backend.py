@@ -41,6 +41,7 @@ from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.cache.free_pages import runs_of
+from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
 
@@ -111,8 +112,8 @@ class GpuStore(CanonicalStorage, LayerStore):
     def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: Kernels) -> None:
         self._arrays: list[OpenArrays] = []
 
-        def new_arrays(heads: int, dim: int, bits: int) -> OpenArrays:
-            self._arrays.append(OpenArrays(heads, dim, bits, fmt.page_tokens))
+        def new_arrays(heads: int, dim: int, codec: Codec) -> OpenArrays:
+            self._arrays.append(OpenArrays(heads, dim, codec, fmt.page_tokens))
             return self._arrays[-1]
 
         super().__init__(KIT, shape, fmt, means, new_arrays)

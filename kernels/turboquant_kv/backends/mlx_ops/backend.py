@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
-from turboquant_kv.backends.portable.canonical import ArrayKit, CanonicalStorage
+from turboquant_kv.backends.portable.canonical import CanonicalStorage
+from turboquant_kv.backends.portable.kit import ArrayKit
 from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
-from turboquant_kv.codec.format import KVFormat, code_bytes
+from turboquant_kv.codec.codec import Codec
+from turboquant_kv.codec.format import KVFormat
 
 # A GPU wants long tiles (launches cost more than scratch); 4096 tokens x 8 heads x 128 dims are 16 MiB.
 TILE_TOKENS = 4096
@@ -42,9 +44,9 @@ KIT = ArrayKit(
 class GrowingArrays:
     """Page arrays that are replaced by larger ones: one side of one layer at a time, so the peak stays small."""
 
-    def __init__(self, num_heads: int, dim: int, bits: int, page_tokens: int) -> None:
+    def __init__(self, num_heads: int, dim: int, codec: Codec, page_tokens: int) -> None:
         lead = (0, num_heads, page_tokens)
-        self._codes = mx.zeros((*lead, code_bytes(dim, bits)), mx.uint8)
+        self._codes = mx.zeros((*lead, codec.code_bytes(dim)), mx.uint8)
         self._scales = mx.zeros(lead, mx.float16)
 
     @property
@@ -78,7 +80,7 @@ class MlxStore(CanonicalStorage, LayerStore):
 
     def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
         super().__init__(
-            KIT, shape, fmt, means, lambda heads, dim, bits: GrowingArrays(heads, dim, bits, fmt.page_tokens)
+            KIT, shape, fmt, means, lambda heads, dim, codec: GrowingArrays(heads, dim, codec, fmt.page_tokens)
         )
 
     def attend(self, call: AttentionCall) -> mx.array:

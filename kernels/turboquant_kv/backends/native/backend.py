@@ -40,9 +40,11 @@ from turboquant_kv.backends.numpy_ops.backend import (
 )
 from turboquant_kv.backends.portable.tiles import Tile
 from turboquant_kv.blas import thread_limit
-from turboquant_kv.codec.codebook import centroids, thresholds
-from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError, code_bytes
+from turboquant_kv.codec.codebook import thresholds
+from turboquant_kv.codec.codec import Codec
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotation import Which, hadamard_base, rotation_matrix, signs
+from turboquant_kv.codec.scalar import scalar_codec
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,10 @@ def is_available() -> bool:
 
 
 class NativeStore(LayerStore):
-    """Pages of one layer in the kernels' own layout, attended over by them; implements tiles.TileSource as well."""
+    """Pages of one layer in the kernels' own layout, attended over by them; implements tiles.TileSource as well.
+
+    Raises UnsupportedFormatError for a codec without C++ kernels.
+    """
 
     def __init__(self, kernels: ModuleType, shape: LayerShape, fmt: KVFormat, means: Means | None, isa: str) -> None:
         self.shape, self.fmt, self._kernels = shape, fmt, kernels
@@ -82,16 +87,17 @@ class NativeStore(LayerStore):
         centred = means if fmt.centred else None
         self._k_mean: Floats | None = None if centred is None else centred.k
         self._v_mean: Floats | None = None if centred is None else centred.v
-        self._set_side("k", shape.k_dim, fmt.k_bits, self._k_mean)
-        self._set_side("v", shape.v_dim, fmt.v_bits, self._v_mean)
+        self._set_side("k", shape.k_dim, fmt.keys, self._k_mean)
+        self._set_side("v", shape.v_dim, fmt.values, self._v_mean)
         self._page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         assert self.store.page_bytes == self._page_bytes, "the native layout costs what the format says"
 
-    def _set_side(self, which: Which, dim: int, bits: int, mean: Floats | None) -> None:
+    def _set_side(self, which: Which, dim: int, codec: Codec, mean: Floats | None) -> None:
+        bits = scalar_codec(codec, NativeBackend.name).bits
         flat_mean = None if mean is None else np.ascontiguousarray(mean, np.float32).ravel()
         flips = signs(dim, self.fmt.rotation_seed, which).astype(np.float32)
         base = hadamard_base(dim).astype(np.float32).ravel()
-        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, centroids(bits), thresholds(bits))
+        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, codec.table(), thresholds(bits))
 
     @property
     def num_pages(self) -> int:
@@ -123,9 +129,9 @@ class NativeStore(LayerStore):
     def read(self, page_ids: PageIds) -> CanonicalPages:
         lead = (len(page_ids), self.shape.num_kv_heads, self.fmt.page_tokens)
         pages = CanonicalPages(
-            np.empty((*lead, code_bytes(self.shape.k_dim, self.fmt.k_bits)), np.uint8),
+            np.empty((*lead, self.fmt.keys.code_bytes(self.shape.k_dim)), np.uint8),
             np.empty(lead, np.float16),
-            np.empty((*lead, code_bytes(self.shape.v_dim, self.fmt.v_bits)), np.uint8),
+            np.empty((*lead, self.fmt.values.code_bytes(self.shape.v_dim)), np.uint8),
             np.empty(lead, np.float16),
         )
         if len(page_ids):

@@ -15,9 +15,11 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
-from turboquant_kv.backends.portable.canonical import ArrayKit, CanonicalStorage
+from turboquant_kv.backends.portable.canonical import CanonicalStorage
+from turboquant_kv.backends.portable.kit import ArrayKit
 from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
-from turboquant_kv.codec.format import SCALE_BYTES, KVFormat, code_bytes
+from turboquant_kv.codec.codec import Codec
+from turboquant_kv.codec.format import KVFormat
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[Any]
@@ -73,12 +75,12 @@ KIT = ArrayKit(
 class SlabArrays:
     """Page arrays in slabs that never move, so growing copies nothing."""
 
-    def __init__(self, num_heads: int, dim: int, bits: int, page_tokens: int) -> None:
+    def __init__(self, num_heads: int, dim: int, codec: Codec, page_tokens: int) -> None:
         self._scale_shape = (SLAB_PAGES, num_heads, page_tokens)
-        self._code_shape = (*self._scale_shape, code_bytes(dim, bits))
+        self._code_shape = (*self._scale_shape, codec.code_bytes(dim))
         self._codes: list[npt.NDArray[np.uint8]] = []
         self._scales: list[npt.NDArray[np.float16]] = []
-        self._page_bytes = num_heads * page_tokens * (code_bytes(dim, bits) + SCALE_BYTES)
+        self._page_bytes = num_heads * page_tokens * codec.vector_bytes(dim)
         self.num_pages = 0
 
     @property
@@ -125,7 +127,9 @@ class NumpyStore(CanonicalStorage, LayerStore):
     """One layer's pages in the canonical layout, attended over tile by tile."""
 
     def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
-        super().__init__(KIT, shape, fmt, means, lambda heads, dim, bits: SlabArrays(heads, dim, bits, fmt.page_tokens))
+        super().__init__(
+            KIT, shape, fmt, means, lambda heads, dim, codec: SlabArrays(heads, dim, codec, fmt.page_tokens)
+        )
 
     def attend(self, call: AttentionCall) -> mx.array:
         return attend_by_tiles(self, self.shape, call)

@@ -1,6 +1,6 @@
-"""Encoding and unpacking in float32, written once for NumPy and for MLX arrays.
+"""ScalarCodec in float32, written once for NumPy and for MLX arrays.
 
-The fast twin of reference.py: same formulas, same packed bytes (docs/codec.md); `xp` is the module.
+The fast twin of scalar_reference.py: same formulas, same packed bytes (docs/codec.md); `xp` is the module.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import Array
+from turboquant_kv.backends.portable.kit import ArrayKit
 from turboquant_kv.codec.codebook import centroids, thresholds
-from turboquant_kv.codec.format import ScaleKind
+from turboquant_kv.codec.codec import ScaleKind
+from turboquant_kv.codec.scalar import ScalarCodec
 
 FLOAT16_MAX = 65504.0
 # The 8-bit thresholds are at least 0.016 apart and end below 5: cells of 1/128 up to 8 hold one at most.
@@ -76,29 +78,43 @@ def nearest_code(xp: Any, y: Array, start_codes: Array, limits: Array) -> Array:
     return code + (y > limits[code]).astype(xp.int32)
 
 
-def encode(
-    xp: Any, y: Array, bits: int, scale: ScaleKind, book: Array, search: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    """Rotated, centred vectors y (..., D) float32 to packed codes and float16 scales (...).
+def stored_scales(xp: Any, y: Array, energy: Array, scale: ScaleKind, c: Array) -> Array:
+    """Float16 scales (...) that multiply decoded values c (..., D) to stand for y (..., D) of this energy |y|^2 (...).
 
-    The scale multiplies unit-variance centroids. Zero vectors get scale 0; magnitudes beyond
+    c: None will do for plain scales. The formulas are codec/scales.py's. Zero vectors get scale 0; magnitudes beyond
     float16 are clamped (arXiv 2504.19874 section 3; scales: docs/codec.md).
     """
-    energy = (y * y).sum(axis=-1)
-    rms = xp.sqrt(energy / y.shape[-1])
-    safe_rms = xp.where(rms == 0.0, 1.0, rms)
-    codes = nearest_code(xp, y / safe_rms[..., None], *search)
     if scale == "plain":
-        s = rms
+        s = xp.sqrt(energy / y.shape[-1])
     else:
-        c = book[codes]
-        c_energy = (c * c).sum(axis=-1)
-        inner = (y * c).sum(axis=-1)
+        c_energy, inner = (c * c).sum(axis=-1), (y * c).sum(axis=-1)
         safe_inner = xp.where(inner <= 0.0, 1.0, inner)
         s = {
             "norm": xp.sqrt(energy / c_energy),
             "least_squares": inner / c_energy,
             "unbiased": energy / safe_inner,
         }[scale]
-    s = xp.where(rms == 0.0, 0.0, xp.minimum(s, FLOAT16_MAX))
-    return pack(xp, codes, bits), s.astype(xp.float16)
+    return xp.where(energy == 0.0, 0.0, xp.minimum(s, FLOAT16_MAX)).astype(xp.float16)
+
+
+class ScalarKernels:
+    """Implements kit.CodecKernels for ScalarCodec."""
+
+    def __init__(self, kit: ArrayKit, codec: ScalarCodec) -> None:
+        self._xp, self._codec = kit.xp, codec
+        start_codes, limits = search_grid(codec.bits)
+        self._search = kit.from_numpy(start_codes), kit.from_numpy(limits)
+        self._book = kit.from_numpy(codec.table())
+        self._look_up = kit.look_up(unpacking_table(codec.bits))
+
+    def encode(self, y: Array) -> tuple[Array, Array]:
+        xp = self._xp
+        energy = (y * y).sum(axis=-1)
+        rms = xp.sqrt(energy / y.shape[-1])
+        codes = nearest_code(xp, y / xp.where(rms == 0.0, 1.0, rms)[..., None], *self._search)
+        c = None if self._codec.scale == "plain" else self._book[codes]
+        return pack(xp, codes, self._codec.bits), stored_scales(xp, y, energy, self._codec.scale, c)
+
+    def decode(self, codes: Array, head_dim: int) -> Array:
+        found = self._look_up(table_indices(self._xp, codes, self._codec.bits))
+        return found.reshape(*codes.shape[:-1], head_dim)
