@@ -99,7 +99,11 @@ class Telemetry:
         self._failures.labels(code).inc()
 
     def request_refused(self, reason: str) -> None:
-        """A request was turned away: `queue_full`, `too_long`, `not_ready`, `draining`, …"""
+        """A request was turned away before any work on it.
+
+        `reason` is `queue_full`, `not_ready`, `draining`, or the code of the error it got while it was queued,
+        such as `context_length_exceeded`.
+        """
         self._refused.labels(reason).inc()
 
     def request_cancelled(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""From a parsed JSON object to a `GenerationRequest`: what we support, what we refuse, and why.
+"""From a parsed JSON object to a `messages.Request`: what we support, what we refuse, and why.
 
 Every refusal names the parameter. Messages never quote the prompt. No file is opened and no
 name looked up anywhere: a model is served if its id is the served one.
@@ -7,20 +7,20 @@ name looked up anywhere: a model is served if its id is the served one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from turboserve.api.schemas import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
 from turboserve.api.session_request import chosen_session, normal_kv_format
-from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     UnknownParameterError,
     UnsupportedParameterError,
 )
+from turboserve.messages import Request, SamplingParams
 
 # Parameters of OpenAI's (or vLLM's) API that we do not implement, each with the values that
 # ask for nothing and so may pass.
@@ -48,14 +48,11 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ChatJob:
-    """One chat completion to run, and how its answer is to be written."""
+class Delivery(NamedTuple):
+    """How the answer to a chat completion is to be written."""
 
-    generation: GenerationRequest
-    model_id: str
-    stream: bool
-    include_usage: bool
+    stream: bool  # as server-sent events, else whole
+    include_usage: bool  # streams only: a last chunk with the token counts
 
 
 def check_model(name: str, model_id: str) -> None:
@@ -66,14 +63,14 @@ def check_model(name: str, model_id: str) -> None:
 
 def parse_chat(
     body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
-) -> ChatJob:
+) -> tuple[Request, Delivery]:
     """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
     chat = _validate(_without_unsupported(body))
     if chat.model:
         check_model(chat.model, model_id)
     if chat.stream_options is not None and not chat.stream:
         raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
-    generation = GenerationRequest(
+    request = Request(
         request_id=request_id,
         messages=tuple(plain_message(message, index) for index, message in enumerate(chat.messages)),
         sampling=_sampling(chat),
@@ -85,7 +82,7 @@ def parse_chat(
         cache_key=chat.prompt_cache_key or None,
     )
     include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-    return ChatJob(generation, model_id, stream=bool(chat.stream), include_usage=include_usage)
+    return request, Delivery(bool(chat.stream), include_usage)
 
 
 def _without_unsupported(body: dict[str, object]) -> dict[str, object]:

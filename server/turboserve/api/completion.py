@@ -16,11 +16,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from turboserve.api.answers import json_response
-from turboserve.api.chat_request import ChatJob
+from turboserve.api.chat_request import Delivery
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
 from turboserve.api.replies import SSE_COMMENT, SSE_DONE, Replies, sse, sse_error
-from turboserve.engine.protocol import Engine, Event, Failed, Finished, GenerationRequest, TextDelta
+from turboserve.engine.protocol import Engine
+from turboserve.messages import Event, Failed, Finished, Request, TextDelta
 from turboserve.telemetry import Telemetry
 
 logger = logging.getLogger("turboserve.api")
@@ -43,38 +44,37 @@ class Desk:
     keepalive_interval_s: float
 
     @contextmanager
-    def submitted(self, generation: GenerationRequest) -> Iterator[Mailbox]:
+    def submitted(self, request: Request) -> Iterator[Mailbox]:
         """The request's mailbox. On the way out, a request that has not finished is cancelled.
 
         Raises OverloadedError or EngineUnavailableError when the engine takes no more.
         """
         mailbox = Mailbox()
-        self.engine.submit(generation, mailbox)
+        self.engine.submit(request, mailbox)
         self.drain.enter(mailbox)
         try:
             yield mailbox
         finally:
             self.drain.leave(mailbox)
             if not mailbox.finished:
-                self.engine.cancel(generation.request_id)
+                self.engine.cancel(request.request_id)
 
 
 class CompletionResponse(Response):
-    """An ASGI response that runs its job when called.
+    """An ASGI response that runs its request when called.
 
     Nothing is sent before the engine's first event, so an early failure is raised and gets its
     proper status; only after `keepalive_interval_s` of silence does a stream start with a comment.
     """
 
-    def __init__(self, job: ChatJob, desk: Desk) -> None:
+    def __init__(self, request: Request, delivery: Delivery, desk: Desk) -> None:
         super().__init__()
-        self._job = job
-        self._desk = desk
-        self._replies = Replies(job.generation.request_id, job.model_id, job.include_usage)
+        self._request, self._delivery, self._desk = request, delivery, desk
+        self._replies = Replies(request.request_id, desk.engine.model_id, delivery.include_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._desk.submitted(self._job.generation) as mailbox:
-            run = self._stream(mailbox, send) if self._job.stream else self._whole(mailbox, scope, receive, send)
+        with self._desk.submitted(self._request) as mailbox:
+            run = self._stream(mailbox, send) if self._delivery.stream else self._whole(mailbox, scope, receive, send)
             answer = asyncio.create_task(run)
             departure = asyncio.create_task(wait_for_disconnect(receive))
             try:
@@ -82,7 +82,7 @@ class CompletionResponse(Response):
                 if answer.done():
                     answer.result()
                 else:
-                    self._desk.telemetry.http_disconnect("stream" if self._job.stream else "whole")
+                    self._desk.telemetry.http_disconnect("stream" if self._delivery.stream else "whole")
                     logger.info("the client left")
             finally:
                 await _stop(answer, departure)
@@ -125,7 +125,7 @@ class CompletionResponse(Response):
         if isinstance(event, Failed):
             logger.warning("failed mid-stream: %s", event.error.code)
             return sse_error(event.error)
-        usage = sse(self._replies.usage_chunk(event.usage)) if self._job.include_usage else b""
+        usage = sse(self._replies.usage_chunk(event.usage)) if self._delivery.include_usage else b""
         return sse(self._replies.final_chunk(event.reason)) + usage + SSE_DONE
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:

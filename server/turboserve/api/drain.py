@@ -7,8 +7,8 @@ nothing about signals or sockets; `serve.py` tells it when to begin and when tim
 from __future__ import annotations
 
 from turboserve.api.mailbox import Mailbox
-from turboserve.engine.protocol import Failed
 from turboserve.errors import EngineUnavailableError
+from turboserve.messages import Failed
 
 REASON = "The server is shutting down."
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from turboserve.engine.protocol import (
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.messages import (
     MAX_SHOWN_CONVERSATIONS,
     AdmissionStats,
     CacheEvents,
     CacheTier,
     ConversationStats,
-    DiskState,
+    DiskStatus,
     EngineStats,
-    KVBytes,
     SessionInfo,
     SessionPage,
 )
@@ -63,10 +63,10 @@ def kv_stats_json(stats: EngineStats) -> Json:
         **kv_json(stats.kv),
         "num_conversations": {tier: stats.num_conversations.get(tier, 0) for tier in TIERS},
         "conversations": [conversation_json(held) for held in largest(stats.conversations)],
-        "prefix_tokens": {"queried": stats.prefix_query_tokens, "hit": stats.prefix_hit_tokens},
+        "prefix_tokens": {"queried": stats.events.prefix_query_tokens, "hit": stats.events.prefix_hit_tokens},
         "events": events_json(stats.events),
         "admission": admission_json(stats.admission),
-        "integrity_failures": stats.integrity_failures,
+        "integrity_failures": stats.events.integrity_failures,
         "disk": disk_json(stats.disk, stats.kv_disk),
         "details": dict(stats.details),
     }
@@ -100,13 +100,13 @@ def admission_json(admission: AdmissionStats) -> Json:
     }
 
 
-def disk_json(disk: DiskState, held: KVBytes) -> Json:
+def disk_json(disk: DiskStatus, held: KVBytes) -> Json:
     """The store's files, and what the conversations in it would take in memory."""
     return {
         "enabled": disk.is_enabled,
         "writable": disk.is_writable,
         "reason": disk.reason,
-        "bytes": disk.bytes,
+        "bytes": disk.num_bytes,
         "limit_bytes": disk.limit_bytes,
         "entries": disk.num_entries,
         "damaged": disk.num_damaged,

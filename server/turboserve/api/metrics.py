@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 
 from turboserve import __version__
 from turboserve.api.kv_replies import TIERS, kinds_json, largest
-from turboserve.engine.protocol import Engine, EngineStats
+from turboserve.engine.protocol import Engine
+from turboserve.messages import EngineStats
 
 MAX_RANK = 10  # conversations shown on the page, largest first
 EVENT_TEXTS = {
@@ -85,7 +86,8 @@ def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     yield gauge("kv_tokens", "Tokens held in KV caches.", kv.tokens)
     usage_ratio = kv.total / stats.kv_budget_bytes if stats.kv_budget_bytes else 0.0
     yield gauge("kv_cache_usage_ratio", "Allocated KV bytes over the budget, 0 to 1.", usage_ratio)
-    yield counter("kv_integrity_failures", "Integrity checks that found a disagreement.", stats.integrity_failures)
+    failures = stats.events.integrity_failures
+    yield counter("kv_integrity_failures", "Integrity checks that found a disagreement.", failures)
 
 
 def conversations(stats: EngineStats) -> Iterator[Metric]:
@@ -121,7 +123,7 @@ def admission(stats: EngineStats) -> Iterator[Metric]:
 def disk(stats: EngineStats) -> Iterator[Metric]:
     store = stats.disk
     yield gauge("kv_store_writable", "1 while conversations are written to disk.", float(store.is_writable))
-    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.bytes)
+    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.num_bytes)
     yield gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
     yield gauge("kv_store_entries", "Files in the store.", store.num_entries)
     yield gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import orjson
 
 from turboserve.api.kv_replies import Json, kv_json
-from turboserve.engine.protocol import Usage
 from turboserve.errors import TurboServeError
+from turboserve.messages import Usage
 
 
 def dump(value: Json) -> bytes:

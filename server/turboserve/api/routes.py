@@ -43,14 +43,14 @@ def build_router(desk: Desk, max_body_bytes: int) -> APIRouter:
         desk.drain.check()
         body = await read_json_object(request, max_body_bytes)
         state = request.scope["state"]
-        job = parse_chat(
+        parsed = parse_chat(
             body,
             request_id=state["request_id"],
             tenant=state["tenant"],
             model_id=desk.engine.model_id,
             session_headers=request.headers.getlist(SESSION_HEADER),
         )
-        return CompletionResponse(job, desk)
+        return CompletionResponse(*parsed, desk)
 
     return router
 

@@ -26,6 +26,7 @@ from turboserve.api.session_request import (
 )
 from turboserve.engine.protocol import Engine
 from turboserve.errors import OverloadedError
+from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
 
 SESSION_ROUTES = (
     "GET /v1/sessions",
@@ -68,7 +69,7 @@ def add_session_routes(router: APIRouter, engine: Engine) -> None:
     @router.delete("/v1/sessions/{session_id}")
     async def delete(request: Request, session_id: str) -> Response:
         session_id = existing_session_id(session_id)
-        await engine_answer(engine.delete_session(tenant_of(request), session_id))
+        await engine_answer(engine.session(DeleteSession(tenant_of(request), session_id)))
         return json_response(session_deleted_json(session_id))
 
 
@@ -76,21 +77,19 @@ def _add_reading(router: APIRouter, engine: Engine) -> None:
     @router.get("/v1/sessions")
     async def page(request: Request) -> Response:
         limit, after = page_of(request.query_params)
-        found = await engine_answer(engine.list_sessions(tenant_of(request), limit, after))
+        found = await engine_answer(engine.session(ListSessions(tenant_of(request), limit, after)))
         return json_response(session_page_json(found))
 
     @router.get("/v1/sessions/{session_id}")
     async def one(request: Request, session_id: str) -> Response:
-        info = await engine_answer(engine.get_session(tenant_of(request), existing_session_id(session_id)))
+        info = await engine_answer(engine.session(GetSession(tenant_of(request), existing_session_id(session_id))))
         return json_response(session_json(info))
 
 
 def _add_changing(router: APIRouter, engine: Engine) -> None:
     async def change(request: Request, session_id: str, is_pinned: bool | None, ttl_s: float | None) -> Response:
-        update = engine.update_session(
-            tenant_of(request), existing_session_id(session_id), is_pinned=is_pinned, ttl_s=ttl_s
-        )
-        return json_response(session_json(await engine_answer(update)))
+        command = UpdateSession(tenant_of(request), existing_session_id(session_id), is_pinned, ttl_s)
+        return json_response(session_json(await engine_answer(engine.session(command))))
 
     @router.post("/v1/sessions/{session_id}")
     async def update(request: Request, session_id: str) -> Response:
@@ -111,8 +110,8 @@ def _add_changing(router: APIRouter, engine: Engine) -> None:
     async def fork(request: Request, session_id: str) -> Response:
         wanted = parse_body(ForkBody, await _body(request))
         new_id = None if wanted.id is None else check_session_id(wanted.id, "id")
-        fork = engine.fork_session(tenant_of(request), existing_session_id(session_id), new_id)
-        return json_response(session_json(await engine_answer(fork)))
+        command = ForkSession(tenant_of(request), existing_session_id(session_id), new_id)
+        return json_response(session_json(await engine_answer(engine.session(command))))
 
 
 async def _body(request: Request) -> dict[str, object]:

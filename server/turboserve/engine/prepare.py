@@ -30,7 +30,7 @@ class Preparer:
     def prepare(self, sequence: Sequence) -> None:
         """Fills in prompt, limits, sampler and text. Raises InvalidRequestError, of whatever kind."""
         request = sequence.request
-        prompt = self._template.encode(request.messages, request.tools)
+        prompt = self._template.encode(request.messages)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
         kv_format = self._manager.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.turboserve.api.conftest import Ask, Service, error_of
 from tests.turboserve.api.scripted import MODEL_ID
 
-from turboserve.engine.protocol import ConversationStats, KVBytes
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.messages import ConversationStats
 from turboserve.telemetry import Telemetry
 
 
