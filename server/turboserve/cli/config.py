@@ -18,9 +18,9 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsConfigDict, SettingsError
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboserve.cache.budget import MemoryInfo, resolve_budget
 from turboserve.errors import StartupError
 from turboserve.logs import LEVELS
+from turboserve.machine_memory import MemoryInfo, resolve_budget
 from turboserve.settings import Settings
 
 ENV_PREFIX = "TURBOSERVE_"

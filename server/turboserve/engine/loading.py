@@ -18,7 +18,6 @@ from turboquant_kv import blas
 from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.codec.format import UnsupportedFormatError
-from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
@@ -28,6 +27,7 @@ from turboserve.engine.parts import EngineParts, LoadedModel, Progress
 from turboserve.engine.plan import memory_plan
 from turboserve.engine.resolve import model_id_for, read_config, resolve_folder
 from turboserve.errors import StartupError
+from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
