@@ -1,7 +1,7 @@
 """Shutting down without cutting anybody off silently.
 
 Owns whether the server still takes requests and which answers are under way. It decides
-nothing about signals or sockets; `serve.py` tells it when to begin and when time is up.
+nothing about signals or sockets; `http_server.py` tells it when to begin and when time is up.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.failures import as_failure
+from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.loop import Clock, StepLoop
-from turboserve.engine.parts import EngineParts, Progress
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.sequence import Sequence
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError

@@ -22,10 +22,10 @@ from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
 from turboserve.engine import weights
-from turboserve.engine.family import ModelFamily, parse_format
-from turboserve.engine.parts import EngineParts, LoadedModel, Progress
-from turboserve.engine.plan import memory_plan
-from turboserve.engine.resolve import model_id_for, read_config, resolve_folder
+from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
+from turboserve.engine.memory_plan import memory_plan
+from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.served_formats import ServedFormats, parse_format
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.settings import Settings
@@ -137,7 +137,7 @@ def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tup
     return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
 
 
-def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -> ModelFamily:
+def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -> ServedFormats:
     """All formats of the model, the wanted one ready to use. Raises StartupError."""
 
     def calibrate() -> Calibration:
@@ -146,7 +146,7 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     try:
-        return ModelFamily(loaded.model, parse_format(settings.kv_format), calibrate)
+        return ServedFormats(loaded.model, parse_format(settings.kv_format), calibrate)
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:
@@ -155,7 +155,9 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
 
 
-def _open_store(settings: Settings, loaded: LoadedModel, family: ModelFamily, progress: Progress) -> SessionDisk | None:
+def _open_store(
+    settings: Settings, loaded: LoadedModel, family: ServedFormats, progress: Progress
+) -> SessionDisk | None:
     """The disk store, if one is wanted. Raises StartupError when another process has it."""
     if settings.kv_store_dir is None:
         return None

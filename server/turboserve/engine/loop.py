@@ -18,7 +18,7 @@ from turboserve.engine import scheduler
 from turboserve.engine.admission import Admission
 from turboserve.engine.commands import SessionCommands
 from turboserve.engine.failures import as_failure, is_out_of_memory
-from turboserve.engine.parts import EngineParts
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry, EventSink
 from turboserve.engine.runner import Runner

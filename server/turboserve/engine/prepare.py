@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequence_
 
 from turboserve.cache.manager import CacheManager
-from turboserve.engine.parts import LoadedModel
+from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.sampling import RowSampler
 from turboserve.engine.sequence import Sequence
 from turboserve.engine.template import ChatTemplate

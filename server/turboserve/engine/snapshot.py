@@ -11,7 +11,7 @@ from turboserve.cache.desk import SessionView
 from turboserve.cache.holders import Conversation, Lease
 from turboserve.cache.manager import CacheManager
 from turboserve.cache.runtime import CacheBytes, total_bytes
-from turboserve.engine.parts import EngineParts
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.runner import Runner
 from turboserve.engine.sequence import Sequence
 from turboserve.messages import (

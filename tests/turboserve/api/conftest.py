@@ -18,7 +18,7 @@ from tests.turboserve.api.scripted import ScriptedEngine
 from turboserve.api.app import create_app
 from turboserve.api.connection import Connection
 from turboserve.api.drain import Drain
-from turboserve.api.serve import DrainingServer, address_url, bind, make_server
+from turboserve.api.http_server import DrainingServer, address_url, bind, make_server
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 

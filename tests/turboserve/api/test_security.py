@@ -11,7 +11,7 @@ from tests.turboserve.api.conftest import Service, connect_client, error_of, run
 from tests.turboserve.api.scripted import ScriptedEngine
 
 from turboserve.api.app import create_app
-from turboserve.api.serve import bind
+from turboserve.api.http_server import bind
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry

@@ -15,10 +15,10 @@ from mlx_lm.models.qwen2 import Model, ModelArgs
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
-from turboserve.engine.family import ModelFamily
+from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.loop import StepLoop
-from turboserve.engine.parts import EngineParts, LoadedModel
 from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
+from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import TurboServeError
 from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
@@ -153,7 +153,7 @@ def make_parts(
         weights_fingerprint="none",
         eos_ids=eos_ids,
     )
-    family = ModelFamily(model, fmt)
+    family = ServedFormats(model, fmt)
     return EngineParts(
         loaded, family.default_runtime, CacheManager(family, budget_bytes, limits or ManagerLimits(), disk)
     )

@@ -13,8 +13,8 @@ from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.disk import DiskStore
 from turboserve.cache.manager import ManagerLimits
 from turboserve.cache.runtime import peak_bytes
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loop import StepLoop
-from turboserve.engine.parts import EngineParts
 from turboserve.errors import KVFormatError, OverloadedError, SessionBusyError, SessionNotFoundError
 from turboserve.messages import Request, SamplingParams
 

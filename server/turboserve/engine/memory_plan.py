@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from turboserve.cache.policy import largest_fitting
 from turboserve.cache.runtime import peak_bytes
-from turboserve.engine.parts import LoadedModel, ServingRuntime
+from turboserve.engine.loaded_model import LoadedModel, ServingRuntime
 
 MiB = 1 << 20
 _MOST_TOKENS = 1 << 32  # beyond any budget

@@ -27,7 +27,7 @@ def parse_format(name: str) -> KVFormat | None:
     return None if name.strip().lower() == PLAIN_FORMAT else KVFormat.parse(name)
 
 
-class ModelFamily:
+class ServedFormats:
     """Implements cache.runtime.CacheFamily for one model. Used by the engine thread only."""
 
     def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
