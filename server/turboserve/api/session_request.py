@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, ValidationError
 
-from turboquant_kv import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.format import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.api.schemas import StrictModel
 from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError, UnknownParameterError
 
@@ -22,7 +22,6 @@ SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
 SESSION_ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ : @ -, beginning with a letter or digit"
 DEFAULT_PAGE, MAX_PAGE = 20, 100
 MAX_TTL_S = 10 * 366 * 86_400.0  # ten years: beyond it somebody meant milliseconds
-UNCOMPRESSED = "f16"
 
 Body = TypeVar("Body", bound=StrictModel)
 
@@ -67,15 +66,11 @@ def chosen_session(body_value: str | None, header_values: Iterable[str]) -> str 
 
 
 def normal_kv_format(value: str | None) -> str | None:
-    """`4` -> `4/4`, `F16` -> `f16`. Raises KVFormatError."""
-    if value is None or value.strip().lower() == UNCOMPRESSED:
-        return value and UNCOMPRESSED
+    """The format's one spelling, None when none was given. Raises KVFormatError, which does not repeat it."""
     try:
-        return KVFormat.parse(value).name
+        return None if value is None else parse_format_name(value)
     except UnsupportedFormatError:
-        raise KVFormatError(
-            "kv_format: expected KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/3, or f16 for no compression."
-        ) from None
+        raise KVFormatError(f"kv_format: expected {FORMAT_NAMES}.") from None
 
 
 def page_of(query: Mapping[str, str]) -> tuple[int, str | None]:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from turboquant_kv import blas
 from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.calibration import Calibration, calibration_for
-from turboquant_kv.codec.format import UnsupportedFormatError
+from turboquant_kv.codec.format import PLAIN_FORMAT, KVFormat, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
@@ -25,7 +25,7 @@ from turboserve.engine import weights
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
-from turboserve.engine.served_formats import ServedFormats, parse_format
+from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.settings import Settings
@@ -146,7 +146,8 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     try:
-        return ServedFormats(loaded.model, parse_format(settings.kv_format), calibrate)
+        fmt = None if settings.kv_format == PLAIN_FORMAT else KVFormat.parse(settings.kv_format)
+        return ServedFormats(loaded.model, fmt, calibrate)
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:

@@ -14,17 +14,12 @@ from numpy.typing import NDArray
 
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
-from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime, UnsupportedModelError
+from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
 from turboquant_kv.calibration import Calibration
-from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.format import PLAIN_FORMAT, KVFormat, UnsupportedFormatError, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.runtime import Caches, HeldPages
 from turboserve.errors import KVFormatError
-
-
-def parse_format(name: str) -> KVFormat | None:
-    """None for `f16`. Raises UnsupportedFormatError."""
-    return None if name.strip().lower() == PLAIN_FORMAT else KVFormat.parse(name)
 
 
 class ServedFormats:
@@ -47,7 +42,7 @@ class ServedFormats:
 
     def normalise(self, name: str) -> str:
         try:
-            return self.kv.normalise(name)
+            return parse_format_name(name)
         except UnsupportedFormatError as exc:
             raise KVFormatError(str(exc)) from exc
 

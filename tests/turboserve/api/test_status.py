@@ -163,7 +163,8 @@ def test_scanning_paths_does_not_grow_the_labels(client: httpx.Client) -> None:
 
 def test_the_http_layer_imports_no_mlx() -> None:
     code = (
-        "import sys, turboserve.api.app, turboserve.api.http_server; heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'}; "
+        "import sys, turboserve.api.app, turboserve.api.http_server; "
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'}; "
         "sys.exit(','.join(heavy & {name.split('.')[0] for name in sys.modules}) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
