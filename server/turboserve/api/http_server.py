@@ -98,7 +98,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
     factory = connection_factory(
         request_timeout_s=settings.request_timeout_s,
         send_timeout_s=settings.send_timeout_s,
-        telemetry=app.state.telemetry,
+        telemetry=app.state.context.telemetry,
     )
     config = uvicorn.Config(
         app,
@@ -112,7 +112,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=FLUSH_S,
     )
-    return DrainingServer(config, app.state.drain, settings.shutdown_grace_s)
+    return DrainingServer(config, app.state.context.drain, settings.shutdown_grace_s)
 
 
 def run(

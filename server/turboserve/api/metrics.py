@@ -8,15 +8,17 @@ rank, never by name, or a busy day would leave thousands of dead series behind.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from turboquant_kv.kv_bytes import KVBytes
 from turboserve import __version__
-from turboserve.api.kv_replies import TIERS, kinds_json, largest
+from turboserve.api.kv_replies import largest
 from turboserve.engine.protocol import Engine
-from turboserve.messages import EngineStats
+from turboserve.messages import CacheTier, EngineStats
 
 MAX_RANK = 10  # conversations shown on the page, largest first
 EVENT_TEXTS = {
@@ -68,6 +70,10 @@ def gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> G
     return family
 
 
+def _by_kind(kv: KVBytes) -> dict[str, float]:
+    return {"compressed": kv.compressed, "exact": kv.exact, "slack": kv.slack, "uncompressed": kv.uncompressed}
+
+
 def info(stats: EngineStats) -> GaugeMetricFamily:
     labels = ("version", "model", "kv_format", "kv_backend", "dtype")
     family = GaugeMetricFamily("turboserve_info", "What is being served; always 1.", labels=labels)
@@ -77,7 +83,7 @@ def info(stats: EngineStats) -> GaugeMetricFamily:
 
 def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     kv = stats.kv
-    yield gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", kinds_json(kv))
+    yield gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", _by_kind(kv))
     yield gauge("kv_raw_equivalent_bytes", "Bytes the same tokens would take uncompressed.", kv.raw_equivalent)
     yield gauge("kv_compression_ratio", "Raw-equivalent bytes over allocated bytes.", kv.ratio)
     yield gauge("kv_budget_bytes", "Bytes that KV caches may take.", stats.kv_budget_bytes)
@@ -91,7 +97,7 @@ def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
 
 
 def conversations(stats: EngineStats) -> Iterator[Metric]:
-    counts: dict[str, float] = {tier: stats.num_conversations.get(tier, 0) for tier in TIERS}
+    counts: dict[str, float] = {tier: stats.num_conversations.get(tier, 0) for tier in get_args(CacheTier)}
     yield gauge_by("kv_conversations", "Conversations held, by where they are.", "tier", counts)
     held = {str(rank): c.kv for rank, c in enumerate(largest(stats.conversations)[:MAX_RANK], 1)}
     tokens = {rank: kv.tokens for rank, kv in held.items()}
@@ -129,5 +135,5 @@ def disk(stats: EngineStats) -> Iterator[Metric]:
     yield gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)
     yield counter("kv_store_damaged_files", "Files found damaged, and dropped.", store.num_damaged)
     yield gauge_by(
-        "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", kinds_json(stats.kv_disk)
+        "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", _by_kind(stats.kv_disk)
     )

@@ -1,4 +1,4 @@
-"""What callers say about sessions: names, formats, list cursors, and the bodies of the session routes.
+"""What callers say about sessions: names, formats, pages of a list, and the bodies of the session routes.
 
 Owns the grammar of session ids and KV formats as they arrive; whether a session exists or a model can take
 a format is the engine's business.
@@ -7,14 +7,14 @@ a format is the engine's business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, TypeVar
+from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from turboquant_kv.codec.format import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.api.schemas import StrictModel
-from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError, UnknownParameterError
+from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError
 
 SESSION_HEADER = "x-session-id"
 # Fits into a path segment, a header and a log line without any quoting.
@@ -22,8 +22,6 @@ SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
 SESSION_ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ : @ -, beginning with a letter or digit"
 DEFAULT_PAGE, MAX_PAGE = 20, 100
 MAX_TTL_S = 10 * 366 * 86_400.0  # ten years: beyond it somebody meant milliseconds
-
-Body = TypeVar("Body", bound=StrictModel)
 
 
 class ForkBody(StrictModel):
@@ -41,6 +39,22 @@ class UpdateBody(StrictModel):
 
 class EmptyBody(StrictModel):
     """`POST /v1/sessions/{id}/pin` and `/unpin`."""
+
+
+def _decimal(value: object) -> object:
+    """pydantic would also read `1_0`, ` 1` and `1.0` as numbers."""
+    if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,4}", value, re.ASCII):
+        raise ValueError(f"expected 1 to {MAX_PAGE}")
+    return value
+
+
+class PageQuery(BaseModel):
+    """`GET /v1/sessions`: how many, and which one they follow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), BeforeValidator(_decimal)] = DEFAULT_PAGE
+    after: Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$")] | None = None
 
 
 def check_session_id(value: str, param: str = "session_id") -> str:
@@ -71,27 +85,3 @@ def normal_kv_format(value: str | None) -> str | None:
         return None if value is None else parse_format_name(value)
     except UnsupportedFormatError:
         raise KVFormatError(f"kv_format: expected {FORMAT_NAMES}.") from None
-
-
-def page_of(query: Mapping[str, str]) -> tuple[int, str | None]:
-    """(limit, after) of a list request. Raises InvalidRequestError or UnknownParameterError."""
-    for name in query:
-        if name not in ("limit", "after"):
-            raise UnknownParameterError(f"Unknown parameter: {name[:100]}.", param=name[:100])
-    text = query.get("limit", str(DEFAULT_PAGE))
-    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MAX_PAGE:
-        raise InvalidRequestError(f"limit: expected 1 to {MAX_PAGE}.", param="limit")
-    after = query.get("after")
-    return int(text), None if after is None else check_session_id(after, "after")
-
-
-def parse_body(kind: type[Body], body: Mapping[str, object]) -> Body:
-    """One of the bodies above. Raises InvalidRequestError or UnknownParameterError, naming the parameter."""
-    try:
-        return kind.model_validate(body)
-    except ValidationError as exc:
-        error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = str(error["loc"][0])[:100]
-        if error["type"] == "extra_forbidden":
-            raise UnknownParameterError(f"Unknown parameter: {param}.", param=param) from None
-        raise InvalidRequestError(f"{param}: {error['msg']}.", param=param) from None

@@ -41,7 +41,7 @@ def run(settings: Settings) -> None:
     telemetry = Telemetry()
     engine = _make_engine(settings, telemetry)
     app = create_app(engine, settings, telemetry)
-    starter = _Starter(engine, settings, app.state.drain)
+    starter = _Starter(engine, settings, app.state.context.drain)
     try:
         http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:

@@ -244,8 +244,8 @@ def test_unknown_model_is_404_without_a_look_at_files(
         ("OPTIONS", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("BREW", "/health", 405, "method_not_allowed"),
-        ("GET", "/docs", 404, "not_found"),
-        ("GET", "/openapi.json", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
+        ("POST", "/docs", 405, "method_not_allowed"),
     ],
 )
 def test_unknown_routes_and_methods(client: httpx.Client, method: str, path: str, status: int, code: str) -> None:

@@ -1,14 +1,18 @@
-"""Whatever the body, parsing ends in a request or in one of our errors; and an accepted body means what it said."""
+"""Whatever the body, parsing ends in a request or in one of our errors; and what is accepted is declared in /openapi.json."""
 
 from __future__ import annotations
 
 import orjson
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.turboserve.api.contract import Contract
 from tests.turboserve.api.scripted import MODEL_ID
 
 from turboserve.api.body import parse_object
 from turboserve.api.chat_request import NEUTRAL_VALUES, parse_chat
+from turboserve.api.openapi import ApiDescription
+from turboserve.api.routes import router
 from turboserve.api.schemas import MAX_TOKENS, ChatBody
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.messages import Request
@@ -23,6 +27,10 @@ FIELDS = st.sampled_from(["content", "name", "tool_calls", "tool_call_id", "refu
 MESSAGES = st.lists(st.dictionaries(FIELDS, JSON, max_size=3) | JSON, max_size=3)
 WITH_ROLE = st.lists(st.builds(lambda role, rest: {"role": role, **rest}, ROLES, st.dictionaries(FIELDS, JSON)))
 NAMES = st.sampled_from([*ChatBody.model_fields, *NEUTRAL_VALUES, "alien"])
+APP = FastAPI(openapi_url=None)
+APP.include_router(router)
+DECLARED = Contract(ApiDescription(APP, needs_key=False).document)
+CHAT_BODY = {"$ref": "#/components/schemas/ChatBody"}
 GOOD = st.just([{"role": "user", "content": "hi"}])
 
 
@@ -43,6 +51,7 @@ def test_any_object_is_parsed_or_refused(parameters: dict[str, object], messages
     request = parse({**parameters, "messages": messages})
     if request is None:
         return
+    DECLARED.validate(CHAT_BODY, {**parameters, "messages": messages})
     assert 1 <= len(request.messages) == len(messages)
     assert all(isinstance(message["content"], str) for message in request.messages)
     assert request.max_tokens is None or 1 <= request.max_tokens <= MAX_TOKENS

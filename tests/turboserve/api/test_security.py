@@ -22,6 +22,8 @@ ROUTES = [
     ("GET", "/"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/scripted/model"),
     ("GET", "/v1/kv/stats"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.api.kv_replies import kv_stats_json
+from turboserve.api.kv_replies import kv_statistics
 from turboserve.cli import stats
 from turboserve.messages import AdmissionStats, CacheEvents, ConversationStats, DiskStatus, EngineStats
 
@@ -39,7 +39,7 @@ BUSY = EngineStats(
 
 
 def printed(engine_stats: EngineStats) -> str:
-    return "\n".join(stats.lines(kv_stats_json(engine_stats)))
+    return "\n".join(stats.lines(kv_statistics(engine_stats).model_dump()))
 
 
 def test_a_busy_server() -> None:
