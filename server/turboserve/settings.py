@@ -16,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from turboquant_kv.codec.format import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
+from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.units import try_parse_bytes
 
 MiB = 1 << 20

@@ -23,7 +23,8 @@ from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.codebook import centroids
-from turboquant_kv.codec.format import PLAIN_FORMAT, SUPPORTED_BITS, KVFormat, parse_format_name
+from turboquant_kv.codec.format import SUPPORTED_BITS, KVFormat
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes
 
 # Changes whenever stored pages mean something else although no field of KVFormat does.

@@ -24,7 +24,8 @@ from turboquant_kv.cache.attending import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.layer_cache import PoolSource, TurboQuantKVCache
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.calibration import Calibration
-from turboquant_kv.codec.format import PLAIN_FORMAT, KVFormat, check_head_dim
+from turboquant_kv.codec.format import KVFormat, check_head_dim
+from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
 
 __all__ = ["PLAIN_FORMAT", "KVRuntime", "UnsupportedModelError"]

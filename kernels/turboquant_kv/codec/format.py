@@ -20,10 +20,6 @@ SCALE_BYTES = 2  # one float16 per vector
 # Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
 EXACT_ROWS_STEP = 8
 
-PLAIN_FORMAT = "f16"  # names mlx-lm's own caches: nothing is compressed, the dtype is the model's
-FORMAT_NAMES = "KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/4 or 4/3, or f16 for no compression"
-"""What `parse_format_name` takes, for messages to people."""
-
 
 class UnsupportedFormatError(ValueError):
     """A bit width, head dimension or option that no codec path implements."""
@@ -127,12 +123,3 @@ class KVFormat:
     def fingerprint(self) -> str:
         """Stable hash of every field that changes stored bytes or their meaning."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def parse_format_name(text: str) -> str:
-    """The one spelling of a KV format's name: `4` and `04/4` are `4/4`, ` F16 ` is `f16`.
-
-    Every setting, request and file that names a format is read by this. Raises UnsupportedFormatError.
-    """
-    name = text.strip().lower()
-    return PLAIN_FORMAT if name == PLAIN_FORMAT else KVFormat.parse(name).name

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from turboquant_kv.codec.format import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
+from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.api.schemas import StrictModel
 from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError
 

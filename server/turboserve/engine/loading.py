@@ -17,7 +17,8 @@ import mlx.core as mx
 from turboquant_kv import blas
 from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.calibration import Calibration, calibration_for
-from turboquant_kv.codec.format import PLAIN_FORMAT, KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk

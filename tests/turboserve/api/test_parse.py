@@ -1,4 +1,4 @@
-"""Whatever the body, parsing ends in a request or in one of our errors; and what is accepted is declared in /openapi.json."""
+"""Any body becomes a request or one of our errors, and what is accepted is declared in /openapi.json."""
 
 from __future__ import annotations
 
