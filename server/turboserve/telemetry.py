@@ -76,18 +76,23 @@ class Telemetry:
         self._prefix_hits.inc(num_cached)
 
     def add_generation_tokens(self, num_tokens: int) -> None:
+        """Counts newly generated tokens."""
         self._generation_tokens.inc(num_tokens)
 
     def observe_queue_time(self, seconds: float) -> None:
+        """Arrival of a request to the start of its prefill."""
         self._queue_time.observe(seconds)
 
     def observe_ttft(self, seconds: float) -> None:
+        """Arrival of a request to its first token."""
         self._ttft.observe(seconds)
 
     def observe_inter_token(self, seconds: float) -> None:
+        """Time between two tokens of one request."""
         self._inter_token.observe(seconds)
 
     def observe_e2e(self, seconds: float) -> None:
+        """Arrival of a request to its last token."""
         self._e2e.observe(seconds)
 
     def request_finished(self, reason: str) -> None:

@@ -61,7 +61,10 @@ def check_model(name: str, model_id: str) -> None:
 def parse_chat(
     body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
 ) -> tuple[Request, Delivery]:
-    """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
+    """What to ask of the engine, and how to answer.
+
+    Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
+    """
     chat = validated(ChatBody, _without_unsupported(body))
     if chat.model:
         check_model(chat.model, model_id)

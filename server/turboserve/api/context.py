@@ -18,7 +18,7 @@ from turboserve.telemetry import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """One server's; routes get it as the dependency `Context`."""
+    """The engine and what surrounds it, for one application; routes get it as the dependency `Context`."""
 
     engine: Engine
     drain: Drain

@@ -22,10 +22,12 @@ class Drain:
 
     @property
     def draining(self) -> bool:
+        """Whether the shutdown has begun."""
         return self._draining
 
     @property
     def num_running(self) -> int:
+        """Answers under way."""
         return len(self._running)
 
     def begin(self) -> None:
@@ -42,6 +44,7 @@ class Drain:
         self._running.add(mailbox)
 
     def leave(self, mailbox: Mailbox) -> None:
+        """The answer is over, however it ended."""
         self._running.discard(mailbox)
 
     def expire(self) -> None:

@@ -58,7 +58,7 @@ def _bind_failure(exc: OSError, settings: Settings) -> str:
 
 
 def address_url(sock: socket.socket) -> str:
-    """`http://127.0.0.1:8000`."""
+    """The URL at which a bound socket answers, such as `http://127.0.0.1:8000`."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -57,7 +57,7 @@ def largest(conversations: Iterable[ConversationStats]) -> list[ConversationStat
 
 
 def kv_statistics(stats: EngineStats) -> KVStatistics:
-    """`GET /v1/kv/stats`."""
+    """The reply of `GET /v1/kv/stats`."""
     events = stats.events
     return KVStatistics(
         model=stats.model_id,

@@ -95,7 +95,7 @@ STREAM_OR_WHOLE: Json = {
 
 
 class ApiDescription:
-    """The document of one application, made when it is first asked for."""
+    """What one application says of itself, made when it is first asked for: its routes must be complete by then."""
 
     def __init__(self, app: FastAPI, *, needs_key: bool) -> None:
         self._app, self._needs_key = app, needs_key
@@ -118,12 +118,12 @@ class ApiDescription:
 
     @cached_property
     def json(self) -> bytes:
-        """`/openapi.json`."""
+        """The body of `/openapi.json`."""
         return orjson.dumps(self.document)
 
     @cached_property
     def page(self) -> str:
-        """`/docs`."""
+        """The HTML of `/docs`."""
         return docs_page(self.document)
 
 

@@ -43,6 +43,8 @@ class KVKinds(Reply):
 
 
 class ErrorDetail(Reply):
+    """What went wrong: `code` is for programs, `message` for people."""
+
     message: str
     type: str
     param: Annotated[str | None, Field(description="A path such as messages[2].content.")]
@@ -59,21 +61,29 @@ class ErrorEnvelope(Reply):
 
 
 class ServerInfo(Reply):
+    """Who answers here, and on which routes."""
+
     name: Literal["turboserve"] = "turboserve"
     version: str
     routes: list[str]
 
 
 class Health(Reply):
+    """The process answers."""
+
     status: Literal["ok"] = "ok"
 
 
 class Readiness(Reply):
+    """A request sent now would be worked on."""
+
     status: Literal["ready"] = "ready"
     model: str
 
 
 class ModelObject(Reply):
+    """A served model, as OpenAI lists one."""
+
     id: str
     object: Literal["model"] = "model"
     created: UnixSeconds
@@ -81,6 +91,8 @@ class ModelObject(Reply):
 
 
 class ModelList(Reply):
+    """The served models: exactly one."""
+
     object: Literal["list"] = "list"
     data: list[ModelObject]
 
@@ -89,6 +101,8 @@ class ModelList(Reply):
 
 
 class CachedTokens(Reply):
+    """What of the prompt was not computed again."""
+
     cached_tokens: Annotated[int, Field(description="Prompt tokens found in a kept cache.")]
 
 
@@ -114,12 +128,16 @@ class CompletionUsage(Reply):
 
 
 class AnswerMessage(Reply):
+    """The assistant's answer."""
+
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
 class Choice(Reply):
+    """The one answer; `finish_reason` is `length` where max_tokens or the context ended it."""
+
     index: Literal[0] = 0
     message: AnswerMessage
     logprobs: None = None
@@ -127,6 +145,8 @@ class Choice(Reply):
 
 
 class ChatCompletion(Reply):
+    """An answer in one piece."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: UnixSeconds
@@ -145,6 +165,8 @@ class Delta(Reply):
 
 
 class ChunkChoice(Reply):
+    """The newest piece of the one answer; `finish_reason` is null in all but the last."""
+
     index: Literal[0] = 0
     delta: Delta
     logprobs: None = None
@@ -199,6 +221,8 @@ class SessionList(Reply):
 
 
 class DeletedSession(Reply):
+    """The session is gone, its memory and its file given back."""
+
     id: str
     object: Literal["session.deleted"] = "session.deleted"
     deleted: Literal[True] = True
@@ -208,21 +232,29 @@ class DeletedSession(Reply):
 
 
 class BytesPerToken(Reply):
+    """Bytes of one more token of a long conversation, all layers."""
+
     compressed: float
     raw: float
 
 
 class LayerCounts(Reply):
+    """The model's layers, by how their keys and values are kept."""
+
     compressed: int
     uncompressed: int
 
 
 class RequestCounts(Reply):
+    """Requests in the engine now."""
+
     running: int
     waiting: int
 
 
 class TierCounts(Reply):
+    """Conversations held now, by where they are."""
+
     running: int
     memory: int
     disk: int
@@ -246,6 +278,8 @@ class ConversationObject(Reply):
 
 
 class PrefixTokens(Reply):
+    """Prompt tokens since the start: looked up in kept caches, and found there."""
+
     queried: int
     hit: int
 
@@ -262,6 +296,8 @@ class EventCounts(Reply):
 
 
 class ReservedAndUsed(Reply):
+    """Bytes reserved at admission, and bytes held in the end."""
+
     estimated_bytes: int
     actual_bytes: int
 

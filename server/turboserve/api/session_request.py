@@ -25,20 +25,20 @@ MAX_TTL_S = 10 * 366 * 86_400.0  # ten years: beyond it somebody meant milliseco
 
 
 class ForkBody(StrictModel):
-    """`POST /v1/sessions/{id}/fork`."""
+    """The body of `POST /v1/sessions/{id}/fork`: the new name; null or absent lets the server choose one."""
 
     id: str | None = None
 
 
 class UpdateBody(StrictModel):
-    """`POST /v1/sessions/{id}`; what is absent or null stays as it is."""
+    """The body of `POST /v1/sessions/{id}`: null or absent leaves a value, a `ttl_s` of 0 takes the limit away."""
 
     pinned: bool | None = None
     ttl_s: Annotated[float, Field(ge=0, le=MAX_TTL_S)] | None = None
 
 
 class EmptyBody(StrictModel):
-    """`POST /v1/sessions/{id}/pin` and `/unpin`."""
+    """The body of `POST /v1/sessions/{id}/pin` and `/unpin`: an object without fields."""
 
 
 def _decimal(value: object) -> object:
@@ -49,7 +49,7 @@ def _decimal(value: object) -> object:
 
 
 class PageQuery(BaseModel):
-    """`GET /v1/sessions`: how many, and which one they follow."""
+    """The query of `GET /v1/sessions`: how many, and which one they follow."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -183,7 +183,7 @@ class TurboEngine:
         return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
 
     def session(self, command: SessionCommand) -> Future[Any]:
-        """The future holds what the command's docstring names, or a TurboServeError."""
+        """Have a session command answered on the engine thread; see protocol.Engine."""
         call = _SessionCall(command, Future())
         with self._changed:
             unready = self._unready

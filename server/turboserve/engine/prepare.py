@@ -5,7 +5,7 @@ All refusals that depend on the request alone happen here, before any memory or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequence_
+from collections.abc import Iterable
 
 from turboserve.cache.manager import CacheManager
 from turboserve.engine.loaded_model import LoadedModel
@@ -43,7 +43,7 @@ class Preparer:
         sequence.max_answer_len = limit
         sequence.prompt = prompt
 
-    def _decode(self, ids: Sequence_[int]) -> str:
+    def _decode(self, ids: Iterable[int]) -> str:
         text: str = self._loaded.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

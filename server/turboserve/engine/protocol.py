@@ -26,7 +26,9 @@ from turboserve.messages import (
 class EventSink(Protocol):
     """Receives events on the engine thread; must return at once and never raise."""
 
-    def put(self, event: Event) -> None: ...
+    def put(self, event: Event) -> None:
+        """Take the request's next event; a Finished or Failed is its last."""
+        ...
 
 
 class Engine(Protocol):
@@ -77,7 +79,9 @@ class Engine(Protocol):
 class EngineTelemetry(Protocol):
     """Counters the engine feeds; thread-safe, quick, never raising. Times are seconds."""
 
-    def request_finished(self, reason: str, /) -> None: ...
+    def request_finished(self, reason: str, /) -> None:
+        """A request was answered in full; `reason` is `stop` or `length`."""
+        ...
 
     def request_failed(self, code: str, /) -> None:
         """A request that was being worked on ended with this error code."""
@@ -91,19 +95,29 @@ class EngineTelemetry(Protocol):
         """`stage` is `queued`, `prefill` or `decode`."""
         ...
 
-    def observe_ttft(self, seconds: float, /) -> None: ...
+    def observe_ttft(self, seconds: float, /) -> None:
+        """Arrival of a request to its first token."""
+        ...
 
-    def observe_inter_token(self, seconds: float, /) -> None: ...
+    def observe_inter_token(self, seconds: float, /) -> None:
+        """Time between two tokens of one request."""
+        ...
 
-    def observe_queue_time(self, seconds: float, /) -> None: ...
+    def observe_queue_time(self, seconds: float, /) -> None:
+        """Arrival of a request to the start of its prefill."""
+        ...
 
-    def observe_e2e(self, seconds: float, /) -> None: ...
+    def observe_e2e(self, seconds: float, /) -> None:
+        """Arrival of a request to its last token."""
+        ...
 
     def add_prompt_tokens(self, num_tokens: int, num_cached: int, /) -> None:
         """`num_tokens` of a prompt in all, of which `num_cached` were not computed again."""
         ...
 
-    def add_generation_tokens(self, num_tokens: int, /) -> None: ...
+    def add_generation_tokens(self, num_tokens: int, /) -> None:
+        """That many tokens were generated."""
+        ...
 
 
 class NullTelemetry:

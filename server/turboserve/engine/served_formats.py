@@ -1,4 +1,4 @@
-"""All KV formats of the loaded model as the cache manager uses them: `turboquant_kv.family` with a default.
+"""All KV formats of the loaded model as the cache memory uses them: the library's KVFamily with a default.
 
 Adds the server's own format, errors that HTTP shows, and a look at the pages that a conversation holds.
 """
@@ -57,7 +57,7 @@ class ServedFormats:
         return self.kv.totals()
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
-        """Of the first compressed layer; all of them hold and share their pages alike."""
+        """Pages of the first compressed layer, None without one; all layers hold and share their pages alike."""
         paged = [c.sequence for c in caches if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
         if not paged:
             return None
