@@ -38,7 +38,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
     )
-    app.state.description = ApiDescription(app, needs_key=bool(settings.api_key or settings.api_keys))
+    app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
     app.include_router(router)
     app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
     for kind in EXPECTED:

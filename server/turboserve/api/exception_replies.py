@@ -59,4 +59,5 @@ def _of_the_query(exc: RequestValidationError, request: Request) -> TurboServeEr
         ErrorDetails(type=error["type"], loc=error["loc"][1:], msg=error["msg"], input=None)  # loc without "query"
         for error in exc.errors()
     ]
+    errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # a misspelt name before a bad value
     return complaint(errors, request.query_params)

@@ -7,15 +7,19 @@ Routes use `failures`, `json_body` and `STREAM_OR_WHOLE`; `ApiDescription` puts 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import cached_property
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
+from turboserve import __version__
 from turboserve.api.chat_request import NEUTRAL_VALUES
 from turboserve.api.docs_page import docs_page
 from turboserve.api.frontdoor import OPEN_PATHS
@@ -95,16 +99,16 @@ STREAM_OR_WHOLE: Json = {
 
 
 class ApiDescription:
-    """What one application says of itself, made when it is first asked for: its routes must be complete by then."""
+    """What one application says of its routes, made when it is first asked for."""
 
-    def __init__(self, app: FastAPI, *, needs_key: bool) -> None:
-        self._app, self._needs_key = app, needs_key
+    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool) -> None:
+        self._routes, self._needs_key = tuple(routes), needs_key
 
     @cached_property
     def document(self) -> Json:
         """OpenAPI 3.1, as a dict that nobody changes."""
-        app = self._app
-        document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+        routes = list(_one_method_each(self._routes))
+        document = get_openapi(title="TurboServe", version=__version__, description=DESCRIPTION, routes=routes)
         components: Json = document.setdefault("components", {})
         components["schemas"] = _schemas(components.get("schemas", {}))
         if self._needs_key:
@@ -125,6 +129,17 @@ class ApiDescription:
     def page(self) -> str:
         """The HTML of `/docs`."""
         return docs_page(self.document)
+
+
+def _one_method_each(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
+    """Copies of the routes, because FastAPI would give all methods of one route the same operation id."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            for method in sorted(route.methods or ()):
+                one = copy(route)
+                one.methods = {method}
+                one.unique_id = route.name + ("_head" if method == "HEAD" else "")
+                yield one
 
 
 def _schemas(replies: Json) -> Json:

@@ -237,15 +237,13 @@ async def root() -> ServerInfo:
     return ServerInfo(version=__version__, routes=ROUTES)
 
 
-@router.head("/health", responses=failures())
-@router.get("/health", responses=failures())
+@router.api_route("/health", methods=["GET", "HEAD"], responses=failures())
 async def health() -> Health:
     """Answers while the process lives; needs no key."""
     return Health()
 
 
-@router.head("/ready", responses=failures(EngineUnavailableError))
-@router.get("/ready", responses=failures(EngineUnavailableError))
+@router.api_route("/ready", methods=["GET", "HEAD"], responses=failures(EngineUnavailableError))
 async def ready(context: Context) -> Readiness:
     """Answers when a request sent now would be worked on, else says why not."""
     context.drain.check()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.api.schemas import StrictModel
@@ -41,10 +42,16 @@ class EmptyBody(StrictModel):
     """The body of `POST /v1/sessions/{id}/pin` and `/unpin`: an object without fields."""
 
 
-def _decimal(value: object) -> object:
+def _page_limit(value: object) -> object:
     """pydantic would also read `1_0`, ` 1` and `1.0` as numbers."""
-    if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,4}", value, re.ASCII):
-        raise ValueError(f"expected 1 to {MAX_PAGE}")
+    if isinstance(value, str) and not (re.fullmatch(r"[0-9]{1,4}", value, re.ASCII) and 1 <= int(value) <= MAX_PAGE):
+        raise PydanticCustomError("page_limit", f"expected 1 to {MAX_PAGE}")
+    return value
+
+
+def _cursor(value: object) -> object:
+    if isinstance(value, str) and not SESSION_ID.fullmatch(value):
+        raise PydanticCustomError("session_id", f"expected {SESSION_ID_RULE}")
     return value
 
 
@@ -53,8 +60,8 @@ class PageQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), BeforeValidator(_decimal)] = DEFAULT_PAGE
-    after: Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$")] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), BeforeValidator(_page_limit)] = DEFAULT_PAGE
+    after: Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$"), BeforeValidator(_cursor)] | None = None
 
 
 def check_session_id(value: str, param: str = "session_id") -> str:
