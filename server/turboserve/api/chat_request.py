@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from turboserve.api.schemas import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
+from turboserve.api.chat_body import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.validation import validated
 from turboserve.errors import (

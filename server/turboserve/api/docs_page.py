@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -25,6 +26,15 @@ CONTENT_SECURITY_POLICY = (
     f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+BOUND_WORDS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "below",
+    "minLength": "at least",
+    "maxLength": "at most",
+}
+
 Json = Mapping[str, Any]
 
 
@@ -36,7 +46,7 @@ def docs_page(document: Json) -> str:
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
             f"<style>{STYLE}</style></head><body>",
-            f"<h1>{title}</h1><p>{escape(info.get('description', ''))}</p>",
+            f"<h1>{title}</h1><p>{_text(info.get('description', ''))}</p>",
             "<h2>Routes</h2>",
             *_routes(document),
             "<h2>Objects</h2>",
@@ -50,9 +60,9 @@ def _routes(document: Json) -> Iterator[str]:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             yield f"<h3><code>{escape(method.upper())} {escape(path)}</code></h3>"
-            yield f"<p>{escape(operation.get('description') or operation.get('summary', ''))}</p>"
+            yield f"<p>{_text(operation.get('description') or operation.get('summary', ''))}</p>"
             rows = [*_parameters(operation), *_body(operation), *_responses(operation)]
-            yield from _table(("", "", ""), rows)
+            yield from _table(("part", "type", ""), rows)
 
 
 def _parameters(operation: Json) -> Iterator[tuple[str, str, str]]:
@@ -60,7 +70,7 @@ def _parameters(operation: Json) -> Iterator[tuple[str, str, str]]:
         yield (
             f"{parameter['in']} <code>{escape(parameter['name'])}</code>",
             _type(parameter["schema"]),
-            escape(parameter.get("description", "")),
+            _text(parameter.get("description", "")),
         )
 
 
@@ -72,20 +82,25 @@ def _body(operation: Json) -> Iterator[tuple[str, str, str]]:
 
 def _responses(operation: Json) -> Iterator[tuple[str, str, str]]:
     for status, response in sorted(operation["responses"].items()):
-        text = escape(response["description"]).replace("`", "")
-        shapes = [f"{escape(m)}: {_type(c.get('schema', {}))}" for m, c in response.get("content", {}).items()]
-        yield escape(status), "<br>".join(shapes), text
+        shapes = [_content(media_type, content) for media_type, content in response.get("content", {}).items()]
+        yield escape(status), "<br>".join(shapes), _text(response["description"])
+
+
+def _content(media_type: str, content: Json) -> str:
+    if "x-event-schema" in content:
+        return f"{escape(media_type)}: events of {_type(content['x-event-schema'])}"
+    return f"{escape(media_type)}: {_type(content.get('schema', {}))}"
 
 
 def _objects(document: Json) -> Iterator[str]:
     for name, schema in document["components"]["schemas"].items():
-        yield f'<h3 id="{escape(name)}">{escape(name)}</h3><p>{escape(schema.get("description", ""))}</p>'
+        yield f'<h3 id="{escape(name)}">{escape(name)}</h3><p>{_text(schema.get("description", ""))}</p>'
         required = schema.get("required", ())
         rows = [
             (
                 f"<code>{escape(field)}</code>" + (" (required)" if field in required else ""),
                 _type(shape),
-                escape(shape.get("description", "")),
+                _text(shape.get("description", "")),
             )
             for field, shape in schema.get("properties", {}).items()
         ]
@@ -100,7 +115,7 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, str, str]]) -> Iterator
 
 
 def _type(schema: Json) -> str:
-    """HTML of a schema in a few words: `string`, `list of Message`, `integer, 1 to 100`."""
+    """HTML of a schema in a few words: `string`, `list of Message`, `integer (from 1, to 100)`."""
     if "$ref" in schema:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'
@@ -116,10 +131,16 @@ def _type(schema: Json) -> str:
 
 
 def _bounds(schema: Json) -> str:
-    words = {
-        "minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below",
-        "minLength": "at least", "maxLength": "at most",
-    }  # fmt: skip
-    said = [f"{word} {schema[key]:g}" for key, word in words.items() if key in schema]
+    """` (at least 1, at most 16 characters)`, or nothing where there are none."""
+    said = [f"{word} {_number(schema[key])}" for key, word in BOUND_WORDS.items() if key in schema]
     unit = " characters" if said and schema.get("type") == "string" else ""
-    return f", {' '.join(said)}{unit}" if said else ""
+    return f" ({', '.join(said)}{unit})" if said else ""
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else str(value)
+
+
+def _text(text: str) -> str:
+    """HTML of a description, whose backticks mark code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))

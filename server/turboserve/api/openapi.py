@@ -20,11 +20,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from turboserve import __version__
+from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import NEUTRAL_VALUES
 from turboserve.api.docs_page import docs_page
 from turboserve.api.frontdoor import OPEN_PATHS
 from turboserve.api.reply_models import ChatCompletionChunk, ErrorEnvelope
-from turboserve.api.schemas import ChatBody
 from turboserve.api.session_request import SESSION_HEADER, SESSION_ID, EmptyBody, ForkBody, UpdateBody
 from turboserve.errors import (
     AuthenticationError,
@@ -89,7 +89,7 @@ STREAM_OR_WHOLE: Json = {
         "text/event-stream": {
             "schema": {
                 "type": "string",
-                "description": "Events `data: {...}`, each a ChatCompletionChunk, and `data: [DONE]`. An error after "
+                "description": "Events `data: {...}`, each a ChatCompletionChunk, then `data: [DONE]`. An error after "
                 "the first byte is the last event instead, an ErrorEnvelope. Comment lines bridge silence.",
             },
             "x-event-schema": {"$ref": REF.format(model=ChatCompletionChunk.__name__)},

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from turboserve import __version__
 from turboserve.api.body import read_json_object
+from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import check_model, parse_chat
 from turboserve.api.completion import CompletionResponse
 from turboserve.api.context import ApiContext, Context, Tenant
@@ -36,7 +37,6 @@ from turboserve.api.reply_models import (
     SessionList,
     SessionObject,
 )
-from turboserve.api.schemas import ChatBody
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
-from turboserve.api.schemas import StrictModel
+from turboserve.api.chat_body import StrictModel
 from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError
 
 SESSION_HEADER = "x-session-id"

@@ -41,8 +41,8 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache manager as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
-    family = _build_family(settings, loaded, progress)
-    runtime = family.default_runtime
+    formats = _serve_formats(settings, loaded, progress)
+    runtime = formats.default_runtime
     budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
     limits = ManagerLimits(
         session_ttl_s=settings.session_ttl_s,
@@ -50,13 +50,13 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
     )
-    disk = _open_store(settings, loaded, family, progress)
-    manager = CacheManager(family, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    disk = _open_store(settings, loaded, formats, progress)
+    manager = CacheManager(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
-    if family.calibration is not None:
-        details["calibration"] = family.calibration.origin
+    if formats.calibration is not None:
+        details["calibration"] = formats.calibration.origin
     if runtime.fmt is not None:
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, manager, details)
@@ -138,7 +138,7 @@ def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tup
     return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
 
 
-def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -> ServedFormats:
+def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) -> ServedFormats:
     """All formats of the model, the wanted one ready to use. Raises StartupError."""
 
     def calibrate() -> Calibration:
@@ -158,12 +158,12 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
 
 
 def _open_store(
-    settings: Settings, loaded: LoadedModel, family: ServedFormats, progress: Progress
+    settings: Settings, loaded: LoadedModel, formats: ServedFormats, progress: Progress
 ) -> SessionDisk | None:
     """The disk store, if one is wanted. Raises StartupError when another process has it."""
     if settings.kv_store_dir is None:
         return None
-    meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, family.kv.fingerprint)
+    meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, formats.kv.fingerprint)
     try:
         store = DiskStore(
             settings.kv_store_dir.expanduser(),

@@ -9,10 +9,10 @@ from tests.turboserve.api.contract import Contract
 from tests.turboserve.api.scripted import MODEL_ID
 
 from turboserve.api.body import parse_object
+from turboserve.api.chat_body import MAX_TOKENS, ChatBody
 from turboserve.api.chat_request import NEUTRAL_VALUES, parse_chat
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.routes import router
-from turboserve.api.schemas import MAX_TOKENS, ChatBody
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.messages import Request
 
