@@ -253,7 +253,7 @@ def test_unknown_routes_and_methods(client: httpx.Client, method: str, path: str
     assert (reply.status_code, error_of(reply)["code"]) == (status, code)
     assert ("allow" in reply.headers) == (status == 405)
     if path == "/health":
-        assert reply.headers["allow"] == "GET, HEAD"
+        assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_a_bug_of_ours_is_a_plain_500(ask: Ask, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
