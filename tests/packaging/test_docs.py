@@ -60,3 +60,12 @@ def test_the_api_page_names_every_error_code() -> None:
     codes = {kind.code for kind in kinds if issubclass(kind, errors.TurboServeError)}
     unseen = {None, errors.RequestCancelledError.code}  # its client has left
     assert codes - unseen <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_the_api_page_names_the_reasons_of_refusals() -> None:
+    """Those that are counted by name; the others are error codes."""
+    lines = (ROOT / "docs" / "api.md").read_text().splitlines()
+    (row,) = [line for line in lines if "turboserve_request_refused_total" in line]
+    sources = [file.read_text() for file in (ROOT / "server" / "turboserve").rglob("*.py")]
+    counted = {reason for text in sources for reason in re.findall(r'request_refused\("(\w+)"\)', text)}
+    assert counted and set(re.findall(r"`([a-z_]+)`", row)) == counted
