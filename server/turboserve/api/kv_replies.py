@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.api.reply_models import (
+from turboserve.api.kv_reply_models import (
     AdmissionSums,
     BytesPerToken,
     ConversationObject,

@@ -23,20 +23,10 @@ from turboserve.api.completion import CompletionResponse
 from turboserve.api.context import ApiContext, Context, Tenant
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
+from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
 from turboserve.api.replies import JSON_TYPE, model_object
-from turboserve.api.reply_models import (
-    ChatCompletion,
-    DeletedSession,
-    Health,
-    KVStatistics,
-    ModelList,
-    ModelObject,
-    Readiness,
-    ServerInfo,
-    SessionList,
-    SessionObject,
-)
+from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,

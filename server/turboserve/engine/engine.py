@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from turboserve.engine import scheduler
-from turboserve.engine.failures import as_failure
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, SessionAnswer, SessionCall
 from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.loop import Clock, StepLoop
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
@@ -35,8 +36,6 @@ from turboserve.messages import (
     ListSessions,
     Request,
     SessionCommand,
-    SessionInfo,
-    SessionPage,
     UpdateSession,
 )
 from turboserve.settings import Settings
@@ -48,55 +47,7 @@ Build = Callable[[Settings, Progress], EngineParts]
 # Measuring running conversations costs a few hundred microseconds each; dashboards do not need more.
 SNAPSHOT_INTERVAL_S = 0.25
 
-RETRY_AFTER_START_S = 5
-
 IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _SessionCall:
-    """A session command, and whom to tell its answer."""
-
-    command: SessionCommand
-    future: Future[Any]
-
-    def run(self, loop: StepLoop) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(_answer(loop, self.command))
-        except Exception as exc:
-            if not isinstance(exc, TurboServeError):
-                log.exception("a session command failed")
-            self.future.set_exception(as_failure(exc, RETRY_AFTER_START_S))
-
-    def refuse(self, error: TurboServeError) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-
-def _answer(loop: StepLoop, command: SessionCommand) -> SessionPage | SessionInfo | None:
-    sessions = loop.sessions
-    match command:
-        case ListSessions(tenant, limit, after):
-            return sessions.list_page(tenant, limit, after)
-        case GetSession(tenant, session_id):
-            return sessions.get(tenant, session_id)
-        case ForkSession(tenant, session_id, new_id):
-            return sessions.fork(tenant, session_id, new_id)
-        case UpdateSession(tenant, session_id, is_pinned, ttl_s):
-            return sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s)
-        case DeleteSession(tenant, session_id):
-            sessions.delete(tenant, session_id)
-            return None
-
-
-_InboxItem = Sequence | _Cancel | _SessionCall
 
 
 class TurboEngine:
@@ -118,7 +69,7 @@ class TurboEngine:
         self._model_id = model_id
         self._created = int(time.time())
         self._changed = threading.Condition()
-        self._inbox: deque[_InboxItem] = deque()
+        self._inbox: deque[InboxItem] = deque()
         self._num_waiting = 0  # submitted and not yet admitted, inbox included
         self._num_running = 0
         self._unready: str | None = "the model is not loaded yet"
@@ -167,7 +118,7 @@ class TurboEngine:
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            self._inbox.append(_Cancel(request_id))
+            self._inbox.append(Cancel(request_id))
             self._changed.notify()
 
     def unready_reason(self) -> str | None:
@@ -184,7 +135,7 @@ class TurboEngine:
 
     def session(self, command: SessionCommand) -> Future[Any]:
         """Have a session command answered on the engine thread; see protocol.Engine."""
-        call = _SessionCall(command, Future())
+        call = SessionCall(command, Future())
         with self._changed:
             unready = self._unready
             if unready is None:
@@ -241,17 +192,17 @@ class TurboEngine:
             for item in items:
                 if isinstance(item, Sequence):
                     loop.add(item.request, item.sink, item.submitted_s)
-                elif isinstance(item, _Cancel):
+                elif isinstance(item, Cancel):
                     loop.cancel(item.request_id)
                 else:
-                    item.run(loop)
+                    item.run(partial(_answer, loop))
             if loop.has_work:
                 loop.step()
             else:
                 loop.tick()
             self._after_step(loop)
 
-    def _next_items(self, loop: StepLoop) -> list[_InboxItem] | None:
+    def _next_items(self, loop: StepLoop) -> list[InboxItem] | None:
         """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
         with self._changed:
             if not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
@@ -288,7 +239,7 @@ class TurboEngine:
         for item in left:
             if isinstance(item, Sequence):
                 item.sink.put(Failed(error))
-            elif isinstance(item, _SessionCall):
+            elif isinstance(item, SessionCall):
                 item.refuse(error)
         if loop is not None:
             self._publish(loop)
@@ -310,3 +261,19 @@ class TurboEngine:
 
 def _not_ready(reason: str) -> EngineUnavailableError:
     return EngineUnavailableError(f"The engine is not ready: {reason}.", retry_after_s=RETRY_AFTER_START_S)
+
+
+def _answer(loop: StepLoop, command: SessionCommand) -> SessionAnswer:
+    sessions = loop.sessions
+    match command:
+        case ListSessions(tenant, limit, after):
+            return sessions.list_page(tenant, limit, after)
+        case GetSession(tenant, session_id):
+            return sessions.get(tenant, session_id)
+        case ForkSession(tenant, session_id, new_id):
+            return sessions.fork(tenant, session_id, new_id)
+        case UpdateSession(tenant, session_id, is_pinned, ttl_s):
+            return sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s)
+        case DeleteSession(tenant, session_id):
+            sessions.delete(tenant, session_id)
+            return None
