@@ -29,7 +29,8 @@ from turboserve.cache.manager import Ask, CacheManager
 from turboserve.engine.engine import SNAPSHOT_INTERVAL_S
 from turboserve.engine.loading import build_parts
 from turboserve.engine.loop import StepLoop
-from turboserve.engine.protocol import Event, GenerationRequest, NullTelemetry, SamplingParams
+from turboserve.engine.protocol import NullTelemetry
+from turboserve.messages import Event, Request, SamplingParams
 from turboserve.settings import Settings
 
 SHARE_TARGET = 0.03
@@ -114,8 +115,8 @@ def step_rows(loop: StepLoop, num_stored: int) -> list[Row]:
     ]
 
 
-def endless_request(index: int) -> GenerationRequest:
-    return GenerationRequest(
+def endless_request(index: int) -> Request:
+    return Request(
         request_id=f"r{index}",
         messages=({"role": "user", "content": f"Tell me story number {index}."},),
         sampling=SamplingParams(temperature=0.0, logit_bias=((END_OF_TURN, -100.0),)),

@@ -51,20 +51,28 @@ class TurboServeError(Exception):
 
 
 class InvalidRequestError(TurboServeError):
+    """The request is malformed, or a value is out of range; `param` names it where there is one."""
+
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
 
 
 class ContextLengthError(InvalidRequestError):
+    """Prompt and answer can never fit, whatever else the server holds."""
+
     code = "context_length_exceeded"
 
 
 class UnsupportedParameterError(InvalidRequestError):
+    """A known parameter of OpenAI's API that this server does not implement."""
+
     code = "unsupported_parameter"
 
 
 class UnknownParameterError(InvalidRequestError):
+    """A parameter that no API has: a misspelling must not go unnoticed."""
+
     code = "unknown_parameter"
 
 
@@ -78,22 +86,30 @@ class KVFormatError(InvalidRequestError):
 
 
 class ForeignHostError(InvalidRequestError):
+    """The Host header names a server that this is not."""
+
     code = "host_not_allowed"
 
 
 class AuthenticationError(TurboServeError):
+    """No key, or a wrong one."""
+
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
 
 class ModelNotFoundError(TurboServeError):
+    """Another model than the served one was asked for; nothing is looked up."""
+
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
 
 
 class RouteNotFoundError(TurboServeError):
+    """No route has this path."""
+
     status = 404
     type = "invalid_request_error"
     code = "not_found"
@@ -111,24 +127,32 @@ class SessionNotFoundError(TurboServeError):
 
 
 class MethodNotAllowedError(TurboServeError):
+    """The path exists, with other methods."""
+
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
 
 
 class SlowRequestError(TurboServeError):
+    """Headers and body did not arrive in time."""
+
     status = 408
     type = "invalid_request_error"
     code = "request_timeout"
 
 
 class SessionBusyError(TurboServeError):
+    """A request runs in the session, so that it cannot be deleted or forked now."""
+
     status = 409
     type = "invalid_request_error"
     code = "session_busy"
 
 
 class SessionExistsError(TurboServeError):
+    """The name for a new session is taken."""
+
     status = 409
     type = "invalid_request_error"
     code = "session_exists"
@@ -143,34 +167,46 @@ class QuotaExceededError(TurboServeError):
 
 
 class BodyTooLargeError(TurboServeError):
+    """The body passes the server's limit, declared or not."""
+
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
 
 
 class MediaTypeError(TurboServeError):
+    """The body is not declared as uncompressed JSON in UTF-8."""
+
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
 
 
 class HeadersTooLargeError(TurboServeError):
+    """The headers pass the server's limit."""
+
     status = 431
     type = "invalid_request_error"
     code = "headers_too_large"
 
 
 class RequestCancelledError(TurboServeError):
+    """The caller took the request back, or left."""
+
     status = 499
     type = "invalid_request_error"
     code = "request_cancelled"
 
 
 class EngineFailureError(TurboServeError):
+    """A bug, or a computation that failed; details are in the log only."""
+
     code = "engine_failure"
 
 
 class OverloadedError(TurboServeError):
+    """Queue or memory is full for now; `retry_after_s` says when to come back."""
+
     status = 503
     type = "overloaded_error"
     code = "server_overloaded"
@@ -188,6 +224,8 @@ class OverloadedError(TurboServeError):
 
 
 class EngineUnavailableError(OverloadedError):
+    """The engine is loading, dead or shutting down."""
+
     code = "engine_unavailable"
 
 

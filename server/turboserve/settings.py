@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
 from turboserve.units import try_parse_bytes
 
 MiB = 1 << 20
@@ -29,6 +30,13 @@ def _byte_count(value: object) -> object:
     if num_bytes is None:
         raise ValueError('a number of bytes such as "512MiB" or "2GB"')
     return num_bytes
+
+
+def _kv_format(value: str) -> str:
+    try:
+        return parse_format_name(value)
+    except UnsupportedFormatError as exc:
+        raise ValueError(FORMAT_NAMES) from exc
 
 
 # TOML knows no null and a variable cannot be absent and present: empty text means "none".
@@ -52,7 +60,8 @@ class Settings(BaseSettings):
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
 
-    kv_format: str = "4/4"  # KEY_BITS/VALUE_BITS, or f16 for mlx-lm's uncompressed cache
+    # KEY_BITS/VALUE_BITS, or f16 for mlx-lm's uncompressed cache
+    kv_format: Annotated[str, AfterValidator(_kv_format)] = "4/4"
     kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
     allow_requantise: bool = False  # under pressure, take idle conversations one format down before dropping them
     session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never

@@ -76,18 +76,23 @@ class Telemetry:
         self._prefix_hits.inc(num_cached)
 
     def add_generation_tokens(self, num_tokens: int) -> None:
+        """Counts newly generated tokens."""
         self._generation_tokens.inc(num_tokens)
 
     def observe_queue_time(self, seconds: float) -> None:
+        """Arrival of a request to the start of its prefill."""
         self._queue_time.observe(seconds)
 
     def observe_ttft(self, seconds: float) -> None:
+        """Arrival of a request to its first token."""
         self._ttft.observe(seconds)
 
     def observe_inter_token(self, seconds: float) -> None:
+        """Time between two tokens of one request."""
         self._inter_token.observe(seconds)
 
     def observe_e2e(self, seconds: float) -> None:
+        """Arrival of a request to its last token."""
         self._e2e.observe(seconds)
 
     def request_finished(self, reason: str) -> None:
@@ -99,7 +104,11 @@ class Telemetry:
         self._failures.labels(code).inc()
 
     def request_refused(self, reason: str) -> None:
-        """A request was turned away: `queue_full`, `too_long`, `not_ready`, `draining`, …"""
+        """A request was turned away before any work on it.
+
+        `reason` is `queue_full`, `not_ready`, `draining`, or the code of the error it got while it was queued,
+        such as `context_length_exceeded`.
+        """
         self._refused.labels(reason).inc()
 
     def request_cancelled(self, stage: str) -> None:

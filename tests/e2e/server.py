@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 from openai import OpenAI
+from tests.turboserve.api.contract import Contract
 
 START_TIMEOUT_S = 120  # generous: the suite may run on a loaded machine; bench/startup.py measures the real figure
 
@@ -33,8 +34,18 @@ class Server:
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
+    @cached_property
+    def contract(self) -> Contract:
+        return Contract(httpx.get(f"{self.url}/openapi.json", timeout=30).json())
+
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
+        """A reply that the server's own /openapi.json allows."""
+        return self._ask("GET", path)
+
+    def _ask(self, method: str, path: str) -> httpx.Response:
+        reply = httpx.request(method, f"{self.url}{path}", timeout=30)
+        self.contract.check(reply)
+        return reply
 
     def stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = self.get("/v1/kv/stats").json()
@@ -45,7 +56,7 @@ class Server:
         self.wait_until_idle()
         while page := self.get("/v1/sessions?limit=100").json()["data"]:
             for session in page:
-                httpx.delete(f"{self.url}/v1/sessions/{session['id']}", timeout=30)
+                self._ask("DELETE", f"/v1/sessions/{session['id']}")
 
     def wait_until_idle(self) -> dict[str, Any]:
         """The statistics once nothing runs or waits."""

@@ -34,8 +34,8 @@ from tests.stress.watch import LEADS, WATCH, watch_engine
 
 from turboserve.engine.engine import TurboEngine
 from turboserve.engine.loading import build_parts
-from turboserve.engine.protocol import Event, Failed, Finished, GenerationRequest, SamplingParams, TextDelta
 from turboserve.errors import OverloadedError, RequestCancelledError, SessionExistsError, SessionNotFoundError
+from turboserve.messages import Event, Failed, Finished, ForkSession, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class Player:
             if self._complaints or WATCH.complaint:
                 return
         try:
-            info = self._wait(self._engine.fork_session(plan.tenant, source.session_id, plan.session_id))
+            info = self._wait(self._engine.session(ForkSession(plan.tenant, source.session_id, plan.session_id)))
             assert info.session_id == plan.session_id and info.is_explicit
         except (SessionNotFoundError, SessionExistsError, OverloadedError):
             pass  # gone, forked before the restart, or no room: all of these a client must live with
@@ -160,7 +160,7 @@ class Player:
         return tuple(messages)
 
     def _ask(self, plan: Plan, turn: int, asked: Turn, request_id: str, cancel_after: int | None) -> str:
-        request = GenerationRequest(
+        request = Request(
             request_id=request_id,
             messages=self._messages(plan, turn),
             sampling=SamplingParams(temperature=0.0),

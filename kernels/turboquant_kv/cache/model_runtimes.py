@@ -18,9 +18,10 @@ from turboquant_kv.cache import convert as converting
 from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.probe import probe_layers
-from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime
+from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, parse_format_name
 from turboquant_kv.codec.registry import scalar_tables
 from turboquant_kv.kv_bytes import KVBytes
 
@@ -48,8 +49,7 @@ class KVFamily:
     @staticmethod
     def normalise(name: str) -> str:
         """The one spelling of a format's name: `4` is `4/4`. Raises UnsupportedFormatError."""
-        text = name.strip().lower()
-        return text if text == PLAIN_FORMAT else KVFormat.parse(text).name
+        return parse_format_name(name)
 
     def runtime(self, name: str) -> KVRuntime:
         """The runtime of a format such as `4/3` or `f16`.

@@ -27,11 +27,10 @@ from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat, check_head_dim
+from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
 
 __all__ = ["PLAIN_FORMAT", "KVRuntime", "UnsupportedModelError"]
-
-PLAIN_FORMAT = "f16"  # mlx-lm's own caches, in the model's dtype
 
 
 class KVRuntime:

@@ -59,7 +59,7 @@ def _too_large(max_body_bytes: int) -> BodyTooLargeError:
 
 
 def parse_object(body: bytes) -> dict[str, object]:
-    """Raises InvalidRequestError; its message gives a position and never quotes the body."""
+    """The JSON object in these bytes. Raises InvalidRequestError, which gives a position and never quotes them."""
     if not body.strip():
         raise InvalidRequestError("The body is empty; send a JSON object.")
     if body.startswith(BOMS):

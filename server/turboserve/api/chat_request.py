@@ -1,4 +1,4 @@
-"""From a parsed JSON object to a `GenerationRequest`: what we support, what we refuse, and why.
+"""From a parsed JSON object to a `messages.Request`: what we support, what we refuse, and why.
 
 Every refusal names the parameter. Messages never quote the prompt. No file is opened and no
 name looked up anywhere: a model is served if its id is the served one.
@@ -7,20 +7,17 @@ name looked up anywhere: a model is served if its id is the served one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-
-from turboserve.api.schemas import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
+from turboserve.api.chat_body import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
 from turboserve.api.session_request import chosen_session, normal_kv_format
-from turboserve.engine.protocol import GenerationRequest, SamplingParams
+from turboserve.api.validation import validated
 from turboserve.errors import (
     InvalidRequestError,
     ModelNotFoundError,
-    UnknownParameterError,
     UnsupportedParameterError,
 )
+from turboserve.messages import Request, SamplingParams
 
 # Parameters of OpenAI's (or vLLM's) API that we do not implement, each with the values that
 # ask for nothing and so may pass.
@@ -48,14 +45,11 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ChatJob:
-    """One chat completion to run, and how its answer is to be written."""
+class Delivery(NamedTuple):
+    """How the answer to a chat completion is to be written."""
 
-    generation: GenerationRequest
-    model_id: str
-    stream: bool
-    include_usage: bool
+    stream: bool  # as server-sent events, else whole
+    include_usage: bool  # streams only: a last chunk with the token counts
 
 
 def check_model(name: str, model_id: str) -> None:
@@ -66,14 +60,17 @@ def check_model(name: str, model_id: str) -> None:
 
 def parse_chat(
     body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
-) -> ChatJob:
-    """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
-    chat = _validate(_without_unsupported(body))
+) -> tuple[Request, Delivery]:
+    """What to ask of the engine, and how to answer.
+
+    Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
+    """
+    chat = validated(ChatBody, _without_unsupported(body))
     if chat.model:
         check_model(chat.model, model_id)
     if chat.stream_options is not None and not chat.stream:
         raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
-    generation = GenerationRequest(
+    request = Request(
         request_id=request_id,
         messages=tuple(plain_message(message, index) for index, message in enumerate(chat.messages)),
         sampling=_sampling(chat),
@@ -85,7 +82,7 @@ def parse_chat(
         cache_key=chat.prompt_cache_key or None,
     )
     include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-    return ChatJob(generation, model_id, stream=bool(chat.stream), include_usage=include_usage)
+    return request, Delivery(bool(chat.stream), include_usage)
 
 
 def _without_unsupported(body: dict[str, object]) -> dict[str, object]:
@@ -94,59 +91,6 @@ def _without_unsupported(body: dict[str, object]) -> dict[str, object]:
         if name in body and not any(body[name] == value and type(body[name]) is type(value) for value in neutral):
             raise UnsupportedParameterError(f"{name} is not supported by this server.", param=name)
     return {name: value for name, value in body.items() if name not in NEUTRAL_VALUES}
-
-
-def _validate(body: dict[str, object]) -> ChatBody:
-    try:
-        return ChatBody.model_validate(body)
-    except ValidationError as exc:
-        # pydantic's text quotes the input; `from None` keeps prompts out of tracebacks.
-        raise _complaint(exc, body) from None
-
-
-def _complaint(exc: ValidationError, body: dict[str, object]) -> InvalidRequestError:
-    """The first error; for a union such as `content`, of the branch that got furthest into the value."""
-    errors = exc.errors(include_url=False, include_context=False, include_input=False)
-    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
-    return _explain(*max(((error, json_path(error, body)) for error in same_field), key=lambda pair: len(pair[1])))
-
-
-def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequestError:
-    param = path_text(path)
-    if error["type"] == "extra_forbidden":
-        return UnknownParameterError(f"Unknown parameter: {param}.", param=param)
-    if error["type"] == "missing":
-        return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
-    if param == "n":
-        return InvalidRequestError("n must be 1: one choice per request is supported.", param=param)
-    if param.endswith(".type"):
-        return InvalidRequestError(f"{param}: only text content is supported.", param=param)
-    return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
-
-
-def json_path(error: ErrorDetails, body: dict[str, object]) -> tuple[int | str, ...]:
-    """The error's place in the caller's JSON, without the union branches that pydantic puts in between."""
-    path: list[int | str] = []
-    value: object = body
-    for part in error["loc"]:
-        if _holds(value, part):
-            value = value[part]  # type: ignore[index]
-        elif not (error["type"] == "missing" and part == error["loc"][-1]):
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _holds(value: object, part: int | str) -> bool:
-    if isinstance(value, list):
-        return isinstance(part, int) and part < len(value)
-    return isinstance(value, dict) and part in value
-
-
-def path_text(path: tuple[int | str, ...]) -> str:
-    """`("messages", 0, "content")` -> `messages[0].content`, at most 200 characters."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")[:200]
 
 
 SAMPLING_FIELDS = (

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from turboserve.api.answers import json_response
-from turboserve.api.chat_request import ChatJob
-from turboserve.api.drain import Drain
+from turboserve.api.chat_request import Delivery
+from turboserve.api.context import ApiContext
 from turboserve.api.mailbox import Mailbox
-from turboserve.api.replies import SSE_COMMENT, SSE_DONE, Replies, sse, sse_error
-from turboserve.engine.protocol import Engine, Event, Failed, Finished, GenerationRequest, TextDelta
-from turboserve.telemetry import Telemetry
+from turboserve.api.replies import JSON_TYPE, SSE_COMMENT, SSE_DONE, CompletionReplies, sse, sse_error
+from turboserve.messages import Event, Failed, Finished, Request, TextDelta
 
 logger = logging.getLogger("turboserve.api")
 
@@ -32,49 +27,21 @@ SSE_HEADERS = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """Where completions are handed in: the engine and what every completion shares."""
-
-    engine: Engine
-    drain: Drain
-    telemetry: Telemetry
-    send_timeout_s: float
-    keepalive_interval_s: float
-
-    @contextmanager
-    def submitted(self, generation: GenerationRequest) -> Iterator[Mailbox]:
-        """The request's mailbox. On the way out, a request that has not finished is cancelled.
-
-        Raises OverloadedError or EngineUnavailableError when the engine takes no more.
-        """
-        mailbox = Mailbox()
-        self.engine.submit(generation, mailbox)
-        self.drain.enter(mailbox)
-        try:
-            yield mailbox
-        finally:
-            self.drain.leave(mailbox)
-            if not mailbox.finished:
-                self.engine.cancel(generation.request_id)
-
-
 class CompletionResponse(Response):
-    """An ASGI response that runs its job when called.
+    """An ASGI response that runs its request when called.
 
     Nothing is sent before the engine's first event, so an early failure is raised and gets its
     proper status; only after `keepalive_interval_s` of silence does a stream start with a comment.
     """
 
-    def __init__(self, job: ChatJob, desk: Desk) -> None:
+    def __init__(self, request: Request, delivery: Delivery, context: ApiContext) -> None:
         super().__init__()
-        self._job = job
-        self._desk = desk
-        self._replies = Replies(job.generation.request_id, job.model_id, job.include_usage)
+        self._request, self._delivery, self._context = request, delivery, context
+        self._replies = CompletionReplies(request.request_id, context.engine.model_id, delivery.include_usage)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._desk.submitted(self._job.generation) as mailbox:
-            run = self._stream(mailbox, send) if self._job.stream else self._whole(mailbox, scope, receive, send)
+        with self._context.submitted(self._request) as mailbox:
+            run = self._stream(mailbox, send) if self._delivery.stream else self._whole(mailbox, scope, receive, send)
             answer = asyncio.create_task(run)
             departure = asyncio.create_task(wait_for_disconnect(receive))
             try:
@@ -82,7 +49,7 @@ class CompletionResponse(Response):
                 if answer.done():
                     answer.result()
                 else:
-                    self._desk.telemetry.http_disconnect("stream" if self._job.stream else "whole")
+                    self._context.telemetry.http_disconnect("stream" if self._delivery.stream else "whole")
                     logger.info("the client left")
             finally:
                 await _stop(answer, departure)
@@ -97,20 +64,20 @@ class CompletionResponse(Response):
                 raise event.error
             elif isinstance(event, Finished):
                 body = self._replies.whole("".join(parts), event.reason, event.usage)
-                return await json_response(body)(scope, receive, send)
+                return await Response(body.model_dump_json(), media_type=JSON_TYPE)(scope, receive, send)
 
     async def _stream(self, mailbox: Mailbox, send: Send) -> None:
-        event = await mailbox.next(self._desk.keepalive_interval_s)
+        event = await mailbox.next(self._context.keepalive_interval_s)
         if isinstance(event, Failed):
             raise event.error
         try:
             await self._start_stream(send)
             while not isinstance(event, Finished | Failed):
                 await self._send(send, self._chunk(event))
-                event = await mailbox.next(self._desk.keepalive_interval_s)
+                event = await mailbox.next(self._context.keepalive_interval_s)
             await self._send(send, self._ending(event), more=False)
         except TimeoutError:
-            self._desk.telemetry.http_disconnect("stalled")
+            self._context.telemetry.http_disconnect("stalled")
             logger.warning("the client stopped reading")
 
     async def _start_stream(self, send: Send) -> None:
@@ -125,12 +92,12 @@ class CompletionResponse(Response):
         if isinstance(event, Failed):
             logger.warning("failed mid-stream: %s", event.error.code)
             return sse_error(event.error)
-        usage = sse(self._replies.usage_chunk(event.usage)) if self._job.include_usage else b""
+        usage = sse(self._replies.usage_chunk(event.usage)) if self._delivery.include_usage else b""
         return sse(self._replies.final_chunk(event.reason)) + usage + SSE_DONE
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         """Raises TimeoutError when the client has not taken earlier bytes for `send_timeout_s`."""
-        async with asyncio.timeout(self._desk.send_timeout_s):
+        async with asyncio.timeout(self._context.send_timeout_s):
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
 

@@ -1,14 +1,14 @@
 """Shutting down without cutting anybody off silently.
 
 Owns whether the server still takes requests and which answers are under way. It decides
-nothing about signals or sockets; `serve.py` tells it when to begin and when time is up.
+nothing about signals or sockets; `http_server.py` tells it when to begin and when time is up.
 """
 
 from __future__ import annotations
 
 from turboserve.api.mailbox import Mailbox
-from turboserve.engine.protocol import Failed
 from turboserve.errors import EngineUnavailableError
+from turboserve.messages import Failed
 
 REASON = "The server is shutting down."
 
@@ -22,10 +22,12 @@ class Drain:
 
     @property
     def draining(self) -> bool:
+        """Whether the shutdown has begun."""
         return self._draining
 
     @property
     def num_running(self) -> int:
+        """Answers under way."""
         return len(self._running)
 
     def begin(self) -> None:
@@ -42,6 +44,7 @@ class Drain:
         self._running.add(mailbox)
 
     def leave(self, mailbox: Mailbox) -> None:
+        """The answer is over, however it ended."""
         self._running.discard(mailbox)
 
     def expire(self) -> None:

@@ -1,7 +1,7 @@
 """The outermost ASGI layer: every request passes here before any route is chosen.
 
 Gives the request its id, refuses oversized headers, ambiguous framing, foreign hosts and callers
-without the key, counts and logs the outcome, and answers for bugs below with a plain 500.
+without the key, counts and logs the outcome, and has bugs below answered with a plain 500.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import logging
 import time
 import uuid
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turboserve.api.answers import error_response, unexpected_failure
+from turboserve.api.exception_replies import answer_exception
 from turboserve.api.security import HostGuard, KeyGuard, header
-from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError, TurboServeError
+from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
 from turboserve.logs import request_id as log_request_id
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -42,13 +43,12 @@ class Frontdoor:
         try:
             self._admit(scope)
             await self._app(scope, receive, visit.send)
-        except TurboServeError as error:
-            headers = {"Connection": "close"} if error.status in (400, 431) else None
-            await error_response(error, headers)(scope, receive, visit.send)
-        except Exception:
-            logger.exception("unexpected failure")
+        except Exception as exc:
+            answer = await answer_exception(Request(scope), exc)
+            if answer.status_code in (400, 431):
+                answer.headers["Connection"] = "close"
             if visit.status is None:
-                await error_response(unexpected_failure(visit.request_id))(scope, receive, visit.send)
+                await answer(scope, receive, visit.send)
         finally:
             self._record(visit)
             log_request_id.reset(log_context)

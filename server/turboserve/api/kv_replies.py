@@ -1,42 +1,53 @@
-"""The JSON about KV memory: one cache's bytes, the statistics of the engine, sessions and pages of them.
+"""From the engine's messages to the replies about KV memory: statistics, sessions, pages of sessions.
 
-Pure functions from engine messages to plain dicts. Every list is bounded here, whatever the engine holds.
+Pure functions. Every list is bounded here, whatever the engine holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from turboserve.engine.protocol import (
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.api.kv_reply_models import (
+    AdmissionSums,
+    BytesPerToken,
+    ConversationObject,
+    DiskObject,
+    EventCounts,
+    KVKinds,
+    KVStatistics,
+    LayerCounts,
+    PrefixTokens,
+    RequestCounts,
+    ReservedAndUsed,
+    SessionList,
+    SessionObject,
+    TierCounts,
+)
+from turboserve.messages import (
     MAX_SHOWN_CONVERSATIONS,
     AdmissionStats,
     CacheEvents,
-    CacheTier,
     ConversationStats,
-    DiskState,
+    DiskStatus,
     EngineStats,
-    KVBytes,
     SessionInfo,
     SessionPage,
 )
 
-Json = dict[str, object]
-TIERS: tuple[CacheTier, ...] = ("running", "memory", "disk")
-EVENT_KINDS = ("evictions", "requantisations", "spills", "restores", "preemptions", "refusals")
 
-
-def kv_json(kv: KVBytes) -> Json:
-    """Where one cache's bytes are, what they would be uncompressed, and the true ratio."""
+def kv_figures(kv: KVBytes) -> dict[str, Any]:
+    """The four fields that say what one cache holds, where its bytes are, and how they compare uncompressed."""
+    kinds = KVKinds(
+        compressed=kv.compressed, exact=kv.exact, slack=kv.slack, uncompressed=kv.uncompressed, total=kv.total
+    )
     return {
         "tokens": kv.tokens,
-        "kv_bytes": {**kinds_json(kv), "total": kv.total},
+        "kv_bytes": kinds,
         "raw_equivalent_bytes": kv.raw_equivalent,
         "ratio": round(kv.ratio, 4),
     }
-
-
-def kinds_json(kv: KVBytes) -> dict[str, int]:
-    return {"compressed": kv.compressed, "exact": kv.exact, "slack": kv.slack, "uncompressed": kv.uncompressed}
 
 
 def largest(conversations: Iterable[ConversationStats]) -> list[ConversationStats]:
@@ -45,107 +56,104 @@ def largest(conversations: Iterable[ConversationStats]) -> list[ConversationStat
     return ranked[:MAX_SHOWN_CONVERSATIONS]
 
 
-def kv_stats_json(stats: EngineStats) -> Json:
-    """`GET /v1/kv/stats`."""
-    return {
-        "object": "kv.stats",
-        "model": stats.model_id,
-        "kv_format": stats.kv_format,
-        "kv_backend": stats.kv_backend,
-        "model_dtype": stats.model_dtype,
-        "kv_budget_bytes": stats.kv_budget_bytes,
-        "kv_committed_bytes": stats.kv_committed_bytes,
-        "kv_scratch_bytes": stats.kv_scratch_bytes,
-        "max_context_tokens": stats.max_context_tokens,
-        "bytes_per_token": {"compressed": stats.kv_token_bytes, "raw": stats.kv_token_raw_bytes},
-        "layers": {"compressed": stats.layers_compressed, "uncompressed": stats.layers_uncompressed},
-        "requests": {"running": stats.num_running, "waiting": stats.num_waiting},
-        **kv_json(stats.kv),
-        "num_conversations": {tier: stats.num_conversations.get(tier, 0) for tier in TIERS},
-        "conversations": [conversation_json(held) for held in largest(stats.conversations)],
-        "prefix_tokens": {"queried": stats.prefix_query_tokens, "hit": stats.prefix_hit_tokens},
-        "events": events_json(stats.events),
-        "admission": admission_json(stats.admission),
-        "integrity_failures": stats.integrity_failures,
-        "disk": disk_json(stats.disk, stats.kv_disk),
-        "details": dict(stats.details),
-    }
+def kv_statistics(stats: EngineStats) -> KVStatistics:
+    """The reply of `GET /v1/kv/stats`."""
+    events = stats.events
+    return KVStatistics(
+        model=stats.model_id,
+        kv_format=stats.kv_format,
+        kv_backend=stats.kv_backend,
+        model_dtype=stats.model_dtype,
+        kv_budget_bytes=stats.kv_budget_bytes,
+        kv_committed_bytes=stats.kv_committed_bytes,
+        kv_scratch_bytes=stats.kv_scratch_bytes,
+        max_context_tokens=stats.max_context_tokens,
+        bytes_per_token=BytesPerToken(compressed=stats.kv_token_bytes, raw=stats.kv_token_raw_bytes),
+        layers=LayerCounts(compressed=stats.layers_compressed, uncompressed=stats.layers_uncompressed),
+        requests=RequestCounts(running=stats.num_running, waiting=stats.num_waiting),
+        **kv_figures(stats.kv),
+        num_conversations=_tiers(stats),
+        conversations=[_conversation(held) for held in largest(stats.conversations)],
+        prefix_tokens=PrefixTokens(queried=events.prefix_query_tokens, hit=events.prefix_hit_tokens),
+        events=_events(events),
+        admission=_admission(stats.admission),
+        integrity_failures=events.integrity_failures,
+        disk=_disk(stats.disk, stats.kv_disk),
+        details=dict(stats.details),
+    )
 
 
-def conversation_json(held: ConversationStats) -> Json:
-    return {
-        "id": held.conversation_id,
-        "tier": held.tier,
-        "kv_format": held.kv_format,
-        "explicit": held.is_explicit,
-        "pinned": held.is_pinned,
-        "hits": held.hits,
-        "idle_s": round(held.idle_s, 3),
-        **kv_json(held.kv),
-        "disk_bytes": held.disk_bytes,
-    }
+def _tiers(stats: EngineStats) -> TierCounts:
+    counts = stats.num_conversations
+    return TierCounts(running=counts.get("running", 0), memory=counts.get("memory", 0), disk=counts.get("disk", 0))
 
 
-def events_json(events: CacheEvents) -> Json:
-    """Each kind of event with its counts by reason."""
-    return {kind: dict(getattr(events, kind)) for kind in EVENT_KINDS}
+def _conversation(held: ConversationStats) -> ConversationObject:
+    return ConversationObject(
+        id=held.conversation_id,
+        tier=held.tier,
+        kv_format=held.kv_format,
+        explicit=held.is_explicit,
+        pinned=held.is_pinned,
+        hits=held.hits,
+        idle_s=round(held.idle_s, 3),
+        **kv_figures(held.kv),
+        disk_bytes=held.disk_bytes,
+    )
 
 
-def admission_json(admission: AdmissionStats) -> Json:
-    return {
-        "requests": admission.num_requests,
-        "estimated_bytes": admission.estimated_bytes,
-        "actual_bytes": admission.actual_bytes,
-        "last": {"estimated_bytes": admission.last_estimated_bytes, "actual_bytes": admission.last_actual_bytes},
-    }
+def _events(events: CacheEvents) -> EventCounts:
+    return EventCounts(**{kind: dict(getattr(events, kind)) for kind in EventCounts.model_fields})
 
 
-def disk_json(disk: DiskState, held: KVBytes) -> Json:
-    """The store's files, and what the conversations in it would take in memory."""
-    return {
-        "enabled": disk.is_enabled,
-        "writable": disk.is_writable,
-        "reason": disk.reason,
-        "bytes": disk.bytes,
-        "limit_bytes": disk.limit_bytes,
-        "entries": disk.num_entries,
-        "damaged": disk.num_damaged,
-        "pending_bytes": disk.pending_bytes,
-        **kv_json(held),
-    }
+def _admission(admission: AdmissionStats) -> AdmissionSums:
+    last = ReservedAndUsed(estimated_bytes=admission.last_estimated_bytes, actual_bytes=admission.last_actual_bytes)
+    return AdmissionSums(
+        requests=admission.num_requests,
+        estimated_bytes=admission.estimated_bytes,
+        actual_bytes=admission.actual_bytes,
+        last=last,
+    )
 
 
-def session_json(info: SessionInfo) -> Json:
-    """One session as its caller sees it; times are Unix seconds, as OpenAI's are."""
-    return {
-        "id": info.session_id,
-        "object": "session",
-        "explicit": info.is_explicit,
-        "created_at": int(info.created_unix_s),
-        "last_used_at": int(info.last_used_unix_s),
-        "tier": info.tier,
-        "kv_format": info.kv_format,
-        **kv_json(info.kv),
-        "tokens": info.tokens,
-        "disk_bytes": info.disk_bytes,
-        "hits": info.hits,
-        "requests": info.requests,
-        "pinned": info.is_pinned,
-        "ttl_s": info.ttl_s,
-    }
+def _disk(disk: DiskStatus, held: KVBytes) -> DiskObject:
+    return DiskObject(
+        enabled=disk.is_enabled,
+        writable=disk.is_writable,
+        reason=disk.reason,
+        bytes=disk.num_bytes,
+        limit_bytes=disk.limit_bytes,
+        entries=disk.num_entries,
+        damaged=disk.num_damaged,
+        pending_bytes=disk.pending_bytes,
+        **kv_figures(held),
+    )
 
 
-def session_page_json(page: SessionPage) -> Json:
+def session_object(info: SessionInfo) -> SessionObject:
+    """One session as its caller sees it; times are whole Unix seconds, as OpenAI's are."""
+    return SessionObject(
+        id=info.session_id,
+        explicit=info.is_explicit,
+        created_at=int(info.created_unix_s),
+        last_used_at=int(info.last_used_unix_s),
+        tier=info.tier,
+        kv_format=info.kv_format,
+        **{**kv_figures(info.kv), "tokens": info.tokens},
+        disk_bytes=info.disk_bytes,
+        hits=info.hits,
+        requests=info.requests,
+        pinned=info.is_pinned,
+        ttl_s=info.ttl_s,
+    )
+
+
+def session_list(page: SessionPage) -> SessionList:
     """OpenAI's list object with its cursor fields."""
     ids = [info.session_id for info in page.sessions]
-    return {
-        "object": "list",
-        "data": [session_json(info) for info in page.sessions],
-        "first_id": ids[0] if ids else None,
-        "last_id": ids[-1] if ids else None,
-        "has_more": page.has_more,
-    }
-
-
-def session_deleted_json(session_id: str) -> Json:
-    return {"id": session_id, "object": "session.deleted", "deleted": True}
+    return SessionList(
+        data=[session_object(info) for info in page.sessions],
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=page.has_more,
+    )

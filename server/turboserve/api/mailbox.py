@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from turboserve.engine.protocol import Event, Failed, Finished, TextDelta
 from turboserve.errors import OverloadedError
+from turboserve.messages import Event, Failed, Finished, TextDelta
 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20

@@ -8,14 +8,17 @@ rank, never by name, or a busy day would leave thousands of dead series behind.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from turboquant_kv.kv_bytes import KVBytes
 from turboserve import __version__
-from turboserve.api.kv_replies import TIERS, kinds_json, largest
-from turboserve.engine.protocol import Engine, EngineStats
+from turboserve.api.kv_replies import largest
+from turboserve.engine.protocol import Engine
+from turboserve.messages import CacheTier, EngineStats
 
 MAX_RANK = 10  # conversations shown on the page, largest first
 EVENT_TEXTS = {
@@ -36,71 +39,76 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         ready = self._engine.unready_reason() is None
-        yield gauge("ready", "1 when requests submitted now would be worked on.", float(ready))
+        yield _gauge("ready", "1 when requests submitted now would be worked on.", float(ready))
         stats = self._engine.stats()
-        yield info(stats)
-        yield gauge("num_requests_running", "Requests in prefill or decode.", stats.num_running)
-        yield gauge("num_requests_waiting", "Requests queued.", stats.num_waiting)
-        yield from kv_gauges(stats)
-        yield from conversations(stats)
-        yield from events(stats)
-        yield from admission(stats)
-        yield from disk(stats)
+        yield _info(stats)
+        yield _gauge("num_requests_running", "Requests in prefill or decode.", stats.num_running)
+        yield _gauge("num_requests_waiting", "Requests queued.", stats.num_waiting)
+        yield from _kv_gauges(stats)
+        yield from _conversations(stats)
+        yield from _events(stats)
+        yield from _admission(stats)
+        yield from _disk(stats)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not ask an engine that is still loading for statistics."""
         return []
 
 
-def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"turboserve_{name}", text, value=value)
 
 
-def counter(name: str, text: str, value: float) -> CounterMetricFamily:
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
     return CounterMetricFamily(f"turboserve_{name}", text, value=value)
 
 
-def gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+def _gauge_by(name: str, text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(f"turboserve_{name}", text, labels=(label,))
     for key, value in values.items():
         family.add_metric((key,), value)
     return family
 
 
-def info(stats: EngineStats) -> GaugeMetricFamily:
+def _by_kind(kv: KVBytes) -> dict[str, float]:
+    return {"compressed": kv.compressed, "exact": kv.exact, "slack": kv.slack, "uncompressed": kv.uncompressed}
+
+
+def _info(stats: EngineStats) -> GaugeMetricFamily:
     labels = ("version", "model", "kv_format", "kv_backend", "dtype")
     family = GaugeMetricFamily("turboserve_info", "What is being served; always 1.", labels=labels)
     family.add_metric((__version__, stats.model_id, stats.kv_format, stats.kv_backend, stats.model_dtype), 1)
     return family
 
 
-def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
+def _kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     kv = stats.kv
-    yield gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", kinds_json(kv))
-    yield gauge("kv_raw_equivalent_bytes", "Bytes the same tokens would take uncompressed.", kv.raw_equivalent)
-    yield gauge("kv_compression_ratio", "Raw-equivalent bytes over allocated bytes.", kv.ratio)
-    yield gauge("kv_budget_bytes", "Bytes that KV caches may take.", stats.kv_budget_bytes)
-    yield gauge("kv_committed_bytes", "Bytes held, or promised to running requests.", stats.kv_committed_bytes)
-    yield gauge("kv_scratch_bytes", "The most that one step may allocate beside the budget.", stats.kv_scratch_bytes)
-    yield gauge("kv_tokens", "Tokens held in KV caches.", kv.tokens)
+    yield _gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", _by_kind(kv))
+    yield _gauge("kv_raw_equivalent_bytes", "Bytes the same tokens would take uncompressed.", kv.raw_equivalent)
+    yield _gauge("kv_compression_ratio", "Raw-equivalent bytes over allocated bytes.", kv.ratio)
+    yield _gauge("kv_budget_bytes", "Bytes that KV caches may take.", stats.kv_budget_bytes)
+    yield _gauge("kv_committed_bytes", "Bytes held, or promised to running requests.", stats.kv_committed_bytes)
+    yield _gauge("kv_scratch_bytes", "The most that one step may allocate beside the budget.", stats.kv_scratch_bytes)
+    yield _gauge("kv_tokens", "Tokens held in KV caches.", kv.tokens)
     usage_ratio = kv.total / stats.kv_budget_bytes if stats.kv_budget_bytes else 0.0
-    yield gauge("kv_cache_usage_ratio", "Allocated KV bytes over the budget, 0 to 1.", usage_ratio)
-    yield counter("kv_integrity_failures", "Integrity checks that found a disagreement.", stats.integrity_failures)
+    yield _gauge("kv_cache_usage_ratio", "Allocated KV bytes over the budget, 0 to 1.", usage_ratio)
+    failures = stats.events.integrity_failures
+    yield _counter("kv_integrity_failures", "Integrity checks that found a disagreement.", failures)
 
 
-def conversations(stats: EngineStats) -> Iterator[Metric]:
-    counts: dict[str, float] = {tier: stats.num_conversations.get(tier, 0) for tier in TIERS}
-    yield gauge_by("kv_conversations", "Conversations held, by where they are.", "tier", counts)
+def _conversations(stats: EngineStats) -> Iterator[Metric]:
+    counts: dict[str, float] = {tier: stats.num_conversations.get(tier, 0) for tier in get_args(CacheTier)}
+    yield _gauge_by("kv_conversations", "Conversations held, by where they are.", "tier", counts)
     held = {str(rank): c.kv for rank, c in enumerate(largest(stats.conversations)[:MAX_RANK], 1)}
     tokens = {rank: kv.tokens for rank, kv in held.items()}
     kv_bytes = {rank: kv.total for rank, kv in held.items()}
     raw_bytes = {rank: kv.raw_equivalent for rank, kv in held.items()}
-    yield gauge_by("session_tokens", "Tokens of the conversation with this rank by bytes.", "rank", tokens)
-    yield gauge_by("session_kv_bytes", "KV bytes of the conversation with this rank.", "rank", kv_bytes)
-    yield gauge_by("session_kv_raw_equivalent_bytes", "Bytes it would take uncompressed.", "rank", raw_bytes)
+    yield _gauge_by("session_tokens", "Tokens of the conversation with this rank by bytes.", "rank", tokens)
+    yield _gauge_by("session_kv_bytes", "KV bytes of the conversation with this rank.", "rank", kv_bytes)
+    yield _gauge_by("session_kv_raw_equivalent_bytes", "Bytes it would take uncompressed.", "rank", raw_bytes)
 
 
-def events(stats: EngineStats) -> Iterator[Metric]:
+def _events(stats: EngineStats) -> Iterator[Metric]:
     for kind, text in EVENT_TEXTS.items():
         family = CounterMetricFamily(f"turboserve_kv_{kind}", text, labels=("reason",))
         for reason, count in getattr(stats.events, kind).items():
@@ -108,24 +116,24 @@ def events(stats: EngineStats) -> Iterator[Metric]:
         yield family
 
 
-def admission(stats: EngineStats) -> Iterator[Metric]:
+def _admission(stats: EngineStats) -> Iterator[Metric]:
     seen = stats.admission
-    yield counter("kv_admission_requests", "Ended requests in the two sums below.", seen.num_requests)
-    yield counter("kv_admission_estimated_bytes", "KV bytes reserved at admission.", seen.estimated_bytes)
-    yield counter("kv_admission_actual_bytes", "KV bytes held at the end.", seen.actual_bytes)
+    yield _counter("kv_admission_requests", "Ended requests in the two sums below.", seen.num_requests)
+    yield _counter("kv_admission_estimated_bytes", "KV bytes reserved at admission.", seen.estimated_bytes)
+    yield _counter("kv_admission_actual_bytes", "KV bytes held at the end.", seen.actual_bytes)
     held = seen.last_actual_bytes
     error = seen.last_estimated_bytes / held - 1 if held else 0.0
-    yield gauge("kv_admission_last_error_ratio", "Reserved over held minus 1, for the last ended request.", error)
+    yield _gauge("kv_admission_last_error_ratio", "Reserved over held minus 1, for the last ended request.", error)
 
 
-def disk(stats: EngineStats) -> Iterator[Metric]:
+def _disk(stats: EngineStats) -> Iterator[Metric]:
     store = stats.disk
-    yield gauge("kv_store_writable", "1 while conversations are written to disk.", float(store.is_writable))
-    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.bytes)
-    yield gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
-    yield gauge("kv_store_entries", "Files in the store.", store.num_entries)
-    yield gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)
-    yield counter("kv_store_damaged_files", "Files found damaged, and dropped.", store.num_damaged)
-    yield gauge_by(
-        "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", kinds_json(stats.kv_disk)
+    yield _gauge("kv_store_writable", "1 while conversations are written to disk.", float(store.is_writable))
+    yield _gauge("kv_store_bytes", "Bytes of the store's files.", store.num_bytes)
+    yield _gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
+    yield _gauge("kv_store_entries", "Files in the store.", store.num_entries)
+    yield _gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)
+    yield _counter("kv_store_damaged_files", "Files found damaged, and dropped.", store.num_damaged)
+    yield _gauge_by(
+        "kv_store_held_bytes", "What stored conversations would take in memory.", "kind", _by_kind(stats.kv_disk)
     )

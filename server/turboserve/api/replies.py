@@ -1,39 +1,66 @@
-"""The JSON that leaves: completions, chunks, usage, models, errors.
+"""Completions, models and errors as they leave: JSON bodies, server-sent events, error responses.
 
-Pure functions from engine messages to plain dicts; `dump` makes bytes of them. KV memory: `kv_replies.py`.
+Pure functions from the engine's messages; shapes are declared in `reply_models.py`, KV memory is in
+`kv_replies.py`. Here alone status, envelope and headers of an error meet.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import orjson
+from starlette.responses import Response
 
-from turboserve.api.kv_replies import Json, kv_json
-from turboserve.engine.protocol import Usage
+from turboserve.api.kv_replies import kv_figures
+from turboserve.api.reply_models import (
+    AnswerMessage,
+    CachedTokens,
+    ChatCompletion,
+    Choice,
+    CompletionUsage,
+    ConversationMemory,
+    ModelObject,
+)
 from turboserve.errors import TurboServeError
+from turboserve.messages import FinishReason, Usage
 
-
-def dump(value: Json) -> bytes:
-    return orjson.dumps(value)
-
-
-def sse(value: Json) -> bytes:
-    """One server-sent event."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
+DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive
+JSON_TYPE = "application/json"
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_COMMENT = b": keep-alive\n\n"
 
+Json = dict[str, object]
+
+
+def dump(value: Mapping[str, object]) -> bytes:
+    """JSON in UTF-8."""
+    return orjson.dumps(value)
+
+
+def error_response(error: TurboServeError, headers: Mapping[str, str] | None = None) -> Response:
+    """The envelope OpenAI clients expect, with Retry-After on 429 and 503 and the challenge on 401."""
+    extra = dict(headers or {})
+    if error.status in (429, 503):
+        extra["Retry-After"] = str(error.retry_after_s or DEFAULT_RETRY_AFTER_S)
+    if error.status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    return Response(dump(error.envelope()), error.status, extra, JSON_TYPE)
+
+
+def sse(value: Mapping[str, object]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dump(value) + b"\n\n"
+
 
 def sse_error(error: TurboServeError) -> bytes:
+    """The last event of a stream that failed after its first byte."""
     return sse(error.envelope())
 
 
 @dataclass(frozen=True, slots=True)
-class Replies:
+class CompletionReplies:
     """Builds the replies of one chat completion; `created` is fixed so that all chunks agree."""
 
     request_id: str
@@ -41,43 +68,60 @@ class Replies:
     include_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, reason: str, usage: Usage) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage_json(usage)}
+    def whole(self, text: str, reason: FinishReason, usage: Usage) -> ChatCompletion:
+        """The answer in one piece."""
+        choice = Choice(message=AnswerMessage(content=text), finish_reason=reason)
+        return ChatCompletion(
+            id=self.request_id,
+            created=self.created,
+            model=self.model_id,
+            choices=[choice],
+            usage=completion_usage(usage),
+        )
 
     def role_chunk(self) -> Json:
+        """The first chunk of a stream."""
         return self._chunk({"role": "assistant", "content": ""}, None)
 
     def delta_chunk(self, text: str) -> Json:
+        """Newly decoded text."""
         return self._chunk({"content": text}, None)
 
-    def final_chunk(self, reason: str) -> Json:
+    def final_chunk(self, reason: FinishReason) -> Json:
+        """Says why the answer ends; only the usage may follow."""
         return self._chunk({}, reason)
 
     def usage_chunk(self, usage: Usage) -> Json:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage_json(usage)}
+        """OpenAI sends it without choices, after the final chunk."""
+        return {**self._head(), "choices": [], "usage": completion_usage(usage).model_dump()}
 
-    def _head(self, kind: str) -> Json:
-        return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model_id}
+    def _head(self) -> Json:
+        return {
+            "id": self.request_id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model_id,
+        }
 
-    def _chunk(self, delta: Json, reason: str | None) -> Json:
+    def _chunk(self, delta: Json, reason: FinishReason | None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         # OpenAI sends a null usage on every chunk once the caller has asked for it.
         extra: Json = {"usage": None} if self.include_usage else {}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **extra}
+        return {**self._head(), "choices": [choice], **extra}
 
 
-def usage_json(usage: Usage) -> Json:
+def completion_usage(usage: Usage) -> CompletionUsage:
     """OpenAI's usage, with the conversation, its KV format and memory under the extension key `turboserve`."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "turboserve": {"session_id": usage.session_id or None, "kv_format": usage.kv_format, **kv_json(usage.kv)},
-    }
+    memory = ConversationMemory(session_id=usage.session_id or None, kv_format=usage.kv_format, **kv_figures(usage.kv))
+    return CompletionUsage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=CachedTokens(cached_tokens=usage.cached_tokens),
+        turboserve=memory,
+    )
 
 
-def model_json(model_id: str, created: int) -> Json:
-    return {"id": model_id, "object": "model", "created": created, "owned_by": "turboserve"}
+def model_object(model_id: str, created: int) -> ModelObject:
+    """The served model as OpenAI lists one; `created` is Unix seconds."""
+    return ModelObject(id=model_id, created=created)

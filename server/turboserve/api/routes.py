@@ -1,94 +1,270 @@
-"""The routes: each reads its request, asks the engine, and raises when it cannot answer."""
+"""The table of routes: each reads its request, asks the engine, and raises when it cannot answer.
+
+Shapes of replies are the return types; `failures` lists what a route may raise beside what any route may. A
+caller sees its own sessions only. Nothing is remembered here.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+import asyncio
+from concurrent.futures import Future
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from turboserve import __version__
-from turboserve.api.answers import json_response
 from turboserve.api.body import read_json_object
+from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import check_model, parse_chat
-from turboserve.api.completion import CompletionResponse, Desk
-from turboserve.api.kv_replies import kv_stats_json
-from turboserve.api.replies import model_json
-from turboserve.api.session_request import SESSION_HEADER
-from turboserve.api.session_routes import SESSION_ROUTES, add_session_routes
-from turboserve.errors import EngineUnavailableError
+from turboserve.api.completion import CompletionResponse
+from turboserve.api.context import ApiContext, Context, Tenant
+from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
+from turboserve.api.kv_replies import kv_statistics, session_list, session_object
+from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
+from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
+from turboserve.api.replies import JSON_TYPE, model_object
+from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
+from turboserve.api.session_request import (
+    SESSION_HEADER,
+    EmptyBody,
+    ForkBody,
+    PageQuery,
+    UpdateBody,
+    check_session_id,
+    existing_session_id,
+)
+from turboserve.api.validation import validated
+from turboserve.errors import (
+    BodyTooLargeError,
+    ContextLengthError,
+    EngineUnavailableError,
+    KVFormatError,
+    MediaTypeError,
+    ModelNotFoundError,
+    OverloadedError,
+    QuotaExceededError,
+    SessionBusyError,
+    SessionExistsError,
+    SessionNotFoundError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+)
+from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
 from turboserve.telemetry import CONTENT_TYPE
 
-ROUTES = (
-    "POST /v1/chat/completions",
-    "GET /v1/models",
-    "GET /v1/models/{model_id}",
-    "GET /v1/kv/stats",
-    *SESSION_ROUTES,
-    "GET /health",
-    "GET /ready",
-    "GET /metrics",
+# The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
+ENGINE_TIMEOUT_S = 60.0
+MAX_SESSION_BODY_BYTES = 4096
+
+OF_A_BODY = (MediaTypeError, BodyTooLargeError, UnknownParameterError)
+OF_THE_ENGINE = (OverloadedError, EngineUnavailableError)
+OF_A_SESSION = (SessionNotFoundError, *OF_THE_ENGINE)
+
+T = TypeVar("T")
+
+router = APIRouter(redirect_slashes=False)
+
+# --- completions
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=failures(
+        UnsupportedParameterError,
+        ContextLengthError,
+        KVFormatError,
+        ModelNotFoundError,
+        QuotaExceededError,
+        *OF_A_BODY,
+        *OF_THE_ENGINE,
+    )
+    | {200: STREAM_OR_WHOLE},
+    openapi_extra=json_body(ChatBody) | {"parameters": [SESSION_PARAMETER]},
 )
+async def chat_completions(request: Request, context: Context, tenant: Tenant) -> Response:
+    """Answer a conversation, whole or as a stream of server-sent events."""
+    if context.drain.draining:
+        context.telemetry.request_refused("draining")
+    context.drain.check()
+    parsed = parse_chat(
+        await read_json_object(request, context.max_body_bytes),
+        request_id=request.scope["state"]["request_id"],
+        tenant=tenant,
+        model_id=context.engine.model_id,
+        session_headers=request.headers.getlist(SESSION_HEADER),
+    )
+    return CompletionResponse(*parsed, context)
 
 
-def build_router(desk: Desk, max_body_bytes: int) -> APIRouter:
-    """All routes, answering for one engine."""
-    router = APIRouter(redirect_slashes=False)
-    _add_status_routes(router, desk)
-    _add_model_routes(router, desk)
-    add_session_routes(router, desk.engine)
-
-    @router.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        if desk.drain.draining:
-            desk.telemetry.request_refused("draining")
-        desk.drain.check()
-        body = await read_json_object(request, max_body_bytes)
-        state = request.scope["state"]
-        job = parse_chat(
-            body,
-            request_id=state["request_id"],
-            tenant=state["tenant"],
-            model_id=desk.engine.model_id,
-            session_headers=request.headers.getlist(SESSION_HEADER),
-        )
-        return CompletionResponse(job, desk)
-
-    return router
+# --- models
 
 
-def _add_status_routes(router: APIRouter, desk: Desk) -> None:
-    @router.get("/")
-    async def root() -> Response:
-        return json_response({"name": "turboserve", "version": __version__, "routes": ROUTES})
-
-    @router.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> Response:
-        return json_response({"status": "ok"})
-
-    @router.api_route("/ready", methods=["GET", "HEAD"])
-    async def ready() -> Response:
-        desk.drain.check()
-        reason = desk.engine.unready_reason()
-        if reason is not None:
-            raise EngineUnavailableError(reason)
-        return json_response({"status": "ready", "model": desk.engine.model_id})
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(desk.telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
-
-    @router.get("/v1/kv/stats")
-    async def kv_stats() -> Response:
-        return json_response(kv_stats_json(desk.engine.stats()))
+@router.get("/v1/models", responses=failures())
+async def models(context: Context) -> ModelList:
+    """The one served model."""
+    return ModelList(data=[_served_model(context)])
 
 
-def _add_model_routes(router: APIRouter, desk: Desk) -> None:
-    @router.get("/v1/models")
-    async def models() -> Response:
-        served = model_json(desk.engine.model_id, desk.engine.created)
-        return json_response({"object": "list", "data": [served]})
+# `:path`, because hub names contain a slash.
+@router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
+async def model(model_id: str, context: Context) -> ModelObject:
+    """The served model, by its name."""
+    check_model(model_id, context.engine.model_id)
+    return _served_model(context)
 
-    # `:path`, because hub names contain a slash.
-    @router.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> Response:
-        check_model(model_id, desk.engine.model_id)
-        return json_response(model_json(desk.engine.model_id, desk.engine.created))
+
+def _served_model(context: ApiContext) -> ModelObject:
+    return model_object(context.engine.model_id, context.engine.created)
+
+
+# --- KV memory and sessions
+
+
+@router.get("/v1/kv/stats", responses=failures())
+async def kv_stats(context: Context) -> KVStatistics:
+    """KV memory in all and of the largest conversations: the operator's view."""
+    return kv_statistics(context.engine.stats())
+
+
+@router.get("/v1/sessions", responses=failures(UnknownParameterError, *OF_A_SESSION))
+async def sessions(query: Annotated[PageQuery, Query()], context: Context, tenant: Tenant) -> SessionList:
+    """The caller's sessions by last use, newest first."""
+    command = ListSessions(tenant, query.limit, query.after)
+    return session_list(await engine_answer(context.engine.session(command)))
+
+
+@router.get("/v1/sessions/{session_id}", responses=failures(*OF_A_SESSION))
+async def session(session_id: str, context: Context, tenant: Tenant) -> SessionObject:
+    """One of the caller's sessions."""
+    command = GetSession(tenant, existing_session_id(session_id))
+    return session_object(await engine_answer(context.engine.session(command)))
+
+
+@router.post(
+    "/v1/sessions/{session_id}",
+    responses=failures(QuotaExceededError, *OF_A_BODY, *OF_A_SESSION),
+    openapi_extra=json_body(UpdateBody, may_be_empty=True),
+)
+async def update_session(request: Request, session_id: str, context: Context, tenant: Tenant) -> SessionObject:
+    """Pin or unpin a session, or limit it in time."""
+    wanted = validated(UpdateBody, await _session_body(request))
+    command = UpdateSession(tenant, existing_session_id(session_id), wanted.pinned, wanted.ttl_s)
+    return session_object(await engine_answer(context.engine.session(command)))
+
+
+@router.post(
+    "/v1/sessions/{session_id}/fork",
+    responses=failures(QuotaExceededError, SessionBusyError, SessionExistsError, *OF_A_BODY, *OF_A_SESSION),
+    openapi_extra=json_body(ForkBody, may_be_empty=True),
+)
+async def fork_session(request: Request, session_id: str, context: Context, tenant: Tenant) -> SessionObject:
+    """A new session that shares all pages of this one; without an id, the server chooses one."""
+    wanted = validated(ForkBody, await _session_body(request))
+    new_id = None if wanted.id is None else check_session_id(wanted.id, "id")
+    command = ForkSession(tenant, existing_session_id(session_id), new_id)
+    return session_object(await engine_answer(context.engine.session(command)))
+
+
+@router.post(
+    "/v1/sessions/{session_id}/pin",
+    responses=failures(QuotaExceededError, *OF_A_BODY, *OF_A_SESSION),
+    openapi_extra=json_body(EmptyBody, may_be_empty=True),
+)
+async def pin_session(request: Request, session_id: str, context: Context, tenant: Tenant) -> SessionObject:
+    """Keep a session from being dropped or shrunk for others."""
+    validated(EmptyBody, await _session_body(request))
+    command = UpdateSession(tenant, existing_session_id(session_id), is_pinned=True)
+    return session_object(await engine_answer(context.engine.session(command)))
+
+
+@router.post(
+    "/v1/sessions/{session_id}/unpin",
+    responses=failures(*OF_A_BODY, *OF_A_SESSION),
+    openapi_extra=json_body(EmptyBody, may_be_empty=True),
+)
+async def unpin_session(request: Request, session_id: str, context: Context, tenant: Tenant) -> SessionObject:
+    """Let a session give way to others again."""
+    validated(EmptyBody, await _session_body(request))
+    command = UpdateSession(tenant, existing_session_id(session_id), is_pinned=False)
+    return session_object(await engine_answer(context.engine.session(command)))
+
+
+@router.delete("/v1/sessions/{session_id}", responses=failures(SessionBusyError, *OF_A_SESSION))
+async def delete_session(session_id: str, context: Context, tenant: Tenant) -> DeletedSession:
+    """Give a session's memory and file back."""
+    command = DeleteSession(tenant, existing_session_id(session_id))
+    await engine_answer(context.engine.session(command))
+    return DeletedSession(id=session_id)
+
+
+async def engine_answer(future: Future[T]) -> T:
+    """What the engine answered. Raises what it raised, or OverloadedError when it does not get to it.
+
+    The future is never cancelled: it belongs to the engine thread.
+    """
+    waiting = asyncio.wrap_future(future)
+    done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
+    if not done:
+        raise OverloadedError("The engine is busy and did not answer in time; try again.")
+    return waiting.result()
+
+
+async def _session_body(request: Request) -> dict[str, object]:
+    """The JSON object sent, {} for an empty body; the media type is asked for even then (CSRF)."""
+    return await read_json_object(request, MAX_SESSION_BODY_BYTES, may_be_empty=True)
+
+
+# --- the server itself
+
+
+@router.get("/", responses=failures())
+async def root() -> ServerInfo:
+    """Name, version and routes."""
+    return ServerInfo(version=__version__, routes=ROUTES)
+
+
+@router.api_route("/health", methods=["GET", "HEAD"], responses=failures())
+async def health() -> Health:
+    """Answers while the process lives; needs no key."""
+    return Health()
+
+
+@router.api_route("/ready", methods=["GET", "HEAD"], responses=failures(EngineUnavailableError))
+async def ready(context: Context) -> Readiness:
+    """Answers when a request sent now would be worked on, else says why not."""
+    context.drain.check()
+    reason = context.engine.unready_reason()
+    if reason is not None:
+        raise EngineUnavailableError(reason)
+    return Readiness(model=context.engine.model_id)
+
+
+@router.get("/metrics", responses=failures(), response_class=PlainTextResponse)
+async def metrics(context: Context) -> Response:
+    """Totals and request counters in Prometheus' text format."""
+    return Response(context.telemetry.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get("/openapi.json", responses=failures(), response_model=dict[str, object])
+async def openapi_json(request: Request) -> Response:
+    """This description of the routes, as OpenAPI 3.1."""
+    return Response(request.app.state.description.json, media_type=JSON_TYPE)
+
+
+@router.get("/docs", responses=failures(), response_class=HTMLResponse)
+async def docs(request: Request) -> Response:
+    """The same description as a page without scripts."""
+    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return HTMLResponse(request.app.state.description.page, headers=headers)
+
+
+ROUTES = [
+    f"{method} {route.path_format}"
+    for route in router.routes
+    if isinstance(route, APIRoute) and route.path != "/"
+    for method in sorted((route.methods or set()) - {"HEAD"})
+]

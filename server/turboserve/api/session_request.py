@@ -1,4 +1,4 @@
-"""What callers say about sessions: names, formats, list cursors, and the bodies of the session routes.
+"""What callers say about sessions: names, formats, pages of a list, and the bodies of the session routes.
 
 Owns the grammar of session ids and KV formats as they arrive; whether a session exists or a model can take
 a format is the engine's business.
@@ -7,14 +7,15 @@ a format is the engine's business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, TypeVar
+from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboserve.api.schemas import StrictModel
-from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError, UnknownParameterError
+from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
+from turboserve.api.chat_body import StrictModel
+from turboserve.errors import InvalidRequestError, KVFormatError, SessionNotFoundError
 
 SESSION_HEADER = "x-session-id"
 # Fits into a path segment, a header and a log line without any quoting.
@@ -22,26 +23,45 @@ SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
 SESSION_ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ : @ -, beginning with a letter or digit"
 DEFAULT_PAGE, MAX_PAGE = 20, 100
 MAX_TTL_S = 10 * 366 * 86_400.0  # ten years: beyond it somebody meant milliseconds
-UNCOMPRESSED = "f16"
-
-Body = TypeVar("Body", bound=StrictModel)
 
 
 class ForkBody(StrictModel):
-    """`POST /v1/sessions/{id}/fork`."""
+    """The body of `POST /v1/sessions/{id}/fork`: the new name; null or absent lets the server choose one."""
 
     id: str | None = None
 
 
 class UpdateBody(StrictModel):
-    """`POST /v1/sessions/{id}`; what is absent or null stays as it is."""
+    """The body of `POST /v1/sessions/{id}`: null or absent leaves a value, a `ttl_s` of 0 takes the limit away."""
 
     pinned: bool | None = None
     ttl_s: Annotated[float, Field(ge=0, le=MAX_TTL_S)] | None = None
 
 
 class EmptyBody(StrictModel):
-    """`POST /v1/sessions/{id}/pin` and `/unpin`."""
+    """The body of `POST /v1/sessions/{id}/pin` and `/unpin`: an object without fields."""
+
+
+def _page_limit(value: object) -> object:
+    """pydantic would also read `1_0`, ` 1` and `1.0` as numbers."""
+    if isinstance(value, str) and not (re.fullmatch(r"[0-9]{1,4}", value, re.ASCII) and 1 <= int(value) <= MAX_PAGE):
+        raise PydanticCustomError("page_limit", f"expected 1 to {MAX_PAGE}")
+    return value
+
+
+def _cursor(value: object) -> object:
+    if isinstance(value, str) and not SESSION_ID.fullmatch(value):
+        raise PydanticCustomError("session_id", f"expected {SESSION_ID_RULE}")
+    return value
+
+
+class PageQuery(BaseModel):
+    """The query of `GET /v1/sessions`: how many, and which one they follow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), BeforeValidator(_page_limit)] = DEFAULT_PAGE
+    after: Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$"), BeforeValidator(_cursor)] | None = None
 
 
 def check_session_id(value: str, param: str = "session_id") -> str:
@@ -67,36 +87,8 @@ def chosen_session(body_value: str | None, header_values: Iterable[str]) -> str 
 
 
 def normal_kv_format(value: str | None) -> str | None:
-    """`4` -> `4/4`, `F16` -> `f16`. Raises KVFormatError."""
-    if value is None or value.strip().lower() == UNCOMPRESSED:
-        return value and UNCOMPRESSED
+    """The format's one spelling, None when none was given. Raises KVFormatError, which does not repeat it."""
     try:
-        return KVFormat.parse(value).name
+        return None if value is None else parse_format_name(value)
     except UnsupportedFormatError:
-        raise KVFormatError(
-            "kv_format: expected KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/3, or f16 for no compression."
-        ) from None
-
-
-def page_of(query: Mapping[str, str]) -> tuple[int, str | None]:
-    """(limit, after) of a list request. Raises InvalidRequestError or UnknownParameterError."""
-    for name in query:
-        if name not in ("limit", "after"):
-            raise UnknownParameterError(f"Unknown parameter: {name[:100]}.", param=name[:100])
-    text = query.get("limit", str(DEFAULT_PAGE))
-    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MAX_PAGE:
-        raise InvalidRequestError(f"limit: expected 1 to {MAX_PAGE}.", param="limit")
-    after = query.get("after")
-    return int(text), None if after is None else check_session_id(after, "after")
-
-
-def parse_body(kind: type[Body], body: Mapping[str, object]) -> Body:
-    """One of the bodies above. Raises InvalidRequestError or UnknownParameterError, naming the parameter."""
-    try:
-        return kind.model_validate(body)
-    except ValidationError as exc:
-        error = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = str(error["loc"][0])[:100]
-        if error["type"] == "extra_forbidden":
-            raise UnknownParameterError(f"Unknown parameter: {param}.", param=param) from None
-        raise InvalidRequestError(f"{param}: {error['msg']}.", param=param) from None
+        raise KVFormatError(f"kv_format: expected {FORMAT_NAMES}.") from None

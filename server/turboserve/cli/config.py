@@ -17,10 +17,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsConfigDict, SettingsError
 
-from turboquant_kv import KVFormat, UnsupportedFormatError
-from turboserve.cache.budget import MemoryInfo, resolve_budget
 from turboserve.errors import StartupError
 from turboserve.logs import LEVELS
+from turboserve.machine_memory import MemoryInfo, resolve_budget
 from turboserve.settings import Settings
 
 ENV_PREFIX = "TURBOSERVE_"
@@ -75,7 +74,6 @@ def _check_toml(file: Path) -> None:
 def _check_choices(settings: Settings, given: Mapping[str, object], file: Path | None) -> None:
     """Raises UsageError for text settings whose values are limited."""
     choices: dict[str, Callable[[str], str | None]] = {
-        "kv_format": _bad_kv_format,
         "dequantize": lambda value: None if value in DEQUANTIZE_MODES else f"one of {', '.join(DEQUANTIZE_MODES)}",
         "log_level": lambda value: None if value.lower() in LEVELS else f"one of {', '.join(LEVELS)}",
     }
@@ -87,16 +85,6 @@ def _check_choices(settings: Settings, given: Mapping[str, object], file: Path |
         resolve_budget(settings.kv_budget, _AMPLE_MEMORY, weights_bytes=0)
     except StartupError as exc:
         raise UsageError(str(exc)) from exc
-
-
-def _bad_kv_format(value: str) -> str | None:
-    if value == "f16":
-        return None
-    try:
-        KVFormat.parse(value)
-    except UnsupportedFormatError:
-        return "KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/4 or 4/3, or f16 for no compression"
-    return None
 
 
 def _complaint(error: ErrorDetails, given: Mapping[str, object], file: Path | None) -> str:

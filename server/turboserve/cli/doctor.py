@@ -18,10 +18,10 @@ from typing import Literal
 
 from turboquant_kv import UnsupportedFormatError, blas
 from turboserve import __version__
-from turboserve.cache.budget import detect_memory
 from turboserve.cache.disk import check as disk_check
 from turboserve.cli.backend import device_name, load_backend
 from turboserve.errors import StartupError
+from turboserve.machine_memory import detect_memory
 from turboserve.settings import Settings
 
 Level = Literal["ok", "warning", "failed"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turboserve import logs
-from turboserve.api import serve as http
+from turboserve.api import http_server
 from turboserve.api.app import create_app
 from turboserve.cli.backend import device_name, load_backend
 from turboserve.errors import StartupError
@@ -34,25 +34,25 @@ def say(line: str) -> None:
 def run(settings: Settings) -> None:
     """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used."""
     logs.configure(settings.log_level, settings.log_json)
-    listener = http.bind(settings)  # before the model: a busy port is worth knowing at once
+    listener = http_server.bind(settings)  # before the model: a busy port is worth knowing at once
     blas = load_backend()
     say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     _check_local_model(settings.model)
     telemetry = Telemetry()
     engine = _make_engine(settings, telemetry)
     app = create_app(engine, settings, telemetry)
-    starter = _Starter(engine, settings, app.state.drain)
+    starter = _Starter(engine, settings, app.state.context.drain)
     try:
-        http.run(app, engine, settings, sock=listener, on_started=starter.begin)
+        http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:
-        engine.stop()  # answers under way had their grace period in `http.run`
+        engine.stop()  # answers under way had their grace period in `http_server.run`
     if starter.error is not None:
         raise starter.error
 
 
 def _check_local_model(model: str) -> None:
     """Report a mistyped folder before anything starts. Raises StartupError. OWNER/NAME may be a download: later."""
-    from turboserve.engine.resolve import read_config, resolve_folder
+    from turboserve.engine.model_folder import read_config, resolve_folder
 
     if model.count("/") != 1 or Path(model).expanduser().exists():
         read_config(resolve_folder(model))
@@ -62,7 +62,7 @@ def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
     # Late, because both import MLX, which must find the interposed BLAS.
     from turboserve.engine.engine import TurboEngine
     from turboserve.engine.loading import build_parts
-    from turboserve.engine.resolve import model_id_for
+    from turboserve.engine.model_folder import model_id_for
 
     model_id = model_id_for(settings.model, settings.served_model_name)
     return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=say)
@@ -84,7 +84,7 @@ class _Starter:
             self._engine.wait_until_ready()
         except StartupError as exc:
             self.error = exc
-            self._drain.begin()  # ends `http.run`
+            self._drain.begin()  # ends `http_server.run`
             return
         say(f"Ready: {self._engine.model_id} at {url}\n\n{curl_line(url, self._engine.model_id, self._settings)}\n")
 

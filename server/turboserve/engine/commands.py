@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from turboserve.cache.desk import SessionDesk, SessionView
 from turboserve.cache.manager import CacheManager
-from turboserve.engine.protocol import SessionInfo, SessionPage
 from turboserve.engine.snapshot import session_info
+from turboserve.messages import SessionInfo, SessionPage
 
 
 class SessionCommands:

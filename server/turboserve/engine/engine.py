@@ -1,7 +1,8 @@
 """TurboEngine: the one thread that owns MLX, and the thread-safe door to it.
 
 Everything that touches MLX, model loading included, happens on the engine thread. Callers leave
-commands in an inbox under one lock and get copies of state; events go out through their sinks.
+requests, cancellations and session commands in an inbox under one lock and get copies of state; events go
+out through their sinks.
 If the thread dies, the engine says so, ends every request and refuses new ones.
 """
 
@@ -13,27 +14,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from turboserve.engine import scheduler
-from turboserve.engine.failures import as_failure
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, SessionAnswer, SessionCall
+from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.loop import Clock, StepLoop
-from turboserve.engine.parts import EngineParts, Progress
-from turboserve.engine.protocol import (
-    EngineStats,
-    EngineTelemetry,
-    EventSink,
-    Failed,
-    GenerationRequest,
-    KVBytes,
-    NullTelemetry,
-    SessionInfo,
-    SessionPage,
-)
+from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
+from turboserve.engine.sequence import Sequence
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
+from turboserve.messages import (
+    DeleteSession,
+    EngineStats,
+    Failed,
+    ForkSession,
+    GetSession,
+    ListSessions,
+    Request,
+    SessionCommand,
+    UpdateSession,
+)
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,49 +47,7 @@ Build = Callable[[Settings, Progress], EngineParts]
 # Measuring running conversations costs a few hundred microseconds each; dashboards do not need more.
 SNAPSHOT_INTERVAL_S = 0.25
 
-RETRY_AFTER_START_S = 5
-
 IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: GenerationRequest
-    sink: EventSink
-    submitted_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    request_id: str
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Call(Generic[T]):
-    """Something to do on the engine thread between two steps, and whom to tell its result."""
-
-    function: Callable[[StepLoop], T]
-    future: Future[T]
-
-    def run(self, loop: StepLoop) -> None:
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.function(loop))
-        except Exception as exc:
-            if not isinstance(exc, TurboServeError):
-                log.exception("a session command failed")
-            self.future.set_exception(as_failure(exc, RETRY_AFTER_START_S))
-
-    def refuse(self, error: TurboServeError) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-
-_Command = _Submit | _Cancel | _Call[Any]
 
 
 class TurboEngine:
@@ -107,7 +69,7 @@ class TurboEngine:
         self._model_id = model_id
         self._created = int(time.time())
         self._changed = threading.Condition()
-        self._inbox: deque[_Command] = deque()
+        self._inbox: deque[InboxItem] = deque()
         self._num_waiting = 0  # submitted and not yet admitted, inbox included
         self._num_running = 0
         self._unready: str | None = "the model is not loaded yet"
@@ -115,7 +77,7 @@ class TurboEngine:
         self._startup_error: StartupError | None = None
         self._is_refusing = False  # shutting down: finish what runs, take nothing new
         self._must_end = False
-        self._snapshot = _empty_stats(model_id, settings)
+        self._snapshot = EngineStats(model_id, settings.kv_format, kv_backend="", model_dtype="")
         self._snapshot_s = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -138,13 +100,11 @@ class TurboEngine:
         if self._startup_error is not None:
             raise self._startup_error
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+    def submit(self, request: Request, sink: EventSink) -> None:
         with self._changed:
             if self._unready is not None:
                 self._telemetry.request_refused("not_ready")
-                raise EngineUnavailableError(
-                    f"The engine is not ready: {self._unready}.", retry_after_s=RETRY_AFTER_START_S
-                )
+                raise _not_ready(self._unready)
             limits = self._settings
             if not scheduler.can_queue(self._num_waiting, self._num_running, limits.max_queued, limits.max_running):
                 self._telemetry.request_refused("queue_full")
@@ -153,12 +113,12 @@ class TurboEngine:
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
-            self._inbox.append(_Submit(request, sink, self._clock()))
+            self._inbox.append(Sequence(request, sink, self._clock()))
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            self._inbox.append(_Cancel(request_id))
+            self._inbox.append(Cancel(request_id))
             self._changed.notify()
 
     def unready_reason(self) -> str | None:
@@ -173,35 +133,16 @@ class TurboEngine:
         )
         return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
 
-    # --- sessions: done on the engine thread, between two steps
-
-    def list_sessions(self, tenant: str, limit: int, after: str | None) -> Future[SessionPage]:
-        return self._call(lambda loop: loop.sessions.list_page(tenant, limit, after))
-
-    def get_session(self, tenant: str, session_id: str) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.get(tenant, session_id))
-
-    def fork_session(self, tenant: str, session_id: str, new_id: str | None) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.fork(tenant, session_id, new_id))
-
-    def update_session(
-        self, tenant: str, session_id: str, *, is_pinned: bool | None = None, ttl_s: float | None = None
-    ) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s))
-
-    def delete_session(self, tenant: str, session_id: str) -> Future[None]:
-        return self._call(lambda loop: loop.sessions.delete(tenant, session_id))
-
-    def _call(self, function: Callable[[StepLoop], T]) -> Future[T]:
-        call = _Call(function, Future())
+    def session(self, command: SessionCommand) -> Future[Any]:
+        """Have a session command answered on the engine thread; see protocol.Engine."""
+        call = SessionCall(command, Future())
         with self._changed:
             unready = self._unready
             if unready is None:
                 self._inbox.append(call)
                 self._changed.notify()
         if unready is not None:
-            error = EngineUnavailableError(f"The engine is not ready: {unready}.", retry_after_s=RETRY_AFTER_START_S)
-            call.refuse(error)
+            call.refuse(_not_ready(unready))
         return call.future
 
     def stop(self, grace_s: float = 0.0) -> None:
@@ -245,37 +186,37 @@ class TurboEngine:
 
     def _serve(self, loop: StepLoop) -> None:
         while True:
-            commands = self._next_commands(loop)
-            if commands is None:
+            items = self._next_items(loop)
+            if items is None:
                 return
-            for command in commands:
-                if isinstance(command, _Submit):
-                    loop.add(command.request, command.sink, command.submitted_s)
-                elif isinstance(command, _Cancel):
-                    loop.cancel(command.request_id)
+            for item in items:
+                if isinstance(item, Sequence):
+                    loop.add(item.request, item.sink, item.submitted_s)
+                elif isinstance(item, Cancel):
+                    loop.cancel(item.request_id)
                 else:
-                    command.run(loop)
+                    item.run(partial(_answer, loop))
             if loop.has_work:
                 loop.step()
             else:
                 loop.tick()
             self._after_step(loop)
 
-    def _next_commands(self, loop: StepLoop) -> list[_Command] | None:
+    def _next_items(self, loop: StepLoop) -> list[InboxItem] | None:
         """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
         with self._changed:
             if not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
                 self._changed.wait(IDLE_TICK_S)
             if self._must_end or (self._is_refusing and not self._inbox and not loop.has_work):
                 return None
-            commands = list(self._inbox)
+            items = list(self._inbox)
             self._inbox.clear()
-            return commands
+            return items
 
     def _after_step(self, loop: StepLoop) -> None:
         num_before = self._num_running
         with self._changed:
-            num_queued = sum(isinstance(c, _Submit) for c in self._inbox)
+            num_queued = sum(isinstance(item, Sequence) for item in self._inbox)
             self._num_waiting = loop.num_waiting + num_queued
             self._num_running = loop.num_running
         is_due = self._clock() - self._snapshot_s >= SNAPSHOT_INTERVAL_S
@@ -295,11 +236,11 @@ class TurboEngine:
             left = list(self._inbox)
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
-        for command in left:
-            if isinstance(command, _Submit):
-                command.sink.put(Failed(error))
-            elif isinstance(command, _Call):
-                command.refuse(error)
+        for item in left:
+            if isinstance(item, Sequence):
+                item.sink.put(Failed(error))
+            elif isinstance(item, SessionCall):
+                item.refuse(error)
         if loop is not None:
             self._publish(loop)
 
@@ -318,17 +259,21 @@ class TurboEngine:
                 loop.abandon(EngineUnavailableError("The engine died; restart the server."))
 
 
-def _empty_stats(model_id: str, settings: Settings) -> EngineStats:
-    return EngineStats(
-        model_id=model_id,
-        kv_format=settings.kv_format,
-        kv_backend="",
-        model_dtype="",
-        kv=KVBytes(),
-        kv_budget_bytes=0,
-        kv_token_bytes=0.0,
-        kv_token_raw_bytes=0.0,
-        max_context_tokens=0,
-        num_running=0,
-        num_waiting=0,
-    )
+def _not_ready(reason: str) -> EngineUnavailableError:
+    return EngineUnavailableError(f"The engine is not ready: {reason}.", retry_after_s=RETRY_AFTER_START_S)
+
+
+def _answer(loop: StepLoop, command: SessionCommand) -> SessionAnswer:
+    sessions = loop.sessions
+    match command:
+        case ListSessions(tenant, limit, after):
+            return sessions.list_page(tenant, limit, after)
+        case GetSession(tenant, session_id):
+            return sessions.get(tenant, session_id)
+        case ForkSession(tenant, session_id, new_id):
+            return sessions.fork(tenant, session_id, new_id)
+        case UpdateSession(tenant, session_id, is_pinned, ttl_s):
+            return sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s)
+        case DeleteSession(tenant, session_id):
+            sessions.delete(tenant, session_id)
+            return None

@@ -17,17 +17,18 @@ import mlx.core as mx
 from turboquant_kv import blas
 from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.calibration import Calibration, calibration_for
-from turboquant_kv.codec.format import UnsupportedFormatError
-from turboserve.cache.budget import MemoryInfo, detect_memory, resolve_budget
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
 from turboserve.engine import weights
-from turboserve.engine.family import ModelFamily, parse_format
-from turboserve.engine.parts import EngineParts, LoadedModel, Progress
-from turboserve.engine.plan import memory_plan
-from turboserve.engine.resolve import model_id_for, read_config, resolve_folder
+from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
+from turboserve.engine.memory_plan import memory_plan
+from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import StartupError
+from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache manager as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
-    family = _build_family(settings, loaded, progress)
-    runtime = family.default_runtime
+    formats = _serve_formats(settings, loaded, progress)
+    runtime = formats.default_runtime
     budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
     limits = ManagerLimits(
         session_ttl_s=settings.session_ttl_s,
@@ -49,13 +50,13 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
     )
-    disk = _open_store(settings, loaded, family, progress)
-    manager = CacheManager(family, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    disk = _open_store(settings, loaded, formats, progress)
+    manager = CacheManager(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
-    if family.calibration is not None:
-        details["calibration"] = family.calibration.origin
+    if formats.calibration is not None:
+        details["calibration"] = formats.calibration.origin
     if runtime.fmt is not None:
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, manager, details)
@@ -137,7 +138,7 @@ def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tup
     return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
 
 
-def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -> ModelFamily:
+def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) -> ServedFormats:
     """All formats of the model, the wanted one ready to use. Raises StartupError."""
 
     def calibrate() -> Calibration:
@@ -146,7 +147,8 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     try:
-        return ModelFamily(loaded.model, parse_format(settings.kv_format), calibrate)
+        fmt = None if settings.kv_format == PLAIN_FORMAT else KVFormat.parse(settings.kv_format)
+        return ServedFormats(loaded.model, fmt, calibrate)
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:
@@ -155,11 +157,13 @@ def _build_family(settings: Settings, loaded: LoadedModel, progress: Progress) -
         raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
 
 
-def _open_store(settings: Settings, loaded: LoadedModel, family: ModelFamily, progress: Progress) -> SessionDisk | None:
+def _open_store(
+    settings: Settings, loaded: LoadedModel, formats: ServedFormats, progress: Progress
+) -> SessionDisk | None:
     """The disk store, if one is wanted. Raises StartupError when another process has it."""
     if settings.kv_store_dir is None:
         return None
-    meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, family.kv.fingerprint)
+    meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, formats.kv.fingerprint)
     try:
         store = DiskStore(
             settings.kv_store_dir.expanduser(),

@@ -18,25 +18,15 @@ from turboserve.engine import scheduler
 from turboserve.engine.admission import Admission
 from turboserve.engine.commands import SessionCommands
 from turboserve.engine.failures import as_failure, is_out_of_memory
-from turboserve.engine.parts import EngineParts
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
-from turboserve.engine.protocol import (
-    EngineStats,
-    EngineTelemetry,
-    Event,
-    EventSink,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    TextDelta,
-    Usage,
-)
+from turboserve.engine.protocol import EngineTelemetry, EventSink
 from turboserve.engine.runner import Runner
 from turboserve.engine.running import RunningSequence
 from turboserve.engine.sequence import Sequence, Stage
 from turboserve.engine.snapshot import kv_bytes, take_snapshot
 from turboserve.errors import EngineFailureError, RequestCancelledError, TurboServeError
+from turboserve.messages import EngineStats, Event, Failed, Finished, FinishReason, Request, TextDelta, Usage
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -72,7 +62,7 @@ class StepLoop:
     def has_work(self) -> bool:
         return bool(len(self._waiting) or self._running)
 
-    def add(self, request: GenerationRequest, sink: EventSink, submitted_s: float) -> None:
+    def add(self, request: Request, sink: EventSink, submitted_s: float) -> None:
         self._waiting.add(Sequence(request, sink, submitted_s))
 
     def cancel(self, request_id: str) -> None:

@@ -5,10 +5,10 @@ All refusals that depend on the request alone happen here, before any memory or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequence_
+from collections.abc import Iterable
 
 from turboserve.cache.manager import CacheManager
-from turboserve.engine.parts import LoadedModel
+from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.sampling import RowSampler
 from turboserve.engine.sequence import Sequence
 from turboserve.engine.template import ChatTemplate
@@ -30,7 +30,7 @@ class Preparer:
     def prepare(self, sequence: Sequence) -> None:
         """Fills in prompt, limits, sampler and text. Raises InvalidRequestError, of whatever kind."""
         request = sequence.request
-        prompt = self._template.encode(request.messages, request.tools)
+        prompt = self._template.encode(request.messages)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
         kv_format = self._manager.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:
@@ -43,7 +43,7 @@ class Preparer:
         sequence.max_answer_len = limit
         sequence.prompt = prompt
 
-    def _decode(self, ids: Sequence_[int]) -> str:
+    def _decode(self, ids: Iterable[int]) -> str:
         text: str = self._loaded.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from turboserve.engine.protocol import SamplingParams
 from turboserve.errors import InvalidRequestError
+from turboserve.messages import SamplingParams
 
 MASKED = -float("inf")
 _KEY_MASK = (1 << 64) - 1  # mx.random.key takes an unsigned 64-bit seed

@@ -8,9 +8,10 @@ from enum import Enum
 from typing import Any
 
 from turboserve.cache.manager import Lease
-from turboserve.engine.protocol import EventSink, GenerationRequest
+from turboserve.engine.protocol import EventSink
 from turboserve.engine.sampling import RowSampler
 from turboserve.engine.text import TextStream
+from turboserve.messages import Request
 
 
 class Stage(Enum):
@@ -31,7 +32,7 @@ class Sequence:
               [cache_len, len)        still to be fed; in DECODE exactly one, the newest
     """
 
-    request: GenerationRequest
+    request: Request
     sink: EventSink
     submitted_s: float
     stage: Stage = Stage.WAITING

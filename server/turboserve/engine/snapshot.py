@@ -6,24 +6,24 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable
 
+from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.desk import SessionView
 from turboserve.cache.holders import Conversation, Lease
 from turboserve.cache.manager import CacheManager
 from turboserve.cache.runtime import CacheBytes, total_bytes
-from turboserve.engine.parts import EngineParts
-from turboserve.engine.protocol import (
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.runner import Runner
+from turboserve.engine.sequence import Sequence
+from turboserve.messages import (
     MAX_SHOWN_CONVERSATIONS,
     AdmissionStats,
     CacheEvents,
     CacheTier,
     ConversationStats,
-    DiskState,
+    DiskStatus,
     EngineStats,
-    KVBytes,
     SessionInfo,
 )
-from turboserve.engine.runner import Runner
-from turboserve.engine.sequence import Sequence
 
 _KINDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equivalent")
 
@@ -98,11 +98,8 @@ def take_snapshot(
         kv_disk=_sum(c.kv for c in on_disk),
         kv_committed_bytes=manager.committed_bytes,
         kv_scratch_bytes=scratch_bytes,
-        prefix_query_tokens=counts.query_tokens,
-        prefix_hit_tokens=counts.cached_tokens,
         events=_events(manager),
         admission=_admission(manager),
-        integrity_failures=counts.integrity_failures,
         disk=_disk(manager),
     )
 
@@ -149,6 +146,11 @@ def _events(manager: CacheManager) -> CacheEvents:
         restores=Counter(counts.restores),
         preemptions=Counter(counts.preemptions),
         refusals=Counter(counts.refusals),
+        prefix_lookups=counts.lookups,
+        prefix_hits=counts.hits,
+        prefix_query_tokens=counts.query_tokens,
+        prefix_hit_tokens=counts.cached_tokens,
+        integrity_failures=counts.integrity_failures,
     )
 
 
@@ -163,15 +165,15 @@ def _admission(manager: CacheManager) -> AdmissionStats:
     )
 
 
-def _disk(manager: CacheManager) -> DiskState:
+def _disk(manager: CacheManager) -> DiskStatus:
     if manager.disk is None:
-        return DiskState(reason="no kv_store_dir is set")
+        return DiskStatus(reason="no kv_store_dir is set")
     status = manager.disk.status()
-    return DiskState(
+    return DiskStatus(
         is_enabled=True,
         is_writable=status.is_writable,
         reason=status.reason,
-        bytes=status.num_bytes,
+        num_bytes=status.num_bytes,
         limit_bytes=status.limit_bytes,
         num_entries=status.num_entries,
         num_damaged=status.num_damaged,

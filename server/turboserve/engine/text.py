@@ -55,6 +55,8 @@ class IncrementalDecoder:
 
 
 class StopResult(NamedTuple):
+    """Text that may be sent, and whether a stop string followed it."""
+
     text: str
     stopped: bool
 
@@ -108,6 +110,7 @@ class TextStream:
         self._matcher = StopMatcher(stops)
 
     def add(self, token: int) -> StopResult:
+        """Text that may be sent once this token is known. Once `stopped`, nothing more may be added."""
         return self._matcher.add(self._decoder.add(token))
 
     def flush(self) -> StopResult:

@@ -25,6 +25,7 @@ _READ_BYTES = 1 << 22
 
 
 def parameter_bytes(model: Module) -> int:
+    """Bytes of all parameters as they are held now, quantised or not."""
     return sum(int(p.nbytes) for _, p in _flat(model.parameters()))
 
 
@@ -97,6 +98,7 @@ def _content_hash(path: Path) -> str:
 
 
 def file_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
     return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from tests.turboserve.api.contract import Contract
 from tests.turboserve.api.scripted import ScriptedEngine
 
 from turboserve.api.app import create_app
 from turboserve.api.connection import Connection
 from turboserve.api.drain import Drain
-from turboserve.api.serve import DrainingServer, address_url, bind, make_server
+from turboserve.api.http_server import DrainingServer, address_url, bind, make_server
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 
@@ -43,6 +44,7 @@ class Service:
     telemetry: Telemetry
     server: DrainingServer
     drain: Drain
+    contract: Contract
     thread: threading.Thread
 
     @property
@@ -87,7 +89,8 @@ def running(**changes: object) -> Iterator[Service]:
         url = address_url(sock)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="http")
         thread.start()
-        yield Service(url, engine, settings, telemetry, server, app.state.drain, thread)
+        contract = Contract(app.state.description.document)
+        yield Service(url, engine, settings, telemetry, server, app.state.context.drain, contract, thread)
         server.handle_exit(signal.SIGTERM, None)
         server.handle_exit(signal.SIGTERM, None)
         thread.join(timeout=10)
@@ -109,8 +112,10 @@ def shared_client(shared_service: Service) -> Iterator[httpx.Client]:
 
 
 def connect_client(service: Service, **headers: str) -> httpx.Client:
+    """A client whose every reply is held to what /openapi.json declares."""
+    hooks = {"response": [service.contract.check]}
     # verify=False: loading certificates for a plain HTTP client takes longer than most of these tests.
-    return httpx.Client(base_url=service.url, timeout=5, verify=False, headers=headers)
+    return httpx.Client(base_url=service.url, timeout=5, verify=False, headers=headers, event_hooks=hooks)
 
 
 @pytest.fixture

@@ -14,26 +14,26 @@ from dataclasses import dataclass, replace
 
 from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
 
-from turboserve.engine.protocol import (
-    AdmissionStats,
-    CacheEvents,
-    ConversationStats,
-    DiskState,
-    EngineStats,
-    Event,
-    EventSink,
-    Failed,
-    Finished,
-    GenerationRequest,
-    TextDelta,
-    Usage,
-)
+from turboserve.engine.protocol import EventSink
 from turboserve.errors import (
     ContextLengthError,
     EngineFailureError,
     EngineUnavailableError,
     OverloadedError,
     RequestCancelledError,
+)
+from turboserve.messages import (
+    AdmissionStats,
+    CacheEvents,
+    ConversationStats,
+    DiskStatus,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    TextDelta,
+    Usage,
 )
 
 USAGE = Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=8, kv=KV, kv_format="4/3", session_id="c1")
@@ -115,7 +115,7 @@ SCRIPTS: Mapping[str, Callable[[], Script]] = {
 
 @dataclass
 class Job:
-    request: GenerationRequest
+    request: Request
     sink: EventSink
     script: Script
 
@@ -125,7 +125,7 @@ class ScriptedEngine(ScriptedSessions):
 
     def __init__(self) -> None:
         super().__init__()
-        self.received: list[GenerationRequest] = []
+        self.received: list[Request] = []
         self.extra: tuple[ConversationStats, ...] = ()  # in place of the two that statistics show
         self.cancelled: list[str] = []
         self.unready: str | None = None
@@ -143,7 +143,7 @@ class ScriptedEngine(ScriptedSessions):
     model_id = MODEL_ID
     created = 1_700_000_000
 
-    def submit(self, request: GenerationRequest, sink: EventSink) -> None:
+    def submit(self, request: Request, sink: EventSink) -> None:
         if self.dead:
             raise EngineUnavailableError("The engine thread has died.")
         if self.full:
@@ -183,12 +183,14 @@ class ScriptedEngine(ScriptedSessions):
             kv_disk=KV,
             kv_committed_bytes=900,
             kv_scratch_bytes=50,
-            prefix_query_tokens=120,
-            prefix_hit_tokens=80,
-            events=CacheEvents(evictions={"memory": 4, "ttl": 1}, preemptions={"memory": 2}),
+            events=CacheEvents(
+                evictions={"memory": 4, "ttl": 1},
+                preemptions={"memory": 2},
+                prefix_query_tokens=120,
+                prefix_hit_tokens=80,
+            ),
             admission=AdmissionStats(5, 5000, 4000, 1000, 800),
-            integrity_failures=0,
-            disk=DiskState(True, False, "No space left on device.", 700, 1000, 3),
+            disk=DiskStatus(True, False, "No space left on device.", 700, 1000, 3),
         )
 
     @property

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from turboserve.engine.protocol import KVBytes, SessionInfo, SessionPage
+from turboquant_kv.kv_bytes import KVBytes
 from turboserve.errors import (
     QuotaExceededError,
     SessionBusyError,
     SessionExistsError,
     SessionNotFoundError,
     TurboServeError,
+)
+from turboserve.messages import (
+    DeleteSession,
+    ForkSession,
+    GetSession,
+    ListSessions,
+    SessionCommand,
+    SessionInfo,
+    SessionPage,
+    UpdateSession,
 )
 
 T = TypeVar("T")
@@ -46,22 +56,22 @@ class ScriptedSessions:
     def clear(self) -> None:
         self._held.clear()
 
-    def list_sessions(self, tenant: str, limit: int, after: str | None) -> Future[SessionPage]:
-        return _answered(lambda: self._page(tenant, limit, after))
+    def session(self, command: SessionCommand) -> Future[Any]:
+        return _answered(lambda: self._answer(command))
 
-    def get_session(self, tenant: str, session_id: str) -> Future[SessionInfo]:
-        return _answered(lambda: self._get(tenant, session_id))
-
-    def fork_session(self, tenant: str, session_id: str, new_id: str | None) -> Future[SessionInfo]:
-        return _answered(lambda: self._fork(tenant, session_id, new_id))
-
-    def update_session(
-        self, tenant: str, session_id: str, *, is_pinned: bool | None = None, ttl_s: float | None = None
-    ) -> Future[SessionInfo]:
-        return _answered(lambda: self._update(tenant, session_id, is_pinned, ttl_s))
-
-    def delete_session(self, tenant: str, session_id: str) -> Future[None]:
-        return _answered(lambda: self._delete(tenant, session_id))
+    def _answer(self, command: SessionCommand) -> SessionPage | SessionInfo | None:
+        match command:
+            case ListSessions(tenant, limit, after):
+                return self._page(tenant, limit, after)
+            case GetSession(tenant, session_id):
+                return self._get(tenant, session_id)
+            case ForkSession(tenant, session_id, new_id):
+                return self._fork(tenant, session_id, new_id)
+            case UpdateSession(tenant, session_id, is_pinned, ttl_s):
+                return self._update(tenant, session_id, is_pinned, ttl_s)
+            case DeleteSession(tenant, session_id):
+                self._delete(tenant, session_id)
+                return None
 
     def _get(self, tenant: str, session_id: str) -> SessionInfo:
         if (tenant, session_id) not in self._held:

@@ -244,14 +244,16 @@ def test_unknown_model_is_404_without_a_look_at_files(
         ("OPTIONS", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("BREW", "/health", 405, "method_not_allowed"),
-        ("GET", "/docs", 404, "not_found"),
-        ("GET", "/openapi.json", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
+        ("POST", "/docs", 405, "method_not_allowed"),
     ],
 )
 def test_unknown_routes_and_methods(client: httpx.Client, method: str, path: str, status: int, code: str) -> None:
     reply = client.request(method, path)
     assert (reply.status_code, error_of(reply)["code"]) == (status, code)
     assert ("allow" in reply.headers) == (status == 405)
+    if path == "/health":
+        assert set(reply.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_a_bug_of_ours_is_a_plain_500(ask: Ask, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from tests.turboserve.api.scripted import USAGE
 
 from turboserve.api import mailbox as module
 from turboserve.api.mailbox import Mailbox
-from turboserve.engine.protocol import Failed, Finished, TextDelta
 from turboserve.errors import EngineFailureError
+from turboserve.messages import Failed, Finished, TextDelta
 
 
 async def drain(mailbox: Mailbox) -> tuple[str, Finished | Failed]:

@@ -1,16 +1,20 @@
-"""Whatever the body, parsing ends in a job or in one of our errors; and an accepted body means what it said."""
+"""Any body becomes a request or one of our errors, and what is accepted is declared in /openapi.json."""
 
 from __future__ import annotations
 
 import orjson
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.turboserve.api.contract import Contract
 from tests.turboserve.api.scripted import MODEL_ID
 
 from turboserve.api.body import parse_object
-from turboserve.api.chat_request import NEUTRAL_VALUES, ChatJob, parse_chat
-from turboserve.api.schemas import MAX_TOKENS, ChatBody
+from turboserve.api.chat_body import MAX_TOKENS, ChatBody
+from turboserve.api.chat_request import NEUTRAL_VALUES, parse_chat
+from turboserve.api.openapi import ApiDescription
+from turboserve.api.routes import router
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
+from turboserve.messages import Request
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | TEXT
@@ -22,30 +26,34 @@ FIELDS = st.sampled_from(["content", "name", "tool_calls", "tool_call_id", "refu
 MESSAGES = st.lists(st.dictionaries(FIELDS, JSON, max_size=3) | JSON, max_size=3)
 WITH_ROLE = st.lists(st.builds(lambda role, rest: {"role": role, **rest}, ROLES, st.dictionaries(FIELDS, JSON)))
 NAMES = st.sampled_from([*ChatBody.model_fields, *NEUTRAL_VALUES, "alien"])
+DECLARED = Contract(ApiDescription(router.routes, needs_key=False).document)
+CHAT_BODY = {"$ref": "#/components/schemas/ChatBody"}
 GOOD = st.just([{"role": "user", "content": "hi"}])
 
 
-def parse(body: dict[str, object]) -> ChatJob | None:
+def parse(body: dict[str, object]) -> Request | None:
     """None for a refusal, whose shape is checked."""
     try:
-        return parse_chat(body, request_id="r", tenant="", model_id=MODEL_ID)
+        request, _ = parse_chat(body, request_id="r", tenant="", model_id=MODEL_ID)
     except (InvalidRequestError, ModelNotFoundError) as error:
         assert error.param and error.message and error.status in (400, 404)
         assert len(error.message) < 1000
         return None
+    return request
 
 
 @given(st.dictionaries(NAMES, JSON, max_size=3), GOOD | MESSAGES | WITH_ROLE)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_object_is_parsed_or_refused(parameters: dict[str, object], messages: list[object]) -> None:
-    job = parse({**parameters, "messages": messages})
-    if job is None:
+    request = parse({**parameters, "messages": messages})
+    if request is None:
         return
-    assert 1 <= len(job.generation.messages) == len(messages)
-    assert all(isinstance(message["content"], str) for message in job.generation.messages)
-    assert job.generation.max_tokens is None or 1 <= job.generation.max_tokens <= MAX_TOKENS
-    assert 0 <= job.generation.sampling.temperature <= 2 and 0 < job.generation.sampling.top_p <= 1
-    assert all(job.generation.stop)
+    DECLARED.validate(CHAT_BODY, {**parameters, "messages": messages})
+    assert 1 <= len(request.messages) == len(messages)
+    assert all(isinstance(message["content"], str) for message in request.messages)
+    assert request.max_tokens is None or 1 <= request.max_tokens <= MAX_TOKENS
+    assert 0 <= request.sampling.temperature <= 2 and 0 < request.sampling.top_p <= 1
+    assert all(request.stop)
 
 
 @given(st.binary(max_size=64) | JSON.map(repr).map(str.encode))

@@ -11,7 +11,7 @@ from tests.turboserve.api.conftest import Service, connect_client, error_of, run
 from tests.turboserve.api.scripted import ScriptedEngine
 
 from turboserve.api.app import create_app
-from turboserve.api.serve import bind
+from turboserve.api.http_server import bind
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -22,6 +22,8 @@ ROUTES = [
     ("GET", "/"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/scripted/model"),
     ("GET", "/v1/kv/stats"),

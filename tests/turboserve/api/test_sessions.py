@@ -98,6 +98,10 @@ def test_pages_cover_everything_once(client: httpx.Client, service: Service, rng
 @pytest.mark.parametrize(
     ("query", "code", "param"),
     [
+        ("limit=%201", "invalid_request", "limit"),
+        ("limit=1_0", "invalid_request", "limit"),
+        ("limit=", "invalid_request", "limit"),
+        ("limit=0&before=x", "unknown_parameter", "before"),
         ("limit=0", "invalid_request", "limit"),
         ("limit=101", "invalid_request", "limit"),
         ("limit=ten", "invalid_request", "limit"),

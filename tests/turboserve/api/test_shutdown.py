@@ -20,7 +20,7 @@ SERVER = """
 import sys
 from tests.turboserve.api.scripted import ScriptedEngine
 from turboserve.api.app import create_app
-from turboserve.api.serve import run
+from turboserve.api.http_server import run
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 

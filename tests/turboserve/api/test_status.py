@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.turboserve.api.conftest import Ask, Service, error_of
 from tests.turboserve.api.scripted import MODEL_ID
 
-from turboserve.engine.protocol import ConversationStats, KVBytes
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.messages import ConversationStats
 from turboserve.telemetry import Telemetry
 
 
@@ -162,7 +163,8 @@ def test_scanning_paths_does_not_grow_the_labels(client: httpx.Client) -> None:
 
 def test_the_http_layer_imports_no_mlx() -> None:
     code = (
-        "import sys, turboserve.api.app, turboserve.api.serve; heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'}; "
+        "import sys, turboserve.api.app, turboserve.api.http_server; "
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy'}; "
         "sys.exit(','.join(heavy & {name.split('.')[0] for name in sys.modules}) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

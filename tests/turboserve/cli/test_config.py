@@ -87,6 +87,22 @@ def test_byte_counts_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (settings.kv_store_dir, settings.max_session_bytes_per_caller) == (Path("/some/where"), 10_000)
 
 
+FORMAT_SPELLINGS = [("F16", "f16"), (" f16 ", "f16"), ("4", "4/4"), ("04/3", "4/3"), ("8/4", "8/4")]
+
+
+@pytest.mark.parametrize(("given", "name"), FORMAT_SPELLINGS)
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+def test_a_kv_format_is_read_the_same_wherever_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, given: str, name: str
+) -> None:
+    """As over HTTP: tests/turboserve/api/test_sessions.py."""
+    if source == "variable":
+        monkeypatch.setenv("TURBOSERVE_KV_FORMAT", given)
+    flags = {"kv_format": given} if source == "flag" else {}
+    file = write(tmp_path, f'kv_format = "{given}"') if source == "file" else None
+    assert config.resolve(flags, file).kv_format == name
+
+
 def test_bad_variable_is_named_as_it_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURBOSERVE_MAX_QUEUED", "many")
     with pytest.raises(UsageError, match=r"^TURBOSERVE_MAX_QUEUED='many': expected a valid integer"):

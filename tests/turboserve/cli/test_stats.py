@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from turboserve.api.kv_replies import kv_stats_json
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.api.kv_replies import kv_statistics
 from turboserve.cli import stats
-from turboserve.engine.protocol import (
-    AdmissionStats,
-    CacheEvents,
-    ConversationStats,
-    DiskState,
-    EngineStats,
-    KVBytes,
-)
+from turboserve.messages import AdmissionStats, CacheEvents, ConversationStats, DiskStatus, EngineStats
 
 MIB = 1 << 20
 KV = KVBytes(tokens=100, compressed=3 * MIB, exact=MIB, raw_equivalent=16 * MIB)
@@ -32,17 +26,20 @@ BUSY = EngineStats(
     conversations=(ConversationStats("abc", "disk", KV, hits=3, idle_s=7.0, is_pinned=True),),
     num_conversations={"running": 1, "memory": 2, "disk": 1200},
     kv_committed_bytes=5 * MIB,
-    prefix_query_tokens=200,
-    prefix_hit_tokens=50,
-    events=CacheEvents(spills={"memory": 1200}, refusals={"queue": 2, "budget": 1}),
+    events=CacheEvents(
+        spills={"memory": 1200},
+        refusals={"queue": 2, "budget": 1},
+        prefix_query_tokens=200,
+        prefix_hit_tokens=50,
+        integrity_failures=1,
+    ),
     admission=AdmissionStats(4, 110, 100, 0, 0),
-    integrity_failures=1,
-    disk=DiskState(True, False, "read-only", 2 * MIB, 4 * MIB, 9),
+    disk=DiskStatus(True, False, "read-only", 2 * MIB, 4 * MIB, 9),
 )
 
 
 def printed(engine_stats: EngineStats) -> str:
-    return "\n".join(stats.lines(kv_stats_json(engine_stats)))
+    return "\n".join(stats.lines(kv_statistics(engine_stats).model_dump()))
 
 
 def test_a_busy_server() -> None:
@@ -71,12 +68,9 @@ def test_an_idle_server() -> None:
         kv=KVBytes(),
         conversations=(),
         num_conversations={},
-        prefix_query_tokens=0,
-        prefix_hit_tokens=0,
         events=CacheEvents(),
         admission=AdmissionStats(),
-        integrity_failures=0,
-        disk=DiskState(),
+        disk=DiskStatus(),
     )
     text = printed(idle)
     assert "disk           off" in text and "0 of 0 found" in text and "0 running, 0 memory, 0 disk" in text

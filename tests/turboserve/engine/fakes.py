@@ -15,20 +15,12 @@ from mlx_lm.models.qwen2 import Model, ModelArgs
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.manager import CacheManager, ManagerLimits
 from turboserve.cache.store import SessionDisk
-from turboserve.engine.family import ModelFamily
+from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.loop import StepLoop
-from turboserve.engine.parts import EngineParts, LoadedModel
-from turboserve.engine.protocol import (
-    EngineTelemetry,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    NullTelemetry,
-    SamplingParams,
-    TextDelta,
-)
+from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
+from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import TurboServeError
+from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
 
 VOCAB = 256
@@ -161,7 +153,7 @@ def make_parts(
         weights_fingerprint="none",
         eos_ids=eos_ids,
     )
-    family = ModelFamily(model, fmt)
+    family = ServedFormats(model, fmt)
     return EngineParts(
         loaded, family.default_runtime, CacheManager(family, budget_bytes, limits or ManagerLimits(), disk)
     )
@@ -196,21 +188,19 @@ def request(
     stop: tuple[str, ...] = (),
     session_id: str | None = None,
     kv_format: str | None = None,
-) -> GenerationRequest:
+) -> Request:
     messages = ({"role": "user", "content": content},)
-    return GenerationRequest(
-        request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format
-    )
+    return Request(request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format)
 
 
-def add(loop: StepLoop, *requests: GenerationRequest) -> list[Sink]:
+def add(loop: StepLoop, *requests: Request) -> list[Sink]:
     sinks = [Sink() for _ in requests]
     for one, sink in zip(requests, sinks, strict=True):
         loop.add(one, sink, 1000.0)
     return sinks
 
 
-def run(loop: StepLoop, *requests: GenerationRequest, max_steps: int = 2000) -> list[Sink]:
+def run(loop: StepLoop, *requests: Request, max_steps: int = 2000) -> list[Sink]:
     """Add requests and step until nothing is left to do."""
     sinks = add(loop, *requests)
     for _ in range(max_steps):

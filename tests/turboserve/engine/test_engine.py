@@ -11,14 +11,16 @@ import pytest
 from tests.turboserve.engine.fakes import RecordingTelemetry, Sink, make_parts, make_settings, request
 
 from turboserve.engine.engine import Build, TurboEngine
-from turboserve.engine.parts import EngineParts, Progress
-from turboserve.engine.protocol import Engine, Event
+from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.protocol import Engine
 from turboserve.errors import (
     EngineUnavailableError,
     OverloadedError,
     RequestCancelledError,
+    SessionNotFoundError,
     StartupError,
 )
+from turboserve.messages import DeleteSession, Event, ForkSession, GetSession, ListSessions, UpdateSession
 from turboserve.settings import Settings
 
 TIMEOUT_S = 60.0  # generous: only a hang reaches it
@@ -148,6 +150,25 @@ def test_cancel_ends_a_long_request(engine: TurboEngine) -> None:
     assert sink.ended.wait(TIMEOUT_S)
     assert isinstance(sink.error, RequestCancelledError)
     wait_for(lambda: engine.stats().num_running == 0)
+
+
+def test_session_commands_are_answered_from_any_thread(engine: TurboEngine) -> None:
+    assert submit(engine, "a", session_id="mine").ended.wait(TIMEOUT_S)
+    assert engine.session(GetSession("", "mine")).result(TIMEOUT_S).tokens > 0
+    forked = engine.session(ForkSession("", "mine", "branch")).result(TIMEOUT_S)
+    assert (forked.session_id, forked.is_explicit) == ("branch", True)
+    pinned = engine.session(UpdateSession("", "branch", is_pinned=True)).result(TIMEOUT_S)
+    assert pinned.is_pinned and pinned.ttl_s is None
+    page = engine.session(ListSessions("", limit=1)).result(TIMEOUT_S)
+    assert len(page.sessions) == 1 and page.has_more
+    assert engine.session(DeleteSession("", "mine")).result(TIMEOUT_S) is None
+    with pytest.raises(SessionNotFoundError):
+        engine.session(GetSession("", "mine")).result(TIMEOUT_S)
+    with pytest.raises(SessionNotFoundError):
+        engine.session(GetSession("somebody else", "branch")).result(TIMEOUT_S)
+    engine.stop()
+    with pytest.raises(EngineUnavailableError):
+        engine.session(ListSessions("", limit=1)).result(TIMEOUT_S)
 
 
 def test_stop_lets_requests_finish_and_refuses_new_ones(engine: TurboEngine) -> None:

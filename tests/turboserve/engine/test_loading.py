@@ -16,13 +16,13 @@ from huggingface_hub import errors as hub
 from tests.turboserve.engine.fakes import make_parts, random_model
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.budget import MemoryInfo, detect_memory
 from turboserve.cache.runtime import peak_bytes
 from turboserve.engine import weights
 from turboserve.engine.loading import build_parts, load, max_context
-from turboserve.engine.plan import memory_plan
-from turboserve.engine.resolve import EMBEDDED_DIR, EMBEDDED_MODEL_ID, model_id_for, read_config, resolve_folder
+from turboserve.engine.memory_plan import memory_plan
+from turboserve.engine.model_folder import EMBEDDED_DIR, EMBEDDED_MODEL_ID, model_id_for, read_config, resolve_folder
 from turboserve.errors import StartupError
+from turboserve.machine_memory import MemoryInfo, detect_memory
 from turboserve.settings import Settings
 
 PLENTY = MemoryInfo(1 << 40, 1 << 40)

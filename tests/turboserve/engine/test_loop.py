@@ -21,8 +21,8 @@ from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.runtime import peak_bytes
-from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
+from turboserve.messages import Request, SamplingParams
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=3, page_tokens=16, sink_tokens=16, centred=False)]
 
@@ -37,7 +37,7 @@ def prompt(rng: np.random.Generator, num_tokens: int) -> str:
     return text_of([int(t) for t in rng.integers(0, 256, num_tokens)])
 
 
-def mixed_requests(rng: np.random.Generator) -> list[GenerationRequest]:
+def mixed_requests(rng: np.random.Generator) -> list[Request]:
     """Unequal lengths, early finishers, greedy and seeded rows."""
     lengths = [1, 3, 16, 17, 40, 70, 33, 90]
     return [
@@ -200,7 +200,7 @@ def test_cancelling_one_leaves_the_others_alone(model: Any, rng: np.random.Gener
             assert_same_answer(loop._parts, str(one.messages[0]["content"]), sink.tokens, want)
 
 
-def refused(loop: Any, one: GenerationRequest) -> Sink:
+def refused(loop: Any, one: Request) -> Sink:
     (sink,) = run(loop, one)
     return sink
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboserve.engine.protocol import SamplingParams
 from turboserve.engine.sampling import RowSampler
 from turboserve.errors import InvalidRequestError
+from turboserve.messages import SamplingParams
 
 VOCAB = 50
 

@@ -13,10 +13,10 @@ from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.disk import DiskStore
 from turboserve.cache.manager import ManagerLimits
 from turboserve.cache.runtime import peak_bytes
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loop import StepLoop
-from turboserve.engine.parts import EngineParts
-from turboserve.engine.protocol import GenerationRequest, SamplingParams
 from turboserve.errors import KVFormatError, OverloadedError, SessionBusyError, SessionNotFoundError
+from turboserve.messages import Request, SamplingParams
 
 FMT = KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)
 
@@ -25,7 +25,7 @@ def prompt(rng: np.random.Generator, num_tokens: int) -> str:
     return text_of([int(t) for t in rng.integers(0, 256, num_tokens)])
 
 
-def alone(model: Any, one: GenerationRequest, fmt: KVFormat | None = FMT) -> list[int]:
+def alone(model: Any, one: Request, fmt: KVFormat | None = FMT) -> list[int]:
     """The answer of a server that has done nothing else."""
     return run(make_loop(make_parts(model, fmt=fmt)), one)[0].tokens
 
@@ -182,7 +182,7 @@ def store(folder: Path) -> DiskStore:
     return DiskStore(folder, limit_bytes=1 << 30, write_rate=1e12, fingerprint="test")
 
 
-def second_turns(rng: np.random.Generator, filled: list[tuple[str, Sink]]) -> list[GenerationRequest]:
+def second_turns(rng: np.random.Generator, filled: list[tuple[str, Sink]]) -> list[Request]:
     return [
         request("x", content + sink.text + prompt(rng, 20), tenant=f"t{i}", session_id="s")
         for i, (content, sink) in enumerate(filled)

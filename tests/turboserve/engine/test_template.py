@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlx_lm.tokenizer_utils import load
 
-from turboserve.engine.resolve import EMBEDDED_DIR
+from turboserve.engine.model_folder import EMBEDDED_DIR
 from turboserve.engine.template import ChatTemplate
 from turboserve.errors import InvalidRequestError
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from tests.turboserve.engine.fakes import tokens_of
 
-from turboserve.engine.parts import EngineParts
+from turboserve.engine.loaded_model import EngineParts
 
 # In standard deviations of the logits. The lead of the best token over the next is about exponential with mean 0.3.
 # Other batch mates: float32 sums in another order, measured below 6e-4, mostly 1e-6.

@@ -27,10 +27,14 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StrictModel(BaseModel):
+    """Base of all bodies: no coercion between types, no unknown field, immutable."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class TextPart(StrictModel):
+    """A piece of text content; pieces are joined by newlines."""
+
     type: Literal["text"]
     text: str
 
@@ -39,11 +43,15 @@ Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS)]
 
 
 class FunctionCall(StrictModel):
+    """Name and arguments of a tool call, `arguments` being JSON as text."""
+
     name: Name
     arguments: str
 
 
 class ToolCall(StrictModel):
+    """A tool call of an earlier answer; the chat template gets it as it is."""
+
     id: Name
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -59,6 +67,8 @@ class SystemMessage(StrictModel):
 
 
 class UserMessage(StrictModel):
+    """What a user said."""
+
     role: Literal["user"]
     content: str | Parts
     name: Name | None = None
@@ -80,6 +90,8 @@ class AssistantMessage(StrictModel):
 
 
 class ToolMessage(StrictModel):
+    """A tool's result, in answer to the call with that id."""
+
     role: Literal["tool"]
     content: str | Parts
     tool_call_id: Name
@@ -93,6 +105,8 @@ Message = Annotated[
 
 
 class StreamOptions(StrictModel):
+    """What a stream contains beside the answer."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # OpenAI pads its chunks against traffic analysis; we never do
 

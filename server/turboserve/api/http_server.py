@@ -58,7 +58,7 @@ def _bind_failure(exc: OSError, settings: Settings) -> str:
 
 
 def address_url(sock: socket.socket) -> str:
-    """`http://127.0.0.1:8000`."""
+    """The URL at which a bound socket answers, such as `http://127.0.0.1:8000`."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -98,7 +98,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
     factory = connection_factory(
         request_timeout_s=settings.request_timeout_s,
         send_timeout_s=settings.send_timeout_s,
-        telemetry=app.state.telemetry,
+        telemetry=app.state.context.telemetry,
     )
     config = uvicorn.Config(
         app,
@@ -112,7 +112,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=FLUSH_S,
     )
-    return DrainingServer(config, app.state.drain, settings.shutdown_grace_s)
+    return DrainingServer(config, app.state.context.drain, settings.shutdown_grace_s)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""All KV formats of the loaded model as the cache manager uses them: `turboquant_kv.family` with a default.
+"""All KV formats of the loaded model as the cache memory uses them: the library's KVFamily with a default.
 
 Adds the server's own format, errors that HTTP shows, and a look at the pages that a conversation holds.
 """
@@ -14,20 +14,16 @@ from numpy.typing import NDArray
 
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
-from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime, UnsupportedModelError
+from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
 from turboquant_kv.calibration import Calibration
-from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.runtime import Caches, HeldPages
 from turboserve.errors import KVFormatError
 
 
-def parse_format(name: str) -> KVFormat | None:
-    """None for `f16`. Raises UnsupportedFormatError."""
-    return None if name.strip().lower() == PLAIN_FORMAT else KVFormat.parse(name)
-
-
-class ModelFamily:
+class ServedFormats:
     """Implements cache.runtime.CacheFamily for one model. Used by the engine thread only."""
 
     def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
@@ -47,7 +43,7 @@ class ModelFamily:
 
     def normalise(self, name: str) -> str:
         try:
-            return self.kv.normalise(name)
+            return parse_format_name(name)
         except UnsupportedFormatError as exc:
             raise KVFormatError(str(exc)) from exc
 
@@ -61,7 +57,7 @@ class ModelFamily:
         return self.kv.totals()
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
-        """The same in all compressed layers, which share one numbering."""
+        """Pages of the compressed layers, which share one numbering; None where nothing is compressed."""
         paged = [c.sequence for c in caches if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
         if not paged:
             return None

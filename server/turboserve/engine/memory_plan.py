@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from turboserve.cache.policy import largest_fitting
 from turboserve.cache.runtime import peak_bytes
-from turboserve.engine.parts import LoadedModel, ServingRuntime
+from turboserve.engine.loaded_model import LoadedModel, ServingRuntime
 
 MiB = 1 << 20
 _MOST_TOKENS = 1 << 32  # beyond any budget
 
 
 def memory_plan(loaded: LoadedModel, runtime: ServingRuntime, budget_bytes: int) -> list[str]:
-    """Lines for the terminal; figures come from the runtime's own byte counts."""
+    """What weights and KV budget take and how many tokens that holds, as lines for the terminal.
+
+    Figures come from the runtime's own byte counts.
+    """
     raw_tokens = int(budget_bytes / runtime.token_raw_bytes) if runtime.token_raw_bytes else 0
     lines = [
         f"weights      {_mib(loaded.weights_bytes)} ({loaded.dtype})",

@@ -1,4 +1,4 @@
-"""What a loaded model consists of, as the step loop takes it. Plain data."""
+"""A loaded model, and with it all that serving it needs: the runtime of its caches and their memory. Plain data."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ class LoadedModel:
 
 
 class ServingRuntime(EvaluatingRuntime, Protocol):
-    """`turboquant_kv.runtime.KVRuntime` as the engine uses it; here the one of the server's own format."""
+    """What the engine uses of `turboquant_kv.cache.runtime.KVRuntime`: caches of the server's own format."""
 
     backend_name: str
     layers_compressed: int
     layers_uncompressed: int
 
     def allocated_bytes(self) -> int:
-        """Everything its pools hold: pages in use or not, and exact rows."""
+        """Bytes of everything the pools hold: pages in use or not, and exact rows."""
         ...
 
     def slack_bytes(self) -> int:
-        """Held for pages that nobody uses."""
+        """Bytes that the pools hold for pages that no sequence uses."""
         ...
 
     @property
-    def token_raw_bytes(self) -> float: ...
+    def token_raw_bytes(self) -> float:
+        """Bytes that one token would take in all layers, uncompressed in the model's dtype."""
+        ...
 
     @property
     def chunk_token_bytes(self) -> float:
@@ -54,13 +56,13 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
         ...
 
     def totals(self) -> CacheBytes:
-        """Of all conversations in compressed layers, what they share counted once."""
+        """Bytes of all conversations in compressed layers; what they share counts once."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """Built by the engine's own thread, and used by it alone."""
+    """A model ready to serve. Built by the engine's own thread, and used by it alone."""
 
     loaded: LoadedModel
     runtime: ServingRuntime

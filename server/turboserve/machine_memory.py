@@ -1,7 +1,7 @@
-"""How many bytes KV caches may take: parsing the setting, reading the machine's memory.
+"""The machine's memory: how much this process may use, and how much of it KV caches may take.
 
-Detection reads /proc, cgroup files and sysctl; resolving is pure. No MLX in here: the caller
-passes the limit of a GPU if there is one.
+Detection reads /proc, cgroup files and sysctl; resolving the budget setting is pure. No MLX in here: the
+caller passes the limit of a GPU if there is one.
 """
 
 from __future__ import annotations

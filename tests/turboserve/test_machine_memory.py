@@ -1,4 +1,4 @@
-"""The KV budget: what an operator may write, and what the machine offers."""
+"""The machine's memory: what an operator may write as the KV budget, and what the machine offers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from turboserve.cache.budget import MemoryInfo, MiB, detect_memory, resolve_budget
 from turboserve.errors import StartupError
+from turboserve.machine_memory import MemoryInfo, MiB, detect_memory, resolve_budget
 
 GiB = 1 << 30
 MEMORY = MemoryInfo(total_bytes=16 * GiB, available_bytes=12 * GiB)

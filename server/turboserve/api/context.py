@@ -1,0 +1,61 @@
+"""What all routes share: the engine, the shutdown, the counters and the limits; and how a request is submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from turboserve import messages
+from turboserve.api.drain import Drain
+from turboserve.api.mailbox import Mailbox
+from turboserve.engine.protocol import Engine
+from turboserve.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """The engine and what surrounds it, for one application; routes get it as the dependency `Context`."""
+
+    engine: Engine
+    drain: Drain
+    telemetry: Telemetry
+    max_body_bytes: int
+    send_timeout_s: float
+    keepalive_interval_s: float
+
+    @contextmanager
+    def submitted(self, request: messages.Request) -> Iterator[Mailbox]:
+        """The mailbox of a submitted request. On the way out, a request that has not finished is cancelled.
+
+        Raises OverloadedError or EngineUnavailableError when the engine takes no more.
+        """
+        mailbox = Mailbox()
+        self.engine.submit(request, mailbox)
+        self.drain.enter(mailbox)
+        try:
+            yield mailbox
+        finally:
+            self.drain.leave(mailbox)
+            if not mailbox.finished:
+                self.engine.cancel(request.request_id)
+
+
+# Coroutines, because FastAPI sends plain functions through a thread pool.
+
+
+async def _context(request: Request) -> ApiContext:
+    context: ApiContext = request.app.state.context
+    return context
+
+
+async def _tenant(request: Request) -> str:
+    """The caller as the front door established it."""
+    return str(request.scope["state"]["tenant"])
+
+
+Context = Annotated[ApiContext, Depends(_context)]
+Tenant = Annotated[str, Depends(_tenant)]

@@ -1,0 +1,63 @@
+"""The one place where whatever was raised becomes an answer: our errors, the framework's, and bugs."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from turboserve.api.replies import error_response
+from turboserve.api.validation import complaint
+from turboserve.errors import (
+    EngineFailureError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    RouteNotFoundError,
+    TurboServeError,
+)
+
+logger = logging.getLogger("turboserve.api")
+
+# Registered with FastAPI; everything else is a bug and reaches the front door.
+EXPECTED = (TurboServeError, HTTPException, RequestValidationError, ClientDisconnect)
+
+
+async def answer_exception(request: Request, exc: Exception) -> Response:
+    """OpenAI's envelope for any exception.
+
+    A client that left while it was sending gets 499, which only the log and the metrics read. Of a bug the
+    caller is told where to look, and nothing else; the log has its traceback.
+    """
+    match exc:
+        case TurboServeError():
+            return error_response(exc)
+        case ClientDisconnect():
+            return Response(status_code=499)
+        case HTTPException():
+            return error_response(_of_the_router(exc, request.method), exc.headers)
+        case RequestValidationError():
+            return error_response(_of_the_query(exc, request))
+    logger.error("unexpected failure", exc_info=exc)
+    request_id = request.scope["state"]["request_id"]
+    return error_response(EngineFailureError(f"Internal error; the server's log has details under {request_id}."))
+
+
+def _of_the_router(exc: HTTPException, method: str) -> TurboServeError:
+    if exc.status_code == 404:
+        return RouteNotFoundError("There is no such route; GET / lists them.")
+    if exc.status_code == 405:
+        return MethodNotAllowedError(f"{method[:16]!a} is not allowed on this route.")
+    return InvalidRequestError("The request could not be understood.")
+
+
+def _of_the_query(exc: RequestValidationError, request: Request) -> TurboServeError:
+    errors = [
+        ErrorDetails(type=error["type"], loc=error["loc"][1:], msg=error["msg"], input=None)  # loc without "query"
+        for error in exc.errors()
+    ]
+    errors.sort(key=lambda error: error["type"] != "extra_forbidden")  # a misspelt name before a bad value
+    return complaint(errors, request.query_params)

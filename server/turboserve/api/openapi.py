@@ -1,0 +1,167 @@
+"""What `/openapi.json` and `/docs` say: FastAPI's document, and what it cannot see from the routes' signatures.
+
+That is: bodies, which `body.py` reads strictly; the errors of every route; keys; and what a stream consists of.
+Routes use `failures`, `json_body` and `STREAM_OR_WHOLE`; `ApiDescription` puts the document together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+import orjson
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
+
+from turboserve import __version__
+from turboserve.api.chat_body import ChatBody
+from turboserve.api.chat_request import NEUTRAL_VALUES
+from turboserve.api.docs_page import docs_page
+from turboserve.api.frontdoor import OPEN_PATHS
+from turboserve.api.reply_models import ChatCompletionChunk, ErrorEnvelope
+from turboserve.api.session_request import SESSION_HEADER, SESSION_ID, EmptyBody, ForkBody, UpdateBody
+from turboserve.errors import (
+    AuthenticationError,
+    EngineFailureError,
+    ForeignHostError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+    SlowRequestError,
+    TurboServeError,
+)
+
+DESCRIPTION = "OpenAI's chat completions over compressed KV caches; docs/api.md has the words to these figures."
+REF = "#/components/schemas/{model}"
+BODIES = (ChatBody, ForkBody, UpdateBody, EmptyBody)
+
+# What the front door, the connection or a bug of ours may answer, whatever the route.
+EVERYWHERE: tuple[type[TurboServeError], ...] = (
+    InvalidRequestError,
+    ForeignHostError,
+    SlowRequestError,
+    HeadersTooLargeError,
+    EngineFailureError,
+)
+
+Json = dict[str, Any]
+
+HEADERS: dict[int, Json] = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
+    429: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+}
+
+
+def failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
+    """`responses` of a route that raises these errors beside those that any route can give."""
+    by_status: defaultdict[int, list[str]] = defaultdict(list)
+    for error in (*EVERYWHERE, *errors):
+        by_status[error.status].append(f"`{error.code}`")
+    return {
+        status: {"model": ErrorEnvelope, "description": ", ".join(codes), "headers": HEADERS.get(status, {})}
+        for status, codes in sorted(by_status.items())
+    }
+
+
+def json_body(model: type[BaseModel], *, may_be_empty: bool = False) -> Json:
+    """`openapi_extra` of a route whose body `body.py` reads and `validation.py` holds to one of BODIES."""
+    assert model in BODIES
+    schema = {"$ref": REF.format(model=model.__name__)}
+    return {"requestBody": {"required": not may_be_empty, "content": {"application/json": {"schema": schema}}}}
+
+
+SESSION_PARAMETER: Json = {
+    "name": SESSION_HEADER.title(),
+    "in": "header",
+    "description": "Names the conversation, as session_id in the body does; both only if equal.",
+    "schema": {"type": "string", "pattern": f"^{SESSION_ID.pattern}$"},
+}
+
+STREAM_OR_WHOLE: Json = {
+    "description": "The answer: whole, or as server-sent events when the body says stream.",
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "string",
+                "description": "Events `data: {...}`, each a ChatCompletionChunk, then `data: [DONE]`. An error after "
+                "the first byte is the last event instead, an ErrorEnvelope. Comment lines bridge silence.",
+            },
+            "x-event-schema": {"$ref": REF.format(model=ChatCompletionChunk.__name__)},
+        }
+    },
+}
+
+
+class ApiDescription:
+    """What one application says of its routes, made when it is first asked for."""
+
+    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool) -> None:
+        self._routes, self._needs_key = tuple(routes), needs_key
+
+    @cached_property
+    def document(self) -> Json:
+        """OpenAPI 3.1, as a dict that nobody changes."""
+        routes = list(_one_method_each(self._routes))
+        document = get_openapi(title="TurboServe", version=__version__, description=DESCRIPTION, routes=routes)
+        components: Json = document.setdefault("components", {})
+        components["schemas"] = _schemas(components.get("schemas", {}))
+        if self._needs_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's own; `failures` says what a bad query gets
+                if self._needs_key and path not in OPEN_PATHS:
+                    _ask_for_key(operation)
+        return document
+
+    @cached_property
+    def json(self) -> bytes:
+        """The body of `/openapi.json`."""
+        return orjson.dumps(self.document)
+
+    @cached_property
+    def page(self) -> str:
+        """The HTML of `/docs`."""
+        return docs_page(self.document)
+
+
+def _one_method_each(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
+    """Copies of the routes, because FastAPI would give all methods of one route the same operation id."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            for method in sorted(route.methods or ()):
+                one = copy(route)
+                one.methods = {method}
+                one.unique_id = route.name + ("_head" if method == "HEAD" else "")
+                yield one
+
+
+def _schemas(replies: Json) -> Json:
+    """Shapes of replies, as FastAPI collected them, with those of bodies and stream events."""
+    models = [*((model, "validation") for model in BODIES), (ChatCompletionChunk, "serialization")]
+    _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]  # it wants literals
+    schemas = {**replies, **definitions["$defs"]}
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    note = "Not supported: only values that ask for nothing pass."
+    schemas[ChatBody.__name__]["properties"] |= {
+        name: {"enum": list(values), "description": note} for name, values in NEUTRAL_VALUES.items()
+    }
+    return dict(sorted(schemas.items()))
+
+
+def _ask_for_key(operation: Json) -> None:
+    status = AuthenticationError.status
+    envelope = {"schema": {"$ref": REF.format(model=ErrorEnvelope.__name__)}}
+    operation["security"] = [{"key": []}]
+    operation["responses"][str(status)] = {
+        "description": f"`{AuthenticationError.code}`",
+        "headers": HEADERS[status],
+        "content": {"application/json": envelope},
+    }

@@ -1,0 +1,70 @@
+"""Bodies and queries against their pydantic models; pydantic's complaints become our errors, naming the parameter.
+
+Messages never quote what was sent: it may be a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from turboserve.errors import InvalidRequestError, UnknownParameterError
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def validated(model: type[Body], body: Mapping[str, object]) -> Body:
+    """The body as a model. Raises InvalidRequestError or UnknownParameterError, naming the parameter."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as exc:
+        # pydantic's text quotes the input; `from None` keeps prompts out of tracebacks.
+        errors = exc.errors(include_url=False, include_context=False, include_input=False)
+        raise complaint(errors, body) from None
+
+
+def complaint(errors: Sequence[ErrorDetails], body: Mapping[str, object]) -> InvalidRequestError:
+    """The first error; for a union such as `content`, of the branch that got furthest into the value."""
+    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return _explain(*max(((error, json_path(error, body)) for error in same_field), key=lambda pair: len(pair[1])))
+
+
+def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequestError:
+    param = path_text(path)
+    if error["type"] == "extra_forbidden":
+        return UnknownParameterError(f"Unknown parameter: {param}.", param=param)
+    if error["type"] == "missing":
+        return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
+    if param == "n":
+        return InvalidRequestError("n must be 1: one choice per request is supported.", param=param)
+    if param.endswith(".type"):
+        return InvalidRequestError(f"{param}: only text content is supported.", param=param)
+    return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
+
+
+def json_path(error: ErrorDetails, body: Mapping[str, object]) -> tuple[int | str, ...]:
+    """The error's place in the caller's JSON, without the union branches that pydantic puts in between."""
+    path: list[int | str] = []
+    value: object = body
+    for part in error["loc"]:
+        if _holds(value, part):
+            value = value[part]  # type: ignore[index]
+        elif not (error["type"] == "missing" and part == error["loc"][-1]):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _holds(value: object, part: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return isinstance(value, Mapping) and part in value
+
+
+def path_text(path: tuple[int | str, ...]) -> str:
+    """`("messages", 0, "content")` -> `messages[0].content`, at most 200 characters."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")[:200]

@@ -1,0 +1,56 @@
+"""What callers leave for the engine thread, which takes all of it between two steps. Plain data and futures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from turboserve.engine.failures import as_failure
+from turboserve.engine.sequence import Sequence
+from turboserve.errors import TurboServeError
+from turboserve.messages import SessionCommand, SessionInfo, SessionPage
+
+log = logging.getLogger(__name__)
+
+SessionAnswer = SessionPage | SessionInfo | None
+"""Which of them: see the command's docstring in messages.py."""
+
+RETRY_AFTER_START_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The request with this id shall end; one that has ended already is no matter."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCall:
+    """A session command, and whom to tell its answer. The future ends once, whatever happens to the engine."""
+
+    command: SessionCommand
+    future: Future[Any]
+
+    def run(self, answer: Callable[[SessionCommand], SessionAnswer]) -> None:
+        """Answer the command, on the engine thread; what `answer` raises goes to the future as a TurboServeError."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(answer(self.command))
+        except Exception as exc:
+            if not isinstance(exc, TurboServeError):
+                log.exception("a session command failed")
+            self.future.set_exception(as_failure(exc, RETRY_AFTER_START_S))
+
+    def refuse(self, error: TurboServeError) -> None:
+        """Any thread: the command is not done."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+InboxItem = Sequence | Cancel | SessionCall
+"""A submitted request is there as the engine's own state of it."""
