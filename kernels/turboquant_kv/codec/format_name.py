@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .format import KVFormat, UnsupportedFormatError
+from .registry import CODECS
 
 __all__ = ["FORMAT_NAMES", "PLAIN_FORMAT", "UnsupportedFormatError", "parse_format_name"]
 
 PLAIN_FORMAT = "f16"  # names mlx-lm's own caches: nothing is compressed, the dtype is the model's
-FORMAT_NAMES = "KEY_BITS/VALUE_BITS from 2, 3, 4 and 8, such as 4/4 or 4/3, or f16 for no compression"
+FORMAT_NAMES = f"KEY_BITS/VALUE_BITS from {', '.join(CODECS)}, such as 4/4 or 4/3, or f16 for no compression"
 """What `parse_format_name` takes, for messages to people."""
 
 

@@ -7,6 +7,7 @@ name looked up anywhere: a model is served if its id is the served one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import NamedTuple
 
 from turboserve.api.chat_body import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
@@ -93,16 +94,8 @@ def _without_unsupported(body: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in body.items() if name not in NEUTRAL_VALUES}
 
 
-SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-)
+# The body spells these as the engine does: a new one is added to both and is passed on.
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.name != "logit_bias")
 
 
 def _sampling(chat: ChatBody) -> SamplingParams:
