@@ -50,12 +50,11 @@ def test_backends_exclude_each_other() -> None:
 def test_what_is_imported_is_declared_and_nothing_more() -> None:
     imported = set()
     for file in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "server").rglob("*.py")]:
-        if "training" not in file.parts:
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Import):
-                    imported |= {alias.name.partition(".")[0] for alias in node.names}
-                elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                    imported.add(node.module.partition(".")[0])
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.partition(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"turboserve", "turboquant_kv", "pydantic_core"}
     declared = {requirement.name.replace("-", "_") for requirement in REQUIREMENTS}
     # transformers is capped because mlx-lm needs it; scipy_openblas32 is found, never imported.

@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx_lm
 import pytest
+from training import chat
 
 from turboserve.models.tiny.evaluate import load
 from turboserve.models.tiny.prompts import is_right, load_prompts, load_texts, select, spread
-from turboserve.models.tiny.training import chat
 
 WEATHER = {
     "type": "function",

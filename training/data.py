@@ -1,6 +1,6 @@
 """Tokenizer, training shards and held-out prompts for the tiny demonstration model.
 
-With M for turboserve.models.tiny.training:
+With M for training:
 
     python -m M.corpus --docs ... --stdlib ... --out DATA/corpus.jsonl.xz
     python -m M.data tokenizer DATA             # tokenizer files and the word list
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from turboserve.models.tiny.training import chat, tasks
+from training import chat, tasks
 
 VOCABULARY = 8192
 MAX_LENGTH = 16384

@@ -11,7 +11,7 @@ import json
 import random
 import string
 
-from turboserve.models.tiny.training.knowledge import (
+from training.knowledge import (
     CAPITALS,
     CODE,
     FACTS,

@@ -1,7 +1,7 @@
 """Train the tiny demonstration model on one GPU and write it in Hugging Face format.
 
-    python -m turboserve.models.tiny.training.data shards DATA &  # packed token shards, made while training runs
-    python -m turboserve.models.tiny.training.train DATA --minutes 18 --out model
+    python -m training.data shards DATA &  # packed token shards, made while training runs
+    python -m training.train DATA --minutes 18 --out model
 
 The architecture is that of mlx-lm's (and transformers') `qwen2`.  Rows of 16384 tokens hold
 many documents; FlexAttention keeps each document to itself, so one compiled graph serves both
@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from turboserve.models.tiny.training import chat, data
-from turboserve.models.tiny.training.network import CONFIG, Qwen2, losses_and_hits, token_losses
-from turboserve.models.tiny.training.optimizer import Muon, learning_rate
+from training import chat, data
+from training.network import CONFIG, Qwen2, losses_and_hits, token_losses
+from training.optimizer import Muon, learning_rate
 
 BLOCK = 128  # FlexAttention's block of queries or keys
 

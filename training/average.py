@@ -1,6 +1,6 @@
 """Average two checkpoints of one training run, weight by weight.
 
-    python -m turboserve.models.tiny.training.average DATA checkpoint model --share 0.6 --out averaged
+    python -m training.average DATA checkpoint model --share 0.6 --out averaged
 
 `--share` is the share of the second one.  The later checkpoint answers better and the earlier
 one has memorised less of the corpus; the average keeps most of both.
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from turboserve.models.tiny.training import train
-from turboserve.models.tiny.training.network import Qwen2
+from training import train
+from training.network import Qwen2
 
 
 def weights(folder):

@@ -1,6 +1,6 @@
 """Write the 8-bit MLX version of the trained model, in shards of at most 15 MiB.
 
-python -m turboserve.models.tiny.training.quantize model --out model-8bit
+python -m training.quantize model --out model-8bit
 """
 
 import argparse

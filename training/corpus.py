@@ -1,6 +1,6 @@
 r"""Text for the tiny demonstration model: documentation pages and Python sources.
 
-    python -m turboserve.models.tiny.training.corpus --out corpus.jsonl.xz \
+    python -m training.corpus --out corpus.jsonl.xz \
         --docs /usr/share/doc --stdlib <python Lib folder>
 
 ``--docs`` is a folder with the unpacked Debian packages named in ``DOCS``;
