@@ -98,14 +98,15 @@ def test_such_conversations_are_saved_forked_and_converted(rng: np.random.Genera
     fork = runtime.fork(caches, runtime.usable_prefix(caches, 150))
     smaller = family.convert(caches, "4/4", "3/3")
     assert family.runtime("3/3").description == "3/3, 1 of 2 layers 8/3"
+    codes = [[cache.sequence.pages().k_codes for cache in held] for held in (caches, smaller)]
+    assert np.array_equal(codes[0][1], codes[1][1]), "its keys stay as they are"
+    assert codes[0][0].shape != codes[1][0].shape
     alone = [TurboQuantKVCache.from_state(cache.state) for cache in caches]
     want = logits_of(model, caches, more, [])
     for same in (again, fork):
         assert np.array_equal(logits_of(model, same, more, []), want)
     got = logits_of(model, alone, more, [])  # by the machine's own backend
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
-    got = logits_of(model, smaller, more, [])
-    assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.3
 
 
 def test_what_was_measured_is_stored_with_the_means(tmp_path: Path, rng: np.random.Generator) -> None:
