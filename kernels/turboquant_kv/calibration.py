@@ -1,4 +1,4 @@
-"""Means of keys and values, per layer and head, measured once per model on a built-in text.
+"""Means of keys and values, and what keys lose in each layer, measured once per model on a built-in text.
 
 softmax(q.(k - m)) = softmax(q.k) and sum p (v - m) + m = sum p v for any constant m, so codes may hold
 centred vectors at no cost to the decode; the mean chosen here is what makes that worth doing.
@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import numpy as np
 import xxhash
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from turboquant_kv import key_guard
 from turboquant_kv.backends.base import Means
+from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ NUM_TOKENS = 2048
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "1"
+FILE_VERSION = "2"
 
 
 class CalibrationFileError(ValueError):
@@ -39,10 +41,14 @@ class CalibrationFileError(ValueError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means by layer index; layers that are not plain KV caches have none. `origin` is shown in stats."""
+    """Means by layer index; layers that are not plain KV caches have none. `origin` is shown in stats.
+
+    divergences: what keys lose at each number of bits, by layer (key_guard.py); layers not measured have none.
+    """
 
     layers: Mapping[int, Means]
     origin: str
+    divergences: key_guard.Divergences = field(default_factory=dict)
 
 
 def calibration_text() -> str:
@@ -63,7 +69,10 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
         mx.eval([c.state for c in caches])
     means = {i: _means_of(c) for i, c in enumerate(caches) if type(c) is KVCache and not c.empty()}
-    return Calibration(means, f"built-in text, {len(tokens)} tokens")
+    del caches  # their memory, before more is needed
+    measured = {i: m for i, m in means.items() if m.k.shape[1] in SUPPORTED_HEAD_DIMS}
+    divergences = key_guard.measure(model, tokens, measured)
+    return Calibration(means, f"built-in text, {len(tokens)} tokens", divergences)
 
 
 def _means_of(cache: Any) -> Means:
@@ -89,7 +98,7 @@ def calibration_for(model: Any, tokenizer: Any, cache_dir: Path, weights_fingerp
         save(path, calibration, weights_fingerprint)
     except OSError as error:
         log.warning("calibration cannot be stored, so the next start measures it again: %s", error)
-        return Calibration(calibration.layers, f"{calibration.origin}; not stored: {error.strerror}")
+        return replace(calibration, origin=f"{calibration.origin}; not stored: {error.strerror}")
     return calibration
 
 
@@ -100,6 +109,8 @@ def save(path: Path, calibration: Calibration, weights_fingerprint: str) -> None
         for i, means in calibration.layers.items()
         for side in ("k", "v")
     }
+    for i, by_bits in calibration.divergences.items():
+        arrays[f"{i}.divergence"] = np.array([by_bits[bits] for bits in key_guard.KEY_BITS], np.float32)
     metadata = {
         "version": FILE_VERSION,
         "weights": weights_fingerprint,
@@ -131,7 +142,9 @@ def load(path: Path, weights_fingerprint: str) -> Calibration:
         raise CalibrationFileError(f"{path}: contents do not match their checksum")
     layers = sorted({int(name.split(".")[0]) for name in values})
     means = {i: Means(values[f"{i}.k"], values[f"{i}.v"]) for i in layers}
-    return Calibration(means, metadata["origin"])
+    measured = {i: values[f"{i}.divergence"].tolist() for i in layers if f"{i}.divergence" in values}
+    divergences = {i: dict(zip(key_guard.KEY_BITS, row, strict=True)) for i, row in measured.items()}
+    return Calibration(means, metadata["origin"], divergences)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -43,6 +43,11 @@ class LayerSource:
         return source
 
     @property
+    def layer_fmt(self) -> KVFormat:
+        """This layer's own format, which may have more key bits than the cache's."""
+        return self.fmt if self.pool is None else self.pool.layer_formats[self.layer]
+
+    @property
     def shape(self) -> LayerShape | None:
         """None until it is known."""
         return None if self.pool is None else self.pool.shapes[self.layer]
@@ -181,7 +186,7 @@ class TurboQuantKVCache(CompressedCache):
     @property
     def state(self) -> tuple[Any, ...]:
         """Everything that `from_state` needs, as MLX arrays and one string (mlx-lm saves such trees)."""
-        return layer_contents.save_state(self.source.fmt, self.sequence)
+        return layer_contents.save_state(self.source.layer_fmt, self.sequence)
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> TurboQuantKVCache:
@@ -266,7 +271,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     @property
     def state(self) -> list[tuple[Any, ...]]:
         """One saved state per row."""
-        return [layer_contents.save_state(self.source.fmt, sequence) for sequence in self.sequences]
+        return [layer_contents.save_state(self.source.layer_fmt, sequence) for sequence in self.sequences]
 
     @classmethod
     def from_state(cls, state: Sequence[Sequence[Any]]) -> BatchTurboQuantKVCache:

@@ -85,7 +85,7 @@ def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequenc
     for layer, contents in layers.items():
         if contents.shape != pool.shapes[layer]:
             raise ValueError(f"a saved layer has the geometry {contents.shape}, the model's {pool.shapes[layer]}")
-        contents.check(pool.fmt, num_tokens)
+        contents.check(pool.layer_formats[layer], num_tokens)
     sequence = PagedSequence(pool, layers)
     page_ids = pool.allocate(next(iter(layers.values())).pages.num_pages)
     try:

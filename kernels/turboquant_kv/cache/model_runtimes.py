@@ -175,4 +175,6 @@ class KVFamily:
         calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None
         for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
             digest.update(f"{i}:".encode() + means.k.tobytes() + means.v.tobytes())
+        if calibration is not None and calibration.divergences:  # they decide which layers get more bits
+            digest.update(repr(sorted((i, sorted(d.items())) for i, d in calibration.divergences.items())).encode())
         return digest.hexdigest()[:32]

@@ -43,13 +43,21 @@ class PagePool:
     """Allocate, share and free pages. Not thread-safe: one thread owns all caches."""
 
     def __init__(
-        self, backend: Backend, shapes: Sequence[LayerShape], fmt: KVFormat, means: Sequence[Means | None] | None = None
+        self,
+        backend: Backend,
+        shapes: Sequence[LayerShape],
+        fmt: KVFormat,
+        means: Sequence[Means | None] | None = None,
+        layer_formats: Sequence[KVFormat] | None = None,
     ) -> None:
         """One store for each layer's shape. means: calibrated ones, per layer; None: none anywhere.
 
+        layer_formats: of each layer, where some need other codecs than `fmt`; they differ from it in nothing else.
         Raises UnsupportedFormatError for a geometry that the backend has no kernel for.
         """
         self.backend, self.shapes, self.fmt = backend, tuple(shapes), fmt
+        self.layer_formats = tuple(layer_formats) if layer_formats is not None else (fmt,) * len(self.shapes)
+        assert all(f.with_codecs(fmt.name) == fmt for f in self.layer_formats), "layers may differ in codecs alone"
         self.means = tuple(means) if means is not None else (None,) * len(self.shapes)
         self.stores: list[LayerStore] = self._new_stores()
         self.page_bytes = sum(self.layer_page_bytes(layer) for layer in range(len(self.shapes)))
@@ -62,12 +70,15 @@ class PagePool:
         self._plan: StepPlan | None = None
 
     def _new_stores(self) -> list[LayerStore]:
-        return [self.backend.new_store(s, self.fmt, m) for s, m in zip(self.shapes, self.means, strict=True)]
+        return [self._new_store(layer) for layer in range(len(self.shapes))]
+
+    def _new_store(self, layer: int) -> LayerStore:
+        return self.backend.new_store(self.shapes[layer], self.layer_formats[layer], self.means[layer])
 
     def layer_page_bytes(self, layer: int) -> int:
         """Bytes of one page in one layer."""
         shape = self.shapes[layer]
-        return self.fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+        return self.layer_formats[layer].page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
 
     @property
     def num_used(self) -> int:
@@ -190,7 +201,7 @@ class PagePool:
 
     def _rebuilt(self, layer: int, num_pages: int) -> LayerStore:
         """A layer's store that holds its first pages and no more."""
-        store = self.backend.new_store(self.shapes[layer], self.fmt, self.means[layer])
+        store = self._new_store(layer)
         if num_pages:
             store.grow(num_pages)
         for piece in _pieces(np.arange(num_pages)):

@@ -7,6 +7,7 @@ cache manager and plain mlx-lm programs use this; nobody else builds caches.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from turboquant_kv import key_guard
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import held as rows
@@ -55,6 +57,7 @@ class KVRuntime:
         self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
+        self.layer_formats: dict[int, KVFormat] = {}  # of compressed layers
         self._sources: dict[int, LayerSource] = {}
         self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
@@ -67,6 +70,13 @@ class KVRuntime:
         """`4/3`, or `f16` when nothing is compressed."""
         return PLAIN_FORMAT if self.fmt is None else self.fmt.name
 
+    @property
+    def description(self) -> str:
+        """The name, with what deviates from it: `4/4, 1 of 24 layers 8/4`."""
+        others = Counter(fmt.name for fmt in self.layer_formats.values() if fmt != self.fmt)
+        parts = [f"{count} of {len(self.layer_formats)} layers {name}" for name, count in sorted(others.items())]
+        return ", ".join([self.fmt_name, *parts])
+
     def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
@@ -75,19 +85,20 @@ class KVRuntime:
             check_head_dim(shape.k_dim)
             check_head_dim(shape.v_dim)
         means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
-        self._pool = PagePool(choose_backend(backend), list(compressed.values()), fmt, means)
+        raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
+        self.layer_formats = {i: raised.get(i, fmt) for i in compressed}
+        formats = list(self.layer_formats.values())
+        self._pool = PagePool(choose_backend(backend), list(compressed.values()), fmt, means, formats)
         self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
 
     @property
     def token_bytes(self) -> float:
         """Bytes that one more token of a long conversation takes, all layers."""
         compressed = 0
-        if self.fmt is not None:
-            compressed = sum(
-                self.fmt.token_bytes(s.num_kv_heads, s.k_dim, s.v_dim)
-                for i, s in enumerate(self.shapes)
-                if s is not None and i in self._sources
-            )
+        for i, fmt in self.layer_formats.items():
+            shape = self.shapes[i]
+            assert shape is not None
+            compressed += fmt.token_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
         return float(compressed + plain)
 
@@ -121,16 +132,11 @@ class KVRuntime:
             if shape is None:
                 continue
             if i in self._sources:
-                total += self._compressed_bytes(shape, num_tokens)
+                total += _compressed_bytes(self.layer_formats[i], shape, num_tokens)
             else:
                 step = KVCache.step
                 total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
         return total
-
-    def _compressed_bytes(self, shape: LayerShape, num_tokens: int) -> int:
-        assert self.fmt is not None
-        pages = self.fmt.num_pages(num_tokens) * self.fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
-        return pages + self.fmt.exact_rows(num_tokens) * shape.raw_token_bytes
 
     def measure(self, caches: Sequence[Any]) -> KVBytes:
         """Where the bytes of one conversation are, summed over its arrays."""
@@ -243,3 +249,8 @@ class KVRuntime:
         """Raises PageAccountingError when the pool's books do not agree."""
         if self._pool is not None:
             self._pool.check_integrity()
+
+
+def _compressed_bytes(fmt: KVFormat, shape: LayerShape, num_tokens: int) -> int:
+    pages = fmt.num_pages(num_tokens) * fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
+    return pages + fmt.exact_rows(num_tokens) * shape.raw_token_bytes

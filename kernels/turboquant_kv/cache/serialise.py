@@ -153,7 +153,7 @@ def _import_compressed(
         raise ValueError(f"a saved layer has the geometry {shape}, the model's {fresh.source.shape}")
     pages = CanonicalPages(*(np.array(c) for c in codes))
     contents = LayerContents(shape, (sink_k, sink_v), pages, (tail_k, tail_v))
-    contents.check(fresh.source.fmt, num_tokens)
+    contents.check(fresh.source.layer_fmt, num_tokens)
     return contents
 
 

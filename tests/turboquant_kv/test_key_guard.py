@@ -1,0 +1,121 @@
+"""Layers whose keys a format cannot hold are found, given more bits and said; all others keep the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from tests.turboquant_kv import small_models
+from tests.turboquant_kv.test_calibration import WEIGHTS, ByteTokenizer
+from tests.turboquant_kv.test_runtime import logits_of, random_tokens
+
+from turboquant_kv import key_guard
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.cache.runtime import KVRuntime
+from turboquant_kv.calibration import Calibration, calibrate, calibration_for
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.evaluation import Comparison, compare
+
+FMT = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+BIAS_NORM = 250.0  # as in Qwen2.5-0.5B
+
+
+def planted(rng: np.random.Generator, norm: float = BIAS_NORM) -> Any:
+    """A Qwen2-like model whose second layer has such a bias on its keys, as large in each rotary pair."""
+    model = small_models.dense()
+    attention = model.layers[1].self_attn
+    direction = rng.standard_normal(attention.k_proj.bias.shape)
+    attention.k_proj.bias = mx.array((norm * direction / np.linalg.norm(direction)).astype(np.float32))
+    attention.q_proj.weight *= 3  # random models attend evenly: errors of keys would not show
+    return model
+
+
+def loss(model: Any, runtime: KVRuntime, tokens: list[int]) -> Comparison:
+    return compare(model, tokens, make_prompt_cache(model), {"": runtime.make_cache()}, 64)[""]
+
+
+def test_a_planted_bias_is_found_and_cured(rng: np.random.Generator) -> None:
+    model, text = planted(rng), random_tokens(rng, 400)
+    calibration = calibrate(model, text)
+    assert set(key_guard.raised(FMT, calibration.divergences)) == {1}
+    guarded = KVRuntime(model, FMT, calibration=calibration)
+    unguarded = KVRuntime(model, FMT, calibration=Calibration(calibration.layers, ""))
+    assert (guarded.description, unguarded.description) == ("4/4, 1 of 2 layers 8/4", "4/4")
+    tokens = random_tokens(rng, 200)
+    bad, good = (loss(model, runtime, tokens).kl.mean() for runtime in (unguarded, guarded))
+    assert bad > 3 * good
+
+
+def test_healthy_models_keep_their_format(rng: np.random.Generator) -> None:
+    model = small_models.dense()
+    runtime = KVRuntime(model, FMT, calibration=calibrate(model, random_tokens(rng, 400)))
+    assert runtime.description == "4/4"
+    assert set(runtime.layer_formats.values()) == {FMT}
+
+
+def test_the_next_bits_that_suffice_are_taken() -> None:
+    healthy = {2: 0.3, 3: 0.08, 4: 0.02, 8: 0.0}
+    worse = {2: 9.0, 3: 2.0, 4: 0.2, 8: 0.001}
+    hopeless = {2: 99.0, 3: 50.0, 4: 20.0, 8: 5.0}
+    measured = {0: hopeless, 1: healthy, 2: worse, 3: healthy, 4: healthy}
+    for name, expected in (
+        ("4/4", {0: "8/4"}),
+        ("3/3", {0: "8/3", 2: "4/3"}),
+        ("8/4", {}),
+        ("2/2", {0: "8/2", 2: "4/2"}),
+    ):
+        found = key_guard.raised(KVFormat.parse(name), measured)
+        assert {layer: fmt.name for layer, fmt in found.items()} == expected
+    assert key_guard.raised(KVFormat.parse("4/4"), {}) == {}
+
+
+@pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])
+def test_bytes_of_layers_with_other_formats_are_counted(backend: str, rng: np.random.Generator) -> None:
+    model = planted(rng)
+    runtime = KVRuntime(model, FMT, calibration=calibrate(model, random_tokens(rng, 400)), backend=backend)
+    plain = KVRuntime(model, FMT, backend=backend)
+    caches = runtime.make_cache()
+    logits_of(model, caches, random_tokens(rng, 150), [])
+    assert runtime.measure(caches).total == runtime.bytes_for(150) == runtime.unique_bytes() > plain.bytes_for(150)
+    assert runtime.token_bytes > plain.token_bytes
+    layers = [cache.sequence for cache in caches if isinstance(cache, TurboQuantKVCache) and cache.sequence]
+    assert layers[1].compressed_bytes > layers[0].compressed_bytes
+    assert sum(layer.compressed_bytes for layer in layers) == runtime.totals().compressed
+
+
+def test_such_conversations_are_saved_forked_and_converted(rng: np.random.Generator) -> None:
+    model = planted(rng)
+    family = KVFamily(model, calibration=calibrate(model, random_tokens(rng, 400)), base=FMT, backend="cpu-numpy")
+    runtime = family.runtime("4/4")
+    caches, more = runtime.make_cache(), random_tokens(rng, 5)
+    logits_of(model, caches, random_tokens(rng, 150), [])
+    again = family.import_caches(*family.export_caches(caches))
+    fork = runtime.fork(caches, runtime.usable_prefix(caches, 150))
+    smaller = family.convert(caches, "4/4", "3/3")
+    assert family.runtime("3/3").description == "3/3, 1 of 2 layers 8/3"
+    codes = [[cache.sequence.pages().k_codes for cache in held] for held in (caches, smaller)]
+    assert np.array_equal(codes[0][1], codes[1][1]), "its keys stay as they are"
+    assert codes[0][0].shape != codes[1][0].shape
+    alone = [TurboQuantKVCache.from_state(cache.state) for cache in caches]
+    want = logits_of(model, caches, more, [])
+    for same in (again, fork):
+        assert np.array_equal(logits_of(model, same, more, []), want)
+    got = logits_of(model, alone, more, [])  # by the machine's own backend
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
+
+
+def test_what_was_measured_is_stored_with_the_means(tmp_path: Path, rng: np.random.Generator) -> None:
+    model, tokenizer = planted(rng), ByteTokenizer()
+    first = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    again = calibration_for(model, tokenizer, tmp_path, WEIGHTS)
+    assert tokenizer.calls == 1
+    assert again.divergences == first.divergences
+    families = [KVFamily(model, calibration=c, base=FMT) for c in (first, again)]
+    assert families[0].fingerprint == families[1].fingerprint
+    other = KVFamily(model, calibration=Calibration(first.layers, ""), base=FMT)
+    assert other.fingerprint != families[0].fingerprint, "its layers may have other formats"
