@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Array, LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.calibration import Calibration
+from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat
 
 PAGE_TOKENS = 16  # the smallest page: encoding works on whole ones

@@ -320,8 +320,8 @@ def end_to_end(
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import dequantize_model
 
+    from turboquant_kv.cache.calibration import calibrate, calibration_text
     from turboquant_kv.cache.runtime import KVRuntime
-    from turboquant_kv.calibration import calibrate, calibration_text
 
     model, tokenizer = load(str(model_path))[:2]
     model = dequantize_model(model)  # so small a model is faster so, and its first prompt does not wait for compilers

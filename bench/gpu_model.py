@@ -30,9 +30,9 @@ from mlx_lm.models import qwen2
 from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.base import ExactRows, Means
+from turboquant_kv.cache.calibration import Calibration, calibrate, calibration_text
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.calibration import Calibration, calibrate, calibration_text
 from turboquant_kv.codec.format import KVFormat
 
 CHUNK = 2048

@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from tests.turboquant_kv import small_models
 
-from turboquant_kv import calibration
-from turboquant_kv.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
+from turboquant_kv.cache import calibration
+from turboquant_kv.cache.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
 
 WEIGHTS = "0123abcd"
 

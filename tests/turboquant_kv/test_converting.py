@@ -11,10 +11,10 @@ from mlx_lm.models.cache import KVCache
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
+from turboquant_kv.cache.calibration import calibrate
 from turboquant_kv.cache.convert import convert
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.model_runtimes import KVFamily
-from turboquant_kv.calibration import calibrate
 from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)

@@ -15,10 +15,10 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, Concaten
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
+from turboquant_kv.cache.calibration import calibrate
 from turboquant_kv.cache.model_runtimes import KVFamily
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.cache.serialise import export_caches, import_caches
-from turboquant_kv.calibration import calibrate
 from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)

@@ -11,9 +11,9 @@ from mlx_lm.models import deepseek_v3, qwen2
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
+from turboquant_kv.cache.calibration import Calibration, calibrate
 from turboquant_kv.cache.model_runtimes import KVFamily
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
-from turboquant_kv.calibration import Calibration, calibrate
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)

@@ -13,11 +13,11 @@ from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_calibration import WEIGHTS, ByteTokenizer
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
-from turboquant_kv import key_guard
+from turboquant_kv.cache import key_guard
+from turboquant_kv.cache.calibration import Calibration, calibrate, calibration_for
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.model_runtimes import KVFamily
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.calibration import Calibration, calibrate, calibration_for
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.evaluation import Comparison, compare
 

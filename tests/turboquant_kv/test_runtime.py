@@ -14,9 +14,9 @@ from mlx_lm.models import qwen2
 from tests.turboquant_kv import small_models
 
 from turboquant_kv.cache import seam as attention
+from turboquant_kv.cache.calibration import calibrate
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
-from turboquant_kv.calibration import calibrate
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 
 NEARLY_EXACT = KVFormat(8, 8, page_tokens=16, sink_tokens=8)

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from turboquant_kv.cache import convert as converting
 from turboquant_kv.cache import serialise as exporting
+from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, parse_format_name
 from turboquant_kv.codec.registry import scalar_tables

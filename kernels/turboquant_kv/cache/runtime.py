@@ -15,19 +15,19 @@ import mlx.core as mx
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv import key_guard
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import held as rows
+from turboquant_kv.cache import key_guard
 from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
+from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.sequence import PagedSequence
-from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat, check_head_dim
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
@@ -64,6 +64,7 @@ class KVRuntime:
             self._make_pool(fmt, calibration, backend)
         self.layers_compressed = len(self._sources)
         self.layers_uncompressed = len(self.shapes) - len(self._sources)
+        self.layers_raised = sum(layer != fmt for layer in self.layer_formats.values())
 
     @property
     def fmt_name(self) -> str:

@@ -36,6 +36,12 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
     backend_name: str
     layers_compressed: int
     layers_uncompressed: int
+    layers_raised: int  # of the compressed ones, those whose keys have more bits than the format
+
+    @property
+    def description(self) -> str:
+        """The format, with what deviates from it in some layers."""
+        ...
 
     def allocated_bytes(self) -> int:
         """Bytes of everything the pools hold: pages in use or not, and exact rows."""

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from turboquant_kv import blas
+from turboquant_kv.cache.calibration import Calibration, calibration_for
 from turboquant_kv.cache.runtime import UnsupportedModelError
-from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
@@ -58,6 +58,7 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if formats.calibration is not None:
         details["calibration"] = formats.calibration.origin
     if runtime.fmt is not None:
+        details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, manager, details)
 

@@ -24,7 +24,7 @@ def memory_plan(loaded: LoadedModel, runtime: ServingRuntime, budget_bytes: int)
         return [*lines, f"holds        {raw_tokens:,} tokens uncompressed in {loaded.dtype}"]
     tokens = largest_fitting(lambda n: peak_bytes(runtime, n), budget_bytes, _MOST_TOKENS)
     lines.append(
-        f"holds        {tokens:,} tokens compressed as {runtime.fmt.name} ({runtime.token_bytes:,.0f} bytes each), "
+        f"holds        {tokens:,} tokens compressed as {runtime.description} ({runtime.token_bytes:,.0f} bytes each), "
         f"{raw_tokens:,} uncompressed in {loaded.dtype} ({runtime.token_raw_bytes:,.0f})"
     )
     if runtime.layers_uncompressed:

@@ -12,10 +12,10 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
+from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
-from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes

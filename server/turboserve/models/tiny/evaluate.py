@@ -31,8 +31,8 @@ import mlx_lm
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
 
+from turboquant_kv.cache.calibration import Calibration, calibration_for
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.calibration import Calibration, calibration_for
 from turboquant_kv.codec.format import KVFormat
 from turboserve.models.tiny import MODEL_PATH
 from turboserve.models.tiny.prompts import Prompt, Text, is_right, load_prompts, load_texts, select, tool_calls

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv import key_guard
 from turboquant_kv.backends.base import Means
+from turboquant_kv.cache import key_guard
 from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
 
 log = logging.getLogger(__name__)
