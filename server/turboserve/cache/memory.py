@@ -254,9 +254,10 @@ class Memory:
         if match is not None and not self._leases.is_there(match):
             return None
         if isinstance(question, Ask):
-            return (
-                self._start_from_disk(start, match, now_s) if match and match.is_on_disk else self._open(start, now_s)
-            )
+            if match is not None and match.is_on_disk:
+                self._read(start, match, now_s)
+                return None
+            return self._open(start, now_s)
         if isinstance(question, Restart):
             assert match is not None
             self._leases.restart(question.lease, match)
@@ -349,9 +350,13 @@ class Memory:
         """Give all idle memory back, as memory ran out; what is on disk stays there."""
         self._idle.drop_all()
 
+    def write_all(self) -> None:
+        """A file for every idle conversation that has none, as far as the disk takes them."""
+        self._idle.write_all()
+
     def close(self) -> None:
         """The process ends: write what has no file yet, and give the disk back."""
-        self._idle.write_all()
+        self.write_all()
         if self._disk is not None:
             self._disk.close()
 
