@@ -11,7 +11,7 @@ import numpy as np
 
 from turboserve.engine import engine as engine_module
 from turboserve.engine import runner as runner_module
-from turboserve.engine.loop import StepLoop
+from turboserve.engine.step_loop import StepLoop
 
 ORIGINAL_DRAW = runner_module._draw
 CHECK_EVERY = 8  # steps between two full integrity checks; bytes are compared after each
@@ -68,7 +68,7 @@ class CheckedLoop(StepLoop):
         # What waits for the disk is scratch as well, but not in `kv`: here only a prompt's chunk comes on top.
         chunk_bytes = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
         assert stats.kv.total <= stats.kv_budget_bytes + chunk_bytes, books
-        assert stats.integrity_failures == 0
+        assert stats.events.integrity_failures == 0
 
 
 def watch_engine() -> None:

@@ -85,7 +85,9 @@ def kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     yield gauge("kv_tokens", "Tokens held in KV caches.", kv.tokens)
     usage_ratio = kv.total / stats.kv_budget_bytes if stats.kv_budget_bytes else 0.0
     yield gauge("kv_cache_usage_ratio", "Allocated KV bytes over the budget, 0 to 1.", usage_ratio)
-    yield counter("kv_integrity_failures", "Integrity checks that found a disagreement.", stats.integrity_failures)
+    yield counter(
+        "kv_integrity_failures", "Integrity checks that found a disagreement.", stats.events.integrity_failures
+    )
 
 
 def conversations(stats: EngineStats) -> Iterator[Metric]:

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.failures import as_failure
-from turboserve.engine.loop import Clock, StepLoop
+from turboserve.engine.generation import Generation
 from turboserve.engine.parts import EngineParts, Progress
 from turboserve.engine.protocol import (
     EngineStats,
@@ -33,7 +33,9 @@ from turboserve.engine.protocol import (
     SessionInfo,
     SessionPage,
 )
+from turboserve.engine.step_loop import Clock, StepLoop
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
+from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -176,24 +178,24 @@ class TurboEngine:
     # --- sessions: done on the engine thread, between two steps
 
     def list_sessions(self, tenant: str, limit: int, after: str | None) -> Future[SessionPage]:
-        return self._call(lambda loop: loop.sessions.list_page(tenant, limit, after))
+        return self._call(lambda loop: loop.answer(ListSessions(tenant, limit, after)))
 
     def get_session(self, tenant: str, session_id: str) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.get(tenant, session_id))
+        return self._call(lambda loop: loop.answer(GetSession(tenant, session_id)))
 
     def fork_session(self, tenant: str, session_id: str, new_id: str | None) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.fork(tenant, session_id, new_id))
+        return self._call(lambda loop: loop.answer(ForkSession(tenant, session_id, new_id)))
 
     def update_session(
         self, tenant: str, session_id: str, *, is_pinned: bool | None = None, ttl_s: float | None = None
     ) -> Future[SessionInfo]:
-        return self._call(lambda loop: loop.sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s))
+        return self._call(lambda loop: loop.answer(UpdateSession(tenant, session_id, is_pinned, ttl_s)))
 
     def delete_session(self, tenant: str, session_id: str) -> Future[None]:
-        return self._call(lambda loop: loop.sessions.delete(tenant, session_id))
+        return self._call(lambda loop: loop.answer(DeleteSession(tenant, session_id)))
 
-    def _call(self, function: Callable[[StepLoop], T]) -> Future[T]:
-        call = _Call(function, Future())
+    def _call(self, function: Callable[[StepLoop], Any]) -> Future[Any]:
+        call: _Call[Any] = _Call(function, Future())
         with self._changed:
             unready = self._unready
             if unready is None:
@@ -250,7 +252,7 @@ class TurboEngine:
                 return
             for command in commands:
                 if isinstance(command, _Submit):
-                    loop.add(command.request, command.sink, command.submitted_s)
+                    loop.add(Generation(command.request, command.sink, command.submitted_s))
                 elif isinstance(command, _Cancel):
                     loop.cancel(command.request_id)
                 else:

@@ -18,7 +18,7 @@ from turboquant_kv.cache.runtime import PLAIN_FORMAT, KVRuntime, UnsupportedMode
 from turboquant_kv.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.runtime import Caches, HeldPages
+from turboserve.cache.interfaces import Caches, HeldPages
 from turboserve.errors import KVFormatError
 
 
@@ -28,7 +28,7 @@ def parse_format(name: str) -> KVFormat | None:
 
 
 class ModelFamily:
-    """Implements cache.runtime.CacheFamily for one model. Used by the engine thread only."""
+    """Implements cache.interfaces.CacheFamily for one model. Used by the engine thread only."""
 
     def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
         """`fmt` is the server's default, None for f16; other formats get its pages and exact ends.

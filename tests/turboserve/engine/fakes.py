@@ -13,22 +13,15 @@ import mlx.core as mx
 from mlx_lm.models.qwen2 import Model, ModelArgs
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.manager import CacheManager, ManagerLimits
-from turboserve.cache.store import SessionDisk
+from turboserve.cache.interfaces import SessionDisk
+from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine.family import ModelFamily
-from turboserve.engine.loop import StepLoop
+from turboserve.engine.generation import Generation
 from turboserve.engine.parts import EngineParts, LoadedModel
-from turboserve.engine.protocol import (
-    EngineTelemetry,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    NullTelemetry,
-    SamplingParams,
-    TextDelta,
-)
+from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
+from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import TurboServeError
+from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
 
 VOCAB = 256
@@ -148,7 +141,7 @@ def make_parts(
     budget_bytes: int = 1 << 28,
     max_context: int = MAX_CONTEXT,
     eos_ids: frozenset[int] = frozenset(),
-    limits: ManagerLimits | None = None,
+    limits: MemoryLimits | None = None,
     disk: SessionDisk | None = None,
 ) -> EngineParts:
     loaded = LoadedModel(
@@ -162,9 +155,7 @@ def make_parts(
         eos_ids=eos_ids,
     )
     family = ModelFamily(model, fmt)
-    return EngineParts(
-        loaded, family.default_runtime, CacheManager(family, budget_bytes, limits or ManagerLimits(), disk)
-    )
+    return EngineParts(loaded, family.default_runtime, Memory(family, budget_bytes, limits or MemoryLimits(), disk))
 
 
 class Clock:
@@ -196,21 +187,19 @@ def request(
     stop: tuple[str, ...] = (),
     session_id: str | None = None,
     kv_format: str | None = None,
-) -> GenerationRequest:
+) -> Request:
     messages = ({"role": "user", "content": content},)
-    return GenerationRequest(
-        request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format
-    )
+    return Request(request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format)
 
 
-def add(loop: StepLoop, *requests: GenerationRequest) -> list[Sink]:
+def add(loop: StepLoop, *requests: Request) -> list[Sink]:
     sinks = [Sink() for _ in requests]
     for one, sink in zip(requests, sinks, strict=True):
-        loop.add(one, sink, 1000.0)
+        loop.add(Generation(one, sink, 1000.0))
     return sinks
 
 
-def run(loop: StepLoop, *requests: GenerationRequest, max_steps: int = 2000) -> list[Sink]:
+def run(loop: StepLoop, *requests: Request, max_steps: int = 2000) -> list[Sink]:
     """Add requests and step until nothing is left to do."""
     sinks = add(loop, *requests)
     for _ in range(max_steps):

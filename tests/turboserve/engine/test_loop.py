@@ -20,9 +20,9 @@ from tests.turboserve.engine.fakes import (
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.runtime import peak_bytes
-from turboserve.engine.protocol import GenerationRequest, SamplingParams
+from turboserve.cache.sizes import peak_bytes
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
+from turboserve.messages import Request, SamplingParams
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=3, page_tokens=16, sink_tokens=16, centred=False)]
 
@@ -37,7 +37,7 @@ def prompt(rng: np.random.Generator, num_tokens: int) -> str:
     return text_of([int(t) for t in rng.integers(0, 256, num_tokens)])
 
 
-def mixed_requests(rng: np.random.Generator) -> list[GenerationRequest]:
+def mixed_requests(rng: np.random.Generator) -> list[Request]:
     """Unequal lengths, early finishers, greedy and seeded rows."""
     lengths = [1, 3, 16, 17, 40, 70, 33, 90]
     return [
@@ -143,8 +143,8 @@ def test_a_second_turn_reuses_the_first(model: Any, rng: np.random.Generator, fm
     cached = second.finished.usage.cached_tokens
     assert cached == held if fmt is None else 0 <= held - cached < fmt.page_tokens
     assert telemetry.calls[-2] == ("prompt", (89, cached))
-    assert len(list(parts.manager.store)) == 1  # the longer conversation took the shorter one's place
-    parts.manager.check_integrity()
+    assert len(list(parts.memory.idle)) == 1  # the longer conversation took the shorter one's place
+    parts.memory.check_integrity()
 
 
 def test_the_same_prompt_again_still_computes_its_last_token(model: Any, rng: np.random.Generator) -> None:
@@ -174,10 +174,10 @@ def test_cancelling_frees_within_a_step(
         loop.step()
     loop.cancel("a")
     assert isinstance(sink.error, RequestCancelledError)
-    assert not loop.has_work and not parts.manager.leases
+    assert not loop.has_work and not parts.memory.leases
     assert telemetry.calls[-1] == ("cancelled", {0: "queued", 1: "prefill", 6: "decode"}[num_steps])
-    parts.manager.check_integrity()
-    parts.manager.drop_idle()
+    parts.memory.check_integrity()
+    parts.memory.drop_idle()
     assert parts.runtime.allocated_bytes() == parts.runtime.slack_bytes()
 
 
@@ -200,7 +200,7 @@ def test_cancelling_one_leaves_the_others_alone(model: Any, rng: np.random.Gener
             assert_same_answer(loop._parts, str(one.messages[0]["content"]), sink.tokens, want)
 
 
-def refused(loop: Any, one: GenerationRequest) -> Sink:
+def refused(loop: Any, one: Request) -> Sink:
     (sink,) = run(loop, one)
     return sink
 
@@ -218,31 +218,31 @@ def test_a_request_beyond_the_budget_is_refused_with_both_numbers(
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
     budget = peak_bytes(parts.runtime, 100)
-    parts.manager.budget_bytes = budget
+    parts.memory.budget_bytes = budget
     loop = make_loop(parts)
     error = refused(loop, request("a", prompt(rng, 60), max_tokens=300)).error
     assert isinstance(error, ContextLengthError)
     assert f"{budget:,}" in error.message and f"{peak_bytes(parts.runtime, 361):,}" in error.message
     (fits,) = run(loop, request("b", prompt(rng, 60), max_tokens=None))
     assert fits.finished.usage.completion_tokens >= 39  # as far as the budget reaches
-    parts.manager.check_integrity()
+    parts.memory.check_integrity()
 
 
 def test_requests_take_turns_when_memory_holds_only_one(
     model: Any, rng: np.random.Generator, fmt: KVFormat | None
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
-    parts.manager.budget_bytes = peak_bytes(parts.runtime, 120) * 3 // 2
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 120) * 3 // 2
     loop = make_loop(parts)
     requests = [request(f"r{i}", prompt(rng, 60), max_tokens=50) for i in range(3)]
     sinks = add(loop, *requests)
     while loop.has_work:
         loop.step()
         assert loop.num_running <= 1
-        assert parts.manager.committed_bytes <= parts.manager.budget_bytes
+        assert parts.memory.committed_bytes <= parts.memory.budget_bytes
     assert [len(s.tokens) for s in sinks] == [50, 50, 50]
-    assert parts.manager.counts.evictions["pressure"] >= 1
-    parts.manager.check_integrity()
+    assert parts.memory.events().evictions["pressure"] >= 1
+    parts.memory.check_integrity()
 
 
 def test_bad_requests_end_alone_and_in_words(model: Any, rng: np.random.Generator) -> None:
