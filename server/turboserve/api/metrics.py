@@ -123,7 +123,7 @@ def admission(stats: EngineStats) -> Iterator[Metric]:
 def disk(stats: EngineStats) -> Iterator[Metric]:
     store = stats.disk
     yield gauge("kv_store_writable", "1 while conversations are written to disk.", float(store.is_writable))
-    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.bytes)
+    yield gauge("kv_store_bytes", "Bytes of the store's files.", store.num_bytes)
     yield gauge("kv_store_limit_bytes", "Bytes that the store's files may take.", store.limit_bytes)
     yield gauge("kv_store_entries", "Files in the store.", store.num_entries)
     yield gauge("kv_store_pending_bytes", "Memory beside the KV budget that waits to be written.", store.pending_bytes)

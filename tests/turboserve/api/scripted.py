@@ -183,11 +183,13 @@ class ScriptedEngine(ScriptedSessions):
             kv_disk=KV,
             kv_committed_bytes=900,
             kv_scratch_bytes=50,
-            prefix_query_tokens=120,
-            prefix_hit_tokens=80,
-            events=CacheEvents(evictions={"memory": 4, "ttl": 1}, preemptions={"memory": 2}),
+            events=CacheEvents(
+                evictions={"memory": 4, "ttl": 1},
+                preemptions={"memory": 2},
+                prefix_query_tokens=120,
+                prefix_hit_tokens=80,
+            ),
             admission=AdmissionStats(5, 5000, 4000, 1000, 800),
-            integrity_failures=0,
             disk=DiskState(True, False, "No space left on device.", 700, 1000, 3),
         )
 

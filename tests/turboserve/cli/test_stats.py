@@ -32,11 +32,14 @@ BUSY = EngineStats(
     conversations=(ConversationStats("abc", "disk", KV, hits=3, idle_s=7.0, is_pinned=True),),
     num_conversations={"running": 1, "memory": 2, "disk": 1200},
     kv_committed_bytes=5 * MIB,
-    prefix_query_tokens=200,
-    prefix_hit_tokens=50,
-    events=CacheEvents(spills={"memory": 1200}, refusals={"queue": 2, "budget": 1}),
+    events=CacheEvents(
+        spills={"memory": 1200},
+        refusals={"queue": 2, "budget": 1},
+        prefix_query_tokens=200,
+        prefix_hit_tokens=50,
+        integrity_failures=1,
+    ),
     admission=AdmissionStats(4, 110, 100, 0, 0),
-    integrity_failures=1,
     disk=DiskState(True, False, "read-only", 2 * MIB, 4 * MIB, 9),
 )
 
@@ -71,11 +74,8 @@ def test_an_idle_server() -> None:
         kv=KVBytes(),
         conversations=(),
         num_conversations={},
-        prefix_query_tokens=0,
-        prefix_hit_tokens=0,
         events=CacheEvents(),
         admission=AdmissionStats(),
-        integrity_failures=0,
         disk=DiskState(),
     )
     text = printed(idle)
