@@ -7,17 +7,28 @@ before (memory.py) and made elsewhere (room.py); without it nothing in here goes
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
 from turboserve.cache.idle import IdleConversations
-from turboserve.cache.interfaces import CacheFamily, Caches
+from turboserve.cache.interfaces import CacheFamily, CacheRuntime, Caches
 from turboserve.cache.ledger import Ledger
 from turboserve.cache.prefix_index import Match, PrefixIndex
-from turboserve.cache.sessions import Conversation, Holder, Lease, Session, new_id
+from turboserve.cache.sessions import Conversation, Lease, Session, new_id
 from turboserve.cache.sizes import pages_bytes, peak_bytes
 from turboserve.cache.tally import Tally
 from turboserve.cache.verdicts import Ask
+
+
+class Beginning(NamedTuple):
+    """Caches that hold the first `length` tokens of a prompt, and where they come from."""
+
+    kv_format: str
+    runtime: CacheRuntime
+    caches: Caches
+    length: int
+    match: Match | None
 
 
 class Leases:
@@ -46,48 +57,50 @@ class Leases:
         is_held = holder in self._ledger.leases if isinstance(holder, Lease) else holder in self._idle
         return is_held and self._index.usable(holder, match.usable_len) >= match.usable_len
 
-    def begin(self, wanted_format: str, match: Match | None) -> Caches:
+    def begin(self, wanted_format: str, match: Match | None) -> Beginning:
         """Caches to begin with, sharing what was found in memory; they are the caller's to release."""
         if match is None:
-            return self._family.runtime(wanted_format).make_cache()
-        holder = match.holder
+            runtime = self._family.runtime(wanted_format)
+            return Beginning(wanted_format, runtime, runtime.make_cache(), 0, None)
+        holder, length = match.holder, match.usable_len
+        runtime = self._family.runtime(holder.kv_format)
         if isinstance(holder, Lease):
             assert holder.running is not None
-            return holder.running.fork(match.usable_len)
-        assert holder.caches is not None
-        return self._family.runtime(holder.kv_format).fork(holder.caches, match.usable_len)
+            caches = holder.running.fork(length)
+        else:
+            assert holder.caches is not None
+            caches = runtime.fork(holder.caches, length)
+        return Beginning(holder.kv_format, runtime, caches, length, match)
 
-    def open(self, ask: Ask, wanted_format: str, match: Match | None, caches: Caches, now_s: float) -> Lease:
-        """A new lease with these caches; there must be room for it."""
-        holder = match.holder if match is not None else None
-        kv_format = holder.kv_format if holder is not None else wanted_format
-        runtime = self._family.runtime(kv_format)
+    def open(self, ask: Ask, wanted_format: str, begun: Beginning, now_s: float) -> Lease:
+        """A new lease that owns these caches; there must be room for it."""
+        match = begun.match
         lease = Lease(
             request=ask.request,
             session=self._session_for(ask, match),
             prompt=np.asarray(ask.prompt, np.int32),
-            kv_format=kv_format,
+            kv_format=begun.kv_format,
             wanted_format=wanted_format,
-            runtime=runtime,
-            caches=caches,
-            cached_len=match.usable_len if match is not None else 0,
+            runtime=begun.runtime,
+            caches=begun.caches,
+            cached_len=begun.length,
             reserved_tokens=ask.num_tokens,
-            reserved_bytes=peak_bytes(runtime, ask.num_tokens),
+            reserved_bytes=peak_bytes(begun.runtime, ask.num_tokens),
             order=next(self._orders) if ask.order is None else ask.order,
-            source=holder.session if holder is not None else None,
+            source=match.holder.session if match is not None else None,
         )
         self._ledger.open(lease)
         self._index.add(lease)
-        self._note_use(lease, holder, now_s)
+        self._note_use(lease, now_s)
         return lease
 
-    def _note_use(self, lease: Lease, source: Holder | None, now_s: float) -> None:
-        session = lease.session
+    def _note_use(self, lease: Lease, now_s: float) -> None:
+        session, source = lease.session, lease.source
         session.created_s = session.created_s or now_s
         session.last_used_s = now_s
         if source is not None:
-            source.session.hits += 1
-            source.session.last_used_s = now_s
+            source.hits += 1
+            source.last_used_s = now_s
         self._tally.look_up(len(lease.prompt), lease.cached_len, is_hit=source is not None)
 
     def _session_for(self, ask: Ask, match: Match | None) -> Session:
@@ -128,7 +141,7 @@ class Leases:
     def restart(self, lease: Lease, match: Match) -> None:
         """Give it caches that begin there; those that it had are the caller's to release."""
         gained = match.usable_len - lease.held_len
-        lease.caches, lease.cached_len = self.begin(lease.wanted_format, match), match.usable_len
+        lease.caches, lease.cached_len = self.begin(lease.wanted_format, match).caches, match.usable_len
         lease.source = match.holder.session
         match.holder.session.hits += 1
         self._tally.prefix_hit_tokens += gained

@@ -283,14 +283,19 @@ class Memory:
         """What is shared is held before anything goes: then even the cache that it comes from may go."""
         ask, match = start.question, start.match
         assert isinstance(ask, Ask)
-        kv_format = self._format_of(ask)
-        extra = self._leases.bytes_to_open(ask, kv_format, match)
-        caches = self._leases.begin(kv_format, match)
-        self._room.carry_out(start.relief, now_s)
-        if self._ledger.missing_bytes(extra) > 0:
-            self.family.runtime(match.holder.kv_format if match is not None else kv_format).release(caches)
+        wanted_format = self._format_of(ask)
+        extra = self._leases.bytes_to_open(ask, wanted_format, match)
+        start_from = self._leases.begin(wanted_format, match)
+        has_room = False
+        try:
+            self._room.carry_out(start.relief, now_s)
+            has_room = self._ledger.missing_bytes(extra) <= 0
+        finally:
+            if not has_room:
+                start_from.runtime.release(start_from.caches)
+        if not has_room:
             return None
-        lease = self._leases.open(ask, kv_format, match, caches, now_s)
+        lease = self._leases.open(ask, wanted_format, start_from, now_s)
         self._ledger.give_back_slack()
         return lease
 

@@ -23,7 +23,8 @@ from turboserve.errors import KVFormatError
 
 log = logging.getLogger(__name__)
 
-# What waits for the disk may be too much now; asked again at once, everything would be copied for it in vain.
+# What waits for the disk may be too much now; asked again at once, conversation after conversation would be
+# copied for it in vain.
 SPILL_RETRY_S = 1.0
 
 _KV_FIELDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equivalent")
@@ -40,17 +41,24 @@ class Persistence:
     disk: SessionDisk | None
     tally: Tally
     wall_offset_s: float = 0.0
+    refused_s: float | None = None  # when the disk last did not take a conversation, and of what size
+    refused_bytes: int = 0
 
     @property
     def is_writable(self) -> bool:
         """Whether the disk takes anything now."""
         return self.disk is not None and self.disk.status().is_writable
 
-    @staticmethod
-    def was_just_refused(conversation: Conversation, now_s: float) -> bool:
-        """Whether the disk did not take this one a moment ago, so that `save` is not worth trying."""
-        refused_s = conversation.spill_refused_s
-        return refused_s is not None and now_s - refused_s < SPILL_RETRY_S
+    def may_take(self, conversation: Conversation, now_s: float) -> bool:
+        """Whether a writable disk is worth being asked: it refused nothing this small a moment ago."""
+        is_recent = self.refused_s is not None and now_s - self.refused_s < SPILL_RETRY_S
+        return not is_recent or conversation.kv.total < self.refused_bytes
+
+    def note_refusal(self, conversation: Conversation, now_s: float) -> None:
+        """`save` did not work although the disk is writable."""
+        num_bytes = conversation.kv.total
+        self.refused_bytes = num_bytes if self.may_take(conversation, now_s) else min(num_bytes, self.refused_bytes)
+        self.refused_s = now_s
 
     def save(self, conversation: Conversation) -> bool:
         """Whether its file is written or queued. Reads the caches, changes nothing in them."""

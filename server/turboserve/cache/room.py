@@ -22,8 +22,8 @@ from turboserve.cache.tally import Tally
 from turboserve.cache.victims import Candidate, next_format_down
 from turboserve.errors import KVFormatError
 
-# One plan is enough unless the disk refuses what it should take; the next one then does without.
-MAX_ROUNDS = 3
+# One plan is enough unless the disk refuses what it should take; the next ones then offer it less, or nothing.
+MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Room:
                 is_named=session.is_explicit,
                 is_pinned=session.is_pinned,
                 has_file=conversation.disk_key is not None,
-                can_spill=is_writable and not self._persistence.was_just_refused(conversation, now_s),
+                can_spill=is_writable and self._persistence.may_take(conversation, now_s),
                 is_source=source is not None and conversation is source.holder,
             )
 
@@ -191,7 +191,7 @@ class Room:
         if self._persistence.save(conversation):
             self._idle.unload(conversation)
         else:
-            conversation.spill_refused_s = now_s
+            self._persistence.note_refusal(conversation, now_s)
 
     def _requantise(self, conversation: Conversation, target: str) -> None:
         source, runtime = conversation.kv_format, self._family.runtime(target)

@@ -55,7 +55,6 @@ class Conversation:
     kv: KVBytes
     disk_key: str | None = None  # of its file, when that holds exactly these caches
     disk_bytes: int = 0
-    spill_refused_s: float | None = None  # when the disk last did not take it
 
     @property
     def conversation_id(self) -> str:

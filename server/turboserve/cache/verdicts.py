@@ -61,9 +61,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not now; the answer is the same until the memory's `generation` is another than `since`."""
+    """Not now; the answer is the same until the memory's `generation` is another than `since`.
 
-    since: int
+    None: for whoever asks, too often, what turns out differently. The answer may be another at any time.
+    """
+
+    since: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,41 +42,41 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self._preparer = Preparer(parts.loaded, parts.memory, self.runner.warm_up())
-        self.open = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
+        self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
 
     # --- from outside, between two steps
 
     @property
     def num_waiting(self) -> int:
-        return len(self.open.waiting)
+        return len(self.requests.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self.open.running)
+        return len(self.requests.running)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.open.waiting or self.open.running)
+        return bool(self.requests.waiting or self.requests.running)
 
     def add(self, generation: Generation) -> None:
         """Queue a new request behind all others."""
-        self.open.waiting.append(generation)
+        self.requests.waiting.append(generation)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; what was computed for it stays as an idle conversation. Unknown ids are ignored."""
-        generation = next((g for g in self.open.everyone() if g.request_id == request_id), None)
+        generation = next((g for g in self.requests.everyone() if g.request_id == request_id), None)
         if generation is not None:
-            self.open.cancel(generation)
+            self.requests.cancel(generation)
 
     def fail_all(self, error: TurboServeError) -> None:
         """End every request with the same error."""
-        for generation in self.open.everyone():
-            self.open.fail(generation, error)
+        for generation in self.requests.everyone():
+            self.requests.fail(generation, error)
 
     def abandon(self, error: TurboServeError) -> None:
         """Tell every reader that it is over, without touching caches: for an engine beyond repair."""
-        self.open.abandon(error)
+        self.requests.abandon(error)
 
     def answer(self, command: SessionCommand) -> SessionInfo | SessionPage | None:
         """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
@@ -103,7 +103,7 @@ class StepLoop:
 
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless pools, references, trees and accounting agree."""
-        alone = [g.caches for g in self.open.running if g.caches is not None]
+        alone = [g.caches for g in self.requests.running if g.caches is not None]
         views = self.runner.views()
         try:
             self._memory.check_integrity([*alone, *views])
@@ -128,22 +128,21 @@ class StepLoop:
 
     def _obtain(self, question: Question) -> Lease | Wait | Refuse:
         """A verdict carried out; asked again, a bounded number of times, when it turned out differently."""
-        asked_at = self._memory.generation
         for _ in range(scheduler.MAX_VERDICT_ROUNDS):
             verdict = self._memory.verdict(question, self._clock())
             if not isinstance(verdict, Start):
                 return verdict
             named = scheduler.to_preempt(verdict.relief.preempt, self._orders())
-            for generation in [self.open.running[i] for i in named]:
-                self.open.preempt(generation)
+            for generation in [self.requests.running[i] for i in named]:
+                self.requests.preempt(generation)
             lease = self._memory.carry_out(verdict, self._clock())
             if lease is not None:
                 return lease
-        return Wait(asked_at)
+        return Wait(None)
 
     def _orders(self) -> list[int]:
         """Of all running requests."""
-        return [g.lease.order for g in self.open.running if g.lease is not None]
+        return [g.lease.order for g in self.requests.running if g.lease is not None]
 
     # --- the parts of a step
 
@@ -151,10 +150,10 @@ class StepLoop:
         """Start waiting requests in order; at most one prompt is prepared."""
         may_prepare, is_going_on = True, True
         while is_going_on:
-            head = self.open.waiting[0] if self.open.waiting else None
+            head = self.requests.waiting[0] if self.requests.waiting else None
             due = scheduler.next_admission(
                 self._view_of(head) if head is not None else None,
-                num_running=len(self.open.running),
+                num_running=len(self.requests.running),
                 max_running=self._settings.max_running,
                 may_prepare=may_prepare,
                 memory_generation=self._memory.generation,
@@ -165,7 +164,7 @@ class StepLoop:
                 may_prepare = False
                 self._try_prepare(head)
             elif due is Admission.GIVE_UP:
-                self.open.fail(head, self._memory.refuse_waiting(head.ask(tokens_to_reserve(head))).error)
+                self.requests.fail(head, self._memory.refuse_waiting(head.ask(tokens_to_reserve(head))).error)
             else:
                 is_going_on = self._try_start(head)
 
@@ -182,17 +181,17 @@ class StepLoop:
         try:
             self._preparer.prepare(generation)
         except Exception as exc:
-            self.open.fail(generation, exc)
+            self.requests.fail(generation, exc)
 
     def _try_start(self, generation: Generation) -> bool:
         """Lease room and start; False when there is none now. A failing request is ended."""
         try:
             got = self._obtain(generation.ask(tokens_to_reserve(generation)))
         except Exception as exc:
-            self.open.fail(generation, exc)
+            self.requests.fail(generation, exc)
             return True
         if isinstance(got, Refuse):
-            self.open.fail(generation, got.error)
+            self.requests.fail(generation, got.error)
         elif isinstance(got, Wait):
             generation.told_to_wait_at = got.since
             generation.roomless_since_s = generation.roomless_since_s or self._clock()
@@ -203,7 +202,7 @@ class StepLoop:
 
     def _start(self, generation: Generation, lease: Lease) -> None:
         """Prefill from where the lease's caches end."""
-        self.open.start(generation)
+        self.requests.start(generation)
         generation.stage, generation.lease = Stage.PREFILL, lease
         generation.caches, generation.cache_len = lease.caches, lease.cached_len
         generation.last_prefill_step = self._num_steps
@@ -215,7 +214,7 @@ class StepLoop:
         self._telemetry.add_prompt_tokens(len(generation.prompt), lease.cached_len)
 
     def _prefill_one(self) -> None:
-        prefilling = [g for g in self.open.running if g.stage is Stage.PREFILL]
+        prefilling = [g for g in self.requests.running if g.stage is Stage.PREFILL]
         views = [scheduler.PrefillView(g.num_to_prefill, self._num_steps - g.last_prefill_step) for g in prefilling]
         chosen = scheduler.pick_prefill(views)
         if chosen is None:
@@ -232,7 +231,7 @@ class StepLoop:
                 generation.stage = Stage.DECODE
         except Exception as exc:
             log.exception("prefill failed for request %s", generation.request_id)
-            self.open.fail(generation, exc)
+            self.requests.fail(generation, exc)
 
     def _take_better_start(self, generation: Generation) -> None:
         """Of requests with a common beginning that came together, one computes it and the others follow."""
@@ -249,7 +248,7 @@ class StepLoop:
 
     def _grow(self) -> None:
         """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
-        decoding = [g for g in self.open.running if g.stage is Stage.DECODE]
+        decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
         for generation in [decoding[i] for i in scheduler.growing([_row_view(g) for g in decoding])]:
             lease = generation.lease
             if generation.stage is not Stage.DECODE or lease is None:  # it was preempted by an older one
@@ -257,24 +256,26 @@ class StepLoop:
             if isinstance(self._obtain(Growth(lease, tokens_to_reserve(generation))), Lease):
                 continue
             if scheduler.without_growth(lease.order, self._orders()) is WithoutGrowth.MAKE_WAY:
-                self.open.preempt(generation)
+                self.requests.preempt(generation)
                 continue
             log.warning("no KV budget left to go on with request %s: ended by length", generation.request_id)
-            self.open.finish(generation, "length")
+            self.requests.finish(generation, "length")
 
     def _decode(self) -> None:
         for generation, outcome in self.runner.step().items():
             if outcome is None:
                 self._recover(generation)
             elif isinstance(outcome, Exception):
-                self.open.fail(generation, outcome)
+                self.requests.fail(generation, outcome)
             else:
                 self._accept(generation, outcome)
 
     def _recover(self, generation: Generation) -> None:
         """A lost cache is computed again from the tokens, which are all still known."""
         if generation.num_recoveries >= MAX_RECOVERIES:
-            self.open.fail(generation, EngineFailureError("The device failed repeatedly while answering this request."))
+            self.requests.fail(
+                generation, EngineFailureError("The device failed repeatedly while answering this request.")
+            )
             return
         generation.num_recoveries += 1
         generation.stage = Stage.PREFILL
@@ -290,23 +291,23 @@ class StepLoop:
         self._observe_token(generation)
         generation.answer.append(token)
         if token in self._parts.loaded.eos_ids:
-            self.open.finish(generation, "stop")
+            self.requests.finish(generation, "stop")
             return
         try:
             generation.sampler.accept(token)
             result = generation.text.add(token)
         except Exception as exc:
             log.exception("text of request %s failed", generation.request_id)
-            self.open.fail(generation, exc)
+            self.requests.fail(generation, exc)
             return
         if result.text:
-            self.open.send(generation, TextDelta(result.text))
+            self.requests.send(generation, TextDelta(result.text))
         if generation.stage is Stage.ENDED:  # its reader failed
             return
         if result.stopped:
-            self.open.finish(generation, "stop", flush=False)
+            self.requests.finish(generation, "stop", flush=False)
         elif len(generation.answer) >= generation.max_answer_len:
-            self.open.finish(generation, "length")
+            self.requests.finish(generation, "length")
 
     def _observe_token(self, generation: Generation) -> None:
         now_s = self._clock()

@@ -318,7 +318,6 @@ class FakeEngine:
 
     def obtain(self, question: Question, now_s: float) -> Lease | Wait | Refuse:
         """Ask until the verdict holds."""
-        asked_at = self.memory.generation
         for _ in range(MAX_ROUNDS):
             self.num_rounds += 1
             verdict = self.memory.verdict(question, now_s)
@@ -329,7 +328,7 @@ class FakeEngine:
             lease = self.memory.carry_out(verdict, now_s)
             if lease is not None:
                 return lease
-        return Wait(asked_at)
+        return Wait(None)
 
     def preempt(self, lease: Lease, now_s: float) -> None:
         self.preempted.append(lease)

@@ -11,10 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.qwen2 import Model, ModelArgs
+from tests.turboserve.cache.fakes import GuardedMemory
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.interfaces import SessionDisk
-from turboserve.cache.memory import Memory, MemoryLimits
+from turboserve.cache.memory import MemoryLimits
 from turboserve.engine.family import ModelFamily
 from turboserve.engine.generation import Generation
 from turboserve.engine.parts import EngineParts, LoadedModel
@@ -155,7 +156,9 @@ def make_parts(
         eos_ids=eos_ids,
     )
     family = ModelFamily(model, fmt)
-    return EngineParts(loaded, family.default_runtime, Memory(family, budget_bytes, limits or MemoryLimits(), disk))
+    return EngineParts(
+        loaded, family.default_runtime, GuardedMemory(family, budget_bytes, limits or MemoryLimits(), disk)
+    )
 
 
 class Clock:

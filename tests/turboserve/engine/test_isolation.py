@@ -48,7 +48,7 @@ def undisturbed(loop: StepLoop, prompts: list[str]) -> list[list[int]]:
 def step_until_victim_has(loop: StepLoop, sinks: list[Sink], num_tokens: int) -> Any:
     while len(sinks[VICTIM].tokens) < num_tokens:
         loop.step()
-    return next(s for s in loop.open.running if s.request_id == f"r{VICTIM}")
+    return next(s for s in loop.requests.running if s.request_id == f"r{VICTIM}")
 
 
 def finish(loop: StepLoop) -> None:

@@ -66,7 +66,7 @@ def test_reservations_cover_rings_and_states(kind: str, fmt: Any, rng: np.random
         add(loop, request(str(i), text, max_tokens=40, tenant=str(i), sampling=GREEDY))
     while loop.has_work:
         loop.step()
-        for generation in loop.open.running:
+        for generation in loop.requests.running:
             assert generation.lease is not None
             assert loop.runner.measure(generation).total <= generation.lease.reserved_bytes + one_chunk
         loop.check_integrity()

@@ -20,7 +20,9 @@ from tests.turboserve.engine.fakes import (
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
+from turboserve.cache.memory import Ask
 from turboserve.cache.sizes import peak_bytes
+from turboserve.engine.scheduler import MAX_VERDICT_ROUNDS
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 from turboserve.messages import Request, SamplingParams
 
@@ -284,3 +286,48 @@ def test_reservations_cover_every_length_on_the_way(model: Any, fmt: KVFormat | 
     lengths = range(300)
     for num_tokens in lengths:
         assert peak_bytes(runtime, num_tokens) == max(runtime.bytes_for(n) for n in lengths[: num_tokens + 1])
+
+
+def test_a_verdict_that_never_holds_costs_a_bounded_number_of_questions_a_step(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts(model)
+    loop = make_loop(parts)
+    asked: list[object] = []
+    verdict = parts.memory.verdict
+
+    def counted(question: Any, now_s: float) -> Any:
+        asked.append(question)
+        return verdict(question, now_s)
+
+    monkeypatch.setattr(parts.memory, "verdict", counted)
+    with monkeypatch.context() as never:
+        never.setattr(parts.memory, "carry_out", lambda start, now_s: None)
+        (sink,) = add(loop, request("a", prompt(rng, 20), max_tokens=3))
+        for num_steps in range(1, 4):
+            loop.step()
+            assert len(asked) == num_steps * MAX_VERDICT_ROUNDS and loop.num_waiting == 1
+    while loop.has_work:
+        loop.step()
+    assert len(sink.tokens) == 3, "it was asked about again in the next step"
+
+
+def test_a_request_that_waits_is_asked_about_again_only_when_something_was_freed(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts(model)
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 120)
+    loop = make_loop(parts)
+    sinks = add(loop, request("a", prompt(rng, 60), max_tokens=50), request("b", prompt(rng, 60), max_tokens=50))
+    asked: list[str] = []
+    verdict = parts.memory.verdict
+
+    def noted(question: Any, now_s: float) -> Any:
+        if isinstance(question, Ask):
+            asked.append(question.request.request_id)
+        return verdict(question, now_s)
+
+    monkeypatch.setattr(parts.memory, "verdict", noted)
+    while loop.has_work:
+        loop.step()
+    assert asked == ["a", "b", "b"] and [len(s.tokens) for s in sinks] == [50, 50]
