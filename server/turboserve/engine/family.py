@@ -1,4 +1,4 @@
-"""All KV formats of the loaded model as the cache manager uses them: `turboquant_kv.family` with a default.
+"""All KV formats of the loaded model as the cache memory uses them: `turboquant_kv.family` with a default.
 
 Adds the server's own format, errors that HTTP shows, and a look at the pages that a conversation holds.
 """

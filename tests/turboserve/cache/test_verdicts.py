@@ -24,7 +24,7 @@ from tests.turboserve.cache.fakes import (
 )
 
 from turboserve.cache.interfaces import Arrays, Header, Meta
-from turboserve.cache.memory import Growth, Lease, Memory, Refuse, Restart, Start, Wait
+from turboserve.cache.memory import Growth, Lease, Memory, Question, Refuse, Restart, Start, Wait
 from turboserve.cache.persistence import SPILL_RETRY_S
 from turboserve.cache.sizes import peak_bytes
 from turboserve.errors import ContextLengthError
@@ -59,7 +59,7 @@ def crowded(**limits: Any) -> tuple[Memory, list[Lease]]:
 
 def test_a_verdict_changes_nothing() -> None:
     memory, leases = crowded()
-    questions = [
+    questions: list[Question] = [
         ask_for(span(90_000, 5), 60),
         ask_for(span(0, LENGTH + 5), LENGTH + 50),
         ask_for(span(9000, LENGTH + 5), LENGTH + 50, session_id="stored"),
