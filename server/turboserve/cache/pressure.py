@@ -42,7 +42,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Relief:
-    """All that has to happen before there is room: first the engine preempts, then memory takes the steps in order."""
+    """All that has to happen before there is room: first the engine preempts, then memory takes the steps in order.
+
+    Free pages that nobody will fill are given back at the very end (ledger.py); how many they are is seen then.
+    """
 
     preempt: tuple[int, ...] = ()  # orders of leases, the youngest first
     steps: tuple[Step, ...] = ()

@@ -101,6 +101,6 @@ def _fair_order(ordinary: list[Candidate], everyone: list[Candidate], budget_byt
 
 
 def next_format_down(name: str) -> str | None:
-    """One step down, or None at the end of the ladder and for formats that are not on it."""
+    """One step down, or None for the last format and for those that are not in FORMAT_STEPS."""
     index = FORMAT_STEPS.index(name) if name in FORMAT_STEPS else len(FORMAT_STEPS)
     return FORMAT_STEPS[index + 1] if index + 1 < len(FORMAT_STEPS) else None

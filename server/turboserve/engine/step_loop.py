@@ -141,8 +141,8 @@ class StepLoop:
         return Wait(None)
 
     def _orders(self) -> list[int]:
-        """Of all running requests."""
-        return [g.lease.order for g in self.requests.running if g.lease is not None]
+        """Of all running requests, place by place."""
+        return [_lease_of(generation).order for generation in self.requests.running]
 
     # --- the parts of a step
 
@@ -250,9 +250,9 @@ class StepLoop:
         """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
         decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
         for generation in [decoding[i] for i in scheduler.growing([_row_view(g) for g in decoding])]:
-            lease = generation.lease
-            if generation.stage is not Stage.DECODE or lease is None:  # it was preempted by an older one
+            if generation.stage is not Stage.DECODE:  # it was preempted by an older one
                 continue
+            lease = _lease_of(generation)
             if isinstance(self._obtain(Growth(lease, tokens_to_reserve(generation))), Lease):
                 continue
             if scheduler.without_growth(lease.order, self._orders()) is WithoutGrowth.MAKE_WAY:
@@ -319,6 +319,11 @@ class StepLoop:
         self._telemetry.add_generation_tokens(1)
 
 
+def _lease_of(generation: Generation) -> Lease:
+    assert generation.lease is not None, "whoever runs has a lease"
+    return generation.lease
+
+
 def _row_view(generation: Generation) -> scheduler.RowView:
-    assert generation.lease is not None
-    return scheduler.RowView(generation.lease.order, generation.num_tokens, generation.lease.reserved_tokens)
+    lease = _lease_of(generation)
+    return scheduler.RowView(lease.order, generation.num_tokens, lease.reserved_tokens)

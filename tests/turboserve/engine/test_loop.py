@@ -21,7 +21,7 @@ from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.memory import Ask
-from turboserve.cache.sizes import peak_bytes
+from turboserve.cache.sizes import peak_bytes, shared_pages
 from turboserve.engine.scheduler import MAX_VERDICT_ROUNDS
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 from turboserve.messages import Request, SamplingParams
@@ -331,3 +331,20 @@ def test_a_request_that_waits_is_asked_about_again_only_when_something_was_freed
     while loop.has_work:
         loop.step()
     assert asked == ["a", "b", "b"] and [len(s.tokens) for s in sinks] == [50, 50]
+
+
+def test_pages_that_a_fork_will_hold_are_foretold(model: Any, rng: np.random.Generator) -> None:
+    """Plans count on it: these are not freed by giving up the conversation that a request begins with."""
+    parts = make_parts(model, fmt=FORMATS[1])
+    (sink,) = run(make_loop(parts), request("a", prompt(rng, 90), max_tokens=4))
+    (held,) = parts.memory.idle
+    family, runtime = parts.memory.family, parts.runtime
+    assert held.caches is not None and sink.finished
+    pages = family.held_pages(held.caches)
+    assert pages is not None and len(pages.ids) == 4
+    for length in range(len(held.tokens) + 1):
+        usable = runtime.usable_prefix(held.caches, length)
+        fork = runtime.fork(held.caches, usable)
+        foretold, real = shared_pages(runtime, pages, usable), family.held_pages(fork)
+        assert foretold is not None and foretold.ids.tolist() == (real.ids.tolist() if real is not None else [])
+        runtime.release(fork)
