@@ -221,15 +221,19 @@ class FakeFamily:
 
 
 class FakeDisk:
-    """Implements SessionDisk; `is_full` and `damaged` play its failures."""
+    """Implements SessionDisk; `is_full`, `is_hesitant` (says that it is writable, and takes nothing) and `damaged`
+    play its failures.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[Meta, Header, Arrays]] = {}
-        self.is_full = False
+        self.is_full = self.is_hesitant = False
+        self.num_asked = 0
         self.damaged: set[str] = set()
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
-        if self.is_full:
+        self.num_asked += 1
+        if self.is_full or self.is_hesitant:
             return False
         self.files[key] = (meta, header, [a.copy() for a in arrays])
         return True

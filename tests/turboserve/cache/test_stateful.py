@@ -204,9 +204,9 @@ class Machine(RuleBasedStateMachine):
         except (SessionNotFoundError, SessionBusyError):
             pass
 
-    @rule(is_full=st.booleans())
-    def disk_fills(self, is_full: bool) -> None:
-        self.disk.is_full = is_full
+    @rule(is_full=st.booleans(), is_hesitant=st.booleans())
+    def disk_fills(self, is_full: bool, is_hesitant: bool) -> None:
+        self.disk.is_full, self.disk.is_hesitant = is_full, is_hesitant
 
     @precondition(lambda self: self.disk.files)
     @rule(index=st.integers(0, 9))

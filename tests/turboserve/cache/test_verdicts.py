@@ -23,7 +23,6 @@ from tests.turboserve.cache.fakes import (
     try_lease,
 )
 
-from turboserve.cache.interfaces import Arrays, Header, Meta
 from turboserve.cache.memory import Growth, Lease, Memory, Question, Refuse, Restart, Start, Wait
 from turboserve.cache.persistence import SPILL_RETRY_S
 from turboserve.cache.sizes import peak_bytes
@@ -113,18 +112,9 @@ def test_files_that_cannot_be_read_cost_one_round_each_and_no_more_than_a_step_h
     assert memory.events().restores["failed"] == num_files and engine.num_rounds == num_files + 1
 
 
-class HesitantDisk(FakeDisk):
-    """Says that it is writable, and takes nothing."""
-
-    num_asked = 0
-
-    def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
-        self.num_asked += 1
-        return False
-
-
 def test_what_the_disk_refuses_is_done_without_it_and_not_offered_again_at_once() -> None:
-    memory = memory_for(FakeFamily(), 10_000, disk := HesitantDisk())
+    memory = memory_for(FakeFamily(), 10_000, disk := FakeDisk())
+    disk.is_hesitant = True
     for i in range(3):
         converse(memory, span(1000 * i, LENGTH), float(i), session_id=f"s{i}")
     memory.budget_bytes, disk.num_asked = memory.committed_bytes, 0
