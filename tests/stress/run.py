@@ -193,13 +193,15 @@ def parts_at_a_tie(expected: Answer, found: Answer) -> bool:
 
 def summary(outcome: Outcome) -> str:
     stats, watch = outcome.last["stats"], outcome.last["watch"]
-    events = ", ".join(f"{kind} {sum(reasons.values())}" for kind, reasons in stats["events"].items())
+    counts = {kind: reasons for kind, reasons in stats["events"].items() if isinstance(reasons, dict)}
+    events = ", ".join(f"{kind} {sum(reasons.values())}" for kind, reasons in counts.items())
+    found, queried = stats["events"]["prefix_hit_tokens"], stats["events"]["prefix_query_tokens"]
     return (
         f"{outcome.num_answers - outcome.num_ties} answers equal, {outcome.num_ties} part at ties; "
         f"unlimited {outcome.unlimited_s:.1f} s, tight {outcome.tight_s:.1f} s\n"
         f"budget {outcome.budget_bytes / MiB:.1f} MiB, at most {watch['most_committed'] / MiB:.1f} committed, "
         f"{watch['most_allocated'] / MiB:.1f} allocated, in {watch['num_steps']} steps after the last restart\n"
-        f"{events}; prompt tokens found {stats['prefix_hit_tokens']} of {stats['prefix_query_tokens']}"
+        f"{events}; prompt tokens found {found} of {queried}"
     )
 
 

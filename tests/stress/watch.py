@@ -11,7 +11,7 @@ import numpy as np
 
 from turboserve.engine import engine as engine_module
 from turboserve.engine import runner as runner_module
-from turboserve.engine.loop import StepLoop
+from turboserve.engine.step_loop import StepLoop
 
 ORIGINAL_DRAW = runner_module._draw
 CHECK_EVERY = 8  # steps between two full integrity checks; bytes are compared after each

@@ -11,7 +11,8 @@ import pytest
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.gpu.backend import MAX_SLICES, OpenArrays
-from turboquant_kv.cache.free_pages import FreePages, runs_of
+from turboquant_kv.backends.page_runs import runs_of
+from turboquant_kv.cache.free_pages import FreePages
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.scalar import ScalarCodec

@@ -10,7 +10,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
+
+from turboquant_kv.backends.page_runs import runs_of
 
 
 class FreePages:
@@ -68,13 +69,3 @@ class FreePages:
         del self._start_of[stop]
         del self._by_length[bisect_left(self._by_length, (stop - start, start))]
         return start, stop
-
-
-def runs_of(page_ids: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """The ascending runs [start, stop) that the ids consist of, in their order."""
-    if not len(page_ids):
-        return []
-    breaks = np.flatnonzero(np.diff(page_ids) != 1) + 1
-    firsts = page_ids[np.concatenate([[0], breaks])].tolist()
-    lasts = page_ids[np.concatenate([breaks - 1, [-1]])].tolist()
-    return [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]

@@ -1,4 +1,4 @@
-"""How many bytes are held and promised, and what giving conversations up would free.
+"""How many bytes are held and promised, and when that last became less: the memory's only books.
 
     committed = pages in use, each once
               + exact rows of idle conversations
@@ -11,83 +11,116 @@ step of a running request can raise this sum. Shared pages count once, however m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
+from turboserve.cache.interfaces import CacheFamily
+from turboserve.cache.sessions import Conversation, Lease
+from turboserve.cache.sizes import pages_bytes
+from turboserve.errors import OverloadedError
 
-from turboserve.cache.holders import Conversation, Lease
-from turboserve.cache.runtime import CacheFamily, pages_bytes
-
-
-def held_bytes(family: CacheFamily, idle: Iterable[Conversation]) -> int:
-    """Bytes that pages and idle conversations take now, what is shared once."""
-    totals = family.totals()
-    exact = uncompressed = 0
-    for conversation in idle:
-        if conversation.caches is not None:
-            exact += conversation.kv.exact
-            uncompressed += conversation.kv.uncompressed + conversation.kv.slack
-    # Exact rows that idle forks share count for each: whatever bounded them by all exact rows there are would rise
-    # with those that running requests fill, and these are in their reservations.
-    return totals.compressed + exact + uncompressed
+RETRY_AFTER_S = 30  # advice to who found no room: about a long answer of those who have it
 
 
-def committed_bytes(family: CacheFamily, idle: Iterable[Conversation], leases: Sequence[Lease]) -> int:
-    """What is promised or held; it bounds what is allocated for tokens from above."""
-    return held_bytes(family, idle) + sum(lease.open_bytes for lease in leases)
+class Ledger:
+    """Who holds memory within `budget_bytes`: idle conversations and leases.
 
-
-def used_bytes(family: CacheFamily, idle: Iterable[Conversation], leases: Sequence[Lease]) -> int:
-    """What is taken now, promises left out; uncompressed leases count in full, as nobody counts their pages."""
-    totals = family.totals()
-    plain = sum(c.kv.uncompressed + c.kv.slack for c in idle if c.caches is not None)
-    return totals.compressed + totals.exact + plain + sum(x.reserved_bytes for x in leases if x.runtime.fmt is None)
-
-
-def stranded_bytes(family: CacheFamily, leases: Sequence[Lease]) -> int:
-    """Memory of free pages beyond those that running requests of the same format will yet fill."""
-    slack = dict(family.slack_by_format())
-    for lease in leases:
-        if slack.get(lease.kv_format):
-            to_come = pages_bytes(lease.runtime, lease.reserved_tokens) - pages_bytes(lease.runtime, lease.held_len)
-            slack[lease.kv_format] -= to_come
-    return sum(max(0, num_bytes) for num_bytes in slack.values())
-
-
-class Release:
-    """What giving up conversations, one after another, would free: a page goes with its last holder.
-
-    Nothing is given up in here; it is a calculation over the pages' reference counts.
+    `generation` grows whenever committed bytes fell or may fall: who was told to wait need not ask before.
     """
 
-    def __init__(self, family: CacheFamily) -> None:
-        self._family = family
-        self._taken: dict[Hashable, NDArray[np.int64]] = {}  # per pool and page: holders given up so far
-        self.freed_bytes = 0
+    def __init__(self, family: CacheFamily, budget_bytes: int) -> None:
+        self.family, self.budget_bytes = family, budget_bytes
+        self.generation = 0
+        self.leases: list[Lease] = []
+        self._idle: dict[int, Conversation] = {}  # by identity
 
-    def add(self, conversation: Conversation) -> int:
-        """Count one more as given up; returns the bytes that this frees."""
-        if conversation.caches is None:
-            return 0
-        kv = conversation.kv
-        freed = kv.exact + kv.uncompressed + kv.slack + self._pages_freed(conversation)
-        self.freed_bytes += freed
-        return freed
+    @property
+    def in_memory(self) -> Iterable[Conversation]:
+        """Idle conversations whose caches are in memory."""
+        return self._idle.values()
 
-    def _pages_freed(self, conversation: Conversation) -> int:
+    # --- who holds memory: one way in and one way out for either kind
+
+    def hold(self, conversation: Conversation) -> None:
+        """An idle conversation's caches are in memory from now on."""
         assert conversation.caches is not None
-        pages = self._family.held_pages(conversation.caches)
-        if pages is None or not len(pages.ids):
-            return 0
-        taken = self._taken_of(pages.pool, int(pages.ids.max()) + 1)
-        num_last = int(np.count_nonzero(pages.references - taken[pages.ids] <= 1))
-        taken[pages.ids] += 1
-        return num_last * pages.page_bytes
+        self._idle[id(conversation)] = conversation
 
-    def _taken_of(self, pool: Hashable, num_pages: int) -> NDArray[np.int64]:
-        taken = self._taken.get(pool, np.zeros(0, np.int64))
-        if len(taken) < num_pages:
-            taken = np.concatenate([taken, np.zeros(max(num_pages, 2 * len(taken)) - len(taken), np.int64)])
-            self._taken[pool] = taken
-        return taken
+    def give_up(self, conversation: Conversation) -> None:
+        """Give an idle conversation's memory back, if it has any; its caches are gone."""
+        if conversation.caches is not None:
+            del self._idle[id(conversation)]
+            self.family.runtime(conversation.kv_format).release(conversation.caches)
+            conversation.caches = None
+            self.generation += 1
+
+    def open(self, lease: Lease) -> None:
+        """A request's room is promised from now on."""
+        self.leases.append(lease)
+
+    def close(self, lease: Lease) -> None:
+        """A request's room is free again; its caches are somebody else's business."""
+        self.leases.remove(lease)
+        self.generation += 1
+
+    def may_fall(self) -> None:
+        """Something else happened that can make room: a pin was taken away, pages are shared now."""
+        self.generation += 1
+
+    # --- sums
+
+    @property
+    def held_bytes(self) -> int:
+        """What pages and idle conversations take now, what is shared once."""
+        exact = uncompressed = 0
+        for conversation in self._idle.values():
+            exact += conversation.kv.exact
+            uncompressed += conversation.kv.uncompressed + conversation.kv.slack
+        # Exact rows that idle forks share count for each: whatever bounded them by all exact rows there are would
+        # rise with those that running requests fill, and these are in their reservations.
+        return self.family.totals().compressed + exact + uncompressed
+
+    @property
+    def committed_bytes(self) -> int:
+        """What is promised or held; it bounds what is allocated for tokens from above."""
+        return self.held_bytes + sum(lease.open_bytes for lease in self.leases)
+
+    @property
+    def used_bytes(self) -> int:
+        """What is taken now, promises left out; uncompressed leases count in full, as nobody counts their pages."""
+        totals = self.family.totals()
+        plain = sum(c.kv.uncompressed + c.kv.slack for c in self._idle.values())
+        return (
+            totals.compressed + totals.exact + plain + sum(x.reserved_bytes for x in self.leases if not x.runtime.fmt)
+        )
+
+    def missing_bytes(self, extra_bytes: int = 0) -> int:
+        """What must be given up so that `extra_bytes` more can be promised; zero or less when there is room."""
+        return self.committed_bytes + extra_bytes - self.budget_bytes
+
+    def no_room(self, needed_bytes: int, free_bytes: int) -> OverloadedError:
+        """The refusal with its figures."""
+        return OverloadedError.without_room(
+            needed_bytes=needed_bytes,
+            free_bytes=max(0, free_bytes),
+            budget_bytes=self.budget_bytes,
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+    def give_back_slack(self, extra_bytes: int = 0) -> None:
+        """Free pages are memory too: those that no lease will fill go back before they pass the budget.
+
+        extra_bytes: about to be promised beside what is committed.
+        """
+        stranded = self._stranded_bytes()
+        wanted = stranded + self.missing_bytes(extra_bytes) if stranded else 0
+        if wanted > 0:
+            self.family.trim(wanted)
+
+    def _stranded_bytes(self) -> int:
+        """Memory of free pages beyond those that running requests of the same format will yet fill."""
+        slack = dict(self.family.slack_by_format())
+        for lease in self.leases:
+            if slack.get(lease.kv_format):
+                to_come = pages_bytes(lease.runtime, lease.reserved_tokens) - pages_bytes(lease.runtime, lease.held_len)
+                slack[lease.kv_format] -= to_come
+        return sum(max(0, num_bytes) for num_bytes in slack.values())

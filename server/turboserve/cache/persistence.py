@@ -10,41 +10,57 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
-from turboserve.cache.counts import CacheCounts
-from turboserve.cache.holders import Conversation, Session, new_id
-from turboserve.cache.policy import Tokens
-from turboserve.cache.runtime import CacheBytes, CacheFamily
-from turboserve.cache.store import Meta, SessionDisk, StoredEntry
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.cache.interfaces import CacheFamily, Meta, SessionDisk, StoredEntry
+from turboserve.cache.radix import Tokens
+from turboserve.cache.sessions import Conversation, Session, new_id
+from turboserve.cache.tally import Tally
 from turboserve.errors import KVFormatError
 
 log = logging.getLogger(__name__)
 
-WallClock = Callable[[float], float]
-"""From the engine's seconds to Unix seconds."""
+# What waits for the disk may be too much now; asked again at once, conversation after conversation would be
+# copied for it in vain.
+SPILL_RETRY_S = 1.0
 
 _KV_FIELDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equivalent")
 
 
 @dataclass(slots=True)
 class Persistence:
-    """The disk side of the cache manager; with `disk` None it does nothing and says so."""
+    """The disk side of the memory; with `disk` None it does nothing and says so.
+
+    wall_offset_s: Unix seconds less the engine's.
+    """
 
     family: CacheFamily
     disk: SessionDisk | None
-    counts: CacheCounts
+    tally: Tally
+    wall_offset_s: float = 0.0
+    refused_s: float | None = None  # when the disk last did not take a conversation, and of what size
+    refused_bytes: int = 0
 
     @property
     def is_writable(self) -> bool:
+        """Whether the disk takes anything now."""
         return self.disk is not None and self.disk.status().is_writable
 
-    def save(self, conversation: Conversation, wall_offset_s: float) -> bool:
+    def may_take(self, conversation: Conversation, now_s: float) -> bool:
+        """Whether a writable disk is worth being asked: it refused nothing this small a moment ago."""
+        is_recent = self.refused_s is not None and now_s - self.refused_s < SPILL_RETRY_S
+        return not is_recent or conversation.kv.total < self.refused_bytes
+
+    def note_refusal(self, conversation: Conversation, now_s: float) -> None:
+        """`save` did not work although the disk is writable."""
+        num_bytes = conversation.kv.total
+        self.refused_bytes = num_bytes if self.may_take(conversation, now_s) else min(num_bytes, self.refused_bytes)
+        self.refused_s = now_s
+
+    def save(self, conversation: Conversation) -> bool:
         """Whether its file is written or queued. Reads the caches, changes nothing in them."""
         if self.disk is None or conversation.caches is None:
             return False
@@ -54,14 +70,17 @@ class Persistence:
             return False
         header, arrays = self.family.export_caches(conversation.caches)
         key = new_id()
-        if not self.disk.put(key, _meta(conversation, wall_offset_s), header, arrays):
+        if not self.disk.put(key, _meta(conversation, self.wall_offset_s), header, arrays):
             return False
         conversation.disk_key = key
         conversation.disk_bytes = sum(a.nbytes for a in arrays)
         return True
 
     def load(self, conversation: Conversation) -> bool:
-        """Bring its caches back into memory; False, and no file any more, when that is not possible."""
+        """Bring its caches back into memory; False, and no file any more, when that is not possible.
+
+        Who holds memory is for the caller to book.
+        """
         assert conversation.caches is None
         stored = self.disk.get(conversation.disk_key) if self.disk and conversation.disk_key else None
         try:
@@ -70,11 +89,11 @@ class Persistence:
                 caches = self.family.import_caches(conversation.kv_format, header, list(arrays))
                 conversation.caches = caches
                 conversation.kv = self.family.runtime(conversation.kv_format).measure(caches)
-                self.counts.restores["request"] += 1
+                self.tally.restores["request"] += 1
                 return True
         except ValueError as exc:
             log.warning("a stored conversation cannot be used: %s", exc)
-        self.counts.restores["failed"] += 1
+        self.tally.restores["failed"] += 1
         self.forget(conversation)
         return False
 
@@ -84,18 +103,18 @@ class Persistence:
             self.disk.delete(conversation.disk_key)
         conversation.disk_key, conversation.disk_bytes = None, 0
 
-    def rewrite(self, conversation: Conversation, wall_offset_s: float) -> None:
+    def rewrite(self, conversation: Conversation) -> None:
         """Its session changed: let its file, if there is one, say so."""
         old_key = conversation.disk_key
         if self.disk is None or old_key is None:
             return
         if conversation.caches is not None:
             self.forget(conversation)
-            self.save(conversation, wall_offset_s)
+            self.save(conversation)
             return
         stored = self.disk.get(old_key)
         key = new_id()
-        if stored and self.disk.put(key, _meta(conversation, wall_offset_s), stored[1], list(stored[2])):
+        if stored and self.disk.put(key, _meta(conversation, self.wall_offset_s), stored[1], list(stored[2])):
             self.disk.delete(old_key)
             conversation.disk_key = key
 
@@ -105,22 +124,22 @@ class Persistence:
             return False
         return self.disk.entry_bytes(conversation.disk_key) is None
 
-    def stored_conversations(self, wall_offset_s: float) -> list[Conversation]:
+    def stored_conversations(self) -> list[Conversation]:
         """What an earlier process left behind; files that make no sense are deleted."""
         if self.disk is None:
             return []
         found = []
         for entry in list(self.disk.entries()):
-            conversation = self._from_entry(entry, wall_offset_s)
+            conversation = self._from_entry(entry)
             if conversation is None:
                 self.disk.delete(entry.key)
             else:
                 found.append(conversation)
         return found
 
-    def _from_entry(self, entry: StoredEntry, wall_offset_s: float) -> Conversation | None:
+    def _from_entry(self, entry: StoredEntry) -> Conversation | None:
         try:
-            conversation = _conversation(entry, wall_offset_s)
+            conversation = _conversation(entry, self.wall_offset_s)
             self.family.runtime(conversation.kv_format)
             return conversation
         except (KeyError, TypeError, ValueError, zlib.error, KVFormatError) as exc:
@@ -165,15 +184,13 @@ def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:
         cache_key=meta["cache_key"],
         public_id=str(meta["public_id"]),
     )
-    kv: Any = SimpleNamespace(**{name: int(meta["kv"][name]) for name in _KV_FIELDS})
-    bytes_then: CacheBytes = kv
     return Conversation(
         session=session,
         tokens=tokens,
         kv_format=str(meta["kv_format"]),
         wanted_format=str(meta["wanted_format"]),
         caches=None,
-        kv=bytes_then,
+        kv=KVBytes(**{name: int(meta["kv"][name]) for name in _KV_FIELDS}),
         disk_key=entry.key,
         disk_bytes=entry.num_bytes,
     )

@@ -1,207 +1,292 @@
-"""The pressure ladder: what gives way, in which order, when a request needs more bytes than are free.
+"""The pressure plan: what gives way, in which order, when a request needs more bytes than are free.
 
     1. forget nameless conversations that nobody pinned (one that is on disk already only leaves memory)
     2. requantise idle named sessions one step down, if the operator allows it
     3. spill named sessions to disk, pinned ones last; without a disk, forget those that nobody pinned
     4. preempt running requests, the youngest first, for the sake of older ones
-    5. the newest conversations, which the policy shields, go only when waiting would free nothing
+    5. the newest conversations, which victims.py shields, go only when waiting would free nothing
 
-Nothing is given up unless all that may be given up is enough. Waiting and refusing are the caller's.
+Nothing is given up unless all that may be given up is enough. Pure: `plan` computes from figures what is
+to be done; room.py does it, and the engine preempts. Waiting and refusing are for the asker.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
 
-from turboserve.cache.counts import CacheCounts
-from turboserve.cache.holders import Conversation, Lease
-from turboserve.cache.ledger import Release, committed_bytes, stranded_bytes, used_bytes
-from turboserve.cache.persistence import Persistence
-from turboserve.cache.policy import Candidate, VictimOrder, next_format_down, order_victims
-from turboserve.cache.runtime import CacheFamily
-from turboserve.cache.sessions import SessionStore
-from turboserve.errors import KVFormatError
+import numpy as np
+from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+from turboserve.cache.interfaces import HeldPages, Key
+from turboserve.cache.victims import Candidate, order_victims
 
-Preempt = Callable[[Lease], bool]
-"""Ends that lease and queues its request again; False when it cannot."""
+Action = Literal["evict", "unload", "requantise", "spill", "over_quota"]
+
+
+class Step(NamedTuple):
+    """One conversation gives way.
+
+    evict        forgotten, as memory was short
+    unload       leaves memory, its file stays
+    requantise   converted to `kv_format`
+    spill        written to disk, then unloaded
+    over_quota   forgotten with its file, as its caller reached a limit
+    """
+
+    action: Action
+    key: Key
+    kv_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """Who needs room. `extra_bytes`: on top of what is committed, its lease included once that is open."""
+class Relief:
+    """All that has to happen before there is room: first the engine preempts, then memory takes the steps in order.
 
-    now_s: float
-    extra_bytes: int = 0
-    lease: Lease | None = None
-    source: Conversation | None = None  # what it continues, given up after all others
-    may_preempt: bool = False
+    Free pages that nobody will fill are given back at the very end (ledger.py); how many they are is seen then.
+    """
+
+    preempt: tuple[int, ...] = ()  # orders of leases, the youngest first
+    steps: tuple[Step, ...] = ()
 
 
-@dataclass(slots=True)
-class PressureLadder:
-    """Frees bytes of one manager's conversations and leases."""
+NOTHING = Relief()
 
-    family: CacheFamily
-    store: SessionStore
-    leases: list[Lease]
-    persistence: Persistence
-    counts: CacheCounts
+
+class Lower(NamedTuple):
+    """A conversation's next format down, and its bytes in that."""
+
+    kv_format: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """A running request that may be preempted, and the idle conversation that it would leave."""
+
+    order: int
+    open_bytes: int
+    left: Candidate
+    pages: HeldPages | None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The figures that a plan is made from.
+
+    missing_bytes: zero or less when there is room already. used_bytes: real memory taken now.
+    shared: pages of which the newcomer becomes one more holder. over_quota: goes in any case, and first.
+    is_alone: nobody else runs, so that waiting would free nothing.
+    """
+
     budget_bytes: int
-    allow_requantise: bool
-    preempt: Preempt | None = None
-    wall_offset_s: float = 0.0
+    missing_bytes: int
+    used_bytes: int = 0
+    idle: tuple[Candidate, ...] = ()
+    younger: tuple[AtWork, ...] = ()  # the youngest first
+    shared: HeldPages | None = None
+    over_quota: Key | None = None
+    is_alone: bool = True
+    may_requantise: bool = False
 
-    def shortfall(self, need: Need) -> int:
-        """Bytes missing; zero or less when there is room."""
-        return committed_bytes(self.family, self.store, self.leases) + need.extra_bytes - self.budget_bytes
 
-    def relieve(self, need: Need) -> bool:
-        """Whether there is room now. False leaves everything idle as it was, less what preemption needed."""
-        has_room = self.shortfall(need) <= 0 or self._free_room(need)
-        if has_room:
-            self._give_back_slack(need)
-        return has_room
+class Details(Protocol):
+    """What costs something to look up, asked only about those whose turn it is. Reading only."""
 
-    def _give_back_slack(self, need: Need) -> None:
-        """Free pages are memory too: those that no lease will fill go back before they pass the budget."""
-        stranded = stranded_bytes(self.family, self.leases)
-        wanted = stranded + self.shortfall(need) if stranded else 0
-        if wanted > 0:
-            self.family.trim(wanted)
+    def pages(self, key: Key) -> HeldPages | None: ...
 
-    def _free_room(self, need: Need) -> bool:
-        order = self._order(need)
-        is_alone = all(lease is need.lease for lease in self.leases)
-        last_resort = order.last_resort if is_alone else []  # with others at work, waiting frees something
-        can_help = self._can_free([*order.ordinary, *last_resort], self.shortfall(need))
-        if can_help and (self._climb(need, order.ordinary) or self._climb(need, last_resort)):
-            return True
-        return need.may_preempt and self._preempt_younger(need)
+    def lower(self, key: Key) -> Lower | None:
+        """None when there is no lower format that this model can have."""
+        ...
 
-    def _climb(self, need: Need, victims: list[Conversation]) -> bool:
-        """The first three steps over these conversations, in order."""
-        nameless = [c for c in victims if not c.session.is_explicit and not c.session.is_pinned]
-        named = [c for c in victims if c.session.is_explicit and not c.session.is_pinned]
-        pinned = [c for c in victims if c.session.is_pinned]
-        if self._forget(need, nameless):
-            return True
-        if self.allow_requantise and self._requantise(need, named):
-            return True
-        if self._spill(need, [*named, *pinned]):
-            return True
-        return self._forget(need, named)
 
-    def _order(self, need: Need) -> VictimConversations:
-        idle = {c.conversation_id + "\0" + c.salt: c for c in self.store if c.caches is not None}
-        candidates = [
-            Candidate(
-                conversation_id=key,
-                owner=c.salt,
-                kv_bytes=c.kv_bytes,
-                age_s=max(0.0, need.now_s - c.session.last_used_s),
-                hits=c.session.hits,
-                is_source=c is need.source,
-            )
-            for key, c in idle.items()
-        ]
-        order: VictimOrder = order_victims(candidates, self.budget_bytes)
-        return VictimConversations([idle[k] for k in order.ordinary], [idle[k] for k in order.last_resort])
+def plan(state: State, details: Details) -> Relief | None:
+    """The least that makes room, in the order above; None when all that may be given up is not enough."""
+    books = Books(state, details)
+    first = books.let_go_over_quota()
+    if books.missing_bytes <= 0:
+        return Relief(steps=first)
+    order = order_victims(books.idle, state.budget_bytes)
+    last_resort = order.last_resort if state.is_alone else []
+    if books.could_free([*order.ordinary, *last_resort]):
+        return Relief(steps=(*first, *books.climb(order.ordinary), *books.climb(last_resort)))
+    for num_preempted in range(1, len(state.younger) + 1):
+        relief = _plan_preempting(state, details, num_preempted)
+        if relief is not None:
+            return relief
+    return None
 
-    def _can_free(self, victims: list[Conversation], num_bytes: int) -> bool:
-        """Whether the first three steps could free that much."""
-        release = Release(self.family)
-        can_spill = self.persistence.is_writable
-        for conversation in victims:
-            if not conversation.session.is_pinned or can_spill or conversation.disk_key is not None:
-                release.add(conversation)
-                if release.freed_bytes >= num_bytes:
+
+def _plan_preempting(state: State, details: Details, num_preempted: int) -> Relief | None:
+    """As if that many of the youngest were idle already; then everybody idle may give way."""
+    victims = state.younger[:num_preempted]
+    left = {victim.left.key: victim for victim in victims}
+    books = Books(
+        replace(
+            state,
+            missing_bytes=state.missing_bytes - sum(v.open_bytes - v.left.own_bytes for v in victims),
+            idle=(*(c for c in state.idle if c.key not in left), *(v.left for v in victims)),
+        ),
+        details,
+        left,
+    )
+    steps = books.let_go_over_quota()
+    order = order_victims(books.idle, state.budget_bytes)
+    everyone = [*order.ordinary, *order.last_resort]
+    if books.missing_bytes > 0 and not books.could_free(everyone):
+        return None
+    return Relief(tuple(victim.order for victim in victims), (*steps, *books.climb(everyone)))
+
+
+class Release:
+    """What giving up conversations, one after another, would free: a page goes with its last holder.
+
+    Nothing is given up in here; it is a calculation over the pages' reference counts. `shared`: pages that
+    get one more holder first.
+    """
+
+    def __init__(self, shared: HeldPages | None = None) -> None:
+        self._taken: dict[Hashable, NDArray[np.int64]] = {}  # per pool and page: holders given up so far
+        self.freed_bytes = 0
+        if shared is not None and len(shared.ids):
+            self._taken_of(shared)[shared.ids] -= 1
+
+    def add(self, own_bytes: int, pages: HeldPages | None) -> int:
+        """Count one more as given up; returns the bytes that this frees."""
+        freed = own_bytes + self.would_free(pages)
+        if pages is not None and len(pages.ids):
+            self._taken_of(pages)[pages.ids] += 1
+        self.freed_bytes += freed
+        return freed
+
+    def would_free(self, pages: HeldPages | None) -> int:
+        """Bytes of those pages whose last holder would go."""
+        if pages is None or not len(pages.ids):
+            return 0
+        taken = self._taken_of(pages)[pages.ids]
+        return int(np.count_nonzero(pages.references - taken <= 1)) * pages.page_bytes
+
+    def copy(self) -> Release:
+        """A calculation of its own that goes on from here."""
+        other = Release()
+        other._taken = {pool: taken.copy() for pool, taken in self._taken.items()}
+        other.freed_bytes = self.freed_bytes
+        return other
+
+    def _taken_of(self, pages: HeldPages) -> NDArray[np.int64]:
+        num_pages = int(pages.ids.max()) + 1
+        taken = self._taken.get(pages.pool, np.zeros(0, np.int64))
+        if len(taken) < num_pages:
+            taken = np.concatenate([taken, np.zeros(max(num_pages, 2 * len(taken)) - len(taken), np.int64)])
+            self._taken[pages.pool] = taken
+        return taken
+
+
+class Books:
+    """A plan in the making: what is still missing after the steps so far. Works on copies, changes nothing real."""
+
+    def __init__(self, state: State, details: Details, preempted: dict[Key, AtWork] | None = None) -> None:
+        self._state, self._details, self._preempted = state, details, preempted or {}
+        self._release = Release(state.shared)
+        self._lowered: dict[Key, int] = {}  # bytes of those that were requantised
+        self._gone: set[Key] = set()
+        self.missing_bytes, self._used_bytes = state.missing_bytes, state.used_bytes
+
+    @property
+    def idle(self) -> list[Candidate]:
+        """Those still in memory."""
+        return [c for c in self._state.idle if c.key not in self._gone]
+
+    def let_go_over_quota(self) -> tuple[Step, ...]:
+        """The step for who goes in any case; on disk it frees nothing."""
+        key = self._state.over_quota
+        if key is None:
+            return ()
+        for candidate in self._state.idle:
+            if candidate.key == key:
+                self._give_up(candidate)
+        return (Step("over_quota", key),)
+
+    def could_free(self, victims: Sequence[Candidate]) -> bool:
+        """Whether all of these together are enough."""
+        release = self._release.copy()
+        wanted = release.freed_bytes + self.missing_bytes
+        for candidate in victims:
+            if candidate.may_give_way:
+                release.add(candidate.own_bytes, self._pages(candidate))
+                if release.freed_bytes >= wanted:
                     return True
         return False
 
-    def _forget(self, need: Need, victims: list[Conversation]) -> bool:
-        for conversation in self._worthwhile(victims):
-            if conversation.disk_key is not None:
-                self._unload(conversation)
-            else:
-                self.store.remove(conversation)
-                self.counts.evictions["pressure"] += 1
-            if self.shortfall(need) <= 0:
-                return True
-        return False
+    def climb(self, victims: Sequence[Candidate]) -> list[Step]:
+        """The first three steps over these conversations in order, until nothing is missing."""
+        nameless = [c for c in victims if not c.is_named and not c.is_pinned]
+        named = [c for c in victims if c.is_named and not c.is_pinned]
+        pinned = [c for c in victims if c.is_pinned]
+        steps = list(self._forget(nameless))
+        if self._state.may_requantise:
+            steps += self._requantise(named)
+        steps += self._spill([*named, *pinned])
+        return [*steps, *self._forget(named)]
 
-    def _worthwhile(self, victims: list[Conversation]) -> Iterator[Conversation]:
-        """Those still in memory; ones whose pages all belong to others as well come last."""
+    def _forget(self, victims: Sequence[Candidate]) -> Iterator[Step]:
+        for candidate in self._worthwhile(victims):
+            if self.missing_bytes <= 0:
+                return
+            self._give_up(candidate)
+            yield Step("unload" if self._has_file(candidate) else "evict", candidate.key)
+
+    def _worthwhile(self, victims: Sequence[Candidate]) -> Iterator[Candidate]:
+        """Those still in memory; ones whose bytes all belong to others as well come last."""
         later = []
-        for conversation in victims:
-            if conversation.caches is None:
+        for candidate in victims:
+            if candidate.key in self._gone:
                 continue
-            if Release(self.family).add(conversation) > 0:
-                yield conversation
+            if candidate.own_bytes + self._release.would_free(self._pages(candidate)) > 0:
+                yield candidate
             else:
-                later.append(conversation)
+                later.append(candidate)
         yield from later
 
-    def _requantise(self, need: Need, victims: list[Conversation]) -> bool:
-        return any(self._try_requantise(conversation) and self.shortfall(need) <= 0 for conversation in victims)
-
-    def _try_requantise(self, conversation: Conversation) -> bool:
-        """One step down, where that frees bytes and there is real memory for both versions meanwhile."""
-        target = next_format_down(conversation.kv_format)
-        if target is None or conversation.caches is None:
-            return False
-        try:
-            new_bytes = self.family.runtime(target).bytes_for(len(conversation.tokens))
-        except KVFormatError:
-            return False
-        used = used_bytes(self.family, self.store, self.leases)
-        if Release(self.family).add(conversation) <= new_bytes or used + new_bytes > self.budget_bytes:
-            return False
-        source = conversation.kv_format
-        converted = self.family.convert(conversation.caches, source, target)
-        self.family.runtime(source).release(conversation.caches)
-        self.persistence.forget(conversation)  # its file holds the old format
-        conversation.caches, conversation.kv_format = converted, target
-        conversation.kv = self.family.runtime(target).measure(converted)
-        self.counts.requantisations[f"{source}>{target}"] += 1
-        return True
-
-    def _spill(self, need: Need, victims: list[Conversation]) -> bool:
-        for conversation in victims:
-            if conversation.caches is None or not self.persistence.save(conversation, self.wall_offset_s):
+    def _requantise(self, victims: Sequence[Candidate]) -> Iterator[Step]:
+        """One step down each, where that frees bytes and there is real memory for both versions meanwhile."""
+        for candidate in victims:
+            if self.missing_bytes <= 0:
+                return
+            lower = self._details.lower(candidate.key)
+            if lower is None:
                 continue
-            self._unload(conversation)
-            if self.shortfall(need) <= 0:
-                return True
-        return False
-
-    def _unload(self, conversation: Conversation) -> None:
-        self.store.unload(conversation)
-        self.counts.spills["pressure"] += 1
-
-    def _preempt_younger(self, need: Need) -> bool:
-        """End the youngest leases that are younger than the one in need, one by one."""
-        lease = need.lease
-        if lease is None or self.preempt is None:
-            return False
-        for victim in sorted(self.leases, key=lambda other: other.order, reverse=True):
-            if victim.order <= lease.order or not self.preempt(victim):
+            pages = self._pages(candidate)
+            frees = candidate.own_bytes + self._release.would_free(pages)
+            if frees <= lower.num_bytes or self._used_bytes + lower.num_bytes > self._state.budget_bytes:
                 continue
-            self.counts.preemptions["growth"] += 1
-            if self.shortfall(need) <= 0:
-                return True
-            order = self._order(need)
-            if self._climb(need, [*order.ordinary, *order.last_resort]):
-                return True
-        return False
+            self._release.add(candidate.own_bytes, pages)
+            self._book(frees - lower.num_bytes)
+            self._lowered[candidate.key] = lower.num_bytes
+            yield Step("requantise", candidate.key, lower.kv_format)
 
+    def _spill(self, victims: Sequence[Candidate]) -> Iterator[Step]:
+        for candidate in victims:
+            if self.missing_bytes <= 0:
+                return
+            if candidate.can_spill or self._has_file(candidate):
+                self._give_up(candidate)
+                yield Step("spill", candidate.key)
 
-@dataclass(frozen=True, slots=True)
-class VictimConversations:
-    """VictimOrder with the conversations themselves."""
+    def _has_file(self, candidate: Candidate) -> bool:
+        """A file holds the old format of one that is requantised, and goes with that."""
+        return candidate.has_file and candidate.key not in self._lowered
 
-    ordinary: list[Conversation]
-    last_resort: list[Conversation]
+    def _give_up(self, candidate: Candidate) -> None:
+        self._gone.add(candidate.key)
+        lowered = self._lowered.get(candidate.key)
+        self._book(self._release.add(candidate.own_bytes, self._pages(candidate)) if lowered is None else lowered)
+
+    def _book(self, freed_bytes: int) -> None:
+        self.missing_bytes -= freed_bytes
+        self._used_bytes -= freed_bytes
+
+    def _pages(self, candidate: Candidate) -> HeldPages | None:
+        victim = self._preempted.get(candidate.key)
+        return self._details.pages(candidate.key) if victim is None else victim.pages

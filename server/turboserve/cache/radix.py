@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from turboserve.cache.policy import Tokens, common_prefix_len
+Tokens = NDArray[np.int32]
 
 H = TypeVar("H")
 
@@ -25,6 +26,13 @@ H = TypeVar("H")
 MAX_BELOW = 16
 
 TOKEN_BYTES = 4  # int32
+
+
+def common_prefix_len(a: Tokens, b: Tokens) -> int:
+    """Number of leading tokens that both have."""
+    num = min(len(a), len(b))
+    differs = np.flatnonzero(a[:num] != b[:num])
+    return int(differs[0]) if len(differs) else num
 
 
 class Found(NamedTuple, Generic[H]):

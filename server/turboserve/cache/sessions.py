@@ -1,182 +1,141 @@
-"""Idle conversations and running requests, found by name or by their longest common token prefix.
+"""Sessions, and who holds their caches: an idle conversation, or the lease of a running request. Plain data.
 
-Owns the index: sessions by caller and name, and one radix tree per caller and wanted format. What
-lives under one salt (the server's view of the caller) is invisible under any other: there is no
-structure that spans salts but their list. Bytes, eviction and files are the manager's business.
+A `Session` is what has a name, a time to live and a pin. Its cache is a `Conversation` while idle (in
+memory or on disk; idle.py owns those) and belongs to a `Lease` while a request runs in it (leases.py
+owns those). Times are seconds of the engine's clock.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+import secrets
+from dataclasses import dataclass, field
 
-from turboserve.cache.holders import Conversation, Holder, Lease, Session
-from turboserve.cache.policy import Tokens
-from turboserve.cache.radix import RadixTree
-from turboserve.cache.runtime import CacheFamily, usable_estimate
-
-# A shorter match saves less than forking costs, and says only that both use the same chat template.
-MIN_REUSED_TOKENS = 16
-
-# Reading a file costs about as much as computing this many tokens of a small model: a conversation on
-# disk must save that much more than one in memory.
-DISK_HANDICAP_TOKENS = 64
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.cache.interfaces import CacheRuntime, Caches, Key, RunningCaches
+from turboserve.cache.radix import Tokens
+from turboserve.cache.sizes import pages_bytes
+from turboserve.messages import CacheTier, Request
 
 
-class Match(NamedTuple):
-    holder: Holder
-    usable_len: int  # tokens whose cache can be reused without loss
-    is_continuation: bool  # all of an idle conversation's tokens begin the prompt, not just some
+def new_id() -> str:
+    """Opaque: carries nothing of the conversation."""
+    return secrets.token_hex(8)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a request looks for."""
+@dataclass(slots=True, eq=False)
+class Session:
+    """What stays when caches come and go. `session_id` is unique under its salt (the server's view of a caller)."""
 
+    session_id: str
     salt: str
-    kv_format: str
+    created_s: float
+    last_used_s: float
+    is_explicit: bool = False  # its caller chose the name, or forked it by name
+    is_pinned: bool = False
+    ttl_s: float | None = None  # its own; None: the server's
+    hits: int = 0
+    num_requests: int = 0
+    cache_key: str | None = None  # the caller's hint of what belongs together
+    public_id: str = field(default_factory=new_id)  # for statistics, which everyone may read
+
+
+@dataclass(slots=True, eq=False)
+class Conversation:
+    """An idle cache. `tokens` (int32, (T,)) are exactly those whose keys and values it holds.
+
+    wanted_format is what its requests asked for and where it is looked up; kv_format what it is in now,
+    one or more steps lower once memory was short. `caches` is None while it is only on disk.
+    """
+
+    session: Session
     tokens: Tokens
-    session_id: str | None = None  # preferred among equals
-    cache_key: str | None = None  # likewise
-    exact_format: bool = False  # the request named its format, so nothing requantised will do
+    kv_format: str
+    wanted_format: str
+    caches: Caches | None
+    kv: KVBytes
+    disk_key: str | None = None  # of its file, when that holds exactly these caches
+    disk_bytes: int = 0
+
+    @property
+    def conversation_id(self) -> str:
+        return self.session.session_id
+
+    @property
+    def salt(self) -> str:
+        return self.session.salt
+
+    @property
+    def key(self) -> Key:
+        return self.session.salt, self.session.session_id
+
+    @property
+    def held_len(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def tier(self) -> CacheTier:
+        return "disk" if self.caches is None else "memory"
+
+    @property
+    def kv_bytes(self) -> int:
+        """In memory now."""
+        return 0 if self.caches is None else self.kv.total
+
+    @property
+    def is_requantised(self) -> bool:
+        return self.kv_format != self.wanted_format
 
 
-class SessionStore:
-    """Everything that can be found."""
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Room for one running request.
 
-    def __init__(self, family: CacheFamily) -> None:
-        self._family = family
-        self._by_salt: defaultdict[str, dict[str, Conversation]] = defaultdict(dict)
-        self._trees: dict[tuple[str, str], RadixTree[Holder]] = {}
+    `caches` are handed over at the start; once `running` is set, it tells how far they have grown.
+    """
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return (c for conversations in self._by_salt.values() for c in conversations.values())
+    request: Request
+    session: Session
+    prompt: Tokens  # what it is found by while it runs
+    kv_format: str
+    wanted_format: str
+    runtime: CacheRuntime
+    caches: Caches
+    cached_len: int
+    reserved_tokens: int
+    reserved_bytes: int
+    order: int  # of admission; the youngest has the highest
+    source: Session | None = None  # whose cache it began with
+    running: RunningCaches | None = None
 
-    def __contains__(self, conversation: Conversation) -> bool:
-        return self._by_salt.get(conversation.salt, {}).get(conversation.conversation_id) is conversation
+    @property
+    def conversation_id(self) -> str:
+        return self.session.session_id
 
-    def of(self, salt: str) -> list[Conversation]:
-        return list(self._by_salt.get(salt, {}).values())
+    @property
+    def salt(self) -> str:
+        return self.session.salt
 
-    def get(self, salt: str, session_id: str) -> Conversation | None:
-        return self._by_salt.get(salt, {}).get(session_id)
+    @property
+    def key(self) -> Key:
+        return self.session.salt, self.session.session_id
 
-    def find(self, wanted: Wanted) -> Match | None:
-        """The holder that saves most of the tokens, whose last one is never among the saved.
+    @property
+    def tier(self) -> CacheTier:
+        return "running"
 
-        Computing at least one token is what gives the logits of the first answer token.
-        """
-        tree = self._trees.get((wanted.salt, wanted.kv_format))
-        if tree is None:
-            return None
-        best: Match | None = None
-        best_rank = (0, 0)
-        for found in tree.find(wanted.tokens):
-            limit = min(found.common_len, len(wanted.tokens) - 1)
-            if limit < max(best_rank[0], MIN_REUSED_TOKENS):
-                break
-            if wanted.exact_format and _is_requantised(found.holder):
-                continue
-            usable = self._usable(found.holder, limit)
-            rank = _rank(found.holder, usable, wanted)
-            if usable >= MIN_REUSED_TOKENS and rank > best_rank:
-                is_whole = found.is_whole and isinstance(found.holder, Conversation)
-                best, best_rank = Match(found.holder, usable, is_whole), rank
-        return best
+    @property
+    def held_len(self) -> int:
+        """Tokens whose keys and values are there now."""
+        return self.cached_len if self.running is None else self.running.held_len()
 
-    def _usable(self, holder: Holder, limit: int) -> int:
-        if isinstance(holder, Lease):
-            running = holder.running
-            return 0 if running is None else running.usable_prefix(min(limit, running.held_len()))
-        runtime = self._family.runtime(holder.kv_format)
-        if holder.caches is not None:
-            return runtime.usable_prefix(holder.caches, limit)
-        can_cut = self._family.can_cut(holder.kv_format)
-        return usable_estimate(runtime, len(holder.tokens), limit, can_cut=can_cut)
+    @property
+    def open_bytes(self) -> int:
+        """Reserved and not yet in pages; its exact rows and uncompressed layers stay reserved to the end."""
+        return max(0, self.reserved_bytes - pages_bytes(self.runtime, self.held_len))
 
-    def superseded_by(self, kept: Conversation) -> list[Conversation]:
-        """Nameless conversations that are a beginning of this one and can be had from its caches."""
-        tree = self._trees.get((kept.salt, kept.wanted_format))
-        found = tree.on_path(kept.tokens) if tree is not None else []
-        return [c for c in found if isinstance(c, Conversation) and c is not kept and self._is_within(c, kept)]
-
-    def continuation_of(self, conversation: Conversation) -> Conversation | None:
-        """A longer conversation that begins with this one's tokens and from which they can be had."""
-        tree = self._trees.get((conversation.salt, conversation.wanted_format))
-        found = tree.beyond(conversation.tokens) if tree is not None else []
-        return next((c for c in found if isinstance(c, Conversation) and self._is_within(conversation, c)), None)
-
-    def _is_within(self, part: Conversation, whole: Conversation) -> bool:
-        """Whether nothing but a fraction of a page is lost when only `whole` stays."""
-        session = part.session
-        if session.is_explicit or session.is_pinned or whole.is_requantised or whole.caches is None:
-            return False
-        return len(part.tokens) == len(whole.tokens) or self._usable(whole, len(part.tokens)) > 0
-
-    def add(self, conversation: Conversation) -> None:
-        mine = self._by_salt[conversation.salt]
-        assert conversation.conversation_id not in mine, "session ids are unique"
-        mine[conversation.conversation_id] = conversation
-        self._tree_of(conversation).insert(conversation.tokens, conversation)
-
-    def remove(self, conversation: Conversation) -> None:
-        """Forget it and give its pages back."""
-        mine = self._by_salt[conversation.salt]
-        del mine[conversation.conversation_id]
-        if not mine:
-            del self._by_salt[conversation.salt]
-        self._drop_from_tree(conversation, conversation.tokens)
-        self.unload(conversation)
-
-    def unload(self, conversation: Conversation) -> None:
-        """Give its pages back and keep the entry."""
-        if conversation.caches is not None:
-            self._family.runtime(conversation.kv_format).release(conversation.caches)
-            conversation.caches = None
-
-    def enter(self, lease: Lease) -> None:
-        """Let a running request be found by its prompt."""
-        self._tree_of(lease).insert(lease.prompt, lease)
-
-    def leave(self, lease: Lease) -> None:
-        self._drop_from_tree(lease, lease.prompt)
-
-    def _tree_of(self, holder: Holder) -> RadixTree[Holder]:
-        return self._trees.setdefault((holder.salt, holder.wanted_format), RadixTree())
-
-    def _drop_from_tree(self, holder: Holder, tokens: Tokens) -> None:
-        key = (holder.salt, holder.wanted_format)
-        self._trees[key].remove(tokens, holder)
-        if not self._trees[key].num_holders:
-            del self._trees[key]
-
-    def check_integrity(self, leases: list[Lease]) -> None:
-        """Raises AssertionError unless trees and names hold the same conversations, and exactly these leases."""
-        in_trees: set[int] = set()
-        for (salt, wanted_format), tree in self._trees.items():
-            tree.check_integrity()
-            for num_tokens, holder in tree.holders():
-                tokens = holder.prompt if isinstance(holder, Lease) else holder.tokens
-                assert (holder.salt, holder.wanted_format) == (salt, wanted_format), "a holder is in a foreign tree"
-                assert num_tokens == len(tokens), "a holder hangs at the wrong length"
-                in_trees.add(id(holder))
-        listed = {id(c) for c in self} | {id(lease) for lease in leases}
-        assert in_trees == listed, f"{len(in_trees)} holders in trees, {len(listed)} known"
-        for salt, mine in self._by_salt.items():
-            assert all(c.salt == salt and c.conversation_id == name for name, c in mine.items()), "a name is wrong"
+    def measure(self) -> KVBytes:
+        """Bytes of its caches as they are now."""
+        return self.runtime.measure(self.caches) if self.running is None else self.running.measure()
 
 
-def _is_requantised(holder: Holder) -> bool:
-    return holder.kv_format != holder.wanted_format
-
-
-def _rank(holder: Holder, usable_len: int, wanted: Wanted) -> tuple[int, int]:
-    """Longer is better; among equals the caller's own choice of conversation."""
-    is_on_disk = isinstance(holder, Conversation) and holder.caches is None
-    session: Session = holder.session
-    preference = 2 * (session.session_id == wanted.session_id) + (
-        wanted.cache_key is not None and session.cache_key == wanted.cache_key
-    )
-    return usable_len - (DISK_HANDICAP_TOKENS if is_on_disk else 0), 1 + preference
+Holder = Conversation | Lease

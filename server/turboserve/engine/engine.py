@@ -15,28 +15,22 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from turboserve.engine import scheduler
-from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, SessionAnswer, SessionCall
+from turboserve.engine.generation import Generation
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, SessionCall
 from turboserve.engine.loaded_model import EngineParts, Progress
-from turboserve.engine.loop import Clock, StepLoop
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
-from turboserve.engine.sequence import Sequence
+from turboserve.engine.step_loop import Clock, StepLoop
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
 from turboserve.messages import (
-    DeleteSession,
     EngineStats,
     Failed,
-    ForkSession,
-    GetSession,
-    ListSessions,
     Request,
     SessionCommand,
-    UpdateSession,
 )
 from turboserve.settings import Settings
 
@@ -113,7 +107,7 @@ class TurboEngine:
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
-            self._inbox.append(Sequence(request, sink, self._clock()))
+            self._inbox.append(Generation(request, sink, self._clock()))
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -190,12 +184,12 @@ class TurboEngine:
             if items is None:
                 return
             for item in items:
-                if isinstance(item, Sequence):
-                    loop.add(item.request, item.sink, item.submitted_s)
+                if isinstance(item, Generation):
+                    loop.add(item)
                 elif isinstance(item, Cancel):
                     loop.cancel(item.request_id)
                 else:
-                    item.run(partial(_answer, loop))
+                    item.run(loop.answer)
             if loop.has_work:
                 loop.step()
             else:
@@ -216,7 +210,7 @@ class TurboEngine:
     def _after_step(self, loop: StepLoop) -> None:
         num_before = self._num_running
         with self._changed:
-            num_queued = sum(isinstance(item, Sequence) for item in self._inbox)
+            num_queued = sum(isinstance(item, Generation) for item in self._inbox)
             self._num_waiting = loop.num_waiting + num_queued
             self._num_running = loop.num_running
         is_due = self._clock() - self._snapshot_s >= SNAPSHOT_INTERVAL_S
@@ -237,7 +231,7 @@ class TurboEngine:
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
         for item in left:
-            if isinstance(item, Sequence):
+            if isinstance(item, Generation):
                 item.sink.put(Failed(error))
             elif isinstance(item, SessionCall):
                 item.refuse(error)
@@ -261,19 +255,3 @@ class TurboEngine:
 
 def _not_ready(reason: str) -> EngineUnavailableError:
     return EngineUnavailableError(f"The engine is not ready: {reason}.", retry_after_s=RETRY_AFTER_START_S)
-
-
-def _answer(loop: StepLoop, command: SessionCommand) -> SessionAnswer:
-    sessions = loop.sessions
-    match command:
-        case ListSessions(tenant, limit, after):
-            return sessions.list_page(tenant, limit, after)
-        case GetSession(tenant, session_id):
-            return sessions.get(tenant, session_id)
-        case ForkSession(tenant, session_id, new_id):
-            return sessions.fork(tenant, session_id, new_id)
-        case UpdateSession(tenant, session_id, is_pinned, ttl_s):
-            return sessions.update(tenant, session_id, is_pinned=is_pinned, ttl_s=ttl_s)
-        case DeleteSession(tenant, session_id):
-            sessions.delete(tenant, session_id)
-            return None

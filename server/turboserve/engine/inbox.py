@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turboserve.engine.failures import as_failure
-from turboserve.engine.sequence import Sequence
+from turboserve.engine.generation import Generation
 from turboserve.errors import TurboServeError
 from turboserve.messages import SessionCommand, SessionInfo, SessionPage
 
@@ -52,5 +52,5 @@ class SessionCall:
             self.future.set_exception(error)
 
 
-InboxItem = Sequence | Cancel | SessionCall
+InboxItem = Generation | Cancel | SessionCall
 """A submitted request is there as the engine's own state of it."""

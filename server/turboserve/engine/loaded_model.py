@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from turboserve.cache.manager import CacheManager
-from turboserve.cache.runtime import CacheBytes
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.cache.memory import Memory
 from turboserve.engine.runner import EvaluatingRuntime
 
 Progress = Callable[[str], None]
@@ -61,7 +61,7 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
         """Bytes of one token of a prompt's chunk while it is being read: exact in every layer."""
         ...
 
-    def totals(self) -> CacheBytes:
+    def totals(self) -> KVBytes:
         """Bytes of all conversations in compressed layers; what they share counts once."""
         ...
 
@@ -72,5 +72,5 @@ class EngineParts:
 
     loaded: LoadedModel
     runtime: ServingRuntime
-    manager: CacheManager
+    memory: Memory
     details: Mapping[str, str] = field(default_factory=dict)

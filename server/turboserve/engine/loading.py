@@ -20,8 +20,8 @@ from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
-from turboserve.cache.manager import CacheManager, ManagerLimits
-from turboserve.cache.store import SessionDisk
+from turboserve.cache.interfaces import SessionDisk
+from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import weights
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
@@ -38,20 +38,20 @@ DEFAULT_MAX_CONTEXT = 4096
 
 
 def build_parts(settings: Settings, progress: Progress) -> EngineParts:
-    """Model, runtime and cache manager as the settings say. Raises StartupError."""
+    """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
     formats = _serve_formats(settings, loaded, progress)
     runtime = formats.default_runtime
     budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
-    limits = ManagerLimits(
+    limits = MemoryLimits(
         session_ttl_s=settings.session_ttl_s,
         max_sessions_per_caller=settings.max_sessions_per_caller,
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    manager = CacheManager(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
@@ -60,7 +60,7 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
-    return EngineParts(loaded, runtime, manager, details)
+    return EngineParts(loaded, runtime, kv_memory, details)
 
 
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:

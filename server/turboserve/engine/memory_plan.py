@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from turboserve.cache.policy import largest_fitting
-from turboserve.cache.runtime import peak_bytes
+from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine.loaded_model import LoadedModel, ServingRuntime
 
 MiB = 1 << 20

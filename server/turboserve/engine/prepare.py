@@ -1,16 +1,16 @@
-"""From a request to a sequence ready for admission: tokens, limits, sampler and text stream.
+"""From a request to a generation ready for admission: tokens, limits, sampler and text stream.
 
 All refusals that depend on the request alone happen here, before any memory or compute is spent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from turboserve.cache.manager import CacheManager
+from turboserve.cache.memory import Memory
+from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.sampling import RowSampler
-from turboserve.engine.sequence import Sequence
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError
@@ -23,27 +23,27 @@ OPEN_ANSWER_BLOCK = 1024
 class Preparer:
     """Prepares requests for one loaded model."""
 
-    def __init__(self, loaded: LoadedModel, manager: CacheManager, vocab_len: int) -> None:
-        self._loaded, self._manager, self._vocab_len = loaded, manager, vocab_len
+    def __init__(self, loaded: LoadedModel, memory: Memory, vocab_len: int) -> None:
+        self._loaded, self._memory, self._vocab_len = loaded, memory, vocab_len
         self._template = ChatTemplate(loaded.tokenizer)
 
-    def prepare(self, sequence: Sequence) -> None:
+    def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampler and text. Raises InvalidRequestError, of whatever kind."""
-        request = sequence.request
+        request = generation.request
         prompt = self._template.encode(request.messages)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
-        kv_format = self._manager.format_for(request.tenant, request.session_id, request.kv_format)
+        kv_format = self._memory.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:
-            self._manager.check_can_fit(len(prompt) + 1, kv_format)
-            limit = min(limit, self._manager.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
+            self._memory.check_can_fit(len(prompt) + 1, kv_format)
+            limit = min(limit, self._memory.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
         else:
-            self._manager.check_can_fit(len(prompt) + limit, kv_format)
-        sequence.sampler = RowSampler(request.sampling, prompt, self._vocab_len)
-        sequence.text = TextStream(self._decode, request.stop)
-        sequence.max_answer_len = limit
-        sequence.prompt = prompt
+            self._memory.check_can_fit(len(prompt) + limit, kv_format)
+        generation.sampler = RowSampler(request.sampling, prompt, self._vocab_len)
+        generation.text = TextStream(self._decode, request.stop)
+        generation.max_answer_len = limit
+        generation.prompt = prompt
 
-    def _decode(self, ids: Iterable[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._loaded.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -62,9 +62,9 @@ def answer_limit(prompt_len: int, max_tokens: int | None, max_context: int) -> i
     return room if max_tokens is None else min(max_tokens, room)
 
 
-def tokens_to_reserve(sequence: Sequence) -> int:
-    """Tokens a sequence needs room for before it may run on: all of them, or the next block."""
-    most = len(sequence.prompt) + sequence.max_answer_len
-    if sequence.request.max_tokens is not None:
+def tokens_to_reserve(generation: Generation) -> int:
+    """Tokens a generation needs room for before it may run on: all of them, or the next block."""
+    most = len(generation.prompt) + generation.max_answer_len
+    if generation.request.max_tokens is not None:
         return most
-    return min(most, sequence.num_tokens + OPEN_ANSWER_BLOCK)
+    return min(most, generation.num_tokens + OPEN_ANSWER_BLOCK)

@@ -1,4 +1,4 @@
-"""Runs the model: prefill chunks of one sequence, decode steps of all running rows.
+"""Runs the model: prefill chunks of one request, decode steps of all running rows.
 
 Owns the batched caches. Deciding who runs is the step loop's business.
 
@@ -12,14 +12,16 @@ computes their caches again from their tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence as Sequence_
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from turboserve.cache.runtime import CacheBytes, CacheRuntime
-from turboserve.engine.sequence import Outcomes, Sequence
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.cache.interfaces import CacheRuntime, Caches
+from turboserve.engine.generation import Generation, Outcomes
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
         """The rows of both; only the returned caches are valid afterwards."""
         ...
 
-    def measure_row(self, batch: list[Any], index: int) -> CacheBytes: ...
+    def measure_row(self, batch: list[Any], index: int) -> KVBytes: ...
 
     def usable_prefix_row(self, batch: list[Any], index: int, length: int) -> int: ...
 
@@ -61,16 +63,16 @@ class Runner:
     def __init__(self, model: Model, runtime: EvaluatingRuntime) -> None:
         self._model = model
         self._runtime = runtime
-        self._rows: list[Sequence] = []
+        self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
 
     @property
     def num_rows(self) -> int:
         return len(self._rows)
 
-    def has(self, sequence: Sequence) -> bool:
-        """Whether a sequence is decoding in the batch."""
-        return any(row is sequence for row in self._rows)
+    def has(self, generation: Generation) -> bool:
+        """Whether a request is decoding in the batch."""
+        return any(row is generation for row in self._rows)
 
     def warm_up(self) -> int:
         """One real batched forward pass; returns the vocabulary's length as the logits have it.
@@ -88,33 +90,33 @@ class Runner:
         self._runtime.release(batch)
         return int(logits.shape[-1])
 
-    def prefill(self, sequence: Sequence, num_tokens: int) -> None:
-        """Feed the next `num_tokens` of a sequence into its own caches. Raises whatever the model does."""
-        caches = sequence.caches
-        assert caches is not None and num_tokens <= sequence.num_to_prefill
-        end = sequence.cache_len + num_tokens
-        self._model(mx.array([sequence.tokens(sequence.cache_len, end)]), cache=caches)  # logits stay unevaluated
+    def prefill(self, generation: Generation, num_tokens: int) -> None:
+        """Feed the next `num_tokens` of a request into its own caches. Raises whatever the model does."""
+        caches = generation.caches
+        assert caches is not None and num_tokens <= generation.num_to_prefill
+        end = generation.cache_len + num_tokens
+        self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # logits stay unevaluated
         self._runtime.evaluate(caches)
-        sequence.cache_len = end
+        generation.cache_len = end
 
-    def join(self, sequence: Sequence) -> None:
-        """Let a prefilled sequence decode with the others; its caches move into the batch."""
-        assert sequence.caches is not None and sequence.num_to_prefill <= 0
-        joined = self._merge([sequence.caches])
-        self._runtime.release(sequence.caches)
-        sequence.caches = None
+    def join(self, generation: Generation) -> None:
+        """Let a prefilled request decode with the others; its caches move into the batch."""
+        assert generation.caches is not None and generation.num_to_prefill <= 0
+        joined = self._merge([generation.caches])
+        self._runtime.release(generation.caches)
+        generation.caches = None
         if self._caches is None:
             self._caches = joined
         else:
             self._caches = self._runtime.extend_rows(self._caches, joined)
-        self._rows.append(sequence)
+        self._rows.append(generation)
 
-    def leave(self, leaving: Sequence_[Sequence]) -> None:
+    def leave(self, leaving: Sequence[Generation]) -> None:
         """Take rows out of the batch; each gets its caches back as a single sequence's."""
         if not leaving:
             return
-        for sequence in leaving:
-            sequence.caches = self._extract(self._rows.index(sequence))
+        for generation in leaving:
+            generation.caches = self._extract(self._rows.index(generation))
         keep = [i for i, row in enumerate(self._rows) if row not in leaving]
         self._rows = [self._rows[i] for i in keep]
         if keep:
@@ -123,25 +125,25 @@ class Runner:
         else:
             self._forget_batch()
 
-    def measure(self, sequence: Sequence) -> CacheBytes:
-        """Bytes of a sequence's caches, wherever they are now."""
-        if sequence.caches is not None:
-            return self._runtime.measure(sequence.caches)
-        return self._runtime.measure_row(self._batch(), self._rows.index(sequence))
+    def measure(self, generation: Generation) -> KVBytes:
+        """Bytes of a request's caches, wherever they are now."""
+        if generation.caches is not None:
+            return self._runtime.measure(generation.caches)
+        return self._runtime.measure_row(self._batch(), self._rows.index(generation))
 
-    def usable_prefix(self, sequence: Sequence, length: int) -> int:
+    def usable_prefix(self, generation: Generation, length: int) -> int:
         """Longest n <= length of which `fork` can make caches without loss."""
-        if sequence.caches is not None:
-            return self._runtime.usable_prefix(sequence.caches, length)
-        if not self.has(sequence):
+        if generation.caches is not None:
+            return self._runtime.usable_prefix(generation.caches, length)
+        if not self.has(generation):
             return 0
-        return self._runtime.usable_prefix_row(self._batch(), self._rows.index(sequence), length)
+        return self._runtime.usable_prefix_row(self._batch(), self._rows.index(generation), length)
 
-    def fork(self, sequence: Sequence, length: int) -> list[Any]:
-        """Caches of a sequence's first `length` tokens, sharing pages; it goes on undisturbed."""
-        if sequence.caches is not None:
-            return self._runtime.fork(sequence.caches, length)
-        return self._runtime.fork_row(self._batch(), self._rows.index(sequence), length)
+    def fork(self, generation: Generation, length: int) -> list[Any]:
+        """Caches of a request's first `length` tokens, sharing pages; it goes on undisturbed."""
+        if generation.caches is not None:
+            return self._runtime.fork(generation.caches, length)
+        return self._runtime.fork_row(self._batch(), self._rows.index(generation), length)
 
     def views(self) -> list[list[Any]]:
         """Every row's caches by themselves, sharing pages, to be released by the caller."""
@@ -174,17 +176,17 @@ class Runner:
             raise _DeviceError from exc
         return logits
 
-    def _step_alone(self, rows: list[Sequence]) -> Outcomes:
+    def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
         singles = [self._roll_back(i, row) for i, row in enumerate(rows)]
         self._rows = []
         self._forget_batch()
-        outcomes: dict[Sequence, int | Exception | None] = {}
+        outcomes: dict[Generation, int | Exception | None] = {}
         for row, caches in zip(rows, singles, strict=True):
             outcomes[row] = None if caches is None else self._try_row(row, caches)
         return outcomes
 
-    def _try_row(self, row: Sequence, caches: list[Any]) -> int | Exception | None:
+    def _try_row(self, row: Generation, caches: list[Any]) -> int | Exception | None:
         """One decode step of one row, which joins the new batch when it works."""
         batch = self._merge([caches])
         try:
@@ -205,12 +207,12 @@ class Runner:
         self.join(row)
         return token
 
-    def _lose_all(self, rows: list[Sequence]) -> Outcomes:
+    def _lose_all(self, rows: list[Generation]) -> Outcomes:
         self._rows = []
         self._forget_batch()
         return dict.fromkeys(rows)
 
-    def _roll_back(self, index: int, row: Sequence) -> list[Any] | None:
+    def _roll_back(self, index: int, row: Generation) -> list[Any] | None:
         """A row's caches as they were before the failed step, or None when that cannot be had."""
         try:
             caches = self._extract(index)
@@ -239,7 +241,30 @@ class Runner:
         self._caches = None
 
 
-def _draw(logits: mx.array, rows: list[Sequence]) -> list[int | Exception]:
+@dataclass(frozen=True, slots=True)
+class RunningRow:
+    """Implements cache.interfaces.RunningCaches for one request, wherever the runner keeps its caches now."""
+
+    generation: Generation
+    runner: Runner
+
+    def held_len(self) -> int:
+        return self.generation.cache_len
+
+    def held_tokens(self) -> list[int]:
+        return self.generation.tokens(0, self.generation.cache_len)
+
+    def usable_prefix(self, length: int) -> int:
+        return self.runner.usable_prefix(self.generation, length)
+
+    def fork(self, length: int) -> Caches:
+        return self.runner.fork(self.generation, length)
+
+    def measure(self) -> KVBytes:
+        return self.runner.measure(self.generation)
+
+
+def _draw(logits: mx.array, rows: list[Generation]) -> list[int | Exception]:
     """Each row's next token from logits (B, V), or what its sampler raised."""
     has_nan = mx.any(mx.isnan(logits), axis=-1)
     likeliest = mx.argmax(logits, axis=-1)  # shared by all rows that want just that
@@ -256,7 +281,7 @@ def _draw(logits: mx.array, rows: list[Sequence]) -> list[int | Exception]:
     return drawn
 
 
-def _draw_one(logits: mx.array, row: Sequence) -> int | Exception:
+def _draw_one(logits: mx.array, row: Generation) -> int | Exception:
     assert row.sampler is not None
     try:
         return int(np.array(row.sampler.sample(logits)))

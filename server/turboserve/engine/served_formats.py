@@ -19,12 +19,12 @@ from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.runtime import Caches, HeldPages
+from turboserve.cache.interfaces import Caches, HeldPages
 from turboserve.errors import KVFormatError
 
 
 class ServedFormats:
-    """Implements cache.runtime.CacheFamily for one model. Used by the engine thread only."""
+    """Implements cache.interfaces.CacheFamily for one model. Used by the engine thread only."""
 
     def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
         """`fmt` is the server's default, None for f16; other formats get its pages and exact ends.

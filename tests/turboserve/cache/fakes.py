@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from turboserve.cache.holders import Conversation, Lease
-from turboserve.cache.manager import Ask, CacheManager, ManagerLimits
-from turboserve.cache.runtime import Caches, HeldPages
-from turboserve.cache.store import Arrays, DiskStatus, Header, Meta, StoredEntry
+from turboquant_kv.kv_bytes import KVBytes
+from turboserve.cache.interfaces import Arrays, Caches, Header, HeldPages, Meta, StoredEntry
+from turboserve.cache.memory import Ask, Growth, Memory, MemoryLimits, Question, Refuse, Restart, Start, Wait
+from turboserve.cache.sessions import Conversation, Lease
 from turboserve.errors import KVFormatError
+from turboserve.messages import DiskStatus, Request
 
 RAW = 10  # bytes of an exact token
 TOKEN_BYTES = {"f16": RAW, "8/8": 8, "8/4": 6, "4/4": 4, "4/3": 3, "3/3": 2}
@@ -34,16 +35,6 @@ class FakeFormat:
 
     def page_start(self, index: int) -> int:
         return self.sink_tokens + index * self.page_tokens
-
-
-@dataclass(frozen=True)
-class FakeBytes:
-    tokens: int = 0
-    compressed: int = 0
-    exact: int = 0
-    slack: int = 0
-    uncompressed: int = 0
-    raw_equivalent: int = 0
 
 
 @dataclass
@@ -114,13 +105,13 @@ class FakeRuntime:
         pages = 0 if self.fmt is None else self.fmt.num_pages(num_tokens)
         return pages * PAGE * TOKEN_BYTES[self.name] + (num_tokens - pages * PAGE) * RAW
 
-    def measure(self, caches: Caches) -> FakeBytes:
+    def measure(self, caches: Caches) -> KVBytes:
         cache: FakeCache = caches[0]
         num, raw = len(cache.tokens), len(cache.tokens) * RAW
         if cache.runtime.fmt is None:
-            return FakeBytes(num, uncompressed=raw, raw_equivalent=raw)
+            return KVBytes(num, uncompressed=raw, raw_equivalent=raw)
         page_bytes = PAGE * TOKEN_BYTES[cache.runtime.name]
-        return FakeBytes(num, len(cache.pages) * page_bytes, cache.num_exact * RAW, raw_equivalent=raw)
+        return KVBytes(num, len(cache.pages) * page_bytes, cache.num_exact * RAW, raw_equivalent=raw)
 
     def compressed_raw_bytes(self, num_tokens: int) -> int:
         return 0 if self.fmt is None else num_tokens * RAW
@@ -172,9 +163,9 @@ class FakeFamily:
     def runtime(self, name: str) -> FakeRuntime:
         return self._runtimes.setdefault(self.normalise(name), FakeRuntime(self, name))
 
-    def totals(self) -> FakeBytes:
+    def totals(self) -> KVBytes:
         compressed = sum(len(r.pool.references) * PAGE * TOKEN_BYTES[n] for n, r in self._runtimes.items())
-        return FakeBytes(compressed=compressed + self.leaked, exact=sum(c.num_exact * RAW for c in self.live))
+        return KVBytes(compressed=compressed + self.leaked, exact=sum(c.num_exact * RAW for c in self.live))
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
         cache: FakeCache = caches[0]
@@ -230,15 +221,19 @@ class FakeFamily:
 
 
 class FakeDisk:
-    """Implements SessionDisk; `is_full` and `damaged` play its failures."""
+    """Implements SessionDisk; `is_full`, `is_hesitant` (says that it is writable, and takes nothing) and `damaged`
+    play its failures.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[Meta, Header, Arrays]] = {}
-        self.is_full = False
+        self.is_full = self.is_hesitant = False
+        self.num_asked = 0
         self.damaged: set[str] = set()
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
-        if self.is_full:
+        self.num_asked += 1
+        if self.is_full or self.is_hesitant:
             return False
         self.files[key] = (meta, header, [a.copy() for a in arrays])
         return True
@@ -256,7 +251,7 @@ class FakeDisk:
         return 1 if key in self.files else None
 
     def status(self) -> DiskStatus:
-        return DiskStatus(not self.is_full, "full" if self.is_full else "", len(self.files), 1 << 30, len(self.files))
+        return DiskStatus(True, not self.is_full, "full" if self.is_full else "", len(self.files), 1 << 30)
 
     def close(self) -> None:
         return None
@@ -264,7 +259,7 @@ class FakeDisk:
 
 @dataclass
 class FakeRunning:
-    """A request at work: its cache, as the manager asks for it."""
+    """A request at work: its cache, as the memory asks for it."""
 
     lease: Lease
 
@@ -289,49 +284,137 @@ class FakeRunning:
         return self.lease.runtime.measure(self.lease.caches)
 
 
-def manager_for(family: FakeFamily, budget_bytes: int, disk: FakeDisk | None = None, **limits: Any) -> CacheManager:
-    return CacheManager(family, budget_bytes, ManagerLimits(**limits), disk)
+MAX_ROUNDS = 8
+
+
+class GuardedMemory(Memory):
+    """Fails when it is entered again while it works: it must not call back into whoever runs requests."""
+
+    _is_busy = False
+
+    def _guarded(self, name: str, *args: Any, **options: Any) -> Any:
+        assert not self._is_busy, f"{name} was called from within the memory"
+        self._is_busy = True
+        try:
+            return getattr(Memory, name)(self, *args, **options)
+        finally:
+            self._is_busy = False
+
+
+def _guard(name: str) -> None:
+    def guarded(self: GuardedMemory, *args: Any, **options: Any) -> Any:
+        return self._guarded(name, *args, **options)
+
+    setattr(GuardedMemory, name, guarded)
+
+
+for _name in ("verdict", "carry_out", "keep", "drop", "answer", "drop_idle", "refuse_waiting"):
+    _guard(_name)
+
+
+class FakeEngine:
+    """Carries verdicts out as the step loop does. Owns nothing: a lease's caches are its request's."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.preempted: list[Lease] = []
+        self.num_rounds = 0
+
+    def obtain(self, question: Question, now_s: float) -> Lease | Wait | Refuse:
+        """Ask until the verdict holds."""
+        for _ in range(MAX_ROUNDS):
+            self.num_rounds += 1
+            verdict = self.memory.verdict(question, now_s)
+            if not isinstance(verdict, Start):
+                return verdict
+            for order in verdict.relief.preempt:
+                self.preempt(next(x for x in self.memory.leases if x.order == order), now_s)
+            lease = self.memory.carry_out(verdict, now_s)
+            if lease is not None:
+                return lease
+        return Wait(None)
+
+    def preempt(self, lease: Lease, now_s: float) -> None:
+        self.preempted.append(lease)
+        self.memory.keep(lease, list(lease.caches[0].tokens), lease.caches, now_s, has_ended=False)
+
+
+def memory_for(family: FakeFamily, budget_bytes: int, disk: FakeDisk | None = None, **limits: Any) -> Memory:
+    return GuardedMemory(family, budget_bytes, MemoryLimits(**limits), disk)
+
+
+def ask_for(prompt: list[int], num_tokens: int, salt: str = "", order: int | None = None, **options: Any) -> Ask:
+    """options: session_id, kv_format, cache_key."""
+    return Ask(Request("", (), tenant=salt, **options), prompt, num_tokens, order)
 
 
 def try_lease(
-    manager: CacheManager, prompt: list[int], num_tokens: int, now_s: float = 0.0, salt: str = "", **options: Any
+    memory: Memory,
+    prompt: list[int],
+    num_tokens: int,
+    now_s: float = 0.0,
+    salt: str = "",
+    engine: FakeEngine | None = None,
+    **options: Any,
 ) -> Lease | None:
-    """Checks that what was found really is a beginning of the prompt, and makes it run."""
-    lease = manager.try_lease(Ask(salt, prompt, num_tokens, **options), now_s)
-    if lease is not None:
-        assert lease.caches[0].tokens == prompt[: lease.cached_len] and lease.cached_len < len(prompt)
-        manager.attach(lease, FakeRunning(lease))
-    return lease
+    """None: wait. Checks that what was found really is a beginning of the prompt, and makes it run."""
+    memory.expire(now_s)
+    got = (engine or FakeEngine(memory)).obtain(ask_for(prompt, num_tokens, salt, **options), now_s)
+    if isinstance(got, Refuse):
+        raise got.error
+    if isinstance(got, Wait):
+        return None
+    assert got.caches[0].tokens == prompt[: got.cached_len] and got.cached_len < len(prompt)
+    memory.attach(got, FakeRunning(got))
+    return got
 
 
 def lease_for(
-    manager: CacheManager, prompt: list[int], num_tokens: int, now_s: float = 0.0, salt: str = "", **options: Any
+    memory: Memory, prompt: list[int], num_tokens: int, now_s: float = 0.0, salt: str = "", **options: Any
 ) -> Lease:
-    lease = try_lease(manager, prompt, num_tokens, now_s, salt, **options)
+    lease = try_lease(memory, prompt, num_tokens, now_s, salt, **options)
     assert lease is not None, "no room"
     return lease
 
 
-def finish(manager: CacheManager, lease: Lease, tokens: list[int], now_s: float = 0.0) -> Conversation | None:
+def try_extend(memory: Memory, lease: Lease, num_tokens: int, now_s: float, engine: FakeEngine | None = None) -> bool:
+    got = (engine or FakeEngine(memory)).obtain(Growth(lease, num_tokens), now_s)
+    assert got is lease or isinstance(got, Wait)
+    return got is lease
+
+
+def better_start(memory: Memory, lease: Lease, now_s: float = 0.0) -> tuple[Caches, int] | None:
+    """(caches, length) of a longer beginning; the caller releases those that the lease had."""
+    got = FakeEngine(memory).obtain(Restart(lease), now_s)
+    assert got is lease or isinstance(got, Wait)
+    return (lease.caches, lease.cached_len) if got is lease else None
+
+
+def finish(memory: Memory, lease: Lease, tokens: list[int], now_s: float = 0.0) -> Conversation | None:
     """Compute up to `tokens` and end."""
     cache: FakeCache = lease.caches[0]
     cache.grow(tokens[len(cache.tokens) :])
     assert cache.tokens == tokens
-    return manager.keep(lease, tokens, lease.caches, now_s)
+    return memory.keep(lease, tokens, lease.caches, now_s)
 
 
 def converse(
-    manager: CacheManager, tokens: list[int], now_s: float = 0.0, salt: str = "", **options: Any
+    memory: Memory, tokens: list[int], now_s: float = 0.0, salt: str = "", **options: Any
 ) -> Conversation | None:
     """A whole request whose cache ends up holding `tokens`."""
-    lease = lease_for(manager, tokens, len(tokens) + 1, now_s, salt, **options)
-    return finish(manager, lease, tokens, now_s)
+    lease = lease_for(memory, tokens, len(tokens) + 1, now_s, salt, **options)
+    return finish(memory, lease, tokens, now_s)
+
+
+def evict(memory: Memory, conversation: Conversation, reason: str = "pressure") -> None:
+    """Forget one, as memory itself does."""
+    memory._idle.evict(conversation, reason)
 
 
 def span(start: int, num: int) -> list[int]:
     return list(range(start, start + num))
 
 
-def held(manager: CacheManager) -> list[int]:
+def held(memory: Memory) -> list[int]:
     """First tokens of all idle conversations in memory."""
-    return sorted(int(c.tokens[0]) for c in manager.store if c.caches is not None)
+    return sorted(int(c.tokens[0]) for c in memory.idle if c.caches is not None)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboserve.cache.policy import Tokens, common_prefix_len
-from turboserve.cache.radix import MAX_BELOW, RadixTree
+from turboserve.cache.radix import MAX_BELOW, RadixTree, Tokens, common_prefix_len
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=14)
 
@@ -22,6 +21,13 @@ def tree_of(sequences: list[list[int]]) -> RadixTree[int]:
     for i, tokens in enumerate(sequences):
         tree.insert(array(tokens), i)
     return tree
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix(a: list[int], b: list[int]) -> None:
+    num = common_prefix_len(np.array(a, np.int32), np.array(b, np.int32))
+    assert a[:num] == b[:num]
+    assert num in (len(a), len(b)) or a[num] != b[num]
 
 
 @given(SEQUENCES, st.lists(st.integers(0, 2), max_size=10))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.turboserve.cache.fakes import FakeFamily, converse, lease_for, manager_for
+from tests.turboserve.cache.fakes import FakeFamily, converse, lease_for, memory_for
 
-from turboserve.cache.desk import SessionDesk
-from turboserve.cache.manager import CacheManager
-from turboserve.cache.policy import common_prefix_len
-from turboserve.cache.sessions import MIN_REUSED_TOKENS
+from turboserve.cache.memory import Memory
+from turboserve.cache.prefix_index import MIN_REUSED_TOKENS
+from turboserve.cache.radix import common_prefix_len
+from turboserve.messages import DeleteSession, GetSession, ListSessions, SessionPage
 
 ROOMY = 10_000_000
 PROMPTS = st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=3).map(
@@ -23,15 +23,15 @@ PROMPTS = st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=3).map(
 CALLS = st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), PROMPTS), min_size=1, max_size=12)
 
 
-def found_by(manager: CacheManager, calls: list[tuple[str, list[int]]], salt: str) -> list[int]:
+def found_by(memory: Memory, calls: list[tuple[str, list[int]]], salt: str) -> list[int]:
     """Run all calls; how many tokens each of one caller's calls found."""
     found = []
     for now_s, (caller, prompt) in enumerate(calls):
-        lease = lease_for(manager, prompt, len(prompt) + 1, float(now_s), caller)
+        lease = lease_for(memory, prompt, len(prompt) + 1, float(now_s), caller)
         if caller == salt:
             found.append(lease.cached_len)
-        manager.drop(lease, lease.caches)
-        converse(manager, prompt, float(now_s), caller)
+        memory.drop(lease, lease.caches)
+        converse(memory, prompt, float(now_s), caller)
     return found
 
 
@@ -39,8 +39,8 @@ def found_by(manager: CacheManager, calls: list[tuple[str, list[int]]], salt: st
 @settings(deadline=None)
 def test_a_caller_finds_what_they_would_find_alone(calls: list[tuple[str, list[int]]]) -> None:
     for salt in ("a", "b", "c"):
-        together = found_by(manager_for(FakeFamily(), ROOMY), calls, salt)
-        alone = found_by(manager_for(FakeFamily(), ROOMY), [c for c in calls if c[0] == salt], salt)
+        together = found_by(memory_for(FakeFamily(), ROOMY), calls, salt)
+        alone = found_by(memory_for(FakeFamily(), ROOMY), [c for c in calls if c[0] == salt], salt)
         assert together == alone
 
 
@@ -48,16 +48,16 @@ def test_a_caller_finds_what_they_would_find_alone(calls: list[tuple[str, list[i
 @settings(deadline=None)
 def test_a_caller_finds_all_of_their_own(calls: list[tuple[str, list[int]]]) -> None:
     """In a cache that can be cut anywhere, the longest common beginning of all of one's own earlier prompts."""
-    manager = manager_for(FakeFamily("f16"), ROOMY)
+    memory = memory_for(FakeFamily("f16"), ROOMY)
     seen: list[tuple[str, list[int]]] = []
     for caller, prompt in calls:
         mine = [p for c, p in seen if c == caller]
         common = max((common_prefix_len(np.array(p, np.int32), np.array(prompt, np.int32)) for p in mine), default=0)
         expected = min(common, len(prompt) - 1)
-        lease = lease_for(manager, prompt, len(prompt) + 1, salt=caller)
+        lease = lease_for(memory, prompt, len(prompt) + 1, salt=caller)
         assert lease.cached_len == (expected if expected >= MIN_REUSED_TOKENS else 0)
-        manager.drop(lease, lease.caches)
-        converse(manager, prompt, salt=caller)
+        memory.drop(lease, lease.caches)
+        converse(memory, prompt, salt=caller)
         seen.append((caller, prompt))
 
 
@@ -67,12 +67,12 @@ def test_no_page_has_two_callers_and_equal_prompts_of_one_caller_share_theirs(
     calls: list[tuple[str, list[int]]],
 ) -> None:
     family = FakeFamily()
-    manager = manager_for(family, ROOMY)
+    memory = memory_for(family, ROOMY)
     for now_s, (caller, prompt) in enumerate(calls):
-        converse(manager, prompt, float(now_s), caller)
+        converse(memory, prompt, float(now_s), caller)
     owners: dict[int, str] = {}
     contents: dict[tuple[str, tuple[int, ...]], int] = {}
-    for conversation in manager.store:
+    for conversation in memory.idle:
         assert conversation.caches is not None
         cache = conversation.caches[0]
         for i, page in enumerate(cache.pages):
@@ -82,11 +82,12 @@ def test_no_page_has_two_callers_and_equal_prompts_of_one_caller_share_theirs(
 
 
 def test_names_are_each_callers_own() -> None:
-    manager = manager_for(FakeFamily(), ROOMY)
-    desk = SessionDesk(manager)
-    converse(manager, list(range(40)), salt="a", session_id="chat")
-    converse(manager, list(range(500, 580)), salt="b", session_id="chat")
-    assert desk.get("a", "chat", 0.0).num_tokens == 40 and desk.get("b", "chat", 0.0).num_tokens == 80
-    desk.delete("a", "chat")
-    assert [v.session.session_id for v in desk.list_page("b", 9, None, 0.0)[0]] == ["chat"]
-    assert desk.list_page("a", 9, None, 0.0) == ([], False)
+    memory = memory_for(FakeFamily(), ROOMY)
+    converse(memory, list(range(40)), salt="a", session_id="chat")
+    converse(memory, list(range(500, 580)), salt="b", session_id="chat")
+    assert memory.answer(GetSession("a", "chat"), 0.0).tokens == 40  # type: ignore[union-attr]
+    assert memory.answer(GetSession("b", "chat"), 0.0).tokens == 80  # type: ignore[union-attr]
+    memory.answer(DeleteSession("a", "chat"), 0.0)
+    theirs = memory.answer(ListSessions("b", 9), 0.0)
+    assert isinstance(theirs, SessionPage) and [s.session_id for s in theirs.sessions] == ["chat"]
+    assert memory.answer(ListSessions("a", 9), 0.0) == SessionPage()

@@ -1,4 +1,4 @@
-"""The whole cache manager against a simple model of it: random commands, a clock that only the test moves.
+"""The whole cache memory against a simple model of it: random commands, a clock that only the test moves.
 
 Budget, disk and caches are fakes; after every command all books must agree, no memory may be above the
 budget, and no page may be held by two callers.
@@ -11,11 +11,21 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.turboserve.cache.fakes import PAGE, RAW, FakeDisk, FakeFamily, manager_for, try_lease
+from tests.turboserve.cache.fakes import (
+    PAGE,
+    RAW,
+    FakeDisk,
+    FakeEngine,
+    FakeFamily,
+    better_start,
+    evict,
+    memory_for,
+    try_extend,
+    try_lease,
+)
 
-from turboserve.cache.desk import SessionDesk
-from turboserve.cache.holders import Lease
-from turboserve.cache.manager import CacheManager
+from turboserve.cache.memory import Memory
+from turboserve.cache.sessions import Lease
 from turboserve.errors import (
     ContextLengthError,
     OverloadedError,
@@ -24,6 +34,7 @@ from turboserve.errors import (
     SessionExistsError,
     SessionNotFoundError,
 )
+from turboserve.messages import DeleteSession, ForkSession, SessionInfo, UpdateSession
 
 BUDGET = 14 * PAGE * RAW  # of one format: 14 pages uncompressed, some 30 in 4/4
 SALTS = st.sampled_from(["one", "two"])
@@ -37,7 +48,21 @@ def tokens_of(segments: list[int], num_more: int) -> list[int]:
     return [*parts, *(7000 + i for i in range(num_more))]
 
 
-class Manager(RuleBasedStateMachine):
+class Engine(FakeEngine):
+    """Moves whom it preempts to the machine's list of those that come back."""
+
+    def __init__(self, memory: Memory, machine: Machine) -> None:
+        super().__init__(memory)
+        self._machine = machine
+
+    def preempt(self, lease: Lease, now_s: float) -> None:
+        entry = next(e for e in self._machine.running if e[0] is lease)
+        self._machine.running.remove(entry)
+        self._machine.preempted.append(entry)
+        super().preempt(lease, now_s)
+
+
+class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.family, self.disk = FakeFamily(), FakeDisk()
@@ -46,10 +71,10 @@ class Manager(RuleBasedStateMachine):
         self.preempted: list[tuple[Lease, list[int]]] = []
         self.pinned: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()  # names whose file may be of no use: nothing is promised
-        self.manager = self.new_manager()
+        self.memory = self.new_memory()
 
-    def new_manager(self) -> CacheManager:
-        manager = manager_for(
+    def new_memory(self) -> Memory:
+        memory = memory_for(
             self.family,
             BUDGET,
             self.disk,
@@ -58,17 +83,8 @@ class Manager(RuleBasedStateMachine):
             max_session_bytes_per_caller=BUDGET * 3 // 4,
             allow_requantise=True,
         )
-        manager.on_preempt(self.preempt)
-        self.desk = SessionDesk(manager)
-        return manager
-
-    def preempt(self, lease: Lease) -> bool:
-        entry = next(e for e in self.running if e[0] is lease)
-        self.running.remove(entry)
-        self.preempted.append(entry)
-        held = list(lease.caches[0].tokens)
-        self.manager.keep(lease, held, lease.caches, self.now_s, has_ended=False)
-        return True
+        self.engine = Engine(memory, self)
+        return memory
 
     def any_running(self, index: int) -> tuple[Lease, list[int]]:
         return self.running[index % len(self.running)]
@@ -85,14 +101,15 @@ class Manager(RuleBasedStateMachine):
     def start(self, salt: str, segments: list[int], num_more: int, num_answer: int, **options: Any) -> None:
         prompt = tokens_of(segments, num_more)
         try:
-            lease = try_lease(self.manager, prompt, len(prompt) + num_answer, self.now_s, salt, **options)
+            room = len(prompt) + num_answer
+            lease = try_lease(self.memory, prompt, room, self.now_s, salt, self.engine, **options)
         except (ContextLengthError, OverloadedError, QuotaExceededError):
             return
         if lease is not None:
             answer = [9000 + i for i in range(num_answer - 1)]
             self.running.append((lease, [*prompt, *answer]))
         else:
-            assert self.manager.leases, "a request waits for nobody"
+            assert self.memory.leases, "a request waits for nobody"
 
     @rule(
         salt=SALTS,
@@ -117,7 +134,9 @@ class Manager(RuleBasedStateMachine):
         lease, tokens = self.preempted[-1]
         prompt = tokens[: max(len(lease.prompt), lease.held_len + 1)]
         try:
-            new = try_lease(self.manager, prompt, len(tokens) + 1, self.now_s, lease.salt, order=lease.order)
+            new = try_lease(
+                self.memory, prompt, len(tokens) + 1, self.now_s, lease.salt, self.engine, order=lease.order
+            )
         except (OverloadedError, QuotaExceededError):
             return
         if new is not None:
@@ -129,7 +148,7 @@ class Manager(RuleBasedStateMachine):
     def compute(self, index: int, num: int) -> None:
         lease, tokens = self.any_running(index)
         old = lease.caches
-        better = self.manager.better_start(lease) if lease.held_len < len(lease.prompt) - 1 else None
+        better = better_start(self.memory, lease) if lease.held_len < len(lease.prompt) - 1 else None
         if better is not None:
             assert better[0][0].tokens == tokens[: better[1]]
             lease.runtime.release(old)
@@ -140,7 +159,7 @@ class Manager(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9), num=st.integers(1, 100))
     def extend(self, index: int, num: int) -> None:
         lease, tokens = self.any_running(index)
-        if self.manager.try_extend(lease, lease.reserved_tokens + num, self.now_s):
+        if try_extend(self.memory, lease, lease.reserved_tokens + num, self.now_s, self.engine):
             tokens += [9500 + len(tokens) + i for i in range(num)]
 
     @precondition(lambda self: self.running)
@@ -150,44 +169,44 @@ class Manager(RuleBasedStateMachine):
         self.running.remove(entry)
         lease, _ = entry
         if is_kept:
-            self.manager.keep(lease, list(lease.caches[0].tokens), lease.caches, self.now_s)
+            self.memory.keep(lease, list(lease.caches[0].tokens), lease.caches, self.now_s)
         else:
-            self.manager.drop(lease, lease.caches)
+            self.memory.drop(lease, lease.caches)
 
     @rule(seconds=st.sampled_from([0.5, 3.0, 100.0, 600.0]))
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
-        self.manager.expire(self.now_s)
+        self.memory.expire(self.now_s)
 
     @rule(salt=SALTS, name=NAMES, new_name=st.one_of(st.none(), NAMES))
     def fork(self, salt: str, name: str, new_name: str | None) -> None:
         try:
-            view = self.desk.fork(salt, name, new_name, self.now_s)
+            forked = self.memory.answer(ForkSession(salt, name, new_name), self.now_s)
         except (SessionNotFoundError, SessionExistsError, SessionBusyError, OverloadedError, QuotaExceededError):
             return
-        assert view.session.is_explicit and view.num_tokens > 0
+        assert isinstance(forked, SessionInfo) and forked.is_explicit and forked.tokens > 0
 
     @rule(salt=SALTS, name=NAMES, is_pinned=st.booleans())
     def pin(self, salt: str, name: str, is_pinned: bool) -> None:
         try:
-            self.desk.update(salt, name, self.now_s, is_pinned=is_pinned, ttl_s=None)
+            self.memory.answer(UpdateSession(salt, name, is_pinned=is_pinned), self.now_s)
         except (SessionNotFoundError, QuotaExceededError):
             return
         (self.pinned.add if is_pinned else self.pinned.discard)((salt, name))
-        if self.manager.store.get(salt, name) is None:
+        if self.memory.idle.get(salt, name) is None:
             self.pinned.discard((salt, name))  # not held yet: its request still runs, and may fail
 
     @rule(salt=SALTS, name=NAMES)
     def delete(self, salt: str, name: str) -> None:
         try:
-            self.desk.delete(salt, name)
+            self.memory.answer(DeleteSession(salt, name), self.now_s)
             self.pinned.discard((salt, name))
         except (SessionNotFoundError, SessionBusyError):
             pass
 
-    @rule(is_full=st.booleans())
-    def disk_fills(self, is_full: bool) -> None:
-        self.disk.is_full = is_full
+    @rule(is_full=st.booleans(), is_hesitant=st.booleans())
+    def disk_fills(self, is_full: bool, is_hesitant: bool) -> None:
+        self.disk.is_full, self.disk.is_hesitant = is_full, is_hesitant
 
     @precondition(lambda self: self.disk.files)
     @rule(index=st.integers(0, 9))
@@ -199,42 +218,42 @@ class Manager(RuleBasedStateMachine):
 
     @rule()
     def memory_runs_out(self) -> None:
-        self.manager.drop_idle()
+        self.memory.drop_idle()
         self.pinned.clear()
 
     @rule(is_orderly=st.booleans())
     def restart(self, is_orderly: bool) -> None:
         """Killed, or stopped in order: then every idle conversation is written if the disk takes it."""
         if is_orderly:
-            self.manager.persist_all()
-        written = {c.conversation_id for c in self.manager.store if c.disk_key is not None}
+            self.memory.write_all()
+        written = {c.conversation_id for c in self.memory.idle if c.disk_key is not None}
         for cache in list(self.family.live):
             cache.runtime.release([cache])
         self.running, self.preempted = [], []
-        self.manager = self.new_manager()
-        assert written <= {c.conversation_id for c in self.manager.store}
-        self.pinned = {(c.salt, c.conversation_id) for c in self.manager.store if c.session.is_pinned} & self.pinned
+        self.memory = self.new_memory()
+        assert written <= {c.conversation_id for c in self.memory.idle}
+        self.pinned = {(c.salt, c.conversation_id) for c in self.memory.idle if c.session.is_pinned} & self.pinned
 
     @invariant()
     def books_agree(self) -> None:
-        self.manager.check_integrity([lease.caches for lease, _ in self.running])
+        self.memory.check_integrity([lease.caches for lease, _ in self.running])
 
     @invariant()
     def memory_is_within_budget(self) -> None:
         assert self.family.allocated_bytes() <= BUDGET
-        assert self.manager.committed_bytes <= BUDGET
+        assert self.memory.committed_bytes <= BUDGET
 
     @invariant()
     def callers_share_nothing(self) -> None:
         owners: dict[tuple[str, int], str] = {}
-        idle = [(c.salt, c.caches[0]) for c in self.manager.store if c.caches is not None]
+        idle = [(c.salt, c.caches[0]) for c in self.memory.idle if c.caches is not None]
         for salt, cache in [*idle, *((lease.salt, lease.caches[0]) for lease, _ in self.running)]:
             for page in cache.pages:
                 assert owners.setdefault((cache.runtime.name, page), salt) == salt
 
     @invariant()
     def caches_hold_what_is_said(self) -> None:
-        for conversation in self.manager.store:
+        for conversation in self.memory.idle:
             if conversation.caches is not None:
                 assert conversation.caches[0].tokens == conversation.tokens.tolist()
         for lease, tokens in self.running:
@@ -242,26 +261,26 @@ class Manager(RuleBasedStateMachine):
 
     @invariant()
     def pinned_sessions_stay(self) -> None:
-        assert all(self.manager.store.get(*key) is not None for key in self.pinned - self.damaged)
+        assert all(self.memory.idle.get(*key) is not None for key in self.pinned - self.damaged)
 
     @invariant()
     def quotas_hold(self) -> None:
         for salt in ("one", "two"):
-            named = {c.conversation_id for c in self.manager.store.of(salt) if c.session.is_explicit}
-            at_work = {x.conversation_id for x in self.manager.leases if x.salt == salt and x.session.is_explicit}
+            named = {c.conversation_id for c in self.memory.idle.of(salt) if c.session.is_explicit}
+            at_work = {x.conversation_id for x in self.memory.leases if x.salt == salt and x.session.is_explicit}
             assert len(named | at_work) <= 3
 
     def teardown(self) -> None:
         for lease, _ in self.running:
-            self.manager.drop(lease, lease.caches)
+            self.memory.drop(lease, lease.caches)
         self.disk.is_full = True
-        for conversation in list(self.manager.store):
-            self.manager.evict(conversation, "deleted")
-        assert self.family.live == [] and not self.manager.leases
-        assert self.manager.committed_bytes == 0, f"{self.family.totals()} left"
+        for conversation in list(self.memory.idle):
+            evict(self.memory, conversation, "deleted")
+        assert self.family.live == [] and not self.memory.leases
+        assert self.memory.committed_bytes == 0, f"{self.family.totals()} left"
 
 
-TestManager = Manager.TestCase
-TestManager.settings = settings(
+TestMemory = Machine.TestCase
+TestMemory.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

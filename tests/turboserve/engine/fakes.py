@@ -11,14 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.qwen2 import Model, ModelArgs
+from tests.turboserve.cache.fakes import GuardedMemory
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.manager import CacheManager, ManagerLimits
-from turboserve.cache.store import SessionDisk
+from turboserve.cache.interfaces import SessionDisk
+from turboserve.cache.memory import MemoryLimits
+from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
-from turboserve.engine.loop import StepLoop
 from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
 from turboserve.engine.served_formats import ServedFormats
+from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import TurboServeError
 from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
@@ -140,7 +142,7 @@ def make_parts(
     budget_bytes: int = 1 << 28,
     max_context: int = MAX_CONTEXT,
     eos_ids: frozenset[int] = frozenset(),
-    limits: ManagerLimits | None = None,
+    limits: MemoryLimits | None = None,
     disk: SessionDisk | None = None,
 ) -> EngineParts:
     loaded = LoadedModel(
@@ -155,7 +157,7 @@ def make_parts(
     )
     family = ServedFormats(model, fmt)
     return EngineParts(
-        loaded, family.default_runtime, CacheManager(family, budget_bytes, limits or ManagerLimits(), disk)
+        loaded, family.default_runtime, GuardedMemory(family, budget_bytes, limits or MemoryLimits(), disk)
     )
 
 
@@ -196,7 +198,7 @@ def request(
 def add(loop: StepLoop, *requests: Request) -> list[Sink]:
     sinks = [Sink() for _ in requests]
     for one, sink in zip(requests, sinks, strict=True):
-        loop.add(one, sink, 1000.0)
+        loop.add(Generation(one, sink, 1000.0))
     return sinks
 
 

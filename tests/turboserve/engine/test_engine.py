@@ -190,7 +190,7 @@ def test_stop_without_grace_ends_requests_with_an_error(engine: TurboEngine) -> 
 
 
 def test_a_dead_thread_says_so_and_fails_everyone(engine: TurboEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboserve.engine.loop import StepLoop
+    from turboserve.engine.step_loop import StepLoop
 
     sinks = [submit_slow(engine, "a"), submit_slow(engine, "b")]
     wait_for(lambda: all(len(s.events) > 0 for s in sinks))

@@ -12,8 +12,8 @@ from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, requ
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.engine.loop import StepLoop
-from turboserve.engine.sequence import Stage
+from turboserve.engine.generation import Stage
+from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import EngineFailureError, OverloadedError
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)]
@@ -48,14 +48,14 @@ def undisturbed(loop: StepLoop, prompts: list[str]) -> list[list[int]]:
 def step_until_victim_has(loop: StepLoop, sinks: list[Sink], num_tokens: int) -> Any:
     while len(sinks[VICTIM].tokens) < num_tokens:
         loop.step()
-    return next(s for s in loop._running if s.request_id == f"r{VICTIM}")
+    return next(s for s in loop.requests.running if s.request_id == f"r{VICTIM}")
 
 
 def finish(loop: StepLoop) -> None:
     while loop.has_work:
         loop.step()
-    assert not loop._parts.manager.leases
-    loop._parts.manager.check_integrity()
+    assert not loop._parts.memory.leases
+    loop._parts.memory.check_integrity()
 
 
 def assert_answered(loop: StepLoop, prompts: list[str], sinks: list[Sink], expected: list[list[int]]) -> None:
@@ -184,13 +184,13 @@ def test_a_failed_allocation_sheds_idle_caches_and_may_be_tried_again(
     loop: StepLoop, prompts: list[str], poison: dict[str, Any]
 ) -> None:
     run(loop, request("old", prompts[1], tenant="old"))
-    assert len(list(loop._parts.manager.store)) == 1
+    assert len(list(loop._parts.memory.idle)) == 1
     poison["error"] = MemoryError
     poison["when"] = lambda lengths: True
     (sink,) = add(loop, request("a", prompts[1], tenant="x"))
     loop.step()
     assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
-    assert len(list(loop._parts.manager.store)) == 0
+    assert len(list(loop._parts.memory.idle)) == 0
     poison["when"] = lambda lengths: False
     (again,) = run(loop, request("b", prompts[1], tenant="x"))
     assert again.finished.reason == "length"

@@ -11,7 +11,6 @@ from tests.turboserve.engine.fakes import GREEDY, VOCAB, add, make_loop, make_pa
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.runtime import total_bytes
 
 FORMATS = [None, KVFormat(4, 4, page_tokens=16, sink_tokens=8)]
 
@@ -37,7 +36,7 @@ def test_mixed_layers_batch_like_alone_and_are_shown(kind: str, fmt: Any, rng: n
     for text, a, b in zip(prompts, together, alone, strict=True):
         assert_same_answer(parts, text, a, b)
     assert [len(t) for t in together] == [12, 4, 20]
-    parts.manager.check_integrity()
+    parts.memory.check_integrity()
 
 
 @pytest.mark.parametrize("kind", ["sliding", "recurrent"])
@@ -67,7 +66,7 @@ def test_reservations_cover_rings_and_states(kind: str, fmt: Any, rng: np.random
         add(loop, request(str(i), text, max_tokens=40, tenant=str(i), sampling=GREEDY))
     while loop.has_work:
         loop.step()
-        for sequence in loop._running:
-            assert sequence.lease is not None
-            assert total_bytes(loop.runner.measure(sequence)) <= sequence.lease.reserved_bytes + one_chunk
+        for generation in loop.requests.running:
+            assert generation.lease is not None
+            assert loop.runner.measure(generation).total <= generation.lease.reserved_bytes + one_chunk
         loop.check_integrity()

@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub
 from tests.turboserve.engine.fakes import make_parts, random_model
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.runtime import peak_bytes
+from turboserve.cache.sizes import peak_bytes
 from turboserve.engine import weights
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.memory_plan import memory_plan
@@ -61,7 +61,7 @@ def test_the_embedded_model_loads_expanded_on_a_cpu(tmp_path: Path) -> None:
     assert loaded.weights_bytes == weights.parameter_bytes(loaded.model)
     if mx.default_device() == mx.cpu:
         assert loaded.dtype == "float32" and any("expanded to float32" in line for line in lines)
-    assert parts.manager.budget_bytes == 64 << 20 and parts.runtime.layers_compressed == 8
+    assert parts.memory.budget_bytes == 64 << 20 and parts.runtime.layers_compressed == 8
     assert any("compressed as 4/4" in line for line in lines)
 
 

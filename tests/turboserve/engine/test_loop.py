@@ -20,7 +20,9 @@ from tests.turboserve.engine.fakes import (
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.runtime import peak_bytes
+from turboserve.cache.memory import Ask
+from turboserve.cache.sizes import peak_bytes, shared_pages
+from turboserve.engine.scheduler import MAX_VERDICT_ROUNDS
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 from turboserve.messages import Request, SamplingParams
 
@@ -143,8 +145,8 @@ def test_a_second_turn_reuses_the_first(model: Any, rng: np.random.Generator, fm
     cached = second.finished.usage.cached_tokens
     assert cached == held if fmt is None else 0 <= held - cached < fmt.page_tokens
     assert telemetry.calls[-2] == ("prompt", (89, cached))
-    assert len(list(parts.manager.store)) == 1  # the longer conversation took the shorter one's place
-    parts.manager.check_integrity()
+    assert len(list(parts.memory.idle)) == 1  # the longer conversation took the shorter one's place
+    parts.memory.check_integrity()
 
 
 def test_the_same_prompt_again_still_computes_its_last_token(model: Any, rng: np.random.Generator) -> None:
@@ -174,10 +176,10 @@ def test_cancelling_frees_within_a_step(
         loop.step()
     loop.cancel("a")
     assert isinstance(sink.error, RequestCancelledError)
-    assert not loop.has_work and not parts.manager.leases
+    assert not loop.has_work and not parts.memory.leases
     assert telemetry.calls[-1] == ("cancelled", {0: "queued", 1: "prefill", 6: "decode"}[num_steps])
-    parts.manager.check_integrity()
-    parts.manager.drop_idle()
+    parts.memory.check_integrity()
+    parts.memory.drop_idle()
     assert parts.runtime.allocated_bytes() == parts.runtime.slack_bytes()
 
 
@@ -218,31 +220,31 @@ def test_a_request_beyond_the_budget_is_refused_with_both_numbers(
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
     budget = peak_bytes(parts.runtime, 100)
-    parts.manager.budget_bytes = budget
+    parts.memory.budget_bytes = budget
     loop = make_loop(parts)
     error = refused(loop, request("a", prompt(rng, 60), max_tokens=300)).error
     assert isinstance(error, ContextLengthError)
     assert f"{budget:,}" in error.message and f"{peak_bytes(parts.runtime, 361):,}" in error.message
     (fits,) = run(loop, request("b", prompt(rng, 60), max_tokens=None))
     assert fits.finished.usage.completion_tokens >= 39  # as far as the budget reaches
-    parts.manager.check_integrity()
+    parts.memory.check_integrity()
 
 
 def test_requests_take_turns_when_memory_holds_only_one(
     model: Any, rng: np.random.Generator, fmt: KVFormat | None
 ) -> None:
     parts = make_parts(model, fmt=fmt, budget_bytes=0)
-    parts.manager.budget_bytes = peak_bytes(parts.runtime, 120) * 3 // 2
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 120) * 3 // 2
     loop = make_loop(parts)
     requests = [request(f"r{i}", prompt(rng, 60), max_tokens=50) for i in range(3)]
     sinks = add(loop, *requests)
     while loop.has_work:
         loop.step()
         assert loop.num_running <= 1
-        assert parts.manager.committed_bytes <= parts.manager.budget_bytes
+        assert parts.memory.committed_bytes <= parts.memory.budget_bytes
     assert [len(s.tokens) for s in sinks] == [50, 50, 50]
-    assert parts.manager.counts.evictions["pressure"] >= 1
-    parts.manager.check_integrity()
+    assert parts.memory.events().evictions["pressure"] >= 1
+    parts.memory.check_integrity()
 
 
 def test_bad_requests_end_alone_and_in_words(model: Any, rng: np.random.Generator) -> None:
@@ -284,3 +286,65 @@ def test_reservations_cover_every_length_on_the_way(model: Any, fmt: KVFormat | 
     lengths = range(300)
     for num_tokens in lengths:
         assert peak_bytes(runtime, num_tokens) == max(runtime.bytes_for(n) for n in lengths[: num_tokens + 1])
+
+
+def test_a_verdict_that_never_holds_costs_a_bounded_number_of_questions_a_step(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts(model)
+    loop = make_loop(parts)
+    asked: list[object] = []
+    verdict = parts.memory.verdict
+
+    def counted(question: Any, now_s: float) -> Any:
+        asked.append(question)
+        return verdict(question, now_s)
+
+    monkeypatch.setattr(parts.memory, "verdict", counted)
+    with monkeypatch.context() as never:
+        never.setattr(parts.memory, "carry_out", lambda start, now_s: None)
+        (sink,) = add(loop, request("a", prompt(rng, 20), max_tokens=3))
+        for num_steps in range(1, 4):
+            loop.step()
+            assert len(asked) == num_steps * MAX_VERDICT_ROUNDS and loop.num_waiting == 1
+    while loop.has_work:
+        loop.step()
+    assert len(sink.tokens) == 3, "it was asked about again in the next step"
+
+
+def test_a_request_that_waits_is_asked_about_again_only_when_something_was_freed(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts(model)
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 120)
+    loop = make_loop(parts)
+    sinks = add(loop, request("a", prompt(rng, 60), max_tokens=50), request("b", prompt(rng, 60), max_tokens=50))
+    asked: list[str] = []
+    verdict = parts.memory.verdict
+
+    def noted(question: Any, now_s: float) -> Any:
+        if isinstance(question, Ask):
+            asked.append(question.request.request_id)
+        return verdict(question, now_s)
+
+    monkeypatch.setattr(parts.memory, "verdict", noted)
+    while loop.has_work:
+        loop.step()
+    assert asked == ["a", "b", "b"] and [len(s.tokens) for s in sinks] == [50, 50]
+
+
+def test_pages_that_a_fork_will_hold_are_foretold(model: Any, rng: np.random.Generator) -> None:
+    """Plans count on it: these are not freed by giving up the conversation that a request begins with."""
+    parts = make_parts(model, fmt=FORMATS[1])
+    (sink,) = run(make_loop(parts), request("a", prompt(rng, 90), max_tokens=4))
+    (held,) = parts.memory.idle
+    family, runtime = parts.memory.family, parts.runtime
+    assert held.caches is not None and sink.finished
+    pages = family.held_pages(held.caches)
+    assert pages is not None and len(pages.ids) == 4
+    for length in range(len(held.tokens) + 1):
+        usable = runtime.usable_prefix(held.caches, length)
+        fork = runtime.fork(held.caches, usable)
+        foretold, real = shared_pages(runtime, pages, usable), family.held_pages(fork)
+        assert foretold is not None and foretold.ids.tolist() == (real.ids.tolist() if real is not None else [])
+        runtime.release(fork)

@@ -7,13 +7,65 @@ from hypothesis import strategies as st
 
 from turboserve.engine.scheduler import (
     MAX_RETRY_AFTER_S,
+    MAX_ROOM_WAIT_S,
     MAX_SKIPPED_STEPS,
+    Admission,
+    HeadView,
     PrefillView,
+    RowView,
+    WithoutGrowth,
     can_queue,
     chunk_len,
+    growing,
+    next_admission,
     pick_prefill,
     retry_after_s,
+    to_preempt,
+    without_growth,
 )
+
+
+def due(head: HeadView | None, *, num_running: int = 0, may_prepare: bool = True, generation: int = 7) -> Admission:
+    return next_admission(
+        head, num_running=num_running, max_running=2, may_prepare=may_prepare, memory_generation=generation
+    )
+
+
+def test_the_head_is_prepared_and_then_asked_for_while_there_are_slots() -> None:
+    assert due(None) is Admission.NOTHING
+    assert due(HeadView(is_prepared=False)) is Admission.PREPARE
+    assert due(HeadView(is_prepared=False), may_prepare=False) is Admission.NOTHING
+    assert due(HeadView(is_prepared=True), may_prepare=False) is Admission.ASK
+    assert due(HeadView(is_prepared=True), num_running=2) is Admission.NOTHING
+
+
+def test_who_was_told_to_wait_is_asked_about_again_when_the_memory_has_changed() -> None:
+    waiting = HeadView(is_prepared=True, roomless_s=1.0, told_to_wait_at=7)
+    assert due(waiting, generation=7) is Admission.NOTHING and due(waiting, generation=8) is Admission.ASK
+    assert due(HeadView(is_prepared=True, roomless_s=1.0, told_to_wait_at=None)) is Admission.ASK
+
+
+def test_who_waits_too_long_is_given_up_unless_their_answer_has_begun() -> None:
+    late = MAX_ROOM_WAIT_S + 1
+    assert due(HeadView(True, roomless_s=late, told_to_wait_at=7)) is Admission.GIVE_UP
+    assert due(HeadView(True, has_answer=True, roomless_s=late, told_to_wait_at=7)) is Admission.NOTHING
+    assert due(HeadView(True, has_answer=True, roomless_s=late, told_to_wait_at=6)) is Admission.ASK
+
+
+def test_those_that_outgrew_their_room_grow_the_oldest_first() -> None:
+    rows = [RowView(order=5, num_tokens=11, reserved_tokens=10), RowView(2, 10, 10), RowView(1, 30, 20)]
+    assert growing(rows) == [2, 0] and growing([]) == []
+
+
+def test_who_cannot_grow_makes_way_for_older_ones_and_the_oldest_ends() -> None:
+    assert without_growth(4, [4, 2, 9]) is WithoutGrowth.MAKE_WAY
+    assert without_growth(2, [4, 2, 9]) is WithoutGrowth.END
+    assert without_growth(2, [2]) is WithoutGrowth.END
+
+
+def test_those_whom_a_verdict_names_are_preempted_in_its_order() -> None:
+    assert to_preempt((9, 4), [4, 2, 9]) == [2, 0]
+    assert to_preempt((9, 4), [4, 2]) == [0], "the other has ended meanwhile"
 
 
 def test_the_shortest_prompt_goes_first_unless_someone_starves() -> None:

@@ -11,12 +11,22 @@ from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, requ
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.disk import DiskStore
-from turboserve.cache.manager import ManagerLimits
-from turboserve.cache.runtime import peak_bytes
+from turboserve.cache.memory import MemoryLimits
+from turboserve.cache.sizes import peak_bytes
 from turboserve.engine.loaded_model import EngineParts
-from turboserve.engine.loop import StepLoop
+from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import KVFormatError, OverloadedError, SessionBusyError, SessionNotFoundError
-from turboserve.messages import Request, SamplingParams
+from turboserve.messages import (
+    DeleteSession,
+    ForkSession,
+    GetSession,
+    ListSessions,
+    Request,
+    SamplingParams,
+    SessionInfo,
+    SessionPage,
+    UpdateSession,
+)
 
 FMT = KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)
 
@@ -30,11 +40,17 @@ def alone(model: Any, one: Request, fmt: KVFormat | None = FMT) -> list[int]:
     return run(make_loop(make_parts(model, fmt=fmt)), one)[0].tokens
 
 
+def session_info(loop: StepLoop, command: GetSession | ForkSession) -> SessionInfo:
+    answer = loop.answer(command)
+    assert isinstance(answer, SessionInfo)
+    return answer
+
+
 def step_all(loop: StepLoop, parts: EngineParts) -> None:
     while loop.has_work:
         loop.step()
-        assert parts.manager.committed_bytes <= parts.manager.budget_bytes
-        assert parts.runtime.unique_bytes() <= parts.manager.budget_bytes  # type: ignore[attr-defined]
+        assert parts.memory.committed_bytes <= parts.memory.budget_bytes
+        assert parts.runtime.unique_bytes() <= parts.memory.budget_bytes  # type: ignore[attr-defined]
         loop.check_integrity()
 
 
@@ -48,11 +64,11 @@ def test_an_old_answer_that_grows_preempts_a_young_one_which_then_goes_on(
     young = request("young", prompt(rng, 60), max_tokens=150, tenant="b", sampling=sampled)
     parts = make_parts(model, fmt=fmt, max_context=300)
     expected = [run(make_loop(make_parts(model, fmt=fmt, max_context=300)), r)[0].tokens for r in (open_ended, young)]
-    parts.manager.budget_bytes = peak_bytes(parts.runtime, 151 + 16) + peak_bytes(parts.runtime, 61 + 150)
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 151 + 16) + peak_bytes(parts.runtime, 61 + 150)
     loop = make_loop(parts)
     sinks = add(loop, open_ended, young)
     step_all(loop, parts)
-    assert parts.manager.counts.preemptions["growth"] >= 1
+    assert parts.memory.events().preemptions["growth"] >= 1
     assert [s.tokens for s in sinks] == expected
     assert len(sinks[0].tokens) == 300 - 151 and sinks[1].finished.usage.completion_tokens == 150
 
@@ -97,25 +113,27 @@ def test_a_named_session_is_listed_forked_and_deleted(model: Any, rng: np.random
     loop, content = make_loop(parts), prompt(rng, 80)
     (first,) = run(loop, request("a", content, session_id="chat", tenant="me"))
     assert first.finished.usage.session_id == "chat"
-    info = loop.sessions.get("me", "chat")
+    info = session_info(loop, GetSession("me", "chat"))
     assert info.is_explicit and info.tokens == 81 + 8 - 1 and info.tier == "memory" and info.requests == 1
-    fork = loop.sessions.fork("me", "chat", "copy")
+    fork = session_info(loop, ForkSession("me", "chat", "copy"))
     assert (fork.session_id, fork.tokens, fork.kv) == ("copy", info.tokens, info.kv)
     pages = parts.runtime.totals().compressed
     assert pages == info.kv.compressed, "a fork costs no page"
-    page = loop.sessions.list_page("me", 1, None)
+    page = loop.answer(ListSessions("me", 1))
+    assert isinstance(page, SessionPage)
     assert len(page.sessions) == 1 and page.has_more
-    rest = loop.sessions.list_page("me", 5, page.sessions[0].session_id)
+    rest = loop.answer(ListSessions("me", 5, page.sessions[0].session_id))
+    assert isinstance(rest, SessionPage)
     assert {s.session_id for s in (*page.sessions, *rest.sessions)} == {"chat", "copy"} and not rest.has_more
     with pytest.raises(SessionNotFoundError):
-        loop.sessions.get("you", "chat")
-    loop.sessions.delete("me", "chat")
+        session_info(loop, GetSession("you", "chat"))
+    loop.answer(DeleteSession("me", "chat"))
     longer = request("b", content + first.text + prompt(rng, 9), session_id="copy", tenant="me")
     (second,) = run(loop, longer)
     unlimited = make_loop(make_parts(model, fmt=FMT))
     run(unlimited, request("a", content, session_id="copy", tenant="me"))
     assert second.tokens == run(unlimited, longer)[0].tokens and second.finished.usage.cached_tokens > 80
-    loop.sessions.delete("me", "copy")
+    loop.answer(DeleteSession("me", "copy"))
     loop.check_integrity()
     assert parts.runtime.totals().compressed == 0
 
@@ -128,8 +146,8 @@ def test_a_running_session_can_be_forked_but_not_deleted(model: Any, rng: np.ran
     for _ in range(15):
         loop.step()
     with pytest.raises(SessionBusyError):
-        loop.sessions.delete("", "chat")
-    info, fork = loop.sessions.get("", "chat"), loop.sessions.fork("", "chat", None)
+        loop.answer(DeleteSession("", "chat"))
+    info, fork = session_info(loop, GetSession("", "chat")), session_info(loop, ForkSession("", "chat"))
     assert info.tier == "running" and fork.tier == "memory" and fork.tokens == info.tokens > 60
     loop.check_integrity()
     while loop.has_work:
@@ -167,13 +185,13 @@ def fill(loop: StepLoop, rng: np.random.Generator, num: int, **options: Any) -> 
 def test_under_pressure_named_sessions_are_requantised_if_allowed_and_say_so(
     model: Any, rng: np.random.Generator
 ) -> None:
-    parts = make_parts(model, fmt=FMT, limits=ManagerLimits(allow_requantise=True))
+    parts = make_parts(model, fmt=FMT, limits=MemoryLimits(allow_requantise=True))
     loop = make_loop(parts)
     fill(loop, rng, 6)
-    parts.manager.budget_bytes = parts.manager.committed_bytes + peak_bytes(parts.runtime, 71) - 2000
+    parts.memory.budget_bytes = parts.memory.committed_bytes + peak_bytes(parts.runtime, 71) - 2000
     run(loop, request("new", prompt(rng, 50), max_tokens=20, tenant="new"))
-    assert parts.manager.counts.requantisations["4/4>4/3"] >= 1
-    formats = [loop.sessions.get(f"t{i}", "s").kv_format for i in range(6)]
+    assert parts.memory.events().requantisations["4/4>4/3"] >= 1
+    formats = [session_info(loop, GetSession(f"t{i}", "s")).kv_format for i in range(6)]
     assert "4/3" in formats and set(formats) <= {"4/4", "4/3"}
     loop.check_integrity()
 
@@ -200,17 +218,17 @@ def test_spilled_sessions_come_back_with_the_same_answers(
     expected = [run(unlimited, turn)[0] for turn in turns]
     disk = store(tmp_path)
     parts = make_parts(model, fmt=fmt, disk=disk)
-    parts.manager.budget_bytes = peak_bytes(parts.runtime, 150) * 3
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 150) * 3
     loop = make_loop(parts)
     fill(loop, np.random.default_rng(seed), 8)
-    assert parts.manager.counts.spills["pressure"] >= 4
-    assert {loop.sessions.get(f"t{i}", "s").tier for i in range(8)} == {"memory", "disk"}
+    assert parts.memory.events().spills["pressure"] >= 4
+    assert {session_info(loop, GetSession(f"t{i}", "s")).tier for i in range(8)} == {"memory", "disk"}
     for turn, same in zip(turns, expected, strict=True):
         (second,) = run(loop, turn)
         assert second.tokens == same.tokens
         assert second.finished.usage.cached_tokens == same.finished.usage.cached_tokens > 80
         loop.check_integrity()
-    assert parts.manager.counts.restores["request"] >= 4
+    assert parts.memory.events().restores["request"] >= 4
     disk.close()
 
 
@@ -220,12 +238,12 @@ def test_sessions_survive_a_restart(model: Any, seed: int, tmp_path: Path) -> No
     turns = second_turns(rng, fill(unlimited, rng, 3))
     loop = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
     fill(loop, np.random.default_rng(seed), 3)
-    loop.sessions.update("t1", "s", is_pinned=True, ttl_s=None)
-    before = [loop.sessions.get(f"t{i}", "s") for i in range(3)]
+    loop.answer(UpdateSession("t1", "s", is_pinned=True))
+    before = [session_info(loop, GetSession(f"t{i}", "s")) for i in range(3)]
     loop.close()
     again = make_loop(make_parts(model, fmt=FMT, disk=store(tmp_path)))
     for i, (turn, old) in enumerate(zip(turns, before, strict=True)):
-        info = again.sessions.get(f"t{i}", "s")
+        info = session_info(again, GetSession(f"t{i}", "s"))
         assert info.tier == "disk" and (info.tokens, info.kv, info.is_pinned) == (old.tokens, old.kv, old.is_pinned)
         (second,) = run(again, turn)
         assert second.tokens == run(unlimited, turn)[0].tokens and second.finished.usage.cached_tokens > 80
@@ -236,17 +254,17 @@ def test_sessions_survive_a_restart(model: Any, seed: int, tmp_path: Path) -> No
 def test_who_waits_too_long_for_memory_is_refused_with_the_numbers(
     model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turboserve.engine.admission.MAX_ROOM_WAIT_S", 0.05)  # the fake clock's steps are 1 ms
+    monkeypatch.setattr("turboserve.engine.scheduler.MAX_ROOM_WAIT_S", 0.05)  # the fake clock's steps are 1 ms
     parts = make_parts(model, fmt=FMT)
-    parts.manager.budget_bytes = peak_bytes(parts.runtime, 200) * 3 // 2
+    parts.memory.budget_bytes = peak_bytes(parts.runtime, 200) * 3 // 2
     loop = make_loop(parts)
     sinks = add(loop, *(request(str(i), prompt(rng, 50), max_tokens=140, tenant=str(i)) for i in range(2)))
     step_all(loop, parts)
     assert len(sinks[0].tokens) == 140
     error = sinks[1].error
     assert isinstance(error, OverloadedError) and error.status == 503 and error.retry_after_s
-    assert f"{parts.manager.budget_bytes:,}" in error.message
-    assert parts.manager.counts.refusals["no_room"] == 1
+    assert f"{parts.memory.budget_bytes:,}" in error.message
+    assert parts.memory.events().refusals["no_room"] == 1
 
 
 def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once(
@@ -255,26 +273,26 @@ def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once
     parts = make_parts(model, fmt=FMT)
     loop = make_loop(parts)
     fill(loop, rng, 2)
-    parts.manager.budget_bytes = parts.manager.committed_bytes * 2
+    parts.memory.budget_bytes = parts.memory.committed_bytes * 2
     for i in range(2):
-        loop.sessions.update(f"t{i}", "s", is_pinned=True, ttl_s=None)
+        loop.answer(UpdateSession(f"t{i}", "s", is_pinned=True))
     (sink,) = run(loop, request("big", prompt(rng, 300), max_tokens=100, tenant="new"))
     assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
-    assert all(loop.sessions.get(f"t{i}", "s").is_pinned for i in range(2))
+    assert all(session_info(loop, GetSession(f"t{i}", "s")).is_pinned for i in range(2))
     loop.check_integrity()
 
 
 def test_memory_of_a_format_that_nobody_uses_any_more_is_given_back(model: Any, rng: np.random.Generator) -> None:
     parts = make_parts(model, fmt=FMT)
-    loop, family = make_loop(parts), parts.manager.family
+    loop, family = make_loop(parts), parts.memory.family
     run(loop, request("a", prompt(rng, 300), kv_format="8/8"))
-    parts.manager.drop_idle()
+    parts.memory.drop_idle()
     slack = family.slack_bytes()
     assert slack > 0 and family.totals().compressed == 0
     run(loop, request("b", prompt(rng, 50)))  # there is plenty: nothing is given back
     assert family.slack_bytes() >= slack
-    parts.manager.budget_bytes = slack + parts.manager.committed_bytes
+    parts.memory.budget_bytes = slack + parts.memory.committed_bytes
     (sink,) = run(loop, request("c", prompt(rng, 90)))
     assert sink.finished.usage.completion_tokens == 8
-    assert family.allocated_bytes() <= parts.manager.budget_bytes and family.slack_bytes() < slack
+    assert family.allocated_bytes() <= parts.memory.budget_bytes and family.slack_bytes() < slack
     loop.check_integrity()

@@ -39,8 +39,8 @@ from turboquant_kv.backends.gpu.plan import (
 )
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
+from turboquant_kv.backends.page_runs import runs_of
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
-from turboquant_kv.cache.free_pages import runs_of
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotation import Which, rotation_matrix, signs

@@ -4,7 +4,7 @@ Owns the folder (under a lock), the queue, the size limit and the failures. `put
 queued is held in memory, bounded by `max_pending_bytes`, and can already be had by `get`. A file is
 complete or absent: written beside its place, flushed, renamed; an entry's own file comes last. Whatever
 is damaged is dropped and counted, a full or read-only disk switches writing off with a reason; neither
-is ever raised. Which conversation is worth a file is the manager's business.
+is ever raised. Which conversation is worth a file is the memory's business.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from turboserve.cache.disk.index import Entry, Index
 from turboserve.cache.disk.reading import DamagedPieceError, read_entry
 from turboserve.cache.disk.switch import Switch
 from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
-from turboserve.cache.store import DiskStatus, StoredEntry
+from turboserve.cache.interfaces import StoredEntry
+from turboserve.messages import DiskStatus
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class _Rubbish(NamedTuple):
 
 
 class DiskStore:
-    """The real SessionDisk (cache/store.py). All methods may be called from any thread."""
+    """The real SessionDisk (cache/interfaces.py). All methods may be called from any thread."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class DiskStore:
             os.close(self._lock_handle)
             self._lock_handle = None
 
-    # What the manager sees.
+    # What the memory sees.
 
     def put(self, key: str, meta: Mapping[str, Any], header: Mapping[str, Any], arrays: Sequence[Array]) -> bool:
         """Queue a conversation. Arrays must not change afterwards.
@@ -204,6 +205,7 @@ class DiskStore:
         with self._changed:
             num_entries = sum(not entry.is_foreign for entry in self._index)
             return DiskStatus(
+                is_enabled=True,
                 is_writable=self._accepts(),
                 reason=self._switch.reason,
                 num_bytes=self._index.total_bytes,

@@ -23,7 +23,7 @@ from tests.turboserve.cache.disk.conversations import (
 
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.disk.files import RateLimit
-from turboserve.cache.store import SessionDisk
+from turboserve.cache.interfaces import SessionDisk
 
 
 def test_a_conversation_is_there_at_once_and_after_a_restart(tmp_path: Path) -> None:

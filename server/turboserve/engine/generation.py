@@ -1,4 +1,9 @@
-"""One request's state while the engine works on it. Plain data; only the step loop changes it."""
+"""One request's state while the engine works on it. Plain data, and each field has its writer.
+
+prepare.py                       prompt, max_answer_len, sampler and text, once
+runner.py                        caches and cache_len, as it computes and as rows join and leave the batch
+step_loop.py, open_requests.py   all others; they alone move `stage`, and take caches away when it changes
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from turboserve.cache.manager import Lease
+from turboserve.cache.memory import Ask, Lease
 from turboserve.engine.protocol import EventSink
 from turboserve.engine.sampling import RowSampler
 from turboserve.engine.text import TextStream
@@ -24,7 +29,7 @@ class Stage(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Generation:
     """A request, its tokens and its cache.
 
     tokens    prompt + answer
@@ -48,6 +53,7 @@ class Sequence:
     order: int | None = None  # of its first admission; the youngest is preempted first
     cached_len: int = 0  # prompt tokens that were not computed for it, at its first admission
     roomless_since_s: float | None = None  # when it first was the queue's head and found no room
+    told_to_wait_at: int | None = None  # the memory's generation then; its answer holds until that is another
     last_prefill_step: int = 0
     last_token_s: float | None = None
 
@@ -74,6 +80,11 @@ class Sequence:
     def newest_token(self) -> int:
         return self.answer[-1] if self.answer else self.prompt[-1]
 
+    def ask(self, num_tokens: int) -> Ask:
+        """For a lease with room for that many tokens; of a preempted one, its answer so far is to be read as well."""
+        assert self.stage is Stage.WAITING
+        return Ask(self.request, self.tokens(0, self.num_tokens), num_tokens, self.order)
 
-Outcomes = Mapping[Sequence, "int | Exception | None"]
+
+Outcomes = Mapping[Generation, "int | Exception | None"]
 """Per row of a decode step: its next token, what failed, or None when its cache was lost."""

@@ -1,17 +1,14 @@
-"""Pure decisions of the cache manager: what matches, what must go and in which order, what could ever fit."""
+"""Which idle conversations give way first, and which format is one step down. Pure functions of figures."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-Tokens = NDArray[np.int32]
+from turboserve.cache.interfaces import Key
 
 # The newest conversations, up to this share of the budget, stay while anything else can give way: whoever
 # just answered is about to go on, and one large conversation must not push out everybody else's.
@@ -23,28 +20,30 @@ FORMAT_STEPS = ("f16", "8/8", "8/4", "4/4", "4/3", "3/3")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An idle conversation that may give way. `owner` is its caller."""
+    """An idle conversation in memory, which may give way. `key` names its caller first."""
 
-    conversation_id: str
-    owner: str
-    kv_bytes: int
-    age_s: float
+    key: Key
+    kv_bytes: int  # all that it uses
+    age_s: float  # since its last use
     hits: int
+    own_bytes: int = 0  # the part of kv_bytes outside pages, booked for it alone
+    is_named: bool = False
+    is_pinned: bool = False
+    has_file: bool = False  # of exactly these caches
+    can_spill: bool = False  # the disk would take it, as far as is known
     is_source: bool = False  # the request that needs the room continues it
+
+    @property
+    def may_give_way(self) -> bool:
+        """Pinned ones never go for good."""
+        return not self.is_pinned or self.can_spill or self.has_file
 
 
 class VictimOrder(NamedTuple):
     """Who gives way first, and who only when the request could not run at all otherwise."""
 
-    ordinary: list[str]
-    last_resort: list[str]
-
-
-def common_prefix_len(a: Tokens, b: Tokens) -> int:
-    """Number of leading tokens that both have."""
-    num = min(len(a), len(b))
-    differs = np.flatnonzero(a[:num] != b[:num])
-    return int(differs[0]) if len(differs) else num
+    ordinary: list[Candidate]
+    last_resort: list[Candidate]
 
 
 def eviction_score(candidate: Candidate) -> float:
@@ -59,33 +58,33 @@ def order_victims(candidates: Iterable[Candidate], budget_bytes: int) -> VictimO
     """Best scores first, but callers who hold more than an equal share of the budget before all others."""
     everyone = list(candidates)
     shielded = _shielded(everyone, budget_bytes)
-    ordinary = [c for c in everyone if c.conversation_id not in shielded and not c.is_source]
-    sources = [c.conversation_id for c in everyone if c.is_source]
-    last = sorted((c for c in everyone if c.conversation_id in shielded), key=eviction_score, reverse=True)
+    ordinary = [c for c in everyone if c.key not in shielded and not c.is_source]
+    sources = [c for c in everyone if c.is_source]
+    last = sorted((c for c in everyone if c.key in shielded), key=eviction_score, reverse=True)
     # The source frees only what the request does not share, so it goes after all ordinary ones.
-    return VictimOrder([*_fair_order(ordinary, everyone, budget_bytes), *sources], [c.conversation_id for c in last])
+    return VictimOrder([*_fair_order(ordinary, everyone, budget_bytes), *sources], last)
 
 
-def _shielded(candidates: list[Candidate], budget_bytes: int) -> set[str]:
+def _shielded(candidates: list[Candidate], budget_bytes: int) -> set[Key]:
     left, chosen = SHIELD_SHARE * budget_bytes, set()
     for candidate in sorted(candidates, key=lambda c: c.age_s):
         left -= candidate.kv_bytes
         if left < 0:
             break
         if not candidate.is_source:
-            chosen.add(candidate.conversation_id)
+            chosen.add(candidate.key)
     return chosen
 
 
-def _fair_order(ordinary: list[Candidate], everyone: list[Candidate], budget_bytes: int) -> list[str]:
+def _fair_order(ordinary: list[Candidate], everyone: list[Candidate], budget_bytes: int) -> list[Candidate]:
     held: defaultdict[str, int] = defaultdict(int)
     for candidate in everyone:
-        held[candidate.owner] += candidate.kv_bytes
+        held[candidate.key[0]] += candidate.kv_bytes
     fair_bytes = budget_bytes / max(1, len(held))
     # Ascending, so that the next victim of an owner is popped from the end.
     queues: defaultdict[str, list[Candidate]] = defaultdict(list)
     for candidate in sorted(ordinary, key=eviction_score):
-        queues[candidate.owner].append(candidate)
+        queues[candidate.key[0]].append(candidate)
     order = []
     while queues:
         greedy = [owner for owner in queues if held[owner] > fair_bytes]
@@ -95,28 +94,13 @@ def _fair_order(ordinary: list[Candidate], everyone: list[Candidate], budget_byt
             owner = max(queues, key=lambda o: eviction_score(queues[o][-1]))
         victim = queues[owner].pop()
         held[owner] -= victim.kv_bytes
-        order.append(victim.conversation_id)
+        order.append(victim)
         if not queues[owner]:
             del queues[owner]
     return order
 
 
 def next_format_down(name: str) -> str | None:
-    """One step down, or None at the end of the ladder and for formats that are not on it."""
+    """One step down, or None for the last format and for those that are not in FORMAT_STEPS."""
     index = FORMAT_STEPS.index(name) if name in FORMAT_STEPS else len(FORMAT_STEPS)
     return FORMAT_STEPS[index + 1] if index + 1 < len(FORMAT_STEPS) else None
-
-
-def largest_fitting(bytes_for: Callable[[int], int], budget_bytes: int, most: int) -> int:
-    """The largest n <= most with bytes_for(n) <= budget; 0 when not even one token fits.
-
-    `bytes_for` must not fall as n grows.
-    """
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if bytes_for(middle) <= budget_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low

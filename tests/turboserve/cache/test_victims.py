@@ -1,40 +1,28 @@
-"""Pure decisions: prefixes, what fits, who gives way first."""
+"""Pure decisions: who gives way first, which format comes next."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboserve.cache.policy import (
+from turboserve.cache.victims import (
     FORMAT_STEPS,
     SHIELD_SHARE,
     Candidate,
-    common_prefix_len,
     eviction_score,
-    largest_fitting,
     next_format_down,
     order_victims,
 )
 
 
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_common_prefix(a: list[int], b: list[int]) -> None:
-    num = common_prefix_len(np.array(a, np.int32), np.array(b, np.int32))
-    assert a[:num] == b[:num]
-    assert num in (len(a), len(b)) or a[num] != b[num]
-
-
-@given(st.integers(0, 300), st.integers(0, 5000))
-def test_largest_fitting(most: int, budget: int) -> None:
-    found = largest_fitting(lambda n: 100 + 16 * (n // 3), budget, most)
-    assert found == max([n for n in range(1, most + 1) if 100 + 16 * (n // 3) <= budget], default=0)
+def names(victims: list[Candidate]) -> list[str]:
+    return [name for _, name in (c.key for c in victims)]
 
 
 def candidate(name: str, *, owner: str = "", kv_bytes: int = 100, age_s: float = 50.0, hits: int = 0) -> Candidate:
-    return Candidate(name, owner, kv_bytes, age_s, hits)
+    return Candidate((owner, name), kv_bytes, age_s, hits)
 
 
 def test_the_score_grows_with_age_and_bytes_and_falls_with_hits() -> None:
@@ -50,19 +38,19 @@ def test_the_newest_are_shielded_up_to_their_share() -> None:
     budget = 1000
     young = [candidate(f"y{i}", kv_bytes=50, age_s=i) for i in range(4)]
     order = order_victims([candidate("old", age_s=500), *young], budget)
-    assert set(order.last_resort) == {"y0", "y1"}  # 100 of at most 125 bytes
-    assert order.ordinary == ["old", "y3", "y2"]
+    assert set(names(order.last_resort)) == {"y0", "y1"}  # 100 of at most 125 bytes
+    assert names(order.ordinary) == ["old", "y3", "y2"]
 
 
 def test_a_conversation_larger_than_the_shield_is_not_shielded() -> None:
     order = order_victims([candidate("huge", kv_bytes=900, age_s=0), candidate("small", age_s=9)], 1000)
-    assert order.last_resort == [] and set(order.ordinary) == {"huge", "small"}
+    assert order.last_resort == [] and set(names(order.ordinary)) == {"huge", "small"}
 
 
 def test_the_source_of_the_request_goes_after_all_ordinary_ones() -> None:
-    source = Candidate("source", "", 400, 900.0, 0, is_source=True)
+    source = Candidate(("", "source"), 400, 900.0, 0, is_source=True)
     order = order_victims([source, candidate("a", kv_bytes=400), candidate("b", kv_bytes=400, age_s=1)], 1000)
-    assert order.ordinary == ["a", "b", "source"]
+    assert names(order.ordinary) == ["a", "b", "source"]
 
 
 def test_who_holds_more_than_an_equal_share_gives_way_first() -> None:
@@ -70,7 +58,7 @@ def test_who_holds_more_than_an_equal_share_gives_way_first() -> None:
     modest = [candidate(f"m{i}", owner="modest", kv_bytes=100, age_s=900 - i) for i in range(2)]
     order = order_victims([*flood, *modest], 1000)
     # 800 of 1000 bytes are the greedy caller's: down to 500 that caller pays, then scores decide.
-    assert order.ordinary[:2] == ["f3", "f2"] and order.ordinary[2] == "m0"
+    assert names(order.ordinary)[:2] == ["f3", "f2"] and names(order.ordinary)[2] == "m0"
 
 
 CANDIDATES = st.lists(
@@ -89,11 +77,10 @@ CANDIDATES = st.lists(
 @given(CANDIDATES, st.integers(1, 3000))
 def test_everybody_is_ordered_once_and_the_shield_keeps_to_its_share(found: list[Candidate], budget: int) -> None:
     order = order_victims(found, budget)
-    assert sorted([*order.ordinary, *order.last_resort]) == sorted(c.conversation_id for c in found)
-    by_id = {c.conversation_id: c for c in found}
-    assert sum(by_id[i].kv_bytes for i in order.last_resort) <= SHIELD_SHARE * budget
-    ages = [by_id[i].age_s for i in order.last_resort]
-    assert not ages or max(ages) <= min([by_id[i].age_s for i in order.ordinary], default=max(ages))
+    assert sorted([*names(order.ordinary), *names(order.last_resort)]) == sorted(names(found))
+    assert sum(c.kv_bytes for c in order.last_resort) <= SHIELD_SHARE * budget
+    ages = [c.age_s for c in order.last_resort]
+    assert not ages or max(ages) <= min([c.age_s for c in order.ordinary], default=max(ages))
 
 
 def test_formats_step_down_to_a_floor() -> None:

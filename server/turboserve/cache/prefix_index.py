@@ -1,0 +1,147 @@
+"""Idle conversations and running requests, found by their longest common token prefix.
+
+Owns one radix tree per caller and wanted format. What lives under one salt (the server's view of the
+caller) is invisible under any other: there is no structure that spans salts but their list. Who holds
+what, bytes, eviction and files are others' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from turboserve.cache.interfaces import CacheFamily
+from turboserve.cache.radix import RadixTree, Tokens
+from turboserve.cache.sessions import Conversation, Holder, Lease
+from turboserve.cache.sizes import usable_estimate
+from turboserve.messages import Request
+
+# A shorter match saves less than forking costs, and says only that both use the same chat template.
+MIN_REUSED_TOKENS = 16
+
+# Reading a file costs about as much as computing this many tokens of a small model: a conversation on
+# disk must save that much more than one in memory.
+DISK_HANDICAP_TOKENS = 64
+
+
+class Match(NamedTuple):
+    """A cache to begin with."""
+
+    holder: Holder
+    usable_len: int  # tokens whose cache can be reused without loss
+    is_continuation: bool  # all of an idle conversation's tokens begin the prompt, not just some
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether it has to be read before it can be used."""
+        return self.holder.tier == "disk"
+
+
+class PrefixIndex:
+    """Everything that can be found."""
+
+    def __init__(self, family: CacheFamily) -> None:
+        self._family = family
+        self._trees: dict[tuple[str, str], RadixTree[Holder]] = {}
+
+    def add(self, holder: Holder) -> None:
+        """Let it be found: an idle conversation by its tokens, a running request by its prompt."""
+        self._trees.setdefault((holder.salt, holder.wanted_format), RadixTree()).insert(_tokens_of(holder), holder)
+
+    def remove(self, holder: Holder) -> None:
+        """Raises KeyError when it is not in here."""
+        key = (holder.salt, holder.wanted_format)
+        self._trees[key].remove(_tokens_of(holder), holder)
+        if not self._trees[key].num_holders:
+            del self._trees[key]
+
+    def find(
+        self,
+        request: Request,
+        tokens: Tokens,
+        kv_format: str,
+        *,
+        must_be_exact: bool = False,
+        in_memory_only: bool = False,
+        without: Conversation | None = None,
+    ) -> Match | None:
+        """The holder that saves most of the tokens, whose last one is never among the saved.
+
+        Computing at least one token is what gives the logits of the first answer token. kv_format: the one
+        that its cache was wanted in; must_be_exact: and still is in, as also for a request that names one.
+        """
+        tree = self._trees.get((request.tenant, kv_format))
+        if tree is None:
+            return None
+        must_be_exact = must_be_exact or request.kv_format is not None
+        best: Match | None = None
+        best_rank = (0, 0)
+        for found in tree.find(tokens):
+            limit = min(found.common_len, len(tokens) - 1)
+            if limit < max(best_rank[0], MIN_REUSED_TOKENS):
+                break
+            holder = found.holder
+            if (must_be_exact and holder.kv_format != holder.wanted_format) or holder is without:
+                continue
+            if in_memory_only and holder.tier == "disk":
+                continue
+            usable = self.usable(holder, limit)
+            rank = _rank(holder, usable, request)
+            if usable >= MIN_REUSED_TOKENS and rank > best_rank:
+                best, best_rank = Match(holder, usable, found.is_whole and isinstance(holder, Conversation)), rank
+        return best
+
+    def usable(self, holder: Holder, limit: int) -> int:
+        """The longest n <= limit of which its cache can be forked; for one on disk, an estimate from below."""
+        if isinstance(holder, Lease):
+            running = holder.running
+            return 0 if running is None else running.usable_prefix(min(limit, running.held_len()))
+        runtime = self._family.runtime(holder.kv_format)
+        if holder.caches is not None:
+            return runtime.usable_prefix(holder.caches, limit)
+        can_cut = self._family.can_cut(holder.kv_format)
+        return usable_estimate(runtime, len(holder.tokens), limit, can_cut=can_cut)
+
+    def superseded_by(self, kept: Conversation) -> list[Conversation]:
+        """Nameless conversations that are a beginning of this one and can be had from its caches."""
+        tree = self._trees.get((kept.salt, kept.wanted_format))
+        found = tree.on_path(kept.tokens) if tree is not None else []
+        return [c for c in found if isinstance(c, Conversation) and c is not kept and self._is_within(c, kept)]
+
+    def continuation_of(self, conversation: Conversation) -> Conversation | None:
+        """A longer conversation that begins with this one's tokens and from which they can be had."""
+        tree = self._trees.get((conversation.salt, conversation.wanted_format))
+        found = tree.beyond(conversation.tokens) if tree is not None else []
+        return next((c for c in found if isinstance(c, Conversation) and self._is_within(conversation, c)), None)
+
+    def _is_within(self, part: Conversation, whole: Conversation) -> bool:
+        """Whether nothing but a fraction of a page is lost when only `whole` stays."""
+        session = part.session
+        if session.is_explicit or session.is_pinned or whole.is_requantised or whole.caches is None:
+            return False
+        return len(part.tokens) == len(whole.tokens) or self.usable(whole, len(part.tokens)) > 0
+
+    def check_integrity(self, holders: Iterable[Holder]) -> None:
+        """Raises AssertionError unless the trees hold exactly these, each under its own salt, format and tokens."""
+        in_trees: set[int] = set()
+        for (salt, wanted_format), tree in self._trees.items():
+            tree.check_integrity()
+            for num_tokens, holder in tree.holders():
+                assert (holder.salt, holder.wanted_format) == (salt, wanted_format), "a holder is in a foreign tree"
+                assert num_tokens == len(_tokens_of(holder)), "a holder hangs at the wrong length"
+                in_trees.add(id(holder))
+        listed = {id(holder) for holder in holders}
+        assert in_trees == listed, f"{len(in_trees)} holders in trees, {len(listed)} known"
+
+
+def _tokens_of(holder: Holder) -> Tokens:
+    return holder.prompt if isinstance(holder, Lease) else holder.tokens
+
+
+def _rank(holder: Holder, usable_len: int, request: Request) -> tuple[int, int]:
+    """Longer is better; among equals the caller's own choice of conversation."""
+    session = holder.session
+    preference = 2 * (session.session_id == request.session_id) + (
+        request.cache_key is not None and session.cache_key == request.cache_key
+    )
+    return usable_len - (DISK_HANDICAP_TOKENS if holder.tier == "disk" else 0), 1 + preference

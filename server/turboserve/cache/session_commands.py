@@ -1,0 +1,178 @@
+"""Sessions as their callers see and command them: list, inspect, fork, pin, set a time to live, delete.
+
+A command names its caller's salt, and nothing beyond that is seen. Raises the errors that HTTP shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from turboserve.cache.idle import IdleConversations
+from turboserve.cache.interfaces import Caches
+from turboserve.cache.ledger import Ledger
+from turboserve.cache.persistence import Persistence
+from turboserve.cache.prefix_index import Match
+from turboserve.cache.quota import Quotas
+from turboserve.cache.radix import Tokens
+from turboserve.cache.room import Need, Room
+from turboserve.cache.sessions import Conversation, Holder, Lease, Session, new_id
+from turboserve.cache.tally import Tally
+from turboserve.errors import OverloadedError, SessionBusyError, SessionExistsError, SessionNotFoundError
+from turboserve.messages import (
+    DeleteSession,
+    ForkSession,
+    GetSession,
+    ListSessions,
+    SessionCommand,
+    SessionInfo,
+    SessionPage,
+    UpdateSession,
+)
+
+
+class SessionCommands:
+    """Callers' commands on one memory's sessions. None of them can preempt a request."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        idle: IdleConversations,
+        room: Room,
+        quotas: Quotas,
+        persistence: Persistence,
+        tally: Tally,
+    ) -> None:
+        self._ledger, self._idle, self._room = ledger, idle, room
+        self._quotas, self._persistence, self._tally = quotas, persistence, tally
+
+    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | None:
+        """Do it, and answer as messages.py says of each command.
+
+        Raises SessionNotFoundError, SessionBusyError, SessionExistsError, QuotaExceededError, OverloadedError.
+        """
+        match command:
+            case ListSessions():
+                return self._list(command)
+            case GetSession():
+                return self._info(self._holder(command.tenant, command.session_id))
+            case ForkSession():
+                return self._fork(command, now_s)
+            case UpdateSession():
+                return self._update(command)
+            case DeleteSession():
+                self._delete(command)
+                return None
+
+    def _list(self, command: ListSessions) -> SessionPage:
+        salt, after = command.tenant, command.after
+        holders = sorted(
+            self._holders(salt).values(), key=lambda h: (h.session.last_used_s, h.session.session_id), reverse=True
+        )
+        start = 0
+        if after is not None:
+            self._holder(salt, after)
+            start = 1 + next(i for i, h in enumerate(holders) if h.session.session_id == after)
+        end = start + command.limit
+        return SessionPage(tuple(self._info(h) for h in holders[start:end]), has_more=end < len(holders))
+
+    def _fork(self, command: ForkSession, now_s: float) -> SessionInfo:
+        """A named session with the same tokens, sharing all pages."""
+        salt = command.tenant
+        holder = self._holder(salt, command.session_id)
+        name = command.new_id or new_id()
+        if name in self._holders(salt):
+            raise SessionExistsError(f"There is a session {name[:128]!r} already.", param="session_id")
+        pushed_out = self._quotas.check_new_session(salt, name, holder.session)
+        if pushed_out is not None:
+            self._idle.evict(pushed_out, "quota")
+        caches, tokens = self._fork_caches(holder, now_s)
+        runtime = self._ledger.family.runtime(holder.kv_format)
+        session = Session(name, salt, now_s, now_s, is_explicit=True, cache_key=holder.session.cache_key)
+        forked = Conversation(session, tokens, holder.kv_format, holder.wanted_format, caches, runtime.measure(caches))
+        holder.session.hits += 1
+        self._take_in(forked, now_s)
+        return self._info(forked)
+
+    def _fork_caches(self, holder: Holder, now_s: float) -> tuple[Caches, Tokens]:
+        """Caches of all that is there now."""
+        if isinstance(holder, Lease):
+            running = holder.running
+            length = running.usable_prefix(running.held_len()) if running is not None else 0
+            if running is None or length == 0:
+                raise SessionBusyError("This session has nothing to fork yet: its first request is being read.")
+            return running.fork(length), np.asarray(running.held_tokens()[:length], np.int32)
+        if holder.caches is None and not self._load(holder, now_s):
+            raise self._no_room(holder.kv.compressed + holder.kv.exact)
+        assert holder.caches is not None
+        return self._ledger.family.runtime(holder.kv_format).fork(holder.caches, len(holder.tokens)), holder.tokens
+
+    def _load(self, conversation: Conversation, now_s: float) -> bool:
+        """From disk to memory, if there is room; a file that cannot be read is forgotten."""
+        return self._room.make(Need(conversation.kv.total), now_s) and self._idle.load(conversation)
+
+    def _take_in(self, forked: Conversation, now_s: float) -> None:
+        """Hold it; what it shares is booked already, so that only its own bytes need room."""
+        self._idle.add(forked)
+        has_room = self._room.make(Need(source=Match(forked, 0, is_continuation=False)), now_s)
+        if not has_room or forked not in self._idle:
+            if forked in self._idle:
+                self._idle.discard(forked)
+            raise self._no_room(forked.kv.exact + forked.kv.uncompressed)
+        self._quotas.shrink(forked)
+        self._idle.write_ahead_if_worthwhile(forked)
+        self._room.make(Need(), now_s)
+
+    def _no_room(self, num_bytes: int) -> OverloadedError:
+        self._tally.refusals["no_room"] += 1
+        return self._ledger.no_room(num_bytes, -self._ledger.missing_bytes())
+
+    def _update(self, command: UpdateSession) -> SessionInfo:
+        holder = self._holder(command.tenant, command.session_id)
+        session, idle = holder.session, self._idle.get(*holder.key)
+        if command.is_pinned and not session.is_pinned and idle is not None:
+            self._quotas.check_pin(idle)
+        session.is_pinned = session.is_pinned if command.is_pinned is None else command.is_pinned
+        session.ttl_s = session.ttl_s if command.ttl_s is None else (command.ttl_s or None)
+        if idle is not None:
+            self._persistence.rewrite(idle)
+        self._ledger.may_fall()  # what was unpinned may give way now
+        return self._info(self._holder(command.tenant, command.session_id))
+
+    def _delete(self, command: DeleteSession) -> None:
+        holder = self._holder(command.tenant, command.session_id)
+        if any(lease.session is holder.session for lease in self._ledger.leases):
+            raise SessionBusyError("A request is running in this session: cancel it first, or try again later.")
+        assert isinstance(holder, Conversation)
+        self._idle.evict(holder, "deleted")
+
+    def _holders(self, salt: str) -> dict[str, Holder]:
+        """By name; a running request counts before the idle cache that it began with."""
+        found: dict[str, Holder] = {c.conversation_id: c for c in self._idle.of(salt)}
+        found.update({x.conversation_id: x for x in self._ledger.leases if x.salt == salt})
+        return found
+
+    def _holder(self, salt: str, session_id: str) -> Holder:
+        holder = self._holders(salt).get(session_id)
+        if holder is None:
+            raise SessionNotFoundError(session_id)
+        return holder
+
+    def _info(self, holder: Holder) -> SessionInfo:
+        """As its caller sees it; of a running one, the cache as it is now."""
+        session, idle = holder.session, self._idle.get(*holder.key)
+        wall_offset_s = self._persistence.wall_offset_s
+        return SessionInfo(
+            session_id=session.session_id,
+            is_explicit=session.is_explicit,
+            tokens=holder.held_len,
+            kv=holder.measure() if isinstance(holder, Lease) else holder.kv,
+            kv_format=holder.kv_format,
+            tier=holder.tier,
+            hits=session.hits,
+            created_unix_s=session.created_s + wall_offset_s,
+            last_used_unix_s=session.last_used_s + wall_offset_s,
+            is_pinned=session.is_pinned,
+            ttl_s=session.ttl_s,
+            requests=session.num_requests,
+            disk_bytes=idle.disk_bytes if idle is not None else 0,
+        )

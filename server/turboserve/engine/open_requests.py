@@ -1,0 +1,152 @@
+"""All requests that have not had their last event: who waits, who runs, and how each of them ends.
+
+Each ends with exactly one Finished or Failed. What its cache holds then becomes an idle conversation,
+unless it failed. Order of arrival counts; a preempted request goes to the head again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from turboserve.cache.memory import Memory
+from turboserve.engine import scheduler
+from turboserve.engine.failures import as_failure, is_out_of_memory
+from turboserve.engine.generation import Generation, Stage
+from turboserve.engine.protocol import EngineTelemetry
+from turboserve.engine.runner import Runner
+from turboserve.errors import RequestCancelledError, TurboServeError
+from turboserve.messages import Event, Failed, Finished, FinishReason, TextDelta, Usage
+
+log = logging.getLogger(__name__)
+
+
+class OpenRequests:
+    """Every request of one step loop, in one of two places."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        memory: Memory,
+        telemetry: EngineTelemetry,
+        clock: Callable[[], float],
+        max_running: int,
+    ) -> None:
+        self._runner, self._memory, self._telemetry, self._clock = runner, memory, telemetry, clock
+        self._max_running = max_running
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []
+
+    def everyone(self) -> tuple[Generation, ...]:
+        """Running ones, then waiting ones in order."""
+        return (*self.running, *self.waiting)
+
+    # --- between the two places
+
+    def start(self, generation: Generation) -> None:
+        """From the queue to those that run."""
+        self.waiting.remove(generation)
+        self.running.append(generation)
+        generation.roomless_since_s = generation.told_to_wait_at = None
+
+    def preempt(self, generation: Generation) -> None:
+        """Queue a running request again, at the head; what it computed stays as an idle conversation."""
+        if self._runner.has(generation):
+            self._runner.leave([generation])
+        lease, caches = generation.lease, generation.caches
+        assert lease is not None and caches is not None
+        held = generation.tokens(0, generation.cache_len)
+        self.running.remove(generation)
+        self.waiting.appendleft(generation)
+        generation.stage, generation.lease, generation.caches, generation.cache_len = Stage.WAITING, None, None, 0
+        self._memory.keep(lease, held, caches, self._clock(), has_ended=False)
+        log.info("request %s was preempted after %d answer tokens", generation.request_id, len(generation.answer))
+
+    # --- the end
+
+    def cancel(self, generation: Generation) -> None:
+        """Its caller does not want it any more."""
+        self._telemetry.request_cancelled(generation.stage.value)
+        self._end_keeping(generation)
+        self.send(generation, Failed(RequestCancelledError("The request was cancelled.")))
+
+    def finish(self, generation: Generation, reason: FinishReason, *, flush: bool = True) -> None:
+        """Its answer is complete; flush: text that was held back comes first, in which a stop string may be found."""
+        assert generation.text is not None and generation.lease is not None
+        rest = ""
+        if flush:
+            try:
+                result = generation.text.flush()
+            except Exception as exc:
+                log.exception("text of request %s failed", generation.request_id)
+                self.fail(generation, exc)
+                return
+            rest, reason = result.text, "stop" if result.stopped else reason
+        kv, kv_format = self._runner.measure(generation), generation.lease.kv_format
+        usage = Usage(
+            prompt_tokens=len(generation.prompt),
+            completion_tokens=len(generation.answer),
+            cached_tokens=generation.cached_len,
+            kv=kv,
+            kv_format=kv_format,
+            session_id=self._end_keeping(generation),
+        )
+        self._telemetry.request_finished(reason)
+        self._telemetry.observe_e2e(self._clock() - generation.submitted_s)
+        if rest:
+            self.send(generation, TextDelta(rest))
+        self.send(generation, Finished(reason, usage))
+
+    def fail(self, generation: Generation, cause: Exception) -> None:
+        """End a request with an error; its caches are not trusted any more."""
+        if generation.stage is Stage.ENDED:
+            return
+        if is_out_of_memory(cause):
+            self._memory.drop_idle()
+        error = as_failure(cause, scheduler.retry_after_s(len(self.waiting), self._max_running))
+        is_new = generation.stage is Stage.WAITING
+        count = self._telemetry.request_refused if is_new else self._telemetry.request_failed
+        self._remove(generation)
+        if generation.lease is not None:
+            self._memory.drop(generation.lease, generation.caches)
+        generation.lease = generation.caches = None
+        count(error.code or error.type)
+        self.send(generation, Failed(error))
+
+    def abandon(self, error: TurboServeError) -> None:
+        """End all without touching a cache."""
+        ended, self.running = self.everyone(), []
+        self.waiting.clear()
+        for generation in ended:
+            generation.stage = Stage.ENDED
+            self.send(generation, Failed(error))
+
+    def send(self, generation: Generation, event: Event) -> None:
+        """A sink that raises breaks its contract; its request ends, nobody else notices."""
+        try:
+            generation.sink.put(event)
+        except Exception:
+            log.exception("the reader of request %s failed", generation.request_id)
+            if generation.stage is not Stage.ENDED:
+                self._telemetry.request_cancelled(generation.stage.value)
+                self._end_keeping(generation)
+
+    def _end_keeping(self, generation: Generation) -> str:
+        """What its cache holds becomes an idle conversation, whose id is returned ("": none)."""
+        self._remove(generation)
+        lease, caches = generation.lease, generation.caches
+        generation.lease = generation.caches = None
+        if lease is None or caches is None:
+            return ""
+        kept = self._memory.keep(lease, generation.tokens(0, generation.cache_len), caches, self._clock())
+        return kept.conversation_id if kept is not None else ""
+
+    def _remove(self, generation: Generation) -> None:
+        if self._runner.has(generation):
+            self._runner.leave([generation])
+        if generation in self.running:
+            self.running.remove(generation)
+        else:
+            self.waiting.remove(generation)
+        generation.stage = Stage.ENDED

@@ -1,0 +1,329 @@
+"""One engine step after another: admit, prefill a chunk, grow, decode everyone, deliver.
+
+Runs on the engine thread only (or a test's). What to do is decided in scheduler.py and by the memory's
+verdicts, computed in runner.py, and how requests end is open_requests.py's. The memory names who must
+make way; the engine alone can take a request out of the batch. An exception that leaves `step` is a bug
+of the engine itself and ends it; whatever one request's data can cause ends that request alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
+from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
+from turboserve.engine import scheduler
+from turboserve.engine.generation import Generation, Stage
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.open_requests import OpenRequests
+from turboserve.engine.prepare import Preparer, tokens_to_reserve
+from turboserve.engine.protocol import EngineTelemetry
+from turboserve.engine.runner import Runner, RunningRow
+from turboserve.engine.scheduler import Admission, WithoutGrowth
+from turboserve.engine.snapshot import take_snapshot
+from turboserve.errors import EngineFailureError, TurboServeError
+from turboserve.messages import EngineStats, SessionCommand, SessionInfo, SessionPage, TextDelta
+from turboserve.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+MAX_RECOVERIES = 2  # a request whose cache is lost again and again would keep the engine busy for ever
+
+
+class StepLoop:
+    """All requests of one loaded model."""
+
+    def __init__(self, parts: EngineParts, settings: Settings, telemetry: EngineTelemetry, clock: Clock) -> None:
+        """Proves that the model works with one real forward pass; raises whatever that raises."""
+        self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
+        self._memory = parts.memory
+        self.runner = Runner(parts.loaded.model, parts.runtime)
+        self._preparer = Preparer(parts.loaded, parts.memory, self.runner.warm_up())
+        self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
+        self._num_steps = 0
+
+    # --- from outside, between two steps
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.requests.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests.waiting or self.requests.running)
+
+    def add(self, generation: Generation) -> None:
+        """Queue a new request behind all others."""
+        self.requests.waiting.append(generation)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; what was computed for it stays as an idle conversation. Unknown ids are ignored."""
+        generation = next((g for g in self.requests.everyone() if g.request_id == request_id), None)
+        if generation is not None:
+            self.requests.cancel(generation)
+
+    def fail_all(self, error: TurboServeError) -> None:
+        """End every request with the same error."""
+        for generation in self.requests.everyone():
+            self.requests.fail(generation, error)
+
+    def abandon(self, error: TurboServeError) -> None:
+        """Tell every reader that it is over, without touching caches: for an engine beyond repair."""
+        self.requests.abandon(error)
+
+    def answer(self, command: SessionCommand) -> SessionInfo | SessionPage | None:
+        """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
+        return self._memory.answer(command, self._clock())
+
+    def close(self) -> None:
+        """After the last request: what is idle goes to disk, as far as there is one."""
+        self._memory.close()
+
+    def snapshot(self) -> EngineStats:
+        return take_snapshot(
+            self._parts,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            scratch_bytes=self.scratch_bytes,
+            now_s=self._clock(),
+        )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The most that one step may hold beside the budget: a prompt's chunk, exact, and what is being written."""
+        chunk = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
+        return int(chunk) + (DEFAULT_PENDING_BYTES if self._memory.has_disk else 0)
+
+    def check_integrity(self) -> None:
+        """Raises CacheIntegrityError unless pools, references, trees and accounting agree."""
+        alone = [g.caches for g in self.requests.running if g.caches is not None]
+        views = self.runner.views()
+        try:
+            self._memory.check_integrity([*alone, *views])
+        finally:
+            for view in views:
+                self._parts.runtime.release(view)
+
+    def step(self) -> None:
+        """A bounded amount of work: at most one prompt prepared, one chunk prefilled, one token per row."""
+        self._num_steps += 1
+        self._memory.expire(self._clock())
+        self._admit()
+        self._prefill_one()
+        self._grow()
+        self._decode()
+
+    def tick(self) -> None:
+        """What time alone asks for while there is nothing to do."""
+        self._memory.expire(self._clock())
+
+    # --- memory: asked for, and made
+
+    def _obtain(self, question: Question) -> Lease | Wait | Refuse:
+        """A verdict carried out; asked again, a bounded number of times, when it turned out differently."""
+        for _ in range(scheduler.MAX_VERDICT_ROUNDS):
+            verdict = self._memory.verdict(question, self._clock())
+            if not isinstance(verdict, Start):
+                return verdict
+            named = scheduler.to_preempt(verdict.relief.preempt, self._orders())
+            for generation in [self.requests.running[i] for i in named]:
+                self.requests.preempt(generation)
+            lease = self._memory.carry_out(verdict, self._clock())
+            if lease is not None:
+                return lease
+        return Wait(None)
+
+    def _orders(self) -> list[int]:
+        """Of all running requests, place by place."""
+        return [_lease_of(generation).order for generation in self.requests.running]
+
+    # --- the parts of a step
+
+    def _admit(self) -> None:
+        """Start waiting requests in order; at most one prompt is prepared."""
+        may_prepare, is_going_on = True, True
+        while is_going_on:
+            head = self.requests.waiting[0] if self.requests.waiting else None
+            due = scheduler.next_admission(
+                self._view_of(head) if head is not None else None,
+                num_running=len(self.requests.running),
+                max_running=self._settings.max_running,
+                may_prepare=may_prepare,
+                memory_generation=self._memory.generation,
+            )
+            if head is None or due is Admission.NOTHING:
+                return
+            if due is Admission.PREPARE:
+                may_prepare = False
+                self._try_prepare(head)
+            elif due is Admission.GIVE_UP:
+                self.requests.fail(head, self._memory.refuse_waiting(head.ask(tokens_to_reserve(head))).error)
+            else:
+                is_going_on = self._try_start(head)
+
+    def _view_of(self, head: Generation) -> scheduler.HeadView:
+        since_s = head.roomless_since_s
+        return scheduler.HeadView(
+            is_prepared=bool(head.prompt),
+            has_answer=bool(head.answer),
+            roomless_s=None if since_s is None else self._clock() - since_s,
+            told_to_wait_at=head.told_to_wait_at,
+        )
+
+    def _try_prepare(self, generation: Generation) -> None:
+        try:
+            self._preparer.prepare(generation)
+        except Exception as exc:
+            self.requests.fail(generation, exc)
+
+    def _try_start(self, generation: Generation) -> bool:
+        """Lease room and start; False when there is none now. A failing request is ended."""
+        try:
+            got = self._obtain(generation.ask(tokens_to_reserve(generation)))
+        except Exception as exc:
+            self.requests.fail(generation, exc)
+            return True
+        if isinstance(got, Refuse):
+            self.requests.fail(generation, got.error)
+        elif isinstance(got, Wait):
+            generation.told_to_wait_at = got.since
+            generation.roomless_since_s = generation.roomless_since_s or self._clock()
+            return False
+        else:
+            self._start(generation, got)
+        return True
+
+    def _start(self, generation: Generation, lease: Lease) -> None:
+        """Prefill from where the lease's caches end."""
+        self.requests.start(generation)
+        generation.stage, generation.lease = Stage.PREFILL, lease
+        generation.caches, generation.cache_len = lease.caches, lease.cached_len
+        generation.last_prefill_step = self._num_steps
+        self._memory.attach(lease, RunningRow(generation, self.runner))
+        if generation.order is not None:  # it was preempted: its first admission counts
+            return
+        generation.order, generation.cached_len = lease.order, lease.cached_len
+        self._telemetry.observe_queue_time(self._clock() - generation.submitted_s)
+        self._telemetry.add_prompt_tokens(len(generation.prompt), lease.cached_len)
+
+    def _prefill_one(self) -> None:
+        prefilling = [g for g in self.requests.running if g.stage is Stage.PREFILL]
+        views = [scheduler.PrefillView(g.num_to_prefill, self._num_steps - g.last_prefill_step) for g in prefilling]
+        chosen = scheduler.pick_prefill(views)
+        if chosen is None:
+            return
+        generation = prefilling[chosen]
+        generation.last_prefill_step = self._num_steps
+        try:
+            self._take_better_start(generation)
+            num_tokens = scheduler.chunk_len(generation.num_to_prefill, self._settings.prefill_chunk_tokens)
+            if num_tokens:
+                self.runner.prefill(generation, num_tokens)
+            if generation.num_to_prefill == 0:
+                self.runner.join(generation)
+                generation.stage = Stage.DECODE
+        except Exception as exc:
+            log.exception("prefill failed for request %s", generation.request_id)
+            self.requests.fail(generation, exc)
+
+    def _take_better_start(self, generation: Generation) -> None:
+        """Of requests with a common beginning that came together, one computes it and the others follow."""
+        assert generation.lease is not None and generation.caches is not None
+        if generation.num_to_prefill <= 0:
+            return
+        lease = self._obtain(Restart(generation.lease))
+        if not isinstance(lease, Lease):
+            return
+        self._parts.runtime.release(generation.caches)
+        if not generation.answer:  # else it was preempted, and its prompt has been paid for
+            generation.cached_len += lease.cached_len - generation.cache_len
+        generation.caches, generation.cache_len = lease.caches, lease.cached_len
+
+    def _grow(self) -> None:
+        """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
+        decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
+        for generation in [decoding[i] for i in scheduler.growing([_row_view(g) for g in decoding])]:
+            if generation.stage is not Stage.DECODE:  # it was preempted by an older one
+                continue
+            lease = _lease_of(generation)
+            if isinstance(self._obtain(Growth(lease, tokens_to_reserve(generation))), Lease):
+                continue
+            if scheduler.without_growth(lease.order, self._orders()) is WithoutGrowth.MAKE_WAY:
+                self.requests.preempt(generation)
+                continue
+            log.warning("no KV budget left to go on with request %s: ended by length", generation.request_id)
+            self.requests.finish(generation, "length")
+
+    def _decode(self) -> None:
+        for generation, outcome in self.runner.step().items():
+            if outcome is None:
+                self._recover(generation)
+            elif isinstance(outcome, Exception):
+                self.requests.fail(generation, outcome)
+            else:
+                self._accept(generation, outcome)
+
+    def _recover(self, generation: Generation) -> None:
+        """A lost cache is computed again from the tokens, which are all still known."""
+        if generation.num_recoveries >= MAX_RECOVERIES:
+            self.requests.fail(
+                generation, EngineFailureError("The device failed repeatedly while answering this request.")
+            )
+            return
+        generation.num_recoveries += 1
+        generation.stage = Stage.PREFILL
+        assert generation.lease is not None
+        generation.caches, generation.cache_len = generation.lease.runtime.make_cache(), 0
+        generation.last_prefill_step = self._num_steps
+
+    # --- one answer's tokens, and its end
+
+    def _accept(self, generation: Generation, token: int) -> None:
+        """One new token: into the answer, the text, and out to the reader."""
+        assert generation.sampler is not None and generation.text is not None
+        self._observe_token(generation)
+        generation.answer.append(token)
+        if token in self._parts.loaded.eos_ids:
+            self.requests.finish(generation, "stop")
+            return
+        try:
+            generation.sampler.accept(token)
+            result = generation.text.add(token)
+        except Exception as exc:
+            log.exception("text of request %s failed", generation.request_id)
+            self.requests.fail(generation, exc)
+            return
+        if result.text:
+            self.requests.send(generation, TextDelta(result.text))
+        if generation.stage is Stage.ENDED:  # its reader failed
+            return
+        if result.stopped:
+            self.requests.finish(generation, "stop", flush=False)
+        elif len(generation.answer) >= generation.max_answer_len:
+            self.requests.finish(generation, "length")
+
+    def _observe_token(self, generation: Generation) -> None:
+        now_s = self._clock()
+        if generation.last_token_s is None:
+            self._telemetry.observe_ttft(now_s - generation.submitted_s)
+        else:
+            self._telemetry.observe_inter_token(now_s - generation.last_token_s)
+        generation.last_token_s = now_s
+        self._telemetry.add_generation_tokens(1)
+
+
+def _lease_of(generation: Generation) -> Lease:
+    assert generation.lease is not None, "whoever runs has a lease"
+    return generation.lease
+
+
+def _row_view(generation: Generation) -> scheduler.RowView:
+    lease = _lease_of(generation)
+    return scheduler.RowView(lease.order, generation.num_tokens, lease.reserved_tokens)
