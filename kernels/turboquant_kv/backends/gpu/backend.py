@@ -16,18 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, PageIds, SequenceView
+from turboquant_kv.backends.gpu.device import MIN_CAPABILITY, compute_capability
+from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
-from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
+from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
-from turboquant_kv.backends.gpu.plan import (
-    MAX_QUERY_ROWS,
-    MIN_CAPABILITY,
-    MIN_ELEMENTS,
-    DecodeShape,
-    Figures,
-    compute_capability,
-)
+from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
@@ -140,7 +135,9 @@ class GpuStorage(CanonicalStorage):
             self._table_of, self._table = ids, mx.array(table)
         return self._table
 
-    def layer_inputs(self, views: Sequence[SequenceView], max_sets: int) -> tuple[LayerInputs, tuple[Figures, ...]]:
+    def layer_inputs(
+        self, views: Sequence[SequenceView], max_sets: int
+    ) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
         """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
@@ -289,17 +286,17 @@ def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerS
     return shape
 
 
-def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> Figures:
+def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> SequenceFigures:
     sink, window = view.sink, view.window
-    return (
-        view.q_start,
-        view.num_queries,
-        len(view.page_ids),
-        sink_offset,
-        0 if sink is None else sink.num_rows,
-        window_offset,
-        0 if window is None else window.start,
-        0 if window is None else window.num_rows,
+    return SequenceFigures(
+        q_start=view.q_start,
+        num_queries=view.num_queries,
+        num_pages=len(view.page_ids),
+        sink_offset=sink_offset,
+        num_sink=0 if sink is None else sink.num_rows,
+        window_offset=window_offset,
+        window_start=0 if window is None else window.start,
+        num_window=0 if window is None else window.num_rows,
     )
 
 
