@@ -14,9 +14,10 @@ import numpy as np
 from tests.metal.emulator import Report, run_metal
 from tests.metal.emulator.counting import Operations
 
+from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
-from turboquant_kv.backends.gpu.plan import DecodeShape, Tuning
-from turboquant_kv.backends.gpu.source import Variant
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.codec.format import code_bytes
 
 PAGE = 64
@@ -94,6 +95,15 @@ def _report(shape: DecodeShape, variant: Variant, num_pages: int) -> Report:
     queries = floats(1, shape.num_q_heads, 1, shape.k_dim).astype(shape.dtype)
     table = np.zeros((1, max(8, num_pages)), np.int32)
     table[0, :num_pages] = np.arange(num_pages)
-    figures = ((num_tokens, 1, num_pages, 0, 0, 0, num_tokens, 0),)
-    kernels.launch_for(shape)(layer, queries, figures, mx.array(table), scale=0.1)
+    sequence = SequenceFigures(
+        q_start=num_tokens,
+        num_queries=1,
+        num_pages=num_pages,
+        sink_offset=0,
+        num_sink=0,
+        window_offset=0,
+        window_start=num_tokens,
+        num_window=0,
+    )
+    kernels.launch_for(shape)(layer, queries, (sequence,), mx.array(table), scale=0.1)
     return reports[0]

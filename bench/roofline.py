@@ -18,8 +18,8 @@ from typing import NamedTuple
 from _counted import Counts, count
 from _rows import Row, add_json_option, print_rows, write_rows
 
-from turboquant_kv.backends.gpu.plan import MIN_SIMD_ROWS
-from turboquant_kv.backends.gpu.source import Variant
+from turboquant_kv.backends.gpu.shape import Variant
+from turboquant_kv.backends.gpu.variants import MIN_SIMD_ROWS
 
 DIM = 128
 FORMATS = ((4, 4), (4, 3), (3, 3))

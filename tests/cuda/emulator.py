@@ -28,6 +28,8 @@ CTYPES = {
     **{mx.int32: "int32_t", mx.uint8: "uint8_t", mx.uint32: "uint32_t"},
 }
 INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
+# Without -fno-gnu-unique kernels share the first one's shared memory of the same name, whatever its size.
+COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-shared", "-fPIC")
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
@@ -134,9 +136,9 @@ def kernel_text(
         declared.append(f"{CTYPES[dtype]}* {output_name}")
         passed.append((declared[-1], output_name))
     header = INCLUDE.sub("", expanded(header, without=("instructions_cuda",)))
-    body = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", expanded(source))
+    header = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", header)
     return (
-        f"{SHIM.read_text()}{header}void {name}({', '.join(declared)}) {{\n{body}\n}}\n"
+        f"{SHIM.read_text()}{header}void {name}({', '.join(declared)}) {{\n{source}\n}}\n"
         f'extern "C" const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, '
         f"{', '.join(p for p, _ in passed)}) {{\n"
         f"return run_grid({{x, y, z}}, threads, [&] {{ {name}({', '.join(a for _, a in passed)}); }});\n}}\n"
@@ -146,19 +148,13 @@ def kernel_text(
 def compiled(text: str) -> Any:
     """The program's entry point; libraries are kept by content, as the Metal emulator's are."""
     folder = Path(os.environ.get("METAL_EMULATOR_CACHE", tempfile.gettempdir()))
-    library = folder / f"cuda-{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
+    library = folder / f"cuda-{hashlib.sha256(' '.join([*COMPILER, text]).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         program = library.with_suffix(f".{os.getpid()}.cpp")
         program.write_text(text)
         made = library.with_suffix(f".{os.getpid()}.so")
         command: list[str | Path] = [
-            "g++",
-            "-std=c++20",
-            "-O1",
-            "-fno-strict-aliasing",
-            "-w",
-            "-shared",
-            "-fPIC",
+            *COMPILER,
             "-o",
             made,
             program,

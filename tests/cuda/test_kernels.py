@@ -13,10 +13,11 @@ from tests.turboquant_kv.histories import History, as_float64, expected, feed, n
 
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
 from turboquant_kv.backends.gpu.flash import FlashKernels
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
-from turboquant_kv.backends.gpu.plan import AMPERE, HOPPER, SMALL, Device, Tuning
+from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.codec import reference

@@ -14,9 +14,9 @@ from tests.turboquant_kv.histories import as_float64
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, SequenceView
 from turboquant_kv.backends.gpu import page_kernels as gpu_pages
 from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
-from turboquant_kv.backends.gpu.plan import HOPPER
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, KVFormat
 from turboquant_kv.codec.rotation import hadamard, hadamard_base

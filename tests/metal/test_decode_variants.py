@@ -14,9 +14,12 @@ from tests.turboquant_kv.histories import History, expected, new_cache, random_q
 
 from turboquant_kv.backends.base import LayerShape, SequenceView
 from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStore, decode_shape
+from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
-from turboquant_kv.backends.gpu.plan import NO_WINDOW, Figures, Tuning, variant_for
-from turboquant_kv.backends.gpu.source import Variant
+from turboquant_kv.backends.gpu.plan import NO_WINDOW
+from turboquant_kv.backends.gpu.shape import Variant
+from turboquant_kv.backends.gpu.tuning import Tuning
+from turboquant_kv.backends.gpu.variants import variant_for
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
@@ -62,7 +65,7 @@ class Step:
         self.storage: Any = cache.sequence.pool.stores[0]
         self.plan = BACKEND.prepare_step(self.views)
 
-    def inputs(self) -> tuple[LayerInputs, tuple[Figures, ...]]:
+    def inputs(self) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
         layer, figures = self.storage.layer_inputs(self.views, self.plan, 1)
         return layer, figures
 

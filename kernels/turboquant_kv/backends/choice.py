@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from turboquant_kv.backends.base import Backend
 from turboquant_kv.backends.gpu.backend import GpuBackend
-from turboquant_kv.backends.gpu.plan import MIN_CAPABILITY, compute_capability
+from turboquant_kv.backends.gpu.device import MIN_CAPABILITY, compute_capability
 from turboquant_kv.backends.mlx_ops.backend import MlxBackend
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.backends.native.backend import NativeBackend

@@ -1,49 +1,30 @@
-// Helpers of all kernels: the constants of the online softmax, reading packed codes, the Hadamard butterfly.
+// What all kernels share: where a thread stands, exact values eight at a time, the Hadamard butterfly.
+//
+// A kernel's text is the prelude, the constants of a shape, then its file of src/ with what that includes. Constants
+// (names in capitals: D, PAGE, HEADS ...) and the types In, Out and Exact are named where they are used and written by
+// Python (source.py); each is one value in all files of a text.
+#pragma once
 
-// Scores are base-2 logits. Both stand-ins for minus infinity are finite, so that no mode of arithmetic can make NaN of
-// them: exp2(TQ_MASKED - TQ_NO_PEAK) is 0, and so is the weight of a part that saw nothing beside one that did.
-#define TQ_NO_PEAK -1e30f
-#define TQ_MASKED -2e30f
+// A thread in its block, and the block in the grid.
+struct TqPlace {
+  uint tid, lane, warp;
+  uint block_x, block_y, block_z, num_blocks_x;
+};
 
-// Eight consecutive codes, BITS bytes at p, through a table of centroids.
-template <int BITS>
-TQ_FN void tq_unit(const TQ_DEVICE uchar* p, const TQ_SHARED float* book, TQ_THREAD float* out) {
-  if (BITS == 8) {
-    for (int i = 0; i < 8; i++) out[i] = book[p[i]];
-    return;
-  }
-  uint word = 0;
-  if (BITS == 4) word = *reinterpret_cast<const TQ_DEVICE uint*>(p);
-  if (BITS == 3) word = uint(p[0]) | (uint(p[1]) << 8) | (uint(p[2]) << 16);
-  if (BITS == 2) word = *reinterpret_cast<const TQ_DEVICE ushort*>(p);
-  const uint mask = (1u << BITS) - 1;
-  for (int i = 0; i < 8; i++) out[i] = book[(word >> ((BITS & 7) * i)) & mask];
-}
+TQ_FN constexpr bool tq_is_power_of_two(int n) { return (n & (n - 1)) == 0; }
+TQ_FN constexpr int tq_larger(int a, int b) { return a > b ? a : b; }
 
-// The codes of dimensions d and d + 1 (d even) of one packed vector.
-template <int BITS>
-TQ_FN void tq_pair(const TQ_DEVICE uchar* vector, uint d, const TQ_SHARED float* book, TQ_THREAD float* out) {
-  if (BITS == 8) {
-    out[0] = book[vector[d]];
-    out[1] = book[vector[d + 1]];
-    return;
-  }
-  const uint bit = d * BITS;
-  const uint shift = bit & 7;
-  uint word = vector[bit >> 3];
-  if (shift + 2 * BITS > 8) word |= uint(vector[(bit >> 3) + 1]) << 8;  // 3 bits only; never past the vector's end
-  const uint mask = (1u << BITS) - 1;
-  out[0] = book[(word >> shift) & mask];
-  out[1] = book[(word >> (shift + BITS)) & mask];
-}
-
-// Eight consecutive exact values; prelude_cuda.h has a wider read for 16-bit types.
-template <typename Exact>
-TQ_FN void tq_load8(const TQ_DEVICE Exact* p, TQ_THREAD float* out) {
+// Eight consecutive exact values; prelude_cuda.h has wider reads and writes.
+template <typename T>
+TQ_FN void tq_load8(const TQ_DEVICE T* p, TQ_THREAD float* out) {
   for (int i = 0; i < 8; i++) out[i] = float(p[i]);
 }
+template <typename T>
+TQ_FN void tq_store8(TQ_DEVICE T* p, const TQ_THREAD float* x) {
+  for (int i = 0; i < 8; i++) p[i] = T(x[i]);
+}
 
-// In-place Sylvester-Hadamard transform of num_rows vectors of dim (a power of two) in shared memory.
+// In-place Sylvester-Hadamard transform of num_rows vectors of dim (a power of two) in shared memory, by a whole block.
 TQ_FN void tq_hadamard(TQ_SHARED float* rows, int num_rows, int dim, uint tid, uint num_threads) {
   for (int width = 1; width < dim; width *= 2) {
     TQ_BARRIER();
@@ -57,10 +38,9 @@ TQ_FN void tq_hadamard(TQ_SHARED float* rows, int num_rows, int dim, uint tid, u
   TQ_BARRIER();
 }
 
-// The same over the PER values that each of a warp's 32 lanes holds, lane * PER + i or lane + 32 * i being the
-// index: the order of an index's bits does not matter to it.
+// The butterfly over the PER values that a lane holds itself.
 template <int PER>
-TQ_FN void tq_lane_hadamard(TQ_THREAD float* x, uint lane) {
+TQ_FN void tq_own_hadamard(TQ_THREAD float* x) {
 #pragma unroll
   for (int width = 1; width < PER; width *= 2) {
 #pragma unroll
@@ -71,6 +51,13 @@ TQ_FN void tq_lane_hadamard(TQ_THREAD float* x, uint lane) {
       x[i + width] = a - b;
     }
   }
+}
+
+// The whole transform of a vector over a warp's 32 lanes, each holding PER of it, lane * PER + i or lane + 32 * i being
+// the index: the order of an index's bits does not matter to it.
+template <int PER>
+TQ_FN void tq_lane_hadamard(TQ_THREAD float* x, uint lane) {
+  tq_own_hadamard<PER>(x);
 #pragma unroll
   for (uint mask = 1; mask < 32; mask *= 2) {
 #pragma unroll

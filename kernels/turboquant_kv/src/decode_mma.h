@@ -1,22 +1,48 @@
-// The tensor-core decode kernel, CUDA's variant of the portable one: same plan, same parts, same merge. Its text is put
-// together here; constants and TQ_ switches come from launch.py.
-#include "opening_cuda.h"
-#include "mma_barriers.h"
-#include "plan.h"
-#include "mma_shared.h"
-if (block_x == 0) {
-#if TQ_NUM_SETS > 1
-#include "mma_sets.h"
-#endif
-#if TQ_EXACT_MMA
-#include "mma_exact.h"
-#else
-#include "mma_exact_plain.h"
-#endif
-} else {
+// Decode attention on tensor cores, CUDA's variant of decode_portable.h: the same plan, the same parts, the same merge.
+#pragma once
 #include "mma_codes.h"
-}
-#include "mma_merge.h"
-#if TQ_FUSED
+#include "mma_exact.h"
+#include "mma_exact_plain.h"
 #include "mma_finish.h"
-#endif
+#include "mma_merge.h"
+
+// A block's part. exact_of: a sequence's exact rows, which lie where each sequence has them.
+template <typename ExactOf>
+TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, ExactOf exact_of, uchar* arena,
+                       TqMmaShared& shared, float* parts) {
+  TqMmaRows rows;
+  tq_start(rows);
+  int num_busy;
+  if (place.block_x == 0) {
+    const TqExactRows exact = exact_of(work.sequence);
+    num_busy = tq_num_busy_exact(work);
+    if (EXACT_MMA) tq_attend_exact(place, inputs, work, exact, arena, rows);
+    else tq_attend_exact_plainly(place, inputs, work, exact, arena, rows);
+  } else {
+    num_busy = tq_attend_codes(place, inputs, work, arena, shared, rows);
+  }
+  tq_write_part(place, work, rows, num_busy, arena, shared, parts);
+}
+
+// Parts alone; combine_lanes.h or combine_dense.h merges them in a second launch.
+template <typename ExactOf>
+TQ_FN void tq_decode_mma(TqPlace place, TqDecodeInputs inputs, ExactOf exact_of, float* parts) {
+  __shared__ TqMmaShared shared;
+  if (BULK) tq_open_barriers(shared.barriers + int(place.warp) * STAGES, place.lane);
+  const TqWork work = tq_work(place, inputs.plan);
+  if (!tq_has_work(place, work)) return;
+  tq_mma_part(place, inputs, work, exact_of, tq_arena(), shared, parts);
+}
+
+// Parts, and their merge by each row group's last block.
+template <typename ExactOf, typename Sinks>
+TQ_FN void tq_decode_mma_fused(TqPlace place, TqDecodeInputs inputs, ExactOf exact_of, TqFinish finish, Sinks sinks,
+                               float* parts) {
+  __shared__ TqMmaShared shared;
+  if (BULK) tq_open_barriers(shared.barriers + int(place.warp) * STAGES, place.lane);
+  const TqWork work = tq_work(place, inputs.plan);
+  if (!tq_has_work(place, work)) return;
+  uchar* arena = tq_arena();
+  tq_mma_part(place, inputs, work, exact_of, arena, shared, parts);
+  tq_finish(place, work, finish, sinks, parts, arena, shared);
+}

@@ -1,93 +1,141 @@
 // Exact rows to codes and scales (docs/codec.md): centred, rotated, divided by their root mean square, each coordinate's
-// centroid found in the thresholds. Blocks: x as many rows as 128 threads have vectors, y a head. Output: pages
-// (P, HEADS, PAGE).
-const int BYTES = D * BITS / 8;
-const int VECTORS = 128 / LANES;
-const int head = int(block_y), part = int(lane) % LANES, vector = int(tid) / LANES;
-const int last = figures[0] - 1;
-const int row = int(block_x) * VECTORS + vector;
-const int token = row < last ? row : last;  // surplus lanes repeat the last row: all of a block meet at its barriers
-TQ_SHARED_ARRAY(float, book, 1 << BITS);
-TQ_SHARED_ARRAY(float, limits, 1 << BITS);
-TQ_SHARED_ARRAY(float, turned, BASE > 1 ? VECTORS * (D + LANES) : 4);  // LANES more: columns then meet in no bank
-TQ_SHARED_ARRAY(uchar, codes, BASE > 1 ? VECTORS * D : 4);
-for (int i = int(tid); i < (1 << BITS); i += 128) {
-  book[i] = tq_book[i];
-  limits[i] = tq_thresholds[i < (1 << BITS) - 1 ? i : 0];
-}
+// centroid found in the thresholds. Blocks: x as many rows as PAGE_THREADS threads have vectors, y a head.
+#pragma once
+#include "pages.h"
 
-// A lane's units, centred and with the rotation's signs.
-const TQ_DEVICE In* from = rows + (head * rows_strides[0] + token * rows_strides[1]);
-const bool is_wide = tq_is_wide(from, int(rows_strides[2]));
-float y[PER];
-for (int k = 0; k < UNITS; k++) {
-  const int d = 8 * (k * LANES + part);
-  if (d >= D) break;
-  float x[8], sign[8], mean[8];
-  if (is_wide) {
-    tq_load8(from + d, x);
-  } else {
-    for (int i = 0; i < 8; i++) x[i] = float(from[(d + i) * rows_strides[2]]);
-  }
-  tq_load8(constants + d, sign);
-  tq_load8(constants + ROTATION + head * D + d, mean);
-  for (int i = 0; i < 8; i++) {
-    const float centred = (x[i] - mean[i]) * sign[i];
-    if (BASE == 1) y[8 * k + i] = centred;
-    else turned[vector * (D + LANES) + d + i] = centred;
+// rows (HEADS, num_rows, D), strided; constants: signs / sqrt(D) (D,), then means (HEADS, D).
+struct TqEncodeInputs {
+  const TQ_DEVICE In* rows;
+  long head_stride, row_stride, dim_stride;
+  const TQ_DEVICE float* constants;
+};
+
+// Pages (P, HEADS, PAGE): packed codes, VECTOR_BYTES each, and scales.
+struct TqEncodeOutputs {
+  TQ_DEVICE uchar* packed;
+  TQ_DEVICE Half* scales;
+};
+
+struct TqEncodeShared {
+  float book[1 << BITS], limits[1 << BITS];
+  float turned[BASE > 1 ? VECTORS * TURN_PITCH : 4];  // rows on their way to columns
+  uchar codes[BASE > 1 ? VECTORS * D : 4];            // and their codes on the way back
+};
+
+// A lane's codes as words (BASE 1), and sums over the whole vector: of squared centroids, of values times centroids.
+TQ_CONSTANT int CODE_WORDS = BASE == 1 ? 2 * UNITS : 2;
+struct TqCoded {
+  uint words[CODE_WORDS];
+  float c_energy, inner;
+};
+
+TQ_FN void tq_fill_tables(TQ_SHARED TqEncodeShared& shared, uint tid) {
+  for (int i = int(tid); i < (1 << BITS); i += PAGE_THREADS) {
+    shared.book[i] = tq_book[i];
+    shared.limits[i] = tq_thresholds[i < (1 << BITS) - 1 ? i : 0];
   }
 }
-TQ_BARRIER();
-if (BASE > 1) {
-  for (int i = 0; i < PER; i++) y[i] = turned[vector * (D + LANES) + i * LANES + part];
-}
-tq_rotate<BASE, PER, LANES>(y, lane);
 
-float energy = 0.0f;
-for (int i = 0; i < PER; i++) energy += y[i] * y[i];
-energy = tq_vector_sum<LANES>(energy);
-const float rms = tq_sqrt(energy / float(D));
-const float inverse = rms == 0.0f ? 1.0f : 1.0f / rms;
-float c_energy = 0.0f, inner = 0.0f;
-uint words[BASE == 1 ? 2 * UNITS : 2];
-for (int i = 0; i < (BASE == 1 ? 2 * UNITS : 2); i++) words[i] = 0;
-for (int i = 0; i < PER; i++) {
-  const float z = y[i] * inverse;
+// A lane's share of row `token`, centred and with the rotation's signs. A whole block meets here.
+TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, TQ_SHARED float* turned, TQ_THREAD float* y) {
+  const TQ_DEVICE In* from = inputs.rows + (mine.head * inputs.head_stride + token * inputs.row_stride);
+  const bool is_wide = tq_is_wide(from, int(inputs.dim_stride));
+  for (int k = 0; k < UNITS; k++) {
+    const int d = 8 * (k * LANES + mine.part);
+    if (d >= D) break;
+    float x[8], sign[8], mean[8];
+    tq_read_row(from, int(inputs.dim_stride), is_wide, d, x);
+    tq_load8(inputs.constants + d, sign);
+    tq_load8(inputs.constants + D + mine.head * D + d, mean);
+    for (int i = 0; i < 8; i++) {
+      const float centred = (x[i] - mean[i]) * sign[i];
+      if (BASE == 1) y[8 * k + i] = centred;
+      else turned[mine.vector * TURN_PITCH + d + i] = centred;
+    }
+  }
+  TQ_BARRIER();
+  if (BASE > 1) {
+    for (int i = 0; i < PER; i++) y[i] = turned[mine.vector * TURN_PITCH + i * LANES + mine.part];
+  }
+}
+
+// The code of a coordinate: how many thresholds lie below it.
+TQ_FN uint tq_nearest(float z, const TQ_SHARED float* limits) {
   uint code = 0;
   for (uint step = 1u << (BITS - 1); step > 0; step >>= 1) {
     if (z > limits[code + step - 1]) code += step;
   }
-  const float c = book[code];
-  c_energy += c * c;
-  inner += y[i] * c;
-  if (BASE == 1) words[i / 8 * 2 + (BITS == 8 ? i / 4 % 2 : 0)] |= code << (BITS * i % (BITS == 8 ? 32 : 8 * BITS));
-  else codes[vector * D + i * LANES + part] = uchar(code);
+  return code;
 }
-c_energy = tq_vector_sum<LANES>(c_energy);
-inner = tq_vector_sum<LANES>(inner);
-float scale = rms;
-if (SCALE_KIND == 1) scale = tq_sqrt(energy / c_energy);
-if (SCALE_KIND == 2) scale = inner / c_energy;
-if (SCALE_KIND == 3) scale = energy / (inner <= 0.0f ? 1.0f : inner);
-if (rms == 0.0f) scale = 0.0f;
-if (scale > 65504.0f) scale = 65504.0f;
 
-const int at = ((row / PAGE) * HEADS + head) * PAGE + row % PAGE;
-if (row <= last && part == 0) scales[at] = Half(scale);
-if (BASE == 1) {
-  for (int k = 0; k < UNITS; k++) {
-    tq_write_unit<BITS>(packed + ulong(at) * BYTES, k * LANES + part, words + 2 * k, row <= last, lane);
+// Codes of a lane's rotated values; of columns they go to shared memory.
+TQ_FN TqCoded tq_quantised(const TQ_THREAD float* y, float inverse, TqShare mine, TQ_SHARED TqEncodeShared& shared) {
+  TqCoded coded;
+  coded.c_energy = coded.inner = 0.0f;
+  for (int i = 0; i < CODE_WORDS; i++) coded.words[i] = 0;
+  for (int i = 0; i < PER; i++) {
+    const uint code = tq_nearest(y[i] * inverse, shared.limits);
+    const float c = shared.book[code];
+    coded.c_energy += c * c;
+    coded.inner += y[i] * c;
+    if (BASE == 1) coded.words[tq_word_of_code<BITS>(i)] |= code << tq_shift_of_code<BITS>(i);
+    else shared.codes[mine.vector * D + i * LANES + mine.part] = uchar(code);
   }
-} else {
-  TQ_BARRIER();
-  for (int i = int(tid); i < VECTORS * BYTES; i += 128) {  // threads write neighbours
-    const int mine = i / BYTES, k = i % BYTES, to = int(block_x) * VECTORS + mine;
+  coded.c_energy = tq_vector_sum(coded.c_energy);
+  coded.inner = tq_vector_sum(coded.inner);
+  return coded;
+}
+
+// The scale that a kind of codec wants (page_kernels.py numbers them), as far as float16 reaches.
+TQ_FN float tq_scale_of(float energy, float rms, float c_energy, float inner) {
+  float scale = rms;
+  if (SCALE_KIND == 1) scale = tq_sqrt(energy / c_energy);
+  if (SCALE_KIND == 2) scale = inner / c_energy;
+  if (SCALE_KIND == 3) scale = energy / (inner <= 0.0f ? 1.0f : inner);
+  if (rms == 0.0f) scale = 0.0f;
+  return scale > 65504.0f ? 65504.0f : scale;
+}
+
+// A block's columns of codes to packed vectors; threads write neighbours. first_row: of the block.
+TQ_FN void tq_pack(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* codes, int first_row, int last, int head, uint tid) {
+  for (int i = int(tid); i < VECTORS * VECTOR_BYTES; i += PAGE_THREADS) {
+    const int vector = i / VECTOR_BYTES, k = i % VECTOR_BYTES, row = first_row + vector;
     uint byte = 0;
     for (int d = 8 * k / BITS; d * BITS < 8 * k + 8; d++) {
-      const uint code = codes[mine * D + d];
+      const uint code = codes[vector * D + d];
       const int shift = d * BITS - 8 * k;
       byte |= shift >= 0 ? code << shift : code >> -shift;
     }
-    if (to <= last) packed[ulong(((to / PAGE) * HEADS + head) * PAGE + to % PAGE) * BYTES + k] = uchar(byte);
+    if (row <= last) packed[ulong(tq_page_row(row / PAGE, head, row)) * VECTOR_BYTES + k] = uchar(byte);
+  }
+}
+
+TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figures, TqEncodeOutputs out,
+                     TQ_SHARED TqEncodeShared& shared) {
+  const TqShare mine = tq_share(place);
+  const int first_row = int(place.block_x) * VECTORS, last = figures.num_rows - 1;
+  const int row = first_row + mine.vector;
+  const int token = row < last ? row : last;  // surplus lanes repeat the last row: all of a block meet at its barriers
+  tq_fill_tables(shared, place.tid);
+  float y[PER];
+  tq_centred(inputs, mine, token, shared.turned, y);
+  tq_rotate(y, place.lane);
+
+  float energy = 0.0f;
+  for (int i = 0; i < PER; i++) energy += y[i] * y[i];
+  energy = tq_vector_sum(energy);
+  const float rms = tq_sqrt(energy / float(D));
+  const TqCoded coded = tq_quantised(y, rms == 0.0f ? 1.0f : 1.0f / rms, mine, shared);
+
+  const int at = tq_page_row(row / PAGE, mine.head, row);
+  if (row <= last && mine.part == 0) out.scales[at] = Half(tq_scale_of(energy, rms, coded.c_energy, coded.inner));
+  if (BASE == 1) {
+    for (int k = 0; k < UNITS; k++) {
+      tq_write_unit<BITS>(out.packed + ulong(at) * VECTOR_BYTES, k * LANES + mine.part, coded.words + 2 * k, row <= last,
+                          place.lane);
+    }
+  } else {
+    TQ_BARRIER();
+    tq_pack(out.packed, shared.codes, first_row, last, mine.head, place.tid);
   }
 }

@@ -1,88 +1,134 @@
-// One side of a sequence's history in the model's basis and dtype, (HEADS, columns, D): sink rows as they are, pages
-// decoded, window rows as they are. Blocks: x ROUNDS times as many columns as 128 threads have vectors, y a head.
-// figures: columns, sink rows, compressed tokens.
-const int BYTES = D * BITS / 8;
-const int VECTORS = 128 / LANES;
-const int head = int(block_y), part = int(lane) % LANES, vector = int(tid) / LANES;
-const int num_columns = figures[0], num_sink = figures[1], num_tokens = figures[2];
-const int first = int(block_x) * VECTORS * ROUNDS;
-TQ_SHARED_ARRAY(float, book, 1 << BITS);
-TQ_SHARED_ARRAY(float, turned, BASE > 1 ? VECTORS * (D + LANES) : 4);  // LANES more: columns then meet in no bank
-for (int i = int(tid); i < (1 << BITS); i += 128) book[i] = tq_book[i];
-TQ_BARRIER();
+// One side of a sequence's history in the model's basis and dtype: sink rows as they are, pages decoded, window rows as
+// they are. Blocks: x ROUNDS times as many columns as PAGE_THREADS threads have vectors, y a head.
+//
+//   columns  0 .. num_sink | .. + num_tokens | .. num_columns
+//   hold     sink          | pages, decoded  | window
+#pragma once
+#include "pages.h"
 
-if (first < num_sink + num_tokens && first + VECTORS * ROUNDS > num_sink) {
-  // All rounds' codes are asked for before the first are used: memory answers late.
+// codes and scales of all pages; exact rows (HEADS, rows, D), strided; constants: signs / sqrt(D) (D,), then means
+// (HEADS, D).
+struct TqHistoryInputs {
+  const TQ_DEVICE uchar* codes;
+  const TQ_DEVICE Half* scales;
+  const TQ_DEVICE int* page_ids;
+  const TQ_DEVICE Exact* sink;
+  long sink_strides[3];
+  const TQ_DEVICE Exact* window;
+  long window_strides[3];
+  const TQ_DEVICE float* constants;
+};
+
+struct TqHistoryShared {
+  float book[1 << BITS];
+  float turned[BASE > 1 ? VECTORS * TURN_PITCH : 4];  // columns on their way to rows
+};
+
+// What a lane has asked for of ROUNDS vectors: its units' words and the scales; of columns, the vector itself.
+struct TqAsked {
   uint words[ROUNDS * UNITS * 2];
   float scale[ROUNDS];
-  const TQ_DEVICE uchar* coded = codes;
+  const TQ_DEVICE uchar* vector;
+};
+
+// All rounds' codes are asked for before the first are used: memory answers late.
+TQ_FN void tq_ask(TQ_THREAD TqAsked& asked, TqHistoryInputs inputs, TqHistoryFigures figures, TqShare mine, int first) {
+  asked.vector = inputs.codes;
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
-    const int token = first + round * VECTORS + vector - num_sink;
-    scale[round] = 0.0f;
-    for (int i = 0; i < UNITS * 2; i++) words[round * UNITS * 2 + i] = 0;
-    if (token >= 0 && token < num_tokens) {
-      const ulong at = ulong(page_ids[token / PAGE] * HEADS + head) * PAGE + token % PAGE;
-      coded = codes + at * BYTES;
-      scale[round] = float(scales[at]);
+    const int token = first + round * VECTORS + mine.vector - figures.num_sink;
+    asked.scale[round] = 0.0f;
+    for (int i = 0; i < UNITS * 2; i++) asked.words[round * UNITS * 2 + i] = 0;
+    if (token >= 0 && token < figures.num_tokens) {
+      const ulong at = ulong(inputs.page_ids[token / PAGE] * HEADS + mine.head) * PAGE + token % PAGE;
+      asked.vector = inputs.codes + at * VECTOR_BYTES;
+      asked.scale[round] = float(inputs.scales[at]);
       if (BASE == 1) {
         for (int k = 0; k < UNITS; k++) {
-          tq_read_unit<BITS>(coded, k * LANES + part, words + (round * UNITS + k) * 2);
+          tq_read_unit<BITS>(asked.vector, k * LANES + mine.part, asked.words + (round * UNITS + k) * 2);
         }
       }
     }
   }
+}
+
+// A lane's centroids of one round, still rotated.
+TQ_FN void tq_centroids(const TQ_THREAD TqAsked& asked, int round, bool is_coded, int part, const TQ_SHARED float* book,
+                        TQ_THREAD float* y) {
+  for (int i = 0; i < PER; i++) {
+    const uint word = asked.words[round * UNITS * 2 + (BASE == 1 ? tq_word_of_code<BITS>(i) : 0)];
+    uint code = (word >> tq_shift_of_code<BITS>(i)) & ((1u << BITS) - 1);
+    if (BASE > 1) code = is_coded ? tq_code_of<BITS>(asked.vector, i * LANES + part) : 0;
+    y[i] = book[code];
+  }
+}
+
+// The compressed tokens of a block's columns from `first` on. A whole block meets here.
+TQ_FN void tq_decode_columns(TqPlace place, TqHistoryInputs inputs, TqHistoryFigures figures, int first,
+                             TQ_DEVICE Exact* history, TQ_SHARED TqHistoryShared& shared) {
+  const TqShare mine = tq_share(place);
+  TqAsked asked;
+  tq_ask(asked, inputs, figures, mine, first);
   float sign[UNITS * 8], mean[UNITS * 8];
   for (int k = 0; k < UNITS; k++) {
-    const int d = 8 * (k * LANES + part);
+    const int d = 8 * (k * LANES + mine.part);
     if (d >= D) break;
-    tq_load8(constants + d, sign + 8 * k);
-    tq_load8(constants + ROTATION + head * D + d, mean + 8 * k);
+    tq_load8(inputs.constants + d, sign + 8 * k);
+    tq_load8(inputs.constants + D + mine.head * D + d, mean + 8 * k);
   }
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
-    const int column = first + round * VECTORS + vector, token = column - num_sink;
-    const bool is_coded = token >= 0 && token < num_tokens;
+    const int column = first + round * VECTORS + mine.vector, token = column - figures.num_sink;
+    const bool is_coded = token >= 0 && token < figures.num_tokens;
+    TQ_SHARED float* turned = shared.turned + mine.vector * TURN_PITCH;
     float y[PER];
-    for (int i = 0; i < PER; i++) {
-      const uint word = words[(round * UNITS + (BASE == 1 ? i / 8 : 0)) * 2 + (BITS == 8 ? i / 4 % 2 : 0)];
-      uint code = (word >> (BITS * i % (BITS == 8 ? 32 : 8 * BITS))) & ((1u << BITS) - 1);
-      if (BASE > 1) code = is_coded ? tq_code_of<BITS>(coded, i * LANES + part) : 0;
-      y[i] = book[code];
-    }
-    tq_rotate<BASE, PER, LANES>(y, lane);
+    tq_centroids(asked, round, is_coded, mine.part, shared.book, y);
+    tq_rotate(y, place.lane);
     if (BASE > 1) {
-      for (int i = 0; i < PER; i++) turned[vector * (D + LANES) + i * LANES + part] = y[i];
+      for (int i = 0; i < PER; i++) turned[i * LANES + mine.part] = y[i];
       TQ_BARRIER();
     }
     for (int k = 0; k < UNITS; k++) {
-      const int d = 8 * (k * LANES + part);
+      const int d = 8 * (k * LANES + mine.part);
       if (d >= D || !is_coded) break;
       float x[8];
       for (int i = 0; i < 8; i++) {
-        const float rotated = BASE == 1 ? y[8 * k + i] : turned[vector * (D + LANES) + d + i];
-        x[i] = rotated * (sign[8 * k + i] * scale[round]) + mean[8 * k + i];
+        const float rotated = BASE == 1 ? y[8 * k + i] : turned[d + i];
+        x[i] = rotated * (sign[8 * k + i] * asked.scale[round]) + mean[8 * k + i];
       }
-      tq_store8(history + ((ulong(head) * num_columns + column) * D + d), x);
+      tq_store8(history + ((ulong(mine.head) * figures.num_columns + column) * D + d), x);
     }
   }
 }
 
-for (int round = 0; round < ROUNDS; round++) {
-  const int column = first + round * VECTORS + vector, token = column - num_sink;
-  if (column >= num_columns || (token >= 0 && token < num_tokens)) continue;
-  const TQ_DEVICE Exact* from = token < 0
-      ? sink + (head * sink_strides[0] + column * sink_strides[1])
-      : window + (head * window_strides[0] + (token - num_tokens) * window_strides[1]);
-  const int stride = int(token < 0 ? sink_strides[2] : window_strides[2]);
-  const bool is_wide = tq_is_wide(from, stride);
-  for (int d = 8 * part; d < D; d += 8 * LANES) {
-    float x[8];
-    if (is_wide) {
-      tq_load8(from + d, x);
-    } else {
-      for (int i = 0; i < 8; i++) x[i] = float(from[(d + i) * stride]);
+// Sink and window rows of a block's columns from `first` on.
+TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures figures, int first,
+                         TQ_DEVICE Exact* history) {
+  for (int round = 0; round < ROUNDS; round++) {
+    const int column = first + round * VECTORS + mine.vector, token = column - figures.num_sink;
+    if (column >= figures.num_columns || (token >= 0 && token < figures.num_tokens)) continue;
+    const TQ_DEVICE Exact* from = token < 0
+        ? inputs.sink + (mine.head * inputs.sink_strides[0] + column * inputs.sink_strides[1])
+        : inputs.window +
+            (mine.head * inputs.window_strides[0] + (token - figures.num_tokens) * inputs.window_strides[1]);
+    const int stride = int(token < 0 ? inputs.sink_strides[2] : inputs.window_strides[2]);
+    const bool is_wide = tq_is_wide(from, stride);
+    for (int d = 8 * mine.part; d < D; d += 8 * LANES) {
+      float x[8];
+      tq_read_row(from, stride, is_wide, d, x);
+      tq_store8(history + ((ulong(mine.head) * figures.num_columns + column) * D + d), x);
     }
-    tq_store8(history + ((ulong(head) * num_columns + column) * D + d), x);
   }
+}
+
+// history (HEADS, num_columns, D).
+TQ_FN void tq_history(TqPlace place, TqHistoryInputs inputs, TqHistoryFigures figures, TQ_DEVICE Exact* history,
+                      TQ_SHARED TqHistoryShared& shared) {
+  const int first = int(place.block_x) * VECTORS * ROUNDS;
+  for (int i = int(place.tid); i < (1 << BITS); i += PAGE_THREADS) shared.book[i] = tq_book[i];
+  TQ_BARRIER();
+  if (first < figures.num_sink + figures.num_tokens && first + VECTORS * ROUNDS > figures.num_sink) {
+    tq_decode_columns(place, inputs, figures, first, history, shared);
+  }
+  tq_copy_exact(tq_share(place), inputs, figures, first, history);
 }

@@ -1,4 +1,5 @@
 // What CUDA has no function for: tests/cuda runs every other line on a CPU and has its own version of these.
+#pragma once
 TQ_FN float tq_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,138 +1,157 @@
 // Compressed tokens on tensor cores: scores = K (16 tokens x 16 dims) . Q^T (16 dims x 8 rows), output = V^T (16 dims x
 // 16 tokens) . P^T (16 tokens x 8 rows), so eight query rows share every unpacked code. Dims and tokens may be summed in
-// any order: lane (r, c) = (lane / 4, lane % 4) reads a quarter of the keys of two tokens and an eighth of the values of
-// four, contiguous in the canonical layout. A pair of codes indexes a table of half pairs, which is one register of an A
-// fragment; value pairs are two tokens of one dim, interleaved by masks. Row i = r, r + 8 of unit u is token
-// (r / 2) * BLOCK_TOKENS + 4u + r % 2, and two further: what lane column r / 2 holds of values.
-#include "mma_ring.h"
-const int K_PART = D * KBITS / 4;  // bits a lane reads
-const int V_PART = DV * VBITS / 8;
-const int K_WORDS = (K_PART + 31) / 32;
-const int V_WORDS = (V_PART + 31) / 32;
-const uint EVEN = VBITS == 4 ? 0x0f0f0f0fu : VBITS == 3 ? 0x1c71c7u : 0x3333u;  // even ones of eight codes
-if ((D & (D - 1)) == 0) {
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) copy_tile();
-}
-const float k_centroid = tq_k_book_at(tid % (1 << KBITS)), v_centroid = tq_v_book_at(tid % (1 << VBITS));
-tq_fill_pairs<KBITS, PITCH, THREADS>(arena + K_TABLE, arena + K_HIGH_TABLE, k_centroid, tid);
-if (V_TABLE != K_TABLE) tq_fill_pairs<VBITS, PITCH, THREADS>(arena + V_TABLE, arena + V_HIGH_TABLE, v_centroid, tid);
+// any order: lane (r, c) reads a quarter of the keys of two tokens and an eighth of the values of four, contiguous in the
+// canonical layout. A pair of codes indexes a table of half pairs, which is one register of an A fragment; value pairs are
+// two tokens of one dim, interleaved by masks. Row i = r, r + 8 of unit u is token (r / 2) * BLOCK_TOKENS + 4u + r % 2,
+// and two further: what lane column r / 2 holds of values.
+#pragma once
 #include "mma_queries.h"
-if ((D & (D - 1)) != 0) {  // the queries' scratch lay where the rings are
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) copy_tile();
-}
-__syncthreads();
-uint q_fragments[D / 8];
-#pragma unroll
-for (int i = 0; i < D / 8; i++) {
-  q_fragments[i] = reinterpret_cast<const uint*>(shared_q + r * Q_PITCH + c * (D / 4))[i];
-}
-const float mean_0 = row_mean[2 * c], mean_1 = row_mean[2 * c + 1];
-const uint lane_4 = 4 * lane;
-num_busy = min(WARPS, (end - first_tile * 32 + TILE - 1) / TILE);
+#include "mma_ring.h"
+#include "mma_tables.h"
 
-// Tokens [low, limit) that the lane's two query rows see.
-const int position_0 = q_start + (chunk * 8 + 2 * c) % QROWS, position_1 = q_start + (chunk * 8 + 2 * c + 1) % QROWS;
-const int low_0 = position_0 - SINK + 1 - reach, low_1 = position_1 - SINK + 1 - reach;
-int limit_0 = end, limit_1 = end;
-if (QROWS > 1) {
-  limit_0 = min(end, min(num_pages, max(0, position_0 - SINK) / PAGE) * PAGE);
-  limit_1 = min(end, min(num_pages, max(0, position_1 - SINK) / PAGE) * PAGE);
-}
+constexpr int K_PART = D * KBITS / 4;  // bits a lane reads
+constexpr int V_PART = DV * VBITS / 8;
+constexpr int K_WORDS = (K_PART + 31) / 32;
+constexpr int V_WORDS = (V_PART + 31) / 32;
+constexpr uint EVEN = VBITS == 4 ? 0x0f0f0f0fu : VBITS == 3 ? 0x1c71c7u : 0x3333u;  // even ones of eight codes
 
-int stage = 0, phase = 0;
-for (int t0 = begin; t0 < end; t0 += STEP) {
-#if TQ_BULK
-  tq_barrier_wait(barrier + stage, phase);
-#else
-  tq_copies_wait<STAGES - 2>();
-#endif
-  __syncwarp();
-  const uchar* from = ring + stage * STAGE_BYTES;
-  if (++stage == STAGES) {
-    stage = 0;
-    phase ^= 1;
+// Tokens [low, limit) that the lane's two query rows, 2c and 2c + 1, see.
+struct TqBounds {
+  int low_0, low_1, limit_0, limit_1;
+};
+TQ_FN TqBounds tq_bounds(TqWork work, TqLane at, int end) {
+  TqBounds bounds = {tq_low_of(work, 2 * at.c), tq_low_of(work, 2 * at.c + 1), end, end};
+  if (QROWS > 1) {
+    const int page_0 = max(0, tq_position_of(work, 2 * at.c) - SINK) / PAGE;
+    const int page_1 = max(0, tq_position_of(work, 2 * at.c + 1) - SINK) / PAGE;
+    bounds.limit_0 = min(end, min(work.figures.num_pages, page_0) * PAGE);
+    bounds.limit_1 = min(end, min(work.figures.num_pages, page_1) * PAGE);
   }
-  copy_tile();
-  const __half* scales = reinterpret_cast<const __half*>(from + SCALES_AT) + (r >> 1) * BLOCK_TOKENS + (r & 1);
-  float s[UNITS][4];
+  return bounds;
+}
+
+// The tables of half pairs, and the queries behind them; a whole block meets here. The first tiles are asked for as early
+// as the arena allows: a dense rotation's scratch lies where the rings are.
+TQ_FN void tq_prepare(TqPlace place, TqDecodeInputs inputs, TqWork work, TqRing& ring, uchar* arena, float* means) {
+  if (tq_is_power_of_two(D)) tq_copy_first_tiles(ring, inputs, work.head, place.lane);
+  const float k_centroid = tq_k_book_at(place.tid % (1 << KBITS)), v_centroid = tq_v_book_at(place.tid % (1 << VBITS));
+  tq_fill_pairs<KBITS, PITCH, THREADS>(arena + K_TABLE, arena + K_HIGH_TABLE, k_centroid, place.tid);
+  if (V_TABLE != K_TABLE) {
+    tq_fill_pairs<VBITS, PITCH, THREADS>(arena + V_TABLE, arena + V_HIGH_TABLE, v_centroid, place.tid);
+  }
+  tq_rotate_queries(place, inputs, work, arena, means);
+  if (!tq_is_power_of_two(D)) tq_copy_first_tiles(ring, inputs, work.head, place.lane);
+  __syncthreads();
+}
+
+// The scales of a tile's tokens that are rows r and r + 8 of unit u: at 4u and 4u + 2; values' TILE further.
+TQ_FN const __half* tq_scales(const uchar* tile, TqLane at) {
+  return reinterpret_cast<const __half*>(tile + SCALES_AT) + (at.r >> 1) * BLOCK_TOKENS + (at.r & 1);
+}
+
+// Scores s of unit u: tokens r and r + 8 by query rows 2c and 2c + 1. t0: the tile's first token.
+TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, TqBounds bounds, TqLane at,
+                         uint lane_4, int t0, int u, float* s) {
+  const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
+  uint words[2][K_WORDS + 1];
+  tq_bits<K_PART, K_BYTES>(tile, row, at.c, words[0]);
+  tq_bits<K_PART, K_BYTES>(tile, row + 2, at.c, words[1]);
+  uint later[2][K_WORDS];
+  tq_later_words<KBITS, PITCH, K_WORDS>(words[0], later[0]);
+  tq_later_words<KBITS, PITCH, K_WORDS>(words[1], later[1]);
+  auto key_pair = [&](int row, int n) {
+    return tq_pair_at<KBITS, PITCH>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], n, lane_4);
+  };
+  float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    const uint row = (r >> 1) * BLOCK_TOKENS + 4 * u + (r & 1);
-    uint k_words[2][K_WORDS + 1];
-    tq_bits<K_PART, K_BYTES>(from, row, c, k_words[0]);
-    tq_bits<K_PART, K_BYTES>(from, row + 2, c, k_words[1]);
-    uint k_later[2][K_WORDS];
-    tq_later_words<KBITS, PITCH, K_WORDS>(k_words[0], k_later[0]);
-    tq_later_words<KBITS, PITCH, K_WORDS>(k_words[1], k_later[1]);
-    auto key_pair = [&](int row, int n) {
-      return tq_pair_at<KBITS, PITCH>(arena + K_TABLE, arena + K_HIGH_TABLE, k_words[row], k_later[row], n, lane_4);
+  for (int i = 0; i < D / 16; i++) {
+    tq_mma(i % 2 ? odd : even, key_pair(0, 2 * i), key_pair(1, 2 * i), key_pair(0, 2 * i + 1), key_pair(1, 2 * i + 1),
+           queries.pairs[2 * i], queries.pairs[2 * i + 1]);
+  }
+  const __half* scales = tq_scales(tile, at);
+  const float scale_0 = __half2float(scales[4 * u]), scale_1 = __half2float(scales[4 * u + 2]);
+  s[0] = (even[0] + odd[0]) * scale_0 + queries.mean_0;
+  s[1] = (even[1] + odd[1]) * scale_0 + queries.mean_1;
+  s[2] = (even[2] + odd[2]) * scale_1 + queries.mean_0;
+  s[3] = (even[3] + odd[3]) * scale_1 + queries.mean_1;
+  if (QROWS > 1 || bounds.low_1 > t0) {
+    const int token = t0 + int(row);
+    if (token >= bounds.limit_0 || token < bounds.low_0) s[0] = TQ_MASKED;
+    if (token >= bounds.limit_1 || token < bounds.low_1) s[1] = TQ_MASKED;
+    if (token + 2 >= bounds.limit_0 || token + 2 < bounds.low_0) s[2] = TQ_MASKED;
+    if (token + 2 >= bounds.limit_1 || token + 2 < bounds.low_1) s[3] = TQ_MASKED;
+  }
+}
+
+// Eight dims of four tokens' values, from code 8j of the lane's words on, to registers of four pairs: even and odd dims of
+// the first two tokens, then of the other two.
+TQ_FN void tq_value_pairs(const uint (*words)[V_WORDS + 1], int j, uint* pairs) {
+  uint x[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint* w = words[i];
+    const int word = 8 * VBITS * j >> 5, shift = 8 * VBITS * j & 31;
+    x[i] = shift + 8 * VBITS > 32 ? __funnelshift_r(w[word], w[word + 1], shift) : w[word] >> shift;
+  }
+  pairs[0] = (x[0] & EVEN) | ((x[1] & EVEN) << VBITS);
+  pairs[1] = ((x[0] >> VBITS) & EVEN) | (x[1] & (EVEN << VBITS));
+  pairs[2] = (x[2] & EVEN) | ((x[3] & EVEN) << VBITS);
+  pairs[3] = ((x[2] >> VBITS) & EVEN) | (x[3] & (EVEN << VBITS));
+}
+
+// Adds unit u's values, with weights p where tq_score_unit has scores.
+TQ_FN void tq_add_unit(const uchar* tile, const uchar* arena, TqLane at, uint lane_4, int u, const float* p, TqMmaRows& rows) {
+  const __half* scales = tq_scales(tile, at) + TILE;
+  const float scale_0 = __half2float(scales[4 * u]), scale_1 = __half2float(scales[4 * u + 2]);
+  const uint b_0 = tq_transpose(tq_half_pair(p[0] * scale_0, p[1] * scale_0));
+  const uint b_1 = tq_transpose(tq_half_pair(p[2] * scale_1, p[3] * scale_1));
+  uint words[4][V_WORDS + 1];
+#pragma unroll
+  for (int i = 0; i < 4; i++) tq_bits<V_PART, V_BYTES>(tile + V_AT + at.c * V_BLOCK_BYTES, 4 * u + i, at.r, words[i]);
+#pragma unroll
+  for (int j = 0; j < (DV + 63) / 64; j++) {  // eight dims: two registers of four products
+    uint pairs[4], later[4];
+    tq_value_pairs(words, j, pairs);
+#pragma unroll
+    for (int i = 0; i < 4; i++) tq_later_words<VBITS, PITCH, 1>(pairs + i, later + i);
+    auto value_pair = [&](int i, int n) {
+      return tq_pair_at<VBITS, PITCH>(arena + V_TABLE, arena + V_HIGH_TABLE, pairs + i, later + i, n, lane_4);
     };
-    float s_even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, s_odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-      tq_mma(i % 2 ? s_odd : s_even, key_pair(0, 2 * i), key_pair(1, 2 * i), key_pair(0, 2 * i + 1),
-             key_pair(1, 2 * i + 1), q_fragments[2 * i], q_fragments[2 * i + 1]);
-    }
-    const float k_scale_0 = __half2float(scales[4 * u]), k_scale_1 = __half2float(scales[4 * u + 2]);
-    s[u][0] = (s_even[0] + s_odd[0]) * k_scale_0 + mean_0;
-    s[u][1] = (s_even[1] + s_odd[1]) * k_scale_0 + mean_1;
-    s[u][2] = (s_even[2] + s_odd[2]) * k_scale_1 + mean_0;
-    s[u][3] = (s_even[3] + s_odd[3]) * k_scale_1 + mean_1;
-    if (QROWS > 1 || low_1 > t0) {
-      const int token = t0 + int(row);
-      if (token >= limit_0 || token < low_0) s[u][0] = TQ_MASKED;
-      if (token >= limit_1 || token < low_1) s[u][1] = TQ_MASKED;
-      if (token + 2 >= limit_0 || token + 2 < low_0) s[u][2] = TQ_MASKED;
-      if (token + 2 >= limit_1 || token + 2 < low_1) s[u][3] = TQ_MASKED;
-    }
-  }
-  float n_0 = m_0, n_1 = m_1;
-#pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    n_0 = fmaxf(n_0, fmaxf(s[u][0], s[u][2]));
-    n_1 = fmaxf(n_1, fmaxf(s[u][1], s[u][3]));
-  }
-#include "mma_raise.h"
-#pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    const float p_0 = tq_exp2(s[u][0] - m_0), p_1 = tq_exp2(s[u][1] - m_1);
-    const float p_2 = tq_exp2(s[u][2] - m_0), p_3 = tq_exp2(s[u][3] - m_1);
-    l_0 += p_0 + p_2;
-    l_1 += p_1 + p_3;
-    const float v_scale_0 = __half2float(scales[TILE + 4 * u]), v_scale_1 = __half2float(scales[TILE + 4 * u + 2]);
-    const uint b_0 = tq_transpose(tq_half_pair(p_0 * v_scale_0, p_1 * v_scale_0));
-    const uint b_1 = tq_transpose(tq_half_pair(p_2 * v_scale_1, p_3 * v_scale_1));
-    uint v_words[4][V_WORDS + 1];
-#pragma unroll
-    for (int i = 0; i < 4; i++) tq_bits<V_PART, V_BYTES>(from + K_TILE + c * V_BLOCK, 4 * u + i, r, v_words[i]);
-#pragma unroll
-    for (int j = 0; j < (DV + 63) / 64; j++) {  // eight dims: two registers of four products
-      uint x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint* w = v_words[i];
-        const int word = 8 * VBITS * j >> 5, shift = 8 * VBITS * j & 31;
-        x[i] = shift + 8 * VBITS > 32 ? __funnelshift_r(w[word], w[word + 1], shift) : w[word] >> shift;
-      }
-      // Registers of four pairs: even and odd dims of the first two tokens, then of the other two.
-      const uint pairs[4] = {(x[0] & EVEN) | ((x[1] & EVEN) << VBITS), ((x[0] >> VBITS) & EVEN) | (x[1] & (EVEN << VBITS)),
-                             (x[2] & EVEN) | ((x[3] & EVEN) << VBITS), ((x[2] >> VBITS) & EVEN) | (x[3] & (EVEN << VBITS))};
-      uint later[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) tq_later_words<VBITS, PITCH, 1>(pairs + i, later + i);
-      auto value_pair = [&](int i, int n) {
-        return tq_pair_at<VBITS, PITCH>(arena + V_TABLE, arena + V_HIGH_TABLE, pairs + i, later + i, n, lane_4);
-      };
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (4 * j + i >= DV / 16) break;
-        tq_mma(o[4 * j + i], value_pair(0, i), value_pair(1, i), value_pair(2, i), value_pair(3, i), b_0, b_1);
-      }
+    for (int i = 0; i < 4; i++) {
+      if (4 * j + i >= DV / 16) break;
+      tq_mma(rows.o[4 * j + i], value_pair(0, i), value_pair(1, i), value_pair(2, i), value_pair(3, i), b_0, b_1);
     }
   }
 }
-#if !TQ_BULK
-tq_copies_wait<0>();
-#endif
+
+// A block's run of compressed tokens; returns how many warps have something to add.
+TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uchar* arena, TqMmaShared& shared,
+                          TqMmaRows& rows) {
+  TqRing ring = tq_ring(place, inputs, work, arena, shared.barriers + int(place.warp) * (BULK ? STAGES : 0));
+  tq_prepare(place, inputs, work, ring, arena, shared.mean);
+  const TqLane at = tq_lane(place);
+  const TqQueryFragments queries = tq_query_fragments(at, tq_shared_queries(arena), shared.mean);
+  const TqBounds bounds = tq_bounds(work, at, ring.end);
+  const uint lane_4 = 4 * place.lane;
+  for (int t0 = ring.begin; t0 < ring.end; t0 += RING_STEP) {
+    const uchar* tile = tq_next_tile(ring);
+    tq_copy_tile(ring, inputs, work.head, place.lane);
+    float s[UNITS][4];
+    float peak_0 = rows.peak[0], peak_1 = rows.peak[1];
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      tq_score_unit(tile, arena, queries, bounds, at, lane_4, t0, u, s[u]);
+      peak_0 = fmaxf(peak_0, fmaxf(s[u][0], s[u][2]));
+      peak_1 = fmaxf(peak_1, fmaxf(s[u][1], s[u][3]));
+    }
+    tq_raise(rows, peak_0, peak_1);
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      tq_weigh(rows, s[u]);
+      tq_add_unit(tile, arena, at, lane_4, u, s[u], rows);
+    }
+  }
+  if (!BULK) tq_copies_wait<0>();
+  return min(WARPS, (ring.end - work.first_tile * 32 + TILE - 1) / TILE);
+}

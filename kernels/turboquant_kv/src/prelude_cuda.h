@@ -1,18 +1,23 @@
 // The small vocabulary in which every kernel here is written, for CUDA. prelude_metal.h is its twin.
+#pragma once
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #define TQ_FN __device__ __forceinline__
 #define TQ_DEVICE
 #define TQ_SHARED
 #define TQ_THREAD
-#define TQ_SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define TQ_SHARED_VARIABLE(type, name) __shared__ type name
 #define TQ_BARRIER() __syncthreads()
 #define TQ_TABLE __device__ const
+#define TQ_CONSTANT constexpr
+// TqPlace of common.h; Metal's threads are told where they stand by parameters of the kernel.
+#define TQ_PLACE {threadIdx.x, threadIdx.x & 31, threadIdx.x >> 5, blockIdx.x, blockIdx.y, blockIdx.z, gridDim.x}
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
+typedef __half Half;
 
 TQ_FN float tq_shuffle(float x, uint lane) { return __shfl_sync(~0u, x, lane); }
 TQ_FN uint tq_shuffle(uint x, uint lane) { return __shfl_sync(~0u, x, lane); }
@@ -84,3 +89,9 @@ TQ_FN void tq_store8(float* p, const float* x) {
 // Whether eight neighbours of a row can be read at once.
 template <typename T>
 TQ_FN bool tq_is_wide(const T* row, int stride) { return stride == 1 && (ulong(row) & 15) == 0; }
+
+// Dynamic shared memory; backends/gpu/arena.py says what lies where.
+TQ_FN uchar* tq_arena() {
+  extern __shared__ __align__(128) uchar arena[];
+  return arena;
+}

@@ -1,12 +1,16 @@
 // The small vocabulary in which every kernel here is written, for Metal. prelude_cuda.h is its twin.
 // MLX includes the Metal standard library and its bfloat16_t before this text.
-#define TQ_FN inline
+#pragma once
+#define TQ_FN METAL_FUNC
 #define TQ_DEVICE device
 #define TQ_SHARED threadgroup
 #define TQ_THREAD thread
-#define TQ_SHARED_ARRAY(type, name, count) threadgroup type name[count]
+#define TQ_SHARED_VARIABLE(type, name) threadgroup type name
 #define TQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define TQ_TABLE constant
+#define TQ_CONSTANT static constant constexpr const
+
+typedef half Half;
 
 TQ_FN float tq_lane_sum(float x) { return simd_sum(x); }
 TQ_FN float tq_lane_max(float x) { return simd_max(x); }
@@ -17,6 +21,6 @@ TQ_FN float tq_as_float(int bits) { return as_type<float>(bits); }
 TQ_FN float tq_exp2(float x) { return exp2(x); }
 TQ_FN float tq_sqrt(float x) { return sqrt(x); }
 TQ_FN float tq_max(float a, float b) { return a > b ? a : b; }
-// Whether a row's neighbours lie side by side; eight are read one by one all the same (common.h, page_helpers.h).
+// Whether a row's neighbours lie side by side; eight are read one by one all the same (common.h).
 template <typename T>
 TQ_FN bool tq_is_wide(const device T*, int stride) { return stride == 1; }

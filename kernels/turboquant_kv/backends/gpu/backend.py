@@ -25,18 +25,13 @@ from turboquant_kv.backends.base import (
     SequenceView,
     StepPlan,
 )
+from turboquant_kv.backends.gpu.device import MIN_CAPABILITY, compute_capability
+from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
-from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs, is_power_of_two
+from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
-from turboquant_kv.backends.gpu.plan import (
-    MAX_QUERY_ROWS,
-    MIN_CAPABILITY,
-    MIN_ELEMENTS,
-    DecodeShape,
-    Figures,
-    compute_capability,
-)
+from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.page_runs import runs_of
@@ -92,15 +87,15 @@ class GpuStepPlan(StepPlan):
     def __init__(self, views: Sequence[SequenceView], page_table: mx.array) -> None:
         self.page_table = page_table
         self.sink_rows, self.window_rows = [_num_rows(v.sink) for v in views], [_num_rows(v.window) for v in views]
-        self.separate: tuple[Figures, ...] = tuple([_figures(view, 0, 0) for view in views])
+        self.separate: tuple[SequenceFigures, ...] = tuple([_figures(view) for view in views])
 
     @cached_property
-    def joined(self) -> tuple[Figures, ...]:
+    def joined(self) -> tuple[SequenceFigures, ...]:
         """Figures of exact rows that lie behind each other."""
         figures = []
         sink_offset = window_offset = 0
         for row, num_sink, num_window in zip(self.separate, self.sink_rows, self.window_rows, strict=True):
-            figures.append((*row[:3], sink_offset, row[4], window_offset, *row[6:]))
+            figures.append(row._replace(sink_offset=sink_offset, window_offset=window_offset))
             sink_offset += num_sink
             window_offset += num_window
         return tuple(figures)
@@ -178,7 +173,7 @@ class GpuStore(CanonicalStorage, LayerStore):
 
     def layer_inputs(
         self, views: Sequence[SequenceView], plan: GpuStepPlan, max_sets: int
-    ) -> tuple[LayerInputs, tuple[Figures, ...]]:
+    ) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
         """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
@@ -331,17 +326,18 @@ def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerS
     return shape
 
 
-def _figures(view: SequenceView, sink_offset: int, window_offset: int) -> Figures:
+def _figures(view: SequenceView) -> SequenceFigures:
+    """With exact rows in arrays of the sequence's own."""
     sink, window = view.sink, view.window
-    return (
-        view.q_start,
-        view.num_queries,
-        len(view.page_ids),
-        sink_offset,
-        0 if sink is None else sink.num_rows,
-        window_offset,
-        0 if window is None else window.start,
-        0 if window is None else window.num_rows,
+    return SequenceFigures(
+        q_start=view.q_start,
+        num_queries=view.num_queries,
+        num_pages=len(view.page_ids),
+        sink_offset=0,
+        num_sink=0 if sink is None else sink.num_rows,
+        window_offset=0,
+        window_start=0 if window is None else window.start,
+        num_window=0 if window is None else window.num_rows,
     )
 
 

@@ -14,16 +14,17 @@ import mlx.core as mx
 import numpy as np
 
 from turboquant_kv.backends.base import SequenceView
+from turboquant_kv.backends.gpu.arena import prefill_arena
+from turboquant_kv.backends.gpu.figures import LOG2_E, PrefillFigures, array_of
 from turboquant_kv.backends.gpu.source import (
+    PLACE,
     Constants,
     Dialect,
     Kernel,
     KernelFactory,
     KernelText,
-    constants_text,
-    header,
+    header_text,
     mlx_factory,
-    piece,
 )
 from turboquant_kv.codec.format import UnsupportedFormatError
 
@@ -35,7 +36,6 @@ DTYPES = (mx.float16, mx.bfloat16)
 # an H100 it was 5% slower, 10% with three stages.
 WARPS = 4
 STAGES = 2
-LOG2_E = 1.4426950408889634
 NO_SINK = -1e30  # a logit that weighs nothing
 
 
@@ -65,12 +65,6 @@ class FlashShape:
     def rows(self) -> int:
         """Queries of a block, all of one head."""
         return WARPS * self.warp_rows
-
-    @property
-    def arena_bytes(self) -> int:
-        """Dynamic shared memory: queries and STAGES tiles, rows of 128-byte pieces (src/prefill_setup.h has it too)."""
-        k_pitch, v_pitch = (2 * -(-dim // 64) * 64 for dim in (self.k_dim, self.v_dim))
-        return self.rows * k_pitch + STAGES * self.columns * (k_pitch + v_pitch)
 
 
 class FlashKernels:
@@ -114,14 +108,21 @@ class FlashKernels:
             raise UnsupportedFormatError(f"queries {queries.shape} over {history[0].shape} do not fit {shape}")
         # a run of rows begins at a multiple of a warp's behind the sink, up to warp_rows - 1 before the first query
         num_blocks = -(-((view.q_start - shape.sink_tokens) % shape.warp_rows + num_rows) // shape.rows)
-        window_start = 0 if view.window is None else view.window.start
+        figures = PrefillFigures(
+            q_start=view.q_start,
+            num_queries=view.num_queries,
+            num_rows=num_rows,
+            num_sink=num_sink,
+            num_tokens=num_tokens,
+            window_start=0 if view.window is None else view.window.start,
+            num_window=num_window,
+            scale=scale * LOG2_E,
+        )
         out: mx.array = self._kernel(shape)(
             inputs=[
                 queries,
                 *history,
-                _figures(
-                    view.q_start, view.num_queries, num_rows, num_sink, num_tokens, window_start, num_window, scale
-                ),
+                _uploaded(figures),
                 _no_sinks(num_heads) if sinks is None else sinks.astype(mx.float32),
             ],
             grid=(32 * WARPS * num_blocks, num_heads, 1),
@@ -144,11 +145,10 @@ class FlashKernels:
         return kernel
 
 
-@lru_cache(maxsize=16)  # all layers of a step ask for the same ones
-def _figures(*values: float) -> mx.array:
-    """The figures of src/prefill_setup.h; the last value is the scale."""
-    scale_bits = int(np.float32(values[-1] * LOG2_E).view(np.int32))
-    return mx.array(np.array([*values[:-1], scale_bits], np.int32))
+@lru_cache(maxsize=16)
+def _uploaded(figures: PrefillFigures) -> mx.array:
+    """All layers of a step ask for the same ones."""
+    return array_of(figures)
 
 
 @cache
@@ -157,14 +157,15 @@ def _no_sinks(num_heads: int) -> mx.array:
 
 
 def flash_text(shape: FlashShape) -> KernelText:
-    """The prefill kernel of a shape, in CUDA's dialect."""
+    """The prefill kernel of a shape, in CUDA's dialect: src/prefill.h."""
+    arena = prefill_arena(shape.k_dim, shape.v_dim, shape.rows, shape.columns, STAGES)
     constants: Constants = {
         **{"D": shape.k_dim, "DV": shape.v_dim, "G": shape.num_q_heads // shape.num_kv_heads},
         **{"PAGE": shape.page_tokens, "SINK": shape.sink_tokens, "In": shape.dtype},
         **{"WARPS": WARPS, "STAGES": STAGES, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
+        **arena.constants,
     }
-    pieces = ("opening_cuda", "prefill_setup", "prefill_tiles", "prefill_write")
-    body = constants_text("cuda", constants) + "".join(map(piece, pieces))
-    head = header("cuda", "mma", piece("prefill_helpers"))
+    source = f"tq_prefill({PLACE['cuda']}, {{queries, keys, values, figures, sinks}}, out);\n"
+    head = header_text("cuda", constants, "", "prefill")
     # contiguous: queries are copied if they are not, which a launch of this length hides
-    return KernelText("prefill", FLASH_INPUTS, ("out",), body, head, shape.arena_bytes, contiguous=True)
+    return KernelText("prefill", FLASH_INPUTS, ("out",), source, head, arena.num_bytes, contiguous=True)

@@ -1,6 +1,6 @@
 """Kernels over whole pages: encoding exact rows, and one side of a history decoded for prefill.
 
-Leaves the text's vocabulary to source.py and where results go to gpu.py.
+Leaves the text's vocabulary to source.py and where results go to backend.py.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from turboquant_kv.backends.gpu.figures import AnyFigures, EncodeFigures, HistoryFigures, array_of
 from turboquant_kv.backends.gpu.source import (
-    ENCODE_INPUTS,
-    HISTORY_INPUTS,
+    PLACE,
     Constants,
     Dialect,
     Kernel,
     KernelFactory,
     KernelText,
-    constants_text,
-    header,
-    included,
+    header_text,
     mlx_factory,
+    strided,
     table_text,
 )
 from turboquant_kv.codec.codebook import centroids, thresholds
-from turboquant_kv.codec.format import ScaleKind
+from turboquant_kv.codec.format import ScaleKind, code_bytes
 from turboquant_kv.codec.rotation import Signs, hadamard_base
 
+ENCODE_INPUTS = ("rows", "figures", "constants")
+HISTORY_INPUTS = ("codes", "scales", "page_ids", "sink", "window", "figures", "constants")
 THREADS = 128
 # Of a power of two dims, what a thread holds of a vector: 8 or 16. More exchange less and need more registers.
 LANE_DIMS = 8
@@ -55,7 +56,7 @@ class SideShape:
 
     @property
     def lanes(self) -> int:
-        """Neighbouring threads that share a vector, each with LANE_DIMS of it or a column of src/page_helpers.h."""
+        """Neighbouring threads that share a vector, each with LANE_DIMS of it or a column of src/pages.h."""
         return min(32, self.dim // LANE_DIMS) if self.base == 1 else self.dim // self.base
 
     @property
@@ -65,9 +66,9 @@ class SideShape:
 
 
 @lru_cache(maxsize=64)
-def _figures(*values: int) -> mx.array:
-    """As an array of eight: fewer would come in another of Metal's address spaces."""
-    return mx.array(np.array([*values, *(0 for _ in range(8 - len(values)))], np.int32))
+def _uploaded(figures: AnyFigures) -> mx.array:
+    """All layers of a step ask for the same ones."""
+    return array_of(figures)
 
 
 class PageKernels:
@@ -92,10 +93,10 @@ class PageKernels:
         num_rows, block_rows = rows.shape[1], THREADS // shape.lanes
         pages = (num_rows // shape.page_tokens, shape.num_heads, shape.page_tokens)
         packed, scales = self._kernel("encode", shape)(
-            inputs=[rows, _figures(num_rows), constants],
+            inputs=[rows, _uploaded(EncodeFigures(num_rows)), constants],
             grid=(THREADS * -(-num_rows // block_rows), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=[(*pages, shape.dim * shape.bits // 8), pages],
+            output_shapes=[(*pages, code_bytes(shape.dim, shape.bits)), pages],
             output_dtypes=[mx.uint8, mx.float16],
         )
         return packed, scales
@@ -112,9 +113,10 @@ class PageKernels:
     ) -> mx.array:
         """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. sink, window: rows and how many."""
         num_columns, block_columns = sink[1] + num_tokens + window[1], THREADS // shape.lanes * shape.rounds
+        figures = HistoryFigures(num_columns=num_columns, num_sink=sink[1], num_tokens=num_tokens)
         history: mx.array
         (history,) = self._kernel("history", shape)(
-            inputs=[*pages, page_ids, sink[0], window[0], _figures(num_columns, sink[1], num_tokens), constants],
+            inputs=[*pages, page_ids, sink[0], window[0], _uploaded(figures), constants],
             grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(shape.num_heads, num_columns, shape.dim)],
@@ -124,33 +126,42 @@ class PageKernels:
 
 
 def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
-    """Exact rows to codes."""
+    """Exact rows to codes: src/encode.h."""
+    constants = {**_constants(shape), "SCALE_KIND": SCALE_KINDS[shape.scale], "In": shape.dtype}
     tables = table_text("tq_book", centroids(shape.bits)) + table_text("tq_thresholds", thresholds(shape.bits))
-    body = _body(dialect, shape, "encode", {"In": shape.dtype, "Half": mx.float16})
-    head = _head(dialect, tables, hadamard_base(shape.dim))
-    return KernelText("encode", ENCODE_INPUTS, ("packed", "scales"), body, head)
+    source = (
+        "TQ_SHARED_VARIABLE(TqEncodeShared, shared);\n"
+        f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, constants}}, tq_encode_figures(figures), "
+        "{packed, scales}, shared);\n"
+    )
+    head = header_text(dialect, constants, tables + _base_text(hadamard_base(shape.dim)), "encode")
+    return KernelText("encode", ENCODE_INPUTS, ("packed", "scales"), source, head)
 
 
 def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
-    """Codes and exact rows to full vectors."""
-    body = _body(dialect, shape, "history", {"Exact": shape.dtype, "ROUNDS": shape.rounds})
-    head = _head(dialect, table_text("tq_book", centroids(shape.bits)), hadamard_base(shape.dim).T)
-    return KernelText("history", HISTORY_INPUTS, ("history",), body, head)
+    """Codes and exact rows to full vectors: src/history.h."""
+    constants = {**_constants(shape), "ROUNDS": shape.rounds, "Exact": shape.dtype}
+    tables = table_text("tq_book", centroids(shape.bits)) + _base_text(hadamard_base(shape.dim).T)
+    source = (
+        "TQ_SHARED_VARIABLE(TqHistoryShared, shared);\n"
+        f"tq_history({PLACE[dialect]}, {{codes, scales, page_ids, {strided('sink', 3)}, {strided('window', 3)}, "
+        "constants}, tq_history_figures(figures), history, shared);\n"
+    )
+    return KernelText(
+        "history", HISTORY_INPUTS, ("history",), source, header_text(dialect, constants, tables, "history")
+    )
 
 
-def _body(dialect: Dialect, shape: SideShape, name: str, more: Constants) -> str:
+def _constants(shape: SideShape) -> Constants:
     per_lane = shape.dim // shape.lanes
-    constants: Constants = {
+    return {
         **{"D": shape.dim, "BITS": shape.bits, "HEADS": shape.num_heads, "PAGE": shape.page_tokens},
-        **{"ROTATION": shape.dim, "SCALE_KIND": SCALE_KINDS[shape.scale]},
         **{"BASE": shape.base, "LANES": shape.lanes, "PER": per_lane, "UNITS": -(-per_lane // 8)},
-        **more,
     }
-    return constants_text(dialect, constants) + included(dialect, f"opening_{dialect}") + included(dialect, name)
 
 
-def _head(dialect: Dialect, tables: str, base: Signs) -> str:
+def _base_text(base: Signs) -> str:
+    """tq_base of src/pages.h."""
     rows = [sum(1 << int(k) for k in np.flatnonzero(row < 0)) for row in base]
     choice = "".join(f"i == {i} ? {row}u : " for i, row in enumerate(rows[:-1]))
-    mix = f"TQ_FN uint tq_base(int i) {{ return {choice}{rows[-1]}u; }}\n"
-    return header(dialect, "portable", tables + mix + included(dialect, "page_helpers"))
+    return f"TQ_FN uint tq_base(int i) {{ return {choice}{rows[-1]}u; }}\n"

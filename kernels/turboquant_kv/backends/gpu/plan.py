@@ -1,228 +1,105 @@
-"""What a decode kernel is compiled for, how its work is split over the GPU, and the figures it is told.
+"""The plan of a decode step: how its work is split over the GPU, as one array that all layers share.
 
-Owns shapes, their checks, tuning and the `plan` array. Leaves text to source.py and launches to launch.py.
+Owns the split and the plans of the steps before. The array's structs are figures.py's; launching is launch.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from operator import sub
+from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from turboquant_kv.backends.gpu.source import Dialect, Variant
-from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, UnsupportedFormatError, code_bytes
+from turboquant_kv.backends.gpu.arena import MAX_PARTS
+from turboquant_kv.backends.gpu.figures import LOG2_E, SequenceFigures, StepFigures, array_of
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.tuning import Tuning
 
 TILE_TOKENS = 32  # the plan's unit
-MAX_QUERY_ROWS = 8  # per sequence; more is prefill
-MAX_PARTS = 256  # of one sequence: the combine kernel keeps a weight of each in shared memory
 NO_WINDOW = 1 << 30
-LOG2_E = 1.4426950408889634
-# Kernel inputs of fewer elements would come in Metal's constant address space, and so as another kernel.
-MIN_ELEMENTS = 8
-
-Figures = tuple[int, ...]
-"""One sequence as the kernels see it: first query's position, queries, pages, sink offset, sink rows, window offset,
-window's position, window rows. Offsets are rows into the batch's joined exact arrays."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeShape:
-    """What a decode kernel is compiled for."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    k_dim: int
-    v_dim: int
-    k_bits: int
-    v_bits: int
-    page_tokens: int
-    sink_tokens: int
-    num_rows: int  # query rows per sequence
-    dtype: mx.Dtype  # of queries and output
-    exact_dtype: mx.Dtype
-
-    def check(self) -> None:
-        """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""
-        for name, value, known in (
-            ("k_dim", self.k_dim, SUPPORTED_HEAD_DIMS),
-            ("v_dim", self.v_dim, SUPPORTED_HEAD_DIMS),
-            ("k_bits", self.k_bits, SUPPORTED_BITS),
-            ("v_bits", self.v_bits, SUPPORTED_BITS),
-            ("num_rows", self.num_rows, range(1, MAX_QUERY_ROWS + 1)),
-        ):
-            if value not in known:
-                raise UnsupportedFormatError(f"no GPU kernel for {name}={value}")
-        if self.num_q_heads % self.num_kv_heads or self.page_tokens % 16:
-            raise UnsupportedFormatError(f"no GPU kernel for {self}")
-
-    @property
-    def group(self) -> int:
-        return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def tile(self) -> int:
-        """Tokens that a warp of the tensor-core variant takes at once; they never straddle a page."""
-        return 32 if max(self.k_dim, self.v_dim) <= 128 and self.page_tokens % 32 == 0 else 16
-
-    @property
-    def has_mma(self) -> bool:
-        """Whether the tensor-core variant covers it (on CUDA)."""
-        dims = (self.k_dim, self.v_dim)
-        if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
-            return False
-        return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
-
-    @property
-    def has_simd(self) -> bool:
-        """Whether the variant on 8x8 matrices covers it (on Metal)."""
-        return max(self.k_dim, self.v_dim) <= 256
-
-    @property
-    def has_exact_mma(self) -> bool:
-        """Whether its exact rows may use tensor cores as well."""
-        return self.dtype == self.exact_dtype and self.dtype != mx.float32
-
-    def rows_per_block(self, variant: Variant) -> int:
-        """Query rows that share one unpacking; Metal's 32 KB of threadgroup memory hold four of 512 dims."""
-        if variant != "portable":
-            return 8
-        return min(8 if max(self.k_dim, self.v_dim) <= 256 else 4, self.group * self.num_rows)
-
-    def live_rows(self, variant: Variant) -> int:
-        return min(self.rows_per_block(variant), self.group * self.num_rows)
-
-    def num_chunks(self, variant: Variant) -> int:
-        return -(-self.group * self.num_rows // self.rows_per_block(variant))
+PLANS_KEPT = 64
+# What a step that closes no page adds to a sequence: its first query's position and a window row.
+ONE_ROW_MORE = SequenceFigures(
+    q_start=1, num_queries=0, num_pages=0, sink_offset=0, num_sink=0, window_offset=0, window_start=0, num_window=1
+)
+_NO_CHANGE = StepFigures(tiles_per_block=0, table_width=0, blocks_per_group=0, num_parts=0, scale=0.0, reach=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """How a decode kernel is cut; measured figures are in docs/performance.md."""
+class Plan(NamedTuple):
+    """What all layers of a step share: the array that kernels read, and the launch that it describes."""
 
-    warps: int = 4
-    tile: int = 32  # tokens a warp takes at once (mma)
-    stages: int = 2  # of those, how many lie in its ring (mma)
-    pitch: int = 128  # bytes between entries of the table of pairs; 256 saves an instruction an entry (mma)
-    bulk: bool = False  # tiles are copied by Hopper's copy engine (mma)
-    blocks: int = 528  # thread blocks that run at the same time
-    resident: int = 1  # blocks that share a processor (mma)
-    fused: bool = True  # the last block of a row group merges, instead of a second launch (mma)
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
+    array: mx.array  # StepFigures, then each sequence's SequenceFigures, flat int32
+    row_groups: int
+    grid: tuple[int, int, int]
+    num_floats: int  # of all parts
+    out_shape: tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a GPU offers to a kernel."""
+class PlanKey(NamedTuple):
+    """What a plan depends on."""
 
-    processors: int
-    shared_bytes: int  # of one thread block at most
-    has_bulk_copies: bool
-
-
-HOPPER = Device(132, 227 << 10, True)
-AMPERE = Device(108, 163 << 10, False)
-SMALL = Device(84, 99 << 10, False)  # consumers' cards; their number of processors varies and is not told
-PORTABLE = Tuning()
-# Metal does not tell how many cores there are, 8 to 40 in Macs; about four such blocks fit the registers of one.
-SIMD = Tuning(blocks=128)
-# Matrices cost the same for one row as for eight. Modelled from counted operations and published throughputs, not
-# measured: from so many rows on, the worse of the model's two assumptions loses less with them (docs/metal.md).
-MIN_SIMD_ROWS = 3
+    sequences: tuple[SequenceFigures, ...]
+    table_width: int
+    scale: float
+    reach: int
 
 
-MIN_CAPABILITY = (8, 0)  # of CUDA devices: asynchronous copies and the tensor cores' products
+class StepPlans:
+    """The plans of one shape's decode steps, the latest PLANS_KEPT of them."""
+
+    def __init__(self, shape: DecodeShape, variant: Variant, tuning: Tuning) -> None:
+        self._shape, self._variant, self._tuning = shape, variant, tuning
+        self._kept: dict[PlanKey, Plan] = {}
+
+    def plan_for(self, key: PlanKey) -> Plan:
+        """All layers of a step find the same one."""
+        found = self._kept.get(key)
+        if found is None:
+            found = self._advanced(key) or self._new_plan(key)
+            if len(self._kept) >= PLANS_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = found
+        return found
+
+    def _new_plan(self, key: PlanKey) -> Plan:
+        shape, batch = self._shape, len(key.sequences)
+        row_groups = batch * shape.num_chunks(self._variant) * shape.num_kv_heads
+        tiles, num_blocks = split(shape, self._variant, self._tuning, key.sequences, key.reach)
+        num_parts = num_blocks * row_groups
+        step = StepFigures(
+            tiles_per_block=tiles,
+            table_width=key.table_width,
+            blocks_per_group=num_blocks,
+            num_parts=num_parts,
+            scale=key.scale * LOG2_E,
+            reach=key.reach,
+        )
+        return Plan(
+            array_of(step, *key.sequences),
+            row_groups,
+            (self._tuning.threads * num_blocks, shape.num_kv_heads, row_groups // shape.num_kv_heads),
+            num_parts * shape.live_rows(self._variant) * (shape.v_dim + 2),
+            (batch, shape.num_q_heads, shape.num_rows, shape.v_dim),
+        )
+
+    def _advanced(self, key: PlanKey) -> Plan | None:
+        """The plan of a step before, if each sequence has one exact row more since, advanced by an addition on the GPU.
+
+        An array that the host has written costs a CUDA device a page fault, about 180 us.
+        """
+        if key.reach != NO_WINDOW:
+            return None  # a window moves the walk's first tile
+        before = tuple(SequenceFigures._make(map(sub, one, ONE_ROW_MORE)) for one in key.sequences)
+        plan = self._kept.get(key._replace(sequences=before))
+        return None if plan is None else plan._replace(array=plan.array + _one_row_more(len(before)))
 
 
-@cache
-def compute_capability() -> tuple[int, int]:
-    """Of the CUDA device that MLX uses; (0, 0) where there is none."""
-    if not mx.cuda.is_available():
-        return 0, 0
-    info = mx.device_info()
-    return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
-
-
-def this_device() -> Device:
-    """The CUDA device that MLX uses, by its compute capability: MLX tells no more."""
-    capability = compute_capability()
-    if capability[0] in (9, 10):
-        return HOPPER
-    return AMPERE if capability == (8, 0) else SMALL
-
-
-@lru_cache(maxsize=256)
-def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
-    """Constants but for tensor cores: as many warps in a block as registers allow, fewer where memory is small."""
-    if variant != "mma":
-        return SIMD if variant == "simd" else PORTABLE
-    narrow = max(shape.k_dim, shape.v_dim) <= 128
-    by_bytes = max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
-    bulk = device.has_bulk_copies
-    choices = [
-        Tuning(12 if narrow else 8, shape.tile, 2, 256 if by_bytes else 128, bulk, device.processors),
-        Tuning(8, shape.tile, 2, 128, bulk, device.processors),
-        Tuning(4, 16, 2, 128, bulk, device.processors),
-    ]
-    return next((t for t in choices if arena_bytes(shape, t) + STATIC_BYTES <= device.shared_bytes), choices[-1])
-
-
-STATIC_BYTES = 4096  # shared memory beside the arena, generously
-MAX_PAD = 128
-
-
-def v_gap(shape: DecodeShape, tile: int) -> int:
-    """Bytes between a tile's blocks of values in shared memory: blocks must begin 32 or 96 bytes apart, modulo 128."""
-    block = tile // 4 * code_bytes(shape.v_dim, shape.v_bits)
-    return next(gap for gap in range(0, MAX_PAD, 16) if (block + gap) % 128 in (32, 96) or block % 32)
-
-
-def table_layout(shape: DecodeShape, tuning: Tuning) -> dict[str, int]:
-    """Where the tables of pairs lie in shared memory and how long all are, by their names in the kernel's text.
-
-    With a pitch of 256 there are two tables side by side, of up to 256 entries of 128 bytes; codes of 3 bits have two.
-    """
-    tables: list[tuple[int, bool]] = []  # bits, and whether entries are told by a byte's high bits
-
-    def place(bits: int, high: bool) -> int:
-        if (bits, high) not in tables:
-            tables.append((bits, high))
-        index = tables.index((bits, high))
-        if tuning.pitch == 256:
-            return index // 2 * (256 << 8) + index % 2 * 128
-        return 128 * sum(1 << (2 * bits) for bits, _ in tables[:index])
-
-    offsets = {}
-    for name, bits in (("K", shape.k_bits), ("V", shape.v_bits)):
-        offsets[f"{name}_TABLE"] = place(bits, False)
-        offsets[f"{name}_HIGH_TABLE"] = place(bits, bits == 3 and tuning.pitch == 256)
-    if tuning.pitch == 256:
-        lengths = [256 << 8 if bits >= 3 else 256 << (2 * bits) for bits, _ in tables]
-        total = max(index // 2 * (256 << 8) + length for index, length in enumerate(lengths))
-    else:
-        total = 128 * sum(1 << (2 * bits) for bits, _ in tables)
-    return {**offsets, "TABLE_BYTES": total}
-
-
-def arena_bytes(shape: DecodeShape, tuning: Tuning) -> int:
-    """Dynamic shared memory of the tensor-core kernel (src/mma_shared.h has the same formulas)."""
-    tables = table_layout(shape, tuning)["TABLE_BYTES"]
-    queries = 16 * (shape.k_dim + 8)
-    stage = tuning.tile * (code_bytes(shape.k_dim, shape.k_bits) + code_bytes(shape.v_dim, shape.v_bits) + 4)
-    stage += 4 * v_gap(shape, tuning.tile)
-    rings = tuning.warps * tuning.stages * stage
-    # dense rotations: queries in float and partial sums, before the rings are used; sums of the values at the end
-    scratch = 32 * shape.k_dim * (1 + tuning.warps) if shape.k_dim & (shape.k_dim - 1) else 0
-    totals = tuning.warps * 8 * (shape.v_dim + 4) * 4
-    exact = 16 * (shape.k_dim + 8) if shape.has_exact_mma else tuning.warps * 128 * 4
-    finish = 4 * (tuning.warps * MAX_PARTS + (8 + max(8, tuning.warps)) * shape.v_dim)
-    finish += 32 * shape.v_dim * tuning.warps if shape.v_dim & (shape.v_dim - 1) else 0
-    return max(tables + queries + max(rings, scratch), totals, exact, finish)
+@lru_cache(maxsize=64)
+def _one_row_more(batch: int) -> mx.array:
+    """What a step adds to a plan of so many sequences."""
+    return array_of(_NO_CHANGE, *[ONE_ROW_MORE] * batch)
 
 
 # Of a block beside its tokens, in tokens: start, table, merge. Measured on an H100: about 5 us, and 6 ns a token.
@@ -230,15 +107,15 @@ BLOCK_COST = 800
 
 
 def split(
-    shape: DecodeShape, variant: Variant, tuning: Tuning, figures: Sequence[Figures], reach: int
+    shape: DecodeShape, variant: Variant, tuning: Tuning, sequences: Sequence[SequenceFigures], reach: int
 ) -> tuple[int, int]:
     """Tiles of 32 tokens per block and blocks per row group of the longest sequence, the exact rows' block included.
 
     Every block gets the same number of tokens, whatever the sequences' lengths, so that none waits for a long one: the
     number with which all are done soonest, `tuning.blocks` at a time.
     """
-    unseen = [max(0, f[0] - shape.sink_tokens + 1 - reach) // TILE_TOKENS for f in figures]
-    held = [-(-f[2] * shape.page_tokens // TILE_TOKENS) for f in figures]
+    unseen = [max(0, one.q_start - shape.sink_tokens + 1 - reach) // TILE_TOKENS for one in sequences]
+    held = [-(-one.num_pages * shape.page_tokens // TILE_TOKENS) for one in sequences]
     num_tiles = [max(0, n - before) for n, before in zip(held, unseen, strict=True)]
     # tiles that give every warp one, or what a page has
     least = max(1, min(tuning.warps * tuning.tile, shape.page_tokens) // TILE_TOKENS)
@@ -246,35 +123,13 @@ def split(
     groups = shape.num_kv_heads * shape.num_chunks(variant)
     at_once = max(1, tuning.blocks // groups)
     best, best_time = max(1, longest), float("inf")
-    for wanted in sorted({max(1, at_once * waves - k) for waves in (1, 2, 3) for k in range(len(figures) + 2)}):
+    for wanted in sorted({max(1, at_once * waves - k) for waves in (1, 2, 3) for k in range(len(sequences) + 2)}):
         tiles = max(least, -(-total // wanted), -(-longest // (MAX_PARTS - 1)))
         tiles = -(-tiles // least) * least
         blocks = sum(-(-n // tiles) for n in num_tiles)
         # the exact rows' blocks are short
-        waves = -(-(blocks + len(figures) // 2 + len(figures) % 2) // at_once)
+        waves = -(-(blocks + len(sequences) // 2 + len(sequences) % 2) // at_once)
         time = waves * (tiles * TILE_TOKENS + BLOCK_COST)
         if time < best_time:
             best, best_time = tiles, time
     return best, 1 + -(-longest // best)
-
-
-def make_plan(
-    figures: tuple[Figures, ...],
-    tiles_per_block: int,
-    table_width: int,
-    num_blocks: int,
-    num_parts: int,
-    scale: float,
-    reach: int,
-) -> mx.array:
-    """The plan array of src/plan.h."""
-    scale_bits = int(np.float32(scale * LOG2_E).view(np.int32))
-    head = (tiles_per_block, table_width, num_blocks, num_parts, scale_bits, reach, 0, 0)
-    return mx.array(np.array([*head, *(x for row in figures for x in row)], np.int32))
-
-
-def variant_for(dialect: Dialect, shape: DecodeShape) -> Variant:
-    """Matrices where they are written for it and expected to pay, the portable body elsewhere."""
-    if dialect == "metal":
-        return "simd" if shape.has_simd and shape.group * shape.num_rows >= MIN_SIMD_ROWS else "portable"
-    return "mma" if shape.has_mma else "portable"

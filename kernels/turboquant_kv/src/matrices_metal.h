@@ -1,5 +1,17 @@
-// Helpers of the matrix kernel: a lane's two elements of an 8x8 matrix, its part of a packed vector, pairs of codes.
+// Metal's 8x8 matrices as the decode kernel uses them: a lane's two elements, its part of a packed vector, pairs of codes.
+//
+// Lane (r, c) holds elements (r, 2c) and (r, 2c + 1) of a matrix; lanes lie so (row by row, lane numbers):
+//
+//   0  1  8  9
+//   2  3 10 11
+//   4  5 12 13     columns of two elements; rows 4 to 7 are lanes 16 more
+//   6  7 14 15
+#pragma once
 #include <metal_simdgroup_matrix>
+#include "common.h"
+
+TQ_FN int tq_lane_row(uint lane) { return int((lane >> 2 & 4) | (lane >> 1 & 3)); }
+TQ_FN int tq_lane_column(uint lane) { return int((lane >> 2 & 2) | (lane & 1)); }
 
 TQ_FN half2 tq_two(half a, half b) { return half2(a, b); }
 TQ_FN float2 tq_two(float a, float b) { return float2(a, b); }

@@ -1,33 +1,7 @@
-// Helpers of the tensor-core kernel: half pairs, packed codes from any byte offset, tables of pairs, exact types.
-TQ_FN uint tq_half_pair(float low, float high) {
-  __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<uint*>(&pair);
-}
-
-// NUM 32-bit words of device memory, as wide as their number allows: they lie at a multiple of NUM words.
-template <int NUM>
-TQ_FN void tq_device_words(const void* from, uint* out) {
-  if (NUM % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < NUM / 4; i++) {
-      const uint4 x = reinterpret_cast<const uint4*>(from)[i];
-      out[4 * i] = x.x;
-      out[4 * i + 1] = x.y;
-      out[4 * i + 2] = x.z;
-      out[4 * i + 3] = x.w;
-    }
-  } else if (NUM % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < NUM / 2; i++) {
-      const uint2 x = reinterpret_cast<const uint2*>(from)[i];
-      out[2 * i] = x.x;
-      out[2 * i + 1] = x.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < NUM; i++) out[i] = reinterpret_cast<const uint*>(from)[i];
-  }
-}
+// Packed codes to half pairs for tensor cores: a part of a vector's codes as words, and the tables that a pair of codes
+// indexes.
+#pragma once
+#include "fragments_cuda.h"
 
 // Part `part` of a vector's codes, BITS bits long, from packed vectors of ROW bytes that begin at a multiple of 16 bytes in
 // shared memory: as 32-bit words, of which the last may hold bits of what follows.
@@ -121,65 +95,3 @@ TQ_FN void tq_fill_pairs(uchar* table, uchar* high_table, float centroid, uint t
     }
   }
 }
-
-// Rows (NUM, D) in shared memory times a matrix (D, D) in device memory, a warp its share of the matrix's rows, so that
-// all of it is asked for at once: partial sums (WARPS, NUM, D), to be added after a barrier.
-template <int NUM, int D, int WARPS>
-TQ_FN void tq_rotate_densely(const float* rows, const float* matrix, float* partial, uint warp, uint lane) {
-  const int PER = (D + 31) / 32, SHARE = (D + WARPS - 1) / WARPS;
-  float sum[NUM][PER];
-#pragma unroll
-  for (int row = 0; row < NUM; row++) {
-#pragma unroll
-    for (int e = 0; e < PER; e++) sum[row][e] = 0.0f;
-  }
-#pragma unroll 8
-  for (int k = 0; k < SHARE; k++) {
-    const int i = int(warp) * SHARE + k;
-    float x[PER];
-#pragma unroll
-    for (int e = 0; e < PER; e++) x[e] = i < D && int(lane) + 32 * e < D ? matrix[i * D + lane + 32 * e] : 0.0f;
-#pragma unroll
-    for (int row = 0; row < NUM; row++) {
-      const float y = i < D ? rows[row * D + i] : 0.0f;
-#pragma unroll
-      for (int e = 0; e < PER; e++) sum[row][e] += y * x[e];
-    }
-  }
-#pragma unroll
-  for (int row = 0; row < NUM; row++) {
-#pragma unroll
-    for (int e = 0; e < PER; e++) {
-      if (int(lane) + 32 * e < D) partial[(warp * NUM + row) * D + lane + 32 * e] = sum[row][e];
-    }
-  }
-}
-template <int NUM, int D, int WARPS>
-TQ_FN float tq_partial_sum(const float* partial, int i) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += partial[w * NUM * D + i];
-  return sum;
-}
-
-// The same product and pairs in an exact type, and what rounding a pair of weights to bfloat16 leaves over.
-template <typename Exact> TQ_FN void tq_mma_as(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1);
-template <> TQ_FN void tq_mma_as<__half>(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  tq_mma(c, a0, a1, a2, a3, b0, b1);
-}
-template <> TQ_FN void tq_mma_as<__nv_bfloat16>(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  tq_mma_bfloat(c, a0, a1, a2, a3, b0, b1);
-}
-template <typename Exact> TQ_FN uint tq_pair_as(float low, float high);
-template <> TQ_FN uint tq_pair_as<__half>(float low, float high) { return tq_half_pair(low, high); }
-template <> TQ_FN uint tq_pair_as<__nv_bfloat16>(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<uint*>(&pair);
-}
-template <typename Exact> TQ_FN uint tq_pair_rest(float low, float high) { return 0u; }
-template <> TQ_FN uint tq_pair_rest<__nv_bfloat16>(float low, float high) {
-  return tq_pair_as<__nv_bfloat16>(low - __bfloat162float(__float2bfloat16_rn(low)),
-                                   high - __bfloat162float(__float2bfloat16_rn(high)));
-}
-template <typename Exact> TQ_FN bool tq_needs_rest() { return false; }
-template <> TQ_FN bool tq_needs_rest<__nv_bfloat16>() { return true; }

@@ -1,0 +1,154 @@
+"""The decode kernels' texts: attention to parts in one of three variants, and the parts' merge.
+
+Owns which constants, tables and arguments each gets. The functions that are called lie in src/decode_portable.h,
+src/decode_simd.h, src/decode_mma.h and src/combine.h.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from turboquant_kv.backends.gpu.arena import MAX_PARTS, decode_arena
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant, is_power_of_two
+from turboquant_kv.backends.gpu.source import (
+    PLACE,
+    Constants,
+    Dialect,
+    KernelText,
+    header_text,
+    lookup_text,
+    strided,
+    table_text,
+)
+from turboquant_kv.backends.gpu.tuning import Tuning
+from turboquant_kv.codec.codebook import centroids
+
+DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants")
+FUSED_INPUTS = (*DECODE_INPUTS, "v_constants", "counters")
+EXACT_INPUTS = ("sink_k", "sink_v", "window_k", "window_v")
+COMBINE_INPUTS = ("parts", "plan", "sinks", "v_constants")
+LANE_COMBINE_THREADS = 256
+_NO_SINKS = "static_cast<const float*>(nullptr)"
+
+
+def exact_inputs(num_sets: int) -> tuple[str, ...]:
+    """Names of a batch's exact rows: one set for all sequences, or one for each."""
+    if num_sets == 1:
+        return EXACT_INPUTS
+    return tuple(f"{name}_{i}" for i in range(num_sets) for name in EXACT_INPUTS)
+
+
+def decode_text(
+    dialect: Dialect,
+    shape: DecodeShape,
+    variant: Variant,
+    tuning: Tuning,
+    fused: bool,
+    num_sets: int,
+    sink_dtype: mx.Dtype | None,
+) -> KernelText:
+    """The decode kernel of a shape; num_sets: of exact rows. fused: the last block of a row group merges (mma)."""
+    if variant == "mma":
+        return _mma_text(shape, tuning, fused, num_sets, sink_dtype)
+    constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps}
+    if variant == "simd":
+        constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
+    tables = table_text("tq_k_book", centroids(shape.k_bits)) + table_text("tq_v_book", centroids(shape.v_bits))
+    source = (
+        f"{_strides_comment(EXACT_INPUTS)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
+        f"tq_decode_{variant}({PLACE[dialect]}, {_INPUTS}, TQ_EXACT_ROWS(), parts, shared);\n"
+    )
+    head = header_text(dialect, constants, tables, f"decode_{variant}")
+    return KernelText(f"decode_{variant}", (*DECODE_INPUTS, *EXACT_INPUTS), ("parts",), source, head)
+
+
+def _mma_text(
+    shape: DecodeShape, tuning: Tuning, fused: bool, num_sets: int, sink_dtype: mx.Dtype | None
+) -> KernelText:
+    arena = decode_arena(shape, tuning)
+    constants: Constants = {
+        **_decode_constants(shape, "mma", sink_dtype),
+        **{"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "PITCH": tuning.pitch},
+        **{"BULK": tuning.bulk, "EXACT_MMA": shape.has_exact_mma},
+        **arena.constants,
+    }
+    names = exact_inputs(num_sets)
+    inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
+    inputs = (*inputs, *names, *(("sinks",) if fused and sink_dtype is not None else ()))
+    # sequence i's rows are set i's, or all sequences' the only one's
+    sets = [f"TQ_EXACT_ROWS({'' if num_sets == 1 else f'_{i}'})" for i in range(num_sets)]
+    chosen = "".join(f"i == {i} ? {one} : " for i, one in enumerate(sets[:-1]))
+    exact = f"[&](int i) {{ return {chosen}{sets[-1]}; }}"
+    finish = f"{{v_constants, counters, out}}, {_NO_SINKS if sink_dtype is None else 'sinks'}, " if fused else ""
+    source = (
+        f"{_strides_comment(names)}tq_decode_mma{'_fused' if fused else ''}"
+        f"({PLACE['cuda']}, {_INPUTS}, {exact}, {finish}parts);\n"
+    )
+    tables = lookup_text("tq_k_book_at", centroids(shape.k_bits)) + lookup_text("tq_v_book_at", centroids(shape.v_bits))
+    # the comment: one name per type of the inputs
+    head = f"// {sink_dtype}\n{header_text('cuda', constants, tables, 'decode_mma')}"
+    return KernelText("decode_mma", inputs, outputs, source, head, arena.num_bytes, (tuning.threads, tuning.resident))
+
+
+# TqDecodeInputs of src/decode_inputs.h, the same for all variants.
+_INPUTS = f"{{{strided('queries', 4)}, plan, page_table, k_codes, k_scales, v_codes, v_scales, k_constants}}"
+
+
+def _strides_comment(names: tuple[str, ...]) -> str:
+    """MLX hands over the strides that a body names; it sees no further than a macro's name."""
+    return f"// {' '.join(f'{name}_strides' for name in names)}\n"
+
+
+def _rotation_size(dim: int) -> int:
+    """Elements of a rotation in a side's constants: a first row of signs, or the matrix."""
+    return dim if is_power_of_two(dim) else dim**2
+
+
+def _common_constants(shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None) -> Constants:
+    return {
+        **{"G": shape.group, "HEADS": shape.num_kv_heads, "QROWS": shape.num_rows, "PAGE": shape.page_tokens},
+        **{"ROWS": shape.rows_per_block(variant), "LIVE": shape.live_rows(variant), "SINK": shape.sink_tokens},
+        **{"DV": shape.v_dim, "V_ROTATION": _rotation_size(shape.v_dim)},
+        **{"USE_SINKS": sink_dtype is not None, "Out": shape.dtype},
+    }
+
+
+def _decode_constants(
+    shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None
+) -> dict[str, int | bool | mx.Dtype]:
+    return {
+        **_common_constants(shape, variant, sink_dtype),
+        **{"D": shape.k_dim, "K_ROTATION": _rotation_size(shape.k_dim), "KBITS": shape.k_bits, "VBITS": shape.v_bits},
+        **{"Exact": shape.exact_dtype, "In": shape.dtype},
+    }
+
+
+def combine_width(v_dim: int) -> int:
+    """Threads of one run over an output row: whole warps."""
+    return -(-v_dim // 32) * 32
+
+
+def combine_threads(v_dim: int) -> int:
+    """Of the merging kernel: eight warps, or as many runs of whole warps over a row as 512 threads hold."""
+    if is_power_of_two(v_dim):
+        return LANE_COMBINE_THREADS
+    width = combine_width(v_dim)
+    return width * max(1, 512 // width)
+
+
+def combine_text(dialect: Dialect, shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None) -> KernelText:
+    """The merging kernel of a shape."""
+    by_lanes, threads = is_power_of_two(shape.v_dim), combine_threads(shape.v_dim)
+    constants: Constants = {
+        **_common_constants(shape, variant, sink_dtype),
+        **({"WARPS": threads // 32} if by_lanes else {"RUNS": threads // combine_width(shape.v_dim)}),
+        **({} if by_lanes else {"WIDTH": combine_width(shape.v_dim), "MAX_PARTS": MAX_PARTS}),
+    }
+    name = "combine_lanes" if by_lanes else "combine_dense"
+    struct = "TqLanesShared" if by_lanes else "TqDenseShared"
+    source = (
+        f"TQ_SHARED_VARIABLE({struct}, shared);\n"
+        f"tq_{name}({PLACE[dialect]}, {{parts, plan, v_constants}}, sinks, out, shared);\n"
+    )
+    head = f"// {sink_dtype}\n{header_text(dialect, constants, '', name)}"
+    return KernelText("combine", COMBINE_INPUTS, ("out",), source, head, contiguous=True)

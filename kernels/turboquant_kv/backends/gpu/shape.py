@@ -1,0 +1,93 @@
+"""What a decode kernel is compiled for: heads, dims, bits, pages and types.
+
+Owns the checks of what has a kernel, and how query rows share a thread block. Leaves out which variant is taken
+(variants.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, UnsupportedFormatError, code_bytes
+
+Variant = Literal["portable", "mma", "simd"]
+"""Without matrices; on CUDA's tensor cores; on Metal's 8x8 matrices."""
+
+MAX_QUERY_ROWS = 8  # per sequence; more is prefill
+
+
+def is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What a decode kernel is compiled for."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    k_bits: int
+    v_bits: int
+    page_tokens: int
+    sink_tokens: int
+    num_rows: int  # query rows per sequence
+    dtype: mx.Dtype  # of queries and output
+    exact_dtype: mx.Dtype
+
+    def check(self) -> None:
+        """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""
+        for name, value, known in (
+            ("k_dim", self.k_dim, SUPPORTED_HEAD_DIMS),
+            ("v_dim", self.v_dim, SUPPORTED_HEAD_DIMS),
+            ("k_bits", self.k_bits, SUPPORTED_BITS),
+            ("v_bits", self.v_bits, SUPPORTED_BITS),
+            ("num_rows", self.num_rows, range(1, MAX_QUERY_ROWS + 1)),
+        ):
+            if value not in known:
+                raise UnsupportedFormatError(f"no GPU kernel for {name}={value}")
+        if self.num_q_heads % self.num_kv_heads or self.page_tokens % 16:
+            raise UnsupportedFormatError(f"no GPU kernel for {self}")
+
+    @property
+    def group(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def tile(self) -> int:
+        """Tokens that a warp of the tensor-core variant takes at once; they never straddle a page."""
+        return 32 if max(self.k_dim, self.v_dim) <= 128 and self.page_tokens % 32 == 0 else 16
+
+    @property
+    def has_mma(self) -> bool:
+        """Whether the tensor-core variant covers it (on CUDA)."""
+        dims = (self.k_dim, self.v_dim)
+        if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
+            return False
+        return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
+
+    @property
+    def has_simd(self) -> bool:
+        """Whether the variant on 8x8 matrices covers it (on Metal)."""
+        return max(self.k_dim, self.v_dim) <= 256
+
+    @property
+    def has_exact_mma(self) -> bool:
+        """Whether its exact rows may use tensor cores as well."""
+        return self.dtype == self.exact_dtype and self.dtype != mx.float32
+
+    def rows_per_block(self, variant: Variant) -> int:
+        """Query rows that share one unpacking; Metal's 32 KB of threadgroup memory hold four of 512 dims."""
+        if variant != "portable":
+            return 8
+        return min(8 if max(self.k_dim, self.v_dim) <= 256 else 4, self.group * self.num_rows)
+
+    def live_rows(self, variant: Variant) -> int:
+        return min(self.rows_per_block(variant), self.group * self.num_rows)
+
+    def num_chunks(self, variant: Variant) -> int:
+        return -(-self.group * self.num_rows // self.rows_per_block(variant))

@@ -1,0 +1,40 @@
+"""Which variant and which tuning of the decode kernel a shape gets on a device."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from turboquant_kv.backends.gpu.arena import decode_arena
+from turboquant_kv.backends.gpu.device import Device
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.source import Dialect
+from turboquant_kv.backends.gpu.tuning import PORTABLE, SIMD, Tuning
+
+# Matrices cost the same for one row as for eight. Modelled from counted operations and published throughputs, not
+# measured: from so many rows on, the worse of the model's two assumptions loses less with them (docs/metal.md).
+MIN_SIMD_ROWS = 3
+STATIC_BYTES = 4096  # shared memory beside the arena, generously
+
+
+def variant_for(dialect: Dialect, shape: DecodeShape) -> Variant:
+    """Matrices where they are written for it and expected to pay, the portable body elsewhere."""
+    if dialect == "metal":
+        return "simd" if shape.has_simd and shape.group * shape.num_rows >= MIN_SIMD_ROWS else "portable"
+    return "mma" if shape.has_mma else "portable"
+
+
+@lru_cache(maxsize=256)
+def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
+    """Constants but for tensor cores: as many warps in a block as registers allow, fewer where memory is small."""
+    if variant != "mma":
+        return SIMD if variant == "simd" else PORTABLE
+    narrow = max(shape.k_dim, shape.v_dim) <= 128
+    by_bytes = max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
+    bulk = device.has_bulk_copies
+    choices = [
+        Tuning(12 if narrow else 8, shape.tile, 2, 256 if by_bytes else 128, bulk, device.processors),
+        Tuning(8, shape.tile, 2, 128, bulk, device.processors),
+        Tuning(4, 16, 2, 128, bulk, device.processors),
+    ]
+    fitting = (t for t in choices if decode_arena(shape, t).num_bytes + STATIC_BYTES <= device.shared_bytes)
+    return next(fitting, choices[-1])

@@ -1,0 +1,19 @@
+// The online softmax in base 2.
+#pragma once
+#include "common.h"
+
+// Scores are base-2 logits. Both stand-ins for minus infinity are finite, so that no mode of arithmetic can make NaN of
+// them: exp2(TQ_MASKED - TQ_NO_PEAK) is 0, and so is the weight of a part that saw nothing beside one that did.
+#define TQ_NO_PEAK -1e30f
+#define TQ_MASKED -2e30f
+
+// A new score of the one row that each of a warp's lanes holds another token of. Raises the row's peak, lets its mass
+// fade and grow; returns the token's weight, and in `fade` what sums so far are multiplied with.
+TQ_FN float tq_weigh(float score, TQ_THREAD float& peak, TQ_THREAD float& mass, TQ_THREAD float& fade) {
+  const float new_peak = tq_max(peak, tq_lane_max(score));
+  fade = tq_exp2(peak - new_peak);
+  peak = new_peak;
+  const float weight = tq_exp2(score - new_peak);
+  mass = mass * fade + weight;
+  return weight;
+}
