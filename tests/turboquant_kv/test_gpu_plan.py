@@ -8,31 +8,31 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant_kv.backends.gpu.launch import ONE_ROW_MORE, DecodeKernels
-from turboquant_kv.backends.gpu.plan import (
-    AMPERE,
-    HOPPER,
-    MAX_PARTS,
-    NO_WINDOW,
-    SMALL,
-    STATIC_BYTES,
-    TILE_TOKENS,
-    DecodeShape,
-    Device,
-    Figures,
-    arena_bytes,
-    split,
-    tuning_for,
-)
+from turboquant_kv.backends.gpu.arena import MAX_PARTS, decode_arena
+from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
+from turboquant_kv.backends.gpu.figures import SequenceFigures
+from turboquant_kv.backends.gpu.launch import DecodeKernels
+from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, TILE_TOKENS, PlanKey, split
+from turboquant_kv.backends.gpu.shape import DecodeShape
+from turboquant_kv.backends.gpu.variants import STATIC_BYTES, tuning_for
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS
 
 SHAPE = DecodeShape(40, 8, 128, 128, 4, 3, 64, 32, 1, mx.bfloat16, mx.bfloat16)
 
 
-def figures(num_tokens: int, num_rows: int = 20) -> Figures:
+def figures(num_tokens: int, num_rows: int = 20) -> SequenceFigures:
     """A sequence with so many compressed tokens and window rows."""
     start = SHAPE.sink_tokens + num_tokens
-    return (start + num_rows - 1, 1, num_tokens // SHAPE.page_tokens, 0, SHAPE.sink_tokens, 0, start, num_rows)
+    return SequenceFigures(
+        q_start=start + num_rows - 1,
+        num_queries=1,
+        num_pages=num_tokens // SHAPE.page_tokens,
+        sink_offset=0,
+        num_sink=SHAPE.sink_tokens,
+        window_offset=0,
+        window_start=start,
+        num_window=num_rows,
+    )
 
 
 def new_launch() -> Any:
@@ -44,18 +44,20 @@ def new_launch() -> Any:
 
 def test_a_step_that_closes_no_page_is_planned_by_an_addition() -> None:
     """Two conversations in turn: each finds its own plan of the step before."""
-    launch = new_launch()
+    plans = new_launch().plans
     steps = [(figures(640),), (figures(64, 3), figures(1280, 5))]
     for _ in range(4):
         for i, step in enumerate(steps):
-            plan = launch._plan(step, 32, 0.1, NO_WINDOW)
-            assert np.array_equal(np.array(plan.array), np.array(new_launch()._plan(step, 32, 0.1, NO_WINDOW).array))
-            steps[i] = tuple(tuple(map(sum, zip(row, ONE_ROW_MORE, strict=True))) for row in step)
-    made = len(launch._plans)
-    assert launch._advanced((steps[0], 32, 0.1, NO_WINDOW)) is not None
-    assert launch._advanced((steps[0], 32, 0.1, 4096)) is None, "a window moves the first tile"
-    assert launch._advanced(((figures(704, 1),), 32, 0.1, NO_WINDOW)) is None, "a page has closed"
-    assert len(launch._plans) == made
+            key = PlanKey(step, 32, 0.1, NO_WINDOW)
+            planned = plans.plan_for(key)
+            assert np.array_equal(np.array(planned.array), np.array(new_launch().plans.plan_for(key).array))
+            steps[i] = tuple(SequenceFigures(*map(sum, zip(row, ONE_ROW_MORE, strict=True))) for row in step)
+    made = len(plans._kept)
+    key = PlanKey(steps[0], 32, 0.1, NO_WINDOW)
+    assert plans._advanced(key) is not None
+    assert plans._advanced(key._replace(reach=4096)) is None, "a window moves the first tile"
+    assert plans._advanced(key._replace(sequences=(figures(704, 1),))) is None, "a page has closed"
+    assert len(plans._kept) == made
 
 
 def test_the_split_covers_all_tokens_with_at_most_so_many_parts(rng: np.random.Generator) -> None:
@@ -63,7 +65,7 @@ def test_the_split_covers_all_tokens_with_at_most_so_many_parts(rng: np.random.G
         batch = [figures(64 * int(n)) for n in rng.integers(0, 4096, size=rng.integers(1, 40))]
         tuning = tuning_for(SHAPE, "mma", HOPPER)
         tiles, num_blocks = split(SHAPE, "mma", tuning, batch, NO_WINDOW)
-        longest = max(row[2] for row in batch) * SHAPE.page_tokens
+        longest = max(row.num_pages for row in batch) * SHAPE.page_tokens
         assert tiles >= 1 and 1 <= num_blocks <= MAX_PARTS
         assert (num_blocks - 1) * tiles * TILE_TOKENS >= longest
         assert num_blocks == 1 or (num_blocks - 2) * tiles * TILE_TOKENS < longest, "a block has nothing to do"
@@ -86,4 +88,7 @@ def test_every_geometry_fits_a_block(device: Device) -> None:
                     shape = DecodeShape(8, 2, dim, dim, k_bits, v_bits, page, 32, 1, mx.float16, mx.float16)
                     if shape.has_mma:
                         tuning = tuning_for(shape, "mma", device)
-                        assert arena_bytes(shape, tuning) + STATIC_BYTES <= device.shared_bytes, (shape, tuning)
+                        assert decode_arena(shape, tuning).num_bytes + STATIC_BYTES <= device.shared_bytes, (
+                            shape,
+                            tuning,
+                        )

@@ -1,5 +1,5 @@
-// What a launch is told, as int32 values in device memory. Written by backends/gpu/figures.py, which says what
-// each field means.
+// What a launch is told, as int32 values in device memory. Written by backends/gpu/figures.py, which says
+// what each field means.
 #pragma once
 
 struct TqStepFigures {

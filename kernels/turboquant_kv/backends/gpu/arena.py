@@ -1,7 +1,7 @@
 """Where everything lies in the dynamic shared memory of the tensor-core kernels, and how much that is.
 
-The only place that computes it: the kernels' text gets the offsets as constants, under the names used here (src/mma_*.h,
-src/prefill.h). Owns the layout of decoding's and of prefill's arena.
+The only place that computes it: the kernels' text gets the offsets as constants, under the names used here
+(src/mma_*.h, src/prefill.h). Owns the layout of decoding's and of prefill's arena.
 
     decode, while codes are read   | pair tables | queries (8, Q_PITCH) | a ring of STAGES tiles for each warp |
     decode, exact rows             | queries, or weights for each warp |
@@ -72,7 +72,7 @@ def decode_arena(shape: DecodeShape, tuning: Tuning) -> Arena:
 
 
 def v_gap(shape: DecodeShape, tile: int) -> int:
-    """Bytes between a tile's blocks of values: blocks must begin 32 or 96 bytes apart, modulo 128, against conflicts."""
+    """Bytes between a tile's blocks of values, which must begin 32 or 96 bytes apart, modulo 128, against conflicts."""
     block = tile // 4 * code_bytes(shape.v_dim, shape.v_bits)
     return next(gap for gap in range(0, MAX_PAD, 16) if (block + gap) % 128 in (32, 96) or block % 32)
 

@@ -11,7 +11,6 @@ GPU can advance. Owns names, order and packing. Leaves out what the values are (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple, get_type_hints
 
 import mlx.core as mx
@@ -109,10 +108,12 @@ STRUCTS: tuple[type[AnyFigures], ...] = (
 )
 
 
-@cache
+_FIELD_TYPES: dict[str, dict[str, type]] = {one.__name__: get_type_hints(one) for one in STRUCTS}
+
+
 def field_types(figures: type[AnyFigures]) -> dict[str, type]:
     """A struct's fields, int or float, in order."""
-    return get_type_hints(figures)
+    return _FIELD_TYPES[figures.__name__]
 
 
 def words_of(figures: AnyFigures) -> list[int]:
@@ -154,8 +155,8 @@ def constant_name(figures: type[AnyFigures]) -> str:
 def header_text(structs: Sequence[type[AnyFigures]] = STRUCTS) -> str:
     """src/figures.h."""
     opening = (
-        "// What a launch is told, as int32 values in device memory. Written by backends/gpu/figures.py, which says what\n"
-        "// each field means.\n#pragma once\n"
+        "// What a launch is told, as int32 values in device memory. Written by backends/gpu/figures.py, which says\n"
+        "// what each field means.\n#pragma once\n"
     )
     return opening + "".join(f"\n{struct_text(one)}" for one in structs)
 

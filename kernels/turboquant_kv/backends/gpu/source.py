@@ -5,9 +5,9 @@ calls one function. Owns how those are put together and handed to MLX. Leaves wh
 decode_text.py, page_kernels.py and flash.py.
 
 Constants are written into the text instead of being template values: MLX handles those anew at every call, which costs
-more than the launch. It also copies and frees the text at every call (40 KB: 9 us), so CUDA's text includes the files of
-src/ by path; Metal's compiler sees no files, its text is whole. Kernels are told apart by name, so names carry a digest
-of everything.
+more than the launch. It also copies and frees the text at every call (40 KB: 9 us), so CUDA's text includes the files
+of src/ by path; Metal's compiler sees no files, its text is whole. Kernels are told apart by name, so names carry a
+digest of everything.
 """
 
 from __future__ import annotations
