@@ -13,10 +13,14 @@ from tests.metal.emulator import last_report, metal_kernel
 from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADGROUP_BYTES, MAX_THREADS
 from tests.metal.sizing import sizes
 
-from turboquant_kv.backends.gpu.launch import combine_text, combine_threads, decode_text
+from turboquant_kv.backends.gpu.decode_text import combine_text, combine_threads, decode_text
+from turboquant_kv.backends.gpu.device import HOPPER
+from turboquant_kv.backends.gpu.figures import SequenceFigures, StepFigures, array_of
 from turboquant_kv.backends.gpu.page_kernels import THREADS, SideShape, encode_text, history_text
-from turboquant_kv.backends.gpu.plan import HOPPER, DecodeShape, tuning_for
-from turboquant_kv.backends.gpu.source import KernelText, Variant
+from turboquant_kv.backends.gpu.plan import NO_WINDOW
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.source import KernelText
+from turboquant_kv.backends.gpu.variants import tuning_for
 from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
 
 # Arrays that live at once and 24 for the rest: an estimate, which no Apple compiler has judged. The two that are beyond
@@ -84,8 +88,10 @@ def test_the_reader_agrees_with_the_emulator() -> None:
     for variant in VARIANTS:
         text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
         kernel: Any = text.build(metal_kernel)
-        plan = np.zeros(16, np.int32)
-        plan[0], plan[1], plan[2], plan[3], plan[5] = 1, 8, 1, 1, 1 << 30
+        step = StepFigures(
+            tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW
+        )
+        plan = array_of(step, SequenceFigures(*[0] * 8))
         pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
         values = [np.zeros((8, 1, 16, 64), np.uint8), np.zeros((8, 1, 16), np.float16)]
         exact = [np.zeros((1, 8, dim), np.float32) for dim in (192, 128, 192, 128)]

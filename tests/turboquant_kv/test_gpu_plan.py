@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from operator import add
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import turboquant_kv
-from turboquant_kv.backends.gpu import figures as gpu_figures
 from turboquant_kv.backends.gpu.arena import MAX_PARTS, decode_arena
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
-from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures, StepFigures, array_of
-from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, TILE_TOKENS, PlanKey, StepPlans, split
+from turboquant_kv.backends.gpu.figures import SequenceFigures
+from turboquant_kv.backends.gpu.launch import DecodeKernels
+from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, TILE_TOKENS, PlanKey, split
 from turboquant_kv.backends.gpu.shape import DecodeShape
 from turboquant_kv.backends.gpu.variants import STATIC_BYTES, tuning_for
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS
@@ -37,37 +35,28 @@ def figures(num_tokens: int, num_rows: int = 20) -> SequenceFigures:
     )
 
 
-def new_plans() -> StepPlans:
-    return StepPlans(SHAPE, "mma", tuning_for(SHAPE, "mma", HOPPER))
+def new_launch() -> Any:
+    def refuse(**options: Any) -> Any:
+        raise AssertionError("a kernel was made")
 
-
-def test_the_kernels_structs_are_the_written_ones() -> None:
-    """src/figures.h is made by figures.py; a field that is added to one only would shift all behind it."""
-    written = Path(turboquant_kv.__file__).parent / "src" / "figures.h"
-    assert written.read_text() == gpu_figures.header_text()
-
-
-def test_structs_travel_as_words() -> None:
-    step = StepFigures(tiles_per_block=3, table_width=8, blocks_per_group=2, num_parts=9, scale=0.25, reach=NO_WINDOW)
-    words = np.array(array_of(step, figures(640)))
-    assert words[:4].tolist() == [3, 8, 2, 9] and words[4:5].view(np.float32)[0] == 0.25 and words[5] == NO_WINDOW
-    assert tuple(words[6:]) == figures(640)
-    assert array_of(gpu_figures.EncodeFigures(5)).tolist() == [5] + [0] * (MIN_ELEMENTS - 1)
+    return DecodeKernels("cuda", refuse, device=HOPPER).launch_for(SHAPE)
 
 
 def test_a_step_that_closes_no_page_is_planned_by_an_addition() -> None:
     """Two conversations in turn: each finds its own plan of the step before."""
-    plans = new_plans()
-    steps: list[tuple[SequenceFigures, ...]] = [(figures(640),), (figures(64, 3), figures(1280, 5))]
+    plans = new_launch().plans
+    steps = [(figures(640),), (figures(64, 3), figures(1280, 5))]
     for _ in range(4):
         for i, step in enumerate(steps):
             key = PlanKey(step, 32, 0.1, NO_WINDOW)
-            assert np.array_equal(np.array(plans.plan_for(key).array), np.array(new_plans().plan_for(key).array))
-            steps[i] = tuple(SequenceFigures._make(map(add, row, ONE_ROW_MORE)) for row in step)
+            planned = plans.plan_for(key)
+            assert np.array_equal(np.array(planned.array), np.array(new_launch().plans.plan_for(key).array))
+            steps[i] = tuple(SequenceFigures(*map(sum, zip(row, ONE_ROW_MORE, strict=True))) for row in step)
     made = len(plans._kept)
-    assert plans._advanced(PlanKey(steps[0], 32, 0.1, NO_WINDOW)) is not None
-    assert plans._advanced(PlanKey(steps[0], 32, 0.1, 4096)) is None, "a window moves the first tile"
-    assert plans._advanced(PlanKey((figures(704, 1),), 32, 0.1, NO_WINDOW)) is None, "a page has closed"
+    key = PlanKey(steps[0], 32, 0.1, NO_WINDOW)
+    assert plans._advanced(key) is not None
+    assert plans._advanced(key._replace(reach=4096)) is None, "a window moves the first tile"
+    assert plans._advanced(key._replace(sequences=(figures(704, 1),))) is None, "a page has closed"
     assert len(plans._kept) == made
 
 
@@ -76,7 +65,7 @@ def test_the_split_covers_all_tokens_with_at_most_so_many_parts(rng: np.random.G
         batch = [figures(64 * int(n)) for n in rng.integers(0, 4096, size=rng.integers(1, 40))]
         tuning = tuning_for(SHAPE, "mma", HOPPER)
         tiles, num_blocks = split(SHAPE, "mma", tuning, batch, NO_WINDOW)
-        longest = max(one.num_pages for one in batch) * SHAPE.page_tokens
+        longest = max(row.num_pages for row in batch) * SHAPE.page_tokens
         assert tiles >= 1 and 1 <= num_blocks <= MAX_PARTS
         assert (num_blocks - 1) * tiles * TILE_TOKENS >= longest
         assert num_blocks == 1 or (num_blocks - 2) * tiles * TILE_TOKENS < longest, "a block has nothing to do"
@@ -99,8 +88,7 @@ def test_every_geometry_fits_a_block(device: Device) -> None:
                     shape = DecodeShape(8, 2, dim, dim, k_bits, v_bits, page, 32, 1, mx.float16, mx.float16)
                     if shape.has_mma:
                         tuning = tuning_for(shape, "mma", device)
-                        num_bytes = decode_arena(shape, tuning).num_bytes + STATIC_BYTES
-                        assert num_bytes <= device.shared_bytes, (shape, tuning)
+                        assert decode_arena(shape, tuning).num_bytes + STATIC_BYTES <= device.shared_bytes, (
                             shape,
                             tuning,
                         )

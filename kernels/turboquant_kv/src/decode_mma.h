@@ -2,8 +2,6 @@
 #pragma once
 #include "mma_codes.h"
 #include "mma_exact.h"
-#include "mma_exact_plain.h"
-#include "mma_finish.h"
 #include "mma_merge.h"
 
 // A block's part. exact_of: a sequence's exact rows, which lie where each sequence has them.
@@ -24,7 +22,7 @@ TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, ExactO
   tq_write_part(place, work, rows, num_busy, arena, shared, parts);
 }
 
-// Parts alone; combine_lanes.h or combine_dense.h merges them in a second launch.
+// Parts alone; combine.h merges them in a second launch.
 template <typename ExactOf>
 TQ_FN void tq_decode_mma(TqPlace place, TqDecodeInputs inputs, ExactOf exact_of, float* parts) {
   __shared__ TqMmaShared shared;

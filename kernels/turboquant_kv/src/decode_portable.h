@@ -25,6 +25,8 @@ TQ_FN uint tq_storage_row(TqDecodeInputs inputs, TqWork work, int token) {
 // lanes. Values: a pair of dims a lane, weights by shuffle.
 TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, const TQ_SHARED TqPortableShared& shared,
                            TQ_THREAD TqRunning& running) {
+  const TQ_SHARED float* k_table = shared.k_table;
+  const TQ_SHARED float* v_table = shared.v_table;
   int limits[LIVE], lows[LIVE];
   for (int r = 0; r < LIVE; r++) {
     limits[r] = tq_limit_of(work, r);
@@ -40,7 +42,7 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
       const TQ_DEVICE uchar* vector = inputs.k_codes + ulong(row_id) * K_BYTES;
       for (int u = 0; u < D / 8; u++) {
         float c[8];
-        tq_unit<KBITS>(vector + u * KBITS, shared.k_table, c);
+        tq_unit<KBITS>(vector + u * KBITS, k_table, c);
         for (int r = 0; r < LIVE; r++) {
           for (int i = 0; i < 8; i++) score[r] += shared.q[r * D + u * 8 + i] * c[i];
         }
@@ -62,7 +64,7 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
         const uint d = uint(tq_dim_of(place.lane, 2 * i));
         if (d < DV) {
           float c[2];
-          tq_pair<VBITS>(vector, d, shared.v_table, c);
+          tq_pair<VBITS>(vector, d, v_table, c);
           for (int r = 0; r < LIVE; r++) {
             running.total[r][2 * i] += weight[r] * c[0];
             running.total[r][2 * i + 1] += weight[r] * c[1];

@@ -1,7 +1,6 @@
 // The block's queries, rotated, as halves in shared memory, and q . mean_k of each row. Rows that do not exist are zero.
 #pragma once
 #include "mma_block.h"
-#include "mma_rotation.h"
 
 // What a lane multiplies its keys with: a quarter of row r's dims, and the means' share of rows 2c and 2c + 1.
 struct TqQueryFragments {

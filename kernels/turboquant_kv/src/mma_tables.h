@@ -31,8 +31,9 @@ TQ_FN void tq_bits(const uchar* rows, uint row, uint part, uint* out) {
     for (int i = 0; i < BITS / 32; i++) out[i] = p[i];
   } else {
     // From any bit. One word more may be read than holds any of these bits: it lies in the ring's tile, scales follow.
-    const uint first = row * (8 * ROW) + part * BITS;
-    const uint* p = reinterpret_cast<const uint*>(rows) + (first >> 5);
+    // Of vectors of whole words all rows share the part's place in a vector, which is then found once for all.
+    const uint whole = ROW % 4 == 0 ? row * (ROW / 4) : 0, first = (ROW % 4 == 0 ? 0 : row * (8 * ROW)) + part * BITS;
+    const uint* p = reinterpret_cast<const uint*>(rows) + whole + (first >> 5);
     uint x[(BITS + 31) / 32 + 1];
 #pragma unroll
     for (int i = 0; i < (BITS + 31) / 32 + 1; i++) x[i] = p[i];

@@ -40,22 +40,23 @@ TQ_FN void tq_spread(TQ_THREAD float* x, uint lane) {
 }
 
 // A over a lane's column, or A transposed: the kernel's text says which of both tq_base is, signs of A's rows as bits.
+template <int ORDER>
 TQ_FN void tq_mix(TQ_THREAD float* x) {
-  float from[PER];
+  float from[ORDER];
 #pragma unroll
-  for (int i = 0; i < PER; i++) from[i] = x[i];
+  for (int i = 0; i < ORDER; i++) from[i] = x[i];
 #pragma unroll
-  for (int i = 0; i < PER; i++) {
+  for (int i = 0; i < ORDER; i++) {
     x[i] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < PER; k++) x[i] += (tq_base(i) >> k) & 1 ? -from[k] : from[k];
+    for (int k = 0; k < ORDER; k++) x[i] += (tq_base(i) >> k) & 1 ? -from[k] : from[k];
   }
 }
 
 // H, or its transpose, of a vector.
 TQ_FN void tq_rotate(TQ_THREAD float* x, uint lane) {
   if (BASE == 1) tq_own_hadamard<PER>(x);
-  else tq_mix(x);
+  else tq_mix<PER>(x);
   tq_spread(x, lane);
 }
 

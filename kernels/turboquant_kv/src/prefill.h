@@ -5,7 +5,6 @@
 #pragma once
 #include "fragments_cuda.h"
 #include "prefill_tiles.h"
-#include "prefill_walk.h"
 #include "softmax.h"
 
 constexpr int M_TILES = WARP_ROWS / 16;

@@ -90,7 +90,7 @@ def _mma_text(
     return KernelText("decode_mma", inputs, outputs, source, head, arena.num_bytes, (tuning.threads, tuning.resident))
 
 
-# TqDecodeInputs of src/decode_inputs.h, the same for all variants.
+# TqDecodeInputs of src/work.h, the same for all variants.
 _INPUTS = f"{{{strided('queries', 4)}, plan, page_table, k_codes, k_scales, v_codes, v_scales, k_constants}}"
 
 
@@ -109,7 +109,7 @@ def _common_constants(shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype
         **{"G": shape.group, "HEADS": shape.num_kv_heads, "QROWS": shape.num_rows, "PAGE": shape.page_tokens},
         **{"ROWS": shape.rows_per_block(variant), "LIVE": shape.live_rows(variant), "SINK": shape.sink_tokens},
         **{"DV": shape.v_dim, "V_ROTATION": _rotation_size(shape.v_dim)},
-        **{"USE_SINKS": sink_dtype is not None, "Out": shape.dtype},
+        **{"USE_SINKS": sink_dtype is not None, "In": shape.dtype, "Out": shape.dtype, "Exact": shape.exact_dtype},
     }
 
 
@@ -119,7 +119,6 @@ def _decode_constants(
     return {
         **_common_constants(shape, variant, sink_dtype),
         **{"D": shape.k_dim, "K_ROTATION": _rotation_size(shape.k_dim), "KBITS": shape.k_bits, "VBITS": shape.v_bits},
-        **{"Exact": shape.exact_dtype, "In": shape.dtype},
     }
 
 
@@ -138,17 +137,15 @@ def combine_threads(v_dim: int) -> int:
 
 def combine_text(dialect: Dialect, shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype | None) -> KernelText:
     """The merging kernel of a shape."""
-    by_lanes, threads = is_power_of_two(shape.v_dim), combine_threads(shape.v_dim)
+    threads, width = combine_threads(shape.v_dim), combine_width(shape.v_dim)
     constants: Constants = {
         **_common_constants(shape, variant, sink_dtype),
-        **({"WARPS": threads // 32} if by_lanes else {"RUNS": threads // combine_width(shape.v_dim)}),
-        **({} if by_lanes else {"WIDTH": combine_width(shape.v_dim), "MAX_PARTS": MAX_PARTS}),
+        **{"COMBINE_WARPS": threads // 32, "RUNS": max(1, threads // width), "WIDTH": width, "MAX_PARTS": MAX_PARTS},
     }
-    name = "combine_lanes" if by_lanes else "combine_dense"
-    struct = "TqLanesShared" if by_lanes else "TqDenseShared"
+    way = "lanes" if is_power_of_two(shape.v_dim) else "dense"
     source = (
-        f"TQ_SHARED_VARIABLE({struct}, shared);\n"
-        f"tq_{name}({PLACE[dialect]}, {{parts, plan, v_constants}}, sinks, out, shared);\n"
+        f"TQ_SHARED_VARIABLE(Tq{way.capitalize()}Shared, shared);\n"
+        f"tq_combine_{way}({PLACE[dialect]}, {{parts, plan, v_constants}}, sinks, out, shared);\n"
     )
-    head = f"// {sink_dtype}\n{header_text(dialect, constants, '', name)}"
+    head = f"// {sink_dtype}\n{header_text(dialect, constants, '', 'combine')}"
     return KernelText("combine", COMBINE_INPUTS, ("out",), source, head, contiguous=True)

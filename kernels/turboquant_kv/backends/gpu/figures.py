@@ -106,12 +106,14 @@ STRUCTS: tuple[type[AnyFigures], ...] = (
     HistoryFigures,
     PrefillFigures,
 )
-_FIELD_TYPES: dict[type[AnyFigures], dict[str, type]] = {one: get_type_hints(one) for one in STRUCTS}
+
+
+_FIELD_TYPES: dict[str, dict[str, type]] = {one.__name__: get_type_hints(one) for one in STRUCTS}
 
 
 def field_types(figures: type[AnyFigures]) -> dict[str, type]:
     """A struct's fields, int or float, in order."""
-    return _FIELD_TYPES[figures]
+    return _FIELD_TYPES[figures.__name__]
 
 
 def words_of(figures: AnyFigures) -> list[int]:
