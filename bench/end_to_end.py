@@ -46,11 +46,11 @@ def fill(runtime: KVRuntime, model: Any, num_tokens: int) -> list[Any]:
     """Caches of one conversation of random keys and values; the first token goes through the model."""
     caches = runtime.make_cache()
     mx.eval(model(mx.array([[1]]), cache=caches))
-    for shape, cache in zip(runtime.shapes, caches, strict=True):
-        assert shape is not None
-        held = 1
-        while held < num_tokens:
-            n = min(FILL_CHUNK, num_tokens - held)
+    held = 1
+    while held < num_tokens:  # chunk by chunk: layers take the same tokens, in turn
+        n = min(FILL_CHUNK, num_tokens - held)
+        for shape, cache in zip(runtime.shapes, caches, strict=True):
+            assert shape is not None
             k, v = (mx.random.normal((1, shape.num_kv_heads, n, d), shape.dtype) for d in (shape.k_dim, shape.v_dim))
             if isinstance(cache, TurboQuantKVCache):
                 assert cache.sequence is not None
@@ -59,7 +59,7 @@ def fill(runtime: KVRuntime, model: Any, num_tokens: int) -> list[Any]:
             else:
                 assert isinstance(cache, KVCache)
                 mx.eval(cache.update_and_fetch(k, v))
-            held += n
+        held += n
     return caches
 
 

@@ -1,5 +1,5 @@
 // One page of exact rows to codes: centre, rotate, divide by the root mean square, nearest centroid, fitted scale.
-// The formulas are reference.py's, in float32.
+// The formulas are codec/scalar_reference.py's, in float32.
 
 // The nearest centroids' codes of y / rms: the number of thresholds below. Few thresholds are counted, 255 searched.
 static void nearest_codes(const Side& side, const float* y, float inverse, std::uint8_t* codes) {
