@@ -141,7 +141,9 @@ class _Reader:
 
     def _alignment_of(self, kind: str) -> int:
         fields = self.code.structs.get(kind)
-        return self._bytes_of(kind) if fields is None else max(self._alignment_of(field.type) for field in fields)
+        if fields is None:
+            return self._bytes_of(kind)
+        return max(max(field.alignment, self._alignment_of(field.type)) for field in fields)
 
     def _bytes_of(self, kind: str) -> int:
         if kind in self.code.structs:

@@ -16,7 +16,7 @@ from tests.metal.sizing import sizes
 from turboquant_kv.backends.gpu.decode_text import combine_text, combine_threads, decode_text
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.figures import SequenceFigures, StepFigures, array_of
-from turboquant_kv.backends.gpu.page_kernels import THREADS, SideShape, encode_text, history_text
+from turboquant_kv.backends.gpu.page_kernels import THREADS, PageKernels, SideShape, encode_text, history_text
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.source import KernelText
@@ -26,6 +26,9 @@ from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
 # Arrays that live at once and 24 for the rest: an estimate, which no Apple compiler has judged. The two that are beyond
 # may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.
 MAX_ESTIMATE = {("decode", 256): 144, ("history", 112): 136}
+# A step of one sequence that holds nothing.
+STEP = StepFigures(tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW)
+EMPTY_PLAN = array_of(STEP, SequenceFigures(*[0] * 8))
 VARIANTS: tuple[Variant, ...] = ("portable", "simd")
 Checked = tuple[str, KernelText, int, int]
 """What it is, its text, its threads, the registers that it may need."""
@@ -88,20 +91,47 @@ def test_the_reader_agrees_with_the_emulator() -> None:
     for variant in VARIANTS:
         text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
         kernel: Any = text.build(metal_kernel)
-        step = StepFigures(
-            tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW
-        )
-        plan = array_of(step, SequenceFigures(*[0] * 8))
         pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
         values = [np.zeros((8, 1, 16, 64), np.uint8), np.zeros((8, 1, 16), np.float16)]
         exact = [np.zeros((1, 8, dim), np.float32) for dim in (192, 128, 192, 128)]
         constants = np.zeros(192 * 192 + 192, np.float32)
         queries, table = np.zeros((1, 3, 1, 192), np.float32), np.zeros((1, 8), np.int32)
         kernel(
-            inputs=[queries, plan, table, *pages, *values, constants, *exact],
+            inputs=[queries, EMPTY_PLAN, table, *pages, *values, constants, *exact],
             grid=(128, 1, 1),
             threadgroup=(128, 1, 1),
             output_shapes=[(3 * 130,)],
             output_dtypes=[mx.float32],
         )
         assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, variant
+
+
+@pytest.mark.parametrize("dim", [112, 128])
+def test_the_reader_agrees_on_page_kernels(dim: int) -> None:
+    """A dimension of each kind: columns meet in threadgroup memory, powers of two only keep tables there."""
+    side = SideShape(1, dim, 3, 16, "unbiased", mx.float32)
+    kernels = PageKernels("metal", metal_kernel)
+    constants = mx.zeros((2 * dim,))
+    pages = kernels.encode(side, mx.zeros((1, 16, dim)), constants)
+    mx.eval(*pages)
+    assert sizes(encode_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
+    none = mx.zeros((1, 8, dim)), 0
+    mx.eval(kernels.history(side, pages, mx.zeros((8,), mx.int32), 16, none, none, constants))
+    assert sizes(history_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
+
+
+@pytest.mark.parametrize("v_dim", [112, 128])
+def test_the_reader_agrees_on_merging(v_dim: int) -> None:
+    """Of no queries, once for each way to merge."""
+    shape = decode_shape(v_dim, v_dim, (3, 4), 3)
+    text, threads = combine_text("metal", shape, "portable", None), combine_threads(v_dim)
+    kernel: Any = text.build(metal_kernel)
+    constants = np.zeros(v_dim * v_dim + v_dim, np.float32)
+    kernel(
+        inputs=[np.zeros(3 * (v_dim + 2), np.float32), EMPTY_PLAN, constants, constants],
+        grid=(3 * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(1, 1, 3, v_dim)],
+        output_dtypes=[mx.float32],
+    )
+    assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes
