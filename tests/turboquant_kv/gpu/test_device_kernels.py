@@ -40,17 +40,21 @@ def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: in
 
 
 def test_pages_are_written_in_place(rng: np.random.Generator) -> None:
-    """A step that closes a page costs far less memory than the pool: nobody copies it."""
+    """A step that closes a page costs far less memory than the pool: nobody copies it, but where it grows."""
     fmt = KVFormat(4, 4)
     history = History.random(rng, 8, 4096 + 130, 128, dtype=mx.float16)
     cache = new_cache(fmt, "gpu")
-    feed(cache, history, 0, 4096, random_queries(rng, 8, 4096, 128, mx.float16), 0.1)
+    mx.eval(feed(cache, history, 0, 4096, random_queries(rng, 8, 4096, 128, mx.float16), 0.1))
     assert cache.sequence is not None
-    pool_bytes = cache.sequence.pool.stores[0].allocated_bytes
+    pool = cache.sequence.pool
+    closed = 0
     for p in range(4096, 4096 + 130):
         q = random_queries(rng, 8, 1, 128, mx.float16)
         mx.eval(q)
         mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before, held, used = mx.get_active_memory(), pool.stores[0].allocated_bytes, pool.num_used
         mx.eval(feed(cache, history, p, p + 1, q, 0.1))
-        assert mx.get_peak_memory() - before < pool_bytes / 2
+        if pool.stores[0].allocated_bytes == held:
+            assert mx.get_peak_memory() - before < held / 2
+            closed += pool.num_used - used
+    assert closed > 0
