@@ -119,7 +119,8 @@ class IdleConversations:
 
     def write_ahead(self, conversation: Conversation) -> None:
         """A file for one in memory, if it has none and the disk takes it."""
-        if conversation.caches is not None and self._persistence.save(conversation):
+        has_none = conversation.caches is not None and conversation.disk_key is None
+        if has_none and self._persistence.save(conversation):
             self._tally.spills["idle"] += 1
 
     def write_ahead_if_worthwhile(self, conversation: Conversation) -> None:

@@ -91,13 +91,16 @@ class Leases:
         )
         self._ledger.open(lease)
         self._index.add(lease)
-        self._note_use(lease, now_s)
+        self._note_use(lease, now_s, is_new=ask.order is None)
         return lease
 
-    def _note_use(self, lease: Lease, now_s: float) -> None:
+    def _note_use(self, lease: Lease, now_s: float, *, is_new: bool) -> None:
+        """is_new: else its request was preempted, and has been counted."""
         session, source = lease.session, lease.source
         session.created_s = session.created_s or now_s
         session.last_used_s = now_s
+        if not is_new:
+            return
         if source is not None:
             source.hits += 1
             source.last_used_s = now_s

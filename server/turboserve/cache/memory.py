@@ -8,7 +8,7 @@ The memory decides and never calls back. The engine asks for a verdict, preempts
 their caches back by `keep`, and lets `carry_out` do the rest:
 
     verdict(question)  ->  Start: preempt, then carry_out  ->  a lease, or None: ask again
-                           Wait: ask again when `generation` is another
+                           Wait: ask again when `generation` is another, and now and then
                            Refuse: the request ends with this error
 
 Used by the engine thread only; clocks are passed in.
@@ -125,7 +125,7 @@ class Memory:
 
     @property
     def generation(self) -> int:
-        """Grows whenever room may have been freed; a verdict of Wait holds until then."""
+        """Grows whenever room may have been freed."""
         return self._ledger.generation
 
     @property
@@ -195,7 +195,7 @@ class Memory:
             if isinstance(question, Growth):
                 return self._on_growth(question, now_s)
             match = self._leases.longer_start(question.lease)
-            return Wait(self.generation) if match is None else Start(question, match=match)
+            return Wait(None) if match is None else Start(question, match=match)
         except TurboServeError as exc:
             return Refuse(exc)
 

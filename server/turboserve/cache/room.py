@@ -126,8 +126,10 @@ class Room:
         if running is None:
             return self._family.held_pages(lease.caches)
         view = running.fork(running.usable_prefix(running.held_len()))
-        pages = self._family.held_pages(view)
-        lease.runtime.release(view)
+        try:
+            pages = self._family.held_pages(view)
+        finally:
+            lease.runtime.release(view)
         # The view was one more holder.
         return None if pages is None else pages._replace(references=pages.references - 1)
 

@@ -81,16 +81,16 @@ class SessionCommands:
         holder = self._holder(salt, command.session_id)
         name = command.new_id or new_id()
         if name in self._holders(salt):
-            raise SessionExistsError(f"There is a session {name[:128]!r} already.", param="session_id")
+            raise SessionExistsError(
+                f"There is a session {name[:128]!r} already: choose another id, or delete it first.", param="id"
+            )
         pushed_out = self._quotas.check_new_session(salt, name, holder.session)
-        if pushed_out is not None:
-            self._idle.evict(pushed_out, "quota")
         caches, tokens = self._fork_caches(holder, now_s)
         runtime = self._ledger.family.runtime(holder.kv_format)
         session = Session(name, salt, now_s, now_s, is_explicit=True, cache_key=holder.session.cache_key)
         forked = Conversation(session, tokens, holder.kv_format, holder.wanted_format, caches, runtime.measure(caches))
         holder.session.hits += 1
-        self._take_in(forked, now_s)
+        self._take_in(forked, pushed_out, now_s)
         return self._info(forked)
 
     def _fork_caches(self, holder: Holder, now_s: float) -> tuple[Caches, Tokens]:
@@ -101,19 +101,28 @@ class SessionCommands:
             if running is None or length == 0:
                 raise SessionBusyError("This session has nothing to fork yet: its first request is being read.")
             return running.fork(length), np.asarray(running.held_tokens()[:length], np.int32)
-        if holder.caches is None and not self._load(holder, now_s):
-            raise self._no_room(holder.kv.compressed + holder.kv.exact)
+        if holder.caches is None:
+            self._load(holder, now_s)
         assert holder.caches is not None
         return self._ledger.family.runtime(holder.kv_format).fork(holder.caches, len(holder.tokens)), holder.tokens
 
-    def _load(self, conversation: Conversation, now_s: float) -> bool:
-        """From disk to memory, if there is room; a file that cannot be read is forgotten."""
-        return self._room.make(Need(conversation.kv.total), now_s) and self._idle.load(conversation)
+    def _load(self, conversation: Conversation, now_s: float) -> None:
+        """From disk to memory. With a file that cannot be read the session is gone."""
+        if not self._room.make(Need(conversation.kv.total), now_s):
+            raise self._no_room(conversation.kv.total)
+        if not self._idle.load(conversation):
+            raise SessionNotFoundError(conversation.conversation_id)
 
-    def _take_in(self, forked: Conversation, now_s: float) -> None:
-        """Hold it; what it shares is booked already, so that only its own bytes need room."""
+    def _take_in(self, forked: Conversation, pushed_out: Conversation | None, now_s: float) -> None:
+        """Hold it; what it shares is booked already, so that only its own bytes need room.
+
+        pushed_out: the session that makes way for it, if it is taken in.
+        """
         self._idle.add(forked)
-        has_room = self._room.make(Need(source=Match(forked, 0, is_continuation=False)), now_s)
+        need = Need(source=Match(forked, 0, is_continuation=False), over_quota=pushed_out)
+        relief = self._room.plan(need, now_s)  # which may come to what was just added, and then costs nobody anything
+        is_kept = relief is not None and all(step.key != forked.key for step in relief.steps)
+        has_room = is_kept and self._room.make(need, now_s)
         if not has_room or forked not in self._idle:
             if forked in self._idle:
                 self._idle.discard(forked)

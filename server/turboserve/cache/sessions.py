@@ -39,8 +39,27 @@ class Session:
     public_id: str = field(default_factory=new_id)  # for statistics, which everyone may read
 
 
+class _OfSession:
+    """Is found by the names of its session."""
+
+    __slots__ = ()
+    session: Session
+
+    @property
+    def conversation_id(self) -> str:
+        return self.session.session_id
+
+    @property
+    def salt(self) -> str:
+        return self.session.salt
+
+    @property
+    def key(self) -> Key:
+        return self.session.salt, self.session.session_id
+
+
 @dataclass(slots=True, eq=False)
-class Conversation:
+class Conversation(_OfSession):
     """An idle cache. `tokens` (int32, (T,)) are exactly those whose keys and values it holds.
 
     wanted_format is what its requests asked for and where it is looked up; kv_format what it is in now,
@@ -55,18 +74,6 @@ class Conversation:
     kv: KVBytes
     disk_key: str | None = None  # of its file, when that holds exactly these caches
     disk_bytes: int = 0
-
-    @property
-    def conversation_id(self) -> str:
-        return self.session.session_id
-
-    @property
-    def salt(self) -> str:
-        return self.session.salt
-
-    @property
-    def key(self) -> Key:
-        return self.session.salt, self.session.session_id
 
     @property
     def held_len(self) -> int:
@@ -87,7 +94,7 @@ class Conversation:
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
+class Lease(_OfSession):
     """Room for one running request.
 
     `caches` are handed over at the start; once `running` is set, it tells how far they have grown.
@@ -106,18 +113,6 @@ class Lease:
     order: int  # of admission; the youngest has the highest
     source: Session | None = None  # whose cache it began with
     running: RunningCaches | None = None
-
-    @property
-    def conversation_id(self) -> str:
-        return self.session.session_id
-
-    @property
-    def salt(self) -> str:
-        return self.session.salt
-
-    @property
-    def key(self) -> Key:
-        return self.session.salt, self.session.session_id
 
     @property
     def tier(self) -> CacheTier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, starmap
 
 from turboquant_kv.kv_bytes import NO_BYTES, KVBytes
 from turboserve.cache.idle import IdleConversations
@@ -45,13 +46,16 @@ def holdings(ledger: Ledger, idle: IdleConversations, now_s: float) -> Holdings:
 def _shown(
     at_work: Iterable[tuple[Holder, KVBytes]], idle: list[Conversation], now_s: float
 ) -> tuple[ConversationStats, ...]:
-    """Running ones, then idle ones, of each the largest; no more than a reply should hold."""
-    running = heapq.nlargest(MAX_SHOWN_CONVERSATIONS, at_work, key=lambda item: item[1].total)
-    largest = heapq.nlargest(MAX_SHOWN_CONVERSATIONS - len(running), idle, key=lambda c: c.kv.total)
-    return (
-        *(_stats(lease, kv, 0.0) for lease, kv in running),
-        *(_stats(c, c.kv, max(0.0, now_s - c.session.last_used_s)) for c in largest),
+    """The largest, by bytes in memory and then on disk; no more than a reply should hold."""
+    everyone = chain(
+        ((lease, kv, 0.0) for lease, kv in at_work), ((c, c.kv, max(0.0, now_s - c.session.last_used_s)) for c in idle)
     )
+    shown = heapq.nlargest(MAX_SHOWN_CONVERSATIONS, everyone, key=lambda item: (item[1].total, _disk_bytes(item[0])))
+    return tuple(starmap(_stats, shown))
+
+
+def _disk_bytes(holder: Holder) -> int:
+    return holder.disk_bytes if isinstance(holder, Conversation) else 0
 
 
 def _stats(holder: Holder, kv: KVBytes, idle_s: float) -> ConversationStats:
@@ -65,7 +69,7 @@ def _stats(holder: Holder, kv: KVBytes, idle_s: float) -> ConversationStats:
         kv_format=holder.kv_format,
         is_explicit=session.is_explicit,
         is_pinned=session.is_pinned,
-        disk_bytes=holder.disk_bytes if isinstance(holder, Conversation) else 0,
+        disk_bytes=_disk_bytes(holder),
     )
 
 

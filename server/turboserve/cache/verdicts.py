@@ -61,9 +61,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not now; the answer is the same until the memory's `generation` is another than `since`.
+    """Not now. Nothing is freed before the memory's `generation` is another than `since`.
 
-    None: for whoever asks, too often, what turns out differently. The answer may be another at any time.
+    None: the answer may be another at any time.
     """
 
     since: int | None

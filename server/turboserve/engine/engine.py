@@ -183,18 +183,26 @@ class TurboEngine:
             items = self._next_items(loop)
             if items is None:
                 return
-            for item in items:
+            self._take(loop, deque(items))
+            if loop.has_work:
+                loop.step()
+            else:
+                loop.tick()
+            self._after_step(loop)
+
+    def _take(self, loop: StepLoop, items: deque[InboxItem]) -> None:
+        try:
+            while items:
+                item = items.popleft()
                 if isinstance(item, Generation):
                     loop.add(item)
                 elif isinstance(item, Cancel):
                     loop.cancel(item.request_id)
                 else:
                     item.run(loop.answer)
-            if loop.has_work:
-                loop.step()
-            else:
-                loop.tick()
-            self._after_step(loop)
+        finally:
+            with self._changed:  # where `_end_all` finds them
+                self._inbox.extendleft(reversed(items))
 
     def _next_items(self, loop: StepLoop) -> list[InboxItem] | None:
         """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
@@ -223,19 +231,18 @@ class TurboEngine:
             self._snapshot, self._snapshot_s = snapshot, self._clock()
 
     def _end_all(self, loop: StepLoop | None, error: TurboServeError) -> None:
-        """End what the loop holds and what still lies in the inbox."""
-        if loop is not None:
-            loop.fail_all(error)
+        """End what still lies in the inbox, which nothing can keep from being told, and what the loop holds."""
         with self._changed:
             left = list(self._inbox)
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
         for item in left:
             if isinstance(item, Generation):
-                item.sink.put(Failed(error))
+                _tell(item, error)
             elif isinstance(item, SessionCall):
                 item.refuse(error)
         if loop is not None:
+            loop.fail_all(error)
             self._publish(loop)
 
     def _die(self, loop: StepLoop | None, cause: BaseException) -> None:
@@ -247,10 +254,18 @@ class TurboEngine:
             self._unready = "the model could not be loaded"
         try:
             self._end_all(loop, EngineUnavailableError("The engine died; restart the server."))
-        except Exception:  # the loop's state may be what broke; the inbox was or will be refused anyway
+        except Exception:  # the loop's state may be what broke; whoever was in the inbox has been told
             log.exception("requests could not be ended in order")
             if loop is not None:
                 loop.abandon(EngineUnavailableError("The engine died; restart the server."))
+
+
+def _tell(generation: Generation, error: TurboServeError) -> None:
+    """A sink that raises breaks its contract; nobody else notices."""
+    try:
+        generation.sink.put(Failed(error))
+    except Exception:
+        log.exception("the reader of request %s failed", generation.request_id)
 
 
 def _not_ready(reason: str) -> EngineUnavailableError:

@@ -53,7 +53,8 @@ class Generation:
     order: int | None = None  # of its first admission; the youngest is preempted first
     cached_len: int = 0  # prompt tokens that were not computed for it, at its first admission
     roomless_since_s: float | None = None  # when it first was the queue's head and found no room
-    told_to_wait_at: int | None = None  # the memory's generation then; its answer holds until that is another
+    told_to_wait_at: int | None = None  # the memory's generation then
+    asked_s: float = 0.0  # when that was
     last_prefill_step: int = 0
     last_token_s: float | None = None
 

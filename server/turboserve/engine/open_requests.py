@@ -10,7 +10,9 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from turboserve.cache.memory import Memory
+from turboserve.cache.interfaces import Caches
+from turboserve.cache.memory import Lease, Memory
+from turboserve.cache.sessions import Conversation
 from turboserve.engine import scheduler
 from turboserve.engine.failures import as_failure, is_out_of_memory
 from turboserve.engine.generation import Generation, Stage
@@ -60,7 +62,7 @@ class OpenRequests:
         self.running.remove(generation)
         self.waiting.appendleft(generation)
         generation.stage, generation.lease, generation.caches, generation.cache_len = Stage.WAITING, None, None, 0
-        self._memory.keep(lease, held, caches, self._clock(), has_ended=False)
+        self._keep(generation, lease, held, caches, has_ended=False)
         log.info("request %s was preempted after %d answer tokens", generation.request_id, len(generation.answer))
 
     # --- the end
@@ -108,9 +110,10 @@ class OpenRequests:
         is_new = generation.stage is Stage.WAITING
         count = self._telemetry.request_refused if is_new else self._telemetry.request_failed
         self._remove(generation)
-        if generation.lease is not None:
-            self._memory.drop(generation.lease, generation.caches)
+        lease, caches = generation.lease, generation.caches
         generation.lease = generation.caches = None
+        if lease is not None:
+            self._drop(generation, lease, caches)
         count(error.code or error.type)
         self.send(generation, Failed(error))
 
@@ -139,8 +142,31 @@ class OpenRequests:
         generation.lease = generation.caches = None
         if lease is None or caches is None:
             return ""
-        kept = self._memory.keep(lease, generation.tokens(0, generation.cache_len), caches, self._clock())
+        kept = self._keep(generation, lease, generation.tokens(0, generation.cache_len), caches)
         return kept.conversation_id if kept is not None else ""
+
+    # Whatever keeping or freeing a cache runs into (no memory to write or convert one), the request has left both
+    # places by then, and nobody else would send its last event.
+
+    def _keep(
+        self, generation: Generation, lease: Lease, held: list[int], caches: Caches, *, has_ended: bool = True
+    ) -> Conversation | None:
+        """As `Memory.keep`; a cache that cannot be kept is given up."""
+        try:
+            return self._memory.keep(lease, held, caches, self._clock(), has_ended=has_ended)
+        except Exception as exc:
+            log.exception("the cache of request %s could not be kept", generation.request_id)
+            if lease in self._memory.leases:
+                self._drop(generation, lease, caches)
+            if is_out_of_memory(exc):
+                self._memory.drop_idle()
+            return None
+
+    def _drop(self, generation: Generation, lease: Lease, caches: Caches | None) -> None:
+        try:
+            self._memory.drop(lease, caches)
+        except Exception:
+            log.exception("the cache of request %s could not be given back", generation.request_id)
 
     def _remove(self, generation: Generation) -> None:
         if self._runner.has(generation):

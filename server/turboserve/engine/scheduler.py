@@ -21,6 +21,10 @@ TYPICAL_REQUEST_S = 2  # a short chat answer; only shapes the advice in Retry-Af
 # connection times out.
 MAX_ROOM_WAIT_S = 120.0
 
+# Whoever was told to wait asks again when memory was freed, and this often in any case: a disk that takes files again
+# and a prefix that a running request has computed meanwhile free nothing, and yet may be what was missing.
+ASK_AGAIN_S = 1.0
+
 # A verdict is carried out at once and nearly always holds. What can keep it from holding (files that cannot be
 # read, a disk that refuses) is found once each; the rest is for the next step.
 MAX_VERDICT_ROUNDS = 8
@@ -43,13 +47,14 @@ class HeadView:
     """The first of the waiting requests.
 
     roomless_s: since it first found no room, None: it has not asked. told_to_wait_at: the memory's generation
-    when it last asked.
+    when it last asked, since_asked_s ago.
     """
 
     is_prepared: bool
     has_answer: bool = False
     roomless_s: float | None = None
     told_to_wait_at: int | None = None
+    since_asked_s: float = 0.0
 
 
 def next_admission(
@@ -62,7 +67,8 @@ def next_admission(
         return Admission.PREPARE if may_prepare else Admission.NOTHING
     if head.roomless_s is not None and head.roomless_s > MAX_ROOM_WAIT_S and not head.has_answer:
         return Admission.GIVE_UP
-    return Admission.NOTHING if head.told_to_wait_at == memory_generation else Admission.ASK
+    has_news = head.told_to_wait_at != memory_generation or head.since_asked_s >= ASK_AGAIN_S
+    return Admission.ASK if has_news else Admission.NOTHING
 
 
 def can_queue(num_waiting: int, num_running: int, max_queued: int, max_running: int) -> bool:

@@ -175,6 +175,7 @@ class StepLoop:
             has_answer=bool(head.answer),
             roomless_s=None if since_s is None else self._clock() - since_s,
             told_to_wait_at=head.told_to_wait_at,
+            since_asked_s=self._clock() - head.asked_s,
         )
 
     def _try_prepare(self, generation: Generation) -> None:
@@ -193,7 +194,7 @@ class StepLoop:
         if isinstance(got, Refuse):
             self.requests.fail(generation, got.error)
         elif isinstance(got, Wait):
-            generation.told_to_wait_at = got.since
+            generation.told_to_wait_at, generation.asked_s = got.since, self._clock()
             generation.roomless_since_s = generation.roomless_since_s or self._clock()
             return False
         else:
@@ -253,7 +254,13 @@ class StepLoop:
             if generation.stage is not Stage.DECODE:  # it was preempted by an older one
                 continue
             lease = _lease_of(generation)
-            if isinstance(self._obtain(Growth(lease, tokens_to_reserve(generation))), Lease):
+            try:
+                has_room = isinstance(self._obtain(Growth(lease, tokens_to_reserve(generation))), Lease)
+            except Exception as exc:
+                log.exception("no room could be made for request %s", generation.request_id)
+                self.requests.fail(generation, exc)
+                continue
+            if has_room:
                 continue
             if scheduler.without_growth(lease.order, self._orders()) is WithoutGrowth.MAKE_WAY:
                 self.requests.preempt(generation)

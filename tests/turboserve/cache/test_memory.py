@@ -21,6 +21,7 @@ from tests.turboserve.cache.fakes import (
 
 from turboserve.cache.memory import CacheIntegrityError, Lease, Memory
 from turboserve.errors import ContextLengthError
+from turboserve.messages import MAX_SHOWN_CONVERSATIONS
 
 
 @pytest.fixture
@@ -265,3 +266,15 @@ def test_free_pages_of_one_format_make_way_for_another(paged: FakeFamily) -> Non
     memory.drop_idle()
     lease_for(memory, span(0, 200), 300)  # of the same format: what is free serves it
     assert paged.slack_bytes() > slack
+
+
+def test_statistics_show_the_largest_whoever_works() -> None:
+    memory = memory_for(FakeFamily("f16"), 1_000_000)
+    converse(memory, span(0, 300), 0.0, session_id="large")
+    small = [lease_for(memory, span(1000 * i, 5), 9) for i in range(1, MAX_SHOWN_CONVERSATIONS + 3)]
+    for lease in small:
+        lease.caches[0].grow(lease.prompt.tolist())
+    shown = memory.holdings(1.0).conversations
+    assert len(shown) == MAX_SHOWN_CONVERSATIONS and shown[0].kv.tokens == 300
+    sizes = [c.kv.total for c in shown]
+    assert sizes == sorted(sizes, reverse=True)

@@ -6,7 +6,9 @@ import pytest
 from tests.turboserve.cache.fakes import (
     RAW,
     FakeDisk,
+    FakeEngine,
     FakeFamily,
+    ask_for,
     converse,
     finish,
     held,
@@ -15,8 +17,9 @@ from tests.turboserve.cache.fakes import (
     span,
 )
 
-from turboserve.cache.memory import Memory
+from turboserve.cache.memory import Lease, Memory
 from turboserve.errors import (
+    OverloadedError,
     QuotaExceededError,
     SessionBusyError,
     SessionExistsError,
@@ -162,8 +165,9 @@ def test_forks_share_every_page_and_live_apart() -> None:
     before = memory.committed_bytes
     fork = info(memory, ForkSession("", "s", "t"), 1.0)
     assert fork.tokens == 100 and memory.committed_bytes == before + fork.kv.exact
-    with pytest.raises(SessionExistsError):
+    with pytest.raises(SessionExistsError) as caught:
         memory.answer(ForkSession("", "s", "t"), 1.0)
+    assert caught.value.param == "id", "the body's field"
     with pytest.raises(SessionNotFoundError):
         memory.answer(ForkSession("", "nobody", None), 1.0)
     finish(memory, lease_for(memory, span(0, 120), 130, session_id="t"), span(0, 125))
@@ -224,3 +228,55 @@ def test_a_pin_is_written_to_the_file_that_is_there_already() -> None:
     again = memory_for(FakeFamily(), ROOMY, disk)
     (session,) = [c.session for c in again.idle]
     assert session.is_pinned and session.ttl_s == 7.0 and len(disk.files) == 1
+
+
+def test_a_fork_that_is_refused_costs_no_session() -> None:
+    memory = memory_for(FakeFamily("f16"), ROOMY, max_sessions_per_caller=2)
+    converse(memory, span(0, 40), 0.0, session_id="old")
+    converse(memory, span(1000, 40), 1.0, session_id="new")
+    memory.answer(UpdateSession("", "new", is_pinned=True), 2.0)
+    lease = lease_for(memory, span(5000, 10), 20, salt="other")
+    memory.budget_bytes = memory.committed_bytes - 1
+    before = {c.conversation_id for c in memory.idle}
+    with pytest.raises(OverloadedError):
+        memory.answer(ForkSession("", "new", "fork"), 3.0)
+    assert {c.conversation_id for c in memory.idle} == before
+    memory.budget_bytes = ROOMY
+    assert info(memory, ForkSession("", "new", "fork"), 3.0).session_id == "fork"
+    assert {c.conversation_id for c in memory.idle} == {"new", "fork"}, "beyond two, the oldest went"
+    memory.check_integrity([lease.caches])
+
+
+def test_a_fork_of_an_unreadable_file_says_that_the_session_is_gone() -> None:
+    disk = FakeDisk()
+    memory = memory_for(FakeFamily(), ROOMY, disk)
+    converse(memory, span(0, 100), 0.0, session_id="s")
+    memory.write_all()
+    memory.drop_idle()
+    disk.damaged.update(disk.files)
+    with pytest.raises(SessionNotFoundError):
+        memory.answer(ForkSession("", "s", "t"), 0.5)
+    assert memory.events().refusals["no_room"] == 0
+
+
+def test_a_preempted_request_is_counted_once() -> None:
+    memory = memory_for(FakeFamily(), ROOMY)
+    converse(memory, span(0, 100), 0.0, session_id="s")
+    lease = lease_for(memory, span(0, 120), 130, 1.0, session_id="s")
+    lease.caches[0].grow(span(lease.cached_len, 120 - lease.cached_len))
+    before, hits = memory.events(), lease.session.hits
+    memory.keep(lease, span(0, 120), lease.caches, 2.0, has_ended=False)
+    again = FakeEngine(memory).obtain(ask_for(span(0, 120), 130, order=lease.order, session_id="s"), 3.0)
+    assert isinstance(again, Lease) and again.cached_len > 0
+    after = memory.events()
+    assert (after.prefix_lookups, after.prefix_hit_tokens) == (before.prefix_lookups, before.prefix_hit_tokens)
+    assert again.session.hits == hits
+
+
+def test_what_has_a_file_already_is_not_counted_as_written_again() -> None:
+    memory = memory_for(FakeFamily(), ROOMY, FakeDisk())
+    converse(memory, span(0, 100), 0.0, session_id="s")
+    written = memory.events().spills["idle"]
+    assert written == 1
+    memory.write_all()
+    assert memory.events().spills["idle"] == written

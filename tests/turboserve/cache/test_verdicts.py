@@ -130,7 +130,7 @@ def test_what_the_disk_refuses_is_done_without_it_and_not_offered_again_at_once(
 def test_what_a_running_request_computed_meanwhile_is_found_by_the_same_kind_of_question() -> None:
     memory = memory_for(FakeFamily(), 10_000)
     first, second = lease_for(memory, span(0, 100), 110), lease_for(memory, [*span(0, 90), 7], 110)
-    assert memory.verdict(Restart(second), 1.0) == Wait(memory.generation)
+    assert memory.verdict(Restart(second), 1.0) == Wait(None)
     first.caches[0].grow(span(0, 99))
     verdict = memory.verdict(Restart(second), 1.0)
     assert isinstance(verdict, Start) and verdict.match is not None and verdict.match.usable_len == 80
@@ -187,7 +187,10 @@ def test_a_request_with_a_common_beginning_waits_for_no_page_that_it_shares() ->
     converse(memory, span(0, LENGTH), 0.0)
     needed = 3 * RAW + PAGE * RAW
     memory.budget_bytes = memory.committed_bytes + needed - RAW  # the source's exact row is not shared, and may go
-    assert memory.verdict(ask_for(span(0, LENGTH + 2), LENGTH + 2 + PAGE), 1.0) != Wait(memory.generation)
+    ask = ask_for(span(0, LENGTH + 2), LENGTH + 2 + PAGE)
+    assert isinstance(memory.verdict(ask, 1.0), Start)
+    memory.budget_bytes -= 4 * RAW  # less than the shared pages take
+    assert isinstance(memory.verdict(ask, 1.0), Refuse)
 
 
 class MeddlingRunning(FakeRunning):

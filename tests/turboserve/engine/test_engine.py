@@ -209,6 +209,27 @@ def test_a_dead_thread_says_so_and_fails_everyone(engine: TurboEngine, monkeypat
     assert engine.stats().num_running == 0
 
 
+def test_whatever_breaks_nobody_is_left_waiting(engine: TurboEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that run, one in the inbox, a command behind it: the loop is broken, and so is ending its requests."""
+    from turboserve.engine.step_loop import StepLoop
+
+    sinks = [submit_slow(engine, "a")]
+    wait_for(lambda: len(sinks[0].events) > 0)
+
+    def broken(self: StepLoop, *args: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(StepLoop, "fail_all", broken)
+    monkeypatch.setattr(StepLoop, "cancel", broken)
+    with engine._changed:  # all of it comes at once
+        engine.cancel("a")
+        sinks.append(submit(engine, "b"))
+        answer = engine.session(ListSessions("", 10))
+    assert all(sink.ended.wait(TIMEOUT_S) for sink in sinks)
+    assert all(isinstance(sink.error, EngineUnavailableError) for sink in sinks)
+    assert isinstance(answer.exception(TIMEOUT_S), EngineUnavailableError)
+
+
 @pytest.mark.parametrize("error", [StartupError("no such model"), RuntimeError("a bug")])
 def test_a_failing_start_is_reported(make_engine: Callable[..., TurboEngine], error: Exception) -> None:
     def build(settings: Settings, progress: Progress) -> EngineParts:

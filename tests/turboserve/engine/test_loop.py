@@ -20,11 +20,11 @@ from tests.turboserve.engine.fakes import (
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.memory import Ask
+from turboserve.cache.memory import Ask, Growth, Start
 from turboserve.cache.sizes import peak_bytes, shared_pages
 from turboserve.engine.scheduler import MAX_VERDICT_ROUNDS
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
-from turboserve.messages import Request, SamplingParams
+from turboserve.messages import Failed, Request, SamplingParams
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=3, page_tokens=16, sink_tokens=16, centred=False)]
 
@@ -272,7 +272,7 @@ def test_snapshot_counts_what_the_runtime_holds(model: Any, rng: np.random.Gener
     for _ in range(5):
         loop.step()
     stats = loop.snapshot()
-    assert [c.tier for c in stats.conversations] == ["running", "running", "memory"]
+    assert sorted(c.tier for c in stats.conversations) == ["memory", "running", "running"]
     assert stats.num_running == 2 and stats.kv.tokens == sum(c.kv.tokens for c in stats.conversations)
     if fmt is not None:
         assert stats.kv.total == parts.runtime.allocated_bytes()
@@ -348,3 +348,66 @@ def test_pages_that_a_fork_will_hold_are_foretold(model: Any, rng: np.random.Gen
         foretold, real = shared_pages(runtime, pages, usable), family.held_pages(fork)
         assert foretold is not None and foretold.ids.tolist() == (real.ids.tolist() if real is not None else [])
         runtime.release(fork)
+
+
+@pytest.mark.parametrize("way", ["finish", "cancel"])
+@pytest.mark.parametrize("is_closed", [False, True], ids=["before its lease ends", "afterwards"])
+def test_a_cache_that_cannot_be_kept_costs_nobody_their_last_event(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, way: str, is_closed: bool
+) -> None:
+    parts = make_parts(model)
+    loop, keep = make_loop(parts), parts.memory.keep
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if is_closed:
+            keep(*args, **options)
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.memory, "keep", failing)
+        (sink,) = add(loop, request("a", prompt(rng, 20), max_tokens=3))
+        if way == "cancel":
+            loop.step()
+            loop.cancel("a")
+            assert isinstance(sink.error, RequestCancelledError)
+        while loop.has_work:
+            loop.step()
+    assert sink.ended.is_set() and not parts.memory.leases
+    assert way == "cancel" or len(sink.tokens) == 3
+    loop.check_integrity()
+    assert len(run(loop, request("b", prompt(rng, 20), max_tokens=3))[0].tokens) == 3
+
+
+def test_a_request_that_cannot_give_its_memory_back_still_hears_of_its_failure(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts(model)
+    loop = make_loop(parts)
+    (sink,) = add(loop, request("a", prompt(rng, 20), max_tokens=3))
+    loop.step()
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(parts.memory, "drop", failing)
+    loop.fail_all(InvalidRequestError("why"))
+    assert str(sink.error) == "why" and not loop.has_work
+
+
+def test_growth_that_fails_ends_that_answer_alone(
+    model: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboserve.engine.prepare.OPEN_ANSWER_BLOCK", 4)
+    parts = make_parts(model)
+    loop, carry_out = make_loop(parts), parts.memory.carry_out
+
+    def failing(start: Start, now_s: float) -> Any:
+        if isinstance(start.question, Growth):
+            raise RuntimeError("injected")
+        return carry_out(start, now_s)
+
+    monkeypatch.setattr(parts.memory, "carry_out", failing)
+    open_ended = request("a", prompt(rng, 20), max_tokens=None, stop=("never",))
+    growing, bounded = run(loop, open_ended, request("b", prompt(rng, 20), max_tokens=30))
+    assert isinstance(growing.events[-1], Failed) and len(bounded.tokens) == 30
+    loop.check_integrity()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from turboserve.engine.scheduler import (
+    ASK_AGAIN_S,
     MAX_RETRY_AFTER_S,
     MAX_ROOM_WAIT_S,
     MAX_SKIPPED_STEPS,
@@ -42,6 +45,8 @@ def test_the_head_is_prepared_and_then_asked_for_while_there_are_slots() -> None
 def test_who_was_told_to_wait_is_asked_about_again_when_the_memory_has_changed() -> None:
     waiting = HeadView(is_prepared=True, roomless_s=1.0, told_to_wait_at=7)
     assert due(waiting, generation=7) is Admission.NOTHING and due(waiting, generation=8) is Admission.ASK
+    # what a running request computes and a disk that takes files again free nothing, and yet may be what is missing
+    assert due(replace(waiting, since_asked_s=ASK_AGAIN_S)) is Admission.ASK
     assert due(HeadView(is_prepared=True, roomless_s=1.0, told_to_wait_at=None)) is Admission.ASK
 
 
