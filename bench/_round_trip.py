@@ -40,8 +40,8 @@ class RoundTripCache(KVCache):  # type: ignore[misc]
         page_ids = np.arange(-(-num_tokens // PAGE_TOKENS))
         storage = self._backend.new_store(shape, self._fmt, self._means)
         storage.grow(len(page_ids))
-        storage.encode(page_ids, self._padded(keys), self._padded(values))
-        k, v = (self._backend.to_mlx(rows, shape.dtype)[None, :, :num_tokens] for rows in storage.decode(page_ids))
+        storage.encode(page_ids, 0, self._padded(keys), self._padded(values))
+        k, v = (self._backend.to_mlx(rows, shape.dtype)[None, :, :num_tokens] for rows in storage.decode(page_ids, 0))
         fetched: tuple[mx.array, mx.array] = super().update_and_fetch(k, v)
         return fetched
 

@@ -110,7 +110,7 @@ def ours(shape: Shape, fmt: KVFormat, backend: native.NativeBackend, *, scattere
     for at in range(0, len(order), step):
         ids = order[at : at + step]
         part = rows[:, : len(ids) * fmt.page_tokens]
-        storage.encode(ids, part, part)
+        storage.encode(ids, int(ids[0]), part, part)
     tail = shape.tokens - fmt.sink_tokens - pages * fmt.page_tokens
 
     def exact(start: int, num_rows: int) -> ExactRows:
@@ -237,7 +237,7 @@ def prefill_rows(backend: native.NativeBackend, rounds: int, history: int = 1638
     pages = np.arange(fmt.num_pages(total))
     storage.grow(len(pages))
     x = np.random.default_rng(0).standard_normal((heads, len(pages) * fmt.page_tokens, DIM), np.float32)
-    encode_ms = milliseconds({"encode": lambda: storage.encode(pages, x, x)}, 3)["encode"]
+    encode_ms = milliseconds({"encode": lambda: storage.encode(pages, 0, x, x)}, 3)["encode"]
     start = fmt.page_start((history - fmt.sink_tokens) // fmt.page_tokens)
     rest = as_rows(mx.random.normal((heads, total - start, DIM)))
     sink = as_rows(mx.random.normal((heads, fmt.sink_tokens, DIM)))

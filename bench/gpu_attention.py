@@ -291,7 +291,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
 
     def encode(x: mx.array) -> mx.array:
         rows = mx.depends([new[0]], [x])[0]
-        pool.stores[0].encode(ids, rows, new[1])
+        pool.stores[0].encode(ids, 0, rows, new[1])
         chained: mx.array = mx.depends([x], [pool.stores[0]._arrays[0].codes, pool.stores[0]._arrays[1].codes])[0]
         return chained
 

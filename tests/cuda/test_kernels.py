@@ -191,7 +191,7 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
     storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
     storage.grow(5)
-    storage.encode(np.array([4, 0, 2]), mx.array(x), mx.array(x))
+    storage.encode(np.array([4, 0, 2]), 0, mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
     want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
     got = unpack(pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1), bits, dim)

@@ -57,7 +57,7 @@ def check_history(
     window = exact_rows(rng, 0, num_window, dims, dtype) if num_window else None
     view = SequenceView(0, 0, page_ids, sink, window)
     got = storage.history(view, backend.prepare_step([view]).page_table)
-    rotated = CanonicalStorage.decode(storage, page_ids)
+    rotated = CanonicalStorage.decode(storage, page_ids, 0)
     for side, x, decoded in zip("kv", got, rotated, strict=True):
         parts = [getattr(sink, side)] if sink else []
         parts += [decoded, *([getattr(window, side)] if window else [])]
@@ -122,7 +122,7 @@ def test_rows_of_every_layout_give_the_same_codes(dim: int, bits: int, rng: np.r
     storage.grow(6)
     layouts = [mx.array(x), mx.array(x.swapaxes(0, 1).copy()).swapaxes(0, 1), mx.array(np.repeat(x, 2, 2))[:, :, ::2]]
     for i, rows in enumerate(layouts):
-        storage.encode(np.array([2 * i, 2 * i + 1]), rows.astype(mx.float16), rows.astype(mx.float16))
+        storage.encode(np.array([2 * i, 2 * i + 1]), 2 * i, rows.astype(mx.float16), rows.astype(mx.float16))
     pages = [storage.read(np.array([2 * i, 2 * i + 1])) for i in range(3)]
     assert pages[0].k_codes.any()
     for other in pages[1:]:

@@ -11,13 +11,17 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
+from turboquant_kv.codec import trellis_reference
 from turboquant_kv.codec.codebook import thresholds
+from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat
-from turboquant_kv.codec.reference import attend
+from turboquant_kv.codec.reference import attend, turning_means
+from turboquant_kv.codec.rotary import Rotary
 from turboquant_kv.codec.rotation import rotation_matrix
-from turboquant_kv.codec.scalar import ScalarCodec, scalar_codec
+from turboquant_kv.codec.scalar import ScalarCodec
 from turboquant_kv.codec.scalar_reference import quantise
 from turboquant_kv.codec.scales import fitted_scale, unit_variance
+from turboquant_kv.codec.trellis import TrellisCodec
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,12 +65,19 @@ class History:
         k, v = (mx.array(a[None, :, start:stop].astype(np.float32)).astype(self.dtype) for a in (self.k, self.v))
         return k, v
 
-    def means(self, rng: np.random.Generator) -> Means:
-        """Roughly the right means: calibration never sees the text it will serve."""
+    def means(self, rng: np.random.Generator, rotary: Rotary | None = None) -> Means:
+        """Roughly the right means: calibration never sees the text it will serve.
+
+        rotary: keys get a bias of ten times their length that turns with their position, and the mean is that bias.
+        """
         k, v = (
             (a.mean(axis=1) + 0.1 * rng.standard_normal(a[:, 0].shape)).astype(np.float32) for a in (self.k, self.v)
         )
-        return Means(k, v)
+        if rotary is None:
+            return Means(k, v)
+        bias = 10 * rng.standard_normal(k.shape)
+        self.k[:] = rounded(self.k + rotary.turned(bias[:, None], np.arange(self.num_tokens)[None]), self.dtype)
+        return Means((bias + 0.1 * rng.standard_normal(k.shape)).astype(np.float32), v, rotary)
 
     def steady(self, rng: np.random.Generator, fmt: KVFormat, means: Means | None = None) -> History:
         """Move every vector, by a tenth, whose codes or scale hang on rounding; returns the history itself.
@@ -76,30 +87,53 @@ class History:
         would let real errors pass, so tests that compare two computations of the same codes have none to move.
         """
         for x, which, codec, mean in (
-            (self.k, "k", fmt.keys, None if means is None else means.k),
-            (self.v, "v", fmt.values, None if means is None else means.v),
+            (self.k, "k", fmt.keys, None if means is None else key_means(means, fmt, self.num_tokens)),
+            (self.v, "v", fmt.values, None if means is None else means.v[:, None]),
         ):
-            scalar = scalar_codec(codec, "steady")
             rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, "k" if which == "k" else "v")
-            centre = 0.0 if mean is None or not fmt.centred else mean[:, None]
-            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), scalar)).any():
+            centre = 0.0 if mean is None or not fmt.centred else mean
+            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), codec, rng)).any():
                 x[shaky] = rounded(x[shaky] + 0.1 * rng.standard_normal(x[shaky].shape), self.dtype)
         return self
 
 
-def hangs_on_rounding(y: Floats, codec: ScalarCodec) -> npt.NDArray[np.bool_]:
-    """Which rotated vectors y (..., D) have a coordinate by a threshold, or a scale between two float16 values."""
+def key_means(means: Means, fmt: KVFormat, num_keys: int) -> Floats:
+    """What keys are centred by, as the reference says: (H, num_keys or 1, D)."""
+    if means.rotary is None:
+        return means.k[:, None].astype(np.float64)
+    return turning_means(means.k, means.rotary, fmt, num_keys)
+
+
+def hangs_on_rounding(y: Floats, codec: Codec, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Which rotated vectors y (..., D) have codes, or a scale between two float16 values, that rounding may change."""
     z, rms = unit_variance(y)
-    edges = thresholds(codec.bits).astype(np.float64)
-    above = np.searchsorted(edges, z)
-    nearest = np.minimum(
-        np.abs(z - edges[np.maximum(above - 1, 0)]), np.abs(z - edges[np.minimum(above, len(edges) - 1)])
-    )
-    decoded = codec.table().astype(np.float64)[quantise(z, codec.bits)]
+    table = codec.table().astype(np.float64)
+    if isinstance(codec, TrellisCodec):
+        found = trellis_reference.search(z, table)
+        tries = [trellis_reference.search(z + 4 * ROUNDING * rng.standard_normal(z.shape), table) for _ in range(4)]
+        by_edge = np.any([(found != other).any(-1) for other in tries], axis=0)
+        decoded = table[found]
+    else:
+        assert isinstance(codec, ScalarCodec)
+        edges = thresholds(codec.bits).astype(np.float64)
+        above = np.searchsorted(edges, z)
+        nearest = np.minimum(
+            np.abs(z - edges[np.maximum(above - 1, 0)]), np.abs(z - edges[np.minimum(above, len(edges) - 1)])
+        )
+        by_edge = (nearest < ROUNDING).any(-1)
+        decoded = table[quantise(z, codec.bits)]
     scale = rms * fitted_scale(z, decoded, codec.scale)
     split = (scale * (1 - ROUNDING)).astype(np.float16) != (scale * (1 + ROUNDING)).astype(np.float16)
-    shaky: npt.NDArray[np.bool_] = (nearest < ROUNDING).any(-1) | split
+    shaky: npt.NDArray[np.bool_] = by_edge | split
     return shaky
+
+
+def random_rotary(rng: np.random.Generator, dim: int) -> Rotary:
+    """RoPE of either layout over all of `dim` or three quarters of it, frequencies from 1 downwards, some scaled."""
+    num_pairs = int(rng.choice([dim // 2, dim * 3 // 8]))
+    frequencies = 10000.0 ** (-np.arange(num_pairs) / num_pairs) / float(rng.choice([1.0, 4.0]))
+    stride, gap = (1, num_pairs) if rng.random() < 0.5 else (2, 1)
+    return Rotary(frequencies, stride, gap, float(rng.choice([1.0, 1.2])))
 
 
 def rounded(x: Floats, dtype: Any) -> Floats:
@@ -120,6 +154,8 @@ def expected(
 ) -> Floats:
     """What the reference says these queries (1, Hq, T, D) get at q_start: (1, Hq, T, Dv)."""
     k_mean, v_mean = (means.k, means.v) if means is not None else (None, None)
+    if means is not None and means.rotary is not None:
+        k_mean = key_means(means, fmt, history.num_tokens)
     out = attend(as_float64(q)[0], history.k, history.v, fmt, q_start, scale, k_mean, v_mean, **options)
     return out[None]
 

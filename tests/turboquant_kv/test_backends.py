@@ -16,6 +16,7 @@ from tests.turboquant_kv.histories import (
     new_cache,
     random_cuts,
     random_queries,
+    random_rotary,
     relative_error,
 )
 
@@ -25,7 +26,6 @@ from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
-from turboquant_kv.codec.packing import unpack
 from turboquant_kv.codec.rotation import rotation_matrix
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
@@ -45,8 +45,8 @@ def tolerance(backend: str, dtype: Any = mx.float32, integers: float = INTEGER_T
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, "2t", "3t"])
+def test_codes_are_the_references(backend: str, head_dim: int, bits: int | str, rng: np.random.Generator) -> None:
     fmt = KVFormat(k_bits=bits, v_bits=bits, page_tokens=16)
     history = History.random(rng, 2, 48, head_dim)
     means = history.means(rng)
@@ -55,7 +55,7 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
     storage.grow(3)
     pages = np.array([2, 0, 1])
     rows = [choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 48)]
-    storage.encode(pages, *rows)
+    storage.encode(pages, 0, *rows)
 
     stored = storage.read(pages)
     for side, codec, x, codes, scales in (
@@ -66,9 +66,10 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int, rng: n
         mean = (means.k if side == "k" else means.v)[:, None]
         want = reference.encode(x, codec, rotation, mean)
         got = codes.swapaxes(0, 1).reshape(2, 48, -1)
-        np.testing.assert_array_equal(unpack(got, bits, head_dim), unpack(want.codes, bits, head_dim))
+        np.testing.assert_array_equal(codec.decode(got, head_dim), codec.decode(want.codes, head_dim))
+        np.testing.assert_array_equal(got, want.codes)
         np.testing.assert_array_equal(scales.swapaxes(0, 1).reshape(2, 48), want.scales)
-        decoded = as_float64(mx.array(storage.decode(pages)[0 if side == "k" else 1]))
+        decoded = as_float64(mx.array(storage.decode(pages, 0)[0 if side == "k" else 1]))
         # float32, and the scales that multiply are the same: a few roundings of values up to about 6
         np.testing.assert_allclose(decoded, reference.decode(want, codec, head_dim, rotation, mean), atol=2e-5)
 
@@ -80,7 +81,7 @@ def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.ra
     history = History.random(rng, 1, 64, 128).steady(rng, fmt)
     storage = choose_backend(backend).new_store(LayerShape(1, 128, 128, mx.float32), fmt, None)
     storage.grow(4)
-    storage.encode(np.arange(4), *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
+    storage.encode(np.arange(4), 0, *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
     want = reference.encode(history.k, fmt.keys, rotation_matrix(128, fmt.rotation_seed, "k"))
     np.testing.assert_array_equal(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales)
 
@@ -93,8 +94,8 @@ def test_zero_huge_and_tiny_vectors_stay_finite(backend: str) -> None:
     storage = choose_backend(backend).new_store(LayerShape(1, 64, 64, mx.float32), fmt, None)
     storage.grow(1)
     row = choose_backend(backend).from_mlx(mx.array(x[None]))[0]
-    storage.encode(np.array([0]), row, row)
-    decoded = as_float64(mx.array(storage.decode(np.array([0]))[0]))
+    storage.encode(np.array([0]), 0, row, row)
+    decoded = as_float64(mx.array(storage.decode(np.array([0]), 0)[0]))
     assert np.isfinite(decoded).all()
     assert not decoded[0, 0].any()
     assert decoded[0, 3, 5] == pytest.approx(3.0, rel=1e-2)
@@ -107,18 +108,25 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits
     (8, 2, 96, 128, 17, 32, (8, 4)),
     (2, 1, 192, 128, 32, 16, (2, 2)),
     (4, 2, 256, 256, 1, 64, (4, 2)),
+    (6, 2, 64, 64, 32, 64, (4, "3t")),
+    (4, 2, 128, 128, 32, 64, ("3t", "2t")),
+    (7, 1, 80, 112, 5, 16, ("2t", "2t")),
+    (3, 1, 256, 64, 0, 32, ("2t", 8)),
 ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_the_references(backend: str, dtype: Any, case: Any, rng: np.random.Generator) -> None:
+def test_attention_is_the_references(
+    backend: str, dtype: Any, turns: bool, case: Any, rng: np.random.Generator
+) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits) = case
     fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
     num_tokens = int(rng.integers(3 * page, 6 * page + sink))
     history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
     history.steady(rng, fmt, means)
     cache = new_cache(fmt, backend, means)
     scale = k_dim**-0.5

@@ -240,7 +240,7 @@ def test_a_new_codec_is_stored_and_attended_to(signs: KVFormat, rng: np.random.G
     backend = choose_backend("cpu-numpy")
     storage = backend.new_store(LayerShape(2, 64, 64, mx.float32), signs, None)
     storage.grow(4)
-    storage.encode(np.arange(4), *(backend.from_mlx(x)[0] for x in history.slice(0, 64)))
+    storage.encode(np.arange(4), 0, *(backend.from_mlx(x)[0] for x in history.slice(0, 64)))
     assert storage.allocated_bytes == 4 * signs.page_bytes(2, 64, 64) == 4 * 16 * 2 * 2 * (8 + 2)
     pages = storage.read(np.arange(4))
     want = reference.encode(history.k[:, :64], signs.keys, rotation_matrix(64, signs.rotation_seed, "k"))
@@ -275,7 +275,7 @@ def test_a_new_codec_lives_in_a_model(signs: KVFormat, rng: np.random.Generator)
 def decoded_pages(cache: TurboQuantKVCache) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """What a cache's pages hold of keys and values, (H, tokens, D), rotated back."""
     assert cache.sequence is not None
-    k, v = cache.sequence.pool.stores[cache.sequence.layer].decode(cache.sequence.page_ids)
+    k, v = cache.sequence.pool.stores[cache.sequence.layer].decode(cache.sequence.page_ids, 0)
     return np.asarray(k), np.asarray(v)
 
 

@@ -67,7 +67,7 @@ def test_a_prompt_takes_one_run_of_what_others_left(backend: str, rng: np.random
     def encode(num_pages: int) -> list[int]:
         rows = chosen.from_mlx(mx.array(rng.standard_normal((1, num_pages * 16, 64)).astype(np.float32)))
         ids = pool.allocate(num_pages)
-        pool.stores[0].encode(ids, rows, rows)
+        pool.stores[0].encode(ids, 0, rows, rows)
         pool.check_integrity()
         return [int(page) for page in ids]
 

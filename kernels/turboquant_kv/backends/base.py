@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import BLOCK_TOKENS, Rotary
 
 Array = Any
 PageIds = npt.NDArray[np.int64]
@@ -45,10 +46,25 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Calibrated means of one layer: k (H, D) and v (H, Dv), float32, in the model's own basis."""
+    """Calibrated means of one layer: k (H, D) and v (H, Dv), float32, in the model's own basis.
+
+    rotary: how keys turn with position; k is then the mean before that turn. None: k is the mean of keys as they are.
+    """
 
     k: npt.NDArray[np.float32]
     v: npt.NDArray[np.float32]
+    rotary: Rotary | None = None
+
+    def k_blocks(self, first_position: int, num_blocks: int) -> npt.NDArray[np.float32]:
+        """(H, num_blocks, D): what is subtracted from keys in blocks of BLOCK_TOKENS from first_position on."""
+        if self.rotary is None:
+            return np.repeat(self.k[:, None], num_blocks, axis=1)
+        return self.rotary.block_means(self.k, first_position, num_blocks)
+
+    def k_rows(self, fmt: KVFormat, first_page: int, num_pages: int) -> npt.NDArray[np.float32]:
+        """(H, num_pages * page, D): the same for each token of a conversation's pages."""
+        blocks = self.k_blocks(fmt.page_start(first_page), num_pages * fmt.page_tokens // BLOCK_TOKENS)
+        return np.repeat(blocks, BLOCK_TOKENS, axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +181,18 @@ class LayerStore(ABC):
         """Hold memory for at least `num_pages` pages; contents are kept."""
 
     @abstractmethod
-    def encode(self, page_ids: PageIds, k: Array, v: Array) -> None:
-        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order."""
+    def encode(self, page_ids: PageIds, first_page: int, k: Array, v: Array) -> None:
+        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order.
+
+        They are pages first_page, first_page + 1, ... of their conversation: where keys stand decides their mean.
+        """
 
     @abstractmethod
-    def decode(self, page_ids: PageIds) -> tuple[Array, Array]:
-        """Lossy values of pages, in exact rows' dtype: (H, P*page, D), (H, P*page, Dv)."""
+    def decode(self, page_ids: PageIds, first_page: int) -> tuple[Array, Array]:
+        """Lossy values of pages first_page, ... of a conversation, in exact rows' dtype.
+
+        (H, P*page, D) and (H, P*page, Dv).
+        """
 
     @abstractmethod
     def read(self, page_ids: PageIds) -> CanonicalPages:

@@ -76,8 +76,9 @@ def _requantised(old: Sequence[TurboQuantKVCache], new: Sequence[TurboQuantKVCac
     return [TurboQuantKVCache(cache.source, sequence.of_layer(cache.source.layer)) for cache in new]
 
 
-def _pieces(page_ids: PageIds) -> Iterator[PageIds]:
-    return (page_ids[i : i + PAGES_AT_ONCE] for i in range(0, len(page_ids), PAGES_AT_ONCE))
+def _pieces(page_ids: PageIds) -> Iterator[tuple[int, PageIds]]:
+    """Runs of a conversation's pages, with the number of each run's first."""
+    return ((i, page_ids[i : i + PAGES_AT_ONCE]) for i in range(0, len(page_ids), PAGES_AT_ONCE))
 
 
 def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers: Sequence[tuple[int, int]]) -> PageIds:
@@ -85,16 +86,18 @@ def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers
     new_ids = target.allocate(len(page_ids))
     try:
         for from_layer, to_layer in layers:
-            for old, new in zip(_pieces(page_ids), _pieces(new_ids), strict=True):
-                _encode_layer_again(source.stores[from_layer], old, target.stores[to_layer], new)
+            for (first, old), (_, new) in zip(_pieces(page_ids), _pieces(new_ids), strict=True):
+                _encode_layer_again(source.stores[from_layer], old, target.stores[to_layer], new, first)
     except BaseException:
         target.free(new_ids)
         raise
     return new_ids
 
 
-def _encode_layer_again(source: LayerStore, old_ids: PageIds, target: LayerStore, new_ids: PageIds) -> None:
-    target.encode(new_ids, *source.decode(old_ids))
+def _encode_layer_again(
+    source: LayerStore, old_ids: PageIds, target: LayerStore, new_ids: PageIds, first_page: int
+) -> None:
+    target.encode(new_ids, first_page, *source.decode(old_ids, first_page))
     same_k, same_v = source.fmt.keys == target.fmt.keys, source.fmt.values == target.fmt.values
     if same_k or same_v:
         old, new = source.read(old_ids), target.read(new_ids)
@@ -134,7 +137,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
     shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
-    parts += [store.decode(ids) for ids in _pieces(sequence.page_ids)]
+    parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
     parts += [(tail.k, tail.v)] if tail is not None else []
     for k, v in parts:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))

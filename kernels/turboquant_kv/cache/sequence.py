@@ -198,7 +198,7 @@ class PagedSequence:
         if len(step.closed):
             assert before.tail is not None
             old = before.tail.rows(layer, 0, before.num_tail)
-            store.encode(step.closed, old.k, old.v)
+            store.encode(step.closed, len(before.page_ids), old.k, old.v)
         if not len(step.pages):
             state.tail.write(layer, step.tail_at, k, v)
             return state.tail.rows(layer, step.window_start, state.num_tail)
@@ -207,7 +207,8 @@ class PagedSequence:
             old = before.tail.rows(layer, 0, step.num_joined)
             k, v = self.pool.backend.concatenate([old.k, k]), self.pool.backend.concatenate([old.v, v])
         num_full = len(step.pages) * self.pool.fmt.page_tokens
-        store.encode(step.pages, k[:, :num_full], v[:, :num_full])
+        first_page = len(state.page_ids) - len(step.pages)
+        store.encode(step.pages, first_page, k[:, :num_full], v[:, :num_full])
         state.tail.write(layer, 0, k[:, num_full:], v[:, num_full:])
         return ExactRows(step.window_start, k, v)
 
@@ -293,7 +294,7 @@ class PagedSequence:
             self._num_tokens = length
             return
         keep, num_partial = divmod(max(0, length - fmt.sink_tokens), fmt.page_tokens)
-        tail = self._decoded(state.page_ids[keep : keep + 1], num_partial) if num_partial else None
+        tail = self._decoded(state.page_ids[keep : keep + 1], keep, num_partial) if num_partial else None
         if state.tail is not None:
             state.tail.release()
         self.pool.free(state.page_ids[keep:])
@@ -301,11 +302,11 @@ class PagedSequence:
         self._state = state._replace(num_sink=num_sink, page_ids=state.page_ids[:keep], tail=tail, num_tail=num_partial)
         self._num_tokens = length
 
-    def _decoded(self, page_ids: PageIds, num_rows: int) -> ExactRegion:
-        """The first rows of a page as a tail."""
+    def _decoded(self, page_ids: PageIds, number: int, num_rows: int) -> ExactRegion:
+        """The first rows of one page, the conversation's page `number`, as a tail."""
         region = ExactRegion(self.pool, self._layers, exact_capacity(num_rows, self.pool.fmt.page_tokens))
         for layer in sorted(self._layers):
-            k, v = self.pool.stores[layer].decode(page_ids)
+            k, v = self.pool.stores[layer].decode(page_ids, number)
             region.write(layer, 0, k[:, :num_rows], v[:, :num_rows])
         region.settle()
         return region

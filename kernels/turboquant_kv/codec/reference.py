@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .codec import Codec, Encoded
 from .format import KVFormat
+from .rotary import BLOCK_TOKENS, Rotary
 from .rotation import Which, rotation_matrix
 
 Real = NDArray[np.floating[Any]]
@@ -69,7 +70,8 @@ def attend(
 
     q (Hq, T, D) sits at positions q_start .. q_start+T-1; k (Hkv, N, D) and v (Hkv, N, Dv) at 0 .. N-1, with
     N >= q_start + T; query head h reads KV head h // (Hq / Hkv). Keys and values that `exact_pairs` does not name are
-    seen through their codes. Means are (Hkv, D) and (Hkv, Dv), used if fmt.centred. Returns (Hq, T, Dv).
+    seen through their codes. Means are (Hkv, D) and (Hkv, Dv), used if fmt.centred; one that turns with the keys is
+    (Hkv, N, D), as `turning_means` gives it. Returns (Hq, T, Dv).
 
     sinks    (Hq,) learned logits that join the softmax denominator and carry no value
     window   key j is visible to position p only if p - j < window
@@ -100,8 +102,23 @@ def attend(
 def _through_codes(x: Real, codec: Codec, fmt: KVFormat, which: Which, mean: Real | None) -> Float64:
     """x (Hkv, N, D) as every later page sees it."""
     rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, which)
-    centre = mean[:, None, :] if mean is not None and fmt.centred else None
+    centre = None
+    if mean is not None and fmt.centred:
+        centre = mean[:, None, :] if mean.ndim == 2 else mean[:, : x.shape[1]]
     return decode(encode(x, codec, rotation, centre), codec, x.shape[-1], rotation, centre)
+
+
+def turning_means(mean: Real, rotary: Rotary, fmt: KVFormat, num_keys: int) -> Float64:
+    """What keys at positions 0 .. num_keys-1 are centred by, (Hkv, num_keys, D), for a mean (Hkv, D) before the turn.
+
+    Behind the sink, blocks of BLOCK_TOKENS share the average of R(p) mean over their positions. Sink keys stay exact;
+    what stands there is nobody's mean.
+    """
+    means = np.zeros((len(mean), num_keys, mean.shape[-1]))
+    for start in range(fmt.sink_tokens, num_keys, BLOCK_TOKENS):
+        turned = [rotary.turned(mean, np.full(len(mean), p)) for p in range(start, start + BLOCK_TOKENS)]
+        means[:, start : start + BLOCK_TOKENS] = np.mean(turned, axis=0)[:, None]
+    return means
 
 
 def _bias(

@@ -8,8 +8,12 @@ from functools import partial
 from .codec import Codec, ScaleKind
 from .limits import SUPPORTED_BITS, UnsupportedFormatError
 from .scalar import ScalarCodec
+from .trellis import TRELLIS_BITS, TrellisCodec
 
-CODECS: dict[str, Callable[[ScaleKind], Codec]] = {str(bits): partial(ScalarCodec, bits) for bits in SUPPORTED_BITS}
+CODECS: dict[str, Callable[[ScaleKind], Codec]] = {
+    **{str(bits): partial(ScalarCodec, bits) for bits in SUPPORTED_BITS},
+    **{f"{bits}t": partial(TrellisCodec, bits) for bits in TRELLIS_BITS},
+}
 """Makes the codec of a name with a given meaning of the stored scale."""
 
 

@@ -131,7 +131,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
         self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
 
-    def encode(self, page_ids: PageIds, k: mx.array, v: mx.array) -> None:
+    def encode(self, page_ids: PageIds, first_page: int, k: mx.array, v: mx.array) -> None:
         for side, arrays, constants, rows in zip(self._sides, self._arrays, self._page_constants, (k, v), strict=True):
             arrays.put_whole(page_ids, *self._kernels.pages.encode(side, rows.astype(side.dtype), constants))
 

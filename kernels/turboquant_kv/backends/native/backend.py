@@ -30,6 +30,7 @@ from turboquant_kv.backends.base import (
     SequenceView,
 )
 from turboquant_kv.backends.numpy_ops.backend import (
+    KIT,
     NUMPY_DTYPES,
     NumpyBackend,
     Rows,
@@ -38,6 +39,7 @@ from turboquant_kv.backends.numpy_ops.backend import (
     attend_by_tiles,
     from_floats,
 )
+from turboquant_kv.backends.portable.canonical import block_mean_scores
 from turboquant_kv.backends.portable.tiles import Tile
 from turboquant_kv.blas import thread_limit
 from turboquant_kv.codec.codebook import thresholds
@@ -84,7 +86,7 @@ class NativeStore(LayerStore):
     def __init__(self, kernels: ModuleType, shape: LayerShape, fmt: KVFormat, means: Means | None, isa: str) -> None:
         self.shape, self.fmt, self._kernels = shape, fmt, kernels
         self.store: Any = kernels.Store(shape.num_kv_heads, fmt.page_tokens, fmt.sink_tokens, fmt.scale, isa)
-        centred = means if fmt.centred else None
+        self._means = centred = means if fmt.centred else None
         self._k_mean: Floats | None = None if centred is None else centred.k
         self._v_mean: Floats | None = None if centred is None else centred.v
         self._set_side("k", shape.k_dim, fmt.keys, self._k_mean)
@@ -111,10 +113,10 @@ class NativeStore(LayerStore):
     def grow(self, num_pages: int) -> None:
         self.store.grow(num_pages)
 
-    def encode(self, page_ids: PageIds, k: Rows, v: Rows) -> None:
+    def encode(self, page_ids: PageIds, first_page: int, k: Rows, v: Rows) -> None:
         self.store.encode(page_ids, dense_rows(k), dense_rows(v))
 
-    def decode(self, page_ids: PageIds) -> tuple[Rows, Rows]:
+    def decode(self, page_ids: PageIds, first_page: int) -> tuple[Rows, Rows]:
         k, _ = self._decode("k", page_ids, restore=True)
         v, _ = self._decode("v", page_ids, restore=True)
         return from_floats(k, self.shape.dtype), from_floats(v, self.shape.dtype)
@@ -151,9 +153,15 @@ class NativeStore(LayerStore):
     def exact_tile(self, rows: ExactRows) -> Tile:
         return Tile(as_floats(rows.k), None, as_floats(rows.v), None)
 
-    def rotate_queries(self, q: Floats) -> tuple[Floats, Floats | None]:
-        rotated = q @ rotation_matrix(self.shape.k_dim, self.fmt.rotation_seed, "k").T
-        return rotated, None if self._k_mean is None else q @ self._k_mean[..., None]
+    def rotate_queries(self, q: Floats) -> Floats:
+        rotated: Floats = q @ rotation_matrix(self.shape.k_dim, self.fmt.rotation_seed, "k").T
+        return rotated
+
+    def mean_scores(self, q: Floats, first_page: int, num_pages: int) -> Floats | None:
+        if self._means is None:
+            return None
+        scores: Floats = block_mean_scores(KIT, self._means, self.fmt, q, first_page, num_pages)
+        return scores
 
     def restore_output(self, rotated: Floats, mass: Floats) -> Floats:
         out: Floats = rotated @ rotation_matrix(self.shape.v_dim, self.fmt.rotation_seed, "v")

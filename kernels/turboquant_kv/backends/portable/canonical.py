@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, LayerShape, Means, PageIds
 from turboquant_kv.backends.portable.kernels import kernels_for
@@ -16,6 +16,7 @@ from turboquant_kv.backends.portable.kit import ArrayKit
 from turboquant_kv.backends.portable.tiles import Tile
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import Which, rotation_matrix
 
 
@@ -46,21 +47,18 @@ def _rotation(kit: ArrayKit, dim: int, seed: int, which: Which) -> Array:
 
 
 class Side:
-    """Keys or values of one layer: rotation, mean, codec and page arrays."""
+    """Keys or values of one layer: rotation, codec and page arrays."""
 
-    def __init__(
-        self, kit: ArrayKit, which: Which, codec: Codec, dim: int, fmt: KVFormat, mean: Any, arrays: PageArrays
-    ) -> None:
+    def __init__(self, kit: ArrayKit, which: Which, codec: Codec, dim: int, fmt: KVFormat, arrays: PageArrays) -> None:
         self._kit, self.dim, self.fmt, self.arrays = kit, dim, fmt, arrays
         self.rotation = _rotation(kit, dim, fmt.rotation_seed, which)
-        self.mean = kit.from_numpy(mean) if fmt.centred and mean is not None else None
         self._kernels = kernels_for(kit, codec)
 
-    def encode(self, page_ids: PageIds, rows: Array) -> None:
-        """Write exact rows (H, P*page, D) as pages."""
+    def encode(self, page_ids: PageIds, rows: Array, mean: Array | None) -> None:
+        """Write exact rows (H, P*page, D), less `mean` (broadcast against them), as pages."""
         x = self._kit.to_floats(rows)
-        if self.mean is not None:
-            x = x - self.mean[:, None]
+        if mean is not None:
+            x = x - mean
         packed, scales = self._kernels.encode(x @ self.rotation.T)
         pages = (rows.shape[0], len(page_ids), self.fmt.page_tokens)
         self.arrays.put(page_ids, packed.reshape(*pages, -1).swapaxes(0, 1), scales.reshape(pages).swapaxes(0, 1))
@@ -73,11 +71,11 @@ class Side:
         by_head_scales = scales.swapaxes(0, 1).reshape(num_heads, -1).astype(self._kit.xp.float32)
         return self._kernels.decode(by_head, self.dim), by_head_scales
 
-    def values_of(self, page_ids: PageIds) -> Array:
-        """Decoded vectors (H, P*page, D), float32, in the model's basis."""
+    def values_of(self, page_ids: PageIds, mean: Array | None) -> Array:
+        """Decoded vectors (H, P*page, D), float32, in the model's basis; mean: as they were encoded."""
         c, s = self.unscaled(page_ids)
         x = (c * s[..., None]) @ self.rotation
-        return x if self.mean is None else x + self.mean[:, None]
+        return x if mean is None else x + mean
 
 
 class CanonicalStorage:
@@ -98,8 +96,10 @@ class CanonicalStorage:
         self._kit, self.shape, self.fmt = kit, shape, fmt
         heads = shape.num_kv_heads
         k_arrays, v_arrays = new_arrays(heads, shape.k_dim, fmt.keys), new_arrays(heads, shape.v_dim, fmt.values)
-        self._k = Side(kit, "k", fmt.keys, shape.k_dim, fmt, means and means.k, k_arrays)
-        self._v = Side(kit, "v", fmt.values, shape.v_dim, fmt, means and means.v, v_arrays)
+        self._k = Side(kit, "k", fmt.keys, shape.k_dim, fmt, k_arrays)
+        self._v = Side(kit, "v", fmt.values, shape.v_dim, fmt, v_arrays)
+        self._means = means if fmt.centred else None
+        self._v_mean = None if self._means is None else kit.from_numpy(self._means.v)[:, None]  # (H, 1, Dv)
 
     @property
     def num_pages(self) -> int:
@@ -114,12 +114,19 @@ class CanonicalStorage:
             self._k.arrays.grow(num_pages)
             self._v.arrays.grow(num_pages)
 
-    def encode(self, page_ids: PageIds, k: Array, v: Array) -> None:
-        self._k.encode(page_ids, k)
-        self._v.encode(page_ids, v)
+    def _k_mean(self, first_page: int, num_pages: int) -> Array | None:
+        """Of each token of a conversation's pages, (H, P*page, D)."""
+        if self._means is None:
+            return None
+        return self._kit.from_numpy(self._means.k_rows(self.fmt, first_page, num_pages))
 
-    def decode(self, page_ids: PageIds) -> tuple[Array, Array]:
-        k, v = self._k.values_of(page_ids), self._v.values_of(page_ids)
+    def encode(self, page_ids: PageIds, first_page: int, k: Array, v: Array) -> None:
+        self._k.encode(page_ids, k, self._k_mean(first_page, len(page_ids)))
+        self._v.encode(page_ids, v, self._v_mean)
+
+    def decode(self, page_ids: PageIds, first_page: int) -> tuple[Array, Array]:
+        k = self._k.values_of(page_ids, self._k_mean(first_page, len(page_ids)))
+        v = self._v.values_of(page_ids, self._v_mean)
         return self._kit.from_floats(k, self.shape), self._kit.from_floats(v, self.shape)
 
     def read(self, page_ids: PageIds) -> CanonicalPages:
@@ -138,10 +145,23 @@ class CanonicalStorage:
     def exact_tile(self, rows: ExactRows) -> Tile:
         return Tile(self._kit.to_floats(rows.k), None, self._kit.to_floats(rows.v), None)
 
-    def rotate_queries(self, q: Array) -> tuple[Array, Array | None]:
-        mean = self._k.mean
-        return q @ self._k.rotation.T, None if mean is None else q @ mean[..., None]
+    def rotate_queries(self, q: Array) -> Array:
+        return q @ self._k.rotation.T
+
+    def mean_scores(self, q: Array, first_page: int, num_pages: int) -> Array | None:
+        return (
+            None
+            if self._means is None
+            else block_mean_scores(self._kit, self._means, self.fmt, q, first_page, num_pages)
+        )
 
     def restore_output(self, rotated: Array, mass: Array) -> Array:
         out = rotated @ self._v.rotation
-        return out if self._v.mean is None else out + mass * self._v.mean[:, None]
+        return out if self._v_mean is None else out + mass * self._v_mean
+
+
+def block_mean_scores(kit: ArrayKit, means: Means, fmt: KVFormat, q: Array, first_page: int, num_pages: int) -> Array:
+    """q (H, R, D), not rotated, times each key's mean: (H, R, num_pages * page)."""
+    num_blocks = num_pages * fmt.page_tokens // BLOCK_TOKENS
+    blocks = kit.from_numpy(means.k_blocks(fmt.page_start(first_page), num_blocks))
+    return kit.xp.repeat(q @ blocks.swapaxes(-1, -2), BLOCK_TOKENS, axis=-1)

@@ -8,11 +8,16 @@ from typing import Any
 
 from turboquant_kv.backends.portable.codes import ScalarKernels
 from turboquant_kv.backends.portable.kit import ArrayKit, CodecKernels
+from turboquant_kv.backends.portable.trellis_codes import TrellisKernels
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import UnsupportedFormatError
 from turboquant_kv.codec.scalar import ScalarCodec
+from turboquant_kv.codec.trellis import TrellisCodec
 
-KERNELS: dict[type[Codec], Callable[[ArrayKit, Any], CodecKernels]] = {ScalarCodec: ScalarKernels}
+KERNELS: dict[type[Codec], Callable[[ArrayKit, Any], CodecKernels]] = {
+    ScalarCodec: ScalarKernels,
+    TrellisCodec: TrellisKernels,
+}
 """By a codec's class: makes its kernels for an array library."""
 
 

@@ -43,8 +43,15 @@ class TileSource(Protocol):
 
     def exact_tile(self, rows: ExactRows) -> Tile: ...
 
-    def rotate_queries(self, q: Array) -> tuple[Array, Array | None]:
-        """q (H, R, D) to the keys' rotated basis, and q . mean_k (H, R, 1) (None when not centred)."""
+    def rotate_queries(self, q: Array) -> Array:
+        """q (H, R, D) to the keys' rotated basis."""
+        ...
+
+    def mean_scores(self, q: Array, first_page: int, num_pages: int) -> Array | None:
+        """q (H, R, D), not rotated, times the mean of each key of a conversation's pages: (H, R, num_pages * page).
+
+        None when keys are not centred.
+        """
         ...
 
     def restore_output(self, rotated: Array, mass: Array) -> Array:
@@ -179,8 +186,10 @@ class SequenceAttention:
             exact.absorb(scores, tile.v, None)
 
         compressed = OnlineSoftmax.empty(xp, num_heads, rows.shape[1], v_dim)
-        rotated, mean_scores = self._source.rotate_queries(rows)
+        rotated, fmt = self._source.rotate_queries(rows), self._source.fmt
         for tile, start, seen in self._page_tiles(view, visible, rows.shape[1]):
+            first_page, num_pages = (start - fmt.sink_tokens) // fmt.page_tokens, tile.k.shape[1] // fmt.page_tokens
+            mean_scores = self._source.mean_scores(rows, first_page, num_pages)
             scores = self._scores(rotated, tile, mean_scores, seen, extra, start, num_groups)
             compressed.absorb(scores, tile.v, tile.v_scales)
 
