@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -31,9 +32,16 @@ def tokens(rng: np.random.Generator, n: int) -> list[int]:
     return [int(t) for t in rng.integers(0, small_models.VOCAB, n)]
 
 
+def turn(means: Any) -> str:
+    return "" if means.rotary is None else str(means.rotary.fingerprint())
+
+
 def same(a: Calibration, b: Calibration) -> bool:
     return a.layers.keys() == b.layers.keys() and all(
-        np.array_equal(a.layers[i].k, b.layers[i].k) and np.array_equal(a.layers[i].v, b.layers[i].v) for i in a.layers
+        np.array_equal(a.layers[i].k, b.layers[i].k)
+        and np.array_equal(a.layers[i].v, b.layers[i].v)
+        and turn(a.layers[i]) == turn(b.layers[i])
+        for i in a.layers
     )
 
 
@@ -43,9 +51,28 @@ def test_means_are_those_of_the_cache_after_the_first_tokens(rng: np.random.Gene
     caches = make_prompt_cache(model)
     mx.eval(model(mx.array([text]), cache=caches))
     for i, cache in enumerate(caches):
-        k, v = (np.array(x)[0, :, calibration.SKIPPED_TOKENS :].mean(axis=1) for x in cache.keys_and_values())
-        np.testing.assert_allclose(measured.layers[i].k, k, atol=1e-4)
-        np.testing.assert_allclose(measured.layers[i].v, v, atol=1e-4)
+        k, v = (np.array(x) for x in cache.keys_and_values())
+        back = np.stack([turned_back(model, i, k[:, :, p : p + 1], p) for p in range(k.shape[2])], axis=2)
+        first = calibration.SKIPPED_TOKENS
+        np.testing.assert_allclose(measured.layers[i].k, back[0, :, first:].mean(axis=1), atol=1e-4)
+        np.testing.assert_allclose(measured.layers[i].v, v[0, :, first:].mean(axis=1), atol=1e-4)
+
+
+def turned_back(model: Any, layer: int, keys: Any, position: int) -> Any:
+    """Keys (1, H, 1, D) before their turn, by the model's own module: its matrix at that position is orthogonal."""
+    rope, dim = model.layers[layer].self_attn.rope, keys.shape[-1]
+    matrix = np.array(rope(mx.eye(dim)[None, :, None], offset=position)).reshape(dim, dim)
+    return (keys @ matrix.T)[:, :, 0]
+
+
+def test_a_layer_that_does_not_use_its_rope_keeps_a_constant_mean(rng: np.random.Generator) -> None:
+    model, text = small_models.dense(), tokens(rng, 300)
+    attention = model.layers[1].self_attn
+    attention.rope_of_old, attention.unused = attention.rope, nn.RoPE(attention.rope.dims)
+    attention.rope = lambda x, offset=0: x
+    measured = calibrate(model, text)
+    assert measured.layers[0].rotary is not None
+    assert measured.layers[1].rotary is None
 
 
 def test_only_plain_kv_layers_are_measured(rng: np.random.Generator) -> None:

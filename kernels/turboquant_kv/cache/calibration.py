@@ -1,16 +1,17 @@
 """Means of keys and values, and what keys lose in each layer, measured once per model on a built-in text.
 
-softmax(q.(k - m)) = softmax(q.k) and sum p (v - m) + m = sum p v for any constant m, so codes may hold
-centred vectors at no cost to the decode; the mean chosen here is what makes that worth doing.
-Owns measuring and the file beside the model's fingerprint; leaves the use to the backends.
+sum p (v - m) + m = sum p v for any constant m, so codes may hold centred values at no cost to the decode. Keys turn
+with their position, and so does their mean: it is measured before the turn, over keys turned back, and taken off block
+by block (codec/rotary.py). Owns measuring and the file beside the model's fingerprint; leaves the use to the backends.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_guard
+from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
+from turboquant_kv.codec.rotary import Rotary
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,9 @@ NUM_TOKENS = 2048
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "2"
+FILE_VERSION = "3"
+# Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
+_SAME_KEYS = 0.05
 
 
 class CalibrationFileError(ValueError):
@@ -43,7 +48,7 @@ class CalibrationFileError(ValueError):
 class Calibration:
     """Means by layer index; layers that are not plain KV caches have none. `origin` is shown in stats.
 
-    divergences: what keys lose at each number of bits, by layer (key_guard.py); layers not measured have none.
+    divergences: what keys lose with each codec, by layer (key_guard.py); layers not measured have none.
     """
 
     layers: Mapping[int, Means]
@@ -68,17 +73,41 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     for start in range(0, len(tokens), CHUNK_TOKENS):
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
         mx.eval([c.state for c in caches])
-    means = {i: _means_of(c) for i, c in enumerate(caches) if type(c) is KVCache and not c.empty()}
-    del caches  # their memory, before more is needed
-    measured = {i: m for i, m in means.items() if m.k.shape[1] in SUPPORTED_HEAD_DIMS}
-    divergences = key_guard.measure(model, tokens, measured)
-    return Calibration(means, f"built-in text, {len(tokens)} tokens", divergences)
+    held = {i: c for i, c in enumerate(caches) if type(c) is KVCache and not c.empty()}
+    dims = {i: c.keys.shape[3] for i, c in held.items()}
+    measured = [i for i, dim in dims.items() if dim in SUPPORTED_HEAD_DIMS]
+    recorded = [key_guard.record(model, tokens, measured, offset) for offset in key_guard.OFFSETS]
+    learnt = learn_rotary(model, {i: dims[i] for i in measured})
+    rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
+    means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
+    del caches, held  # their memory, before more is needed
+    origin = f"built-in text, {len(tokens)} tokens"
+    return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
 
 
-def _means_of(cache: Any) -> Means:
+def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, rotary: Rotary) -> bool:
+    """Whether a layer's keys of the same text, near and far, are the same once turned back.
+
+    They are not in layers that have a rope module and do not use it, or that turn keys in another way as well.
+    """
+    back = []
+    for at_offset in recorded:
+        if layer not in at_offset:
+            return False
+        given = at_offset[layer]
+        back.append(rotary.turned_back(given.keys, given.offset + np.arange(given.keys.shape[1])))
+    length = np.linalg.norm(back[0])
+    return all(float(np.linalg.norm(other - back[0])) <= _SAME_KEYS * length for other in back[1:])
+
+
+def _means_of(cache: Any, rotary: Rotary | None) -> Means:
     k, v = cache.keys_and_values()
-    mean_k, mean_v = (x[0, :, SKIPPED_TOKENS:].astype(mx.float32).mean(axis=1) for x in (k, v))
-    return Means(np.array(mean_k), np.array(mean_v))
+    mean_k, mean_v = (np.array(x[0, :, SKIPPED_TOKENS:].astype(mx.float32).mean(axis=1)) for x in (k, v))
+    if rotary is not None:
+        keys = np.array(k[0, :, SKIPPED_TOKENS:].astype(mx.float32))
+        positions = np.arange(SKIPPED_TOKENS, SKIPPED_TOKENS + keys.shape[1])
+        mean_k = rotary.turned_back(keys, positions).mean(axis=1).astype(np.float32)
+    return Means(mean_k, mean_v, rotary)
 
 
 def calibration_for(model: Any, tokenizer: Any, cache_dir: Path, weights_fingerprint: str) -> Calibration:
@@ -109,8 +138,12 @@ def save(path: Path, calibration: Calibration, weights_fingerprint: str) -> None
         for i, means in calibration.layers.items()
         for side in ("k", "v")
     }
-    for i, by_bits in calibration.divergences.items():
-        arrays[f"{i}.divergence"] = np.array([by_bits[bits] for bits in key_guard.KEY_BITS], np.float32)
+    for i, by_codec in calibration.divergences.items():
+        arrays[f"{i}.divergence"] = np.array([by_codec[codec] for codec in key_guard.KEY_CODECS], np.float32)
+    for i, means in calibration.layers.items():
+        if means.rotary is not None:
+            told = json.dumps(means.rotary.to_dict()).encode()
+            arrays[f"{i}.rotary"] = np.frombuffer(told, np.uint8)
     metadata = {
         "version": FILE_VERSION,
         "weights": weights_fingerprint,
@@ -141,9 +174,15 @@ def load(path: Path, weights_fingerprint: str) -> Calibration:
     if metadata.get("checksum") != _checksum(values):
         raise CalibrationFileError(f"{path}: contents do not match their checksum")
     layers = sorted({int(name.split(".")[0]) for name in values})
-    means = {i: Means(values[f"{i}.k"], values[f"{i}.v"]) for i in layers}
+    rotaries: dict[bytes, Rotary] = {}  # one object for all layers that turn in the same way
+    means = {}
+    for i in layers:
+        told = values[f"{i}.rotary"].tobytes() if f"{i}.rotary" in values else None
+        if told is not None and told not in rotaries:
+            rotaries[told] = Rotary.from_dict(json.loads(told))
+        means[i] = Means(values[f"{i}.k"], values[f"{i}.v"], None if told is None else rotaries[told])
     measured = {i: values[f"{i}.divergence"].tolist() for i in layers if f"{i}.divergence" in values}
-    divergences = {i: dict(zip(key_guard.KEY_BITS, row, strict=True)) for i, row in measured.items()}
+    divergences = {i: dict(zip(key_guard.KEY_CODECS, row, strict=True)) for i, row in measured.items()}
     return Calibration(means, metadata["origin"], divergences)
 
 

@@ -1,9 +1,10 @@
-"""Which layers' keys need more bits than a format gives them, found by putting the model's own keys through the codec.
+"""Which layers' keys need a larger codec than a format gives them, found by putting the model's own keys through it.
 
-A few models have layers whose keys no 4-bit code holds: a bias of k_proj many times as long as the keys themselves
-(Qwen2.5's first layer) turns with position under RoPE, so that no constant mean takes it off. Such a layer spoils the
-whole model, and its perplexity over a short text need not show it far from the beginning. So each layer is measured by
-itself, near the beginning and far from it, and one that is over the limit gets the next larger key codec.
+A few models have layers whose keys no 4-bit code holds: what is left of a bias of k_proj many times as long as the keys
+themselves (Qwen2.5's first layer) after its mean was taken off, block by block. Such a layer spoils the whole model,
+and its perplexity over a short text need not show it far from the beginning. So each layer is measured by itself, near
+the beginning and far from it, and one that is over the limit gets the next larger key codec; one that no codec brings
+under the limit stays uncompressed.
 
 The figure of a layer is its attention's divergence: the mean of KL(softmax(s) || softmax(s')) in nats over heads and
 queries, where s' are the scores with all but the sink's keys seen through the codec. Owns that figure and the choice;
@@ -13,7 +14,8 @@ where it is kept is calibration.py's business.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,58 +24,97 @@ import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
+from turboquant_kv.backends.numpy_ops.backend import KIT
+from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
-from turboquant_kv.codec.format import KVFormat, check_head_dim
-from turboquant_kv.codec.reference import decode, encode
+from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.registry import codec_named
+from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import rotation_matrix
 
-KEY_BITS = (2, 3, 4, 8)
+# Key codecs by name, and what a layer over the limit gets instead.
+LARGER = {"2": "3", "3": "4", "2t": "3t", "3t": "4", "4": "8"}
+KEY_CODECS = ("2", "2t", "3", "3t", "4", "8")
 # Attention scores do not change when all positions move, codes of turned keys do: the same text at these offsets.
 OFFSETS = (0, 8192, 32768)
 NUM_TOKENS = 256
 NUM_QUERIES = 64  # the last ones
 SKIPPED_TOKENS = 32  # they stay exact
 # Healthy layers of SmolLM2-135M and Qwen2.5-Coder-0.5B measure .01 to .16 at 4 bits and up to .5 at 3, within three
-# times their model's median; Qwen2.5's first layer measures 18 and 39, and 0.17 at 8 bits.
+# times their model's median; Qwen2.5's first layer measured 18 and 39 with a mean that does not turn, 0.17 at 8 bits.
 LIMIT_NATS = 0.25
 LIMIT_OVER_MEDIAN = 4.0
 
-Divergences = Mapping[int, Mapping[int, float]]
-"""Of each layer, by key bits."""
+Floats = npt.NDArray[np.float32]
+Divergences = Mapping[int, Mapping[str, float]]
+"""Of each layer, by key codec."""
 
 
-def measure(model: Any, tokens: Sequence[int], means: Mapping[int, Means]) -> dict[int, dict[int, float]]:
-    """The worst divergence over OFFSETS of each layer that `means` names, by key bits.
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What one layer was given: keys (H, T, D) from position `offset` on, queries (Hq, NUM_QUERIES, D) of the last."""
 
-    Runs the model over NUM_TOKENS tokens at each offset. Layers whose head dimension has no rotation are left out, and
-    so are all where the model does not attend through the seam.
+    offset: int
+    keys: Floats
+    queries: Floats
+    scale: float
+
+
+def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int) -> dict[int, Recorded]:
+    """Run the model over NUM_TOKENS tokens whose first stands at `offset`; what the named layers were given.
+
+    Layers that do not attend through the seam are left out.
     """
     seam.install()
-    worst: dict[int, dict[int, float]] = {}
-    for offset in OFFSETS:
-        for layer, recorded in _recorded(model, list(tokens[:NUM_TOKENS]), offset, means):
-            of_layer = worst.setdefault(layer, dict.fromkeys(KEY_BITS, 0.0))
-            for bits in KEY_BITS:
-                of_layer[bits] = max(of_layer[bits], _divergence(recorded, bits, means[layer].k))
+    caches: list[Any] = [
+        _Recorder(offset) if i in layers and type(cache) is KVCache else cache
+        for i, cache in enumerate(make_prompt_cache(model))
+    ]
+    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=caches)
+    found = {}
+    for i, cache in enumerate(caches):
+        if isinstance(cache, _Recorder):
+            cache.evaluate()
+            if cache.recorded is not None:
+                found[i] = _as_recorded(cache.recorded, offset)
+            cache.release()
+    return found
+
+
+def measure(recorded: Sequence[Mapping[int, Recorded]], means: Mapping[int, Means]) -> dict[int, dict[str, float]]:
+    """The worst divergence over the recordings of each layer that `means` names, by key codec."""
+    worst: dict[int, dict[str, float]] = {}
+    for at_offset in recorded:
+        for layer, given in at_offset.items():
+            if layer not in means:
+                continue
+            of_layer = worst.setdefault(layer, dict.fromkeys(KEY_CODECS, 0.0))
+            for codec, divergence in _divergences(given, means[layer]).items():
+                of_layer[codec] = max(of_layer[codec], divergence)
     return worst
 
 
-def raised(fmt: KVFormat, measured: Divergences) -> dict[int, KVFormat]:
-    """Formats of the layers that need more key bits than `fmt` has; all others keep it."""
-    formats = {}
+def raised(fmt: KVFormat, measured: Divergences) -> dict[int, KVFormat | None]:
+    """Formats of the layers that need a larger key codec than `fmt` has; None: to be left uncompressed.
+
+    All others keep it.
+    """
+    formats: dict[int, KVFormat | None] = {}
     for layer, of_layer in measured.items():
-        bits = fmt.k_bits
-        while bits != KEY_BITS[-1] and of_layer[bits] > limit(measured, bits):
-            bits = KEY_BITS[KEY_BITS.index(bits) + 1]
-        if bits != fmt.k_bits:
-            formats[layer] = fmt.with_(k_bits=bits)
+        codec: str | None = fmt.keys.name
+        while codec in of_layer and of_layer[codec] > limit(measured, codec):
+            codec = LARGER.get(codec)
+        if codec is None:
+            formats[layer] = None
+        elif codec != fmt.keys.name:
+            formats[layer] = fmt.with_(k_bits=codec)
     return formats
 
 
-def limit(measured: Divergences, bits: int) -> float:
-    """What a layer may have at these key bits: an absolute bound, wider where the whole model is above it."""
-    return max(LIMIT_NATS, LIMIT_OVER_MEDIAN * statistics.median_low(of_layer[bits] for of_layer in measured.values()))
+def limit(measured: Divergences, codec: str) -> float:
+    """What a layer may have with this key codec: an absolute bound, wider where the whole model is above it."""
+    return max(LIMIT_NATS, LIMIT_OVER_MEDIAN * statistics.median_low(of_layer[codec] for of_layer in measured.values()))
 
 
 class _Recorder(AttendingCache):
@@ -105,42 +146,41 @@ class _Recorder(AttendingCache):
         self.recorded = None
 
 
-def _recorded(
-    model: Any, tokens: list[int], offset: int, means: Mapping[int, Means]
-) -> Iterator[tuple[int, LayerInput]]:
-    """What each measured layer was given."""
-    caches: list[Any] = [
-        _Recorder(offset) if i in means and type(cache) is KVCache else cache
-        for i, cache in enumerate(make_prompt_cache(model))
-    ]
-    model(mx.array([tokens]), cache=caches)
-    for i, cache in enumerate(caches):
-        if isinstance(cache, _Recorder):
-            cache.evaluate()
-            if cache.recorded is not None:
-                yield i, cache.recorded
-            cache.release()
+def _as_recorded(step: LayerInput, offset: int) -> Recorded:
+    keys, queries = (np.array(x[0].astype(mx.float32)) for x in (step.keys, step.queries[:, :, -NUM_QUERIES:]))
+    return Recorded(offset, keys, queries, step.scale)
 
 
-def _divergence(recorded: LayerInput, bits: int, mean: npt.NDArray[np.float32]) -> float:
-    """Of one layer at one offset."""
-    keys = np.array(recorded.keys[0].astype(mx.float32), np.float64)  # (H, T, D)
-    queries = np.array(recorded.queries[0].astype(mx.float32), np.float64)[:, -NUM_QUERIES:]  # (Hq, R, D)
+def _divergences(given: Recorded, means: Means) -> dict[str, float]:
+    """Of one layer at one offset, by key codec."""
+    keys = given.keys
     num_heads, num_tokens, dim = keys.shape
-    check_head_dim(dim)
-    fmt = KVFormat(k_bits=bits)
-    rotation = rotation_matrix(dim, fmt.rotation_seed, "k")
-    seen = decode(encode(keys, fmt.keys, rotation, mean[:, None]), fmt.keys, dim, rotation, mean[:, None])
-    seen[:, :SKIPPED_TOKENS] = keys[:, :SKIPPED_TOKENS]
-    grouped = recorded.scale * queries.reshape(num_heads, -1, dim)  # (H, G*R, D)
-    positions = np.tile(np.arange(num_tokens - queries.shape[1], num_tokens), len(queries) // num_heads)
+    num_blocks = -(-(num_tokens - SKIPPED_TOKENS) // BLOCK_TOKENS)
+    blocks = means.k_blocks(given.offset + SKIPPED_TOKENS, num_blocks)
+    mean = np.repeat(blocks, BLOCK_TOKENS, axis=1)[:, : num_tokens - SKIPPED_TOKENS]
+    rotation = rotation_matrix(dim, KVFormat().rotation_seed, "k")
+    rotated = (keys[:, SKIPPED_TOKENS:] - mean) @ rotation.T
+    num_rows = given.queries.shape[1]
+    grouped = np.float32(given.scale) * given.queries.reshape(num_heads, -1, dim)  # (H, G*R, D)
+    positions = np.tile(np.arange(num_tokens - num_rows, num_tokens), len(given.queries) // num_heads)
     hidden = np.arange(num_tokens)[None] > positions[:, None]
-    expected, got = (_log_softmax(grouped @ x.swapaxes(1, 2), hidden) for x in (keys, seen))
-    difference = np.where(hidden, 0.0, np.exp(expected) * (expected - got))
-    return float(np.float32(difference.sum(axis=-1).mean()))  # as the calibration file keeps it
+    exact = grouped @ keys.swapaxes(1, 2)
+    expected = _log_softmax(exact, hidden)
+    weights = np.exp(expected)
+    turned, centre = grouped @ rotation.T, grouped @ mean.swapaxes(1, 2)
+    found = {}
+    for name in KEY_CODECS:
+        kernels = kernels_for(KIT, codec_named(name))
+        codes, scales = kernels.encode(rotated)
+        seen = exact.copy()
+        decoded = kernels.decode(codes, dim) * scales.astype(np.float32)[..., None]
+        seen[..., SKIPPED_TOKENS:] = turned @ decoded.swapaxes(1, 2) + centre
+        difference = np.where(hidden, 0.0, weights * (expected - _log_softmax(seen, hidden)))
+        found[name] = float(np.float32(difference.sum(axis=-1).mean()))  # as the calibration file keeps it
+    return found
 
 
-def _log_softmax(scores: npt.NDArray[np.float64], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    scores = np.where(hidden, -1e30, scores)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
+def _log_softmax(scores: Floats, hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    shown = np.where(hidden, -1e30, scores.astype(np.float64))
+    shifted = shown - shown.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

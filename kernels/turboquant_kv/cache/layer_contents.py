@@ -18,6 +18,7 @@ from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerShape, M
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import Rotary
 
 
 class LayerContents(NamedTuple):
@@ -121,6 +122,8 @@ def save_state(fmt: KVFormat, sequence: LayerSequence | None) -> tuple[Any, ...]
         "tail_start": sequence.tail_start,
         "dtype": str(shape.dtype).removeprefix("mlx.core."),
     }
+    if means is not None and means.rotary is not None:
+        header["rotary"] = means.rotary.to_dict()
     codes = [mx.array(a) for a in (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales)]
     more = [mx.array(means.k), mx.array(means.v)] if means is not None else []
     return (json.dumps(header), *contents.sink, *codes, *contents.tail, *more)
@@ -129,7 +132,11 @@ def save_state(fmt: KVFormat, sequence: LayerSequence | None) -> tuple[Any, ...]
 def format_and_means(states: Sequence[Sequence[Any]]) -> tuple[KVFormat, Means | None]:
     """Of rows of one batch, as `save_state` gave them."""
     full = next((state for state in states if len(state) > 9), None)
-    means = None if full is None else Means(np.array(full[9]), np.array(full[10]))
+    means = None
+    if full is not None:
+        turn = json.loads(full[0]).get("rotary")
+        rotary = None if turn is None else Rotary.from_dict(turn)
+        means = Means(np.array(full[9]), np.array(full[10]), rotary)
     return KVFormat.from_dict(json.loads(states[0][0])["format"]), means
 
 

@@ -26,7 +26,7 @@ from turboquant_kv.codec.registry import scalar_tables
 from turboquant_kv.kv_bytes import KVBytes
 
 # Changes whenever stored pages mean something else although no field of KVFormat does.
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 # A pool is copied to give an eighth back: each page then moves at most seven times as often as one is freed.
 WORTHWHILE_SLACK = 1 / 8
 
@@ -174,7 +174,8 @@ class KVFamily:
             digest.update(f"{kind.__name__}:{shape};".encode())
         calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None
         for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
-            digest.update(f"{i}:".encode() + means.k.tobytes() + means.v.tobytes())
+            turn = "" if means.rotary is None else means.rotary.fingerprint()
+            digest.update(f"{i}:{turn}:".encode() + means.k.tobytes() + means.v.tobytes())
         if calibration is not None and calibration.divergences:  # they decide which layers get more bits
             digest.update(repr(sorted((i, sorted(d.items())) for i, d in calibration.divergences.items())).encode())
         return digest.hexdigest()[:32]

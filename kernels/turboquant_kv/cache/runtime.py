@@ -58,6 +58,7 @@ class KVRuntime:
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
         self.layer_formats: dict[int, KVFormat] = {}  # of compressed layers
+        self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds
         self._sources: dict[int, LayerSource] = {}
         self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
@@ -75,19 +76,25 @@ class KVRuntime:
     def description(self) -> str:
         """The name, with what deviates from it: `4/4, 1 of 24 layers 8/4`."""
         others = Counter(fmt.name for fmt in self.layer_formats.values() if fmt != self.fmt)
-        parts = [f"{count} of {len(self.layer_formats)} layers {name}" for name, count in sorted(others.items())]
+        if self.layers_left_exact:
+            others[PLAIN_FORMAT] = len(self.layers_left_exact)
+        num_layers = len(self.layer_formats) + len(self.layers_left_exact)
+        parts = [f"{count} of {num_layers} layers {name}" for name, count in sorted(others.items())]
         return ", ".join([self.fmt_name, *parts])
 
     def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
-        compressed = {i: shape for i, shape in enumerate(self.shapes) if shape is not None}
+        raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
+        self.layers_left_exact = tuple(i for i, layer in raised.items() if layer is None)
+        compressed = {
+            i: shape for i, shape in enumerate(self.shapes) if shape is not None and i not in self.layers_left_exact
+        }
         for shape in compressed.values():
             check_head_dim(shape.k_dim)
             check_head_dim(shape.v_dim)
         means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
-        raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
-        self.layer_formats = {i: raised.get(i, fmt) for i in compressed}
+        self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
         formats = list(self.layer_formats.values())
         self._pool = PagePool(choose_backend(backend), list(compressed.values()), fmt, means, formats)
         self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
