@@ -10,6 +10,7 @@ import pytest
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, check_head_dim, code_bytes
+from turboquant_kv.codec.format_name import parse_format_name
 from turboquant_kv.codec.reference import encode, exact_pairs
 from turboquant_kv.codec.rotation import rotation_matrix
 from turboquant_kv.codec.scalar import ScalarCodec
@@ -96,3 +97,15 @@ def test_head_dim_check() -> None:
 def test_importing_the_package_loads_no_array_library() -> None:
     code = "import sys, turboquant_kv; sys.exit(any(m in sys.modules for m in ('numpy', 'mlx', 'mlx.core')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "least"), [("balanced", (4.2, 4.35)), ("compact", (5.6, 5.9)), ("tiny", (6.8, 7.2))]
+)
+def test_presets_reach_the_ratios_they_name(preset: str, least: tuple[float, float]) -> None:
+    fmt, num_tokens = KVFormat.parse(parse_format_name(preset)), 16384
+    for head_dim, ratio in zip((64, 128), least, strict=True):
+        pages = fmt.num_pages(num_tokens) * fmt.page_bytes(1, head_dim, head_dim)
+        float16 = 2 * 2 * head_dim
+        held = pages + fmt.exact_rows(num_tokens) * float16
+        assert num_tokens * float16 / held >= ratio

@@ -176,7 +176,7 @@ class KVFormat:
         parts = text.strip().split("/")
         names = [part[1:] if len(part) == 2 and part[0] == "0" else part for part in parts]  # "04" is 4 bits, too
         if len(parts) not in (1, 2) or not all(names):
-            raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_BITS/VALUE_BITS such as 4/4 or 4/3")
+            raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_CODEC/VALUE_CODEC such as 4/4 or 4/3t")
         try:
             return self.with_(k_bits=names[0], v_bits=names[-1])
         except UnsupportedFormatError as exc:

@@ -14,8 +14,8 @@ from turboserve.cache.interfaces import Key
 # just answered is about to go on, and one large conversation must not push out everybody else's.
 SHIELD_SHARE = 0.125
 
-# Formats under pressure, best first. What is below 3/3 changes answers too often (docs/quality.md).
-FORMAT_STEPS = ("f16", "8/8", "8/4", "4/4", "4/3", "3/3")
+# Formats under pressure, best first. What is below 3t/2t changes answers too often (docs/quality.md).
+FORMAT_STEPS = ("f16", "8/8", "8/4", "4/4", "4/3t", "3t/2t")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class World:
         return self.held(self.idle[key][1])
 
     def lower(self, key: Key) -> Lower | None:
-        return None if self.lower_bytes is None else Lower("3/3", self.lower_bytes)
+        return None if self.lower_bytes is None else Lower("3t/2t", self.lower_bytes)
 
     def state(self, missing_bytes: int, **options: Any) -> State:
         return State(
@@ -179,5 +179,5 @@ def test_what_was_requantised_may_still_go_without_its_file() -> None:
     one = candidate("s", 0, ids, age_s=5.0, hits=0, is_named=True, has_file=True)
     world.idle[one.key] = (one, ids)
     relief = plan(replace(world.state(180), used_bytes=0, may_requantise=True), world)
-    assert relief == Relief(steps=(Step("requantise", one.key, "3/3"), Step("evict", one.key)))
+    assert relief == Relief(steps=(Step("requantise", one.key, "3t/2t"), Step("evict", one.key)))
     assert plan(world.state(180), world) == Relief(steps=(Step("spill", one.key),))

@@ -58,7 +58,7 @@ def test_lists_and_paths_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
         ({"max_running": "0"}, ("--max-running '0'", "greater than or equal to 1")),
         ({"send_timeout_s": "0"}, ("--send-timeout-s", "greater than 0")),
         ({"kv_format": "5/4"}, ("--kv-format '5/4'", "4/3", "f16")),
-        ({"kv_format": "4/4/4"}, ("--kv-format", "KEY_BITS/VALUE_BITS")),
+        ({"kv_format": "4/4/4"}, ("--kv-format", "KEY_CODEC/VALUE_CODEC")),
         ({"kv_budget": "plenty"}, ("kv_budget='plenty'", "512MiB")),
         ({"kv_store_bytes": "lots"}, ("--kv-store-bytes 'lots'", 'expected a number of bytes such as "512MiB"')),
         ({"kv_store_bytes": "1kB"}, ("--kv-store-bytes", "greater than or equal to 1048576")),
@@ -87,7 +87,10 @@ def test_byte_counts_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (settings.kv_store_dir, settings.max_session_bytes_per_caller) == (Path("/some/where"), 10_000)
 
 
-FORMAT_SPELLINGS = [("F16", "f16"), (" f16 ", "f16"), ("4", "4/4"), ("04/3", "4/3"), ("8/4", "8/4")]
+FORMAT_SPELLINGS = [
+    *(("F16", "f16"), (" f16 ", "f16"), ("4", "4/4"), ("04/3", "4/3"), ("8/4", "8/4"), ("3T/2t", "3t/2t")),
+    *(("balanced", "4/3t"), ("Compact", "3t/2t"), ("tiny", "2t/2t")),
+]
 
 
 @pytest.mark.parametrize(("given", "name"), FORMAT_SPELLINGS)
