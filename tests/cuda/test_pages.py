@@ -45,7 +45,8 @@ def check_history(
     backend: GpuBackend, fmt: KVFormat, dims: tuple[int, int], num_pages: int, dtype: Any, rng: np.random.Generator
 ) -> None:
     """Random pages between random exact rows: decoded as MLX operations do it, exact ones copied."""
-    means = Means(*(rng.standard_normal((2, d)).astype(np.float32) for d in dims))
+    k_mean, v_mean = (rng.standard_normal((2, d)).astype(np.float32) for d in dims)
+    means = Means(k_mean, v_mean)
     storage: Any = backend.new_store(LayerShape(2, *dims, dtype), fmt, means)
     storage.grow(num_pages + 2)
     for arrays in storage._arrays:

@@ -153,7 +153,8 @@ def expected(
     history: History, q: mx.array, fmt: KVFormat, q_start: int, scale: float, means: Means | None, **options: Any
 ) -> Floats:
     """What the reference says these queries (1, Hq, T, D) get at q_start: (1, Hq, T, Dv)."""
-    k_mean, v_mean = (means.k, means.v) if means is not None else (None, None)
+    k_mean: Any = None if means is None else means.k
+    v_mean = None if means is None else means.v
     if means is not None and means.rotary is not None:
         k_mean = key_means(means, fmt, history.num_tokens)
     out = attend(as_float64(q)[0], history.k, history.v, fmt, q_start, scale, k_mean, v_mean, **options)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from tests.turboquant_kv import small_models
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx import nn
 from mlx_lm.models.rope_utils import initialize_rope
 
 from turboquant_kv.cache.rope_probe import learn_rotary, rotary_of

@@ -103,12 +103,10 @@ def raised(fmt: KVFormat, measured: Divergences) -> dict[int, KVFormat | None]:
     formats: dict[int, KVFormat | None] = {}
     for layer, of_layer in measured.items():
         codec: str | None = fmt.keys.name
-        while codec in of_layer and of_layer[codec] > limit(measured, codec):
+        while codec is not None and codec in of_layer and of_layer[codec] > limit(measured, codec):
             codec = LARGER.get(codec)
-        if codec is None:
-            formats[layer] = None
-        elif codec != fmt.keys.name:
-            formats[layer] = fmt.with_(k_bits=codec)
+        if codec != fmt.keys.name:
+            formats[layer] = None if codec is None else fmt.with_(k_bits=codec)
     return formats
 
 
@@ -180,7 +178,7 @@ def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     return found
 
 
-def _log_softmax(scores: Floats, hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def _log_softmax(scores: npt.NDArray[np.floating[Any]], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     shown = np.where(hidden, -1e30, scores.astype(np.float64))
     shifted = shown - shown.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+from mlx import nn
 
 from turboquant_kv.codec.rotary import Rotary
 
