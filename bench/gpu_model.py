@@ -328,10 +328,8 @@ def streams(args: argparse.Namespace) -> list[Row]:
     held = json.loads(args.tokens_file.read_text())
     wanted = held["answers"]
     # the CPU's means: those of other weights' rounding are another cache
-    means = {
-        int(i): Means(np.array(sides[0], np.float32), np.array(sides[1], np.float32))
-        for i, sides in held["means"].items()
-    }
+    stored = {int(i): [np.array(side, np.float32) for side in sides] for i, sides in held["means"].items()}
+    means = {i: Means(k, v) for i, (k, v) in stored.items()}
     model, tokenizer, runtime, _ = load_embedded(args, Calibration(means, "from the CPU"))
     prompts = [w["prompt"] for w in wanted]
     steps = len(wanted[0]["tokens"])

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn
 import numpy as np
 import pytest
-from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from tests.turboquant_kv import small_models
 
 from turboquant_kv.cache import calibration
 from turboquant_kv.cache.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
 
+nn: Any = mlx.nn  # whose stubs say too little
 WEIGHTS = "0123abcd"
 
 

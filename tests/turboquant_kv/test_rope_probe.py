@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn
 import numpy as np
 import pytest
-from mlx import nn
 from mlx_lm.models.rope_utils import initialize_rope
 
 from turboquant_kv.cache.rope_probe import learn_rotary, rotary_of
+
+nn: Any = mlx.nn  # whose stubs say too little
 
 LLAMA3 = {
     "rope_type": "llama3",

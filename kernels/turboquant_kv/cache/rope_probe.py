@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx import nn
 
 from turboquant_kv.codec.rotary import Rotary
 
@@ -52,7 +51,7 @@ def learn_rotary(model: Any, head_dims: dict[int, int]) -> dict[int, Rotary]:
 
 def _rope_modules(layer: Any) -> Iterator[Any]:
     seen: set[int] = set()
-    for name, module in layer.named_modules() if isinstance(layer, nn.Module) else ():
+    for name, module in layer.named_modules() if hasattr(layer, "named_modules") else ():
         last = name.rpartition(".")[2]
         is_rope = "rope" in type(module).__name__.lower() or last in ("rope", "rotary_emb")
         if is_rope and callable(module) and id(module) not in seen:

@@ -113,7 +113,7 @@ def pack(found: Levels, bits: int) -> NDArray[np.uint8]:
     bits: a little-endian uint32 with coordinate k in bits 2k and 2k + 1.
     """
     planes = [_interleaved(branch_bits(found))]
-    own = found >> 2
+    own = (found >> 2).astype(np.uint8)
     if bits == 2:
         planes.append(_interleaved(own))
     else:
@@ -133,7 +133,7 @@ def unpack(packed: NDArray[np.uint8], bits: int, head_dim: int) -> Levels:
         own = _spread(packed[..., plane:])
     else:
         stream = np.unpackbits(packed[..., plane:], axis=-1, bitorder="little")
-        own = stream[..., 0::2] | stream[..., 1::2] << 1
+        own = (stream[..., 0::2] | stream[..., 1::2] << 1).astype(np.uint8)
     high = branch[..., 3:] ^ branch[..., 1:-2] ^ branch[..., :-3]
     return (own << 2 | high << 1 | branch[..., 2:-1]).astype(np.uint8)
 
@@ -171,7 +171,7 @@ def tune(bits: int, z: Float64, rounds: int = 30) -> Float64:
     Begins with equal steps; each round moves every level to the mean of what the search sent to it, symmetrically.
     """
     count = 2 ** (bits + 1)
-    book = (np.arange(count) - (count - 1) / 2) * (6.0 / count)
+    book: Float64 = (np.arange(count) - (count - 1) / 2) * (6.0 / count)
     for _ in range(rounds):
         found = search(z, book)
         sums, hits = np.bincount(found.ravel(), z.ravel(), count), np.bincount(found.ravel(), minlength=count)
