@@ -68,12 +68,12 @@ def test_what_is_no_turn_by_position_is_not_learnt(rope: Any) -> None:
 
 
 def test_layers_with_equal_modules_share_one_rotation() -> None:
-    class Layer(nn.Module):
+    class Layer(nn.Module):  # type: ignore[misc]
         def __init__(self, base: float) -> None:
             super().__init__()
             self.rope = nn.RoPE(64, base=base)
 
-    class Model(nn.Module):
+    class Model(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.layers = [Layer(1e4), Layer(1e4), Layer(1e6), nn.Linear(2, 2)]
