@@ -238,7 +238,7 @@ class CacheEvents:
     """What the cache memory did since start, counted by reason. Reasons are few and fixed, never a caller's text.
 
     evictions        pressure | quota | expired | superseded | deleted | unreadable | out_of_memory
-    requantisations  4/4 -> 4/3t and so on, as "4/4>4/3t"
+    requantisations  4/4 -> 4t/3t and so on, as "4/4>4t/3t"
     spills           pressure | idle (written ahead, while still in memory)
     restores         request | failed (unreadable: computed again)
     preemptions      growth (an older answer needed the room)

@@ -45,7 +45,7 @@ def tolerance(backend: str, dtype: Any = mx.float32, integers: float = INTEGER_T
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, "2t", "3t"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, "2t", "3t", "4t"])
 def test_codes_are_the_references(backend: str, head_dim: int, bits: int | str, rng: np.random.Generator) -> None:
     fmt = KVFormat(k_bits=bits, v_bits=bits, page_tokens=16)
     history = History.random(rng, 2, 48, head_dim)
@@ -111,6 +111,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits
     (6, 2, 64, 64, 32, 64, (4, "3t")),
     (4, 2, 128, 128, 32, 64, ("3t", "2t")),
     (7, 1, 80, 112, 5, 16, ("2t", "2t")),
+    (8, 2, 64, 64, 32, 64, ("4t", "3t")),
     (3, 1, 256, 64, 0, 32, ("2t", 8)),
 ]
 

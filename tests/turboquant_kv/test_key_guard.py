@@ -59,18 +59,18 @@ def test_healthy_models_keep_their_format(rng: np.random.Generator) -> None:
 
 
 def test_the_next_bits_that_suffice_are_taken() -> None:
-    healthy = {"2": 0.3, "2t": 0.2, "3": 0.08, "3t": 0.05, "4": 0.02, "8": 0.0}
-    worse = {"2": 9.0, "2t": 7.0, "3": 2.0, "3t": 1.0, "4": 0.2, "8": 0.001}
-    bad = {"2": 99.0, "2t": 90.0, "3": 50.0, "3t": 40.0, "4": 20.0, "8": 0.2}
+    healthy = {"2": 0.3, "2t": 0.2, "3": 0.08, "3t": 0.05, "4": 0.02, "4t": 0.01, "8": 0.0}
+    worse = {"2": 9.0, "2t": 7.0, "3": 2.0, "3t": 1.0, "4": 0.2, "4t": 0.1, "8": 0.001}
+    bad = {"2": 99.0, "2t": 90.0, "3": 50.0, "3t": 40.0, "4": 20.0, "4t": 15.0, "8": 0.2}
     hopeless = {**bad, "8": 5.0}
     measured = {0: bad, 1: healthy, 2: worse, 3: healthy, 4: healthy, 5: hopeless}
     for name, expected in (
         ("4/4", {0: "8/4", 5: None}),
         ("3/3", {0: "8/3", 2: "4/3", 5: None}),
-        ("3t/2t", {0: "8/2t", 2: "4/2t", 5: None}),
+        ("3t/2t", {0: "8/2t", 2: "4t/2t", 5: None}),
         ("8/4", {5: None}),
         ("2/2", {0: "8/2", 2: "4/2", 5: None}),
-        ("2t/2t", {0: "8/2t", 2: "4/2t", 5: None}),
+        ("2t/2t", {0: "8/2t", 2: "4t/2t", 5: None}),
     ):
         found = key_guard.raised(KVFormat.parse(name), measured)
         assert {layer: fmt and fmt.name for layer, fmt in found.items()} == expected

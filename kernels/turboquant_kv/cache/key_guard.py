@@ -34,8 +34,8 @@ from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import rotation_matrix
 
 # Key codecs by name, and what a layer over the limit gets instead.
-LARGER = {"2": "3", "3": "4", "2t": "3t", "3t": "4", "4": "8"}
-KEY_CODECS = ("2", "2t", "3", "3t", "4", "8")
+LARGER = {"2": "3", "3": "4", "4": "8", "2t": "3t", "3t": "4t", "4t": "8"}
+KEY_CODECS = ("2", "2t", "3", "3t", "4", "4t", "8")
 # Attention scores do not change when all positions move, codes of turned keys do: the same text at these offsets.
 OFFSETS = (0, 8192, 32768)
 NUM_TOKENS = 256

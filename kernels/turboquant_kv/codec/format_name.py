@@ -8,7 +8,7 @@ from .registry import CODECS
 __all__ = ["FORMAT_NAMES", "PLAIN_FORMAT", "PRESETS", "UnsupportedFormatError", "parse_format_name"]
 
 PLAIN_FORMAT = "f16"  # names mlx-lm's own caches: nothing is compressed, the dtype is the model's
-PRESETS = {"balanced": "4/3t", "compact": "3t/2t", "tiny": "2t/2t"}
+PRESETS = {"balanced": "4t/3t", "compact": "3t/2t", "tiny": "2t/2t"}
 """Formats by what they are for: 4.2 to 4.4, 5.6 to 5.9 and 6.9 to 7.3 times less memory than float16 at 16,384 tokens,
 everything counted, with head dimensions of 64 to 128 (docs/quality.md says what each costs)."""
 FORMAT_NAMES = (
@@ -19,7 +19,7 @@ FORMAT_NAMES = (
 
 
 def parse_format_name(text: str) -> str:
-    """The one spelling of a KV format's name: `4` and `04/4` are `4/4`, ` F16 ` is `f16`, `balanced` is `4/3t`.
+    """The one spelling of a KV format's name: `4` and `04/4` are `4/4`, ` F16 ` is `f16`, `balanced` is `4t/3t`.
 
     Everything that names a format is read by this. Raises UnsupportedFormatError.
     """

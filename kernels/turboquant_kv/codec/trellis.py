@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-TRELLIS_BITS = (2, 3)
+TRELLIS_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True, slots=True)

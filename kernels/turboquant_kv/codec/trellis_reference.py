@@ -52,6 +52,10 @@ def levels(bits: int) -> NDArray[np.float32]:
 _UPPER_LEVELS = {
     2: (0.1906, 0.6034, 1.0669, 1.8530),
     3: (0.1063, 0.3031, 0.5286, 0.7569, 1.0218, 1.3340, 1.7704, 2.4455),
+    4: (
+        *(0.0655, 0.1931, 0.3257, 0.4536, 0.5907, 0.7220, 0.8646, 1.0055),
+        *(1.1577, 1.3146, 1.4883, 1.6834, 1.9106, 2.1890, 2.5531, 3.1072),
+    ),
 }
 
 
@@ -110,15 +114,16 @@ def pack(found: Levels, bits: int) -> NDArray[np.uint8]:
 
     Both in blocks of 16 coordinates. One bit a coordinate: a little-endian uint16 with coordinate k of the block in
     bit 2k, coordinate k + 8 in bit 2k + 1 (k < 8), so that a mask spreads eight of them to every other bit. Two own
-    bits: a little-endian uint32 with coordinate k in bits 2k and 2k + 1.
+    bits: a little-endian uint32 with coordinate k in bits 2k and 2k + 1. Three: a plane of the lower two, then one of
+    the highest.
     """
     planes = [_interleaved(branch_bits(found))]
     own = (found >> 2).astype(np.uint8)
-    if bits == 2:
-        planes.append(_interleaved(own))
-    else:
-        pairs = np.stack([own & 1, own >> 1], axis=-1).reshape(*own.shape[:-1], -1)
+    if bits >= 3:
+        pairs = np.stack([own & 1, own >> 1 & 1], axis=-1).reshape(*own.shape[:-1], -1)
         planes.append(np.packbits(pairs, axis=-1, bitorder="little"))
+    if bits != 3:
+        planes.append(_interleaved(own >> (bits - 2)))
     return np.concatenate(planes, axis=-1)
 
 
@@ -129,11 +134,12 @@ def unpack(packed: NDArray[np.uint8], bits: int, head_dim: int) -> Levels:
     plane = head_dim // 8
     branch = np.zeros((*packed.shape[:-1], head_dim + 3), np.uint8)
     branch[..., 3:] = _spread(packed[..., :plane])
-    if bits == 2:
-        own = _spread(packed[..., plane:])
-    else:
-        stream = np.unpackbits(packed[..., plane:], axis=-1, bitorder="little")
-        own = (stream[..., 0::2] | stream[..., 1::2] << 1).astype(np.uint8)
+    own = np.zeros_like(branch[..., 3:])
+    if bits >= 3:
+        stream = np.unpackbits(packed[..., plane : 3 * plane], axis=-1, bitorder="little")
+        own |= stream[..., 0::2] | stream[..., 1::2] << 1
+    if bits != 3:
+        own |= _spread(packed[..., -plane:]) << (bits - 2)
     high = branch[..., 3:] ^ branch[..., 1:-2] ^ branch[..., :-3]
     return (own << 2 | high << 1 | branch[..., 2:-1]).astype(np.uint8)
 

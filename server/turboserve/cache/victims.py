@@ -15,7 +15,7 @@ from turboserve.cache.interfaces import Key
 SHIELD_SHARE = 0.125
 
 # Formats under pressure, best first. What is below 3t/2t changes answers too often (docs/quality.md).
-FORMAT_STEPS = ("f16", "8/8", "8/4", "4/4", "4/3t", "3t/2t")
+FORMAT_STEPS = ("f16", "8/8", "8/4", "4/4", "4t/3t", "3t/2t")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from turboserve.errors import KVFormatError
 from turboserve.messages import DiskStatus, Request
 
 RAW = 10  # bytes of an exact token
-TOKEN_BYTES = {"f16": RAW, "8/8": 8, "8/4": 6, "4/4": 4, "4/3t": 3, "3t/2t": 2}
+TOKEN_BYTES = {"f16": RAW, "8/8": 8, "8/4": 6, "4/4": 4, "4t/3t": 3, "3t/2t": 2}
 PAGE = 16
 
 

@@ -30,7 +30,7 @@ from turboserve.cache.sizes import peak_bytes, shared_pages
 from turboserve.errors import OverloadedError
 from turboserve.messages import ForkSession, UpdateSession
 
-# Conversations of 6 pages and one exact token: in 4/4 394 bytes, in 4/3t 298.
+# Conversations of 6 pages and one exact token: in 4/4 394 bytes, in 4t/3t 298.
 LENGTH = 6 * PAGE + 1
 BYTES = 6 * PAGE * 4 + RAW
 
@@ -101,7 +101,7 @@ def test_then_named_ones_are_requantised_only_if_the_operator_allows() -> None:
         more = try_lease(memory, span(91_000, 5), 20, 101.0)
         if is_allowed:
             assert more is not None
-            assert memory.events().requantisations == {"4/4>4/3t": 2} and starts(memory) == [1, 3]
+            assert memory.events().requantisations == {"4/4>4t/3t": 2} and starts(memory) == [1, 3]
         else:
             assert more is not None and len(starts(memory)) == 1
 
@@ -110,10 +110,10 @@ def test_a_requantised_session_goes_on_in_its_lower_format_unless_asked_otherwis
     memory = filled(2, allow_requantise=True)
     evict(memory, next(c for c in memory.idle if not c.session.is_explicit))
     memory.budget_bytes = 2 * BYTES
-    assert need(memory, BYTES + 1) is not None and tiers(memory) == {1: "4/3t"}
+    assert need(memory, BYTES + 1) is not None and tiers(memory) == {1: "4t/3t"}
     memory.budget_bytes = 10_000
     lease = lease_for(memory, span(1000, LENGTH + 9), 120, session_id="s1")
-    assert (lease.kv_format, lease.cached_len) == ("4/3t", LENGTH)
+    assert (lease.kv_format, lease.cached_len) == ("4t/3t", LENGTH)
     strict = lease_for(memory, span(1000, LENGTH + 9), 120, session_id="s1", kv_format="4/4")
     assert (strict.kv_format, strict.cached_len) == ("4/4", 0)
     memory.check_integrity([lease.caches, strict.caches])

@@ -147,7 +147,7 @@ def test_a_lease_keeps_the_format_that_its_caches_have_when_its_source_is_requan
     memory.budget_bytes = memory.committed_bytes + peak(memory, num_tokens) - RAW
     got = FakeEngine(memory).obtain(ask_for(prompt, num_tokens), 1.0)
     assert isinstance(got, Lease) and got.cached_len == PAGE
-    assert memory.events().requantisations == {"4/4>4/3t": 1}
+    assert memory.events().requantisations == {"4/4>4t/3t": 1}
     assert got.kv_format == got.caches[0].runtime.name == "4/4"
     memory.attach(got, FakeRunning(got))
     memory.check_integrity([got.caches, promised.caches])

@@ -89,7 +89,7 @@ def test_byte_counts_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 FORMAT_SPELLINGS = [
     *(("F16", "f16"), (" f16 ", "f16"), ("4", "4/4"), ("04/3", "4/3"), ("8/4", "8/4"), ("3T/2t", "3t/2t")),
-    *(("balanced", "4/3t"), ("Compact", "3t/2t"), ("tiny", "2t/2t")),
+    *(("balanced", "4t/3t"), ("Compact", "3t/2t"), ("tiny", "2t/2t")),
 ]
 
 

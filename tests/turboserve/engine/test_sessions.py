@@ -190,9 +190,9 @@ def test_under_pressure_named_sessions_are_requantised_if_allowed_and_say_so(
     fill(loop, rng, 6)
     parts.memory.budget_bytes = parts.memory.committed_bytes + peak_bytes(parts.runtime, 71) - 2000
     run(loop, request("new", prompt(rng, 50), max_tokens=20, tenant="new"))
-    assert parts.memory.events().requantisations["4/4>4/3t"] >= 1
+    assert parts.memory.events().requantisations["4/4>4t/3t"] >= 1
     formats = [session_info(loop, GetSession(f"t{i}", "s")).kv_format for i in range(6)]
-    assert "4/3t" in formats and set(formats) <= {"4/4", "4/3t"}
+    assert "4t/3t" in formats and set(formats) <= {"4/4", "4t/3t"}
     loop.check_integrity()
 
 

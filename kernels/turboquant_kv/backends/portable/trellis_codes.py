@@ -90,11 +90,11 @@ def _packed(xp: Any, found: Array, bits: int) -> Array:
         branch.append(high[..., i] ^ back[0] ^ back[1])
     planes = [_interleaved(xp, xp.stack(branch, axis=-1))]
     own = found >> 2
-    if bits == 2:
-        planes.append(_interleaved(xp, own))
-    else:
-        four = own.reshape(*own.shape[:-1], -1, 4)
+    if bits >= 3:
+        four = (own & 3).reshape(*own.shape[:-1], -1, 4)
         planes.append(four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6)
+    if bits != 3:
+        planes.append(_interleaved(xp, own >> (bits - 2)))
     return xp.concatenate(planes, axis=-1).astype(xp.uint8)
 
 
@@ -111,11 +111,12 @@ def _unpacked(xp: Any, codes: Array, bits: int) -> Array:
     plane = codes.shape[-1] // bits
     branch = _spread(xp, codes[..., :plane])
     padded = xp.concatenate([xp.zeros((*branch.shape[:-1], 3), branch.dtype), branch], axis=-1)
-    if bits == 2:
-        own = _spread(xp, codes[..., plane:])
-    else:
-        rest = codes[..., plane:]
+    own = xp.zeros_like(branch)
+    if bits >= 3:
+        rest = codes[..., plane : 3 * plane]
         own = xp.stack([rest & 3, rest >> 2 & 3, rest >> 4 & 3, rest >> 6], axis=-1).reshape(branch.shape)
+    if bits != 3:
+        own = own | _spread(xp, codes[..., -plane:]) << (bits - 2)
     high = branch ^ padded[..., 1:-2] ^ padded[..., :-3]
     return own << 2 | high << 1 | padded[..., 2:-1]
 
