@@ -34,16 +34,18 @@ static float fitted_scale(const Side& side, ScaleKind kind, const float* y, cons
     return energy / (inner > 0 ? inner : 1.0f);
 }
 
-static void encode_page(const Store& store, const Side& side, const Rows& rows, int head, int first, std::uint8_t* group, std::uint8_t* scales) {
+static void encode_page(const Store& store, const Side& side, const Rows& rows, int head, int first, Centre centre, std::uint8_t* group,
+                        std::uint8_t* scales) {
     const int dim = side.dim;
     alignas(64) float x[kMaxDim];
     alignas(64) std::uint8_t codes[16 * kMaxDim];
     for (int g = 0; g < store.groups_per_page(); g++, group += side.group_bytes()) {
+        const float* mean = centre.data + g * centre.stride;
         for (int t = 0; t < 16; t++) {
             const std::int64_t token = first + g * 16 + t;
             row_to_floats(rows.data, rows.dtype, head * rows.head_stride + token * rows.token_stride, dim, x);
-            if (!side.mean.empty())
-                for (int d = 0; d < dim; d++) x[d] -= side.mean[std::size_t(head) * dim + d];
+            if (centre.data)
+                for (int d = 0; d < dim; d++) x[d] -= mean[d];
             rotate(side, x);
             F squares{};
             for (int d = 0; d < dim; d += LANES) squares = fma(load<F>(x + d), load<F>(x + d), squares);

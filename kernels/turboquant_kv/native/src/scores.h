@@ -9,7 +9,7 @@ struct Query {
     float factor[kMaxGroup];  // of the integer sum, times the key's own scale
     float bias[kMaxGroup];    // subtracted from that product: table offset times sum of the query, times factor
     std::int32_t high_bias[kMaxGroup], low_bias[kMaxGroup];
-    float shift[kMaxGroup];   // query . mean_k, added to every score
+    float shift[kMaxGroup * kSpanBlocks]; // query . mean_k of each block of a span, added to its scores
 };
 
 // x (dim,) rotated and already scaled, of head h.
@@ -55,10 +55,10 @@ static void quantise_query(const Side& side, const float* x, int h, Query& q) {
 // more of them keep enough sums in flight.
 constexpr int pair_of(int G) { return LANES < 16 ? 1 : G <= 2 ? 4 : 2; }
 
-// Scores of P groups of 16 tokens: out[h * stride + token].
+// Scores of P groups of 16 tokens: out[h * stride + token]; `shift` are the query's, from the first group's on.
 template <int Bits, int G, int P>
 TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const std::uint8_t* group, const std::uint8_t* scales,
-                          const Query& q, float* out, int stride, const std::uint8_t* next) {
+                          const Query& q, const float* shift, float* out, int stride, const std::uint8_t* next) {
     const int num_quartets = side.dim / 16;
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     for (int sub = 0; sub < SUBS; sub++) {
@@ -103,7 +103,7 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
                 if constexpr (Bits == 8)
                     x = (to_float(acc[p][h] - q.high_bias[h]) * 65536.0f + to_float(low[p][h] - q.low_bias[h]) * 256.0f + float(q.low_bias[h])) * q.factor[h];
                 else x = fma(to_float(acc[p][h]), splat(q.factor[h]), splat(-q.bias[h]));
-                store_to(out + h * stride + p * 16 + sub * LANES, fma(x, key_scale, splat(q.shift[h])));
+                store_to(out + h * stride + p * 16 + sub * LANES, fma(x, key_scale, splat(shift[h * kSpanBlocks + p])));
             }
         }
     }
@@ -111,15 +111,15 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
 
 template <int Bits, int G>
 static void score_groups(const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int num_groups, const Query& q,
-                         float* out, int stride, const std::uint8_t* next) {
+                         const float* shift, float* out, int stride, const std::uint8_t* next) {
     const Tables<Bits> tables = make_tables<Bits>(side.table);
     const std::size_t group_bytes = side.group_bytes();
     constexpr int pair = pair_of(G);
     int g = 0;
     for (; g + pair <= num_groups; g += pair)
-        score_some<Bits, G, pair>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
+        score_some<Bits, G, pair>(side, tables, group + g * group_bytes, scales + 32 * g, q, shift + g, out + 16 * g, stride, next + g * group_bytes);
     for (; g < num_groups; g++)
-        score_some<Bits, G, 1>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
+        score_some<Bits, G, 1>(side, tables, group + g * group_bytes, scales + 32 * g, q, shift + g, out + 16 * g, stride, next + g * group_bytes);
 }
 
 // Weights of one block of up to 64 tokens: words[h * kWeightWords + token / 4], four bytes of head h, or split as in Query.
@@ -238,7 +238,7 @@ static void add_values(const Side& side, const std::uint8_t* group, int num_grou
     for (; i < num_quartets; i++) add_some<Bits, G, 1>(side, tables, group, num_groups, i, w, total, stride);
 }
 
-using ScoreFn = void (*)(const Side&, const std::uint8_t*, const std::uint8_t*, int, const Query&, float*, int, const std::uint8_t*);
+using ScoreFn = void (*)(const Side&, const std::uint8_t*, const std::uint8_t*, int, const Query&, const float*, float*, int, const std::uint8_t*);
 using ValueFn = void (*)(const Side&, const std::uint8_t*, int, const Weights&, float*, int, const std::uint8_t*);
 using WeightFn = void (*)(const Side&, const float*, const std::uint8_t*, int, int, int, const float*, F*, Weights&);
 

@@ -35,6 +35,22 @@ struct IntTable {
     float offset = 0.0f;
 };
 
+constexpr int kSpanBlocks = 16; // groups of 16 tokens whose share of a turning mean is computed together
+constexpr int kMaxPairs = kMaxDim / 2;
+
+// How the mean of keys turns with their position (codec/rotary.py), as tables; dispatch.cpp makes them, in double. Rows of
+// pairs are padded with zeros. A span is 16 blocks of 16 tokens, and angles are those of blocks' and spans' middles.
+struct Turning {
+    int num_pairs = 0, padded = 0; // no pairs: the mean is constant
+    int stride = 1, gap = 0;       // pair j is dims stride * j and stride * j + gap
+    std::vector<double> frequencies;  // (pairs,) radians per position
+    std::vector<double> mean;         // (heads, dim) before the turn, averaged over a block
+    std::vector<float> first, second; // (heads, padded) each, that mean by pairs
+    std::vector<float> spans;         // (n, 2, padded) cos and sin at position sink + 256 n; grown with the conversations
+    std::vector<float> starts;        // (16, 2, padded) from there to the middle of the span that begins b blocks later
+    std::vector<float> blocks;        // (padded, 16) cos and sin in turn from a span's middle to its blocks 8 to 15
+};
+
 enum class ScaleKind { unbiased, norm, least_squares, plain };
 
 // Keys or values of one layer.
@@ -44,7 +60,8 @@ struct Side {
     std::vector<float> signs;      // (dim,) of +-1, before the Hadamard matrix
     std::vector<float> base;       // (base_order, base_order), the odd factor of the Hadamard matrix
     int base_order = 1;
-    std::vector<float> mean;       // (heads, dim), or empty when not centred
+    std::vector<float> mean;       // (heads, dim), or empty when not centred; where it turns, with 0 in dims that do
+    Turning turning;
     std::vector<float> book;       // 2^bits centroids
     std::vector<float> thresholds; // 2^bits - 1, and +infinity
     IntTable table;
