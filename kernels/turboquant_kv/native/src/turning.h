@@ -38,16 +38,18 @@ static void span_shifts(const Turning& t, std::int64_t first_block, const float*
     const int n = t.padded;
     const float *span = &t.spans[first_block / kSpanBlocks * 2 * n], *start = &t.starts[first_block % kSpanBlocks * 2 * n];
     float cos[kMaxPairs], sin[kMaxPairs], turned[G][2 * kMaxPairs], sums[G][16];
-    for (int j = 0; j < n; j++) {
-        cos[j] = span[j] * start[j] - span[n + j] * start[n + j];
-        sin[j] = span[n + j] * start[j] + span[j] * start[n + j];
+    for (int j = 0; j < n; j += LANES) {
+        const F a = load<F>(span + j), b = load<F>(span + n + j), c = load<F>(start + j), s = load<F>(start + n + j);
+        store_to(cos + j, a * c - b * s);
+        store_to(sin + j, b * c + a * s);
     }
     for (int r = 0; r < G; r++) {
         const float *u = pairs + r * stride, *w = u + n;
-        for (int j = 0; j < n; j++) {
-            turned[r][2 * j] = u[j] * cos[j] + w[j] * sin[j];
-            turned[r][2 * j + 1] = w[j] * cos[j] - u[j] * sin[j];
-        }
+        for (int at = 0; at < n; at += 16)
+            for (int j = at; j < at + 16; j++) { // a known count becomes vector code
+                turned[r][2 * j] = u[j] * cos[j] + w[j] * sin[j];
+                turned[r][2 * j + 1] = w[j] * cos[j] - u[j] * sin[j];
+            }
     }
     constexpr int ways = G <= 2 ? 4 : G <= 4 ? 2 : 1; // sums in flight hide the multiplier's latency
     for (int sub = 0; sub < SUBS; sub++) {
