@@ -47,6 +47,7 @@ from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotation import Which, hadamard_base, rotation_matrix, signs
 from turboquant_kv.codec.scalar import scalar_codec
+from turboquant_kv.codec.trellis import TrellisCodec
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +98,15 @@ class NativeStore(LayerStore):
         assert self.store.page_bytes == self._page_bytes, "the native layout costs what the format says"
 
     def _set_side(self, which: Which, dim: int, codec: Codec, mean: Floats | None) -> None:
-        bits = scalar_codec(codec, NativeBackend.name).bits
+        if isinstance(codec, TrellisCodec):
+            bits, edges = codec.bits, None
+        else:
+            bits = scalar_codec(codec, NativeBackend.name).bits
+            edges = thresholds(bits)
         flat_mean = None if mean is None else np.ascontiguousarray(mean, np.float32).ravel()
         flips = signs(dim, self.fmt.rotation_seed, which).astype(np.float32)
         base = hadamard_base(dim).astype(np.float32).ravel()
-        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, codec.table(), thresholds(bits))
+        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, codec.table(), edges)
 
     @property
     def num_pages(self) -> int:

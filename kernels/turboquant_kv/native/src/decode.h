@@ -103,9 +103,10 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
         for (int b = 0; b < kSpanBlocks; b++) q.shift[h * kSpanBlocks + b] = constant[h];
         if (turning.num_pairs) pair_products(store.k, kv_head, x, pairs[h]);
         rotate(store.k, x);
+        if (store.k.is_trellis) to_native_order(store.k, x);
         quantise_query(store.k, x, h, q);
     }
-    const PageKernels &keys = page_kernels(store.k.bits), &values = page_kernels(store.v.bits);
+    const PageKernels &keys = page_kernels(store.k), &values = page_kernels(store.v);
     float* scores = scratch + 2 * kMaxDim;
     Weights w;
     const std::int64_t oldest = a.oldest(item.position + item.num_rows - 1);
@@ -278,6 +279,7 @@ static void finish_row(const Attention& a, const Item& item, int kv_head, int hh
     const float wc = weight(peak), we = weight(exact_peak);
     const float denominator = mass * wc + exact[v_dim + 1] * we + weight(sink);
     const float inverse = denominator == 0 ? 0.0f : 1.0f / denominator;
+    if (store.v.is_trellis) from_native_order(store.v, total);
     if (peak != kNothing) unrotate(store.v, total);
     const float* mean = store.v.mean.empty() ? nullptr : &store.v.mean[std::size_t(kv_head) * v_dim];
     for (int d = 0; d < v_dim; d++) {

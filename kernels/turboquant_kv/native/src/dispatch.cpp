@@ -169,7 +169,14 @@ const KernelTable* find_level(const std::string& name) {
 
 IntTable make_table(const Side& side, const KernelTable& level) {
     if (side.bits == 8) return wide_table(side);
-    return side.is_key ? fitted_table(side, level.k_low, level.k_high) : fitted_table(side, level.v_low, level.v_high);
+    IntTable table = side.is_key ? fitted_table(side, level.k_low, level.k_high) : fitted_table(side, level.v_low, level.v_high);
+    if (side.is_trellis)
+        for (int j = 0; j < 4; j++)
+            for (int x = 0; x < 64; x++) { // an index of two vectors' h, l and first own bits; the second ones have bit j ^ 1
+                const int low = x >> (2 + j % 2) & 1, high = x >> j % 2 & 1, own = x >> (4 + j % 2) & 1, second = x >> (j ^ 1) & 1;
+                table.window[j][x] = table.entry[(side.bits == 3 ? second << 3 : 0) | own << 2 | high << 1 | low];
+            }
+    return table;
 }
 
 } // namespace tq

@@ -38,9 +38,13 @@ std::vector<float> floats(nb::handle object, const char* name, std::int64_t coun
 
 Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
     if (dim < 16 || dim > kMaxDim || dim % 16) throw std::invalid_argument("head dimensions are multiples of 16 up to 512");
+    const bool is_trellis = thresholds.is_none();
+    if (is_trellis && bits != 2 && bits != 3) throw std::invalid_argument("bits of a trellis are 2 or 3");
+    if (is_trellis && dim < kMinTrellisDim) throw std::invalid_argument("head dimensions of a trellis are 64 at least");
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("bits are 2, 3, 4 or 8");
     Side side;
     side.is_key = is_key;
+    side.is_trellis = is_trellis;
     side.dim = dim;
     side.bits = bits;
     side.signs = floats(signs, "signs", dim);
@@ -50,8 +54,8 @@ Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::
     if (dim % side.base_order || power < 4 || (power & (power - 1))) throw std::invalid_argument("base does not divide the head dimension");
     side.base = floats(base, "base", std::int64_t(side.base_order) * side.base_order);
     if (!mean.is_none()) side.mean = floats(mean, "mean", std::int64_t(heads) * dim);
-    side.book = floats(book, "book", 1 << bits);
-    side.thresholds = floats(thresholds, "thresholds", (1 << bits) - 1);
+    side.book = floats(book, "book", 1 << side.index_bits());
+    if (!is_trellis) side.thresholds = floats(thresholds, "thresholds", (1 << bits) - 1);
     return side;
 }
 
@@ -114,6 +118,7 @@ class NativeStore {
         store_.scale_kind = scale_kind(scale);
     }
 
+    // book: 2^bits centroids with the thresholds between them, or a trellis's 2^(bits + 1) levels and None.
     void set_side(bool is_key, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
         if (store_.num_pages) throw std::invalid_argument("the geometry cannot change once there are pages");
         Side side = make_side(is_key, store_.heads, dim, bits, signs, base, mean, book, thresholds);
@@ -438,7 +443,7 @@ NB_MODULE(_kernels, m) {
         .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
              nb::arg("scale"), nb::arg("isa"))
         .def("set_side", &NativeStore::set_side, nb::arg("is_key"), nb::arg("dim"), nb::arg("bits"), nb::arg("signs"), nb::arg("base"),
-             nb::arg("mean").none(), nb::arg("book"), nb::arg("thresholds"))
+             nb::arg("mean").none(), nb::arg("book"), nb::arg("thresholds").none())
         .def("set_rotary", &NativeStore::set_rotary, nb::arg("mean"), nb::arg("frequencies"), nb::arg("stride"), nb::arg("gap"))
         .def_prop_ro("isa", &NativeStore::isa)
         .def_prop_ro("num_pages", &NativeStore::num_pages)

@@ -17,11 +17,11 @@ static std::size_t prefill_scratch(const Attention& a) {
 
 // One page's keys as panels of (dim, token), scaled; `at` is the page's first column.
 static void decode_keys(const Store& store, const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int at, float* panels) {
-    const FloatLut lut = FloatLut::make(side.book.data(), side.bits);
+    const FloatLut lut = FloatLut::make(side.book.data(), side.index_bits());
     for (int g = 0; g < store.groups_per_page(); g++, group += side.group_bytes())
         for (int i = 0; i < side.dim / 16; i++) {
             std::uint32_t word[4][16];
-            quartet_words(group, side.bits, side.dim, i, word);
+            index_words(side, group, i, word);
             for (int sub = 0; sub < SUBS; sub++) {
                 const F scale = load_half(scales + 2 * (g * 16 + sub * LANES));
                 const int column = at + g * 16 + sub * LANES;
@@ -29,21 +29,21 @@ static void decode_keys(const Store& store, const Side& side, const std::uint8_t
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
                         const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
-                        store_to(panels + panel_at(side.dim, 16 * i + 4 * j + k, column), c * scale);
+                        store_to(panels + panel_at(side.dim, native_dim(side, 16 * i + 4 * j + k), column), c * scale);
                     }
             }
         }
 }
 
-// One page's values as panels of (token, dim), scaled; the tile is `depth` tokens deep, `at` is the page's first.
+// One page's values as panels of (token, dim), scaled, dims in the values' own order (codes.h); the tile is `depth` tokens deep, `at` is the page's first.
 static void decode_values(const Store& store, const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int at, int depth, float* panels) {
-    const FloatLut lut = FloatLut::make(side.book.data(), side.bits);
+    const FloatLut lut = FloatLut::make(side.book.data(), side.index_bits());
     for (int g = 0; g < store.groups_per_page(); g++, group += side.group_bytes()) {
         alignas(64) float scale[16];
         for (int i = 0; i < 16; i += LANES) store_to(scale + i, load_half(scales + 2 * (g * 16 + i)));
         for (int i = 0; i < side.dim / 16; i++) {
             std::uint32_t word[4][16];
-            quartet_words(group, side.bits, side.dim, i, word);
+            index_words(side, group, i, word);
             for (int sub = 0; sub < SUBS; sub++)
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {

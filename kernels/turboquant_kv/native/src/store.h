@@ -31,6 +31,7 @@ constexpr std::size_t kHugePage = std::size_t(2) << 20;
 struct IntTable {
     alignas(64) std::uint8_t entry[256] = {};
     alignas(64) std::uint8_t low[256] = {};
+    alignas(64) std::uint8_t window[4][64] = {}; // a trellis's entries by the bits that isa_avx512.h puts together
     float step = 1.0f;
     float offset = 0.0f;
 };
@@ -53,19 +54,27 @@ struct Turning {
 
 enum class ScaleKind { unbiased, norm, least_squares, plain };
 
+// What kernels are made for: the bits of a scalar code, or kTrellis more for a trellis code of that many.
+constexpr int kTrellis = 16;
+constexpr int kMinTrellisDim = 64; // three coordinates back is another quartet (codes.h)
+constexpr int bits_of(int kind) { return kind % kTrellis; }
+constexpr bool is_trellis(int kind) { return kind >= kTrellis; }
+
 // Keys or values of one layer.
 struct Side {
     int dim = 0, bits = 0;
-    bool is_key = false;
+    bool is_key = false, is_trellis = false;
     std::vector<float> signs;      // (dim,) of +-1, before the Hadamard matrix
     std::vector<float> base;       // (base_order, base_order), the odd factor of the Hadamard matrix
     int base_order = 1;
     std::vector<float> mean;       // (heads, dim), or empty when not centred; where it turns, with 0 in dims that do
     Turning turning;
-    std::vector<float> book;       // 2^bits centroids
-    std::vector<float> thresholds; // 2^bits - 1, and +infinity
+    std::vector<float> book;       // 2^bits centroids, or a trellis's 2^(bits + 1) levels
+    std::vector<float> thresholds; // 2^bits - 1; none of a trellis
     IntTable table;
 
+    int kind() const { return is_trellis ? bits + kTrellis : bits; }
+    int index_bits() const { return is_trellis ? bits + 1 : bits; } // of an index into the book
     std::size_t group_bytes() const { return std::size_t(2) * dim * bits; } // codes of 16 tokens
 };
 
