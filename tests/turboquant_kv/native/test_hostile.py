@@ -28,7 +28,7 @@ def rows(num_rows: int, dim: int = DIM, heads: int = HEADS) -> Any:
 def storage() -> Any:
     storage = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
     storage.grow(PAGES)
-    storage.encode(np.arange(PAGES), rows(PAGES * 16), rows(PAGES * 16))
+    storage.encode(np.arange(PAGES), 0, rows(PAGES * 16), rows(PAGES * 16))
     return storage
 
 
@@ -115,7 +115,7 @@ def test_read_only_output_is_refused(storage: Any) -> None:
 )
 def test_hostile_encoding_is_refused(storage: Any, ids: list[int], num_rows: int) -> None:
     with pytest.raises(ValueError):
-        storage.encode(np.array(ids), rows(num_rows), rows(num_rows))
+        storage.encode(np.array(ids), 0, rows(num_rows), rows(num_rows))
 
 
 def test_pages_of_another_format_are_refused(storage: Any) -> None:
@@ -172,9 +172,9 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
         "book = np.linspace(-2, 2, 16, dtype=np.float32)\n"
         "for key in (True, False): s.set_side(key, 64, 4, one, base, None, book, book[:-1])\n"
         "s.grow(8); x = np.ones((4, 128, 64), np.float32); ids = np.arange(8)\n"
-        "s.encode(ids, x, x)\n"
+        "s.encode(ids, 0, x, x)\n"
         "pid = os.fork()\n"
-        "s.encode(ids, x, x)\n"
+        "s.encode(ids, 0, x, x)\n"
         "if pid == 0: os._exit(0)\n"
         "raise SystemExit(os.waitpid(pid, 0)[1])\n"
     )

@@ -47,6 +47,7 @@ from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotation import Which, hadamard_base, rotation_matrix, signs
 from turboquant_kv.codec.scalar import scalar_codec
+from turboquant_kv.codec.trellis import TrellisCodec
 
 log = logging.getLogger(__name__)
 
@@ -87,19 +88,25 @@ class NativeStore(LayerStore):
         self.shape, self.fmt, self._kernels = shape, fmt, kernels
         self.store: Any = kernels.Store(shape.num_kv_heads, fmt.page_tokens, fmt.sink_tokens, fmt.scale, isa)
         self._means = centred = means if fmt.centred else None
-        self._k_mean: Floats | None = None if centred is None else centred.k
         self._v_mean: Floats | None = None if centred is None else centred.v
-        self._set_side("k", shape.k_dim, fmt.keys, self._k_mean)
+        self._set_side("k", shape.k_dim, fmt.keys, None if centred is None or centred.rotary else centred.k)
         self._set_side("v", shape.v_dim, fmt.values, self._v_mean)
+        if centred is not None and centred.rotary is not None:
+            rotary = centred.rotary
+            self.store.set_rotary(rotary.averaged(centred.k).ravel(), rotary.frequencies, rotary.stride, rotary.gap)
         self._page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         assert self.store.page_bytes == self._page_bytes, "the native layout costs what the format says"
 
     def _set_side(self, which: Which, dim: int, codec: Codec, mean: Floats | None) -> None:
-        bits = scalar_codec(codec, NativeBackend.name).bits
+        if isinstance(codec, TrellisCodec):
+            bits, edges = codec.bits, None
+        else:
+            bits = scalar_codec(codec, NativeBackend.name).bits
+            edges = thresholds(bits)
         flat_mean = None if mean is None else np.ascontiguousarray(mean, np.float32).ravel()
         flips = signs(dim, self.fmt.rotation_seed, which).astype(np.float32)
         base = hadamard_base(dim).astype(np.float32).ravel()
-        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, codec.table(), thresholds(bits))
+        self.store.set_side(which == "k", dim, bits, flips, base, flat_mean, codec.table(), edges)
 
     @property
     def num_pages(self) -> int:
@@ -114,18 +121,19 @@ class NativeStore(LayerStore):
         self.store.grow(num_pages)
 
     def encode(self, page_ids: PageIds, first_page: int, k: Rows, v: Rows) -> None:
-        self.store.encode(page_ids, dense_rows(k), dense_rows(v))
+        self.store.encode(page_ids, first_page, dense_rows(k), dense_rows(v))
 
     def decode(self, page_ids: PageIds, first_page: int) -> tuple[Rows, Rows]:
-        k, _ = self._decode("k", page_ids, restore=True)
-        v, _ = self._decode("v", page_ids, restore=True)
+        k, _ = self._decode("k", page_ids, first_page)
+        v, _ = self._decode("v", page_ids, first_page)
         return from_floats(k, self.shape.dtype), from_floats(v, self.shape.dtype)
 
-    def _decode(self, which: Which, page_ids: PageIds, *, restore: bool) -> tuple[Floats, Floats]:
+    def _decode(self, which: Which, page_ids: PageIds, first_page: int | None = None) -> tuple[Floats, Floats]:
+        """Rows (H, P*page, D) and scales (H, P*page): in the model's basis where a first page is told, else unscaled."""
         dim = self.shape.k_dim if which == "k" else self.shape.v_dim
         rows = np.empty((self.shape.num_kv_heads, len(page_ids) * self.fmt.page_tokens, dim), np.float32)
         scales = np.empty(rows.shape[:2], np.float32)
-        self.store.decode(which == "k", restore, page_ids, rows, scales)
+        self.store.decode(which == "k", first_page is not None, page_ids, first_page or 0, rows, scales)
         return rows, scales
 
     def read(self, page_ids: PageIds) -> CanonicalPages:
@@ -148,7 +156,7 @@ class NativeStore(LayerStore):
         self.store.transfer(False, True, page_ids, dense(pages.v_codes), dense(pages.v_scales))
 
     def tile(self, page_ids: PageIds) -> Tile:
-        return Tile(*self._decode("k", page_ids, restore=False), *self._decode("v", page_ids, restore=False))
+        return Tile(*self._decode("k", page_ids), *self._decode("v", page_ids))
 
     def exact_tile(self, rows: ExactRows) -> Tile:
         return Tile(as_floats(rows.k), None, as_floats(rows.v), None)

@@ -30,6 +30,7 @@ static void load_query(const Attention& a, const Item& item, int kv_head, int hh
     for (int d = 0; d < a.store->k.dim; d++) x[d] *= a.scale * kLog2e;
 }
 
+// Of the part of a mean that does not turn.
 TQ_INLINE float dot_mean(const Side& side, int head, const float* x) {
     if (side.mean.empty()) return 0;
     F total{};
@@ -91,16 +92,21 @@ TQ_INLINE void prefetch_bytes(const std::uint8_t* p, int count) {
 static void attend_pages(const Attention& a, const Item& item, int kv_head, int first_head, int G, std::int64_t first,
                          std::int64_t last, float* partial, float* scratch) {
     const Store& store = *a.store;
-    const int page = store.page_tokens, v_dim = store.v.dim, stride = partial_stride(a);
+    const int page = store.page_tokens, v_dim = store.v.dim, stride = partial_stride(a), groups = store.groups_per_page();
+    const Turning& turning = store.k.turning;
     Query q;
     float* x = scratch;
+    float pairs[kMaxGroup][2 * kMaxPairs], constant[kMaxGroup];
     for (int h = 0; h < G; h++) {
         load_query(a, item, kv_head, first_head + h, x);
-        q.shift[h] = dot_mean(store.k, kv_head, x);
+        constant[h] = dot_mean(store.k, kv_head, x);
+        for (int b = 0; b < kSpanBlocks; b++) q.shift[h * kSpanBlocks + b] = constant[h];
+        if (turning.num_pairs) pair_products(store.k, kv_head, x, pairs[h]);
         rotate(store.k, x);
+        if (store.k.is_trellis) to_native_order(store.k, x);
         quantise_query(store.k, x, h, q);
     }
-    const PageKernels &keys = page_kernels(store.k.bits), &values = page_kernels(store.v.bits);
+    const PageKernels &keys = page_kernels(store.k), &values = page_kernels(store.v);
     float* scores = scratch + 2 * kMaxDim;
     Weights w;
     const std::int64_t oldest = a.oldest(item.position + item.num_rows - 1);
@@ -120,9 +126,15 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
         };
         for (int p = 0; p < num_pages; p++) {
             const std::int64_t id = item.pages[at + p];
-            const std::uint8_t* next = ahead(p, &store.k);
-            keys.score[G - 1](store.k, store.codes(store.k, id, kv_head), store.scales(store.k, id, kv_head), store.groups_per_page(), q,
-                              scores + p * page, n, next);
+            const std::uint8_t *next = ahead(p, &store.k), *k = store.codes(store.k, id, kv_head), *k_scales = store.scales(store.k, id, kv_head);
+            for (int g = 0; g < groups; g += kSpanBlocks) { // several spans a page, or several pages a span
+                const int num_groups = min1(kSpanBlocks, groups - g), in_span = (p * groups + g) % kSpanBlocks;
+                if (turning.num_pairs && in_span == 0)
+                    kSpanShifts[G - 1](turning, (at + p) * groups + g, pairs[0], 2 * kMaxPairs, constant, q.shift, kSpanBlocks);
+                const std::size_t at_group = g * store.k.group_bytes();
+                keys.score[G - 1](store.k, k + at_group, k_scales + 32 * g, num_groups, q, q.shift + in_span, scores + p * page + 16 * g, n,
+                                  next + at_group);
+            }
         }
         const std::int64_t start = store.sink_tokens + at * page;
         if (start < oldest) hide_old(a, item, first_head, G, start, n, scores);
@@ -135,8 +147,8 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
         for (int p = 0; p < num_pages; p++) {
             const std::int64_t id = item.pages[at + p];
             const std::uint8_t *v = store.codes(store.v, id, kv_head), *v_scales = store.scales(store.v, id, kv_head), *next = ahead(p, &store.v);
-            for (int g = 0; g < store.groups_per_page(); g += kBlockGroups) {
-                const int num_groups = min1(kBlockGroups, store.groups_per_page() - g);
+            for (int g = 0; g < groups; g += kBlockGroups) {
+                const int num_groups = min1(kBlockGroups, groups - g);
                 values.weigh(store.v, scores + p * page + g * 16, v_scales + 32 * g, num_groups, G, n, peaks, mass, w);
                 const std::size_t at_group = g * store.v.group_bytes();
                 values.add[G - 1](store.v, v + at_group, num_groups, w, partial, stride, next + at_group);
@@ -267,6 +279,7 @@ static void finish_row(const Attention& a, const Item& item, int kv_head, int hh
     const float wc = weight(peak), we = weight(exact_peak);
     const float denominator = mass * wc + exact[v_dim + 1] * we + weight(sink);
     const float inverse = denominator == 0 ? 0.0f : 1.0f / denominator;
+    if (store.v.is_trellis) from_native_order(store.v, total);
     if (peak != kNothing) unrotate(store.v, total);
     const float* mean = store.v.mean.empty() ? nullptr : &store.v.mean[std::size_t(kv_head) * v_dim];
     for (int d = 0; d < v_dim; d++) {

@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include <cmath>
+#include <utility>
 
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
@@ -91,6 +92,61 @@ IntTable wide_table(const Side& side) {
 
 } // namespace
 
+Turning make_turning(int heads, int dim, std::vector<double> mean, std::vector<double> frequencies, int stride, int gap) {
+    Turning t;
+    t.num_pairs = int(frequencies.size());
+    t.padded = (t.num_pairs + 15) / 16 * 16;
+    t.stride = stride, t.gap = gap;
+    t.first.assign(std::size_t(heads) * t.padded, 0.0f);
+    t.second = t.first;
+    t.starts.assign(std::size_t(kSpanBlocks) * 2 * t.padded, 0.0f);
+    t.blocks.assign(std::size_t(16) * t.padded, 0.0f);
+    for (int j = 0; j < t.num_pairs; j++) {
+        for (int h = 0; h < heads; h++) {
+            t.first[std::size_t(h) * t.padded + j] = float(mean[std::size_t(h) * dim + stride * j]);
+            t.second[std::size_t(h) * t.padded + j] = float(mean[std::size_t(h) * dim + stride * j + gap]);
+        }
+        const double f = frequencies[j], to_middle = (kSpanBlocks * kGroupTokens - 1) / 2.0;
+        for (int b = 0; b < kSpanBlocks; b++) {
+            t.starts[std::size_t(2 * b) * t.padded + j] = float(std::cos(f * (kGroupTokens * b + to_middle)));
+            t.starts[std::size_t(2 * b + 1) * t.padded + j] = float(std::sin(f * (kGroupTokens * b + to_middle)));
+        }
+        for (int k = 0; k < kSpanBlocks / 2; k++) {
+            t.blocks[16 * j + 2 * k] = float(std::cos(f * kGroupTokens * (k + 0.5)));
+            t.blocks[16 * j + 2 * k + 1] = float(std::sin(f * kGroupTokens * (k + 0.5)));
+        }
+    }
+    t.mean = std::move(mean);
+    t.frequencies = std::move(frequencies);
+    return t;
+}
+
+void grow_spans(Turning& t, int sink_tokens, std::int64_t num_blocks) {
+    const std::size_t row = std::size_t(2) * t.padded, held = t.num_pairs ? t.spans.size() / row : 0, needed = num_blocks / kSpanBlocks + 1;
+    if (t.num_pairs == 0 || needed <= held) return;
+    t.spans.resize((needed + needed / 4) * row);
+    for (std::size_t n = held; n < t.spans.size() / row; n++)
+        for (int j = 0; j < t.num_pairs; j++) {
+            const double angle = t.frequencies[j] * (sink_tokens + double(kSpanBlocks * kGroupTokens) * n);
+            t.spans[n * row + j] = float(std::cos(angle));
+            t.spans[n * row + t.padded + j] = float(std::sin(angle));
+        }
+}
+
+void block_means(const Turning& t, int heads, int dim, double position, float* out, std::int64_t head_stride) {
+    for (int h = 0; h < heads; h++)
+        for (int d = 0; d < dim; d++) out[h * head_stride + d] = float(t.mean[std::size_t(h) * dim + d]);
+    for (int j = 0; j < t.num_pairs; j++) {
+        const double c = std::cos(t.frequencies[j] * position), s = std::sin(t.frequencies[j] * position);
+        for (int h = 0; h < heads; h++) {
+            const int a = t.stride * j, b = a + t.gap;
+            const double *mean = &t.mean[std::size_t(h) * dim], first = mean[a], second = mean[b];
+            out[h * head_stride + a] = float(first * c - second * s);
+            out[h * head_stride + b] = float(first * s + second * c);
+        }
+    }
+}
+
 std::vector<const KernelTable*> available_levels() {
     std::vector<const KernelTable*> levels;
     if (const auto* level = avx512_kernels(); level && has_avx512()) levels.push_back(level);
@@ -113,7 +169,14 @@ const KernelTable* find_level(const std::string& name) {
 
 IntTable make_table(const Side& side, const KernelTable& level) {
     if (side.bits == 8) return wide_table(side);
-    return side.is_key ? fitted_table(side, level.k_low, level.k_high) : fitted_table(side, level.v_low, level.v_high);
+    IntTable table = side.is_key ? fitted_table(side, level.k_low, level.k_high) : fitted_table(side, level.v_low, level.v_high);
+    if (side.is_trellis)
+        for (int j = 0; j < 4; j++)
+            for (int x = 0; x < 64; x++) { // an index of two vectors' h, l and first own bits; the second ones have bit j ^ 1
+                const int low = x >> (2 + j % 2) & 1, high = x >> j % 2 & 1, own = x >> (4 + j % 2) & 1, second = x >> (j ^ 1) & 1;
+                table.window[j][x] = table.entry[(side.bits == 3 ? second << 3 : 0) | own << 2 | high << 1 | low];
+            }
+    return table;
 }
 
 } // namespace tq

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): 16 lanes, one byte permute per 64 codes.
 #define LANES 16
 #define TQ_OWN_ROUNDING
+#define TQ_OWN_TRELLIS
 #include "isa_common.h"
 
 // As the common one, in fewer instructions.
@@ -48,6 +49,25 @@ TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
     __m512i i = (__m512i)index;
     __m512i low = _mm512_permutex2var_epi8(lut.t[0], i, lut.t[1]), high = _mm512_permutex2var_epi8(lut.t[2], i, lut.t[3]);
     return (B4)_mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
+}
+// The six bits that a permute takes as an index hold all of two trellis codes of 2 bits: h0 h1 l0 l1 o0 o1 of vectors 0 and 1,
+// then of 2 and 3 (h, l: the subset; o: the own bit). At 3 bits the second own bits take the other vector's places.
+struct TrellisLut {
+    __m512i window[4];
+    static inline TrellisLut make(const IntTable& t) {
+        return {{_mm512_load_si512(t.window[0]), _mm512_load_si512(t.window[1]), _mm512_load_si512(t.window[2]), _mm512_load_si512(t.window[3])}};
+    }
+};
+TQ_INLINE __m512i pick(int mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(mask)), a, b, 0xCA); }
+template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, B4 before, B4 earlier, B4 top, B4 c[4]) {
+    const __m512i l = (__m512i)before, p = (__m512i)top;
+    const __m512i oh = _mm512_ternarylogic_epi32((__m512i)now, (__m512i)earlier, _mm512_set1_epi8(15), 0x78); // now ^ (earlier & 15)
+    const __m512i two[2] = {pick(12, _mm512_slli_epi16(l, 2), oh), pick(12, l, _mm512_srli_epi16(oh, 2))};
+    for (int j = 0; j < 4; j++) {
+        const __m512i own = two[j / 2];
+        const __m512i index = Bits == 2 ? own : j % 2 ? pick(0x55, p, own) : pick(0x55, own, p);
+        c[j] = (B4)_mm512_permutexvar_epi8(index, t.window[j]);
+    }
 }
 // acc + sum of four unsigned times signed bytes per lane.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }

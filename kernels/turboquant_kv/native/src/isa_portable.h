@@ -1,5 +1,6 @@
 // Any CPU: what the compiler makes of four-lane vectors and byte loops. Correct everywhere, fast nowhere.
 #define LANES 4
+#define TQ_OWN_TRELLIS
 #include "isa_common.h"
 
 constexpr const char* kName = "portable";
@@ -29,6 +30,18 @@ struct Lut256 {
     static inline Lut256 make(const std::uint8_t* entry) { return {entry}; }
 };
 TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) { return look_up<8>(Lut{lut.entry}, index); }
+struct TrellisLut {
+    Lut level;
+    static inline TrellisLut make(const IntTable& t) { return {Lut::make<4>(t.entry)}; }
+};
+template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, B4 before, B4 earlier, B4 top, B4 c[4]) {
+    const B4 high = now ^ earlier;
+    for (int j = 0; j < 4; j++) {
+        B4 index = (before >> j & 1) | (high >> j & 1) << 1 | (now >> (4 + j) & 1) << 2;
+        if constexpr (Bits == 3) index |= (top >> (j ^ 1) & 1) << 3;
+        c[j] = look_up<4>(t.level, index);
+    }
+}
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < 4; j++) acc[i] += int(a[4 * i + j]) * int(std::int8_t(b[4 * i + j]));

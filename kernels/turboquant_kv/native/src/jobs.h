@@ -16,6 +16,12 @@ struct Rows {
     int num_tokens = 0;
 };
 
+// What is subtracted from the vectors of a page's group g before they are coded: data + g * stride; null: nothing.
+struct Centre {
+    const float* data = nullptr;
+    std::int64_t stride = 0;
+};
+
 // Query rows of one sequence that see the same pages: T consecutive positions inside one page.
 struct Item {
     int batch = 0, first_row = 0, num_rows = 0; // rows of q and out
@@ -61,13 +67,13 @@ struct KernelTable {
     void (*prefill)(const Attention&, const Item&, int kv_head, float* scratch);
     std::size_t (*prefill_scratch)(const Attention&);
     // Encode one page of one head from exact rows beginning at token `first`.
-    void (*encode_page)(const Store&, const Side&, const Rows&, int head, int first, std::uint8_t* codes, std::uint8_t* scales);
+    void (*encode_page)(const Store&, const Side&, const Rows&, int head, int first, Centre, std::uint8_t* codes, std::uint8_t* scales);
     // Centroids (tokens, dim) and scales (tokens) of one page of one head, rotated basis.
     void (*decode_page)(const Store&, const Side&, const std::uint8_t* codes, const std::uint8_t* scales, float* rows, float* row_scales);
     // One page between this layout and the canonical bitstream.
     void (*to_canonical)(const Store&, const Side&, const std::uint8_t* codes, std::uint8_t* packed);
     void (*from_canonical)(const Store&, const Side&, const std::uint8_t* packed, std::uint8_t* codes);
-    void (*unrotate_rows)(const Side&, int head, float* rows, int num_rows); // and add the mean
+    void (*unrotate_rows)(const Side&, Centre, float* rows, int num_rows); // and add what was subtracted
 };
 
 const KernelTable* avx512_kernels(); // null where the compiler or architecture has none

@@ -14,6 +14,7 @@ namespace tq::neon_level {
 #include "codes.h"
 #include "rows.h"
 #include "scores.h"
+#include "turning.h"
 #include "decode.h"
 #include "gemm.h"
 #include "prefill.h"

@@ -10,6 +10,7 @@ namespace tq::portable_level {
 #include "codes.h"
 #include "rows.h"
 #include "scores.h"
+#include "turning.h"
 #include "decode.h"
 #include "gemm.h"
 #include "prefill.h"

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -25,20 +26,25 @@ namespace {
 
 constexpr int kSegmentTokens = 2048; // one decode task; positions alone decide where it begins
 
-std::vector<float> floats(nb::handle object, const char* name, std::int64_t count) {
+template <class T> std::vector<T> numbers(nb::handle object, const char* name, std::int64_t count) { // count -1: any
     View view(object, name, 1);
-    view.expect_type("f", 4);
+    view.expect_type(sizeof(T) == 4 ? "f" : "d", sizeof(T));
     view.expect_shape({count});
     view.expect_dense();
-    const float* p = static_cast<const float*>(view.data());
-    return std::vector<float>(p, p + count);
+    const T* p = static_cast<const T*>(view.data());
+    return std::vector<T>(p, p + view.shape(0));
 }
+std::vector<float> floats(nb::handle object, const char* name, std::int64_t count) { return numbers<float>(object, name, count); }
 
 Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
     if (dim < 16 || dim > kMaxDim || dim % 16) throw std::invalid_argument("head dimensions are multiples of 16 up to 512");
+    const bool is_trellis = thresholds.is_none();
+    if (is_trellis && bits != 2 && bits != 3) throw std::invalid_argument("bits of a trellis are 2 or 3");
+    if (is_trellis && dim < kMinTrellisDim) throw std::invalid_argument("head dimensions of a trellis are 64 at least");
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("bits are 2, 3, 4 or 8");
     Side side;
     side.is_key = is_key;
+    side.is_trellis = is_trellis;
     side.dim = dim;
     side.bits = bits;
     side.signs = floats(signs, "signs", dim);
@@ -48,8 +54,8 @@ Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::
     if (dim % side.base_order || power < 4 || (power & (power - 1))) throw std::invalid_argument("base does not divide the head dimension");
     side.base = floats(base, "base", std::int64_t(side.base_order) * side.base_order);
     if (!mean.is_none()) side.mean = floats(mean, "mean", std::int64_t(heads) * dim);
-    side.book = floats(book, "book", 1 << bits);
-    side.thresholds = floats(thresholds, "thresholds", (1 << bits) - 1);
+    side.book = floats(book, "book", 1 << side.index_bits());
+    if (!is_trellis) side.thresholds = floats(thresholds, "thresholds", (1 << bits) - 1);
     return side;
 }
 
@@ -75,6 +81,32 @@ class Scratch {
     std::array<std::unique_ptr<float[]>, kMaxThreads> data_;
 };
 
+// What keys and values of a conversation's pages are centred by.
+class Centres {
+  public:
+    Centres(const Store& store, std::int64_t first_page, int num_pages) : store_(store), num_blocks_(std::int64_t(num_pages) * store.groups_per_page()) {
+        const Side& side = store.k;
+        if (side.turning.num_pairs == 0) return;
+        turned_.resize(std::size_t(store.heads) * num_blocks_ * side.dim);
+        run_tasks(num_pages, [&](int page, int) {
+            for (int g = 0; g < store.groups_per_page(); g++) {
+                const std::int64_t block = std::int64_t(page) * store.groups_per_page() + g;
+                const double start = double(store.sink_tokens) + double(first_page) * store.page_tokens + double(block) * kGroupTokens;
+                block_means(side.turning, store.heads, side.dim, start + (kGroupTokens - 1) / 2.0, &turned_[block * side.dim], num_blocks_ * side.dim);
+            }
+        });
+    }
+    Centre of(const Side& side, int page, int head) const {
+        if (side.turning.num_pairs) return {&turned_[(head * num_blocks_ + std::int64_t(page) * store_.groups_per_page()) * side.dim], side.dim};
+        return {side.mean.empty() ? nullptr : &side.mean[std::size_t(head) * side.dim], 0};
+    }
+
+  private:
+    const Store& store_;
+    std::int64_t num_blocks_;
+    std::vector<float> turned_; // keys': (heads, blocks, dim)
+};
+
 class NativeStore {
   public:
     NativeStore(int heads, int page_tokens, int sink_tokens, const std::string& scale, const std::string& isa) : level_(find_level(isa)) {
@@ -86,11 +118,32 @@ class NativeStore {
         store_.scale_kind = scale_kind(scale);
     }
 
+    // book: 2^bits centroids with the thresholds between them, or a trellis's 2^(bits + 1) levels and None.
     void set_side(bool is_key, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
         if (store_.num_pages) throw std::invalid_argument("the geometry cannot change once there are pages");
         Side side = make_side(is_key, store_.heads, dim, bits, signs, base, mean, book, thresholds);
         side.table = make_table(side, *level_);
         (is_key ? store_.k : store_.v) = std::move(side);
+    }
+
+    // Keys' mean (heads * dim,) float64 before the turn, averaged over blocks of 16 tokens; frequencies (pairs,) float64.
+    void set_rotary(nb::handle mean, nb::handle frequencies, int stride, int gap) {
+        Side& side = store_.k;
+        if (store_.num_pages) throw std::invalid_argument("the geometry cannot change once there are pages");
+        if (side.dim == 0) throw std::invalid_argument("the store's keys are not set");
+        auto means = numbers<double>(mean, "mean", std::int64_t(store_.heads) * side.dim), turns = numbers<double>(frequencies, "frequencies", -1);
+        for (const auto* values : {&means, &turns})
+            for (double x : *values)
+                if (!std::isfinite(x)) throw std::invalid_argument("the rotation of keys has numbers that are none");
+        if (turns.empty() || turns.size() > std::size_t(kMaxPairs) || stride < 1 || stride > kMaxDim || gap < 1 || gap > kMaxDim)
+            throw std::invalid_argument("the rotation's pairs are out of range");
+        std::vector<char> is_taken(side.dim, 0);
+        for (int j = 0; j < int(turns.size()); j++)
+            for (int d : {stride * j, stride * j + gap})
+                if (d >= side.dim || is_taken[d]++) throw std::invalid_argument("the rotation's pairs overlap or do not fit the head dimension");
+        side.mean.resize(means.size());
+        for (std::size_t i = 0; i < means.size(); i++) side.mean[i] = is_taken[i % side.dim] ? 0.0f : float(means[i]);
+        side.turning = make_turning(store_.heads, side.dim, std::move(means), std::move(turns), stride, gap);
     }
 
     std::string isa() const { return level_->name; }
@@ -104,18 +157,22 @@ class NativeStore {
         store_.grow(std::size_t(pages));
     }
 
-    void encode(nb::handle page_ids, nb::handle k, nb::handle v) {
+    // k (H, P*page, D) and v (H, P*page, Dv): pages first_page, first_page + 1, ... of a conversation.
+    void encode(nb::handle page_ids, std::int64_t first_page, nb::handle k, nb::handle v) {
         const View ids = pages_of(page_ids, true), k_view(k, "k", 3), v_view(v, "v", 3);
         const Rows sides[2] = {rows_of(k_view, store_.k), rows_of(v_view, store_.v)};
         for (const Rows& rows : sides)
             if (rows.num_tokens != ids.shape(0) * store_.page_tokens) throw std::invalid_argument("k and v must hold page_tokens rows per page id");
+        expect_position(first_page);
         const auto* id = static_cast<const std::int64_t*>(ids.data());
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
+        const Centres centres(store_, first_page, int(ids.shape(0)));
         run_tasks(int(ids.shape(0)) * store_.heads, [&](int task, int) {
             const int page = task / store_.heads, head = task % store_.heads, first = page * store_.page_tokens;
             for (const Side* side : {&store_.k, &store_.v})
-                level_->encode_page(store_, *side, sides[side == &store_.v], head, first, store_.codes(*side, id[page], head), store_.scales(*side, id[page], head));
+                level_->encode_page(store_, *side, sides[side == &store_.v], head, first, centres.of(*side, page, head),
+                                    store_.codes(*side, id[page], head), store_.scales(*side, id[page], head));
         });
     }
 
@@ -148,8 +205,9 @@ class NativeStore {
         });
     }
 
-    // Centroids (H, P*page, D) and scales (H, P*page), float32; `restore` gives decoded values in the model's basis.
-    void decode(bool is_key, bool restore, nb::handle page_ids, nb::handle rows, nb::handle scales) {
+    // Centroids (H, P*page, D) and scales (H, P*page), float32; `restore` gives decoded values in the model's basis, of
+    // pages first_page, first_page + 1, ... of a conversation.
+    void decode(bool is_key, bool restore, nb::handle page_ids, std::int64_t first_page, nb::handle rows, nb::handle scales) {
         const Side& side = is_key ? store_.k : store_.v;
         const View ids = pages_of(page_ids, false), rows_view(rows, "rows", 3, true), scales_view(scales, "scales", 2, true);
         const std::int64_t n = ids.shape(0), tokens = n * store_.page_tokens;
@@ -161,8 +219,10 @@ class NativeStore {
         scales_view.expect_dense();
         const auto* id = static_cast<const std::int64_t*>(ids.data());
         auto *out = static_cast<float*>(rows_view.data()), *out_scales = static_cast<float*>(scales_view.data());
+        expect_position(first_page);
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
+        const Centres centres(store_, first_page, restore && is_key ? int(n) : 0);
         run_tasks(int(n) * store_.heads, [&](int task, int) {
             const int page = task / store_.heads, head = task % store_.heads;
             const std::size_t row = std::size_t(head) * tokens + std::size_t(page) * store_.page_tokens;
@@ -171,7 +231,7 @@ class NativeStore {
             if (!restore) return;
             for (int t = 0; t < store_.page_tokens; t++)
                 for (int d = 0; d < side.dim; d++) mine[t * side.dim + d] *= mine_scales[t];
-            level_->unrotate_rows(side, head, mine, store_.page_tokens);
+            level_->unrotate_rows(side, centres.of(side, page, head), mine, store_.page_tokens);
         });
     }
 
@@ -212,6 +272,8 @@ class NativeStore {
         for (nb::handle row : rows) add_items(batch++, row, a, many, held);
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
+        for (const Attention* each : {&a, &many})
+            for (const Item& item : each->items) grow_spans(store_.k.turning, store_.sink_tokens, item.num_pages * store_.groups_per_page());
         run_decode(a);
         run_prefill(many);
     }
@@ -219,6 +281,10 @@ class NativeStore {
   private:
     void expect_ready() const {
         if (store_.k.dim == 0 || store_.v.dim == 0) throw std::invalid_argument("the store's sides are not set");
+    }
+
+    static void expect_position(std::int64_t first_page) {
+        if (first_page < 0 || first_page > std::int64_t(1) << 40) throw std::invalid_argument("first_page is out of range");
     }
 
     View pages_of(nb::handle object, bool distinct) const {
@@ -377,14 +443,16 @@ NB_MODULE(_kernels, m) {
         .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
              nb::arg("scale"), nb::arg("isa"))
         .def("set_side", &NativeStore::set_side, nb::arg("is_key"), nb::arg("dim"), nb::arg("bits"), nb::arg("signs"), nb::arg("base"),
-             nb::arg("mean").none(), nb::arg("book"), nb::arg("thresholds"))
+             nb::arg("mean").none(), nb::arg("book"), nb::arg("thresholds").none())
+        .def("set_rotary", &NativeStore::set_rotary, nb::arg("mean"), nb::arg("frequencies"), nb::arg("stride"), nb::arg("gap"))
         .def_prop_ro("isa", &NativeStore::isa)
         .def_prop_ro("num_pages", &NativeStore::num_pages)
         .def_prop_ro("page_bytes", &NativeStore::page_bytes)
         .def("grow", &NativeStore::grow, nb::arg("num_pages"))
-        .def("encode", &NativeStore::encode, nb::arg("page_ids"), nb::arg("k"), nb::arg("v"))
+        .def("encode", &NativeStore::encode, nb::arg("page_ids"), nb::arg("first_page"), nb::arg("k"), nb::arg("v"))
         .def("transfer", &NativeStore::transfer, nb::arg("is_key"), nb::arg("write"), nb::arg("page_ids"), nb::arg("codes"), nb::arg("scales"))
-        .def("decode", &NativeStore::decode, nb::arg("is_key"), nb::arg("restore"), nb::arg("page_ids"), nb::arg("rows"), nb::arg("scales"))
+        .def("decode", &NativeStore::decode, nb::arg("is_key"), nb::arg("restore"), nb::arg("page_ids"), nb::arg("first_page"), nb::arg("rows"),
+             nb::arg("scales"))
         .def("attend", &NativeStore::attend, nb::arg("queries"), nb::arg("out"), nb::arg("rows"), nb::arg("scale"), nb::arg("sinks").none(),
              nb::arg("window"));
 }

@@ -5,22 +5,23 @@ constexpr int kTileTokens = 256; // K and V tiles of 128 dims are 256 KiB: secon
 constexpr int kRowBlock = 64;    // score rows at a time: 64 KiB
 
 TQ_INLINE int tile_tokens(const Store& s) { return max1(kTileTokens / s.page_tokens, 1) * s.page_tokens; }
+TQ_INLINE int tile_blocks(const Store& s) { return (tile_tokens(s) / kGroupTokens + kSpanBlocks - 1) / kSpanBlocks * kSpanBlocks; } // whole spans
 TQ_INLINE int prefill_rows(const Attention& a) { return a.group * a.store->page_tokens; }
 TQ_INLINE int key_columns(const Attention& a) { return max1(tile_tokens(*a.store), (max1(a.store->page_tokens, a.store->sink_tokens) + 15) / 16 * 16); }
 
 static std::size_t prefill_scratch(const Attention& a) {
     const Store& s = *a.store;
     const std::size_t rows = prefill_rows(a), columns = key_columns(a) + kPanel;
-    return rows * (2 * s.k.dim + 2 * s.v.dim + 5) + columns * (s.k.dim + s.v.dim + 2 * kPanel) + kRowBlock * columns + 16 * kMaxDim;
+    return rows * (2 * s.k.dim + 2 * s.v.dim + 5 + tile_blocks(s) + 2 * s.k.turning.padded) + columns * (s.k.dim + s.v.dim + 2 * kPanel) + kRowBlock * columns + 16 * kMaxDim;
 }
 
 // One page's keys as panels of (dim, token), scaled; `at` is the page's first column.
 static void decode_keys(const Store& store, const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int at, float* panels) {
-    const FloatLut lut = FloatLut::make(side.book.data(), side.bits);
+    const FloatLut lut = FloatLut::make(side.book.data(), side.index_bits());
     for (int g = 0; g < store.groups_per_page(); g++, group += side.group_bytes())
         for (int i = 0; i < side.dim / 16; i++) {
             std::uint32_t word[4][16];
-            quartet_words(group, side.bits, side.dim, i, word);
+            index_words(side, group, i, word);
             for (int sub = 0; sub < SUBS; sub++) {
                 const F scale = load_half(scales + 2 * (g * 16 + sub * LANES));
                 const int column = at + g * 16 + sub * LANES;
@@ -28,21 +29,21 @@ static void decode_keys(const Store& store, const Side& side, const std::uint8_t
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
                         const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
-                        store_to(panels + panel_at(side.dim, 16 * i + 4 * j + k, column), c * scale);
+                        store_to(panels + panel_at(side.dim, native_dim(side, 16 * i + 4 * j + k), column), c * scale);
                     }
             }
         }
 }
 
-// One page's values as panels of (token, dim), scaled; the tile is `depth` tokens deep, `at` is the page's first.
+// One page's values as panels of (token, dim), scaled, dims in the values' own order (codes.h); the tile is `depth` tokens deep, `at` is the page's first.
 static void decode_values(const Store& store, const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int at, int depth, float* panels) {
-    const FloatLut lut = FloatLut::make(side.book.data(), side.bits);
+    const FloatLut lut = FloatLut::make(side.book.data(), side.index_bits());
     for (int g = 0; g < store.groups_per_page(); g++, group += side.group_bytes()) {
         alignas(64) float scale[16];
         for (int i = 0; i < 16; i += LANES) store_to(scale + i, load_half(scales + 2 * (g * 16 + i)));
         for (int i = 0; i < side.dim / 16; i++) {
             std::uint32_t word[4][16];
-            quartet_words(group, side.bits, side.dim, i, word);
+            index_words(side, group, i, word);
             for (int sub = 0; sub < SUBS; sub++)
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {
@@ -57,7 +58,8 @@ static void decode_values(const Store& store, const Side& side, const std::uint8
 struct PrefillState {
     float *raw, *rotated;      // (rows, D) scaled queries
     float *exact, *compressed; // (rows, Dv) sums
-    float *shift;              // (rows,) query . mean_k
+    float *constant, *pairs;   // (rows,) and (rows, 2, padded): query times what stays and what turns of mean_k
+    float *shift;              // (rows, tile_blocks) query . mean_k of each block of a tile
     float *exact_peak, *exact_mass, *peak, *mass;
     float *k_tile, *v_tile, *scores;
 };
@@ -69,7 +71,8 @@ static PrefillState carve(const Attention& a, float* scratch) {
     auto take = [&](std::size_t n) { float* x = scratch; scratch += n; return x; };
     p.raw = take(rows * s.k.dim), p.rotated = take(rows * s.k.dim);
     p.exact = take(rows * s.v.dim), p.compressed = take(rows * s.v.dim);
-    p.shift = take(rows), p.exact_peak = take(rows), p.exact_mass = take(rows), p.peak = take(rows), p.mass = take(rows);
+    p.constant = take(rows), p.pairs = take(rows * 2 * s.k.turning.padded), p.shift = take(rows * tile_blocks(s));
+    p.exact_peak = take(rows), p.exact_mass = take(rows), p.peak = take(rows), p.mass = take(rows);
     p.k_tile = take(columns * (s.k.dim + kPanel)), p.v_tile = take(columns * (s.v.dim + kPanel)), p.scores = take(kRowBlock * columns);
     return p;
 }
@@ -85,7 +88,8 @@ static void absorb_tile(const PrefillState& s, const Store& store, const float* 
         for (int m = 0; m < rows; m++) {
             float* row = s.scores + std::size_t(m) * padded;
             if (shift)
-                for (int i = 0; i < padded; i += LANES) store_to(row + i, load<F>(row + i) + shift[r + m]);
+                for (int i = 0; i < padded; i += LANES)
+                    store_to(row + i, load<F>(row + i) + shift[(r + m) * tile_blocks(store) + i / kGroupTokens]);
             for (int i = n; i < padded; i++) row[i] = kNothing;
             hide(r + m, row);
             absorb_scores(row, padded, peak[r + m], mass[r + m], total + std::size_t(r + m) * v_dim, v_dim);
@@ -105,6 +109,11 @@ static void prefill_pages(const Attention& a, const Item& item, int kv_head, con
             decode_keys(store, store.k, store.codes(store.k, id, kv_head), store.scales(store.k, id, kv_head), p * page, s.k_tile);
             decode_values(store, store.v, store.codes(store.v, id, kv_head), store.scales(store.v, id, kv_head), p * page, n, s.v_tile);
         }
+        const Turning& turning = store.k.turning;
+        for (int b = 0; turning.num_pairs && b < n / kGroupTokens; b += kSpanBlocks)
+            for (int r = 0; r < num_rows; r += kMaxGroup)
+                kSpanShifts[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * 2 * turning.padded,
+                                                               2 * turning.padded, s.constant + r, s.shift + r * tile_blocks(store) + b, tile_blocks(store));
         const std::int64_t start = store.sink_tokens + at * page;
         absorb_tile(s, store, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
             if (start >= oldest) return;
@@ -146,7 +155,9 @@ static void prefill(const Attention& a, const Item& item, int kv_head, float* sc
     for (int r = 0; r < num_rows; r++) {
         float *raw = s.raw + std::size_t(r) * k_dim, *rotated = s.rotated + std::size_t(r) * k_dim;
         load_query(a, item, kv_head, r, raw);
-        s.shift[r] = dot_mean(store.k, kv_head, raw);
+        s.constant[r] = dot_mean(store.k, kv_head, raw);
+        for (int b = 0; b < tile_blocks(store); b++) s.shift[r * tile_blocks(store) + b] = s.constant[r];
+        if (store.k.turning.num_pairs) pair_products(store.k, kv_head, raw, s.pairs + std::size_t(r) * 2 * store.k.turning.padded);
         std::memcpy(rotated, raw, sizeof(float) * k_dim);
         rotate(store.k, rotated);
         s.exact_peak[r] = s.peak[r] = kNothing;

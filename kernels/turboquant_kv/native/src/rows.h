@@ -77,11 +77,12 @@ static void unrotate(const Side& side, float* y) {
     for (int d = 0; d < side.dim; d++) y[d] *= side.signs[d] * scale;
 }
 
-static void unrotate_rows(const Side& side, int head, float* rows, int num_rows) {
+static void unrotate_rows(const Side& side, Centre centre, float* rows, int num_rows) {
     for (int r = 0; r < num_rows; r++) {
         float* x = rows + std::size_t(r) * side.dim;
         unrotate(side, x);
-        if (!side.mean.empty())
-            for (int d = 0; d < side.dim; d++) x[d] += side.mean[std::size_t(head) * side.dim + d];
+        const float* mean = centre.data + r / kGroupTokens * centre.stride;
+        if (centre.data)
+            for (int d = 0; d < side.dim; d++) x[d] += mean[d];
     }
 }

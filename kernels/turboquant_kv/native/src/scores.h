@@ -9,10 +9,10 @@ struct Query {
     float factor[kMaxGroup];  // of the integer sum, times the key's own scale
     float bias[kMaxGroup];    // subtracted from that product: table offset times sum of the query, times factor
     std::int32_t high_bias[kMaxGroup], low_bias[kMaxGroup];
-    float shift[kMaxGroup];   // query . mean_k, added to every score
+    float shift[kMaxGroup * kSpanBlocks]; // query . mean_k of each block of a span, added to its scores
 };
 
-// x (dim,) rotated and already scaled, of head h.
+// x (dim,) rotated and already scaled, of head h; in the keys' own order of dims (codes.h).
 static void quantise_query(const Side& side, const float* x, int h, Query& q) {
     const int dim = side.dim;
     float largest = 0, spoilt = 0; // spoilt: NaN where x holds NaN or infinity, which no integer shows
@@ -55,18 +55,21 @@ static void quantise_query(const Side& side, const float* x, int h, Query& q) {
 // more of them keep enough sums in flight.
 constexpr int pair_of(int G) { return LANES < 16 ? 1 : G <= 2 ? 4 : 2; }
 
-// Scores of P groups of 16 tokens: out[h * stride + token].
-template <int Bits, int G, int P>
-TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const std::uint8_t* group, const std::uint8_t* scales,
-                          const Query& q, float* out, int stride, const std::uint8_t* next) {
+// Scores of P groups of 16 tokens: out[h * stride + token]; `shift` are the query's, from the first group's on.
+template <int Kind, int G, int P>
+TQ_INLINE void score_some(const Side& side, const Tables<Kind>& tables, const std::uint8_t* group, const std::uint8_t* scales,
+                          const Query& q, const float* shift, float* out, int stride, const std::uint8_t* next) {
     const int num_quartets = side.dim / 16;
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     for (int sub = 0; sub < SUBS; sub++) {
         I acc[P][G], low[P][G];
         for (int p = 0; p < P; p++)
             for (int h = 0; h < G; h++) acc[p][h] = low[p][h] = I{};
+        [[maybe_unused]] Before before[P];
+        if constexpr (is_trellis(Kind))
+            for (int p = 0; p < P; p++) before[p] = before_keys(group + p * group_bytes, num_quartets, sub);
         for (int i = 0; i < num_quartets; i++) {
-            if constexpr (Bits == 8) {
+            if constexpr (Kind == 8) {
                 const std::int32_t* words = q.words + i * 4;
                 const std::int32_t* low_words = q.low_words + i * 4;
                 for (int p = 0; p < P; p++)
@@ -81,7 +84,10 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
                     }
             } else {
                 B4 c[P][4];
-                for (int p = 0; p < P; p++) unpack_quartet<Bits>(group + p * group_bytes, top_plane, i, sub, tables, c[p]);
+                for (int p = 0; p < P; p++) {
+                    if constexpr (is_trellis(Kind)) unpack_trellis<Kind>(group + p * group_bytes, top_plane, i, sub, tables, before[p], c[p]);
+                    else unpack_quartet<Kind>(group + p * group_bytes, top_plane, i, sub, tables, c[p]);
+                }
                 for (int j = 0; j < 4; j++) {
                     Spread s[P];
                     for (int p = 0; p < P; p++) s[p] = spread(c[p][j]);
@@ -93,33 +99,33 @@ TQ_INLINE void score_some(const Side& side, const Tables<Bits>& tables, const st
             }
             // One page ahead: pages are scattered, so the hardware cannot guess.
             if (sub == 0)
-                for (int p = 0; p < P; p++) prefetch_quartet<Bits>(next + p * group_bytes, top_plane, i);
+                for (int p = 0; p < P; p++) prefetch_quartet<Kind>(next + p * group_bytes, top_plane, i);
         }
         for (int p = 0; p < P; p++) {
             const F key_scale = load_half(scales + 2 * (p * 16 + sub * LANES));
             for (int h = 0; h < G; h++) {
                 F x;
                 // 8 bits: the dropped product of both low bytes has mean 128 * low query.
-                if constexpr (Bits == 8)
+                if constexpr (Kind == 8)
                     x = (to_float(acc[p][h] - q.high_bias[h]) * 65536.0f + to_float(low[p][h] - q.low_bias[h]) * 256.0f + float(q.low_bias[h])) * q.factor[h];
                 else x = fma(to_float(acc[p][h]), splat(q.factor[h]), splat(-q.bias[h]));
-                store_to(out + h * stride + p * 16 + sub * LANES, fma(x, key_scale, splat(q.shift[h])));
+                store_to(out + h * stride + p * 16 + sub * LANES, fma(x, key_scale, splat(shift[h * kSpanBlocks + p])));
             }
         }
     }
 }
 
-template <int Bits, int G>
+template <int Kind, int G>
 static void score_groups(const Side& side, const std::uint8_t* group, const std::uint8_t* scales, int num_groups, const Query& q,
-                         float* out, int stride, const std::uint8_t* next) {
-    const Tables<Bits> tables = make_tables<Bits>(side.table);
+                         const float* shift, float* out, int stride, const std::uint8_t* next) {
+    const Tables<Kind> tables = make_tables<Kind>(side.table);
     const std::size_t group_bytes = side.group_bytes();
     constexpr int pair = pair_of(G);
     int g = 0;
     for (; g + pair <= num_groups; g += pair)
-        score_some<Bits, G, pair>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
+        score_some<Kind, G, pair>(side, tables, group + g * group_bytes, scales + 32 * g, q, shift + g, out + 16 * g, stride, next + g * group_bytes);
     for (; g < num_groups; g++)
-        score_some<Bits, G, 1>(side, tables, group + g * group_bytes, scales + 32 * g, q, out + 16 * g, stride, next + g * group_bytes);
+        score_some<Kind, G, 1>(side, tables, group + g * group_bytes, scales + 32 * g, q, shift + g, out + 16 * g, stride, next + g * group_bytes);
 }
 
 // Weights of one block of up to 64 tokens: words[h * kWeightWords + token / 4], four bytes of head h, or split as in Query.
@@ -133,7 +139,7 @@ struct Weights {
 };
 
 // exp2(score - peak) of one head's block, added to `mass`, times the values' own scales, as bytes.
-template <int Bits>
+template <int Kind>
 TQ_INLINE void weigh_head(const Side& side, const float* scores, const F* value_scales, int num_groups, int h, float peak, F& mass, Weights& out) {
     F w[SUBS * kBlockGroups], largest{};
     const int n = num_groups * SUBS;
@@ -143,10 +149,10 @@ TQ_INLINE void weigh_head(const Side& side, const float* scores, const F* value_
         w[i] = e * value_scales[i];
         largest = vmax(largest, w[i]);
     }
-    const float top = maximum(largest), limit = Bits == 8 ? 65535.0f : float(kWeightLimit);
+    const float top = maximum(largest), limit = Kind == 8 ? 65535.0f : float(kWeightLimit);
     const float inverse = top > 1e-30f ? limit / top : 0.0f;
     out.factor[h] = top * (side.table.step / limit);
-    if constexpr (Bits != 8 && !kSplit && kValueLow < 0) {
+    if constexpr (Kind != 8 && !kSplit && kValueLow < 0) {
         for (int i = 0; i < n; i++) store_to(reinterpret_cast<std::uint8_t*>(out.words + h * kWeightWords) + i * LANES, to_bytes(w[i] * inverse));
         return;
     }
@@ -161,11 +167,11 @@ TQ_INLINE void weigh_head(const Side& side, const float* scores, const F* value_
     for (int i = 0; i < num_groups * 4; i++) {
         const std::int32_t* x = whole + 4 * i;
         std::uint32_t &word = out.words[h * kWeightWords + i], &low = out.low_words[h * kWeightWords + i];
-        if (kSplit && Bits != 8) {
+        if (kSplit && Kind != 8) {
             word = std::uint32_t(x[0] | x[2] << 16);
             low = std::uint32_t(x[1] | x[3] << 16);
         } else {
-            constexpr int shift = Bits == 8 ? 8 : 0;
+            constexpr int shift = Kind == 8 ? 8 : 0;
             word = low = 0;
             for (int k = 0; k < 4; k++) {
                 word |= std::uint32_t(x[k] >> shift) << (8 * k);
@@ -176,8 +182,8 @@ TQ_INLINE void weigh_head(const Side& side, const float* scores, const F* value_
 }
 
 // total[h * stride + dim] += sum over the block's tokens of weight * centroid, for P times 16 dims from quartet `i`.
-template <int Bits, int G, int P>
-TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std::uint8_t* group, int num_groups, int i, const Weights& w,
+template <int Kind, int G, int P>
+TQ_INLINE void add_some(const Side& side, const Tables<Kind>& tables, const std::uint8_t* group, int num_groups, int i, const Weights& w,
                         float* total, int stride) {
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     for (int sub = 0; sub < SUBS; sub++) {
@@ -185,7 +191,7 @@ TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std:
         for (int p = 0; p < P; p++)
             for (int h = 0; h < G; h++) acc[p][h] = low[p][h] = I{};
         for (int g = 0; g < num_groups; g++) {
-            if constexpr (Bits == 8) {
+            if constexpr (Kind == 8) {
                 const std::uint32_t* words = w.words + g * 4;
                 const std::uint32_t* low_words = w.low_words + g * 4;
                 for (int p = 0; p < P; p++)
@@ -200,7 +206,12 @@ TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std:
                     }
             } else {
                 B4 c[P][4];
-                for (int p = 0; p < P; p++) unpack_quartet<Bits>(group + g * group_bytes, top_plane, i + p, sub, tables, c[p]);
+                if constexpr (is_trellis(Kind)) {
+                    Before before = before_values(group + g * group_bytes, side.dim / 16, i, sub);
+                    for (int p = 0; p < P; p++) unpack_trellis<Kind>(group + g * group_bytes, top_plane, i + p, sub, tables, before, c[p]);
+                } else {
+                    for (int p = 0; p < P; p++) unpack_quartet<Kind>(group + g * group_bytes, top_plane, i + p, sub, tables, c[p]);
+                }
                 for (int j = 0; j < 4; j++) {
                     Spread s[P];
                     for (int p = 0; p < P; p++) s[p] = spread(c[p][j]);
@@ -215,30 +226,30 @@ TQ_INLINE void add_some(const Side& side, const Tables<Bits>& tables, const std:
             for (int p = 0; p < P; p++) {
                 float* t = total + h * stride + (i + p) * 16 + sub * LANES;
                 F x = to_float(acc[p][h]);
-                if constexpr (Bits == 8) x = x * 65536.0f + to_float(low[p][h]) * 256.0f;
+                if constexpr (Kind == 8) x = x * 65536.0f + to_float(low[p][h]) * 256.0f;
                 else if constexpr (kValueLow == 0) x = x - w.bias[h];
                 store_to(t, fma(x, splat(w.factor[h]), load<F>(t)));
             }
     }
 }
 
-template <int Bits, int G>
+template <int Kind, int G>
 static void add_values(const Side& side, const std::uint8_t* group, int num_groups, const Weights& w, float* total, int stride,
                        const std::uint8_t* next) {
-    const Tables<Bits> tables = make_tables<Bits>(side.table);
+    const Tables<Kind> tables = make_tables<Kind>(side.table);
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     const int num_quartets = side.dim / 16;
     constexpr int pair = pair_of(G);
     int i = 0;
     for (; i + pair <= num_quartets; i += pair) {
         for (int p = 0; p < pair; p++)
-            for (int g = 0; g < num_groups; g++) prefetch_quartet<Bits>(next + g * group_bytes, top_plane, i + p);
-        add_some<Bits, G, pair>(side, tables, group, num_groups, i, w, total, stride);
+            for (int g = 0; g < num_groups; g++) prefetch_quartet<Kind>(next + g * group_bytes, top_plane, i + p);
+        add_some<Kind, G, pair>(side, tables, group, num_groups, i, w, total, stride);
     }
-    for (; i < num_quartets; i++) add_some<Bits, G, 1>(side, tables, group, num_groups, i, w, total, stride);
+    for (; i < num_quartets; i++) add_some<Kind, G, 1>(side, tables, group, num_groups, i, w, total, stride);
 }
 
-using ScoreFn = void (*)(const Side&, const std::uint8_t*, const std::uint8_t*, int, const Query&, float*, int, const std::uint8_t*);
+using ScoreFn = void (*)(const Side&, const std::uint8_t*, const std::uint8_t*, int, const Query&, const float*, float*, int, const std::uint8_t*);
 using ValueFn = void (*)(const Side&, const std::uint8_t*, int, const Weights&, float*, int, const std::uint8_t*);
 using WeightFn = void (*)(const Side&, const float*, const std::uint8_t*, int, int, int, const float*, F*, Weights&);
 
@@ -248,7 +259,7 @@ struct PageKernels {
     WeightFn weigh;
 };
 // Scores p (head h at p + h * stride) and value scales of num_groups groups; peaks (G,), mass (G,) lanes.
-template <int Bits>
+template <int Kind>
 static void weigh(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int G, int stride, const float* peaks, F* mass, Weights& out) {
     F value_scales[SUBS * kBlockGroups];
     F check{};
@@ -259,10 +270,11 @@ static void weigh(const Side& side, const float* p, const std::uint8_t* scales, 
     const float spoilt = sum(check); // NaN where a value holds NaN or infinity, for heads that see it
     for (int i = 0; spoilt != spoilt && i < num_groups * SUBS; i++)
         for (int h = 0; h < G; h++) mass[h] += load<F>(p + h * stride + i * LANES) > -3e38f ? value_scales[i] * 0.0f : F{};
-    for (int h = 0; h < G; h++) weigh_head<Bits>(side, p + h * stride, value_scales, num_groups, h, peaks[h], mass[h], out);
+    for (int h = 0; h < G; h++) weigh_head<Kind>(side, p + h * stride, value_scales, num_groups, h, peaks[h], mass[h], out);
 }
-#define TQ_ALL_GROUPS(f, Bits) {f<Bits, 1>, f<Bits, 2>, f<Bits, 3>, f<Bits, 4>, f<Bits, 5>, f<Bits, 6>, f<Bits, 7>, f<Bits, 8>}
-#define TQ_PAGE_KERNELS(Bits) {TQ_ALL_GROUPS(score_groups, Bits), TQ_ALL_GROUPS(add_values, Bits), weigh<Bits>}
-static const PageKernels kPageKernels[4] = {TQ_PAGE_KERNELS(2), TQ_PAGE_KERNELS(3), TQ_PAGE_KERNELS(4), TQ_PAGE_KERNELS(8)};
+#define TQ_ALL_GROUPS(f, Kind) {f<Kind, 1>, f<Kind, 2>, f<Kind, 3>, f<Kind, 4>, f<Kind, 5>, f<Kind, 6>, f<Kind, 7>, f<Kind, 8>}
+#define TQ_PAGE_KERNELS(Kind) {TQ_ALL_GROUPS(score_groups, Kind), TQ_ALL_GROUPS(add_values, Kind), weigh<Kind>}
+static const PageKernels kPageKernels[6] = {TQ_PAGE_KERNELS(2), TQ_PAGE_KERNELS(3), TQ_PAGE_KERNELS(4), TQ_PAGE_KERNELS(8),
+                                            TQ_PAGE_KERNELS(kTrellis + 2), TQ_PAGE_KERNELS(kTrellis + 3)};
 
-TQ_INLINE const PageKernels& page_kernels(int bits) { return kPageKernels[bits == 8 ? 3 : bits - 2]; }
+TQ_INLINE const PageKernels& page_kernels(const Side& side) { return kPageKernels[side.is_trellis ? side.bits + 2 : side.bits == 8 ? 3 : side.bits - 2]; }

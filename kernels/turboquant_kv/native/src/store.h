@@ -31,24 +31,50 @@ constexpr std::size_t kHugePage = std::size_t(2) << 20;
 struct IntTable {
     alignas(64) std::uint8_t entry[256] = {};
     alignas(64) std::uint8_t low[256] = {};
+    alignas(64) std::uint8_t window[4][64] = {}; // a trellis's entries by the bits that isa_avx512.h puts together
     float step = 1.0f;
     float offset = 0.0f;
 };
 
+constexpr int kSpanBlocks = 16; // groups of 16 tokens whose share of a turning mean is computed together
+constexpr int kMaxPairs = kMaxDim / 2;
+
+// How the mean of keys turns with their position (codec/rotary.py), as tables; dispatch.cpp makes them, in double. Rows of
+// pairs are padded with zeros. A span is 16 blocks of 16 tokens, and angles are those of blocks' and spans' middles.
+struct Turning {
+    int num_pairs = 0, padded = 0; // no pairs: the mean is constant
+    int stride = 1, gap = 0;       // pair j is dims stride * j and stride * j + gap
+    std::vector<double> frequencies;  // (pairs,) radians per position
+    std::vector<double> mean;         // (heads, dim) before the turn, averaged over a block
+    std::vector<float> first, second; // (heads, padded) each, that mean by pairs
+    std::vector<float> spans;         // (n, 2, padded) cos and sin at position sink + 256 n; grown with the conversations
+    std::vector<float> starts;        // (16, 2, padded) from there to the middle of the span that begins b blocks later
+    std::vector<float> blocks;        // (padded, 16) cos and sin in turn from a span's middle to its blocks 8 to 15
+};
+
 enum class ScaleKind { unbiased, norm, least_squares, plain };
+
+// What kernels are made for: the bits of a scalar code, or kTrellis more for a trellis code of that many.
+constexpr int kTrellis = 16;
+constexpr int kMinTrellisDim = 64; // three coordinates back is another quartet (codes.h)
+constexpr int bits_of(int kind) { return kind % kTrellis; }
+constexpr bool is_trellis(int kind) { return kind >= kTrellis; }
 
 // Keys or values of one layer.
 struct Side {
     int dim = 0, bits = 0;
-    bool is_key = false;
+    bool is_key = false, is_trellis = false;
     std::vector<float> signs;      // (dim,) of +-1, before the Hadamard matrix
     std::vector<float> base;       // (base_order, base_order), the odd factor of the Hadamard matrix
     int base_order = 1;
-    std::vector<float> mean;       // (heads, dim), or empty when not centred
-    std::vector<float> book;       // 2^bits centroids
-    std::vector<float> thresholds; // 2^bits - 1, and +infinity
+    std::vector<float> mean;       // (heads, dim), or empty when not centred; where it turns, with 0 in dims that do
+    Turning turning;
+    std::vector<float> book;       // 2^bits centroids, or a trellis's 2^(bits + 1) levels
+    std::vector<float> thresholds; // 2^bits - 1; none of a trellis
     IntTable table;
 
+    int kind() const { return is_trellis ? bits + kTrellis : bits; }
+    int index_bits() const { return is_trellis ? bits + 1 : bits; } // of an index into the book
     std::size_t group_bytes() const { return std::size_t(2) * dim * bits; } // codes of 16 tokens
 };
 
