@@ -22,7 +22,6 @@ from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
-from turboquant_kv.codec.packing import unpack
 from turboquant_kv.codec.rotation import rotation_matrix
 
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
@@ -54,6 +53,15 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
     (3, 1, 96, 96, 4, 64, (4, 3), 1, 200, mx.float16),
     (2, 1, 80, 112, 4, 32, (3, 4), 1, 100, mx.bfloat16),
     (4, 2, 96, 80, 4, 16, (8, 3), 1, 75, mx.float16),
+    (5, 1, 128, 128, 32, 64, ("3t", "2t"), 1, 300, mx.float16),
+    (4, 2, 64, 256, 8, 48, ("2t", "3t"), 1, 150, mx.bfloat16),
+    (3, 1, 256, 64, 17, 32, ("3t", "3t"), 3, 120, mx.float16),
+    (2, 1, 80, 96, 4, 32, ("3t", "2t"), 1, 100, mx.float16),
+    (4, 2, 96, 80, 4, 16, ("2t", "3t"), 1, 75, mx.bfloat16),
+    (3, 1, 112, 192, 0, 64, ("3t", "3t"), 2, 90, mx.float16),
+    (3, 1, 192, 112, 0, 32, (4, "2t"), 1, 83, mx.float16),
+    (2, 1, 128, 64, 4, 16, ("2t", 3), 2, 90, mx.bfloat16),
+    (4, 2, 64, 128, 4, 16, ("3t", 8), 8, 75, mx.float32),
 ]
 
 
@@ -159,7 +167,7 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
-@pytest.mark.parametrize("bits", [(4, 3), (2, 8)])
+@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t")])
 def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
@@ -175,27 +183,29 @@ def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.rando
         assert relative_error(out, expected(seen, q, fmt, start, 0.125, means)) < TOLERANCE[mx.float16]
 
 
-CODED = [  # dim, bits, scale
+CODED = [  # dim, codec, scale
     *((64, 4, "unbiased"), (128, 3, "norm"), (256, 2, "least_squares"), (64, 8, "plain"), (512, 3, "unbiased")),
     *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
+    *((64, "3t", "unbiased"), (128, "2t", "norm"), (256, "3t", "least_squares"), (512, "2t", "plain")),
+    *((80, "3t", "plain"), (96, "2t", "unbiased"), (112, "3t", "unbiased"), (192, "2t", "least_squares")),
 ]
 
 
 @pytest.mark.parametrize("case", CODED)
 def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
-    dim, bits, scale = case
+    dim, name, scale = case
     x = rng.standard_normal((2, 48, dim)).astype(np.float32)
     mean = rng.standard_normal((2, dim)).astype(np.float32)
     x[1, 3] = mean[1]  # centred it is nothing at all
-    fmt = KVFormat(bits, bits, scale=scale, page_tokens=16)
+    fmt = KVFormat(name, name, scale=scale, page_tokens=16)
     storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
     storage.grow(5)
     storage.encode(np.array([4, 0, 2]), 0, mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
     want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
-    got = unpack(pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1), bits, dim)
-    same = got == unpack(want.codes, bits, dim)
+    got = pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1)
+    same = fmt.keys.decode(got, dim) == fmt.keys.decode(want.codes, dim)
     assert same.mean() > 0.999
     got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
     unmoved = same.all(axis=-1)

@@ -80,6 +80,10 @@ DECODED = [  # dims of keys and values, bits, sink, pages, dtype; every dim and 
     ((112, 192), (4, 3), 33, 2, mx.bfloat16),
     ((192, 80), (8, 2), 0, 5, mx.float32),
     ((96, 112), (2, 8), 1, 0, mx.float16),
+    ((128, 64), ("3t", "2t"), 5, 3, mx.float16),
+    ((96, 256), ("2t", "3t"), 3, 2, mx.bfloat16),
+    ((80, 512), ("3t", "2t"), 0, 2, mx.float32),
+    ((192, 112), (4, "3t"), 7, 2, mx.float16),
 ]
 
 

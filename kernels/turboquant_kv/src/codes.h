@@ -1,7 +1,7 @@
 // Packed codes (docs/codec.md): codes of BITS bits lie behind each other from bit 0 of a vector on. A unit is eight of
 // them, which are BITS bytes.
 #pragma once
-#include "common.h"
+#include "trellis.h"
 
 // The centroids of a unit's codes.
 template <int BITS>

@@ -7,6 +7,8 @@
 TQ_CONSTANT int THREADS = 32 * WARPS;
 TQ_CONSTANT int K_BYTES = D * KBITS / 8;
 TQ_CONSTANT int V_BYTES = DV * VBITS / 8;
+TQ_CONSTANT int K_LEVELS = 1 << (KBITS + K_TRELLIS);  // a trellis has twice as many as its bits could tell apart
+TQ_CONSTANT int V_LEVELS = 1 << (VBITS + V_TRELLIS);
 TQ_CONSTANT int PAIRS = (DV + 63) / 64;
 
 // Of a block's rows: totals of the warps' merge (first scratch of the rotation), q . mean_k, and each warp's softmax.

@@ -7,12 +7,30 @@
 struct TqPortableShared {
   float q[ROWS * D];
   TqBlockRows rows;
-  float k_table[1 << KBITS], v_table[1 << VBITS];  // centroids
+  float k_table[K_LEVELS], v_table[V_LEVELS];  // centroids
 };
 
 TQ_FN void tq_fill_tables(TqPlace place, TQ_SHARED TqPortableShared& shared) {
-  for (int i = int(place.tid); i < (1 << KBITS); i += THREADS) shared.k_table[i] = tq_k_book[i];
-  for (int i = int(place.tid); i < (1 << VBITS); i += THREADS) shared.v_table[i] = tq_v_book[i];
+  for (int i = int(place.tid); i < K_LEVELS; i += THREADS) shared.k_table[i] = tq_k_book[i];
+  for (int i = int(place.tid); i < V_LEVELS; i += THREADS) shared.v_table[i] = tq_v_book[i];
+}
+
+// Centroids of a key's eight dims from 8 * unit on, and of a value's dims d and d + 1 (d even).
+TQ_FN void tq_key_unit(const TQ_DEVICE uchar* key, int unit, const TQ_SHARED float* table, TQ_THREAD float* out) {
+  if (K_TRELLIS) {
+    const uint word = tq_trellis_unit<D, KBITS>(key, unit);
+    for (int i = 0; i < 8; i++) out[i] = table[tq_trellis_level(word, i)];
+  } else {
+    tq_unit<KBITS>(key + unit * KBITS, table, out);
+  }
+}
+TQ_FN void tq_value_pair(const TQ_DEVICE uchar* value, uint d, const TQ_SHARED float* table, TQ_THREAD float* out) {
+  if (V_TRELLIS) {
+    const uint word = tq_trellis_unit<DV, VBITS>(value, int(d / 8));
+    for (int i = 0; i < 2; i++) out[i] = table[tq_trellis_level(word, int(d % 8) + i)];
+  } else {
+    tq_pair<VBITS>(value, d, table, out);
+  }
 }
 
 // Row of the (pages, heads, page tokens) rows of the storage in which a token of the sequence lies.
@@ -42,7 +60,7 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
       const TQ_DEVICE uchar* vector = inputs.k_codes + ulong(row_id) * K_BYTES;
       for (int u = 0; u < D / 8; u++) {
         float c[8];
-        tq_unit<KBITS>(vector + u * KBITS, k_table, c);
+        tq_key_unit(vector, u, k_table, c);
         for (int r = 0; r < LIVE; r++) {
           for (int i = 0; i < 8; i++) score[r] += shared.q[r * D + u * 8 + i] * c[i];
         }
@@ -64,7 +82,7 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
         const uint d = uint(tq_dim_of(place.lane, 2 * i));
         if (d < DV) {
           float c[2];
-          tq_pair<VBITS>(vector, d, v_table, c);
+          tq_value_pair(vector, d, v_table, c);
           for (int r = 0; r < LIVE; r++) {
             running.total[r][2 * i] += weight[r] * c[0];
             running.total[r][2 * i + 1] += weight[r] * c[1];

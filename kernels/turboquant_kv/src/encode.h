@@ -1,7 +1,7 @@
 // Exact rows to codes and scales (docs/codec.md): centred, rotated, divided by their root mean square, each coordinate's
-// centroid found in the thresholds. Blocks: x as many rows as PAGE_THREADS threads have vectors, y a head.
+// centroid found in the thresholds, of a trellis along the best path (encode_trellis.h). Blocks: x as many rows as PAGE_THREADS threads have vectors, y a head.
 #pragma once
-#include "pages.h"
+#include "encode_trellis.h"
 
 // rows (HEADS, num_rows, D), strided; constants: signs / sqrt(D) (D,), then means (HEADS, D).
 struct TqEncodeInputs {
@@ -17,9 +17,10 @@ struct TqEncodeOutputs {
 };
 
 struct TqEncodeShared {
-  float book[1 << BITS], limits[1 << BITS];
-  float turned[BASE > 1 ? VECTORS * TURN_PITCH : 4];  // rows on their way to columns
-  uchar codes[BASE > 1 ? VECTORS * D : 4];            // and their codes on the way back
+  float book[LEVELS], limits[LEVELS];
+  float turned[BASE > 1 || TRELLIS ? VECTORS * TURN_PITCH : 4];  // rows on their way to columns, or to the search
+  uchar codes[BASE > 1 || TRELLIS ? VECTORS * D : 4];            // and their codes, or own bits, on the way back
+  TqTrellisShared trellis;
 };
 
 // A lane's codes as words (BASE 1), and sums over the whole vector: of squared centroids, of values times centroids.
@@ -30,9 +31,9 @@ struct TqCoded {
 };
 
 TQ_FN void tq_fill_tables(TQ_SHARED TqEncodeShared& shared, uint tid) {
-  for (int i = int(tid); i < (1 << BITS); i += PAGE_THREADS) {
+  for (int i = int(tid); i < LEVELS; i += PAGE_THREADS) {
     shared.book[i] = tq_book[i];
-    shared.limits[i] = tq_thresholds[i < (1 << BITS) - 1 ? i : 0];
+    shared.limits[i] = tq_thresholds[TRELLIS || i < LEVELS - 1 ? i : 0];
   }
 }
 
@@ -68,18 +69,26 @@ TQ_FN uint tq_nearest(float z, const TQ_SHARED float* limits) {
   return code;
 }
 
-// Codes of a lane's rotated values; of columns they go to shared memory.
+// The dim of a lane's rotated value i.
+TQ_FN int tq_turned_dim(TqShare mine, int i) {
+  return BASE == 1 ? 8 * (i / 8 * LANES + mine.part) + i % 8 : i * LANES + mine.part;
+}
+
+// Codes of a lane's rotated values; of columns, and of trellis codes the own bits, they go to shared memory.
 TQ_FN TqCoded tq_quantised(const TQ_THREAD float* y, float inverse, TqShare mine, TQ_SHARED TqEncodeShared& shared) {
   TqCoded coded;
   coded.c_energy = coded.inner = 0.0f;
   for (int i = 0; i < CODE_WORDS; i++) coded.words[i] = 0;
   for (int i = 0; i < PER; i++) {
-    const uint code = tq_nearest(y[i] * inverse, shared.limits);
+    const int d = tq_turned_dim(mine, i);
+    const float z = y[i] * inverse;
+    const uint code = TRELLIS ? tq_level_on_path(shared.trellis.branch + mine.vector * BLOCKS, d, z, shared.limits)
+                              : tq_nearest(z, shared.limits);
     const float c = shared.book[code];
     coded.c_energy += c * c;
     coded.inner += y[i] * c;
-    if (BASE == 1) coded.words[tq_word_of_code<BITS>(i)] |= code << tq_shift_of_code<BITS>(i);
-    else shared.codes[mine.vector * D + i * LANES + mine.part] = uchar(code);
+    if (BASE == 1 && !TRELLIS) coded.words[tq_word_of_code<BITS>(i)] |= code << tq_shift_of_code<BITS>(i);
+    else shared.codes[mine.vector * D + d] = uchar(TRELLIS ? code >> 2 : code);
   }
   coded.c_energy = tq_vector_sum(coded.c_energy);
   coded.inner = tq_vector_sum(coded.inner);
@@ -125,17 +134,26 @@ TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figur
   for (int i = 0; i < PER; i++) energy += y[i] * y[i];
   energy = tq_vector_sum(energy);
   const float rms = tq_sqrt(energy / float(D));
-  const TqCoded coded = tq_quantised(y, rms == 0.0f ? 1.0f : 1.0f / rms, mine, shared);
+  const float inverse = rms == 0.0f ? 1.0f : 1.0f / rms;
+  if (TRELLIS) {
+    for (int i = 0; i < PER; i++) shared.turned[mine.vector * TURN_PITCH + tq_turned_dim(mine, i)] = y[i] * inverse;
+    tq_search_paths(place, shared.turned, shared.book, shared.trellis);
+  }
+  const TqCoded coded = tq_quantised(y, inverse, mine, shared);
 
   const int at = tq_page_row(row / PAGE, mine.head, row);
   if (row <= last && mine.part == 0) out.scales[at] = Half(tq_scale_of(energy, rms, coded.c_energy, coded.inner));
-  if (BASE == 1) {
+  if (BASE == 1 && !TRELLIS) {
     for (int k = 0; k < UNITS; k++) {
       tq_write_unit<BITS>(out.packed + ulong(at) * VECTOR_BYTES, k * LANES + mine.part, coded.words + 2 * k, row <= last,
                           place.lane);
     }
   } else {
     TQ_BARRIER();
-    tq_pack(out.packed, shared.codes, first_row, last, mine.head, place.tid);
+    if (TRELLIS) {
+      tq_pack_trellis(out.packed, shared.codes, shared.trellis.branch, first_row, last, mine.head, place.tid);
+    } else {
+      tq_pack(out.packed, shared.codes, first_row, last, mine.head, place.tid);
+    }
   }
 }

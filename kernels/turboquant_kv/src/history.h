@@ -20,7 +20,7 @@ struct TqHistoryInputs {
 };
 
 struct TqHistoryShared {
-  float book[1 << BITS];
+  float book[LEVELS];
   float turned[BASE > 1 ? VECTORS * TURN_PITCH : 4];  // columns on their way to rows
 };
 
@@ -45,7 +45,9 @@ TQ_FN void tq_ask(TQ_THREAD TqAsked& asked, TqHistoryInputs inputs, TqHistoryFig
       asked.scale[round] = float(inputs.scales[at]);
       if (BASE == 1) {
         for (int k = 0; k < UNITS; k++) {
-          tq_read_unit<BITS>(asked.vector, k * LANES + mine.part, asked.words + (round * UNITS + k) * 2);
+          TQ_THREAD uint* words = asked.words + (round * UNITS + k) * 2;
+          if (TRELLIS) words[0] = tq_trellis_unit<D, BITS>(asked.vector, k * LANES + mine.part);
+          else tq_read_unit<BITS>(asked.vector, k * LANES + mine.part, words);
         }
       }
     }
@@ -56,9 +58,17 @@ TQ_FN void tq_ask(TQ_THREAD TqAsked& asked, TqHistoryInputs inputs, TqHistoryFig
 TQ_FN void tq_centroids(const TQ_THREAD TqAsked& asked, int round, bool is_coded, int part, const TQ_SHARED float* book,
                         TQ_THREAD float* y) {
   for (int i = 0; i < PER; i++) {
-    const uint word = asked.words[round * UNITS * 2 + (BASE == 1 ? tq_word_of_code<BITS>(i) : 0)];
-    uint code = (word >> tq_shift_of_code<BITS>(i)) & ((1u << BITS) - 1);
-    if (BASE > 1) code = is_coded ? tq_code_of<BITS>(asked.vector, i * LANES + part) : 0;
+    const int d = i * LANES + part;  // of a column
+    uint code = 0;
+    if (TRELLIS) {
+      if (BASE == 1) code = tq_trellis_level(asked.words[(round * UNITS + i / 8) * 2], i % 8);
+      else if (is_coded) code = tq_trellis_level(tq_trellis_unit<D, BITS>(asked.vector, d / 8), d % 8);
+    } else if (BASE == 1) {
+      const uint word = asked.words[round * UNITS * 2 + tq_word_of_code<BITS>(i)];
+      code = (word >> tq_shift_of_code<BITS>(i)) & ((1u << BITS) - 1);
+    } else if (is_coded) {
+      code = tq_code_of<BITS>(asked.vector, d);
+    }
     y[i] = book[code];
   }
 }
@@ -125,7 +135,7 @@ TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures 
 TQ_FN void tq_history(TqPlace place, TqHistoryInputs inputs, TqHistoryFigures figures, TQ_DEVICE Exact* history,
                       TQ_SHARED TqHistoryShared& shared) {
   const int first = int(place.block_x) * VECTORS * ROUNDS;
-  for (int i = int(place.tid); i < (1 << BITS); i += PAGE_THREADS) shared.book[i] = tq_book[i];
+  for (int i = int(place.tid); i < LEVELS; i += PAGE_THREADS) shared.book[i] = tq_book[i];
   TQ_BARRIER();
   if (first < figures.num_sink + figures.num_tokens && first + VECTORS * ROUNDS > figures.num_sink) {
     tq_decode_columns(place, inputs, figures, first, history, shared);

@@ -16,6 +16,7 @@
 TQ_CONSTANT int PAGE_THREADS = 128;
 TQ_CONSTANT int VECTORS = PAGE_THREADS / LANES;  // of a block, at a time
 TQ_CONSTANT int VECTOR_BYTES = D * BITS / 8;
+TQ_CONSTANT int LEVELS = 1 << (BITS + TRELLIS);  // a trellis has twice as many as its bits could tell apart
 TQ_CONSTANT int TURN_PITCH = D + LANES;  // of a vector in shared memory; LANES more: columns then meet in no bank
 
 // A lane's share: of which head, which of the block's vectors, which part of that.

@@ -8,6 +8,7 @@
 #define TQ_THREAD
 #define TQ_SHARED_VARIABLE(type, name) __shared__ type name
 #define TQ_BARRIER() __syncthreads()
+#define TQ_WARP_BARRIER() __syncwarp()
 #define TQ_TABLE __device__ const
 #define TQ_CONSTANT constexpr
 // TqPlace of common.h; Metal's threads are told where they stand by parameters of the kernel.

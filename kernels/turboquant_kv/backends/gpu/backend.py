@@ -31,7 +31,7 @@ from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
-from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, is_power_of_two
+from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.page_runs import runs_of
@@ -114,9 +114,10 @@ class GpuStore(CanonicalStorage, LayerStore):
         super().__init__(KIT, shape, fmt, means, new_arrays)
         self._kernels = kernels
         heads, page = shape.num_kv_heads, fmt.page_tokens
+        (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
         self._sides = (
-            SideShape(heads, shape.k_dim, fmt.k_bits, page, fmt.scale, shape.dtype),
-            SideShape(heads, shape.v_dim, fmt.v_bits, page, fmt.scale, shape.dtype),
+            SideShape(heads, shape.k_dim, k_bits, page, fmt.scale, shape.dtype, k_trellis),
+            SideShape(heads, shape.v_dim, v_bits, page, fmt.scale, shape.dtype, v_trellis),
         )
         centred = means if fmt.centred else None
         k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
@@ -318,9 +319,10 @@ def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32])
 
 def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerShape, fmt: KVFormat) -> DecodeShape:
     """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none."""
+    (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
     shape = DecodeShape(
-        *(num_q_heads, layer.num_kv_heads, layer.k_dim, layer.v_dim, fmt.k_bits, fmt.v_bits),
-        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype),
+        *(num_q_heads, layer.num_kv_heads, layer.k_dim, layer.v_dim, k_bits, v_bits),
+        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype, k_trellis, v_trellis),
     )
     shape.check()
     return shape

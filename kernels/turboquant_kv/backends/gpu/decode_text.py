@@ -15,13 +15,13 @@ from turboquant_kv.backends.gpu.source import (
     Constants,
     Dialect,
     KernelText,
+    codec_table,
     header_text,
     lookup_text,
     strided,
     table_text,
 )
 from turboquant_kv.backends.gpu.tuning import Tuning
-from turboquant_kv.codec.codebook import centroids
 
 DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants")
 FUSED_INPUTS = (*DECODE_INPUTS, "v_constants", "counters")
@@ -53,7 +53,8 @@ def decode_text(
     constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps}
     if variant == "simd":
         constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
-    tables = table_text("tq_k_book", centroids(shape.k_bits)) + table_text("tq_v_book", centroids(shape.v_bits))
+    k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
+    tables = table_text("tq_k_book", k_table) + table_text("tq_v_book", v_table)
     source = (
         f"{_strides_comment(EXACT_INPUTS)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
         f"tq_decode_{variant}({PLACE[dialect]}, {_INPUTS}, TQ_EXACT_ROWS(), parts, shared);\n"
@@ -84,7 +85,8 @@ def _mma_text(
         f"{_strides_comment(names)}tq_decode_mma{'_fused' if fused else ''}"
         f"({PLACE['cuda']}, {_INPUTS}, {exact}, {finish}parts);\n"
     )
-    tables = lookup_text("tq_k_book_at", centroids(shape.k_bits)) + lookup_text("tq_v_book_at", centroids(shape.v_bits))
+    k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
+    tables = lookup_text("tq_k_book_at", k_table) + lookup_text("tq_v_book_at", v_table)
     # the comment: one name per type of the inputs
     head = f"// {sink_dtype}\n{header_text('cuda', constants, tables, 'decode_mma')}"
     return KernelText("decode_mma", inputs, outputs, source, head, arena.num_bytes, (tuning.threads, tuning.resident))
@@ -119,6 +121,7 @@ def _decode_constants(
     return {
         **_common_constants(shape, variant, sink_dtype),
         **{"D": shape.k_dim, "K_ROTATION": _rotation_size(shape.k_dim), "KBITS": shape.k_bits, "VBITS": shape.v_bits},
+        **{"K_TRELLIS": shape.k_trellis, "V_TRELLIS": shape.v_trellis},
     }
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from turboquant_kv.backends.gpu.figures import AnyFigures, EncodeFigures, HistoryFigures, array_of
 from turboquant_kv.backends.gpu.source import (
@@ -19,14 +20,16 @@ from turboquant_kv.backends.gpu.source import (
     Kernel,
     KernelFactory,
     KernelText,
+    codec_table,
     header_text,
     mlx_factory,
     strided,
     table_text,
 )
-from turboquant_kv.codec.codebook import centroids, thresholds
+from turboquant_kv.codec.codebook import thresholds
 from turboquant_kv.codec.format import ScaleKind, code_bytes
 from turboquant_kv.codec.rotation import Signs, hadamard_base
+from turboquant_kv.codec.trellis_reference import levels
 
 ENCODE_INPUTS = ("rows", "figures", "constants")
 HISTORY_INPUTS = ("codes", "scales", "page_ids", "sink", "window", "figures", "constants")
@@ -48,6 +51,7 @@ class SideShape:
     page_tokens: int
     scale: ScaleKind
     dtype: mx.Dtype  # of exact rows
+    trellis: bool = False  # the bits are a trellis codec's
 
     @property
     def base(self) -> int:
@@ -128,7 +132,8 @@ class PageKernels:
 def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
     """Exact rows to codes: src/encode.h."""
     constants = {**_constants(shape), "SCALE_KIND": SCALE_KINDS[shape.scale], "In": shape.dtype}
-    tables = table_text("tq_book", centroids(shape.bits)) + table_text("tq_thresholds", thresholds(shape.bits))
+    limits = _trellis_thresholds(shape.bits) if shape.trellis else thresholds(shape.bits)
+    tables = table_text("tq_book", codec_table(shape.bits, shape.trellis)) + table_text("tq_thresholds", limits)
     source = (
         "TQ_SHARED_VARIABLE(TqEncodeShared, shared);\n"
         f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, constants}}, tq_encode_figures(figures), "
@@ -141,7 +146,7 @@ def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
 def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
     """Codes and exact rows to full vectors: src/history.h."""
     constants = {**_constants(shape), "ROUNDS": shape.rounds, "Exact": shape.dtype}
-    tables = table_text("tq_book", centroids(shape.bits)) + _base_text(hadamard_base(shape.dim).T)
+    tables = table_text("tq_book", codec_table(shape.bits, shape.trellis)) + _base_text(hadamard_base(shape.dim).T)
     source = (
         "TQ_SHARED_VARIABLE(TqHistoryShared, shared);\n"
         f"tq_history({PLACE[dialect]}, {{codes, scales, page_ids, {strided('sink', 3)}, {strided('window', 3)}, "
@@ -157,7 +162,16 @@ def _constants(shape: SideShape) -> Constants:
     return {
         **{"D": shape.dim, "BITS": shape.bits, "HEADS": shape.num_heads, "PAGE": shape.page_tokens},
         **{"BASE": shape.base, "LANES": shape.lanes, "PER": per_lane, "UNITS": -(-per_lane // 8)},
+        "TRELLIS": shape.trellis,
     }
+
+
+def _trellis_thresholds(bits: int) -> npt.NDArray[np.float32]:
+    """(2**(bits + 1),): of each subset the middles between its levels, and a last one that nothing exceeds."""
+    subsets = levels(bits).astype(np.float64).reshape(-1, 4).T
+    middles = (subsets[:, 1:] + subsets[:, :-1]) / 2
+    most = np.full((4, 1), np.finfo(np.float32).max)
+    return np.concatenate([middles, most], axis=1).astype(np.float32).reshape(-1)
 
 
 def _base_text(base: Signs) -> str:

@@ -11,7 +11,10 @@ from typing import Literal
 
 import mlx.core as mx
 
+from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS, UnsupportedFormatError, code_bytes
+from turboquant_kv.codec.scalar import scalar_codec
+from turboquant_kv.codec.trellis import TRELLIS_BITS, TrellisCodec
 
 Variant = Literal["portable", "mma", "simd"]
 """Without matrices; on CUDA's tensor cores; on Metal's 8x8 matrices."""
@@ -21,6 +24,13 @@ MAX_QUERY_ROWS = 8  # per sequence; more is prefill
 
 def is_power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
+
+
+def codec_kind(codec: Codec, reader: str) -> tuple[int, bool]:
+    """Bits per coordinate, and whether they lie along a trellis. Raises UnsupportedFormatError for other codecs."""
+    if isinstance(codec, TrellisCodec):
+        return codec.bits, True
+    return scalar_codec(codec, reader).bits, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +48,16 @@ class DecodeShape:
     num_rows: int  # query rows per sequence
     dtype: mx.Dtype  # of queries and output
     exact_dtype: mx.Dtype
+    k_trellis: bool = False  # keys' and values' bits are a trellis codec's
+    v_trellis: bool = False
 
     def check(self) -> None:
         """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""
         for name, value, known in (
             ("k_dim", self.k_dim, SUPPORTED_HEAD_DIMS),
             ("v_dim", self.v_dim, SUPPORTED_HEAD_DIMS),
-            ("k_bits", self.k_bits, SUPPORTED_BITS),
-            ("v_bits", self.v_bits, SUPPORTED_BITS),
+            ("k_bits", self.k_bits, TRELLIS_BITS if self.k_trellis else SUPPORTED_BITS),
+            ("v_bits", self.v_bits, TRELLIS_BITS if self.v_trellis else SUPPORTED_BITS),
             ("num_rows", self.num_rows, range(1, MAX_QUERY_ROWS + 1)),
         ):
             if value not in known:
@@ -65,6 +77,8 @@ class DecodeShape:
     @property
     def has_mma(self) -> bool:
         """Whether the tensor-core variant covers it (on CUDA)."""
+        if self.k_trellis or self.v_trellis:
+            return False
         dims = (self.k_dim, self.v_dim)
         if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
             return False
@@ -73,7 +87,7 @@ class DecodeShape:
     @property
     def has_simd(self) -> bool:
         """Whether the variant on 8x8 matrices covers it (on Metal)."""
-        return max(self.k_dim, self.v_dim) <= 256
+        return max(self.k_dim, self.v_dim) <= 256 and not (self.k_trellis or self.v_trellis)
 
     @property
     def has_exact_mma(self) -> bool:

@@ -25,6 +25,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from turboquant_kv.codec.codebook import centroids
+from turboquant_kv.codec.trellis_reference import levels
+
 Dialect = Literal["metal", "cuda"]
 Kernel = Callable[..., Any]
 KernelFactory = Callable[..., Kernel]
@@ -127,6 +130,11 @@ def constants_text(dialect: Dialect, constants: Constants) -> str:
     numbers = [f"{name} = {int(value)}" for name, value in constants.items() if not isinstance(value, mx.Dtype)]
     named = "".join(f"typedef {_TYPE_NAMES[dialect][value]} {name};\n" for name, value in types)
     return f"TQ_CONSTANT int {', '.join(numbers)};\n{named}"
+
+
+def codec_table(bits: int, trellis: bool) -> npt.NDArray[np.float32]:
+    """What a codec's levels stand for: 2**bits centroids, or a trellis' twice as many."""
+    return levels(bits) if trellis else centroids(bits)
 
 
 def table_text(name: str, values: npt.NDArray[Any]) -> str:

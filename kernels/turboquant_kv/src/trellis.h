@@ -1,0 +1,35 @@
+// Trellis codes (docs/codec.md): a plane of branch bits b, then one of own bits, in blocks of 16 coordinates, and
+//
+//   level[i] = 4 * own[i] + 2 * (b[i] ^ b[i-2] ^ b[i-3]) + b[i-1]
+//
+// Here a block is a word of 16 fields: coordinate k has bits 2k and 2k + 1.
+#pragma once
+#include "common.h"
+
+// A block of one bit a coordinate, as it is packed, to bit 0 of each field.
+TQ_FN uint tq_fields(uint packed) { return (packed & 0x5555u) | ((packed << 15) & 0x55550000u); }
+
+// Levels modulo 4 of a block's coordinates, from its branch bits and those of the block before, each in bit 0 of fields.
+TQ_FN uint tq_subsets(uint before, uint branch) {
+  const uint high = branch ^ (branch << 4 | before >> 28) ^ (branch << 6 | before >> 26);
+  return high << 1 | branch << 2 | before >> 30;
+}
+
+// Two words of fields to nibbles, `low` the lower two bits: those of even coordinates, and of odd ones.
+TQ_FN uint tq_even_nibbles(uint low, uint high) { return (low & 0x33333333u) | ((high << 2) & 0xccccccccu); }
+TQ_FN uint tq_odd_nibbles(uint low, uint high) { return ((low >> 2) & 0x33333333u) | (high & 0xccccccccu); }
+
+// Unit `unit` (eight coordinates) of a packed vector of DIM coordinates: levels modulo 4 in the lower half's fields, own
+// bits in the upper half's.
+template <int DIM, int BITS>
+TQ_FN uint tq_trellis_unit(const TQ_DEVICE uchar* vector, int unit) {
+  const TQ_DEVICE ushort* planes = reinterpret_cast<const TQ_DEVICE ushort*>(vector);
+  const int block = unit / 2, shift = unit % 2 * 16;
+  const uint before = block > 0 ? tq_fields(planes[block - 1]) : 0u;
+  const uint subsets = tq_subsets(before, tq_fields(planes[block])) >> shift;
+  const uint own = BITS == 2 ? tq_fields(planes[DIM / 16 + block]) >> shift : planes[DIM / 16 + unit];
+  return (subsets & 0xffffu) | own << 16;
+}
+
+// The level of coordinate i of such a unit.
+TQ_FN uint tq_trellis_level(uint unit, int i) { return (unit >> (14 + 2 * i) & 12u) | (unit >> (2 * i) & 3u); }
