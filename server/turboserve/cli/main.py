@@ -127,6 +127,50 @@ def doctor_command(
     raise typer.Exit(doctor.report(doctor.run_checks(settings)))
 
 
+@app.command("eval")
+def eval_command(
+    model: Annotated[Text, Argument(help="Folder or hub name; none: the embedded demonstration model.")] = None,
+    config_file: ConfigFile = None,
+    formats: Annotated[str, Option(help="KV formats, comma-separated.")] = "4/4,4/3,3/3",
+    rivals: Annotated[bool, Option("--rivals", help="Also what other programs store.")] = False,
+    texts: Annotated[
+        list[Path] | None, Option("--text", help="A text file; repeatable. None: held-out built-in texts.")
+    ] = None,
+    tokens: Annotated[int, Option(help="Tokens of each text.")] = 512,
+    offsets: Annotated[
+        str, Option(help="Positions at which the texts begin, comma-separated, such as 0,8K,32K.")
+    ] = "0",
+    needles: Annotated[int, Option(help="Facts to plant and ask for.")] = 0,
+    greedy: Annotated[int, Option(help="Greedy answers to compare.")] = 0,
+    mode: Annotated[str, Option(help="prefill, decode (token by token), or batch (texts as rows).")] = "prefill",
+    json_file: Annotated[Path | None, Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    plot_file: Annotated[Path | None, Option("--plot", help="Draw them here, as SVG.", metavar="FILE")] = None,
+    dequantize: Annotated[
+        Text, Option(help="Expand quantised weights to float32 on a CPU: auto, always, never.")
+    ] = None,
+    cache_dir: Annotated[Text, Option(help="Where calibrations are kept [~/.cache/turboserve].")] = None,
+) -> None:
+    """Compare KV formats with MODEL uncompressed: divergence, perplexity, flips, memory."""
+    from turboserve.cli import eval as evaluating
+
+    settings = config.resolve({"model": model, "dequantize": dequantize, "cache_dir": cache_dir}, config_file)
+    evaluating.run(
+        settings,
+        evaluating.Wanted(
+            formats=evaluating.parse_formats(formats),
+            rivals=rivals,
+            texts=tuple(texts or ()),
+            tokens=tokens,
+            offsets=evaluating.parse_offsets(offsets),
+            needles=needles,
+            greedy=greedy,
+            mode=mode,
+            json_file=json_file,
+            plot_file=plot_file,
+        ),
+    )
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure parts of the service on this machine.")
 app.add_typer(bench_app, name="bench")
 

@@ -1,19 +1,20 @@
-"""What a KV format costs in quality: the same model over the same tokens, with compressed caches and without.
+"""Position by position: what a model predicts over compressed caches beside what it predicts over uncompressed ones.
 
-Teacher-forced through the path that serves: the prompt in chunks, or token by token as decoding does it. Everything is
-compared position by position with the uncompressed run, so a figure needs no labels and few tokens. Owns the
-comparison; texts, formats and how results are shown are the caller's.
+Teacher-forced through the path that serves: a prompt in chunks, tokens one by one, or several conversations as rows of
+one batch. A figure therefore needs no labels and few tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+from turboquant_kv.cache.protocol import AttendingCache
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,25 +56,41 @@ def compare(
     chunk_tokens: fed at once; 1 is decoding. Memory for two chunks of logits is needed.
     """
     parts: dict[str, list[Comparison]] = {name: [] for name in candidates}
-    for start in range(0, len(tokens) - 1, chunk_tokens):
-        chunk = list(tokens[start : start + chunk_tokens])
-        following = np.array(tokens[start + 1 : start + 1 + len(chunk)])
-        expected = _log_probabilities(model, chunk, base)[: len(following)]
+    for chunk in chunks(tokens, len(tokens) - 1, chunk_tokens):
+        following = mx.array(list(tokens[chunk.start + 1 : chunk.stop + 1]))
+        expected = log_probabilities(model, [tokens[chunk]], base)[0]
         for name, caches in candidates.items():
-            got = _log_probabilities(model, chunk, caches)[: len(following)]
-            parts[name].append(_compared(expected, got, mx.array(following)))
+            got = log_probabilities(model, [tokens[chunk]], caches)[0]
+            parts[name].append(compared(expected, got, following))
     return {name: Comparison.joined(of_name) for name, of_name in parts.items()}
 
 
-def _log_probabilities(model: Any, tokens: list[int], caches: list[Any]) -> mx.array:
-    """(T, V) float32."""
-    logits = model(mx.array([tokens]), cache=caches)[0].astype(mx.float32)
+def chunks(tokens: Sequence[int], num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """The first `num_tokens` of the tokens, in pieces."""
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def log_probabilities(model: Any, rows: Sequence[Sequence[int]], caches: list[Any]) -> mx.array:
+    """(B, T, V) float32 of the next token after each of B rows of T tokens; the caches have nothing pending."""
+    logits = model(mx.array([list(row) for row in rows]), cache=caches).astype(mx.float32)
     out: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(out, [cache.state for cache in caches if not hasattr(cache, "attend")])
+    mx.eval(out)
+    settle(caches)
     return out
 
 
-def _compared(expected: mx.array, got: mx.array, following: mx.array) -> Comparison:
+def settle(caches: Sequence[Any]) -> None:
+    """Finish pending work on caches, so that no lazy graph outlives a step."""
+    for cache in caches:
+        if isinstance(cache, AttendingCache):
+            cache.evaluate()
+        else:
+            mx.eval(cache.state)
+
+
+def compared(expected: mx.array, got: mx.array, following: mx.array) -> Comparison:
+    """expected, got (T, V): log-probabilities without and with compression; following (T,): the text's next tokens."""
     kl = (mx.exp(expected) * (expected - got)).sum(axis=-1)
     nll, base_nll = (-mx.take_along_axis(x, following[:, None], axis=-1)[:, 0] for x in (got, expected))
     flips = mx.argmax(expected, axis=-1) != mx.argmax(got, axis=-1)
