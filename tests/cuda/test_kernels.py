@@ -9,7 +9,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tests.cuda.emulator import cuda_kernel
-from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
+from tests.turboquant_kv.histories import (
+    History,
+    as_float64,
+    expected,
+    feed,
+    new_cache,
+    random_queries,
+    random_rotary,
+    relative_error,
+)
 
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu.backend import GpuBackend
@@ -65,13 +74,14 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
 ]
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
+def test_decode_is_the_references(case: Any, turns: bool, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, bits, num_rows, num_tokens, dtype = case
     fmt = KVFormat(bits[0], bits[1], page_tokens=page, sink_tokens=sink)
     num_tokens += int(rng.integers(0, page))
     history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
     cache = new_cache(fmt, "gpu", means)
     feed(cache, history, 0, num_tokens, random_queries(rng, num_q, num_tokens, k_dim, dtype), 0.1)
     q = random_queries(rng, num_q, num_rows, k_dim, dtype)
@@ -132,7 +142,7 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
     assert window is not None
     storage: Any = cache.sequence.pool.stores[0]
     launch = storage.launch_for(q)
-    layer, figures = storage.layer_inputs(views, plan, launch.max_sets)
+    layer, figures = storage.layer_inputs(views, plan, launch)
     for reach in (1, 20, 150, 325):
         out = launch(layer, q, figures, plan.page_table, scale=0.125, reach=reach)
         k, v = (as_float64(x)[0] for x in storage.history(views[0], plan.page_table))

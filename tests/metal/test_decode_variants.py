@@ -15,7 +15,7 @@ from tests.turboquant_kv.histories import History, expected, new_cache, random_q
 from turboquant_kv.backends.base import LayerShape, SequenceView
 from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStore, decode_shape
 from turboquant_kv.backends.gpu.figures import SequenceFigures
-from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
+from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.shape import Variant
 from turboquant_kv.backends.gpu.tuning import Tuning
@@ -65,13 +65,17 @@ class Step:
         self.storage: Any = cache.sequence.pool.stores[0]
         self.plan = BACKEND.prepare_step(self.views)
 
-    def inputs(self) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
-        layer, figures = self.storage.layer_inputs(self.views, self.plan, 1)
+    def inputs(self, launch: DecodeLaunch) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
+        layer, figures = self.storage.layer_inputs(self.views, self.plan, launch)
         return layer, figures
 
+    def launch(self, made: DecodeKernels, q: mx.array) -> DecodeLaunch:
+        pairs = self.storage._pairs
+        return made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt, pairs))
+
     def attend(self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW) -> mx.array:
-        launch = made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt))
-        layer, figures = self.inputs()
+        launch = self.launch(made, q)
+        layer, figures = self.inputs(launch)
         sinks = None if sinks is None else mx.array(sinks)
         return launch(layer, q, figures, self.plan.page_table, scale=0.1, sinks=sinks, reach=reach)
 

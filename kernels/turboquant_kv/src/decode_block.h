@@ -11,10 +11,12 @@ TQ_CONSTANT int K_LEVELS = 1 << (KBITS + K_TRELLIS);  // a trellis has twice as 
 TQ_CONSTANT int V_LEVELS = 1 << (VBITS + V_TRELLIS);
 TQ_CONSTANT int PAIRS = (DV + 63) / 64;
 
-// Of a block's rows: totals of the warps' merge (first scratch of the rotation), q . mean_k, and each warp's softmax.
+// Of a block's rows: totals of the warps' merge (first scratch of the rotation), q . mean_k of the dims that do not turn,
+// each warp's softmax, and what gives q . mean_k of the others.
 struct TqBlockRows {
   float work[ROWS * (D > DV ? D : DV)];
   float mean[ROWS], peak[WARPS * ROWS], mass[WARPS * ROWS];
+  TqTurnedPair turned[TURN_PAIRS > 0 ? ROWS * TURNED : 1];  // zeros behind the last pair
 };
 
 // The running softmax of the rows over the tokens that a warp has seen: every lane knows the peaks; masses are sums over
@@ -51,15 +53,46 @@ TQ_FN void tq_load_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ
   TQ_BARRIER();
 }
 
-// q . mean_k of each row, and the queries into the keys' rotated basis.
-TQ_FN void tq_rotate_queries(TqPlace place, const TQ_DEVICE float* constants, int head, TQ_SHARED float* q,
-                             TQ_SHARED TqBlockRows& rows) {
+// Queries with the keys' mean (D,).
+TQ_FN void tq_multiply_mean(TqPlace place, const TQ_DEVICE float* mean, const TQ_SHARED float* q,
+                            TQ_SHARED TqBlockRows& rows) {
   for (int r = int(place.warp); r < ROWS; r += WARPS) {
     float dot = 0.0f;
-    for (int d = int(place.lane); d < D; d += 32) dot += q[r * D + d] * constants[K_ROTATION + head * D + d];
+    for (int d = 2 * TURN_PAIRS + int(place.lane); d < D; d += 32) dot += q[r * D + d] * mean[d];
     dot = tq_lane_sum(dot);
     if (place.lane == 0) rows.mean[r] = dot;
   }
+  if (TURN_PAIRS == 0) return;
+  for (int i = int(place.tid); i < ROWS * TURNED; i += THREADS) {
+    const int pair = i % TURNED, first = tq_first_dim(pair), second = tq_second_dim(pair);
+    const TQ_SHARED float* row = q + i / TURNED * D;
+    if (pair < TURN_PAIRS) {
+      rows.turned[i] = tq_turned_pair(row[first], row[second], mean[first], mean[second]);
+    } else {
+      rows.turned[i].u = rows.turned[i].w = 0.0f;
+    }
+  }
+}
+
+// What a tile's keys of 32 tokens get for their mean, base-2 logits: of row r in the tile's block b in lane 2 * r + b.
+TQ_FN float tq_mean_scores(TqPlace place, const TQ_SHARED TqBlockRows& rows, const TQ_DEVICE float* turns, int tile) {
+  const int lane = int(place.lane), row = lane / 2 % 8, half_turned = lane / 16 * (TURNED / 2);
+  const TQ_DEVICE float* at = turns + ulong(2 * tile + lane % 2) * (2 * TURNED);
+  float sum = 0.0f;
+  if (row < ROWS) {
+    for (int j = half_turned; j < half_turned + TURNED / 2; j++) {
+      const TQ_SHARED TqTurnedPair& pair = rows.turned[row * TURNED + j];
+      sum += pair.u * at[j] + pair.w * at[TURNED + j];
+    }
+  }
+  sum += tq_shuffle_xor(sum, 16);
+  return sum + (row < ROWS ? rows.mean[row] : 0.0f);
+}
+
+// q . mean_k of each row, and the queries into the keys' rotated basis.
+TQ_FN void tq_rotate_queries(TqPlace place, const TQ_DEVICE float* constants, int head, TQ_SHARED float* q,
+                             TQ_SHARED TqBlockRows& rows) {
+  tq_multiply_mean(place, constants + K_ROTATION + head * D, q, rows);
   TQ_BARRIER();
   if (tq_is_power_of_two(D)) {
     // sign / sqrt(D), the rotation's first row: a Sylvester matrix begins with ones.

@@ -68,9 +68,11 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
     }
     const float k_scale = token < work.num_tokens ? float(inputs.k_scales[row_id]) : 0.0f;
     const float v_scale = token < work.num_tokens ? float(inputs.v_scales[row_id]) : 0.0f;
+    const float turned = TURN_PAIRS > 0 ? tq_mean_scores(place, shared.rows, inputs.turns, tile) : 0.0f;
     for (int r = 0; r < LIVE; r++) {
       const bool seen = token < limits[r] && token >= lows[r];
-      score[r] = tq_weigh_row(running, r, seen ? score[r] * k_scale + shared.rows.mean[r] : TQ_MASKED) * v_scale;
+      const float mean = TURN_PAIRS > 0 ? tq_shuffle(turned, uint(2 * r) + place.lane / 16) : shared.rows.mean[r];
+      score[r] = tq_weigh_row(running, r, seen ? score[r] * k_scale + mean : TQ_MASKED) * v_scale;
     }
     const int count = work.num_tokens - tile * 32 < 32 ? work.num_tokens - tile * 32 : 32;
 #pragma unroll 4

@@ -166,7 +166,6 @@ TQ_FN void tq_attend_tiles(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ
                            TQ_THREAD TqMatrixRow& row) {
   const int r = tq_lane_row(place.lane), c = tq_lane_column(place.lane);
   const int low = tq_low_of(work, r), limit = tq_limit_of(work, r);
-  const float mean = shared.rows.mean[r];
   TQ_SHARED float* flip = shared.q + int(place.warp) * FLIP_FLOATS;
   const TQ_DEVICE int* pages = inputs.page_table + work.sequence * work.step.table_width;
   for (int tile = work.first_tile + int(place.warp); tile < work.last_tile; tile += WARPS) {
@@ -178,6 +177,8 @@ TQ_FN void tq_attend_tiles(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ
     simdgroup_matrix<float, 8, 8> s[4];
     tq_score_tile(place, inputs.k_codes, row_id, shared, s);
     TqEight p = tq_flip(s, flip, r, c);
+    float mean = shared.rows.mean[r];
+    if (TURN_PAIRS > 0) mean = tq_shuffle(tq_mean_scores(place, shared.rows, inputs.turns, tile), uint(2 * r + c / 2));
     tq_scale_scores(p, inputs.k_scales + scored_id, mean, tile, tile * 32 + 8 * c, low, limit);
     tq_weigh_tile(row, p, inputs.v_scales + scored_id);
     tq_add_values(place, inputs.v_codes, row_id, p, shared, row);

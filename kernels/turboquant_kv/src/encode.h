@@ -3,11 +3,12 @@
 #pragma once
 #include "encode_trellis.h"
 
-// rows (HEADS, num_rows, D), strided; constants: signs / sqrt(D) (D,), then means (HEADS, D).
+// rows (HEADS, num_rows, D), strided; constants: signs / sqrt(D) (D,), then means (HEADS, D); turns: of turning.h.
 struct TqEncodeInputs {
   const TQ_DEVICE In* rows;
   long head_stride, row_stride, dim_stride;
   const TQ_DEVICE float* constants;
+  const TQ_DEVICE float* turns;
 };
 
 // Pages (P, HEADS, PAGE): packed codes, VECTOR_BYTES each, and scales.
@@ -37,8 +38,9 @@ TQ_FN void tq_fill_tables(TQ_SHARED TqEncodeShared& shared, uint tid) {
   }
 }
 
-// A lane's share of row `token`, centred and with the rotation's signs. A whole block meets here.
-TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, TQ_SHARED float* turned, TQ_THREAD float* y) {
+// A lane's share of row `token`, which is compressed token first_token + token of its conversation, centred and with the
+// rotation's signs. A whole block meets here.
+TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, int first_token, TQ_SHARED float* turned, TQ_THREAD float* y) {
   const TQ_DEVICE In* from = inputs.rows + (mine.head * inputs.head_stride + token * inputs.row_stride);
   const bool is_wide = tq_is_wide(from, int(inputs.dim_stride));
   for (int k = 0; k < UNITS; k++) {
@@ -47,7 +49,7 @@ TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, TQ_SHARED 
     float x[8], sign[8], mean[8];
     tq_read_row(from, int(inputs.dim_stride), is_wide, d, x);
     tq_load8(inputs.constants + d, sign);
-    tq_load8(inputs.constants + D + mine.head * D + d, mean);
+    tq_mean8(inputs.constants + D + mine.head * D, inputs.turns, first_token + token, d, mean);
     for (int i = 0; i < 8; i++) {
       const float centred = (x[i] - mean[i]) * sign[i];
       if (BASE == 1) y[8 * k + i] = centred;
@@ -127,7 +129,7 @@ TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figur
   const int token = row < last ? row : last;  // surplus lanes repeat the last row: all of a block meet at its barriers
   tq_fill_tables(shared, place.tid);
   float y[PER];
-  tq_centred(inputs, mine, token, shared.turned, y);
+  tq_centred(inputs, mine, token, figures.first_token, shared.turned, y);
   tq_rotate(y, place.lane);
 
   float energy = 0.0f;

@@ -32,10 +32,11 @@ TQ_FN TqSequenceFigures tq_sequence_figures(const TQ_DEVICE int* at) {
 
 struct TqEncodeFigures {
   int num_rows;
+  int first_token;
 };
-TQ_CONSTANT int ENCODE_WORDS = 1;
+TQ_CONSTANT int ENCODE_WORDS = 2;
 TQ_FN TqEncodeFigures tq_encode_figures(const TQ_DEVICE int* at) {
-  return {at[0]};
+  return {at[0], at[1]};
 }
 
 struct TqHistoryFigures {

@@ -17,6 +17,7 @@ struct TqHistoryInputs {
   const TQ_DEVICE Exact* window;
   long window_strides[3];
   const TQ_DEVICE float* constants;
+  const TQ_DEVICE float* turns;  // of turning.h
 };
 
 struct TqHistoryShared {
@@ -79,12 +80,13 @@ TQ_FN void tq_decode_columns(TqPlace place, TqHistoryInputs inputs, TqHistoryFig
   const TqShare mine = tq_share(place);
   TqAsked asked;
   tq_ask(asked, inputs, figures, mine, first);
+  const TQ_DEVICE float* means = inputs.constants + D + mine.head * D;
   float sign[UNITS * 8], mean[UNITS * 8];
   for (int k = 0; k < UNITS; k++) {
     const int d = 8 * (k * LANES + mine.part);
     if (d >= D) break;
     tq_load8(inputs.constants + d, sign + 8 * k);
-    tq_load8(inputs.constants + D + mine.head * D + d, mean + 8 * k);
+    if (TURN_PAIRS == 0) tq_load8(means + d, mean + 8 * k);
   }
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
@@ -101,6 +103,7 @@ TQ_FN void tq_decode_columns(TqPlace place, TqHistoryInputs inputs, TqHistoryFig
     for (int k = 0; k < UNITS; k++) {
       const int d = 8 * (k * LANES + mine.part);
       if (d >= D || !is_coded) break;
+      if (TURN_PAIRS > 0) tq_mean8(means, inputs.turns, token, d, mean + 8 * k);
       float x[8];
       for (int i = 0; i < 8; i++) {
         const float rotated = BASE == 1 ? y[8 * k + i] : turned[d + i];

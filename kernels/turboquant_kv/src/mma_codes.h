@@ -39,6 +39,7 @@ TQ_FN void tq_prepare(TqPlace place, TqDecodeInputs inputs, TqWork work, TqRing&
   if (V_TABLE != K_TABLE) {
     tq_fill_pairs<VBITS, PITCH, THREADS>(arena + V_TABLE, arena + V_HIGH_TABLE, v_centroid, place.tid);
   }
+  if (TURN_PAIRS > 0) tq_turn_queries(place, inputs, work, arena);
   tq_rotate_queries(place, inputs, work, arena, means);
   if (!tq_is_power_of_two(D)) tq_copy_first_tiles(ring, inputs, work.head, place.lane);
   __syncthreads();
@@ -50,7 +51,7 @@ TQ_FN const __half* tq_scales(const uchar* tile, TqLane at) {
 }
 
 // Scores s of unit u: tokens r and r + 8 by query rows 2c and 2c + 1. t0: the tile's first token.
-TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, TqBounds bounds, TqLane at,
+TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, const float* means, TqBounds bounds, TqLane at,
                          uint lane_4, int t0, int u, float* s) {
   const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
   uint words[2][K_WORDS + 1];
@@ -70,10 +71,10 @@ TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFra
   }
   const __half* scales = tq_scales(tile, at);
   const float scale_0 = __half2float(scales[4 * u]), scale_1 = __half2float(scales[4 * u + 2]);
-  s[0] = (even[0] + odd[0]) * scale_0 + queries.mean_0;
-  s[1] = (even[1] + odd[1]) * scale_0 + queries.mean_1;
-  s[2] = (even[2] + odd[2]) * scale_1 + queries.mean_0;
-  s[3] = (even[3] + odd[3]) * scale_1 + queries.mean_1;
+  s[0] = (even[0] + odd[0]) * scale_0 + means[0];
+  s[1] = (even[1] + odd[1]) * scale_0 + means[1];
+  s[2] = (even[2] + odd[2]) * scale_1 + means[0];
+  s[3] = (even[3] + odd[3]) * scale_1 + means[1];
   if (QROWS > 1 || bounds.low_1 > t0) {
     const int token = t0 + int(row);
     if (token >= bounds.limit_0 || token < bounds.low_0) s[0] = TQ_MASKED;
@@ -134,14 +135,26 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
   const TqQueryFragments queries = tq_query_fragments(at, tq_shared_queries(arena), shared.mean);
   const TqBounds bounds = tq_bounds(work, at, ring.end);
   const uint lane_4 = 4 * place.lane;
+  float means[2] = {queries.mean_0, queries.mean_1}, turned[4];
+  int turned_row = 16;  // of `turned`, the tile's first; 16: none yet
   for (int t0 = ring.begin; t0 < ring.end; t0 += RING_STEP) {
+    if (TURN_PAIRS > 0) {
+      if (turned_row == 16) {
+        tq_mean_scores(inputs, arena, at, t0, RING_STEP, ring.end, turned);
+        turned_row = 0;
+      }
+      const uint from = uint(turned_row % 8 + (at.r >> 1) * BLOCK_TOKENS / MEAN_BLOCK) * 4 + at.c;
+      means[0] = queries.mean_0 + tq_shuffle(turned_row < 8 ? turned[0] : turned[2], from);
+      means[1] = queries.mean_1 + tq_shuffle(turned_row < 8 ? turned[1] : turned[3], from);
+      turned_row += TILE_BLOCKS;
+    }
     const uchar* tile = tq_next_tile(ring);
     tq_copy_tile(ring, inputs, work.head, place.lane);
     float s[UNITS][4];
     float peak_0 = rows.peak[0], peak_1 = rows.peak[1];
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
-      tq_score_unit(tile, arena, queries, bounds, at, lane_4, t0, u, s[u]);
+      tq_score_unit(tile, arena, queries, means, bounds, at, lane_4, t0, u, s[u]);
       peak_0 = fmaxf(peak_0, fmaxf(s[u][0], s[u][2]));
       peak_1 = fmaxf(peak_1, fmaxf(s[u][1], s[u][3]));
     }

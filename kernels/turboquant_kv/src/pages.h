@@ -12,6 +12,7 @@
 #pragma once
 #include "codes.h"
 #include "figures.h"
+#include "turning.h"
 
 TQ_CONSTANT int PAGE_THREADS = 128;
 TQ_CONSTANT int VECTORS = PAGE_THREADS / LANES;  // of a block, at a time

@@ -8,6 +8,7 @@
 #pragma once
 #include "common.h"
 #include "figures.h"
+#include "turning.h"
 
 TQ_CONSTANT int GROUP_ROWS = G * QROWS;
 TQ_CONSTANT int CHUNKS = (GROUP_ROWS + ROWS - 1) / ROWS;
@@ -95,7 +96,7 @@ TQ_FN ulong tq_stats_of(TqWork work, ulong part) { return ulong(work.step.num_pa
 
 // What a decode kernel reads: queries (B, HEADS * G, QROWS, D), strided; page_table (B, table_width); pages
 // (P, HEADS, PAGE) of codes and scales; k_constants: what rotates queries, K_ROTATION values, then the keys' means
-// (HEADS, D).
+// (HEADS, D); turns: of turning.h.
 struct TqDecodeInputs {
   const TQ_DEVICE In* queries;
   long sequence_stride, head_stride, query_stride, dim_stride;
@@ -106,6 +107,7 @@ struct TqDecodeInputs {
   const TQ_DEVICE uchar* v_codes;
   const TQ_DEVICE Half* v_scales;
   const TQ_DEVICE float* k_constants;
+  const TQ_DEVICE float* turns;
 };
 
 // Exact rows of all heads, (HEADS, rows, dims); a row's dims lie side by side.

@@ -3,7 +3,7 @@
 The only place that computes it: the kernels' text gets the offsets as constants, under the names used here
 (src/mma_*.h, src/prefill.h). Owns the layout of decoding's and of prefill's arena.
 
-    decode, while codes are read   | pair tables | queries (8, Q_PITCH) | a ring of STAGES tiles for each warp |
+    decode, while codes are read   | pair tables | queries (8, Q_PITCH) | turned | a ring of STAGES tiles for each warp |
     decode, exact rows             | queries, or weights for each warp |
     decode, the warps' merge       | sums (WARPS, LIVE, SUMS_PITCH) |
     decode, the parts' merge       | weights | exact totals | work | partial sums of a dense rotation |
@@ -40,7 +40,10 @@ def decode_arena(shape: DecodeShape, tuning: Tuning) -> Arena:
     tables = table_layout(shape, tuning)
     q_pitch = shape.k_dim + 8  # elements; eight more, so that rows begin in different banks
     queries_bytes = MMA_ROWS * q_pitch * HALF_BYTES
-    rings_at = tables["TABLE_BYTES"] + queries_bytes
+    turn_at = tables["TABLE_BYTES"] + queries_bytes
+    # cosines' and sines' factors of each row, and what halves leave out of them (src/mma_queries.h)
+    turn_pitch = 4 * (-(-shape.pairs // 8) * 8) + 8 if shape.pairs else 0
+    rings_at = -(-(turn_at + MMA_ROWS * turn_pitch * HALF_BYTES) // 128) * 128 if shape.pairs else turn_at
     # a tile: keys, values in four blocks of tokens, key scales, value scales
     v_at = tuning.tile * k_bytes
     v_block = tuning.tile // 4 * v_bytes + v_gap(shape, tuning.tile)
@@ -63,7 +66,7 @@ def decode_arena(shape: DecodeShape, tuning: Tuning) -> Arena:
     )
     constants = {
         **{name: at for name, at in tables.items() if name != "TABLE_BYTES"},
-        **{"QUERIES_AT": tables["TABLE_BYTES"], "Q_PITCH": q_pitch, "RINGS_AT": rings_at},
+        **{"QUERIES_AT": tables["TABLE_BYTES"], "Q_PITCH": q_pitch, "TURN_AT": turn_at, "RINGS_AT": rings_at},
         **{"V_AT": v_at, "V_BLOCK_BYTES": v_block, "SCALES_AT": scales_at, "STAGE_BYTES": stage_bytes},
         **{"SUMS_PITCH": sums_pitch, "RUNS": runs, "MAX_PARTS": MAX_PARTS},
         **{"EXACT_TOTALS_AT": exact_totals_at, "WORK_AT": work_at, "PARTIAL_AT": partial_at},

@@ -33,11 +33,13 @@ from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
+from turboquant_kv.backends.gpu.turns import Turns
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.page_runs import runs_of
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
 
 # A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
@@ -104,7 +106,10 @@ class GpuStepPlan(StepPlan):
 class GpuStore(CanonicalStorage, LayerStore):
     """Pages of one layer with everything else that its kernels read, and which of them a call takes."""
 
-    def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: Kernels) -> None:
+    def __init__(
+        self, shape: LayerShape, fmt: KVFormat, means: Means | None, kernels: Kernels, turns: Turns | None
+    ) -> None:
+        """turns: of the means' rotation."""
         self._arrays: list[OpenArrays] = []
 
         def new_arrays(heads: int, dim: int, codec: Codec) -> OpenArrays:
@@ -116,11 +121,14 @@ class GpuStore(CanonicalStorage, LayerStore):
         heads, page = shape.num_kv_heads, fmt.page_tokens
         (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
         self._sides = (
-            SideShape(heads, shape.k_dim, k_bits, page, fmt.scale, shape.dtype, k_trellis),
+            SideShape(heads, shape.k_dim, k_bits, page, fmt.scale, shape.dtype, k_trellis, *_pairs(means, fmt)),
             SideShape(heads, shape.v_dim, v_bits, page, fmt.scale, shape.dtype, v_trellis),
         )
         centred = means if fmt.centred else None
         k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
+        if centred is not None and centred.rotary is not None:
+            k_mean = centred.rotary.averaged(k_mean).astype(np.float32)
+        self._turns, self._pairs = turns, _pairs(means, fmt)
         v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
@@ -133,8 +141,16 @@ class GpuStore(CanonicalStorage, LayerStore):
         self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
 
     def encode(self, page_ids: PageIds, first_page: int, k: mx.array, v: mx.array) -> None:
-        for side, arrays, constants, rows in zip(self._sides, self._arrays, self._page_constants, (k, v), strict=True):
-            arrays.put_whole(page_ids, *self._kernels.pages.encode(side, rows.astype(side.dtype), constants))
+        turns = self._float_turns(first_page + len(page_ids))
+        for side, arrays, constants, rows, turned in zip(
+            self._sides, self._arrays, self._page_constants, (k, v), (turns, None), strict=True
+        ):
+            pages = self._kernels.pages.encode(side, rows.astype(side.dtype), constants, first_page, turned)
+            arrays.put_whole(page_ids, *pages)
+
+    def _float_turns(self, num_pages: int) -> mx.array | None:
+        """Angles of a conversation's first pages."""
+        return None if self._turns is None else self._turns.floats(num_pages * self.fmt.page_tokens // BLOCK_TOKENS)
 
     def history(self, view: SequenceView, table: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
@@ -148,9 +164,16 @@ class GpuStore(CanonicalStorage, LayerStore):
                 _rows_of(view.sink, name, no_rows),
                 _rows_of(view.window, name, no_rows),
                 constants,
+                turned,
             )
-            for side, arrays, constants, name, no_rows in zip(
-                self._sides, self._arrays, self._page_constants, "kv", self._no_rows, strict=True
+            for side, arrays, constants, name, no_rows, turned in zip(
+                self._sides,
+                self._arrays,
+                self._page_constants,
+                "kv",
+                self._no_rows,
+                (self._float_turns(len(view.page_ids)), None),
+                strict=True,
             )
         )
         return k, v
@@ -168,23 +191,31 @@ class GpuStore(CanonicalStorage, LayerStore):
         """All sequences in one launch, codes read where they lie."""
         launch, plan = self.launch_for(call.queries), call.plan
         assert isinstance(plan, GpuStepPlan)
-        layer, figures = self.layer_inputs(call.views, plan, launch.max_sets)
+        layer, figures = self.layer_inputs(call.views, plan, launch)
         out: mx.array = launch(layer, call.queries, figures, plan.page_table, scale=call.scale, sinks=call.sinks)
         return out
 
     def layer_inputs(
-        self, views: Sequence[SequenceView], plan: GpuStepPlan, max_sets: int
+        self, views: Sequence[SequenceView], plan: GpuStepPlan, launch: DecodeLaunch
     ) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
         """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
         if self.num_pages == 0:
             self.grow(1)  # kernels take no empty arrays
-        if len(views) <= max_sets:
+        if len(views) <= launch.max_sets:
             exact, figures = self._separate_rows(views), plan.separate
         else:
             exact = [*self._joined([view.sink for view in views]), *self._joined([view.window for view in views])]
             figures = plan.joined
         k, v = self._arrays
-        return LayerInputs((k.codes, k.scales, v.codes, v.scales), exact, *self._constants), figures
+        pages = k.codes, k.scales, v.codes, v.scales
+        return LayerInputs(pages, exact, *self._constants, self._decode_turns(plan, launch)), figures
+
+    def _decode_turns(self, plan: GpuStepPlan, launch: DecodeLaunch) -> tuple[mx.array, ...]:
+        """Angles of all blocks that the page table may name."""
+        if self._turns is None:
+            return ()
+        num_blocks = plan.page_table.shape[1] * self.fmt.page_tokens // BLOCK_TOKENS
+        return (self._turns.halves(num_blocks) if launch.reads_half_turns else self._turns.floats(num_blocks),)
 
     def _prefill_attention(self, call: AttentionCall) -> mx.array:
         """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
@@ -212,7 +243,9 @@ class GpuStore(CanonicalStorage, LayerStore):
         key = queries.shape[1], queries.shape[2], queries.dtype
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = self._kernels.decode.launch_for(decode_shape(*key, self.shape, self.fmt))
+            launch = self._launches[key] = self._kernels.decode.launch_for(
+                decode_shape(*key, self.shape, self.fmt, self._pairs)
+            )
         return launch
 
     def _separate_rows(self, views: Sequence[SequenceView]) -> list[mx.array]:
@@ -267,6 +300,7 @@ class GpuBackend(MlxBackend):
             flash_kernels or device_flash_kernels(dialect),
         )
         self.name = f"gpu-{dialect}"
+        self._turns: dict[tuple[str, int], Turns] = {}  # by rotation and length of sink
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
@@ -281,8 +315,16 @@ class GpuBackend(MlxBackend):
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
-        decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt)
-        return GpuStore(shape, fmt, means, self.kernels)
+        decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt, _pairs(means, fmt))
+        return GpuStore(shape, fmt, means, self.kernels, self._turns_of(means, fmt))
+
+    def _turns_of(self, means: Means | None, fmt: KVFormat) -> Turns | None:
+        if means is None or means.rotary is None or not fmt.centred:
+            return None
+        key = means.rotary.fingerprint(), fmt.sink_tokens
+        if key not in self._turns:
+            self._turns[key] = Turns(means.rotary, fmt.sink_tokens)
+        return self._turns[key]
 
     def prepare_step(self, views: Sequence[SequenceView]) -> GpuStepPlan:
         return GpuStepPlan(views, self._page_table([view.page_ids for view in views]))
@@ -317,12 +359,29 @@ def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32])
     return mx.array(np.concatenate([scaled, means.reshape(-1)]).astype(np.float32))
 
 
-def decode_shape(num_q_heads: int, num_rows: int, dtype: mx.Dtype, layer: LayerShape, fmt: KVFormat) -> DecodeShape:
-    """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none."""
+def _pairs(means: Means | None, fmt: KVFormat) -> tuple[int, bool]:
+    """Pairs of key dims that turn with position, and whether partners are neighbours."""
+    if means is None or means.rotary is None or not fmt.centred:
+        return 0, False
+    return means.rotary.num_pairs, means.rotary.stride == 2
+
+
+def decode_shape(
+    num_q_heads: int,
+    num_rows: int,
+    dtype: mx.Dtype,
+    layer: LayerShape,
+    fmt: KVFormat,
+    pairs: tuple[int, bool] = (0, False),
+) -> DecodeShape:
+    """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none.
+
+    pairs: how many pairs of key dims turn, and whether partners are neighbours.
+    """
     (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
     shape = DecodeShape(
         *(num_q_heads, layer.num_kv_heads, layer.k_dim, layer.v_dim, k_bits, v_bits),
-        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype, k_trellis, v_trellis),
+        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype, k_trellis, v_trellis, *pairs),
     )
     shape.check()
     return shape

@@ -57,10 +57,12 @@ def decode_text(
     tables = table_text("tq_k_book", k_table) + table_text("tq_v_book", v_table)
     source = (
         f"{_strides_comment(EXACT_INPUTS)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
-        f"tq_decode_{variant}({PLACE[dialect]}, {_INPUTS}, TQ_EXACT_ROWS(), parts, shared);\n"
+        f"tq_decode_{variant}({PLACE[dialect]}, {_inputs(shape)}, TQ_EXACT_ROWS(), parts, shared);\n"
     )
     head = header_text(dialect, constants, tables, f"decode_{variant}")
-    return KernelText(f"decode_{variant}", (*DECODE_INPUTS, *EXACT_INPUTS), ("parts",), source, head)
+    return KernelText(
+        f"decode_{variant}", (*_with_turns(DECODE_INPUTS, shape), *EXACT_INPUTS), ("parts",), source, head
+    )
 
 
 def _mma_text(
@@ -75,7 +77,7 @@ def _mma_text(
     }
     names = exact_inputs(num_sets)
     inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
-    inputs = (*inputs, *names, *(("sinks",) if fused and sink_dtype is not None else ()))
+    inputs = (*_with_turns(inputs, shape), *names, *(("sinks",) if fused and sink_dtype is not None else ()))
     # sequence i's rows are set i's, or all sequences' the only one's
     sets = [f"TQ_EXACT_ROWS({'' if num_sets == 1 else f'_{i}'})" for i in range(num_sets)]
     chosen = "".join(f"i == {i} ? {one} : " for i, one in enumerate(sets[:-1]))
@@ -83,7 +85,7 @@ def _mma_text(
     finish = f"{{v_constants, counters, out}}, {_NO_SINKS if sink_dtype is None else 'sinks'}, " if fused else ""
     source = (
         f"{_strides_comment(names)}tq_decode_mma{'_fused' if fused else ''}"
-        f"({PLACE['cuda']}, {_INPUTS}, {exact}, {finish}parts);\n"
+        f"({PLACE['cuda']}, {_inputs(shape)}, {exact}, {finish}parts);\n"
     )
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
     tables = lookup_text("tq_k_book_at", k_table) + lookup_text("tq_v_book_at", v_table)
@@ -93,7 +95,13 @@ def _mma_text(
 
 
 # TqDecodeInputs of src/work.h, the same for all variants.
-_INPUTS = f"{{{strided('queries', 4)}, plan, page_table, k_codes, k_scales, v_codes, v_scales, k_constants}}"
+def _inputs(shape: DecodeShape) -> str:
+    turns = "turns" if shape.pairs else "k_constants"  # anything of its type that is not read
+    return f"{{{strided('queries', 4)}, plan, page_table, k_codes, k_scales, v_codes, v_scales, k_constants, {turns}}}"
+
+
+def _with_turns(names: tuple[str, ...], shape: DecodeShape) -> tuple[str, ...]:
+    return (*names, "turns") if shape.pairs else names
 
 
 def _strides_comment(names: tuple[str, ...]) -> str:
@@ -111,6 +119,7 @@ def _common_constants(shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype
         **{"G": shape.group, "HEADS": shape.num_kv_heads, "QROWS": shape.num_rows, "PAGE": shape.page_tokens},
         **{"ROWS": shape.rows_per_block(variant), "LIVE": shape.live_rows(variant), "SINK": shape.sink_tokens},
         **{"DV": shape.v_dim, "V_ROTATION": _rotation_size(shape.v_dim)},
+        **{"TURN_PAIRS": shape.pairs, "NEIGHBOURS": shape.neighbours},
         **{"USE_SINKS": sink_dtype is not None, "In": shape.dtype, "Out": shape.dtype, "Exact": shape.exact_dtype},
     }
 

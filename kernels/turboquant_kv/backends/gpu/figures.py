@@ -64,6 +64,8 @@ class EncodeFigures(NamedTuple):
 
     num_rows: int
     """Rows to encode, whole pages."""
+    first_token: int
+    """Which compressed token of its conversation the first row is."""
 
 
 class HistoryFigures(NamedTuple):

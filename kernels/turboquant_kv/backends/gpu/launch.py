@@ -37,12 +37,14 @@ class LayerInputs(NamedTuple):
     pages: key codes and scales, value codes and scales. exact: sink keys and values, window keys and values, each
     (H, rows, D), for all sequences together or for each its own. k_constants: signs (D,), or the transposed rotation
     (D, D), then the means (H, D), flat float32; v_constants: the same for values, the rotation not transposed.
+    turns: of keys whose mean turns, a table of angles (turns.py) as the variant reads it.
     """
 
     pages: tuple[mx.array, mx.array, mx.array, mx.array]
     exact: Sequence[mx.array]
     k_constants: mx.array
     v_constants: mx.array
+    turns: tuple[mx.array, ...] = ()
 
 
 class DecodeKernels:
@@ -93,6 +95,7 @@ class DecodeLaunch:
         self._kernels: dict[tuple[str, int, mx.Dtype | None], Kernel] = {}
         self.max_sets = MAX_SETS if self._fused and shape.has_exact_mma else 1
         self._threads = (self._tuning.threads, 1, 1)
+        self.reads_half_turns = self._variant == "mma"
         self._fused_dtypes = [shape.dtype, mx.float32]
         self.plans = StepPlans(shape, variant, tuning)
 
@@ -121,7 +124,7 @@ class DecodeLaunch:
         # A list at once: this is the host's time of every layer and step.
         inputs = [
             *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.v_constants),
-            *(next(self._counters), *layer.exact),
+            *(next(self._counters), *layer.turns, *layer.exact),
         ]
         if sinks is not None:
             inputs.append(sinks)
@@ -139,7 +142,7 @@ class DecodeLaunch:
     ) -> mx.array:
         """Parts in one launch, their merge in another."""
         (parts,) = self._kernel("decode", len(layer.exact) // 4, None)(
-            inputs=[queries, plan.array, page_table, *layer.pages, layer.k_constants, *layer.exact],
+            inputs=[queries, plan.array, page_table, *layer.pages, layer.k_constants, *layer.turns, *layer.exact],
             grid=plan.grid,
             threadgroup=self._threads,
             output_shapes=[(plan.num_floats,)],

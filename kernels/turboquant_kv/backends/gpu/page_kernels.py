@@ -52,6 +52,8 @@ class SideShape:
     scale: ScaleKind
     dtype: mx.Dtype  # of exact rows
     trellis: bool = False  # the bits are a trellis codec's
+    pairs: int = 0  # of dims that turn with position, and take the mean with them
+    neighbours: bool = False  # partners lie side by side, else `pairs` apart
 
     @property
     def base(self) -> int:
@@ -89,15 +91,21 @@ class PageKernels:
             kernel = self._made[role, shape] = text.build(self._factory)
         return kernel
 
-    def encode(self, shape: SideShape, rows: mx.array, constants: mx.array) -> tuple[mx.array, mx.array]:
+    def encode(
+        self, shape: SideShape, rows: mx.array, constants: mx.array, first_page: int = 0, turns: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         """rows (H, P*page, D) to packed codes (P, H, page, bytes) and scales (P, H, page).
 
-        constants: signs / sqrt(D) (D,), then means (H, D), flat.
+        constants: signs / sqrt(D) (D,), then means (H, D), flat. first_page: which page of its conversation the first
+        is. turns: Turns.floats of all its blocks, where the shape has pairs.
         """
         num_rows, block_rows = rows.shape[1], THREADS // shape.lanes
         pages = (num_rows // shape.page_tokens, shape.num_heads, shape.page_tokens)
         packed, scales = self._kernel("encode", shape)(
-            inputs=[rows, _uploaded(EncodeFigures(num_rows)), constants],
+            inputs=[
+                *(rows, _uploaded(EncodeFigures(num_rows, first_page * shape.page_tokens)), constants),
+                *(() if turns is None else (turns,)),
+            ],
             grid=(THREADS * -(-num_rows // block_rows), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(*pages, code_bytes(shape.dim, shape.bits)), pages],
@@ -114,13 +122,20 @@ class PageKernels:
         sink: tuple[mx.array, int],
         window: tuple[mx.array, int],
         constants: mx.array,
+        turns: mx.array | None = None,
     ) -> mx.array:
-        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. sink, window: rows and how many."""
+        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. sink, window: rows and how many.
+
+        turns: as for `encode`; the pages are a conversation's first ones.
+        """
         num_columns, block_columns = sink[1] + num_tokens + window[1], THREADS // shape.lanes * shape.rounds
         figures = HistoryFigures(num_columns=num_columns, num_sink=sink[1], num_tokens=num_tokens)
         history: mx.array
         (history,) = self._kernel("history", shape)(
-            inputs=[*pages, page_ids, sink[0], window[0], _uploaded(figures), constants],
+            inputs=[
+                *(*pages, page_ids, sink[0], window[0], _uploaded(figures), constants),
+                *(() if turns is None else (turns,)),
+            ],
             grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(shape.num_heads, num_columns, shape.dim)],
@@ -136,11 +151,11 @@ def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
     tables = table_text("tq_book", codec_table(shape.bits, shape.trellis)) + table_text("tq_thresholds", limits)
     source = (
         "TQ_SHARED_VARIABLE(TqEncodeShared, shared);\n"
-        f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, constants}}, tq_encode_figures(figures), "
-        "{packed, scales}, shared);\n"
+        f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, constants, {_turns(shape)}}}, "
+        "tq_encode_figures(figures), {packed, scales}, shared);\n"
     )
     head = header_text(dialect, constants, tables + _base_text(hadamard_base(shape.dim)), "encode")
-    return KernelText("encode", ENCODE_INPUTS, ("packed", "scales"), source, head)
+    return KernelText("encode", _with_turns(ENCODE_INPUTS, shape), ("packed", "scales"), source, head)
 
 
 def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
@@ -150,11 +165,10 @@ def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
     source = (
         "TQ_SHARED_VARIABLE(TqHistoryShared, shared);\n"
         f"tq_history({PLACE[dialect]}, {{codes, scales, page_ids, {strided('sink', 3)}, {strided('window', 3)}, "
-        "constants}, tq_history_figures(figures), history, shared);\n"
+        f"constants, {_turns(shape)}}}, tq_history_figures(figures), history, shared);\n"
     )
-    return KernelText(
-        "history", HISTORY_INPUTS, ("history",), source, header_text(dialect, constants, tables, "history")
-    )
+    head = header_text(dialect, constants, tables, "history")
+    return KernelText("history", _with_turns(HISTORY_INPUTS, shape), ("history",), source, head)
 
 
 def _constants(shape: SideShape) -> Constants:
@@ -162,8 +176,17 @@ def _constants(shape: SideShape) -> Constants:
     return {
         **{"D": shape.dim, "BITS": shape.bits, "HEADS": shape.num_heads, "PAGE": shape.page_tokens},
         **{"BASE": shape.base, "LANES": shape.lanes, "PER": per_lane, "UNITS": -(-per_lane // 8)},
-        "TRELLIS": shape.trellis,
+        **{"TRELLIS": shape.trellis, "TURN_PAIRS": shape.pairs, "NEIGHBOURS": shape.neighbours},
     }
+
+
+def _turns(shape: SideShape) -> str:
+    """The argument, or anything of its type that is not read."""
+    return "turns" if shape.pairs else "constants"
+
+
+def _with_turns(inputs: tuple[str, ...], shape: SideShape) -> tuple[str, ...]:
+    return (*inputs, "turns") if shape.pairs else inputs
 
 
 def _trellis_thresholds(bits: int) -> npt.NDArray[np.float32]:

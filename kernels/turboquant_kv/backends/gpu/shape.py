@@ -50,6 +50,8 @@ class DecodeShape:
     exact_dtype: mx.Dtype
     k_trellis: bool = False  # keys' and values' bits are a trellis codec's
     v_trellis: bool = False
+    pairs: int = 0  # of key dims that turn with position, and take the mean with them
+    neighbours: bool = False  # partners lie side by side, else `pairs` apart
 
     def check(self) -> None:
         """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""
