@@ -77,8 +77,6 @@ class DecodeShape:
     @property
     def has_mma(self) -> bool:
         """Whether the tensor-core variant covers it (on CUDA)."""
-        if self.k_trellis or self.v_trellis:
-            return False
         dims = (self.k_dim, self.v_dim)
         if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
             return False
