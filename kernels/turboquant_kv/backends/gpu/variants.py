@@ -6,10 +6,9 @@ from functools import lru_cache
 
 from turboquant_kv.backends.gpu.arena import decode_arena
 from turboquant_kv.backends.gpu.device import Device
-from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant, has_whole_blocks
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.gpu.tuning import PORTABLE, SIMD, Tuning
-from turboquant_kv.codec.format import code_bytes
 
 # Matrices cost the same for one row as for eight. Modelled from counted operations and published throughputs, not
 # measured: from so many rows on, the worse of the model's two assumptions loses less with them (docs/metal.md).
@@ -27,9 +26,7 @@ def variant_for(dialect: Dialect, shape: DecodeShape, device: Device | None = No
 
 
 def fits(shape: DecodeShape, tuning: Tuning, device: Device) -> bool:
-    """Whether a block of the tensor-core variant has enough shared memory, and copies whole pieces of 16 bytes."""
-    if tuning.tile // 4 * code_bytes(shape.v_dim, shape.v_bits) % 16:
-        return False
+    """Whether a block of the tensor-core variant has enough shared memory."""
     return decode_arena(shape, tuning).num_bytes + STATIC_BYTES <= device.shared_bytes
 
 
@@ -45,6 +42,6 @@ def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
     choices = [
         Tuning(12 if narrow else 8, shape.tile, 2, 256 if by_bytes else 128, bulk, device.processors),
         Tuning(8, shape.tile, 2, 128, bulk, device.processors),
-        Tuning(4, 16, 2, 128, bulk, device.processors),
+        Tuning(4, 16 if has_whole_blocks(shape, 16) else shape.tile, 2, 128, bulk, device.processors),
     ]
     return next((t for t in choices if fits(shape, t, device)), choices[-1])
