@@ -81,7 +81,7 @@ def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("device", [AMPERE, SMALL])
-@pytest.mark.parametrize("bits", [(4, 3), (3, 3)])
+@pytest.mark.parametrize("bits", [(4, 3), (3, 3), ("3t", "2t"), ("2t", "3t")])
 def test_smaller_devices_are_the_references(
     device: Device, bits: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,9 +85,10 @@ def test_one_long_conversation_fills_the_gpu_once() -> None:
 def test_every_geometry_fits_a_block(device: Device) -> None:
     """Shared memory on every kind of device, for all dims, bits and page sizes that tensor cores serve."""
     left_out = set()
+    names: list[int | str] = [2, 3, 4, "2t", "3t"]
     for dim, page in product((d for d in SUPPORTED_HEAD_DIMS if d <= 256), (16, 48, 64)):
         layer = LayerShape(2, dim, dim, mx.float16)
-        for keys, values in product((2, 3, 4, "2t", "3t"), repeat=2):
+        for keys, values in product(names, repeat=2):
             shape = decode_shape(8, 1, mx.float16, layer, KVFormat(keys, values, page_tokens=page))
             if variant_for("cuda", shape, device) == "mma":
                 tuning = tuning_for(shape, "mma", device)
