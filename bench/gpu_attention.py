@@ -1,6 +1,6 @@
 """Decode attention on compressed pages on a CUDA or Metal GPU: checked against float64, then timed beside FP16.
 
-    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds prefill shapes model]
+    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds trellis prefill shapes model]
     python bench/gpu_attention.py --only one --tokens 16384 --format 4/4      a few calls, for a profiler
 
 FP16 is mx.fast.scaled_dot_product_attention over a contiguous float16 cache. Each call's output is the next call's
@@ -30,8 +30,10 @@ from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
 
-BITS = ((4, 4), (4, 3), (3, 3))
-MODEL_FORMATS = (((4, 4), "mlx-ops"), ((4, 4), "gpu"), ((4, 3), "mlx-ops"), ((4, 3), "gpu"))
+FORMATS = ("4/4", "4/3", "3/3")
+MODEL_FORMATS = (("4/4", "mlx-ops"), ("4/4", "gpu"), ("4/3", "mlx-ops"), ("4/3", "gpu"))
+# Trellis codes beside the scalar ones of the same bits: format, the other, and how much of its speed is asked for.
+TRELLIS_FORMATS = (("3t/2t", "3/2", 0.85), ("2t/2t", "2/2", 0.85), ("4/3t", "4/3", 0.85))
 
 
 def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int = 1) -> list[Row]:
@@ -39,18 +41,20 @@ def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int
     rows = []
     shapes = [
         *(
-            (hq, hkv, d, dv, bits, t)
+            (hq, hkv, d, dv, name, t)
             for hq, hkv, d, dv, t in ((40, 8, 128, 128, 1), (14, 2, 64, 64, 1))
-            for bits in BITS
+            for name in (*FORMATS, "3t/2t")
         ),
-        *((8, 8, 128, 128, (4, 4), 1), (8, 2, 256, 256, (4, 3), 1), (7, 1, 80, 80, (3, 3), 2)),
-        *((8, 2, 96, 128, (8, 4), 1), (4, 1, 192, 128, (4, 2), 1), (9, 1, 112, 64, (2, 8), 1)),
-        *((8, 2, 128, 128, (3, 4), 5), (16, 2, 64, 128, (2, 2), 8), (4, 2, 512, 512, (4, 4), 1)),
+        *((8, 8, 128, 128, "4/4", 1), (8, 2, 256, 256, "4/3", 1), (7, 1, 80, 80, "3/3", 2)),
+        *((8, 2, 96, 128, "8/4", 1), (4, 1, 192, 128, "4/2", 1), (9, 1, 112, 64, "2/8", 1)),
+        *((8, 2, 128, 128, "3/4", 5), (16, 2, 64, 128, "2/2", 8), (4, 2, 512, 512, "4/4", 1)),
+        *((8, 2, 256, 256, "2t/2t", 1), (7, 1, 80, 80, "3t/3t", 2), (8, 2, 96, 128, "4/3t", 1)),
+        *((4, 1, 192, 128, "2t/3t", 1), (9, 1, 112, 64, "3t/8", 1), (4, 2, 512, 512, "3t/2t", 1)),
     ]
     dtypes = (mx.float16, mx.bfloat16, mx.float32)  # all three for the first shape, then in turn: each is compiled
     cases = [*zip(shapes[:1] * 3, dtypes, strict=True), *zip(shapes[1:], itertools.cycle(dtypes), strict=False)]
-    for (hq, hkv, d, dv, bits, t), dtype in cases[part::num_parts]:
-        fmt = KVFormat(*bits)
+    for (hq, hkv, d, dv, format_name, t), dtype in cases[part::num_parts]:
+        fmt = KVFormat.parse(format_name)
         num_tokens = int(rng.integers(300, 700))
         error = decode_error(backend, fmt, (hq, hkv, d, dv), t, num_tokens, dtype, rng)
         # float16 queries and tables cost 1e-3, bfloat16 outputs 4e-3; a moved code 2e-3 (tests/turboquant_kv)
@@ -58,13 +62,14 @@ def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int
         name = f"error {fmt.name} {hq}/{hkv} heads D={d}/{dv} T={t} {str(dtype)[9:]}"
         rows.append(Row.at_most(name, error, "", limit))
         print_rows(rows[-1:])
-    for bits, dtype in list(zip(BITS, dtypes, strict=True))[part::num_parts]:
-        error = prefill_error(backend, KVFormat(*bits), (40, 8, 128), int(rng.integers(200, 400)), dtype, rng)
+    for format_name, dtype in list(zip((*FORMATS, "3t/2t"), (*dtypes, mx.float16), strict=True))[part::num_parts]:
+        fmt = KVFormat.parse(format_name)
+        error = prefill_error(backend, fmt, (40, 8, 128), int(rng.integers(200, 400)), dtype, rng)
         limit = {mx.float32: 4e-3, mx.float16: 4e-3, mx.bfloat16: 1e-2}[dtype]
-        rows.append(Row.at_most(f"error {bits[0]}/{bits[1]} prefill {str(dtype)[9:]}", error, "", limit))
+        rows.append(Row.at_most(f"error {fmt.name} prefill {str(dtype)[9:]}", error, "", limit))
         lengths = [int(n) for n in rng.integers(1, 1500, size=5)]
-        error = ragged_error(backend, KVFormat(*bits), (40, 8, 128), lengths, dtype, rng)
-        rows.append(Row.at_most(f"error {bits[0]}/{bits[1]} batch of {lengths} {str(dtype)[9:]}", error, "", limit))
+        error = ragged_error(backend, fmt, (40, 8, 128), lengths, dtype, rng)
+        rows.append(Row.at_most(f"error {fmt.name} batch of {lengths} {str(dtype)[9:]}", error, "", limit))
         print_rows(rows[-2:])
     return rows
 
@@ -181,9 +186,9 @@ def speed(
     lengths: Sequence[int],
     rng: np.random.Generator,
     target: float | None,
-    formats: Sequence[tuple[int, int]] = BITS,
+    formats: Sequence[str] = FORMATS,
 ) -> list[Row]:
-    """One batch of sequences of these lengths: FP16 and each format."""
+    """One batch of sequences of these lengths: FP16 and each format, timed beside the first of them."""
     shape = LayerShape(hkv, dim, dim, mx.float16)
     q = mx.random.normal((len(lengths), hq, 1, dim)).astype(mx.float16)
     k, v = (mx.random.normal((len(lengths), hkv, max(lengths), dim)).astype(mx.float16) for _ in "kv")
@@ -198,8 +203,8 @@ def speed(
     base = figures(name, "f16", plain, q, None, None)
     rows = list(base)
     backend: Any = choose_backend("gpu")
-    for bits in formats:
-        fmt = KVFormat(*bits)
+    for format_name in formats:
+        fmt = KVFormat.parse(format_name)
         counts = [max(1, n // fmt.page_tokens - 1) for n in lengths]
         storage = random_storage(backend, shape, fmt, sum(counts), rng)
         order = rng.permutation(sum(counts))  # pages lie where a real pool would leave them: anywhere
@@ -215,10 +220,11 @@ def speed(
             return out
 
         rows += figures(name, fmt.name, step, q, base, target)
-        if bits == formats[0]:
+        if format_name == formats[0]:
             first = rows[-len(base)].value
         elif target is not None:
-            rows.append(Row.at_most(f"{name} {fmt.name} beside 4/4", rows[-len(base)].value, "us", first, first))
+            what = f"{name} {fmt.name} beside {formats[0]}"
+            rows.append(Row.at_most(what, rows[-len(base)].value, "us", first, first))
     return rows
 
 
@@ -262,15 +268,30 @@ def speeds(rng: np.random.Generator) -> list[Row]:
     return rows
 
 
+def trellis_speeds(rng: np.random.Generator) -> list[Row]:
+    """Trellis formats beside the scalar ones of the same bits, at the headline shape and with heads of 64 dims."""
+    rows = []
+    for num_heads, dim, num_tokens in ((40, 128, 16384), (40, 128, 131072), (64, 64, 32768)):
+        for trellis, scalar, share in TRELLIS_FORMATS:
+            name = f"{num_heads}/8 D={dim} {num_tokens // 1024}K"
+            measured = speed(name, num_heads, 8, dim, [num_tokens], rng, None, (scalar, trellis))
+            num_kinds = len(measured) // 3  # of FP16 and two formats
+            first, second = measured[num_kinds].value, measured[2 * num_kinds].value
+            beside = Row.at_least(f"{name} speed of {trellis} over {scalar}", first / second, "", share)
+            print_rows([beside])
+            rows += [*measured, beside]
+    return rows
+
+
 def other_shapes(rng: np.random.Generator) -> list[Row]:
     """Other groups and dims, at 4/4."""
     rows = []
     for group in (1, 2, 4, 7, 8):
         for n in (4096, 32768):
-            rows += speed(f"G={group} D=128 {n // 1024}K", 8 * group, 8, 128, [n], rng, 1.0, BITS[:1])
+            rows += speed(f"G={group} D=128 {n // 1024}K", 8 * group, 8, 128, [n], rng, 1.0, FORMATS[:1])
     for dim in (64, 96, 256):
         for n in (4096, 32768):
-            rows += speed(f"40/8 D={dim} {n // 1024}K", 40, 8, dim, [n], rng, 1.0, BITS[:1])
+            rows += speed(f"40/8 D={dim} {n // 1024}K", 40, 8, dim, [n], rng, 1.0, FORMATS[:1])
     return rows
 
 
@@ -312,7 +333,7 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
 
 def end_to_end(
     model_path: Path,
-    formats: Sequence[tuple[tuple[int, int], str]] = MODEL_FORMATS,
+    formats: Sequence[tuple[str, str]] = MODEL_FORMATS,
     num_prompts: int = 6,
 ) -> list[Row]:
     """The embedded model: needles found, answers equal to mlx-ops', tokens per second, peak memory."""
@@ -330,7 +351,7 @@ def end_to_end(
     prompts = [p for p in map(json.loads, lines) if p["kind"].startswith("needle-2048")][:num_prompts]
     rows: list[Row] = []
     answers: dict[str, list[list[int]]] = {}
-    for fmt, backend in ((None, "mlx-ops"), *((KVFormat(*bits), name) for bits, name in formats)):
+    for fmt, backend in ((None, "mlx-ops"), *((KVFormat.parse(text), name) for text, name in formats)):
         runtime = KVRuntime(model, fmt, calibration=calibration, backend=backend)
         label = "f16" if fmt is None else f"{fmt.name} {backend}"
         mx.reset_peak_memory()
@@ -366,8 +387,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        default=["checks", "speeds", "prefill", "shapes", "model"],
-        choices=["checks", "speeds", "prefill", "shapes", "model", "one"],
+        default=["checks", "speeds", "trellis", "prefill", "shapes", "model"],
+        choices=["checks", "speeds", "trellis", "prefill", "shapes", "model", "one"],
     )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--format", default="4/4")
@@ -382,6 +403,8 @@ def main() -> None:
         rows += checks("gpu", rng, part - 1, num_parts)
     if "speeds" in args.only:
         rows += speeds(rng)
+    if "trellis" in args.only:
+        rows += trellis_speeds(rng)
     if "prefill" in args.only:
         rows += page_speeds(rng)
     if "shapes" in args.only:

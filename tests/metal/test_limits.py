@@ -22,6 +22,7 @@ from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.source import KernelText
 from turboquant_kv.backends.gpu.variants import tuning_for
 from turboquant_kv.codec.format import SUPPORTED_BITS, SUPPORTED_HEAD_DIMS
+from turboquant_kv.codec.trellis import TRELLIS_BITS
 
 # Arrays that live at once and 24 for the rest: an estimate, which no Apple compiler has judged. The two that are beyond
 # may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.
@@ -34,14 +35,19 @@ Checked = tuple[str, KernelText, int, int]
 """What it is, its text, its threads, the registers that it may need."""
 
 
-def decode_shape(k_dim: int, v_dim: int, bits: tuple[int, int], num_rows: int) -> DecodeShape:
+def decode_shape(
+    k_dim: int, v_dim: int, bits: tuple[int, int], num_rows: int, trellis: tuple[bool, bool] = (False, False)
+) -> DecodeShape:
     """With the largest types, which need most."""
-    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32)
+    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis)
 
 
 def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
-    for v_dim, k_bits, v_bits, num_rows in product(SUPPORTED_HEAD_DIMS, SUPPORTED_BITS, SUPPORTED_BITS, (1, 3, 8)):
-        shape = decode_shape(k_dim, v_dim, (k_bits, v_bits), num_rows)
+    kinds = [(bits, (False, False)) for bits in product(SUPPORTED_BITS, SUPPORTED_BITS)]
+    kinds += [(bits, (True, True)) for bits in product(TRELLIS_BITS, TRELLIS_BITS)]
+    kinds += [((8, 3), (False, True)), ((3, 8), (True, False))]
+    for v_dim, (bits, trellis), num_rows in product(SUPPORTED_HEAD_DIMS, kinds, (1, 3, 8)):
+        shape = decode_shape(k_dim, v_dim, bits, num_rows, trellis)
         if variant == "simd" and not shape.has_simd:
             continue
         tuning = tuning_for(shape, variant, HOPPER)
@@ -55,9 +61,10 @@ def other_texts() -> Iterator[Checked]:
         for variant in VARIANTS:
             text = combine_text("metal", shape, variant, mx.float32)
             yield str(shape), text, combine_threads(dim), MAX_REGISTERS
-        side = SideShape(1, dim, bits, 16, "unbiased", mx.float32)
-        yield str(side), encode_text("metal", side), THREADS, MAX_REGISTERS
-        yield str(side), history_text("metal", side), THREADS, MAX_ESTIMATE.get(("history", dim), MAX_REGISTERS)
+        for trellis in (False, True) if bits in TRELLIS_BITS else (False,):
+            side = SideShape(1, dim, bits, 16, "unbiased", mx.float32, trellis)
+            yield str(side), encode_text("metal", side), THREADS, MAX_REGISTERS
+            yield str(side), history_text("metal", side), THREADS, MAX_ESTIMATE.get(("history", dim), MAX_REGISTERS)
 
 
 def check(texts: Iterator[Checked]) -> None:
@@ -87,8 +94,8 @@ def test_merging_encoding_and_decoding_pages_fit() -> None:
 
 def test_the_reader_agrees_with_the_emulator() -> None:
     """On threadgroup memory, which the emulator counts where it is declared; a kernel of which all blocks return."""
-    shape = decode_shape(192, 128, (3, 4), 3)
-    for variant in VARIANTS:
+    for variant, trellis in product(VARIANTS, (False, True)):
+        shape = decode_shape(192, 128, (3, 4), 3, (trellis, False))
         text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
         kernel: Any = text.build(metal_kernel)
         pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
@@ -103,13 +110,14 @@ def test_the_reader_agrees_with_the_emulator() -> None:
             output_shapes=[(3 * 130,)],
             output_dtypes=[mx.float32],
         )
-        assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, variant
+        assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, (variant, trellis)
 
 
+@pytest.mark.parametrize("trellis", [False, True])
 @pytest.mark.parametrize("dim", [112, 128])
-def test_the_reader_agrees_on_page_kernels(dim: int) -> None:
+def test_the_reader_agrees_on_page_kernels(dim: int, trellis: bool) -> None:
     """A dimension of each kind: columns meet in threadgroup memory, powers of two only keep tables there."""
-    side = SideShape(1, dim, 3, 16, "unbiased", mx.float32)
+    side = SideShape(1, dim, 3, 16, "unbiased", mx.float32, trellis)
     kernels = PageKernels("metal", metal_kernel)
     constants = mx.zeros((2 * dim,))
     pages = kernels.encode(side, mx.zeros((1, 16, dim)), constants)

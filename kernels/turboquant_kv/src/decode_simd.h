@@ -11,6 +11,9 @@ TQ_CONSTANT int FLIP_PITCH = 36;
 TQ_CONSTANT int FLIP_FLOATS = 8 * FLIP_PITCH;
 TQ_CONSTANT int K_PART = 2 * K_BYTES;  // bits of a quarter of a vector
 TQ_CONSTANT int V_PART = 2 * V_BYTES;
+TQ_CONSTANT int K_WORDS = K_TRELLIS != 0 ? (D + 63) / 64 * 2 : (K_PART + 31) / 32;  // that hold one, or its nibbles
+TQ_CONSTANT int V_WORDS = V_TRELLIS != 0 ? (DV + 63) / 64 * 2 : (V_PART + 31) / 32;
+TQ_CONSTANT int SAME_PAIRS = KBITS == VBITS && K_TRELLIS == V_TRELLIS ? 1 : 0;
 TQ_CONSTANT int AT_ONCE = K_BYTES <= 64 ? 4 : 2;  // tokens whose keys wait in registers
 
 // Pairs of centroids by pairs of codes, single ones of 8 bits. The queries' memory is used again for scores, and the
@@ -18,8 +21,8 @@ TQ_CONSTANT int AT_ONCE = K_BYTES <= 64 ? 4 : 2;  // tokens whose keys wait in r
 struct TqSimdShared {
   alignas(16) float q[tq_larger(ROWS * D, WARPS * FLIP_FLOATS)];
   TqBlockRows rows;
-  Pair k_pairs[tq_num_pairs(KBITS)];
-  Pair own_v_pairs[KBITS == VBITS ? 1 : tq_num_pairs(VBITS)];
+  Pair k_pairs[tq_num_pairs(KBITS, K_TRELLIS)];
+  Pair own_v_pairs[SAME_PAIRS != 0 ? 1 : tq_num_pairs(VBITS, V_TRELLIS)];
 };
 
 // A lane's row of output and its running softmax; masses are sums over the row's four lanes.
@@ -33,29 +36,30 @@ struct TqEight {
   float4 at[2];
 };
 
-template <int BITS>
+template <int BITS, int IS_TRELLIS>
 TQ_FN Pair tq_pair_entry(const constant float* book, int i) {
+  if (IS_TRELLIS) return tq_two(Piece(book[i & ((2 << BITS) - 1)]), Piece(book[i >> 4 & ((2 << BITS) - 1)]));
   return tq_two(Piece(book[i & ((1 << BITS) - 1)]), Piece(book[i >> (BITS & 7)]));
 }
 TQ_FN void tq_fill_pairs(TqPlace place, TQ_SHARED TqSimdShared& shared) {
-  for (int i = int(place.tid); i < tq_num_pairs(KBITS); i += THREADS) {
-    shared.k_pairs[i] = tq_pair_entry<KBITS>(tq_k_book, i);
+  for (int i = int(place.tid); i < tq_num_pairs(KBITS, K_TRELLIS); i += THREADS) {
+    shared.k_pairs[i] = tq_pair_entry<KBITS, K_TRELLIS>(tq_k_book, i);
   }
-  if (KBITS == VBITS) return;
-  for (int i = int(place.tid); i < tq_num_pairs(VBITS); i += THREADS) {
-    shared.own_v_pairs[i] = tq_pair_entry<VBITS>(tq_v_book, i);
+  if (SAME_PAIRS) return;
+  for (int i = int(place.tid); i < tq_num_pairs(VBITS, V_TRELLIS); i += THREADS) {
+    shared.own_v_pairs[i] = tq_pair_entry<VBITS, V_TRELLIS>(tq_v_book, i);
   }
 }
 
 // The queries as matrices Q^T of 8 dims x 8 rows, as each lane takes them, where nothing else lies until the merge: row k
-// of matrix i is dim k / 2 * (D / 4) + 2i + k % 2, what lane column k / 2 holds of keys.
+// of matrix i is dim k % 2 of pair i of quarter k / 2, what lane column k / 2 holds of keys.
 TQ_FN TQ_SHARED Pair* tq_query_pairs(TQ_SHARED TqBlockRows& rows) {
   return reinterpret_cast<TQ_SHARED Pair*>(rows.work);
 }
 TQ_FN void tq_lay_out_queries(TqPlace place, TQ_SHARED TqSimdShared& shared) {
   const int r = tq_lane_row(place.lane), c = tq_lane_column(place.lane);
   for (int i = int(place.warp); i < D / 8; i += WARPS) {
-    const int d = r / 2 * (D / 4) + 2 * i + r % 2;
+    const int d = r / 2 * (D / 4) + tq_first_dim<K_TRELLIS>(i) + r % 2 * tq_dim_step<K_TRELLIS>();
     tq_query_pairs(shared.rows)[32 * i + int(place.lane)] =
         tq_two(Piece(shared.q[2 * c * D + d]), Piece(shared.q[(2 * c + 1) * D + d]));
   }
@@ -70,10 +74,12 @@ TQ_FN void tq_score_tile(TqPlace place, const TQ_DEVICE uchar* k_codes, uint row
   for (int u = 0; u < 4; u++) tq_elements(s[u]) = float2(0.0f);
 #pragma unroll
   for (int first = 0; first < 4; first += AT_ONCE) {
-    uint words[AT_ONCE][(K_PART + 31) / 32];
+    uint words[AT_ONCE][K_WORDS];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      tq_quarter<K_PART>(k_codes + ulong(row_id + first + u) * K_BYTES, tq_lane_column(place.lane), words[u]);
+      const TQ_DEVICE uchar* key = k_codes + ulong(row_id + first + u) * K_BYTES;
+      if (K_TRELLIS) tq_trellis_quarter<D, KBITS>(key, tq_lane_column(place.lane), words[u]);
+      else tq_quarter<K_PART>(key, tq_lane_column(place.lane), words[u]);
     }
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
@@ -81,7 +87,7 @@ TQ_FN void tq_score_tile(TqPlace place, const TQ_DEVICE uchar* k_codes, uint row
       tq_elements(q) = tq_query_pairs(shared.rows)[32 * i + int(place.lane)];
 #pragma unroll
       for (int u = 0; u < AT_ONCE; u++) {
-        tq_elements(k) = tq_pair_of<KBITS>(shared.k_pairs, words[u], i);
+        tq_elements(k) = tq_pair_of_quarter<KBITS, K_TRELLIS>(shared.k_pairs, words[u], i);
         simdgroup_multiply_accumulate(s[first + u], k, q, s[first + u]);
       }
     }
@@ -144,16 +150,18 @@ TQ_FN void tq_weigh_tile(TQ_THREAD TqMatrixRow& row, TQ_THREAD TqEight& p, const
 // matrix u.
 TQ_FN void tq_add_values(TqPlace place, const TQ_DEVICE uchar* v_codes, uint row_id, TqEight p,
                          TQ_SHARED TqSimdShared& shared, TQ_THREAD TqMatrixRow& row) {
-  const TQ_SHARED Pair* v_pairs = KBITS == VBITS ? shared.k_pairs : shared.own_v_pairs;
+  const TQ_SHARED Pair* v_pairs = SAME_PAIRS ? shared.k_pairs : shared.own_v_pairs;
 #pragma unroll
   for (int u = 0; u < 4; u++) {
-    uint words[(V_PART + 31) / 32];
-    tq_quarter<V_PART>(v_codes + ulong(row_id + u) * V_BYTES, tq_lane_column(place.lane), words);
+    uint words[V_WORDS];
+    const TQ_DEVICE uchar* value = v_codes + ulong(row_id + u) * V_BYTES;
+    if (V_TRELLIS) tq_trellis_quarter<DV, VBITS>(value, tq_lane_column(place.lane), words);
+    else tq_quarter<V_PART>(value, tq_lane_column(place.lane), words);
     simdgroup_matrix<Piece, 8, 8> weights, v;
     tq_elements(weights) = tq_two(Piece(p.at[0][u]), Piece(p.at[1][u]));
 #pragma unroll
     for (int i = 0; i < DV / 8; i++) {
-      tq_elements(v) = tq_pair_of<VBITS>(v_pairs, words, i);
+      tq_elements(v) = tq_pair_of_quarter<VBITS, V_TRELLIS>(v_pairs, words, i);
       simdgroup_multiply_accumulate(row.o[i], weights, v, row.o[i]);
     }
   }
@@ -203,8 +211,10 @@ TQ_FN void tq_merge_matrices(TqPlace place, TQ_THREAD TqMatrixRow& row, TQ_SHARE
 #pragma unroll
       for (int i = 0; i < DV / 8; i++) {
         const float2 x = tq_elements(row.o[i]) * weight;
-        sums[2 * i] = x.x + (w > 0 ? sums[2 * i] : 0.0f);
-        sums[2 * i + 1] = x.y + (w > 0 ? sums[2 * i + 1] : 0.0f);
+        TQ_SHARED float* first = sums + tq_first_dim<V_TRELLIS>(i);
+        TQ_SHARED float* second = first + tq_dim_step<V_TRELLIS>();
+        *first = x.x + (w > 0 ? *first : 0.0f);
+        *second = x.y + (w > 0 ? *second : 0.0f);
       }
     }
     TQ_BARRIER();

@@ -4,7 +4,7 @@
 #pragma once
 #include "pages.h"
 
-TQ_CONSTANT int SUBSET_LEVELS = LEVELS / 4;  // level s + 4i is level i of subset s
+TQ_CONSTANT int SUBSET_LEVELS = TRELLIS != 0 ? LEVELS / 4 : 1;  // level s + 4i is level i of subset s
 TQ_CONSTANT int CAME_WORDS = (D + 31) / 32;  // a bit a coordinate
 TQ_CONSTANT int BLOCKS = D / 16;
 

@@ -8,7 +8,7 @@
 //   6  7 14 15
 #pragma once
 #include <metal_simdgroup_matrix>
-#include "common.h"
+#include "trellis.h"
 
 TQ_FN int tq_lane_row(uint lane) { return int((lane >> 2 & 4) | (lane >> 1 & 3)); }
 TQ_FN int tq_lane_column(uint lane) { return int((lane >> 2 & 2) | (lane & 1)); }
@@ -16,8 +16,8 @@ TQ_FN int tq_lane_column(uint lane) { return int((lane >> 2 & 2) | (lane & 1)); 
 TQ_FN half2 tq_two(half a, half b) { return half2(a, b); }
 TQ_FN float2 tq_two(float a, float b) { return float2(a, b); }
 
-// Entries of a table of pairs; codes of 8 bits are looked up one by one.
-constexpr int tq_num_pairs(int bits) { return bits == 8 ? 256 : 1 << (2 * bits); }
+// Entries of a table of pairs; codes of 8 bits are looked up one by one, pairs of a trellis are bytes.
+constexpr int tq_num_pairs(int bits, int trellis) { return bits == 8 || trellis != 0 ? 256 : 1 << (2 * bits); }
 
 // The lane's two neighbours in a row, as MLX's own attention kernels take them.
 template <typename T>
@@ -68,6 +68,36 @@ TQ_FN void tq_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* o
   }
 }
 
+// Quarter `part` of a packed vector of trellis codes as nibbles, a level each: of each 16 dims a word of the even ones and
+// a word of the odd ones.
+template <int DIM, int BITS>
+TQ_FN void tq_trellis_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* out) {
+  const int NUM = DIM / 4, BLOCKS = (NUM + 15) / 16, LAST = DIM / 16 - 1;
+  const TQ_DEVICE ushort* planes = reinterpret_cast<const TQ_DEVICE ushort*>(vector);
+  const int first = part * NUM / 16, shift = part * NUM % 16 * 2;  // a part may begin within a block
+  uint own[BLOCKS];
+  if (BITS == 3) tq_quarter<2 * NUM>(vector + DIM / 8, part, own);
+  uint before = first > 0 ? tq_fields(planes[first - 1]) : 0u;
+  uint branch = tq_fields(planes[first]), own_bits = BITS == 2 ? tq_fields(planes[LAST + 1 + first]) : 0u;
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    // of what lies behind the vector nothing is read, and nothing is needed
+    const int next = first + i + 1 < LAST ? first + i + 1 : LAST;
+    const uint next_branch = tq_fields(planes[next]);
+    uint subsets = tq_subsets(before, branch), two = BITS == 3 ? own[i] : own_bits;
+    if (NUM % 16 != 0 && shift != 0) subsets = subsets >> shift | tq_subsets(branch, next_branch) << (32 - shift);
+    if (BITS == 2) {
+      const uint next_own = tq_fields(planes[LAST + 1 + next]);
+      if (NUM % 16 != 0 && shift != 0) two = two >> shift | next_own << (32 - shift);
+      own_bits = next_own;
+    }
+    out[2 * i] = tq_even_nibbles(subsets, two);
+    out[2 * i + 1] = tq_odd_nibbles(subsets, two);
+    before = branch;
+    branch = next_branch;
+  }
+}
+
 // The centroids of codes 2n and 2n + 1.
 template <int BITS, typename Pair>
 TQ_FN Pair tq_pair_of(const TQ_SHARED Pair* table, const TQ_THREAD uint* words, int n) {
@@ -76,4 +106,17 @@ TQ_FN Pair tq_pair_of(const TQ_SHARED Pair* table, const TQ_THREAD uint* words, 
   if (shift + 2 * BITS > 32) x |= words[(at >> 5) + 1] << (32 - shift);
   if (BITS == 8) return tq_two(table[x & 255u].x, table[x >> 8 & 255u].x);
   return table[x & ((1u << (2 * BITS & 15)) - 1)];
+}
+
+// Which dims of a quarter pair n has: its first one, and how far behind the second lies.
+template <int IS_TRELLIS>
+TQ_FN int tq_first_dim(int n) { return IS_TRELLIS ? 4 * (n / 2) + n % 2 : 2 * n; }
+template <int IS_TRELLIS>
+TQ_FN int tq_dim_step() { return IS_TRELLIS ? 2 : 1; }
+
+// The centroids of pair n of codes: of 2n and 2n + 1, or the two of a trellis' byte.
+template <int BITS, int IS_TRELLIS, typename Pair>
+TQ_FN Pair tq_pair_of_quarter(const TQ_SHARED Pair* table, const TQ_THREAD uint* words, int n) {
+  if (IS_TRELLIS) return table[words[n / 8 * 2 + n % 2] >> (8 * (n / 2 % 4)) & 255u];
+  return tq_pair_of<BITS>(table, words, n);
 }

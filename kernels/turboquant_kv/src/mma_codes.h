@@ -2,17 +2,22 @@
 // 16 tokens) . P^T (16 tokens x 8 rows), so eight query rows share every unpacked code. Dims and tokens may be summed in
 // any order: lane (r, c) reads a quarter of the keys of two tokens and an eighth of the values of four, contiguous in the
 // canonical layout. A pair of codes indexes a table of half pairs, which is one register of an A fragment; value pairs are
-// two tokens of one dim, interleaved by masks. Row i = r, r + 8 of unit u is token (r / 2) * BLOCK_TOKENS + 4u + r % 2,
+// two tokens of one dim, interleaved by masks. Trellis codes become such pairs first (mma_trellis.h). Row i = r, r + 8 of unit u is token (r / 2) * BLOCK_TOKENS + 4u + r % 2,
 // and two further: what lane column r / 2 holds of values.
 #pragma once
 #include "mma_queries.h"
 #include "mma_ring.h"
 #include "mma_tables.h"
+#include "mma_trellis.h"
 
 constexpr int K_PART = D * KBITS / 4;  // bits a lane reads
 constexpr int V_PART = DV * VBITS / 8;
-constexpr int K_WORDS = (K_PART + 31) / 32;
+constexpr int K_WORDS = K_TRELLIS ? 2 * ((D / 4 + 15) / 16) : (K_PART + 31) / 32;
 constexpr int V_WORDS = (V_PART + 31) / 32;
+constexpr int K_CODE = K_TRELLIS ? 4 : KBITS;  // bits of a code where two of them are a pair
+constexpr int V_CODE = V_TRELLIS ? 4 : VBITS;
+constexpr uint K_MASK = K_TRELLIS && KBITS == 2 ? 0x77 : (1u << (2 * K_CODE)) - 1;  // bits that tell a pair
+constexpr uint V_MASK = V_TRELLIS && VBITS == 2 ? 0x3f : (1u << (2 * V_CODE)) - 1;
 constexpr uint EVEN = VBITS == 4 ? 0x0f0f0f0fu : VBITS == 3 ? 0x1c71c7u : 0x3333u;  // even ones of eight codes
 
 // Tokens [low, limit) that the lane's two query rows, 2c and 2c + 1, see.
@@ -34,15 +39,29 @@ TQ_FN TqBounds tq_bounds(TqWork work, TqLane at, int end) {
 // as the arena allows: a dense rotation's scratch lies where the rings are.
 TQ_FN void tq_prepare(TqPlace place, TqDecodeInputs inputs, TqWork work, TqRing& ring, uchar* arena, float* means) {
   if (tq_is_power_of_two(D)) tq_copy_first_tiles(ring, inputs, work.head, place.lane);
-  const float k_centroid = tq_k_book_at(place.tid % (1 << KBITS)), v_centroid = tq_v_book_at(place.tid % (1 << VBITS));
-  tq_fill_pairs<KBITS, PITCH, THREADS>(arena + K_TABLE, arena + K_HIGH_TABLE, k_centroid, place.tid);
-  if (V_TABLE != K_TABLE) {
+  const float k_centroid = tq_k_book_at(place.tid % (1 << (KBITS + K_TRELLIS)));
+  const float v_centroid = tq_v_book_at(place.tid % (1 << (VBITS + V_TRELLIS)));
+  if (K_TRELLIS) tq_fill_trellis_pairs<KBITS, true, PITCH, THREADS>(arena + K_TABLE, k_centroid, place.tid);
+  else tq_fill_pairs<KBITS, PITCH, THREADS>(arena + K_TABLE, arena + K_HIGH_TABLE, k_centroid, place.tid);
+  if (V_TRELLIS) {
+    tq_fill_trellis_pairs<VBITS, false, PITCH, THREADS>(arena + V_TABLE, v_centroid, place.tid);
+  } else if (V_TABLE != K_TABLE) {
     tq_fill_pairs<VBITS, PITCH, THREADS>(arena + V_TABLE, arena + V_HIGH_TABLE, v_centroid, place.tid);
   }
   if (TURN_PAIRS > 0) tq_turn_queries(place, inputs, work, arena);
   tq_rotate_queries(place, inputs, work, arena, means);
   if (!tq_is_power_of_two(D)) tq_copy_first_tiles(ring, inputs, work.head, place.lane);
   __syncthreads();
+}
+
+// The queries in the order in which a trellis' pairs of keys come.
+TQ_FN void tq_order_queries(TqQueryFragments& queries) {
+#pragma unroll
+  for (int i = 0; i < D / 8; i += 2) {
+    const uint first = queries.pairs[i], second = queries.pairs[i + 1];
+    queries.pairs[i] = __byte_perm(first, second, 0x5410);
+    queries.pairs[i + 1] = __byte_perm(first, second, 0x7632);
+  }
 }
 
 // The scales of a tile's tokens that are rows r and r + 8 of unit u: at 4u and 4u + 2; values' TILE further.
@@ -55,13 +74,18 @@ TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFra
                          uint lane_4, int t0, int u, float* s) {
   const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
   uint words[2][K_WORDS + 1];
-  tq_bits<K_PART, K_BYTES>(tile, row, at.c, words[0]);
-  tq_bits<K_PART, K_BYTES>(tile, row + 2, at.c, words[1]);
+  if (K_TRELLIS) {
+    tq_trellis_keys<D / 4, D, KBITS>(tile, row, row + 2, at, words[0], words[1]);
+  } else {
+    tq_bits<K_PART, K_BYTES>(tile, row, at.c, words[0]);
+    tq_bits<K_PART, K_BYTES>(tile, row + 2, at.c, words[1]);
+  }
   uint later[2][K_WORDS];
-  tq_later_words<KBITS, PITCH, K_WORDS>(words[0], later[0]);
-  tq_later_words<KBITS, PITCH, K_WORDS>(words[1], later[1]);
+  tq_later_words<K_CODE, PITCH, K_WORDS>(words[0], later[0]);
+  tq_later_words<K_CODE, PITCH, K_WORDS>(words[1], later[1]);
   auto key_pair = [&](int row, int n) {
-    return tq_pair_at<KBITS, PITCH>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], n, lane_4);
+    const int pair = K_TRELLIS ? tq_trellis_byte(n) : n;
+    return tq_pair_at<K_CODE, PITCH, K_MASK>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], pair, lane_4);
   };
   float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -100,12 +124,33 @@ TQ_FN void tq_value_pairs(const uint (*words)[V_WORDS + 1], int j, uint* pairs) 
   pairs[3] = ((x[2] >> VBITS) & EVEN) | (x[3] & (EVEN << VBITS));
 }
 
+// Adds four tokens' values, from row `token` of `rows_of` on, with weights b.
+TQ_FN void tq_add_trellis(const uchar* rows_of, uint token, const uchar* arena, TqLane at, uint lane_4, uint b_0, uint b_1,
+                          TqMmaRows& rows) {
+  uint words[2][4 * ((DV / 8 + 15) / 16)];  // of two tokens each
+#pragma unroll
+  for (int i = 0; i < 2; i++) tq_trellis_values<DV / 8, DV, VBITS>(rows_of, token + 2 * i, at, words[i]);
+  auto value_pair = [&](int i, int d) {
+    const uint* w = words[i] + (d / 16 * 4 + d % 4);
+    return tq_pair_at<V_CODE, PITCH, V_MASK>(arena + V_TABLE, arena + V_HIGH_TABLE, w, w, d / 4 % 4, lane_4);
+  };
+#pragma unroll
+  for (int i = 0; i < DV / 16; i++) {
+    tq_mma(rows.o[i], value_pair(0, 2 * i), value_pair(0, 2 * i + 1), value_pair(1, 2 * i), value_pair(1, 2 * i + 1), b_0,
+           b_1);
+  }
+}
+
 // Adds unit u's values, with weights p where tq_score_unit has scores.
 TQ_FN void tq_add_unit(const uchar* tile, const uchar* arena, TqLane at, uint lane_4, int u, const float* p, TqMmaRows& rows) {
   const __half* scales = tq_scales(tile, at) + TILE;
   const float scale_0 = __half2float(scales[4 * u]), scale_1 = __half2float(scales[4 * u + 2]);
   const uint b_0 = tq_transpose(tq_half_pair(p[0] * scale_0, p[1] * scale_0));
   const uint b_1 = tq_transpose(tq_half_pair(p[2] * scale_1, p[3] * scale_1));
+  if (V_TRELLIS) {
+    tq_add_trellis(tile + V_AT + at.c * V_BLOCK_BYTES, 4 * u, arena, at, lane_4, b_0, b_1, rows);
+    return;
+  }
   uint words[4][V_WORDS + 1];
 #pragma unroll
   for (int i = 0; i < 4; i++) tq_bits<V_PART, V_BYTES>(tile + V_AT + at.c * V_BLOCK_BYTES, 4 * u + i, at.r, words[i]);
@@ -132,7 +177,8 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
   TqRing ring = tq_ring(place, inputs, work, arena, shared.barriers + int(place.warp) * (BULK ? STAGES : 0));
   tq_prepare(place, inputs, work, ring, arena, shared.mean);
   const TqLane at = tq_lane(place);
-  const TqQueryFragments queries = tq_query_fragments(at, tq_shared_queries(arena), shared.mean);
+  TqQueryFragments queries = tq_query_fragments(at, tq_shared_queries(arena), shared.mean);
+  if (K_TRELLIS) tq_order_queries(queries);
   const TqBounds bounds = tq_bounds(work, at, ring.end);
   const uint lane_4 = 4 * place.lane;
   float means[2] = {queries.mean_0, queries.mean_1}, turned[4];

@@ -3,12 +3,26 @@
 #pragma once
 #include "fragments_cuda.h"
 
-// Part `part` of a vector's codes, BITS bits long, from packed vectors of ROW bytes that begin at a multiple of 16 bytes in
-// shared memory: as 32-bit words, of which the last may hold bits of what follows.
+// BITS bits of a packed vector, from any bit on; vectors of ROW bytes begin at a multiple of 16 bytes in shared memory: as
+// 32-bit words, of which the last may hold bits of what follows. One word more may be read than holds any of these bits:
+// it lies in the ring's tile, scales follow.
 template <int BITS, int ROW>
+TQ_FN void tq_bits_from(const uchar* rows, uint row, uint first_bit, uint* out) {
+  // Of vectors of whole words all rows share the place in a vector, which is then found once for all.
+  const uint whole = ROW % 4 == 0 ? row * (ROW / 4) : 0, first = (ROW % 4 == 0 ? 0 : row * (8 * ROW)) + first_bit;
+  const uint* p = reinterpret_cast<const uint*>(rows) + whole + (first >> 5);
+  uint x[(BITS + 31) / 32 + 1];
+#pragma unroll
+  for (int i = 0; i < (BITS + 31) / 32 + 1; i++) x[i] = p[i];
+#pragma unroll
+  for (int i = 0; i < (BITS + 31) / 32; i++) out[i] = __funnelshift_r(x[i], x[i + 1], first & 31);
+}
+
+// Part `part` of a vector's codes, BITS bits long, as above; parts begin at byte AT of a vector.
+template <int BITS, int ROW, int AT = 0>
 TQ_FN void tq_bits(const uchar* rows, uint row, uint part, uint* out) {
-  if (BITS % 128 == 0 && ROW % 16 == 0) {
-    const uint4* p = reinterpret_cast<const uint4*>(rows + row * ROW + part * (BITS / 8));
+  if (BITS % 128 == 0 && ROW % 16 == 0 && AT % 16 == 0) {
+    const uint4* p = reinterpret_cast<const uint4*>(rows + row * ROW + AT + part * (BITS / 8));
 #pragma unroll
     for (int i = 0; i < BITS / 128; i++) {
       const uint4 x = p[i];
@@ -17,28 +31,20 @@ TQ_FN void tq_bits(const uchar* rows, uint row, uint part, uint* out) {
       out[4 * i + 2] = x.z;
       out[4 * i + 3] = x.w;
     }
-  } else if (BITS % 64 == 0 && ROW % 8 == 0) {
-    const uint2* p = reinterpret_cast<const uint2*>(rows + row * ROW + part * (BITS / 8));
+  } else if (BITS % 64 == 0 && ROW % 8 == 0 && AT % 8 == 0) {
+    const uint2* p = reinterpret_cast<const uint2*>(rows + row * ROW + AT + part * (BITS / 8));
 #pragma unroll
     for (int i = 0; i < BITS / 64; i++) {
       const uint2 x = p[i];
       out[2 * i] = x.x;
       out[2 * i + 1] = x.y;
     }
-  } else if (BITS % 32 == 0 && ROW % 4 == 0) {
-    const uint* p = reinterpret_cast<const uint*>(rows + row * ROW + part * (BITS / 8));
+  } else if (BITS % 32 == 0 && ROW % 4 == 0 && AT % 4 == 0) {
+    const uint* p = reinterpret_cast<const uint*>(rows + row * ROW + AT + part * (BITS / 8));
 #pragma unroll
     for (int i = 0; i < BITS / 32; i++) out[i] = p[i];
   } else {
-    // From any bit. One word more may be read than holds any of these bits: it lies in the ring's tile, scales follow.
-    // Of vectors of whole words all rows share the part's place in a vector, which is then found once for all.
-    const uint whole = ROW % 4 == 0 ? row * (ROW / 4) : 0, first = (ROW % 4 == 0 ? 0 : row * (8 * ROW)) + part * BITS;
-    const uint* p = reinterpret_cast<const uint*>(rows) + whole + (first >> 5);
-    uint x[(BITS + 31) / 32 + 1];
-#pragma unroll
-    for (int i = 0; i < (BITS + 31) / 32 + 1; i++) x[i] = p[i];
-#pragma unroll
-    for (int i = 0; i < (BITS + 31) / 32; i++) out[i] = __funnelshift_r(x[i], x[i + 1], first & 31);
+    tq_bits_from<BITS, ROW>(rows, row, 8 * AT + part * BITS, out);
   }
 }
 
@@ -47,7 +53,8 @@ TQ_FN void tq_bits(const uchar* rows, uint row, uint part, uint* out) {
 // an entry is found by a whole byte of the codes, whose place in the address one byte permutation gives: pairs of 4 bits are
 // bytes; of 3 bits, four pairs are three bytes, and each pair is the low or the high 6 bits of a byte, if not of these words
 // then of later_words. The low ones are found in `table`, the high ones in `high_table`.
-template <int BITS, int PITCH>
+// Else by its bits in MASK.
+template <int BITS, int PITCH, uint MASK = (1u << (2 * BITS)) - 1>
 TQ_FN uint tq_pair_at(const uchar* table, const uchar* high_table, const uint* words, const uint* later_words, int n,
                       uint lane_4) {
   const int at = 2 * BITS * n, word = at >> 5, shift = at & 31;
@@ -61,7 +68,7 @@ TQ_FN uint tq_pair_at(const uchar* table, const uchar* high_table, const uint* w
   }
   if (shift + 2 * BITS > 32) x = __funnelshift_r(words[word], words[word + 1], shift) << LOG_PITCH;
   else x = shift >= LOG_PITCH ? words[word] >> (shift - LOG_PITCH) : words[word] << (LOG_PITCH - shift);
-  return *reinterpret_cast<const uint*>(table + ((x & (((1u << (2 * BITS)) - 1) << LOG_PITCH)) | lane_4));
+  return *reinterpret_cast<const uint*>(table + ((x & (MASK << LOG_PITCH)) | lane_4));
 }
 // The later_words of that.
 template <int BITS, int PITCH, int NUM>

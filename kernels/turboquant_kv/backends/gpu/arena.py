@@ -84,26 +84,36 @@ def table_layout(shape: DecodeShape, tuning: Tuning) -> dict[str, int]:
     """Where the tables of pairs lie and how long all are, by their names in the kernel's text.
 
     With a pitch of 256 there are two tables side by side, of up to 256 entries of 128 bytes; codes of 3 bits have two.
+    A trellis' pairs of levels are bytes, which keys and values have in different orders: each has a table of its own.
     """
-    tables: list[tuple[int, bool]] = []  # bits, and whether entries are told by a byte's high bits
+    by_bytes = tuning.pitch == 256  # bits of a byte that no pair needs are then part of its entry's number
+    tables: list[tuple[int, str]] = []  # entries, and what tells them
 
-    def place(bits: int, high: bool) -> int:
-        if (bits, high) not in tables:
-            tables.append((bits, high))
-        index = tables.index((bits, high))
-        if tuning.pitch == 256:
+    def place(entries: int, what: str) -> int:
+        if (entries, what) not in tables:
+            tables.append((entries, what))
+        index = tables.index((entries, what))
+        if by_bytes:
             return index // 2 * (256 << 8) + index % 2 * 128
-        return 128 * sum(1 << (2 * bits) for bits, _ in tables[:index])
+        return 128 * sum(entries for entries, _ in tables[:index])
 
     offsets = {}
-    for name, bits in (("K", shape.k_bits), ("V", shape.v_bits)):
-        offsets[f"{name}_TABLE"] = place(bits, False)
-        offsets[f"{name}_HIGH_TABLE"] = place(bits, bits == 3 and tuning.pitch == 256)
-    if tuning.pitch == 256:
-        lengths = [256 << 8 if bits >= 3 else 256 << (2 * bits) for bits, _ in tables]
-        total = max(index // 2 * (256 << 8) + length for index, length in enumerate(lengths))
+    for name, bits, trellis in (("K", shape.k_bits, shape.k_trellis), ("V", shape.v_bits, shape.v_trellis)):
+        high = "pairs"
+        if trellis:
+            what = high = f"trellis of {name}"
+            entries = 256 if by_bytes or bits == 3 else 128 if name == "K" else 64
+        else:
+            what = "pairs"
+            entries = 256 if by_bytes and bits >= 3 else 1 << (2 * bits)
+            if by_bytes and bits == 3:  # each pair is the low or the high bits of a byte
+                what, high = "low bits", "high bits"
+        offsets[f"{name}_TABLE"] = place(entries, what)
+        offsets[f"{name}_HIGH_TABLE"] = place(entries, high)
+    if by_bytes:
+        total = max(index // 2 * (256 << 8) + (entries << 8) for index, (entries, _) in enumerate(tables))
     else:
-        total = 128 * sum(1 << (2 * bits) for bits, _ in tables)
+        total = 128 * sum(entries for entries, _ in tables)
     return {**offsets, "TABLE_BYTES": total}
 
 

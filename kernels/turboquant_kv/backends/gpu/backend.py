@@ -381,7 +381,11 @@ def decode_shape(
     (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
     shape = DecodeShape(
         *(num_q_heads, layer.num_kv_heads, layer.k_dim, layer.v_dim, k_bits, v_bits),
-        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype, k_trellis, v_trellis, *pairs),
+        *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype),
+        k_trellis=k_trellis,
+        v_trellis=v_trellis,
+        pairs=pairs[0],
+        neighbours=pairs[1],
     )
     shape.check()
     return shape

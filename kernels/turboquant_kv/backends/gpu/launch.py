@@ -68,8 +68,9 @@ class DecodeKernels:
         """Raises UnsupportedFormatError for a shape without a kernel."""
         launch = self._launches.get(shape)
         if launch is None:
-            variant = self._variant or variant_for(self.dialect, shape)
-            tuning = self._tuning or tuning_for(shape, variant, self._device or this_device())
+            device = self._device or this_device()
+            variant = self._variant or variant_for(self.dialect, shape, device)
+            tuning = self._tuning or tuning_for(shape, variant, device)
             launch = DecodeLaunch(self.dialect, shape, self._factory, variant, tuning, self._counters)
             self._launches[shape] = launch
         return launch

@@ -79,17 +79,15 @@ class DecodeShape:
     @property
     def has_mma(self) -> bool:
         """Whether the tensor-core variant covers it (on CUDA)."""
-        if self.k_trellis or self.v_trellis:
-            return False
         dims = (self.k_dim, self.v_dim)
-        if self.tile // 4 * code_bytes(self.v_dim, self.v_bits) % 16:  # a block of a tile's values is copied as a whole
+        if not has_whole_blocks(self, self.tile):
             return False
         return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
 
     @property
     def has_simd(self) -> bool:
         """Whether the variant on 8x8 matrices covers it (on Metal)."""
-        return max(self.k_dim, self.v_dim) <= 256 and not (self.k_trellis or self.v_trellis)
+        return max(self.k_dim, self.v_dim) <= 256
 
     @property
     def has_exact_mma(self) -> bool:
@@ -107,3 +105,8 @@ class DecodeShape:
 
     def num_chunks(self, variant: Variant) -> int:
         return -(-self.group * self.num_rows // self.rows_per_block(variant))
+
+
+def has_whole_blocks(shape: DecodeShape, tile: int) -> bool:
+    """Whether a block of a tile's values, which is copied as a whole, is pieces of 16 bytes (tensor-core variant)."""
+    return tile // 4 * code_bytes(shape.v_dim, shape.v_bits) % 16 == 0

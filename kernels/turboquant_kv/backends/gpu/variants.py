@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from turboquant_kv.backends.gpu.arena import decode_arena
 from turboquant_kv.backends.gpu.device import Device
-from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
+from turboquant_kv.backends.gpu.shape import DecodeShape, Variant, has_whole_blocks
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.gpu.tuning import PORTABLE, SIMD, Tuning
 
@@ -16,11 +16,18 @@ MIN_SIMD_ROWS = 3
 STATIC_BYTES = 4096  # shared memory beside the arena, generously
 
 
-def variant_for(dialect: Dialect, shape: DecodeShape) -> Variant:
-    """Matrices where they are written for it and expected to pay, the portable body elsewhere."""
+def variant_for(dialect: Dialect, shape: DecodeShape, device: Device | None = None) -> Variant:
+    """Matrices where they are written for it, fit the device and are expected to pay, the portable body elsewhere."""
     if dialect == "metal":
         return "simd" if shape.has_simd and shape.group * shape.num_rows >= MIN_SIMD_ROWS else "portable"
-    return "mma" if shape.has_mma else "portable"
+    if shape.has_mma and (device is None or fits(shape, tuning_for(shape, "mma", device), device)):
+        return "mma"
+    return "portable"
+
+
+def fits(shape: DecodeShape, tuning: Tuning, device: Device) -> bool:
+    """Whether a block of the tensor-core variant has enough shared memory."""
+    return decode_arena(shape, tuning).num_bytes + STATIC_BYTES <= device.shared_bytes
 
 
 @lru_cache(maxsize=256)
@@ -29,12 +36,12 @@ def tuning_for(shape: DecodeShape, variant: Variant, device: Device) -> Tuning:
     if variant != "mma":
         return SIMD if variant == "simd" else PORTABLE
     narrow = max(shape.k_dim, shape.v_dim) <= 128
-    by_bytes = max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
+    trellis = shape.k_trellis or shape.v_trellis
+    by_bytes = trellis or max(shape.k_bits, shape.v_bits) >= 3  # pairs of codes are found by whole bytes
     bulk = device.has_bulk_copies
     choices = [
         Tuning(12 if narrow else 8, shape.tile, 2, 256 if by_bytes else 128, bulk, device.processors),
         Tuning(8, shape.tile, 2, 128, bulk, device.processors),
-        Tuning(4, 16, 2, 128, bulk, device.processors),
+        Tuning(4, 16 if has_whole_blocks(shape, 16) else shape.tile, 2, 128, bulk, device.processors),
     ]
-    fitting = (t for t in choices if decode_arena(shape, t).num_bytes + STATIC_BYTES <= device.shared_bytes)
-    return next(fitting, choices[-1])
+    return next((t for t in choices if fits(shape, t, device)), choices[-1])
