@@ -17,17 +17,27 @@ std::vector<float> gaussian(std::size_t count) {
     return x;
 }
 
-tq::Side make_side(bool is_key, int dim, int bits, const tq::KernelTable& level) {
+constexpr int kSink = 5, kPage = 48;
+
+tq::Side make_side(bool is_key, int dim, int kind, bool turns, const tq::KernelTable& level) {
     tq::Side side;
-    side.is_key = is_key, side.dim = dim, side.bits = bits;
+    side.is_key = is_key, side.dim = dim, side.bits = tq::bits_of(kind), side.is_trellis = tq::is_trellis(kind);
+    const int entries = 1 << side.index_bits();
     side.signs.assign(dim, 1.0f);
     side.base_order = 1;
     while (((dim / side.base_order) & (dim / side.base_order - 1)) || dim % side.base_order) side.base_order++;
     side.base.assign(side.base_order * side.base_order, 0.0f);
     for (int i = 0; i < side.base_order; i++) side.base[i * side.base_order + i] = 1.0f; // any matrix serves a comparison
-    for (int i = 0; i < 1 << bits; i++) side.book.push_back(2.7f * std::sin(1.5f * ((i + 0.5f) * 2 / (1 << bits) - 1)));
-    for (int i = 0; i + 1 < 1 << bits; i++) side.thresholds.push_back((side.book[i] + side.book[i + 1]) / 2);
+    for (int i = 0; i < entries; i++) side.book.push_back(2.7f * std::sin(1.5f * ((i + 0.5f) * 2 / entries - 1)));
+    for (int i = 0; !side.is_trellis && i + 1 < entries; i++) side.thresholds.push_back((side.book[i] + side.book[i + 1]) / 2);
     side.mean = std::vector<float>(2 * dim, 0.1f);
+    if (is_key && turns) { // neighbours are pairs, the last quarter of the dims stays
+        std::vector<double> frequencies;
+        for (int j = 0; j < dim * 3 / 8; j++) frequencies.push_back(std::pow(10000.0, -j / (dim * 3 / 8.0)));
+        side.turning = tq::make_turning(2, dim, std::vector<double>(2 * dim, 2.0), frequencies, 2, 1);
+        for (int d = 0; d < 2 * dim; d++) side.mean[d] = d % dim < dim * 3 / 8 * 2 ? 0.0f : 2.0f;
+        tq::grow_spans(side.turning, kSink, 100);
+    }
     side.table = tq::make_table(side, level);
     return side;
 }
@@ -38,26 +48,33 @@ long num_encoded = 0, num_differing = 0; // bytes of pages; a code by a threshol
 void encode(const tq::KernelTable& level, const tq::Store& store, const tq::Side& side, const tq::Rows& rows, int head, int first, std::int64_t page) {
     std::uint8_t* codes = store.codes(side, page, head);
     std::vector<std::uint8_t> own(store.code_bytes(side)), scales(store.scale_bytes());
-    tq::portable_kernels()->encode_page(store, side, rows, head, first, codes, store.scales(side, page, head));
-    level.encode_page(store, side, rows, head, first, own.data(), scales.data());
+    std::vector<float> means(std::size_t(2) * side.dim * store.groups_per_page());
+    tq::Centre centre{&side.mean[std::size_t(head) * side.dim], 0};
+    if (side.turning.num_pairs) {
+        centre = {&means[std::size_t(head) * side.dim], 2 * side.dim};
+        for (int g = 0; g < store.groups_per_page(); g++)
+            tq::block_means(side.turning, 2, side.dim, first + 16 * g + 7.5, &means[std::size_t(2) * g * side.dim], side.dim);
+    }
+    tq::portable_kernels()->encode_page(store, side, rows, head, first, centre, codes, store.scales(side, page, head));
+    level.encode_page(store, side, rows, head, first, centre, own.data(), scales.data());
     num_encoded += long(own.size());
     for (std::size_t i = 0; i < own.size(); i++) num_differing += own[i] != codes[i];
 }
 
 // Two KV heads, one sequence: encode its pages, attend with `num_rows` last rows. Returns the output.
-std::vector<float> run(const tq::KernelTable& level, int dim, int bits, int group, int num_rows, const std::vector<float>& data) {
+std::vector<float> run(const tq::KernelTable& level, int dim, int kind, bool turns, int group, int num_rows, const std::vector<float>& data) {
     tq::Store store;
-    store.heads = 2, store.page_tokens = 48, store.sink_tokens = 5;
-    store.k = make_side(true, dim, bits, level), store.v = make_side(false, dim, bits, level);
-    const int num_pages = 12, tokens = 5 + num_pages * 48 + 9;
+    store.heads = 2, store.page_tokens = kPage, store.sink_tokens = kSink;
+    store.k = make_side(true, dim, kind, turns, level), store.v = make_side(false, dim, kind, turns, level);
+    const int num_pages = 12, tokens = kSink + num_pages * kPage + 9;
     store.grow(num_pages);
     const tq::Rows rows{data.data(), std::int64_t(tokens) * dim, dim, tq::Dtype::f32, tokens};
     std::vector<std::int64_t> pages;
     for (int i = 0; i < num_pages; i++) {
         pages.push_back(num_pages - 1 - i);
         for (int head = 0; head < 2; head++) {
-            encode(level, store, store.k, rows, head, 5 + i * 48, pages[i]);
-            encode(level, store, store.v, rows, head, 5 + i * 48, pages[i]);
+            encode(level, store, store.k, rows, head, kSink + i * kPage, pages[i]);
+            encode(level, store, store.v, rows, head, kSink + i * kPage, pages[i]);
         }
     }
     tq::Attention a;
@@ -68,7 +85,7 @@ std::vector<float> run(const tq::KernelTable& level, int dim, int bits, int grou
     a.scale = 1.0f / std::sqrt(float(dim)), a.segment_pages = 5;
     tq::Item item;
     item.num_rows = num_rows, item.position = tokens - num_rows, item.pages = pages.data(), item.num_pages = num_pages;
-    item.sink_k = item.sink_v = {data.data(), rows.head_stride, dim, tq::Dtype::f32, 5};
+    item.sink_k = item.sink_v = {data.data(), rows.head_stride, dim, tq::Dtype::f32, kSink};
     item.window_start = tokens - 9;
     item.window_k = item.window_v = {data.data() + std::size_t(item.window_start) * dim, rows.head_stride, dim, tq::Dtype::f32, 9};
     item.num_segments = 3;
@@ -91,12 +108,13 @@ int main() {
     int failures = 0, compared = 0;
     for (const auto* level : tq::available_levels())
         for (int dim : {64, 80, 112, 128, 256})
-            for (int bits : {2, 3, 4, 8})
+            for (int kind : {2, 3, 4, 8, tq::kTrellis + 2, tq::kTrellis + 3})
                 for (int group : {1, 4, 7})
                     for (int num_rows : {1, 9}) {
+                        const bool turns = group != 4;
                         const auto data = gaussian(std::size_t(2) * 700 * dim);
-                        const auto want = run(*tq::portable_kernels(), dim, bits, group, num_rows, data);
-                        const auto got = run(*level, dim, bits, group, num_rows, data);
+                        const auto want = run(*tq::portable_kernels(), dim, kind, turns, group, num_rows, data);
+                        const auto got = run(*level, dim, kind, turns, group, num_rows, data);
                         double error = 0, norm = 0;
                         for (std::size_t i = 0; i < want.size(); i++) {
                             error += double(got[i] - want[i]) * (got[i] - want[i]);
@@ -104,9 +122,9 @@ int main() {
                         }
                         compared++;
                         // Both levels' integer roundings, of 8 or 16 bits; float tiles differ by orders of summing.
-                        const double tolerance = num_rows > 1 ? 1e-5 : bits == 8 ? 5e-5 : 2e-2;
+                        const double tolerance = num_rows > 1 ? 1e-5 : kind == 8 ? 5e-5 : 2e-2;
                         const bool good = std::sqrt(error / norm) < tolerance && norm > 0;
-                        if (!good) std::printf("%s D=%d bits=%d G=%d T=%d: %g\n", level->name, dim, bits, group, num_rows, std::sqrt(error / norm));
+                        if (!good) std::printf("%s D=%d kind=%d G=%d T=%d: %g\n", level->name, dim, kind, group, num_rows, std::sqrt(error / norm));
                         failures += !good;
                     }
     std::printf("%d comparisons, %d failures, fastest level %s\n", compared, failures, tq::available_levels().front()->name);

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <random>
 
+#include "store.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)

@@ -118,6 +118,70 @@ def test_hostile_encoding_is_refused(storage: Any, ids: list[int], num_rows: int
         storage.encode(np.array(ids), 0, rows(num_rows), rows(num_rows))
 
 
+@pytest.mark.parametrize("first_page", [-1, 2**50])
+def test_hostile_places_in_a_conversation_are_refused(storage: Any, first_page: int) -> None:
+    with pytest.raises(ValueError, match="first_page"):
+        storage.encode(np.array([0]), first_page, rows(16), rows(16))
+    with pytest.raises(ValueError, match="first_page"):
+        storage.decode(np.array([0]), first_page)
+
+
+def new_keys(dim: int = 64, bits: int = 3, num_levels: int = 16, edges: Any = None) -> Any:
+    """A bare store whose keys alone are set, to a trellis unless edges are told."""
+    store = native.load_kernels()[0].Store(2, 16, 4, "plain", "auto")  # type: ignore[union-attr]
+    book = np.linspace(-2, 2, num_levels, dtype=np.float32)
+    store.set_side(True, dim, bits, np.ones(dim, np.float32), np.ones(1, np.float32), None, book, edges)
+    return store
+
+
+def test_hostile_trellises_are_refused() -> None:
+    new_keys()
+    for wrong in ({"bits": 4, "num_levels": 32}, {"num_levels": 8}, {"num_levels": 32}, {"dim": 32}):
+        with pytest.raises(ValueError):
+            new_keys(**wrong)
+    with pytest.raises(ValueError):
+        new_keys(edges=np.linspace(-2, 2, 15, dtype=np.float32))  # a trellis's levels with a scalar codec's thresholds
+
+
+GOOD_ROTARY: dict[str, Any] = {"mean": np.ones(128), "frequencies": np.ones(32), "stride": 1, "gap": 32}
+HOSTILE_ROTARIES: dict[str, dict[str, Any]] = {
+    "mean too short": {"mean": np.ones(127)},
+    "mean in single precision": {"mean": np.ones(128, np.float32)},
+    "mean in two axes": {"mean": np.ones((2, 64))},
+    "mean with a NaN": {"mean": np.full(128, np.nan)},
+    "no pairs": {"frequencies": np.ones(0)},
+    "pairs beyond the head": {"frequencies": np.ones(33)},
+    "more pairs than any head has": {"frequencies": np.ones(1000)},
+    "an infinite frequency": {"frequencies": np.full(32, np.inf)},
+    "frequencies with gaps": {"frequencies": np.ones(64)[::2]},
+    "pairs that overlap": {"gap": 31},
+    "partners beyond the head": {"gap": 33},
+    "no gap": {"gap": 0},
+    "no stride": {"stride": 0},
+    "negative stride": {"stride": -1},
+    "gap that overflows": {"gap": 2**31 - 1},
+    "stride that overflows": {"stride": 2**31 - 1},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ROTARIES)
+def test_hostile_rotations_of_keys_are_refused(name: str) -> None:
+    store = new_keys()
+    with pytest.raises(ValueError):
+        store.set_rotary(**GOOD_ROTARY | HOSTILE_ROTARIES[name])
+    store.set_rotary(**GOOD_ROTARY)
+
+
+def test_rotations_come_after_keys_and_before_pages() -> None:
+    store = native.load_kernels()[0].Store(2, 16, 4, "plain", "auto")  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="keys are not set"):
+        store.set_rotary(**GOOD_ROTARY)
+    storage: Any = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
+    storage.grow(1)
+    with pytest.raises(ValueError, match="once there are pages"):
+        storage.store.set_rotary(**GOOD_ROTARY)
+
+
 def test_pages_of_another_format_are_refused(storage: Any) -> None:
     other = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, 80, mx.float32), FMT, None)
     other.grow(1)

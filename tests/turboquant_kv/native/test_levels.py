@@ -7,12 +7,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.turboquant_kv.histories import History, as_float64, expected, feed, new_cache, random_queries, relative_error
+from tests.turboquant_kv.histories import (
+    History,
+    as_float64,
+    expected,
+    feed,
+    new_cache,
+    random_queries,
+    random_rotary,
+    relative_error,
+)
 
-from turboquant_kv.backends.base import AttentionCall, CanonicalPages, ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, CanonicalPages, ExactRows, LayerShape, Means, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.native import backend as native
+from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, code_bytes
+from turboquant_kv.codec.rotation import rotation_matrix
 
 KERNELS, WHY_MISSING = native.load_kernels()
 LEVELS: list[str] = KERNELS.isa_levels() if KERNELS is not None else []
@@ -23,6 +34,7 @@ INTEGER_TOLERANCE = 3e-2
 FINE_INTEGER_TOLERANCE = 5e-4
 FLOAT_TOLERANCE = 1e-5  # float tiles of steady histories: summing in float32, measured below 1e-6
 BITS = [(2, 3), (3, 2), (4, 4), (8, 8)]
+TRELLIS_BITS = [("2t", "3t"), ("3t", "2t")]
 
 
 def test_the_kernels_are_built() -> None:
@@ -102,9 +114,9 @@ def test_attention_sinks_and_sliding_windows(
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
-@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 3), (4, 4), (8, 8)])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 3), (4, 4), (8, 8), ("3t", "2t")])
 def test_integer_error_stays_ten_times_below_the_codecs(
-    level: str, bits: tuple[int, int], sharpness: float, rng: np.random.Generator
+    level: str, bits: tuple[int | str, int | str], sharpness: float, rng: np.random.Generator
 ) -> None:
     # At sharpness 4 a few keys carry a head's softmax: 8 of them vary from 10 to 20 times, 128 from 12 to 16.
     fmt = KVFormat(*bits, page_tokens=64, sink_tokens=0)
@@ -119,15 +131,17 @@ def test_integer_error_stays_ten_times_below_the_codecs(
     assert own_error < codec_error / 10, f"{codec_error / own_error:.1f} times below"
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", BITS + TRELLIS_BITS)
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-def test_the_layout_is_a_lossless_tiling(level: str, dim: int, bits: tuple[int, int], rng: np.random.Generator) -> None:
+def test_the_layout_is_a_lossless_tiling(
+    level: str, dim: int, bits: tuple[int | str, int | str], rng: np.random.Generator
+) -> None:
     fmt = KVFormat(*bits, page_tokens=32)
     lead = (3, 2, 32)
     pages = CanonicalPages(
-        rng.integers(0, 256, (*lead, code_bytes(dim, bits[0])), np.uint8),
+        rng.integers(0, 256, (*lead, fmt.keys.code_bytes(dim)), np.uint8),
         rng.random(lead).astype(np.float16),
-        rng.integers(0, 256, (*lead, code_bytes(dim, bits[1])), np.uint8),
+        rng.integers(0, 256, (*lead, fmt.values.code_bytes(dim)), np.uint8),
         rng.random(lead).astype(np.float16),
     )
     storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float16), fmt, None)
@@ -174,6 +188,116 @@ def test_every_entry_of_the_8_bit_tables_is_looked_up(level: str, num_rows: int,
         outputs.append(storage.attend(AttentionCall(q, [view], backend.prepare_step([view]), 0.05)))
     # A query's coordinate may round to the next of 65,000 steps, measured up to 2e-5; one wrong low byte costs 3e-4.
     assert relative_error(outputs[0], as_float64(outputs[1])) < 5e-5
+
+
+@pytest.mark.parametrize("dim", [64, 80, 112, 128])
+def test_trellis_codes_are_the_references(level: str, dim: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat("3t", "2t", page_tokens=16, centred=False)
+    history = History.random(rng, 2, 32, dim).steady(rng, fmt)
+    storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float32), fmt, None)
+    storage.grow(2)
+    storage.encode(np.arange(2), 0, history.k.astype(np.float32), history.v.astype(np.float32))
+    pages = storage.read(np.arange(2))
+    for x, codec, which, codes, scales in (
+        (history.k, fmt.keys, "k", pages.k_codes, pages.k_scales),
+        (history.v, fmt.values, "v", pages.v_codes, pages.v_scales),
+    ):
+        want = reference.encode(x, codec, rotation_matrix(dim, fmt.rotation_seed, which))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(codes.swapaxes(0, 1).reshape(2, 32, -1), want.codes)
+        np.testing.assert_array_equal(scales.swapaxes(0, 1).reshape(2, 32), want.scales)
+
+
+@pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
+def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int, rng: np.random.Generator) -> None:
+    """Every branch before every place, as no search gives them: in decoded rows and in both kinds of attention."""
+    fmt = KVFormat("3t", "2t", page_tokens=32, sink_tokens=0, centred=False)
+    lead = (3, 2, 32)
+    k_codes, v_codes = (
+        rng.integers(0, 256, (*lead, codec.code_bytes(dim)), np.uint8) for codec in (fmt.keys, fmt.values)
+    )
+    scales = (1 + rng.random((2, *lead))).astype(np.float16)
+    storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float32), fmt, None)
+    storage.grow(3)
+    storage.write(np.arange(3), CanonicalPages(k_codes, scales[0], v_codes, scales[1]))
+    k, v = (
+        np.moveaxis((codec.decode(codes, dim) * scale[..., None]) @ rotation_matrix(dim, fmt.rotation_seed, which), 1, 0)
+        for codec, codes, scale, which in ((fmt.keys, k_codes, scales[0], "k"), (fmt.values, v_codes, scales[1], "v"))
+    )
+    k, v = k.reshape(2, 96, dim), v.reshape(2, 96, dim)
+    for rows, want in zip(storage.decode(np.arange(3), 0), (k, v), strict=True):
+        np.testing.assert_allclose(rows, want, atol=2e-5)
+    for num_rows, tolerance in ((1, INTEGER_TOLERANCE), (20, FLOAT_TOLERANCE)):
+        q = random_queries(rng, 4, num_rows, dim, mx.float32)
+        x = rng.standard_normal((2, num_rows, dim)).astype(np.float32)
+        view = SequenceView(96, num_rows, np.arange(3), None, ExactRows(96, x, x))
+        call = AttentionCall(q, [view], choose_backend("cpu-native").prepare_step([view]), 0.03)
+        logits = 0.03 * as_float64(q)[0].reshape(2, 2, num_rows, dim) @ np.concatenate([k, x], 1)[:, None].swapaxes(2, 3)
+        logits = np.where(np.arange(96 + num_rows) <= 96 + np.arange(num_rows)[:, None], logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out = weights / weights.sum(-1, keepdims=True) @ np.concatenate([v, x], 1)[:, None]
+        assert relative_error(storage.attend(call), out.reshape(1, 4, num_rows, dim)) < tolerance
+
+
+# Spans of means are 16 blocks of 16 tokens: a span holds several pages, or is what is left of them, or a page several spans.
+@pytest.mark.parametrize(("group", "page"), [(1, 16), (3, 48), (4, 64), (8, 256), (9, 320), (2, 512), (5, 16)])
+def test_means_that_turn(level: str, group: int, page: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat(8, 8, page_tokens=page, sink_tokens=int(rng.integers(40)))
+    num_tokens = int(rng.integers(1100, 1300))
+    history = History.random(rng, 2, num_tokens, 64)
+    means = history.means(rng, random_rotary(rng, 64))
+    history.steady(rng, fmt, means)
+    for num_rows, tolerance in ((1, FINE_INTEGER_TOLERANCE), (3, FINE_INTEGER_TOLERANCE), (20, FLOAT_TOLERANCE)):
+        q = random_queries(rng, 2 * group, num_rows, 64, mx.float32)
+        want = expected(history, q, fmt, num_tokens - num_rows, 0.03, means)
+        assert relative_error(attended(history, fmt, q, 0.03, means), want) < tolerance
+
+
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_means_that_turn_behind_sliding_windows(level: str, num_rows: int, rng: np.random.Generator) -> None:
+    fmt = KVFormat(8, 8, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 2, 900, 64)
+    means = history.means(rng, random_rotary(rng, 64))
+    history.steady(rng, fmt, means)
+    start = 900 - num_rows
+    q = random_queries(rng, 4, num_rows, 64, mx.float32)
+    positions, keys = np.arange(start, 900)[:, None], np.arange(900)
+    for window in (100, int(rng.integers(200, 800))):  # pages seen begin anywhere in a span
+        mask = mx.array((keys <= positions) & (keys > positions - window))
+        want = expected(history, q, fmt, start, 0.03, means, window=window)
+        tolerance = FINE_INTEGER_TOLERANCE if num_rows == 1 else FLOAT_TOLERANCE
+        assert relative_error(attended(history, fmt, q, 0.03, means, mask=mask), want) < tolerance
+
+
+def test_means_that_turn_stay_exact_far_from_the_start(level: str, rng: np.random.Generator) -> None:
+    """Angles of single precision would be off by a hundredth here. All pages but the last few are out of the window."""
+    fmt, first_page, window = KVFormat(8, 8, page_tokens=32, sink_tokens=3), 6000, 300
+    start = fmt.page_start(first_page)
+    rotary = random_rotary(rng, 64)
+    bias = 10 * rng.standard_normal((2, 64))
+    x = rng.standard_normal((2, 2, 10 * 32, 64)).astype(np.float32)
+    x[0] += rotary.turned(bias[:, None], start + np.arange(320)[None]).astype(np.float32)
+    means = Means(bias.astype(np.float32), np.zeros((2, 64), np.float32), rotary)
+    storage = choose_backend("cpu-native").new_store(LayerShape(2, 64, 64, mx.float32), fmt, means)
+    storage.grow(10)
+    storage.encode(np.arange(10), first_page, x[0], x[1])
+    k, v = storage.decode(np.arange(10), first_page)
+    centre, rotation = means.k_rows(fmt, first_page, 10), rotation_matrix(64, fmt.rotation_seed, "k")
+    encoded = reference.encode(x[0], fmt.keys, rotation, centre)
+    miss = np.abs(k - reference.decode(encoded, fmt.keys, 64, rotation, centre)).max(-1)
+    assert np.mean(miss > 1e-3) < 0.05, "a code by a threshold may be its neighbour, in one vector of a hundred"
+
+    end = start + 320
+    pages = np.concatenate([np.zeros(first_page, np.int64), np.arange(10)])
+    sink, own = np.zeros((2, 3, 64), np.float32), rng.standard_normal((2, 1, 64)).astype(np.float32)
+    view = SequenceView(end, 1, pages, ExactRows(0, sink, sink), ExactRows(end, own, own))
+    q = random_queries(rng, 2, 1, 64, mx.float32)
+    mask = mx.array((np.arange(end + 1) > end - window)[None])
+    call = AttentionCall(q, [view], choose_backend("cpu-native").prepare_step([view]), 0.03, mask)
+    seen_k, seen_v = (np.concatenate([a[:, 320 - window + 1 :], own], axis=1).astype(np.float64) for a in (k, v))
+    logits = 0.03 * as_float64(q)[0] @ seen_k.swapaxes(1, 2)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    want = (weights / weights.sum(-1, keepdims=True) @ seen_v)[None]
+    assert relative_error(storage.attend(call), want) < FINE_INTEGER_TOLERANCE
 
 
 def test_threads_and_splits_change_no_bit(level: str, rng: np.random.Generator) -> None:

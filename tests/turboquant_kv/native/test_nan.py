@@ -18,7 +18,7 @@ KV_HEADS, GROUP = 2, 3
 # A token in the sink, in a page behind codes, and in the queries' own page; all queries see all three.
 PLACES = {"sink": 3, "codes": 77, "window": 137}
 
-every_format = pytest.mark.parametrize("bits", [(4, 4), (3, 2), (8, 8)])
+every_format = pytest.mark.parametrize("bits", [(4, 4), (3, 2), (8, 8), ("3t", "2t")])
 every_path = pytest.mark.parametrize("num_rows", [1, 5, 12])  # 12: float tiles
 
 
@@ -36,7 +36,7 @@ def queries(rng: np.random.Generator, num_rows: int) -> Any:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_a_bad_key_or_value(
-    side: str, place: str, num_rows: int, bits: tuple[int, int], rng: np.random.Generator
+    side: str, place: str, num_rows: int, bits: tuple[int | str, int | str], rng: np.random.Generator
 ) -> None:
     fmt = KVFormat(*bits, page_tokens=PAGE, sink_tokens=SINK)
     history = History.random(rng, KV_HEADS, NUM_TOKENS, DIM)
@@ -55,7 +55,7 @@ def test_a_bad_key_or_value(
 @every_format
 @every_path
 @pytest.mark.parametrize("centred", [True, False])
-def test_a_bad_query(centred: bool, num_rows: int, bits: tuple[int, int], rng: np.random.Generator) -> None:
+def test_a_bad_query(centred: bool, num_rows: int, bits: tuple[int | str, int | str], rng: np.random.Generator) -> None:
     fmt = KVFormat(*bits, page_tokens=PAGE, sink_tokens=SINK, centred=centred)
     history = History.random(rng, KV_HEADS, NUM_TOKENS, DIM)
     q = queries(rng, num_rows)

@@ -52,8 +52,14 @@ template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, 
     for (int half = 0; half < 2; half++) {
         B4 two = look_up<4>(t.spread[half][0], before) | look_up<4>(t.spread[half][1], high) | look_up<4>(t.spread[half][2], own);
         if constexpr (Bits == 3) two |= look_up<4>(t.spread[half][3], top);
-        c[2 * half] = look_up<4>(t.level, two);
-        c[2 * half + 1] = look_up<4>(t.level, shift_right<4>(two));
+        const B4 second = shift_right<4>(two);
+        if constexpr (Bits == 2) { // indices of three bits leave bits 3 and 7 clear
+            c[2 * half] = look_up_below_128(t.level, two);
+            c[2 * half + 1] = look_up_below_128(t.level, second);
+        } else {
+            c[2 * half] = look_up<4>(t.level, two);
+            c[2 * half + 1] = look_up<4>(t.level, second);
+        }
     }
 }
 #endif
@@ -106,17 +112,24 @@ TQ_INLINE Before before_keys(const std::uint8_t* group, int num_quartets, int su
     return {q[0], q[1], q[1] ^ q[2]};
 }
 
-TQ_INLINE Before before_values(const std::uint8_t* group, int num_quartets, int i, int sub) {
-    B4 q[3];
-    U keep = U{} - 1; // no lane is before the first
-    if (sub == 0) keep[0] = 0;
-    for (int k = 0; k < 3; k++) {
-        const int at = i - 1 - k;
-        q[k] = at >= 0 ? load<B4>(group + at * 64 + sub * 4 * LANES)
-                       : (B4)(load<U>(group + (num_quartets + at) * 64 + sub * 4 * LANES - 4) & keep);
+// Where the three quartets before quartet i of values lie in every group.
+struct ValuesBefore {
+    int at[3];
+    U keep[3]; // no lane is before the first
+    ValuesBefore(int num_quartets, int i, int sub) {
+        for (int k = 0; k < 3; k++) {
+            const bool wraps = i - 1 - k < 0;
+            at[k] = (wraps ? num_quartets + i - 1 - k : i - 1 - k) * 64 + sub * 4 * LANES - (wraps ? 4 : 0);
+            keep[k] = U{} - 1;
+            if (wraps && sub == 0) keep[k][0] = 0;
+        }
     }
-    return {q[0], q[1], q[1] ^ q[2]};
-}
+    inline __attribute__((always_inline)) Before of(const std::uint8_t* group) const {
+        B4 q[3];
+        for (int k = 0; k < 3; k++) q[k] = (B4)(load<U>(group + at[k]) & keep[k]);
+        return {q[0], q[1], q[1] ^ q[2]};
+    }
+};
 
 // As unpack_quartet; `before` moves on to the next quartet.
 template <int Kind>

@@ -19,6 +19,8 @@ template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
     // The table repeats, so four bits may stay; the shuffle zeroes where bit 7 is set.
     return (B4)_mm256_shuffle_epi8(lut.table, _mm256_and_si256((__m256i)index, _mm256_set1_epi8(15)));
 }
+// By the low four bits of indices below 128.
+TQ_INLINE B4 look_up_below_128(const Lut& lut, B4 index) { return (B4)_mm256_shuffle_epi8(lut.table, (__m256i)index); }
 template <int N> TQ_INLINE B4 shift_right(B4 x) { return (B4)_mm256_srli_epi16((__m256i)x, N); }
 template <int N> TQ_INLINE B4 shift_left(B4 x) { return (B4)_mm256_slli_epi16((__m256i)x, N); }
 TQ_INLINE B4 join_3bit(B4 low, B4 high) {

@@ -17,6 +17,7 @@ struct Lut {
 template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
     return (B4)vqtbl1q_u8(lut.table, vandq_u8((uint8x16_t)index, vdupq_n_u8(15)));
 }
+TQ_INLINE B4 look_up_below_128(const Lut& lut, B4 index) { return look_up<4>(lut, index); }
 template <int N> TQ_INLINE B4 shift_right(B4 x) {
     if constexpr (N == 0) return x;
     else return (B4)vshrq_n_u8((uint8x16_t)x, N);

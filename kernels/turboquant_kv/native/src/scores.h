@@ -54,6 +54,8 @@ static void quantise_query(const Side& side, const float* x, int h, Query& q) {
 // Groups of tokens, or quartets of dims, that share one broadcast of the query or of the weights. With few query heads
 // more of them keep enough sums in flight.
 constexpr int pair_of(int G) { return LANES < 16 ? 1 : G <= 2 ? 4 : 2; }
+// Quartets of a trellis's values share those before them as well.
+constexpr int value_pair_of(int kind, int G) { return LANES < 16 && is_trellis(kind) && G <= 4 ? 2 : pair_of(G); }
 
 // Scores of P groups of 16 tokens: out[h * stride + token]; `shift` are the query's, from the first group's on.
 template <int Kind, int G, int P>
@@ -190,6 +192,7 @@ TQ_INLINE void add_some(const Side& side, const Tables<Kind>& tables, const std:
         I acc[P][G], low[P][G];
         for (int p = 0; p < P; p++)
             for (int h = 0; h < G; h++) acc[p][h] = low[p][h] = I{};
+        [[maybe_unused]] const ValuesBefore values_before(side.dim / 16, i, sub);
         for (int g = 0; g < num_groups; g++) {
             if constexpr (Kind == 8) {
                 const std::uint32_t* words = w.words + g * 4;
@@ -207,7 +210,7 @@ TQ_INLINE void add_some(const Side& side, const Tables<Kind>& tables, const std:
             } else {
                 B4 c[P][4];
                 if constexpr (is_trellis(Kind)) {
-                    Before before = before_values(group + g * group_bytes, side.dim / 16, i, sub);
+                    Before before = values_before.of(group + g * group_bytes);
                     for (int p = 0; p < P; p++) unpack_trellis<Kind>(group + g * group_bytes, top_plane, i + p, sub, tables, before, c[p]);
                 } else {
                     for (int p = 0; p < P; p++) unpack_quartet<Kind>(group + g * group_bytes, top_plane, i + p, sub, tables, c[p]);
@@ -239,7 +242,7 @@ static void add_values(const Side& side, const std::uint8_t* group, int num_grou
     const Tables<Kind> tables = make_tables<Kind>(side.table);
     const std::size_t group_bytes = side.group_bytes(), top_plane = top_plane_at(side.dim);
     const int num_quartets = side.dim / 16;
-    constexpr int pair = pair_of(G);
+    constexpr int pair = value_pair_of(Kind, G);
     int i = 0;
     for (; i + pair <= num_quartets; i += pair) {
         for (int p = 0; p < pair; p++)
