@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from turboquant_kv import evaluation
+from turboquant_kv.cache import calibration
 from turboquant_kv.cache.calibration import calibration_text
 from turboserve.cli import eval as evaluating
 from turboserve.cli.config import UsageError
@@ -87,6 +88,7 @@ def test_the_embedded_model_is_evaluated(
 ) -> None:
     few = [rival for rival in evaluation.standard_rivals() if rival.name in ("r44", "q8_0")]  # all of them take longer
     monkeypatch.setattr(evaluation, "standard_rivals", lambda: few)
+    monkeypatch.setattr(calibration, "NUM_TOKENS", 256)
     figures, drawing, text = tmp_path / "figures.json", tmp_path / "figures.svg", tmp_path / "text.txt"
     text.write_text(" ".join(f"Line {i} of a text says that {i * i} is the square of {i}." for i in range(40)))
     main_options = ["--formats", "4/4,2/2", "--rivals", "--text", str(text), "--text", __file__, "--tokens", "128"]
