@@ -55,12 +55,13 @@ def run(rng: np.random.Generator, formats: list[str], plan: Plan, *rivals: str, 
 def test_estimates_are_t_intervals() -> None:
     assert Estimate.of([3.0]) == Estimate(3.0, None, None)
     two = Estimate.of([1.0, 2.0])
-    assert (two.mean, two.half_width) == (1.5, pytest.approx(12.7062 * 0.5, rel=1e-5))
+    assert two.mean == 1.5 and two.half_width == pytest.approx(12.7062 * 0.5, rel=1e-5)
     for num_samples, quantile in ((4, 3.18245), (11, 2.22814), (31, 2.04227), (121, 1.97993)):
         samples = np.arange(num_samples, dtype=float)
         half = quantile * samples.std(ddof=1) / num_samples**0.5
         assert Estimate.of(samples.tolist()).half_width == pytest.approx(half, rel=2e-4)
-    assert Estimate(0.0, -1.0, 1.0).exp() == Estimate(1.0, pytest.approx(1 / np.e), pytest.approx(np.e))
+    grown = Estimate(0.0, -1.0, 1.0).exp()
+    assert (grown.mean, grown.low, grown.high) == pytest.approx((1.0, 1 / np.e, np.e))
     with pytest.raises(ValueError):
         Estimate.of([])
 

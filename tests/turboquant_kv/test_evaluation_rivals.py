@@ -102,7 +102,7 @@ def test_dimensions_without_groups_are_refused() -> None:
     for rival in (Affine(4), Affine(8), Blocks(4), Blocks(8)):
         with pytest.raises(UnsupportedFormatError, match="80"):
             rival.check(odd)
-    for rival in standard_rivals():
-        rival.check(SHAPE)
+    for fitting in standard_rivals():
+        fitting.check(SHAPE)
     with pytest.raises(UnsupportedFormatError):
         BY_NAME["r44"].check(LayerShape(2, 72, 72, mx.float16))

@@ -76,7 +76,8 @@ def test_keys_that_nobody_attends_over_are_still_noticed() -> None:
 def test_a_turned_mean_follows_the_shift(rng: np.random.Generator) -> None:
     """Pages are coded as if they were pages further on, for whole pages of shift, and for any shift by its mean."""
     rotary = Rotary(10000.0 ** (-np.arange(32) / 32), 1, 32, amplitude=1.25)
-    means = Means(*(5 * rng.standard_normal((2, 64)).astype(np.float32) for _ in "kv"), rotary)
+    k, v = (5 * rng.standard_normal((2, 2, 64))).astype(np.float32)
+    means = Means(k, v, rotary)
     num_pages, skipped = 3, 125
     shift = skipped * FMT.page_tokens
     moved = shifted(Calibration({0: means}, ""), shift).layers[0]
@@ -101,5 +102,6 @@ def test_a_turned_mean_follows_the_shift(rng: np.random.Generator) -> None:
 
 
 def test_a_mean_that_does_not_turn_stays(rng: np.random.Generator) -> None:
-    means = Means(*(rng.standard_normal((2, 64)).astype(np.float32) for _ in "kv"))
+    k, v = rng.standard_normal((2, 2, 64)).astype(np.float32)
+    means = Means(k, v)
     assert shifted(Calibration({4: means}, "text"), 999).layers[4] is means

@@ -329,11 +329,20 @@ def _tokenised(tokenizer: Any, texts: Mapping[str, str], plan: Plan) -> dict[str
     """With the tokens that the tokenizer puts before a text. Raises ValueError for texts that are too short."""
     if not texts:
         raise ValueError("there is no text to evaluate on")
-    found = {name: list(tokenizer.encode(text))[: plan.num_tokens] for name, text in texts.items()}
+    found = {name: _first_tokens(tokenizer, text, plan.num_tokens) for name, text in texts.items()}
     for name, tokens in found.items():
         if len(tokens) < MIN_TOKENS:
             raise ValueError(f"text {name} has {len(tokens)} tokens: expected at least {MIN_TOKENS}")
     return found
+
+
+def _first_tokens(tokenizer: Any, text: str, num_tokens: int) -> list[int]:
+    """Of a text that may be a whole book: all of it is read only where its beginning does not suffice."""
+    beginning = text[: 8 * num_tokens]
+    tokens = list(tokenizer.encode(beginning))
+    if len(tokens) <= num_tokens and len(beginning) < len(text):
+        tokens = list(tokenizer.encode(text))
+    return tokens[:num_tokens]
 
 
 def _gather(

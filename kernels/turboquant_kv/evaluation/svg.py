@@ -12,7 +12,7 @@ from turboquant_kv.evaluation.evaluate import Evaluation
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 360, 300, 62, 34, 46, 14  # of a panel and its margins
 LEGEND_WIDTH = 130
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8f5db7", "#e08e0b", "#4a4a4a", "#00a0a0", "#b5651d", "#c2185b", "#607d3b")
-_SMALLEST = 1e-7  # a KL of zero has no logarithm
+_SMALLEST = 1e-5  # smaller ones, as of positions that see exact tokens alone, are drawn there
 
 
 @dataclass(frozen=True)

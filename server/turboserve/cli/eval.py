@@ -49,7 +49,7 @@ def run(settings: Settings, wanted: Wanted) -> None:
         if file is not None and not file.parent.is_dir():
             raise UsageError(f"{option} {file}: there is no folder {file.parent}")
     load_backend()
-    plan = _plan(wanted)
+    plan = _plan(settings, wanted)
     evaluation = _evaluate(settings, wanted, plan, texts)
     print("\n".join(table(evaluation)))
     _write("--json", wanted.json_file, json.dumps(evaluation.to_dict(), indent=1) + "\n")
@@ -116,11 +116,12 @@ def built_in_texts() -> dict[str, str]:
     }
 
 
-def _plan(wanted: Wanted) -> Plan:
+def _plan(settings: Settings, wanted: Wanted) -> Plan:
     from turboquant_kv.evaluation import Plan
 
     plan = Plan(
         num_tokens=wanted.tokens,
+        chunk_tokens=settings.prefill_chunk_tokens,
         offsets=wanted.offsets,
         mode=wanted.mode,  # type: ignore[arg-type]  # judged by check
         num_needles=wanted.needles,
