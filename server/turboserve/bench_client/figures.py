@@ -5,6 +5,7 @@ Times and rates are of requests that succeeded; those that failed are counted, b
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +72,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 def gaps(outcome: Outcome) -> list[float]:
     """Seconds between the pieces of text of one answer."""
-    return [b - a for a, b in zip(outcome.chunk_s, outcome.chunk_s[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(outcome.chunk_s)]
 
 
 def stream_rate(outcome: Outcome) -> float | None:

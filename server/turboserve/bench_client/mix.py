@@ -20,7 +20,7 @@ give glass go gold good great green ground group grow half hand hard have head h
 hill hold home horse hot hour house how ice idea if in iron job just keep kind king know lake lamp land large
 last late lead learn leave left letter life light line list little live long look love low machine made main man
 many map mark may mean meet milk mind minute money month moon more morning most mother move music name near need
-""".split()
+""".split()  # noqa: SIM905 - one word a line would be a page
 
 
 def words(rng: random.Random, num_words: int) -> list[str]:
@@ -99,14 +99,18 @@ class Mix:
         if self.shared_prefix >= self.prompt_tokens.low:
             raise ValueError(f"a shared prefix of {self.shared_prefix} tokens needs longer prompts")
 
-    def ask(self, round_number: int, index: int, scale: TokenScale) -> Ask:
-        """Request `index` of a round: the same for the same seed, and beginning (after the prefix) like no other."""
-        rng = random.Random(f"{self.seed}/{round_number}/{index}")
-        prompt_tokens, answer_tokens = self.prompt_tokens.draw(rng), self.answer_tokens.draw(rng)
+    def ask(self, round_number: int, index: int, scale: TokenScale, server: int = 0) -> Ask:
+        """Request `index` of a round, the same for the same seed, and beginning (after the prefix) like no other.
+
+        Every server gets the same lengths but words of its own, so that one server can be measured against itself.
+        """
+        name = f"{self.seed}/{round_number}/{index}"
+        lengths = random.Random(name)
+        prompt_tokens, answer_tokens = self.prompt_tokens.draw(lengths), self.answer_tokens.draw(lengths)
         num_words = scale.num_words(prompt_tokens)
         prefix = self._prefix(min(round(self.shared_prefix / scale.per_word), num_words - 1))
-        text = " ".join(prefix + words(rng, num_words - len(prefix)))
-        return Ask(prompt_tokens, answer_tokens, text)
+        rest = words(random.Random(f"{name}/{server}"), num_words - len(prefix))
+        return Ask(prompt_tokens, answer_tokens, " ".join(prefix + rest))
 
     def _prefix(self, num_words: int) -> list[str]:
         return words(random.Random(f"{self.seed}/prefix"), num_words)

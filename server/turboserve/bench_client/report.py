@@ -10,18 +10,18 @@ from turboserve.bench_client.asking import Outcome
 from turboserve.bench_client.figures import METRICS, Counts, count, ratios
 from turboserve.bench_client.session import Plan, Server
 
+LETTERS = "AB"
 FEW_ANSWERS = 100  # below as many, a 99th percentile is the largest value or next to it
 
 
 def table(plan: Plan, servers: Sequence[Server]) -> Iterator[str]:
     """Lines: what was asked, a row per figure (with ratios of two servers), then what a reader has to know."""
     yield headline(plan)
-    names = [f"{chr(ord('A') + i)}: {server.name}, {server.probe.target.model}" for i, server in enumerate(servers)]
-    yield from names
+    yield from (f"{LETTERS[i]}: {server.name}, {server.probe.target.model}" for i, server in enumerate(servers))
     yield ""
-    heads = ["A", "B"][: len(servers)] + ["A / B"] * (len(servers) == 2)
+    heads = [*LETTERS[: len(servers)], *(["A / B"] if len(servers) == 2 else [])]
     width = max(len(metric.label) + len(metric.unit) + 2 for metric in METRICS)
-    yield " " * width + "".join(f"{head:>14}" for head in heads)
+    yield _row("", heads, width)
     found = [server.medians for server in servers]
     both = ratios(found[0], found[1]) if len(found) == 2 else {}
     for metric in METRICS:
@@ -29,10 +29,15 @@ def table(plan: Plan, servers: Sequence[Server]) -> Iterator[str]:
             cells = [shown(one[metric.key] * metric.scale) if metric.key in one else "-" for one in found]
             if len(found) == 2:
                 cells.append(f"{both[metric.key]:.2f}" + _spread(servers, metric.key) if metric.key in both else "-")
-            yield f"{metric.label}, {metric.unit}".ljust(width) + "".join(f"{cell:>14}" for cell in cells)
+            yield _row(f"{metric.label}, {metric.unit}", cells, width)
     for i, server in enumerate(servers):
         yield ""
-        yield from (f"{chr(ord('A') + i)}: {note}" for note in notes(plan, server))
+        yield from (f"{LETTERS[i]}: {note}" for note in notes(plan, server))
+
+
+def _row(label: str, cells: Sequence[str], width: int) -> str:
+    """Figures in columns, ratios with their spread in a wider one."""
+    return label.ljust(width) + "".join(f"{cell:>12}" for cell in cells[:2]) + "".join(f"{c:>20}" for c in cells[2:])
 
 
 def headline(plan: Plan) -> str:
@@ -61,7 +66,7 @@ def _spread(servers: Sequence[Server], key: str) -> str:
     """The smallest and the largest ratio of one round."""
     pairs = zip(servers[0].rounds, servers[1].rounds, strict=True)
     each = [one for a, b in pairs if (one := ratios(a.figures, b.figures).get(key)) is not None]
-    return f" {min(each):.2f}-{max(each):.2f}" if len(each) > 1 else ""
+    return f" ({min(each):.2f}-{max(each):.2f})" if len(each) > 1 else ""
 
 
 def notes(plan: Plan, server: Server) -> Iterator[str]:

@@ -12,7 +12,7 @@ from turboserve.bench_client.asking import Clock, Outcome, Target, ask
 from turboserve.bench_client.figures import Counts, count, figures, medians
 from turboserve.bench_client.kv_watch import KVSample, KVWatch
 from turboserve.bench_client.load import Round, run_round
-from turboserve.bench_client.mix import WARM_UP_ROUND, Mix, Pace
+from turboserve.bench_client.mix import WARM_UP_ROUND, Ask, Mix, Pace
 from turboserve.bench_client.probe import Probe, probe
 from turboserve.bench_client.progress import Progress
 
@@ -43,6 +43,7 @@ class Server:
     """One server and what was seen of it."""
 
     probe: Probe
+    number: int = 0
     warm_up: list[Outcome] = field(default_factory=list)
     rounds: list[Measured] = field(default_factory=list)
 
@@ -81,7 +82,10 @@ def measure(plan: Plan, targets: Sequence[Target], progress: Progress | None = N
 async def _measure(plan: Plan, targets: Sequence[Target], progress: Progress) -> list[Server]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=httpx.Timeout(plan.timeout_s, connect=30.0), limits=limits) as client:
-        servers = [Server(await probe(client, target, plan.mix, plan.timeout_s)) for target in targets]
+        servers = [
+            Server(await probe(client, target, plan.mix, plan.timeout_s), number)
+            for number, target in enumerate(targets)
+        ]
         for server in servers:
             await _warm_up(client, plan, server, progress)
         for number in range(plan.rounds):
@@ -100,11 +104,15 @@ async def _warm_up(client: httpx.AsyncClient, plan: Plan, server: Server, progre
 
 async def _round(client: httpx.AsyncClient, plan: Plan, server: Server, number: int, progress: Progress) -> Measured:
     found, current = server.probe, Round()
+
+    def drawn(index: int) -> Ask:
+        return plan.mix.ask(number, index, found.scale, server.number)
+
     # Made beforehand where their number is known: drawing 16,000 words takes milliseconds of every stream's time.
-    asks = [plan.mix.ask(number, index, found.scale) for index in range(plan.pace.num_requests or 0)]
+    asks = [drawn(index) for index in range(plan.pace.num_requests or 0)]
 
     async def send(outcome: Outcome, clock: Clock) -> None:
-        asked = asks[outcome.index] if asks else plan.mix.ask(number, outcome.index, found.scale)
+        asked = asks[outcome.index] if asks else drawn(outcome.index)
         outcome.asked_prompt_tokens, outcome.asked_answer_tokens = asked.prompt_tokens, asked.answer_tokens
         body = plan.mix.body(asked, found.target.model)
         kept = {key: value for key, value in body.items() if key not in found.left_out}
