@@ -17,6 +17,8 @@ from turboserve.bench_client.mix import WORDS, Ask, Mix, TokenScale
 from turboserve.errors import StartupError
 
 FEW = WORDS[:16]
+# mlx_lm.server answers /v1/models with nothing where no model was ever downloaded.
+NAMELESS = "name the model yourself (--model or --against-model; mlx_lm.server takes default_model)"
 # What a strict server may refuse, from the harmless loss to the larger one.
 OPTIONAL_FIELDS: tuple[tuple[str, ...], ...] = (
     (),
@@ -49,9 +51,9 @@ async def find_model(client: httpx.AsyncClient, target: Target) -> tuple[str, li
     except httpx.HTTPError as exc:
         raise StartupError(f"no server answers at {target.url}: {type(exc).__name__}: {exc}") from exc
     except (ValueError, KeyError, TypeError) as exc:
-        raise StartupError(f"{target.url}/models lists no models; is this an OpenAI-compatible /v1 URL?") from exc
+        raise StartupError(f"{target.url}/models lists no models; {NAMELESS}") from exc
     if not names:
-        raise StartupError(f"{target.url}/models is empty; name the model with --model")
+        raise StartupError(f"{target.url}/models is empty; {NAMELESS}")
     notes = [f"{len(names)} models are listed, the first is asked; --model names another"] if len(names) > 1 else []
     return names[0], notes
 

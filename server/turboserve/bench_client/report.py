@@ -86,6 +86,8 @@ def notes(plan: Plan, server: Server) -> Iterator[str]:
     if kv:
         held = kv[0][0].num_bytes / (1 << 20)
         yield f"KV memory: format {kv[0][1].kv_format}; idle conversations count, {held:.1f} MiB were held at the start"
+    if missed := sum(one.kv_missed for one in server.rounds):
+        yield f"KV memory: {missed} samples got no answer; the peak is of the others"
     yield from server.probe.notes
 
 
@@ -136,6 +138,7 @@ def _server(server: Server) -> dict[str, Any]:
                 "counts": _counts(count(one.outcomes)),
                 "kv_start": one.kv_start and asdict(one.kv_start),
                 "kv_peak": one.kv_peak and asdict(one.kv_peak),
+                "kv_missed": one.kv_missed,
                 "requests": [_request(outcome) for outcome in one.outcomes],
             }
             for one in server.rounds

@@ -36,6 +36,7 @@ class Measured:
     figures: dict[str, float]
     kv_start: KVSample | None
     kv_peak: KVSample | None
+    kv_missed: int = 0  # samples that the server did not answer, after one that it did
 
 
 @dataclass(slots=True)
@@ -127,5 +128,5 @@ async def _round(client: httpx.AsyncClient, plan: Plan, server: Server, number: 
         finally:
             shown.cancel()
             await asyncio.gather(shown, return_exceptions=True)
-    peak = watch.peak
-    return Measured(current.outcomes, figures(current.outcomes, plan.pace.rate is None, peak), watch.start, peak)
+    own = figures(current.outcomes, plan.pace.rate is None, watch.peak)
+    return Measured(current.outcomes, own, watch.start, watch.peak, watch.num_missed)

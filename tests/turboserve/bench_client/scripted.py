@@ -23,7 +23,9 @@ class Script:
 
     acts: list[Act] = field(default_factory=list)
     has_usage: bool = True
+    models: str = '{"data": [{"id": "scripted"}]}'
     refused: frozenset[str] = frozenset()
+    kv_bytes: list[int] = field(default_factory=list)  # what /v1/kv/stats shows in turn, 503 for -1, 404 when empty
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of streamed requests that were not refused
     num_running: int = 0
     most_running: int = 0
@@ -41,7 +43,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self.reply(200, {"data": [{"id": "scripted"}]})
+            self.reply(200, self.script.models)
+        elif self.path == "/v1/kv/stats" and self.script.kv_bytes:
+            kv_bytes = self.script.kv_bytes
+            num_bytes = kv_bytes.pop(0) if len(kv_bytes) > 1 else kv_bytes[0]
+            stats = {"kv_bytes": {"total": num_bytes}, "raw_equivalent_bytes": 4 * num_bytes, "kv_format": "4/3"}
+            self.reply(503 if num_bytes < 0 else 200, {**stats, "tokens": num_bytes // 10})
         else:
             self.reply(404, {"error": {"message": "no such route"}})
 
@@ -71,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         prompt_tokens = TEMPLATE_TOKENS + TOKENS_PER_WORD * num_words
         return {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": num_tokens}}
 
-    def reply(self, status: int, value: dict[str, Any]) -> None:
-        data = json.dumps(value).encode()
+    def reply(self, status: int, value: dict[str, Any] | str) -> None:
+        data = (value if isinstance(value, str) else json.dumps(value)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

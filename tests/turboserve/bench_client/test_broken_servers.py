@@ -110,6 +110,18 @@ def test_a_server_that_refuses_everything_stops_the_measurement() -> None:
         measured(Script(refused=frozenset({"messages"})), Pace(streams=1, num_requests=1))
 
 
+@pytest.mark.parametrize("models", ["", "[]", '{"data": []}', '{"data": [{}]}'])
+def test_a_server_that_lists_no_models_must_be_told_one(models: str) -> None:
+    with pytest.raises(StartupError, match="name the model yourself"):
+        measured(Script(models=models), Pace(streams=1, num_requests=1))
+
+
+def test_the_first_of_several_models_is_asked_and_that_is_said() -> None:
+    server = measured(Script(models='{"data": [{"id": "a"}, {"id": "b"}]}'), Pace(streams=1, num_requests=1))
+    assert server.probe.target.model == "a"
+    assert "2 models are listed" in "\n".join(report.notes(Plan(MIX, Pace()), server))
+
+
 def test_no_server() -> None:
     with pytest.raises(StartupError, match=r"no server answers at http://127\.0\.0\.1:1/v1"):
         measure(Plan(MIX, Pace(num_requests=1)), [Target("http://127.0.0.1:1/v1", "")])
@@ -124,6 +136,22 @@ def test_streams_wait_for_their_answers_and_arrivals_do_not() -> None:
     assert arriving.most_running >= scripted.CROWD and not server.has_failed and len(server.outcomes) == 12
     assert [o.sent_s for o in server.outcomes] == sorted(o.sent_s for o in server.outcomes)
     assert "steady_tokens_per_s" not in server.medians
+
+
+def test_the_peak_of_kv_memory_is_seen_between_the_ends() -> None:
+    server = measured(
+        Script(kv_bytes=[100, 900, -1, 200]), Pace(streams=1, num_requests=1), Mix(Span(9, 9), Span(400, 400))
+    )
+    (one,) = server.rounds
+    assert one.kv_start is not None and one.kv_start.num_bytes == 100
+    assert (one.figures["kv_peak_bytes"], one.figures["kv_peak_ratio"]) == (900, 4)
+    assert one.kv_missed == 1 and "1 samples got no answer" in "\n".join(report.notes(Plan(MIX, Pace()), server))
+
+
+def test_a_server_without_kv_figures_is_asked_once() -> None:
+    server = measured(Script(), Pace(streams=1, num_requests=2))
+    assert server.rounds[0].kv_peak is None and server.rounds[0].kv_missed == 0
+    assert not any(key.startswith("kv_") for key in server.medians)
 
 
 def test_no_prompt_is_sent_twice() -> None:
