@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboserve.bench_client.asking import Outcome
@@ -77,6 +77,7 @@ def test_usage_wins_over_pieces() -> None:
     assert stream_rate(outcome(0, 0.0, [1.0])) is None and stream_rate(outcome(0, 0.0, [1.0, 1.0])) is None
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), FLOATS, st.lists(FLOATS, max_size=5), st.integers(0, 50)), max_size=8))
 def test_the_steady_window_lies_within_every_stream(rows: list[tuple[int, float, list[float], int]]) -> None:
     outcomes = [outcome(s, at, sorted(at + x for x in chunks), tokens) for s, at, chunks, tokens in rows]
@@ -90,6 +91,7 @@ def test_the_steady_window_lies_within_every_stream(rows: list[tuple[int, float,
     assert tokens_between(outcomes, *(window or (0.0, 1.0))) <= everything + 1e-6
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(FLOATS, min_size=1, max_size=50))
 def test_percentiles_are_ordered_and_within(values: list[float]) -> None:
     found = [percentile(values, p) for p in (0, 50, 95, 99, 100)]

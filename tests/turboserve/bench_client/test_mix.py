@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboserve.bench_client.mix import WORDS, Mix, Pace, Span, TokenScale, arrivals, words
@@ -26,6 +26,7 @@ def num_shared(texts: list[list[str]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS, SCALES, st.integers(100, 2000), st.integers(0, 2000))
 def test_prompts_have_the_wanted_length(seed: int, scale: TokenScale, low: int, more: int) -> None:
     mix = Mix(Span(low, low + more), Span(1, 9), seed=seed)
@@ -35,6 +36,7 @@ def test_prompts_have_the_wanted_length(seed: int, scale: TokenScale, low: int, 
         assert abs(num_tokens(asked.text, scale) - asked.prompt_tokens) <= scale.per_word / 2 + 1e-6
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS, SCALES, st.integers(1, 400))
 def test_prompts_share_the_prefix_and_nothing_more(seed: int, scale: TokenScale, prefix: int) -> None:
     mix = Mix(Span(500, 900), shared_prefix=prefix, seed=seed)
@@ -46,6 +48,7 @@ def test_prompts_share_the_prefix_and_nothing_more(seed: int, scale: TokenScale,
         assert num_shared([one, other]) <= shared + 5
 
 
+@settings(deadline=None, max_examples=50)
 @given(SEEDS)
 def test_the_same_seed_asks_the_same(seed: int) -> None:
     mix, scale = Mix(Span(20, 90), Span(1, 50), seed=seed), TokenScale(1.3, 9)
@@ -56,6 +59,7 @@ def test_the_same_seed_asks_the_same(seed: int) -> None:
     assert ours.text != theirs.text
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.randoms(use_true_random=False), st.integers(0, 1000))
 def test_words_come_back_only_after_all_others(rng: object, num_words: int) -> None:
     counts = Counter(words(rng, num_words))  # type: ignore[arg-type]
