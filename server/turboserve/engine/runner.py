@@ -2,12 +2,11 @@
 
 Owns the batched caches. Deciding who runs is the step loop's business.
 
-Failure isolation. Logits that are not finite cost their own row only. When sampling the batch raises, each
-row is drawn alone, which gives the same token, and those that raise alone are reported. When the batched forward pass
-raises, every row is cut back to its length before the step and tried alone: rows that work keep
-their token, rows that raise are reported. Rows whose cache cannot be trusted any more (work was
-already submitted to the device, or the cache cannot be cut) are reported as lost, and the loop
-computes their caches again from their tokens.
+Failure isolation. Logits that are not finite cost their own row only. When sampling the batch raises, each row is drawn
+alone, which gives the same token, and rows that raise alone are reported. When the batched forward pass raises, every
+row is cut back to its length before the step and tried alone: rows that work keep their token, rows that raise are
+reported. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the cache cannot be
+cut) are reported as lost, and the loop computes their caches again from their tokens.
 """
 
 from __future__ import annotations

@@ -159,10 +159,15 @@ class BatchSampler:
             logits = logits.at[rows, ids].add(values)
         if self._counts is None or self._in_prompt is None:
             return logits
-        x, counts, repetition = logits[plan.penalised], self._counts, plan.repetition
-        is_repeated = self._in_prompt | (counts > 0)
-        x = mx.where(is_repeated, mx.where(x < 0, x * repetition, x / repetition), x)
-        x = x - mx.where(counts > 0, plan.presence + plan.frequency * counts, 0.0)
+        all_penalised = len(self._rows) == plan.penalised.size
+        x, counts = logits if all_penalised else logits[plan.penalised], self._counts
+        if plan.has_repetition:
+            is_repeated = self._in_prompt | (counts > 0)
+            x = mx.where(is_repeated, mx.where(x < 0, x * plan.repetition, x / plan.repetition), x)
+        if plan.has_subtraction:
+            x = x - (mx.minimum(counts, 1.0) * plan.presence + counts * plan.frequency)
+        if all_penalised:
+            return x
         adjusted = mx.array(logits)  # a new array: assigning to rows leaves the caller's alone
         adjusted[plan.penalised] = x
         return adjusted
@@ -177,6 +182,8 @@ class _Plan:
         penalised = _where(rows, lambda row: row.has_penalties)
         self.penalised = mx.array(penalised, dtype=mx.uint32)
         params = [rows[i].params for i in penalised]
+        self.has_repetition = any(p.repetition_penalty != 1.0 for p in params)
+        self.has_subtraction = any(p.presence_penalty or p.frequency_penalty for p in params)
         self.repetition = _column([p.repetition_penalty for p in params])
         self.presence = _column([p.presence_penalty for p in params])
         self.frequency = _column([p.frequency_penalty for p in params])
@@ -198,7 +205,10 @@ class _Plan:
         drawn = [best[mx.array(self._greedy, dtype=mx.uint32)]] if self._greedy else []
         for part in self._parts:
             number = mx.array(numbers[part.rows][:, None])
-            drawn.append(part.draw(part.of(logits), part.of(best_logit), number))
+            rows = part.of(logits)
+            if part is not self._parts[0]:  # MLX would work on parts side by side, and all of them leave the cache
+                rows = mx.depends([rows], [drawn[-1]])[0]
+            drawn.append(part.draw(rows, part.of(best_logit), number))
         if len(drawn) == 1 and not self._greedy:
             return drawn[0][:, 0]
         return mx.concatenate(drawn)[:, 0][self._back]
