@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from turboserve.engine import engine as engine_module
-from turboserve.engine import runner as runner_module
+from turboserve.engine.runner import Runner
 from turboserve.engine.step_loop import StepLoop
 
-ORIGINAL_DRAW = runner_module._draw
+ORIGINAL_DRAW = Runner._draw
 CHECK_EVERY = 8  # steps between two full integrity checks; bytes are compared after each
 
 
@@ -32,13 +31,13 @@ WATCH = Watch()
 LEADS: dict[tuple[str, int], tuple[int, float]] = {}
 
 
-def draw_and_note(logits: mx.array, rows: list[Any]) -> list[int | Exception]:
+def draw_and_note(runner: Runner, logits: mx.array) -> list[int | Exception]:
     """The runner's own drawing, whose leads are noted."""
-    drawn = ORIGINAL_DRAW(logits, rows)
+    drawn = ORIGINAL_DRAW(runner, logits)
     values = np.array(logits.astype(mx.float32))  # (B, V)
     best = np.partition(values, -2, axis=-1)[:, -2:]
     leads = (best[:, 1] - best[:, 0]) / values.std(axis=-1)
-    for row, token, lead in zip(rows, drawn, leads.tolist(), strict=True):
+    for row, token, lead in zip(runner._rows, drawn, leads.tolist(), strict=True):
         if isinstance(token, int):
             LEADS[row.request_id, len(row.answer)] = (token, lead)
     return drawn
@@ -74,4 +73,4 @@ class CheckedLoop(StepLoop):
 def watch_engine() -> None:
     """From now on every engine of this process is watched."""
     setattr(engine_module, "StepLoop", CheckedLoop)  # noqa: B010 - the module does not offer it, it uses it
-    setattr(runner_module, "_draw", draw_and_note)  # noqa: B010
+    setattr(Runner, "_draw", draw_and_note)  # noqa: B010

@@ -1,6 +1,6 @@
 """One request's state while the engine works on it. Plain data, and each field has its writer.
 
-prepare.py                       prompt, max_answer_len, sampler and text, once
+prepare.py                       prompt, max_answer_len, sampling and text, once
 runner.py                        caches and cache_len, as it computes and as rows join and leave the batch
 step_loop.py, open_requests.py   all others; they alone move `stage`, and take caches away when it changes
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from turboserve.cache.memory import Ask, Lease
 from turboserve.engine.protocol import EventSink
-from turboserve.engine.sampling import RowSampler
+from turboserve.engine.sampling import RowSampling
 from turboserve.engine.text import TextStream
 from turboserve.messages import Request
 
@@ -44,7 +44,7 @@ class Generation:
     prompt: list[int] = field(default_factory=list)  # empty until prepared
     answer: list[int] = field(default_factory=list)
     max_answer_len: int = 0
-    sampler: RowSampler | None = None
+    sampling: RowSampling | None = None
     text: TextStream | None = None
     lease: Lease | None = None
     caches: list[Any] | None = None

@@ -1,4 +1,4 @@
-"""From a request to a generation ready for admission: tokens, limits, sampler and text stream.
+"""From a request to a generation ready for admission: tokens, limits, sampling and text stream.
 
 All refusals that depend on the request alone happen here, before any memory or compute is spent.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from turboserve.cache.memory import Memory
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
-from turboserve.engine.sampling import RowSampler
+from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError
@@ -28,7 +28,7 @@ class Preparer:
         self._template = ChatTemplate(loaded.tokenizer)
 
     def prepare(self, generation: Generation) -> None:
-        """Fills in prompt, limits, sampler and text. Raises InvalidRequestError, of whatever kind."""
+        """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""
         request = generation.request
         prompt = self._template.encode(request.messages)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
@@ -38,7 +38,7 @@ class Preparer:
             limit = min(limit, self._memory.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
         else:
             self._memory.check_can_fit(len(prompt) + limit, kv_format)
-        generation.sampler = RowSampler(request.sampling, prompt, self._vocab_len)
+        generation.sampling = row_sampling(request.sampling, self._vocab_len)
         generation.text = TextStream(self._decode, request.stop)
         generation.max_answer_len = limit
         generation.prompt = prompt

@@ -2,11 +2,11 @@
 
 Owns the batched caches. Deciding who runs is the step loop's business.
 
-Failure isolation. A sampler that raises costs its own row only. When the batched forward pass
-raises, every row is cut back to its length before the step and tried alone: rows that work keep
-their token, rows that raise are reported. Rows whose cache cannot be trusted any more (work was
-already submitted to the device, or the cache cannot be cut) are reported as lost, and the loop
-computes their caches again from their tokens.
+Failure isolation. Logits that are not finite cost their own row only. When sampling the batch raises, each row is drawn
+alone, which gives the same token, and rows that raise alone are reported. When the batched forward pass raises, every
+row is cut back to its length before the step and tried alone: rows that work keep their token, rows that raise are
+reported. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the cache cannot be
+cut) are reported as lost, and the loop computes their caches again from their tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime, Caches
 from turboserve.engine.generation import Generation, Outcomes
+from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The model's logits hold NaN; any token drawn from them would be noise."""
+    """The model's logits hold NaN or are infinite; any token drawn from them would be noise."""
 
 
 class _DeviceError(Exception):
@@ -65,6 +66,7 @@ class Runner:
         self._runtime = runtime
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
+        self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
 
     @property
     def num_rows(self) -> int:
@@ -110,6 +112,12 @@ class Runner:
         else:
             self._caches = self._runtime.extend_rows(self._caches, joined)
         self._rows.append(generation)
+        if self._sampler is not None:
+            try:
+                _add_row(self._sampler, generation)
+            except Exception:  # met again when the row is drawn alone
+                log.exception("the sampler cannot take request %s", generation.request_id)
+                self._sampler = None
 
     def leave(self, leaving: Sequence[Generation]) -> None:
         """Take rows out of the batch; each gets its caches back as a single sequence's."""
@@ -119,6 +127,8 @@ class Runner:
             generation.caches = self._extract(self._rows.index(generation))
         keep = [i for i, row in enumerate(self._rows) if row not in leaving]
         self._rows = [self._rows[i] for i in keep]
+        if self._sampler is not None:
+            self._sampler.keep(keep)
         if keep:
             for cache in self._batch():
                 cache.filter(mx.array(keep))
@@ -164,7 +174,7 @@ class Runner:
             return self._step_alone(rows)
         for row in rows:
             row.cache_len += 1
-        return dict(zip(rows, _draw(logits, rows), strict=True))
+        return dict(zip(rows, self._draw(logits), strict=True))
 
     def _forward(self, tokens: list[list[int]], caches: list[Any]) -> mx.array:
         """Logits (B, V) after the last of `tokens` (B, T). Raises _DeviceError when evaluation fails."""
@@ -179,7 +189,7 @@ class Runner:
     def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
         singles = [self._roll_back(i, row) for i, row in enumerate(rows)]
-        self._rows = []
+        self._forget_rows()
         self._forget_batch()
         outcomes: dict[Generation, int | Exception | None] = {}
         for row, caches in zip(rows, singles, strict=True):
@@ -203,12 +213,12 @@ class Runner:
             self._runtime.release(batch)
         self._runtime.release(caches)
         row.cache_len += 1
-        token = _draw(logits, [row])[0]
+        token = _draw_one(logits, row)
         self.join(row)
         return token
 
     def _lose_all(self, rows: list[Generation]) -> Outcomes:
-        self._rows = []
+        self._forget_rows()
         self._forget_batch()
         return dict.fromkeys(rows)
 
@@ -224,6 +234,21 @@ class Runner:
         except Exception:
             log.exception("the cache of request %s cannot be cut back", row.request_id)
             return None
+
+    def _draw(self, logits: mx.array) -> list[int | Exception]:
+        """Each row's next token from logits (B, V), or what went wrong with it."""
+        try:
+            if self._sampler is None:
+                self._sampler = _sampler_of(self._rows)
+            return _read(self._sampler.sample(logits))
+        except Exception:
+            log.exception("sampling failed for a batch of %d rows; each row is drawn alone", len(self._rows))
+            self._sampler = None
+        return [_draw_one(logits[i : i + 1], row) for i, row in enumerate(self._rows)]
+
+    def _forget_rows(self) -> None:
+        self._rows = []
+        self._sampler = None
 
     def _merge(self, singles: list[list[Any]]) -> list[Any]:
         return self._runtime.merge_rows(singles)
@@ -264,27 +289,33 @@ class RunningRow:
         return self.runner.measure(self.generation)
 
 
-def _draw(logits: mx.array, rows: list[Generation]) -> list[int | Exception]:
-    """Each row's next token from logits (B, V), or what its sampler raised."""
-    has_nan = mx.any(mx.isnan(logits), axis=-1)
-    likeliest = mx.argmax(logits, axis=-1)  # shared by all rows that want just that
-    broken, greedy = np.array(has_nan), np.array(likeliest)
-    drawn: list[int | Exception] = []
-    for i, row in enumerate(rows):
-        assert row.sampler is not None
-        if broken[i]:
-            drawn.append(NonFiniteLogitsError("the model's logits hold NaN"))
-        elif row.sampler.is_plain_greedy:
-            drawn.append(int(greedy[i]))
-        else:
-            drawn.append(_draw_one(logits[i], row))
-    return drawn
+def _sampler_of(rows: Sequence[Generation]) -> BatchSampler:
+    """A sampler at the tokens that these rows' answers have now."""
+    sampler = BatchSampler()
+    for row in rows:
+        _add_row(sampler, row)
+    return sampler
+
+
+def _add_row(sampler: BatchSampler, row: Generation) -> None:
+    assert row.sampling is not None
+    sampler.join(row.sampling, row.prompt, row.answer)
+
+
+def _read(draws: Draws) -> list[int | Exception]:
+    """Each row's token, waiting once for all of them."""
+    mx.eval(draws.tokens, draws.is_broken)
+    tokens, is_broken = np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()
+    return [
+        NonFiniteLogitsError("the model's logits are not finite") if broken else token
+        for token, broken in zip(tokens, is_broken, strict=True)
+    ]
 
 
 def _draw_one(logits: mx.array, row: Generation) -> int | Exception:
-    assert row.sampler is not None
+    """One row's token from its logits (1, V), the same as in a batch, or what its sampling raised."""
     try:
-        return int(np.array(row.sampler.sample(logits)))
+        return _read(_sampler_of([row]).sample(logits))[0]
     except Exception as exc:
         log.exception("sampling failed for request %s", row.request_id)
         return exc

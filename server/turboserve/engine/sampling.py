@@ -1,127 +1,431 @@
-"""From one row of logits to its next token, the same alone as in a batch.
+"""From a batch of logits to its next tokens, in one lazy computation; a row draws the same alone and in any batch.
 
-Order of operations, as in Hugging Face and vLLM: logit bias, repetition penalty (prompt and
-answer), presence and frequency penalties (answer only), temperature, top-k, top-p, min-p.
+Order of operations: logit bias, repetition penalty (prompt and answer), presence and frequency penalties (answer only),
+mask, temperature, min-p, top-k, top-p. The likeliest token always stays; of equally likely ones the lowest id is first.
 
-Each row owns its random key, split once per token, so a seed gives the same draws whoever else
-is in the batch. Rows that just want the likeliest token share one batched argmax (runner).
+A draw depends on the row's logits, its seed and the token's place in the answer, and on nothing else:
+one number of 32 bits is hashed from seed and place on the host, and finds the token in the running sum of the row's
+weights. Weights are whole numbers, softmax in units of about 2^-31, so their sums are exact in whatever order a device
+adds them. One number for each row is also much cheaper than one for each token (Gumbel noise, `mx.random.categorical`):
+on a CPU noise for 150K tokens takes 2 ms, the running sum 0.1 ms.
+
+Top-k sorts only the k blocks of ids with the largest maxima, in which the k likeliest tokens lie; top-p after it cuts
+in that order. Top-p alone sorts nothing: it searches its threshold in steps of 1/256 octave of probability, with 13
+sums over the vocabulary. Tokens up to one step (0.27%) below the last one that it needs count as tied with that and are
+kept; 16-bit logits are coarser than that.
+
+Rows that do not need a part of this do not pay for it: greedy rows take an argmax, penalties have counts only for rows
+that have penalties.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from turboserve.errors import InvalidRequestError
 from turboserve.messages import SamplingParams
 
 MASKED = -float("inf")
-_KEY_MASK = (1 << 64) - 1  # mx.random.key takes an unsigned 64-bit seed
+TIE_OCTAVES = 1 / 256  # top-p's step; 2^13 of them reach 32 octaves below the likeliest, where weights are 0
+SEARCH_STEPS = tuple(2**i for i in range(12, -1, -1))
+MIN_TEMPERATURE = 1e-6  # below it the inverse could overflow; only exact ties are left to chance there
+CPU_CHUNK = 1 << 17  # logits that a CPU works on at once: passes over more of them leave its cache
+_SEED_MASK = (1 << 64) - 1
 
 
-class RowSampler:
-    """Sampling state of one sequence: its key and the tokens that penalties look at."""
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """What one sequence asks for, checked, and its seed, which is drawn once when the request has none."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_len: int) -> None:
-        """Raises InvalidRequestError when logit_bias names a token the model does not have."""
-        self._params = params
-        self._vocab_len = vocab_len
-        self._bias = _bias_arrays(params.logit_bias, vocab_len)
-        self._counts: dict[int, int] = {}
-        self._repeated = set(prompt) if params.repetition_penalty != 1.0 else set[int]()
-        self._repeated_ids: mx.array | None = None  # built when needed, dropped when the set grows
-        seed = params.seed if params.seed is not None else secrets.randbits(64)
-        self._key = mx.random.key(seed & _KEY_MASK)
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """True when the next token is the largest raw logit."""
-        p = self._params
-        return p.temperature == 0.0 and self._bias is None and not self._has_penalties
+    params: SamplingParams
+    seed: int  # 64 bits, unsigned
+    vocab_len: int
+    bias: tuple[tuple[int, float], ...]  # at most one value a token
 
     @property
-    def _has_penalties(self) -> bool:
-        p = self._params
+    def has_penalties(self) -> bool:
+        p = self.params
         return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
 
-    def sample(self, logits: mx.array) -> mx.array:
-        """Lazily draws one token id (scalar uint32) from `logits` (V,); advances the key."""
-        logits = self._adjust(logits.astype(mx.float32))
-        if self._params.temperature == 0.0:
-            return mx.argmax(logits)
-        self._key, key = mx.random.split(self._key)
-        return draw(logits / self._params.temperature, key, self._params)
 
-    def accept(self, token: int) -> None:
-        """Counts a drawn token for the penalties of the following ones."""
-        if not self._has_penalties:
-            return
-        self._counts[token] = self._counts.get(token, 0) + 1
-        if self._params.repetition_penalty != 1.0 and token not in self._repeated:
-            self._repeated.add(token)
-            self._repeated_ids = None
-
-    def _adjust(self, logits: mx.array) -> mx.array:
-        if self._bias is not None:
-            ids, values = self._bias
-            logits = logits.at[ids].add(values)
-        if self._repeated:
-            logits = self._penalise_repeated(logits)
-        if self._counts and (self._params.presence_penalty or self._params.frequency_penalty):
-            ids = mx.array(np.fromiter(self._counts.keys(), np.uint32))
-            counts = mx.array(np.fromiter(self._counts.values(), np.float32))
-            logits = logits.at[ids].subtract(self._params.presence_penalty + self._params.frequency_penalty * counts)
-        return logits
-
-    def _penalise_repeated(self, logits: mx.array) -> mx.array:
-        if self._repeated_ids is None:
-            inside = [t for t in self._repeated if t < self._vocab_len]
-            self._repeated_ids = mx.array(np.array(inside, np.uint32))
-        chosen = logits[self._repeated_ids]
-        penalty = self._params.repetition_penalty
-        logits[self._repeated_ids] = mx.where(chosen < 0, chosen * penalty, chosen / penalty)
-        return logits
-
-
-def draw(logits: mx.array, key: mx.array, params: SamplingParams) -> mx.array:
-    """One token id from logits (V,) already divided by the temperature, after top-k, top-p and min-p.
-
-    The likeliest token always stays. Ties at a cut are broken by sort order.
-    """
-    if params.min_p > 0.0:
-        floor = mx.max(logits) + float(np.log(params.min_p))
-        logits = mx.where(logits < floor, MASKED, logits)
-    cuts_tail = params.top_k > 0 or params.top_p < 1.0
-    if not cuts_tail:
-        return mx.random.categorical(logits, key=key)
-    order = mx.argsort(-logits)  # (V,) token ids, likeliest first
-    ranked = logits[order]
-    return order[mx.random.categorical(_cut_tail(ranked, params), key=key)]
-
-
-def _cut_tail(ranked: mx.array, params: SamplingParams) -> mx.array:
-    """`ranked`: logits (V,) in falling order; masks what top-k and top-p leave out."""
-    rank = mx.arange(ranked.shape[0])
-    if params.top_k > 0:
-        ranked = mx.where(rank < params.top_k, ranked, MASKED)
-    if params.top_p < 1.0:
-        probs = mx.softmax(ranked)
-        mass_before = mx.cumsum(probs, inclusive=False)
-        ranked = mx.where((mass_before < params.top_p) | (rank == 0), ranked, MASKED)
-    return ranked
-
-
-def _bias_arrays(bias: Sequence[tuple[int, float]], vocab_len: int) -> tuple[mx.array, mx.array] | None:
-    if not bias:
-        return None
-    for token, _ in bias:
+def row_sampling(params: SamplingParams, vocab_len: int) -> RowSampling:
+    """Raises InvalidRequestError when logit_bias names a token the model does not have."""
+    for token, _ in params.logit_bias:
         if not 0 <= token < vocab_len:
             raise InvalidRequestError(
                 f"logit_bias names token {token}, but this model's tokens go from 0 to {vocab_len - 1}.",
                 param="logit_bias",
             )
-    merged = dict(bias)
-    return mx.array(np.fromiter(merged.keys(), np.uint32)), mx.array(np.fromiter(merged.values(), np.float32))
+    seed = params.seed if params.seed is not None else secrets.randbits(64)
+    return RowSampling(params, seed & _SEED_MASK, vocab_len, tuple(dict(params.logit_bias).items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural logarithms of the model's own probabilities: softmax of the logits as the model gave them,
+    before bias, penalties, mask and temperature, so they do not depend on how a token was drawn."""
+
+    drawn: mx.array  # (B,) float32, of the drawn tokens
+    top_ids: mx.array  # (B, n) uint32, likeliest first
+    top: mx.array  # (B, n) float32
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Unevaluated results of one step."""
+
+    tokens: mx.array  # (B,) uint32
+    is_broken: (
+        mx.array
+    )  # (B,) bool: NaN or +inf among the logits, or no token is possible; the row's token means nothing
+    logprobs: Logprobs | None
+
+
+class BatchSampler:
+    """Parameters and penalty counts of the rows that are decoded together, in the batch's order."""
+
+    def __init__(self) -> None:
+        self._rows: list[RowSampling] = []
+        self._places = np.zeros(0, np.uint64)  # (B,) place in the answer of each row's next token
+        self._counts: mx.array | None = None  # (P, V) float32: of rows with penalties, how often the answer has a token
+        self._in_prompt: mx.array | None = None  # (P, V) bool
+        self._plan: _Plan | None = None  # of the present rows
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def join(self, row: RowSampling, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Add a row behind the others, at its answer's next token."""
+        if row.has_penalties:
+            counts, in_prompt = _occurrences(answer, row.vocab_len), _occurrences(prompt, row.vocab_len) > 0
+            self._counts = _stacked(self._counts, mx.array(counts[None]))
+            self._in_prompt = _stacked(self._in_prompt, mx.array(in_prompt[None]))
+        self._rows.append(row)
+        self._places = np.append(self._places, np.uint64(len(answer)))
+        self._plan = None
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Only these rows stay, in this order."""
+        if self._counts is not None and self._in_prompt is not None:
+            penalised = {row: i for i, row in enumerate(_where(self._rows, lambda row: row.has_penalties))}
+            left = mx.array([penalised[i] for i in indices if i in penalised], dtype=mx.uint32)
+            self._counts = self._counts[left] if left.size else None
+            self._in_prompt = self._in_prompt[left] if left.size else None
+        self._rows = [self._rows[i] for i in indices]
+        self._places = self._places[list(indices)]
+        self._plan = None
+
+    def sample(self, logits: mx.array, *, mask: mx.array | None = None, num_top: int | None = None) -> Draws:
+        """The next token of every row, not evaluated: the next step can be built on it at once.
+
+        logits   (B, V) of any floating dtype; left alone
+        mask     (B, ceil(V / 32)) uint32: bit i of word w allows token 32 w + i; rows that need none have all bits set
+        num_top  when given, also the logprobs of the drawn tokens and of the `num_top` likeliest ones
+
+        The drawn tokens are counted for the penalties of the following step.
+        """
+        assert logits.shape[0] == len(self._rows), (logits.shape, len(self._rows))
+        if self._plan is None:
+            self._plan = _Plan(self._rows)
+        plan = self._plan
+        raw = logits.astype(mx.float32)
+        adjusted = self._adjusted(raw, plan)
+        if mask is not None:
+            adjusted = mx.where(_unpacked(mask, raw.shape[-1]), adjusted, MASKED)
+        best = mx.argmax(adjusted, axis=-1, keepdims=True)  # (B, 1)
+        best_logit = mx.take_along_axis(adjusted, best, axis=-1)
+        has_nan = mx.sum(raw != raw, axis=-1) > 0
+        numbers = random_numbers(plan.seeds, self._places)
+        tokens = plan.draw(adjusted, best, best_logit, numbers)
+        self._places = self._places + np.uint64(1)
+        if self._counts is not None:
+            drawn = tokens[plan.penalised]
+            self._counts = self._counts.at[mx.arange(drawn.size), drawn].add(1.0)
+        is_broken = has_nan | ~(mx.abs(best_logit[:, 0]) < float("inf"))
+        return Draws(tokens, is_broken, None if num_top is None else _logprobs(raw, tokens, num_top))
+
+    def _adjusted(self, logits: mx.array, plan: _Plan) -> mx.array:
+        """Logits (B, V) after bias and penalties."""
+        if plan.bias is not None:
+            rows, ids, values = plan.bias
+            logits = logits.at[rows, ids].add(values)
+        if self._counts is None or self._in_prompt is None:
+            return logits
+        all_penalised = len(self._rows) == plan.penalised.size
+        x, counts = logits if all_penalised else logits[plan.penalised], self._counts
+        if plan.has_repetition:
+            is_repeated = self._in_prompt | (counts > 0)
+            x = mx.where(is_repeated, mx.where(x < 0, x * plan.repetition, x / plan.repetition), x)
+        if plan.has_subtraction:
+            x = x - (mx.minimum(counts, 1.0) * plan.presence + counts * plan.frequency)
+        if all_penalised:
+            return x
+        adjusted = mx.array(logits)  # a new array: assigning to rows leaves the caller's alone
+        adjusted[plan.penalised] = x
+        return adjusted
+
+
+class _Plan:
+    """Parameters of a batch's rows as device arrays, and which rows go which way. Changes when rows join or leave."""
+
+    def __init__(self, rows: Sequence[RowSampling]) -> None:
+        self.seeds = np.array([row.seed for row in rows], np.uint64)
+        self.bias = _bias_arrays(rows)
+        penalised = _where(rows, lambda row: row.has_penalties)
+        self.penalised = mx.array(penalised, dtype=mx.uint32)
+        params = [rows[i].params for i in penalised]
+        self.has_repetition = any(p.repetition_penalty != 1.0 for p in params)
+        self.has_subtraction = any(p.presence_penalty or p.frequency_penalty for p in params)
+        self.repetition = _column([p.repetition_penalty for p in params])
+        self.presence = _column([p.presence_penalty for p in params])
+        self.frequency = _column([p.frequency_penalty for p in params])
+        self._greedy = _where(rows, lambda row: row.params.temperature == 0.0)
+        sampled = [
+            _where(rows, lambda row: row.params.temperature > 0 and row.params.top_k > 0),
+            _where(rows, lambda row: row.params.temperature > 0 and row.params.top_k <= 0 and row.params.top_p < 1),
+            _where(rows, lambda row: row.params.temperature > 0 and row.params.top_k <= 0 and row.params.top_p >= 1),
+        ]
+        self._parts = [part for group in sampled for part in _chunks(group, rows)]
+        order = self._greedy + [i for part in self._parts for i in part.rows]
+        self._back = mx.array(np.argsort(order), dtype=mx.uint32)  # from the parts' order to the batch's
+
+    def draw(self, logits: mx.array, best: mx.array, best_logit: mx.array, numbers: npt.NDArray[np.uint32]) -> mx.array:
+        """Tokens (B,) from adjusted logits (B, V), their argmax (B, 1) and largest (B, 1), and random numbers (B,)."""
+        best = best.astype(mx.uint32)
+        if not self._parts:
+            return best[:, 0]
+        drawn = [best[mx.array(self._greedy, dtype=mx.uint32)]] if self._greedy else []
+        for part in self._parts:
+            number = mx.array(numbers[part.rows][:, None])
+            rows = part.of(logits)
+            if part is not self._parts[0]:  # MLX would work on parts side by side, and all of them leave the cache
+                rows = mx.depends([rows], [drawn[-1]])[0]
+            drawn.append(part.draw(rows, part.of(best_logit), number))
+        if len(drawn) == 1 and not self._greedy:
+            return drawn[0][:, 0]
+        return mx.concatenate(drawn)[:, 0][self._back]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of the batch that are drawn together, in the same way. Parameters are (R, 1)."""
+
+    rows: list[int]
+    is_batch: bool  # these are all rows, in order
+    most_ranked: int  # the largest top-k; 0: none of these rows has one
+    has_min_p: bool
+    octaves: mx.array  # float32, log2(e) / temperature
+    top_k: mx.array  # int32
+    top_p: mx.array | None  # float32; None where all are 1
+    log2_min_p: mx.array  # float32
+    indices: mx.array = field(repr=False)  # (R,) uint32
+
+    def of(self, batch: mx.array) -> mx.array:
+        """This part's rows of (B, ...)."""
+        return batch if self.is_batch else batch[self.indices]
+
+    def draw(self, logits: mx.array, best_logit: mx.array, number: mx.array) -> mx.array:
+        """Tokens (R, 1) uint32 from logits (R, V), the largest of each (R, 1) and random numbers (R, 1) uint32."""
+        if not self.most_ranked:
+            weights = self._weights(logits, best_logit)
+            if self.top_p is not None:
+                weights = weights * (weights >= top_p_threshold(weights, self.top_p))
+            return _find(weights, number)
+        ids, values = likeliest(logits, min(self.most_ranked, logits.shape[-1]))
+        rank = mx.arange(ids.shape[-1])
+        weights = self._weights(mx.where(rank < self.top_k, values, MASKED), best_logit)
+        if self.top_p is not None:
+            before = mx.cumsum(weights, axis=-1) - weights
+            weights = weights * (before < _needed(weights, self.top_p))
+        return mx.take_along_axis(ids, _find(weights, number), axis=-1)
+
+    def _weights(self, logits: mx.array, best_logit: mx.array) -> mx.array:
+        """Softmax at each row's temperature after min-p, (R, N) uint32; a row's sum is between 2^30 and 2^31."""
+        octaves = (logits - best_logit) * self.octaves
+        mass = _exp2(octaves)
+        if self.has_min_p:
+            mass = mass * (octaves >= self.log2_min_p)
+        return whole_weights(mass)
+
+
+def random_numbers(seeds: npt.NDArray[np.uint64], places: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """One number for each pair of seed and place in the answer, each (B,) uint64: (B,) uint32.
+
+    SplitMix64, a generator with a counter, from a start that is the hashed seed: streams of neighbouring seeds are
+    unrelated.
+    """
+    with np.errstate(over="ignore"):  # wraps on purpose
+        state = _mixed(seeds + np.uint64(0x9E3779B97F4A7C15)) + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        return (_mixed(state) >> np.uint64(32)).astype(np.uint32)
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def whole_weights(mass: mx.array) -> mx.array:
+    """(R, N) float32 of [0, 1], one of each row 1: scaled by a power of two to sums between 2^30 and 2^31, as uint32.
+
+    Sums of float32 can depend on the batch's size. Here that is no more than the power of two, in the rare case that
+    a sum is next to one, and hardly any draw.
+    """
+    total = mx.sum(mass, axis=-1, keepdims=True)
+    exponent = (total.view(mx.int32) >> 23) - 127
+    scale = ((30 - exponent + 127) << 23).view(mx.float32)
+    return (mass * scale + 0.5).astype(mx.uint32)
+
+
+def top_p_threshold(weights: mx.array, top_p: mx.array) -> mx.array:
+    """Smallest weight that top-p keeps, (R, 1) uint32, from weights (R, V) uint32 and top_p (R, 1).
+
+    The largest w = max(weights) / 2^(n / 256) whose row's weights >= w sum up to top_p of the row, within float32's
+    rounding of the bounds; at least 1.
+    """
+    needed = _needed(weights, top_p)
+    most = mx.max(weights, axis=-1, keepdims=True)
+    # Kept one step above the largest bound that is low enough, so that the search can also end at the likeliest.
+    above = most.astype(mx.float32) * 2**TIE_OCTAVES
+    for step in SEARCH_STEPS:
+        trial = above * 2 ** (-step * TIE_OCTAVES)
+        mass = mx.sum(weights * (weights >= trial.astype(mx.uint32)), axis=-1, keepdims=True)
+        above = mx.where(mass < needed, trial, above)
+    bound = (above * 2**-TIE_OCTAVES).astype(mx.uint32)
+    return mx.maximum(mx.minimum(bound, most), 1)
+
+
+def _needed(weights: mx.array, top_p: mx.array) -> mx.array:
+    """The sum (R, 1) uint32 at which top-p has enough; at least 1, so the likeliest stays."""
+    total = mx.sum(weights, axis=-1, keepdims=True)
+    return mx.maximum(mx.minimum((total.astype(mx.float32) * top_p).astype(mx.uint32), total), 1)
+
+
+def _find(weights: mx.array, number: mx.array) -> mx.array:
+    """Index (R, 1) uint32 drawn by weights (R, N) uint32 with a random number (R, 1) of 32 bits."""
+    running = mx.cumsum(weights, axis=-1)
+    total = running[:, -1:]
+    target = ((number.astype(mx.uint64) * total.astype(mx.uint64)) >> 32).astype(mx.uint32)
+    index = mx.sum(running <= target, axis=-1, keepdims=True)
+    return mx.minimum(index, weights.shape[-1] - 1).astype(mx.uint32)  # rows of NaN may point anywhere
+
+
+def likeliest(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Ids (R, k) uint32 and values (R, k) of the k largest of logits (R, V): falling, and of equals the lower id first.
+
+    A token among the k first lies in one of the k first blocks of consecutive ids, ranked by their maxima and then by
+    their place: each of those has a token that ranks before all of any later block.
+    """
+    num_rows, vocab_len = logits.shape
+    size = 64 if k <= 64 else 16
+    num_blocks = -(-vocab_len // size)
+    ids = mx.arange(vocab_len)[None]
+    values = logits
+    if 4 * k < num_blocks:
+        blocks = mx.pad(logits, [(0, 0), (0, num_blocks * size - vocab_len)], constant_values=MASKED)
+        blocks = blocks.reshape(num_rows, num_blocks, size)
+        chosen = _first(mx.max(blocks, axis=-1), mx.arange(num_blocks)[None], k).astype(mx.int32)
+        values = mx.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(num_rows, k * size)
+        ids = (chosen[:, :, None] * size + mx.arange(size)).reshape(num_rows, k * size)
+    top = mx.minimum(_first(values, ids, k), vocab_len - 1)
+    return top, mx.take_along_axis(logits, top, axis=-1)
+
+
+def _first(values: mx.array, ids: mx.array, k: int) -> mx.array:
+    """Ids (R, k) uint32 of the k largest values (R, N), the lower id first of equals; ids are (R, N) or (1, N)."""
+    bits = (values + 0.0).view(mx.int32)  # + 0: there are two zeros
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers they rank as the floats do
+    keys = (ordered.astype(mx.int64) << 32) + (0x7FFFFFFF - ids).astype(mx.int64)  # unique, so the order is one
+    num_out = values.shape[-1] - k
+    largest = mx.sort(mx.partition(keys, num_out, axis=-1)[:, num_out:] if num_out else keys, axis=-1)
+    return (0x7FFFFFFF - (largest[:, ::-1] & 0xFFFFFFFF)).astype(mx.uint32)
+
+
+def _exp2(x: mx.array) -> mx.array:
+    """2^x for float32 x <= 0, relative error below 2e-7; 0 or next to it below -126."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return mx.exp(x * math.log(2.0))
+    # MLX's exp takes 11 ns a value on x86 CPUs; these operations are vectorised and take a quarter of that.
+    x = mx.maximum(x, -126.0)
+    shifted = x + 12582912.0  # 1.5 * 2^23: the lowest bits are x rounded to whole
+    rest = x - (shifted - 12582912.0)  # [-1/2, 1/2]
+    power = 1.535336188319500e-4 * rest + 1.339887440266574e-3
+    for c in (9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0):
+        power = power * rest + c
+    return (power.view(mx.int32) + (shifted.view(mx.int32) << 23)).view(mx.float32)
+
+
+def _logprobs(logits: mx.array, tokens: mx.array, num_top: int) -> Logprobs:
+    norm = mx.logsumexp(logits, axis=-1, keepdims=True)
+    drawn = mx.take_along_axis(logits, tokens[:, None], axis=-1) - norm
+    ids, values = likeliest(logits, num_top) if num_top else (mx.zeros((tokens.size, 0), mx.uint32), norm[:, :0])
+    return Logprobs(drawn[:, 0], ids, values - norm)
+
+
+def _unpacked(mask: mx.array, vocab_len: int) -> mx.array:
+    """(B, ceil(V / 32)) uint32 to (B, V) bool."""
+    bits = (mask[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return bits.reshape(mask.shape[0], -1)[:, :vocab_len].astype(mx.bool_)
+
+
+def _chunks(group: list[int], rows: Sequence[RowSampling]) -> Iterator[_Part]:
+    """Parts of a group of rows as large as the device likes them."""
+    if not group:
+        return
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    size = max(1, CPU_CHUNK // rows[0].vocab_len) if on_cpu else len(group)
+    for start in range(0, len(group), size):
+        yield _part(group[start : start + size], rows)
+
+
+def _part(chosen: list[int], rows: Sequence[RowSampling]) -> _Part:
+    params = [rows[i].params for i in chosen]
+    with np.errstate(divide="ignore"):
+        log2_min_p = np.log2(np.array([p.min_p for p in params], np.float32))
+    return _Part(
+        rows=chosen,
+        is_batch=chosen == list(range(len(rows))),
+        most_ranked=max(p.top_k for p in params),
+        has_min_p=any(p.min_p > 0 for p in params),
+        octaves=_column([math.log2(math.e) / max(p.temperature, MIN_TEMPERATURE) for p in params]),
+        top_k=mx.array([[min(p.top_k, rows[0].vocab_len)] for p in params], dtype=mx.int32),
+        top_p=_column([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None,
+        log2_min_p=_column(log2_min_p.tolist()),
+        indices=mx.array(chosen, dtype=mx.uint32),
+    )
+
+
+def _bias_arrays(rows: Sequence[RowSampling]) -> tuple[mx.array, mx.array, mx.array] | None:
+    """Row, id and value of every biased token."""
+    entries = [(i, token, value) for i, row in enumerate(rows) for token, value in row.bias]
+    if not entries:
+        return None
+    places, ids, values = zip(*entries, strict=True)
+    return mx.array(places, dtype=mx.uint32), mx.array(ids, dtype=mx.uint32), mx.array(values, dtype=mx.float32)
+
+
+def _occurrences(tokens: Sequence[int], vocab_len: int) -> npt.NDArray[np.float32]:
+    """(V,) float32: how often each token occurs. Ids beyond the model's logits are no one's to penalise."""
+    inside = [t for t in tokens if t < vocab_len]
+    return np.bincount(np.array(inside, np.int64), minlength=vocab_len).astype(np.float32)
+
+
+def _where(rows: Sequence[RowSampling], condition: Callable[[RowSampling], bool]) -> list[int]:
+    return [i for i, row in enumerate(rows) if condition(row)]
+
+
+def _stacked(rows: mx.array | None, one: mx.array) -> mx.array:
+    return one if rows is None else mx.concatenate([rows, one])
+
+
+def _column(values: Sequence[float]) -> mx.array:
+    """(R, 1) float32."""
+    return mx.array(np.array(values, np.float32)[:, None])

@@ -294,14 +294,13 @@ class StepLoop:
 
     def _accept(self, generation: Generation, token: int) -> None:
         """One new token: into the answer, the text, and out to the reader."""
-        assert generation.sampler is not None and generation.text is not None
+        assert generation.text is not None
         self._observe_token(generation)
         generation.answer.append(token)
         if token in self._parts.loaded.eos_ids:
             self.requests.finish(generation, "stop")
             return
         try:
-            generation.sampler.accept(token)
             result = generation.text.add(token)
         except Exception as exc:
             log.exception("text of request %s failed", generation.request_id)

@@ -13,8 +13,10 @@ from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.generation import Stage
+from turboserve.engine.sampling import BatchSampler
 from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import EngineFailureError, OverloadedError
+from turboserve.messages import SamplingParams
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)]
 NUM_REQUESTS = 4
@@ -72,25 +74,81 @@ def assert_only_victim_failed(loop: StepLoop, prompts: list[str], sinks: list[Si
 class Broken:
     """Raises at any use."""
 
-    is_plain_greedy = False
-
-    def sample(self, logits: mx.array) -> mx.array:
-        raise RuntimeError("injected")
-
-    def add(self, token: int) -> None:
+    def __getattr__(self, name: str) -> Any:
         raise RuntimeError("injected")
 
 
-@pytest.mark.parametrize("part", ["sampler", "text"])
-def test_a_failing_sampler_or_text_ends_its_row_only(loop: StepLoop, prompts: list[str], part: str) -> None:
+def test_a_failing_text_ends_its_row_only(loop: StepLoop, prompts: list[str]) -> None:
     expected = undisturbed(loop, prompts)
     sinks = start(loop, prompts)
     victim = step_until_victim_has(loop, sinks, FAIL_AT)
-    setattr(victim, part, Broken())
-    if part == "text":
-        victim.sampler = type("Accepts", (), {"is_plain_greedy": True, "accept": lambda self, token: None})()
+    victim.text = Broken()
     finish(loop)
     assert_only_victim_failed(loop, prompts, sinks, expected)
+
+
+@pytest.mark.parametrize("breaks", ["at once", "when others leave"])
+def test_sampling_that_fails_for_one_row_ends_that_row_only(
+    loop: StepLoop, prompts: list[str], breaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch's draw raises with the victim in it; the others are drawn alone, and then together again."""
+    expected = undisturbed(loop, prompts)
+    sinks = start(loop, prompts)
+    victim = step_until_victim_has(loop, sinks, FAIL_AT)
+    broken = victim.sampling
+    if breaks == "when others leave":  # a sampler that is made anew meets a row it cannot take
+        victim.sampling = Broken()
+        loop.cancel("r3")
+        loop.runner._sampler = None
+    sample, num_batches = BatchSampler.sample, [0]
+
+    def failing(self: BatchSampler, *args: Any, **options: Any) -> Any:
+        if any(row is broken for row in self._rows):
+            raise RuntimeError("injected")
+        num_batches[0] += self.num_rows > 1
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(BatchSampler, "sample", failing)
+    finish(loop)
+    assert num_batches[0] > 1
+    if breaks == "when others leave":
+        expected[3] = expected[3][: len(sinks[3].tokens)]
+    assert_only_victim_failed(loop, prompts, sinks, expected)
+
+
+def test_seeded_and_penalised_rows_survive_failures_with_the_same_draws(
+    loop: StepLoop, prompts: list[str], poison: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed batched step, and then a failed batched draw: places and counts come from the answers."""
+    params = [
+        SamplingParams(temperature=0.8, seed=3, top_p=0.9),
+        SamplingParams(temperature=1.0, seed=4, frequency_penalty=0.5),
+        SamplingParams(temperature=1.0, seed=5, top_k=8, repetition_penalty=1.2),
+        SamplingParams(temperature=1.0, seed=6),
+    ]
+    requests = [
+        request(f"r{i}", prompt, max_tokens=30, tenant=str(i), sampling=one)
+        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+    ]
+    expected = run(make_loop(make_parts(loop._parts.loaded.model, fmt=loop._parts.runtime.fmt)), *requests)
+    sinks = add(loop, *requests)
+    step_until_victim_has(loop, sinks, FAIL_AT)
+    failures = iter([True])
+    poison["when"] = lambda lengths: len(lengths) == NUM_REQUESTS and next(failures, False)
+    loop.step()
+    assert next(failures, None) is None
+    sample, broken_draws = BatchSampler.sample, iter([True])
+
+    def fail_once(self: BatchSampler, *args: Any, **options: Any) -> Any:
+        draws = sample(self, *args, **options)
+        if self.num_rows > 1 and next(broken_draws, False):
+            raise RuntimeError("injected after the rows' state has moved on")
+        return draws
+
+    monkeypatch.setattr(BatchSampler, "sample", fail_once)
+    finish(loop)
+    assert next(broken_draws, None) is None
+    assert [s.tokens for s in sinks] == [s.tokens for s in expected]
 
 
 def test_a_reader_that_raises_ends_its_request_only(loop: StepLoop, prompts: list[str]) -> None:

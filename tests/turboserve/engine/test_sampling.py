@@ -1,12 +1,24 @@
-"""Sampling against a plain NumPy account of what each parameter means."""
+"""Sampling in batches against a plain NumPy account of what each parameter means."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboserve.engine.sampling import RowSampler
+from turboserve.engine.sampling import (
+    TIE_OCTAVES,
+    BatchSampler,
+    _exp2,
+    likeliest,
+    random_numbers,
+    row_sampling,
+    top_p_threshold,
+    whole_weights,
+)
 from turboserve.errors import InvalidRequestError
 from turboserve.messages import SamplingParams
 
@@ -27,7 +39,7 @@ def twin_adjust(logits: np.ndarray, params: SamplingParams, prompt: list[int], a
 
 
 def twin_allowed(logits: np.ndarray, params: SamplingParams) -> set[int]:
-    """Tokens that may be drawn after temperature, top-k, top-p and min-p."""
+    """Tokens that may be drawn after temperature, min-p, top-k and top-p, ties by id."""
     scaled = logits.astype(np.float64) / params.temperature
     probs = np.exp(scaled - scaled.max())
     allowed = {int(t) for t in np.flatnonzero(probs >= params.min_p)} if params.min_p else set(range(len(logits)))
@@ -42,12 +54,34 @@ def twin_allowed(logits: np.ndarray, params: SamplingParams) -> set[int]:
     return kept
 
 
-def sampler(params: SamplingParams, prompt: list[int] | None = None) -> RowSampler:
-    return RowSampler(params, prompt or [], VOCAB)
+def twin_tied(logits: np.ndarray, params: SamplingParams) -> set[int]:
+    """twin_allowed, and what top-p alone counts as tied with its last token."""
+    allowed = twin_allowed(logits, params)
+    if params.top_k or params.top_p == 1.0:
+        return allowed
+    scaled = logits.astype(np.float64) / params.temperature
+    last = min(scaled[t] for t in allowed) - 1.01 * np.log(2) * TIE_OCTAVES
+    floor = scaled.max() + np.log(params.min_p) if params.min_p else -np.inf
+    return {int(t) for t in np.flatnonzero((scaled >= last) & (scaled >= floor))}
 
 
-def draw_token(row: RowSampler, logits: np.ndarray) -> int:
-    return int(np.array(row.sample(mx.array(logits))))
+def sampler_of(*params: SamplingParams, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> BatchSampler:
+    sampler = BatchSampler()
+    for one in params:
+        sampler.join(row_sampling(one, VOCAB), prompt, answer)
+    return sampler
+
+
+def draw_tokens(sampler: BatchSampler, logits: np.ndarray) -> list[int]:
+    """One step for logits (B, V)."""
+    tokens = sampler.sample(mx.array(logits)).tokens
+    assert tokens.dtype == mx.uint32 and tokens.shape == (len(logits),)
+    return [int(t) for t in np.array(tokens)]
+
+
+def many(params: SamplingParams, num_rows: int) -> list[SamplingParams]:
+    """The same with unequal seeds."""
+    return [replace(params, seed=seed) for seed in range(num_rows)]
 
 
 @pytest.fixture
@@ -55,34 +89,144 @@ def logits(rng: np.random.Generator) -> np.ndarray:
     return rng.normal(scale=2.0, size=VOCAB).astype(np.float32)
 
 
+MIXED = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.2, seed=1),
+    SamplingParams(temperature=1.0, top_k=5, seed=2),
+    SamplingParams(temperature=0.7, top_p=0.6, seed=3),
+    SamplingParams(temperature=1.3, min_p=0.1, seed=4),
+    SamplingParams(temperature=0.9, top_k=12, top_p=0.8, min_p=0.01, seed=5),
+    SamplingParams(temperature=1.0, repetition_penalty=1.5, presence_penalty=0.5, seed=6),
+    SamplingParams(temperature=0.0, frequency_penalty=0.9, logit_bias=((3, 2.5),)),
+    SamplingParams(temperature=2.0, logit_bias=((7, 5.0), (8, -3.0)), seed=7),
+    SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=8),
+]
+
+
 @pytest.mark.parametrize(
     "params",
     [
         SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.0, top_k=1),
         SamplingParams(temperature=0.7, top_p=0.6),
         SamplingParams(temperature=1.3, min_p=0.2),
+        SamplingParams(temperature=1.3, min_p=0.05, top_p=0.7),
         SamplingParams(temperature=0.9, top_k=12, top_p=0.8, min_p=0.01),
         SamplingParams(temperature=1.0, top_p=0.01),
-        SamplingParams(temperature=1.0, top_k=10_000),
+        SamplingParams(temperature=1.0, top_p=0.0),
+        SamplingParams(temperature=1.0, top_k=10_000, top_p=0.5),
     ],
 )
-def test_draws_stay_inside_what_the_parameters_allow(params: SamplingParams, logits: np.ndarray) -> None:
-    row = sampler(params)
-    drawn = {draw_token(row, logits) for _ in range(200)}
-    allowed = twin_allowed(logits, params)
-    assert drawn <= allowed
-    assert len(drawn) >= min(2, len(allowed))
+def test_draws_are_from_all_that_the_parameters_allow_and_nothing_else(
+    params: SamplingParams, logits: np.ndarray
+) -> None:
+    logits = logits / 4  # so flat that every allowed token comes
+    num_rows = 4000
+    drawn = set(draw_tokens(sampler_of(*many(params, num_rows)), np.tile(logits, (num_rows, 1))))
+    assert twin_allowed(logits, params) <= drawn <= twin_tied(logits, params)
 
 
-def test_temperature_draws_follow_the_softmax(logits: np.ndarray) -> None:
-    row = sampler(SamplingParams(temperature=1.5, seed=3))
-    num_draws = 3000
-    counts = np.bincount([draw_token(row, logits) for _ in range(num_draws)], minlength=VOCAB)
+@pytest.mark.parametrize("params", [SamplingParams(top_k=3), SamplingParams(top_p=0.6, temperature=2.0)])
+def test_ties_at_a_cut(params: SamplingParams, rng: np.random.Generator) -> None:
+    """Top-k keeps the lowest ids of equal tokens, top-p all of them."""
+    logits = np.full(VOCAB, -50.0, np.float32)
+    tied = np.sort(rng.choice(VOCAB, 5, replace=False))
+    logits[tied] = 1.5
+    drawn = set(draw_tokens(sampler_of(*many(params, 300)), np.tile(logits, (300, 1))))
+    assert drawn == set(tied[:3].tolist() if params.top_k else tied.tolist())
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=1.5), SamplingParams(temperature=1.5, top_k=VOCAB)])
+def test_draws_follow_the_softmax(params: SamplingParams, logits: np.ndarray) -> None:
+    num_rows, num_steps = 100, 60
+    sampler = sampler_of(*many(params, num_rows))
+    batch = np.tile(logits, (num_rows, 1))
+    counts = np.bincount(np.concatenate([draw_tokens(sampler, batch) for _ in range(num_steps)]), minlength=VOCAB)
     probs = np.exp(logits / 1.5 - (logits / 1.5).max())
     probs /= probs.sum()
     # Six standard deviations of a binomial count: a right sampler fails about once in 10^7 runs.
-    tolerance = 6 * np.sqrt(num_draws * probs * (1 - probs)) + 1
-    assert (np.abs(counts - num_draws * probs) < tolerance).all()
+    tolerance = 6 * np.sqrt(counts.sum() * probs * (1 - probs)) + 1
+    assert (np.abs(counts - counts.sum() * probs) < tolerance).all()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 0.999])
+def test_top_p_threshold_is_that_of_sorted_probabilities(top_p: float, rng: np.random.Generator) -> None:
+    logits = rng.normal(scale=3.0, size=(5, 3001))
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights = whole_weights(mx.array(probs.astype(np.float32)))
+    kept = np.array(weights >= top_p_threshold(weights, mx.full((5, 1), top_p)))
+    probs /= probs.sum(axis=1, keepdims=True)
+    for row, has in zip(probs, kept, strict=True):
+        ranked = np.sort(row)[::-1]
+        # The sum that is enough is rounded to float32, and weights to 2^-30 of the row or less.
+        early, late = ranked[np.searchsorted(np.cumsum(ranked), [top_p * (1 - 1e-6), top_p * (1 + 1e-6)])]
+        assert has[row > early * (1 + 1e-5) + 2e-9].all()
+        assert not has[row < late * 2 ** (-1.01 * TIE_OCTAVES) - 2e-9].any()
+        assert row[has].sum() > top_p * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("vocab_len, k", [(50, 1), (50, 50), (999, 7), (20_011, 20), (20_011, 64), (20_011, 200)])
+def test_the_likeliest_are_those_of_a_stable_sort(vocab_len: int, k: int, rng: np.random.Generator) -> None:
+    values = rng.integers(-40, 40, (3, vocab_len)).astype(np.float32) / 4  # many ties
+    values[values == 0.0] *= rng.choice([-1.0, 1.0])  # either zero
+    values[1] = -np.inf
+    values[1, :5] = 2.0
+    ids, top = likeliest(mx.array(values), k)
+    expected = np.argsort(-values, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(np.array(ids)[[0, 2]], expected[[0, 2]])
+    np.testing.assert_array_equal(np.array(ids)[1, :5], expected[1, :5])
+    np.testing.assert_array_equal(np.array(top), np.take_along_axis(values, expected, axis=-1))
+
+
+def test_exp2_is_exact_to_a_few_last_places(rng: np.random.Generator) -> None:
+    x = np.concatenate([-rng.uniform(0, 126, 5000), [0.0, -0.5, -1.0, -125.5, -126.0]]).astype(np.float32)
+    np.testing.assert_allclose(np.array(_exp2(mx.array(x))), np.exp2(x.astype(np.float64)), rtol=3e-7)
+    assert float(_exp2(mx.array([-np.inf]))[0]) < 1e-37
+
+
+def test_each_row_draws_the_same_alone_as_in_any_batch(rng: np.random.Generator) -> None:
+    num_steps = 12
+    steps = rng.normal(scale=2.0, size=(num_steps, len(MIXED), VOCAB)).astype(np.float32)
+    prompt = rng.integers(0, VOCAB, 10).tolist()
+    alone = []
+    for i, params in enumerate(MIXED):
+        one = sampler_of(params, prompt=prompt)
+        alone.append([draw_tokens(one, step[i : i + 1])[0] for step in steps])
+    for order in (list(range(len(MIXED))), rng.permutation(len(MIXED)).tolist()):
+        together = sampler_of(*(MIXED[i] for i in order), prompt=prompt)
+        got = np.array([draw_tokens(together, step[order]) for step in steps]).T.tolist()
+        assert got == [alone[i] for i in order]
+
+
+def test_rows_that_leave_and_come_back_draw_as_if_they_had_stayed(rng: np.random.Generator) -> None:
+    """As after preemption: the place in the answer and the penalties come from the tokens."""
+    steps = rng.normal(scale=2.0, size=(9, len(MIXED), VOCAB)).astype(np.float32)
+    prompt = rng.integers(0, VOCAB, 10).tolist()
+    undisturbed, sampler = sampler_of(*MIXED, prompt=prompt), sampler_of(*MIXED, prompt=prompt)
+    answers: list[list[int]] = [[] for _ in MIXED]
+    order = list(range(len(MIXED)))
+    for step in steps:
+        expected = draw_tokens(undisturbed, step)
+        assert draw_tokens(sampler, step[order]) == [expected[i] for i in order]
+        for answer, token in zip(answers, expected, strict=True):
+            answer.append(token)
+        stay = sorted(rng.choice(len(order), 6, replace=False).tolist())
+        back = [i for at, i in enumerate(order) if at not in stay]
+        sampler.keep(stay)
+        order = [order[at] for at in stay] + back
+        for i in back:
+            sampler.join(row_sampling(MIXED[i], VOCAB), prompt, answers[i])
+    sampler.keep([])
+    assert sampler.num_rows == 0
+
+
+def test_steps_can_be_built_before_any_token_is_known(rng: np.random.Generator) -> None:
+    """Penalties count tokens that nobody has read yet."""
+    step = rng.normal(scale=2.0, size=(len(MIXED), VOCAB)).astype(np.float32)
+    lazy, read = sampler_of(*MIXED), sampler_of(*MIXED)
+    pending = [lazy.sample(mx.array(step)).tokens for _ in range(6)]
+    expected = [draw_tokens(read, step) for _ in range(6)]
+    assert [np.array(tokens).tolist() for tokens in pending] == expected
 
 
 def test_greedy_takes_the_largest_after_bias_and_penalties(logits: np.ndarray, rng: np.random.Generator) -> None:
@@ -93,28 +237,45 @@ def test_greedy_takes_the_largest_after_bias_and_penalties(logits: np.ndarray, r
         repetition_penalty=1.4,
         logit_bias=((3, 2.5), (7, -100.0)),
     )
-    prompt = [int(t) for t in rng.integers(0, VOCAB, 10)]
-    row, answer = sampler(params, prompt), list[int]()
+    prompt = [*(int(t) for t in rng.integers(0, VOCAB, 10)), VOCAB + 3]  # tokens beyond the logits are left alone
+    row, answer = sampler_of(params, prompt=prompt), list[int]()
     for _ in range(12):
-        expected = int(np.argmax(twin_adjust(logits, params, prompt, answer)))
-        token = draw_token(row, logits)
-        assert token == expected
-        row.accept(token)
-        answer.append(token)
+        expected = int(np.argmax(twin_adjust(logits, params, prompt[:-1], answer)))
+        assert draw_tokens(row, logits[None]) == [expected]
+        answer.append(expected)
     assert len(set(answer)) > 1  # the penalties moved it on
+
+
+@pytest.mark.parametrize("vocab_len", [VOCAB, 64, 33])
+def test_a_mask_leaves_only_what_its_bits_allow(vocab_len: int, rng: np.random.Generator) -> None:
+    num_rows = 200
+    allowed = rng.random((2, vocab_len)) < 0.2
+    allowed[0, vocab_len - 1] = True
+    allowed[1] = True
+    logits = rng.normal(scale=0.1, size=vocab_len).astype(np.float32)
+    sampler = BatchSampler()
+    for params in many(SamplingParams(), num_rows):
+        sampler.join(row_sampling(params, vocab_len), [], [])
+    bits = np.zeros((2, -(-vocab_len // 32) * 32), np.uint8)
+    bits[:, :vocab_len] = allowed
+    words = np.packbits(bits, axis=-1, bitorder="little").view(np.uint32)
+    mask = np.repeat(words, num_rows // 2, axis=0)
+    tokens = np.array(sampler.sample(mx.array(np.tile(logits, (num_rows, 1))), mask=mx.array(mask)).tokens)
+    assert allowed[0][tokens[:100]].all()
+    assert len(set(tokens[100:].tolist()) - set(np.flatnonzero(allowed[0]).tolist())) > 5
 
 
 def test_sampling_leaves_the_logits_of_others_alone(logits: np.ndarray) -> None:
     batch = mx.array(np.stack([logits, logits]))
-    row = sampler(SamplingParams(temperature=0.0, repetition_penalty=2.0), list(range(VOCAB)))
-    mx.eval(row.sample(batch[0]))
-    assert np.array_equal(np.array(batch[1]), logits) and np.array_equal(np.array(batch[0]), logits)
+    params = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=((1, 3.0),))
+    mx.eval(sampler_of(params, params, prompt=range(VOCAB)).sample(batch).tokens)
+    assert np.array_equal(np.array(batch), np.stack([logits, logits]))
 
 
 def test_same_seed_same_tokens_other_seed_others(logits: np.ndarray) -> None:
     def run(seed: int | None) -> list[int]:
-        row = sampler(SamplingParams(temperature=2.0, seed=seed))
-        return [draw_token(row, logits) for _ in range(20)]
+        row = sampler_of(SamplingParams(temperature=2.0, seed=seed))
+        return [draw_tokens(row, logits[None])[0] for _ in range(20)]
 
     assert run(11) == run(11)
     assert run(11) != run(12)
@@ -122,18 +283,65 @@ def test_same_seed_same_tokens_other_seed_others(logits: np.ndarray) -> None:
     assert run(None) != run(None)  # 20 draws at temperature 2 coincide with odds below 10^-9
 
 
-def test_plain_greedy_is_recognised() -> None:
-    assert sampler(SamplingParams(temperature=0.0, top_k=5, top_p=0.5)).is_plain_greedy
-    for other in (
-        SamplingParams(),
-        SamplingParams(temperature=0.0, presence_penalty=0.1),
-        SamplingParams(temperature=0.0, logit_bias=((1, 1.0),)),
-    ):
-        assert not sampler(other).is_plain_greedy
+def test_random_numbers_are_even_over_places_and_over_seeds() -> None:
+    count = np.arange(20_000, dtype=np.uint64)
+    seven, start = np.full_like(count, 7), np.zeros_like(count)
+    for numbers in (random_numbers(seven, count), random_numbers(count, start)):
+        uniform = numbers / 2.0**32
+        assert abs(uniform.mean() - 0.5) < 6 * np.sqrt(1 / 12 / len(count))
+        assert abs(np.corrcoef(uniform[1:], uniform[:-1])[0, 1]) < 6 / np.sqrt(len(count))
+        counts = np.bincount((uniform * 100).astype(int), minlength=100)
+        assert (np.abs(counts - 200) < 6 * np.sqrt(200)).all()
+
+
+def test_only_rows_that_are_not_finite_are_broken(rng: np.random.Generator) -> None:
+    logits = rng.normal(size=(len(MIXED), VOCAB)).astype(np.float32)
+    expected = draw_tokens(sampler_of(*MIXED), logits)
+    logits[::3] = np.nan
+    logits[1, 4] = np.inf
+    logits[2, 5] = np.nan
+    logits[4, expected[4] - 1] = -np.inf  # a token that is impossible harms nobody
+    draws = sampler_of(*MIXED).sample(mx.array(logits))
+    is_broken = np.array(draws.is_broken).tolist()
+    assert is_broken == [i in (0, 1, 2, 3, 6, 9) for i in range(len(MIXED))]
+    tokens = np.array(draws.tokens).tolist()
+    assert all(0 <= token < VOCAB for token in tokens)
+    assert [tokens[i] for i in (5, 7, 8)] == [expected[i] for i in (5, 7, 8)]
+
+
+def test_a_row_with_nothing_allowed_is_broken(rng: np.random.Generator) -> None:
+    mask = np.zeros((2, 2), np.uint32)
+    mask[1, 1] = 4
+    logits = mx.array(rng.normal(size=(2, VOCAB)).astype(np.float32))
+    draws = sampler_of(SamplingParams(), SamplingParams(temperature=0.0)).sample(logits, mask=mx.array(mask))
+    assert np.array(draws.is_broken).tolist() == [True, False] and int(draws.tokens[1]) == 34
+
+
+def test_logprobs_are_the_models_own(rng: np.random.Generator) -> None:
+    logits = rng.normal(scale=2.0, size=(len(MIXED), VOCAB)).astype(np.float32)
+    draws = sampler_of(*MIXED).sample(mx.array(logits), num_top=4)
+    assert draws.logprobs is not None
+    x = logits.astype(np.float64)
+    expected = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    drawn = np.take_along_axis(expected, np.array(draws.tokens)[:, None].astype(int), axis=-1)[:, 0]
+    np.testing.assert_allclose(np.array(draws.logprobs.drawn), drawn, atol=1e-5)
+    order = np.argsort(-x, axis=-1)[:, :4]
+    np.testing.assert_array_equal(np.array(draws.logprobs.top_ids), order)
+    np.testing.assert_allclose(np.array(draws.logprobs.top), np.take_along_axis(expected, order, axis=-1), atol=1e-5)
+    assert sampler_of(*MIXED).sample(mx.array(logits)).logprobs is None
+    none = sampler_of(*MIXED).sample(mx.array(logits), num_top=0).logprobs
+    assert none is not None and none.top.shape == none.top_ids.shape == (len(MIXED), 0)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_logits_of_16_bits_are_drawn_as_float32(dtype: mx.Dtype, rng: np.random.Generator) -> None:
+    logits = mx.array(rng.normal(size=(len(MIXED), VOCAB)).astype(np.float32)).astype(dtype)
+    expected = draw_tokens(sampler_of(*MIXED), np.array(logits.astype(mx.float32)))
+    assert np.array(sampler_of(*MIXED).sample(logits).tokens).tolist() == expected
 
 
 @pytest.mark.parametrize("token", [VOCAB, -1, 10**9])
 def test_bias_outside_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        sampler(SamplingParams(logit_bias=((token, 1.0),)))
+        row_sampling(SamplingParams(logit_bias=((token, 1.0),)), VOCAB)
     assert caught.value.param == "logit_bias" and str(token) in caught.value.message
