@@ -123,7 +123,7 @@ def pack(found: Levels, bits: int) -> NDArray[np.uint8]:
         pairs = np.stack([own & 1, own >> 1 & 1], axis=-1).reshape(*own.shape[:-1], -1)
         planes.append(np.packbits(pairs, axis=-1, bitorder="little"))
     if bits != 3:
-        planes.append(_interleaved(own >> (bits - 2)))
+        planes.append(_interleaved((own >> (bits - 2)).astype(np.uint8)))
     return np.concatenate(planes, axis=-1)
 
 

@@ -220,7 +220,9 @@ def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int,
     storage.grow(3)
     storage.write(np.arange(3), CanonicalPages(k_codes, scales[0], v_codes, scales[1]))
     k, v = (
-        np.moveaxis((codec.decode(codes, dim) * scale[..., None]) @ rotation_matrix(dim, fmt.rotation_seed, which), 1, 0)
+        np.moveaxis(
+            (codec.decode(codes, dim) * scale[..., None]) @ rotation_matrix(dim, fmt.rotation_seed, which), 1, 0
+        )
         for codec, codes, scale, which in ((fmt.keys, k_codes, scales[0], "k"), (fmt.values, v_codes, scales[1], "v"))
     )
     k, v = k.reshape(2, 96, dim), v.reshape(2, 96, dim)
@@ -231,7 +233,9 @@ def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int,
         x = rng.standard_normal((2, num_rows, dim)).astype(np.float32)
         view = SequenceView(96, num_rows, np.arange(3), None, ExactRows(96, x, x))
         call = AttentionCall(q, [view], choose_backend("cpu-native").prepare_step([view]), 0.03)
-        logits = 0.03 * as_float64(q)[0].reshape(2, 2, num_rows, dim) @ np.concatenate([k, x], 1)[:, None].swapaxes(2, 3)
+        logits = (
+            0.03 * as_float64(q)[0].reshape(2, 2, num_rows, dim) @ np.concatenate([k, x], 1)[:, None].swapaxes(2, 3)
+        )
         logits = np.where(np.arange(96 + num_rows) <= 96 + np.arange(num_rows)[:, None], logits, -np.inf)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         out = weights / weights.sum(-1, keepdims=True) @ np.concatenate([v, x], 1)[:, None]
