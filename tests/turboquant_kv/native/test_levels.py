@@ -242,7 +242,7 @@ def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int,
         assert relative_error(storage.attend(call), out.reshape(1, 4, num_rows, dim)) < tolerance
 
 
-# Spans of means are 16 blocks of 16 tokens: a span holds several pages, or is what is left of them, or a page several spans.
+# Spans of means are 16 blocks of 16 tokens: several pages, or what is left of them, or a part of one page.
 @pytest.mark.parametrize(("group", "page"), [(1, 16), (3, 48), (4, 64), (8, 256), (9, 320), (2, 512), (5, 16)])
 def test_means_that_turn(level: str, group: int, page: int, rng: np.random.Generator) -> None:
     fmt = KVFormat(8, 8, page_tokens=page, sink_tokens=int(rng.integers(40)))
