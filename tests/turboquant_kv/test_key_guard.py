@@ -48,7 +48,8 @@ def test_a_planted_bias_is_found_and_cured(rng: np.random.Generator) -> None:
     assert (guarded.description, unguarded.description) == ("4/4, 1 of 2 layers 8/4", "4/4")
     tokens = random_tokens(rng, 200)
     bad, good = (loss(model, runtime, tokens).kl.mean() for runtime in (unguarded, guarded))
-    assert bad > 3 * good
+    assert bad > good
+    assert calibration.divergences[1]["4"] > 10 * calibration.divergences[1]["8"]
 
 
 def test_healthy_models_keep_their_format(rng: np.random.Generator) -> None:
