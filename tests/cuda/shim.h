@@ -178,6 +178,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned select) {
 
 // instructions_cuda.h
 inline float tq_exp2(float x) { return exp2f(x); }
+inline unsigned tq_select(unsigned mask, unsigned x, unsigned y) { return (x & mask) | (y & ~mask); }
 struct Operands {
   float c[4];
   unsigned a[4], b[2];

@@ -40,26 +40,28 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "masked_attention", refuse)
 
 
-CASES = [  # query heads, KV heads, D, Dv, sink, page, dtype, where chunks end
-    (5, 1, 128, 128, 32, 64, mx.bfloat16, (20, 110, 170)),
-    (2, 1, 128, 128, 32, 64, mx.float16, (130, 300)),
-    (4, 1, 64, 64, 0, 64, mx.bfloat16, (64, 150)),
-    (8, 1, 64, 64, 32, 64, mx.float16, (97, 140)),
-    (7, 1, 64, 64, 5, 16, mx.float16, (40, 70)),
-    (4, 2, 64, 128, 70, 48, mx.float16, (50, 90, 170)),
-    (1, 1, 256, 256, 32, 64, mx.bfloat16, (100, 180)),
-    (3, 1, 80, 80, 32, 64, mx.float16, (60, 150)),
-    (2, 1, 96, 112, 5, 32, mx.bfloat16, (40, 130)),
-    (2, 2, 112, 96, 0, 16, mx.float16, (33, 90)),
-    (2, 1, 192, 192, 32, 64, mx.bfloat16, (100, 170)),
-    (2, 1, 192, 128, 8, 48, mx.float16, (90, 150)),
+CASES = [  # query heads, KV heads, D, Dv, sink, page, codecs, dtype, where chunks end
+    (5, 1, 128, 128, 32, 64, (4, 3), mx.bfloat16, (20, 110, 170)),
+    (2, 1, 128, 128, 32, 64, (4, 3), mx.float16, (130, 300)),
+    (4, 1, 64, 64, 0, 64, (4, 3), mx.bfloat16, (64, 150)),
+    (8, 1, 64, 64, 32, 64, (4, 3), mx.float16, (97, 140)),
+    (7, 1, 64, 64, 5, 16, (4, 3), mx.float16, (40, 70)),
+    (4, 2, 64, 128, 70, 48, (4, 3), mx.float16, (50, 90, 170)),
+    (1, 1, 256, 256, 32, 64, (4, 3), mx.bfloat16, (100, 180)),
+    (3, 1, 80, 80, 32, 64, (4, 3), mx.float16, (60, 150)),
+    (2, 1, 96, 112, 5, 32, (4, 3), mx.bfloat16, (40, 130)),
+    (2, 2, 112, 96, 0, 16, (4, 3), mx.float16, (33, 90)),
+    (2, 1, 192, 192, 32, 64, (4, 3), mx.bfloat16, (100, 170)),
+    (2, 1, 192, 128, 8, 48, (4, 3), mx.float16, (90, 150)),
+    (4, 2, 128, 64, 32, 64, ("3t", "2t"), mx.float16, (100, 170)),
+    (2, 1, 96, 128, 5, 16, ("2t", "3t"), mx.bfloat16, (60, 110)),
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_is_the_references(case: Any, rng: np.random.Generator) -> None:
-    num_q, num_kv, k_dim, v_dim, sink, page, dtype, ends = case
-    fmt = KVFormat(4, 3, page_tokens=page, sink_tokens=sink)
+    num_q, num_kv, k_dim, v_dim, sink, page, codecs, dtype, ends = case
+    fmt = KVFormat(*codecs, page_tokens=page, sink_tokens=sink)
     ends = [n + int(rng.integers(0, 20)) for n in ends]
     history = History.random(rng, num_kv, ends[-1], k_dim, v_dim, dtype)
     means = history.means(rng)

@@ -6,6 +6,13 @@ TQ_FN float tq_exp2(float x) {
   return y;
 }
 
+// Bits of x where mask has ones, of y elsewhere. The compiler takes two instructions where the mask is a constant.
+TQ_FN uint tq_select(uint mask, uint x, uint y) {
+  uint z;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(z) : "r"(x), "r"(y), "r"(mask));
+  return z;
+}
+
 // The m16n8k16 products of tensor cores and a transposed 8x8 tile of 16-bit values.
 TQ_FN void tq_mma(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
   asm volatile(

@@ -33,8 +33,8 @@ TQ_FN void tq_two_tokens(const uchar* rows, uint row_0, uint row_1, uint part, u
   }
 #pragma unroll
   for (int i = 0; i < PACKED; i++) {
-    const uint low = (x[0][i] & 0x55555555u) | ((x[1][i] << 1) & 0xaaaaaaaau);
-    const uint high = ((x[0][i] >> 1) & 0x55555555u) | (x[1][i] & 0xaaaaaaaau);
+    const uint low = tq_select(0x55555555u, x[0][i], x[1][i] << 1);
+    const uint high = tq_select(0x55555555u, x[0][i] >> 1, x[1][i]);
     fields[2 * i] = __byte_perm(low, high, 0x5410);
     fields[2 * i + 1] = __byte_perm(low, high, 0x7632);
   }
@@ -82,12 +82,12 @@ TQ_FN void tq_trellis_keys(const uchar* rows, uint row_0, uint row_1, TqLane at,
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     const uint back = made.back[i], high = made.high[i];
-    const uint subsets_0 = (back & 0x55555555u) | ((high << 1) & 0xaaaaaaaau);
-    const uint subsets_1 = ((back >> 1) & 0x55555555u) | (high & 0xaaaaaaaau);
+    const uint subsets_0 = tq_select(0x55555555u, back, high << 1);
+    const uint subsets_1 = tq_select(0x55555555u, back >> 1, high);
     words_0[2 * i] = tq_even_nibbles(subsets_0, own[0][i]);
     words_0[2 * i + 1] = tq_odd_nibbles(subsets_0, own[0][i]);
     // of two bits the second token's own bit lies above the first one's
-    words_1[2 * i] = BITS == 2 ? (subsets_1 & 0x33333333u) | ((own[0][i] << 1) & 0xccccccccu)
+    words_1[2 * i] = BITS == 2 ? tq_select(0x33333333u, subsets_1, own[0][i] << 1)
                                : tq_even_nibbles(subsets_1, own[1][i]);
     words_1[2 * i + 1] = tq_odd_nibbles(subsets_1, BITS == 2 ? own[0][i] >> 1 : own[1][i]);
   }
@@ -110,7 +110,7 @@ TQ_FN void tq_trellis_values(const uchar* rows, uint row, TqLane at, uint* words
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     const uint even = tq_even_nibbles(made.back[i], made.high[i]);
-    const uint odd = (made.branch[i] & 0x33333333u) | (made.high[i] & 0xccccccccu);  // b[i-1] lies one field lower
+    const uint odd = tq_select(0x33333333u, made.branch[i], made.high[i]);  // b[i-1] lies one field lower
     uint upper[4];  // own bits, above each word's nibbles
     if (BITS == 2) {
       upper[0] = own[0][i] << 4;
@@ -123,10 +123,10 @@ TQ_FN void tq_trellis_values(const uchar* rows, uint row, TqLane at, uint* words
       upper[0] = upper[2] << 4;
       upper[1] = upper[3] << 4;
     }
-    words[4 * i] = (even & 0x0f0f0f0fu) | (upper[0] & 0xf0f0f0f0u);
-    words[4 * i + 1] = (odd & 0x0f0f0f0fu) | (upper[1] & 0xf0f0f0f0u);
-    words[4 * i + 2] = ((even >> 4) & 0x0f0f0f0fu) | (upper[2] & 0xf0f0f0f0u);
-    words[4 * i + 3] = ((odd >> 4) & 0x0f0f0f0fu) | (upper[3] & 0xf0f0f0f0u);
+    words[4 * i] = tq_select(0x0f0f0f0fu, even, upper[0]);
+    words[4 * i + 1] = tq_select(0x0f0f0f0fu, odd, upper[1]);
+    words[4 * i + 2] = tq_select(0x0f0f0f0fu, even >> 4, upper[2]);
+    words[4 * i + 3] = tq_select(0x0f0f0f0fu, odd >> 4, upper[3]);
   }
 }
 

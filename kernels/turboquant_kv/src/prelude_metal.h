@@ -21,6 +21,8 @@ TQ_FN float tq_shuffle_xor(float x, uint mask) { return simd_shuffle_xor(x, usho
 TQ_FN float tq_as_float(int bits) { return as_type<float>(bits); }
 TQ_FN float tq_exp2(float x) { return exp2(x); }
 TQ_FN float tq_sqrt(float x) { return sqrt(x); }
+// Bits of x where mask has ones, of y elsewhere.
+TQ_FN uint tq_select(uint mask, uint x, uint y) { return (x & mask) | (y & ~mask); }
 TQ_FN float tq_max(float a, float b) { return a > b ? a : b; }
 // Whether a row's neighbours lie side by side; eight are read one by one all the same (common.h).
 template <typename T>

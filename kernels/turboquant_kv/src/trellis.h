@@ -16,8 +16,8 @@ TQ_FN uint tq_subsets(uint before, uint branch) {
 }
 
 // Two words of fields to nibbles, `low` the lower two bits: those of even coordinates, and of odd ones.
-TQ_FN uint tq_even_nibbles(uint low, uint high) { return (low & 0x33333333u) | ((high << 2) & 0xccccccccu); }
-TQ_FN uint tq_odd_nibbles(uint low, uint high) { return ((low >> 2) & 0x33333333u) | (high & 0xccccccccu); }
+TQ_FN uint tq_even_nibbles(uint low, uint high) { return tq_select(0x33333333u, low, high << 2); }
+TQ_FN uint tq_odd_nibbles(uint low, uint high) { return tq_select(0x33333333u, low >> 2, high); }
 
 // Unit `unit` (eight coordinates) of a packed vector of DIM coordinates: levels modulo 4 in the lower half's fields, own
 // bits in the upper half's.
