@@ -19,7 +19,7 @@ from turboserve.cli.main import main
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--formats", "4/4,9/9"], "--formats '9/9': expected KEY_BITS/VALUE_BITS"),
+        (["--formats", "4/4,9/9"], "--formats '9/9': expected balanced, compact, tiny"),
         (["--formats", "f16"], "--formats 'f16': f16 is what all others are compared with"),
         (["--offsets", "0,far"], "--offsets 'far': expected positions"),
         (["--offsets", "8K,8192"], "--offsets (8192, 8192): expected different positions"),

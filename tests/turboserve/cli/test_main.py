@@ -41,7 +41,7 @@ def test_version() -> None:
     ("args", "env", "line"),
     [
         (("serve", "--port", "70000"), {}, "--port '70000': expected a number less than or equal to 65535"),
-        (("serve",), {"TURBOSERVE_KV_FORMAT": "9/9"}, "TURBOSERVE_KV_FORMAT='9/9': expected KEY_BITS/VALUE_BITS"),
+        (("serve",), {"TURBOSERVE_KV_FORMAT": "9/9"}, "TURBOSERVE_KV_FORMAT='9/9': expected balanced, compact, tiny"),
         (("doctor", "--config", "absent.toml"), {}, "--config absent.toml: No such file or directory"),
     ],
 )
