@@ -124,6 +124,7 @@ def main() -> None:
             ),
             "speeds": lambda: stages.run("speeds", [[attention, "--only", "speeds", "prefill", "shapes"]], 150),
             "trellis": lambda: stages.run("trellis", [[attention, "--only", "trellis"]], 150),
+            "turning": lambda: stages.run("turning", [[attention, "--only", "turning"]], 120),
             "shape32b": lambda: stages.run("shape32b", [[model, "shape32b"]], 240),
             "model": lambda: stages.run("model", [[attention, "--only", "model"]], 120),
             "profile": lambda: stages.profile(60),

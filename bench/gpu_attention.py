@@ -1,6 +1,6 @@
 """Decode attention on compressed pages on a CUDA or Metal GPU: checked against float64, then timed beside FP16.
 
-    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds trellis prefill shapes model]
+    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds trellis turning prefill shapes model]
     python bench/gpu_attention.py --only one --tokens 16384 --format 4/4      a few calls, for a profiler
 
 FP16 is mx.fast.scaled_dot_product_attention over a contiguous float16 cache. Each call's output is the next call's
@@ -24,11 +24,12 @@ import numpy as np
 from _gpu_time import Step, call_us, has_profiler, kernel_us
 from _rows import Row, add_json_option, print_rows, write_rows
 
-from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, Means, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import Rotary
 
 FORMATS = ("4/4", "4/3", "3/3")
 MODEL_FORMATS = (("4/4", "mlx-ops"), ("4/4", "gpu"), ("4/3", "mlx-ops"), ("4/3", "gpu"))
@@ -154,9 +155,16 @@ def ragged_error(
     return max(errors)
 
 
-def random_storage(backend: Any, shape: LayerShape, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
+def random_storage(
+    backend: Any,
+    shape: LayerShape,
+    fmt: KVFormat,
+    num_pages: int,
+    rng: np.random.Generator,
+    means: Means | None = None,
+) -> Any:
     """A storage full of random codes, made without encoding."""
-    storage = backend.new_store(shape, fmt, None)
+    storage = backend.new_store(shape, fmt, means)
     for arrays in storage._arrays:
         arrays.grow(num_pages)
         mx.random.seed(int(rng.integers(1 << 30)))
@@ -283,6 +291,37 @@ def trellis_speeds(rng: np.random.Generator) -> list[Row]:
     return rows
 
 
+def turning_speeds(rng: np.random.Generator) -> list[Row]:
+    """Decode attention with key means that turn with position beside the same with one mean, alternately."""
+    rows, backend = [], choose_backend("gpu")
+    for num_heads, dim, num_tokens in ((40, 128, 16384), (40, 128, 131072), (9, 64, 16384), (64, 64, 32768)):
+        num_kv_heads = 3 if num_heads == 9 else 8
+        shape, fmt = LayerShape(num_kv_heads, dim, dim, mx.float16), KVFormat()
+        mean = rng.standard_normal((num_kv_heads, dim)).astype(np.float32)
+        turning = Rotary(10000.0 ** (-np.arange(dim // 2) / (dim // 2)), 1, dim // 2)
+        count = num_tokens // fmt.page_tokens - 1
+        order = rng.permutation(count).astype(np.int64)
+        views = [view_of(shape, fmt, order)]
+        plan = backend.prepare_step(views)
+        query = mx.random.normal((1, num_heads, 1, dim)).astype(mx.float16)
+        steps = []
+        for means in (Means(mean, mean), Means(mean, mean, turning)):
+            storage = random_storage(backend, shape, fmt, count, rng, means)
+
+            def step(x: mx.array, storage: Any = storage, views: Any = views, plan: Any = plan) -> mx.array:
+                out: mx.array = storage.attend(AttentionCall(x, views, plan, 0.1))
+                return out
+
+            steps.append(step)
+        measure = kernel_us if has_profiler() else call_us
+        pairs = [[measure(step, query) for step in steps] for _ in range(3)]
+        constant, turned = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        name = f"{num_heads}/{num_kv_heads} D={dim} {num_tokens // 1024}K 4/4 with means that turn"
+        rows.append(Row.at_most(name, turned, "us", 1.10 * constant, constant))
+        print_rows(rows[-1:])
+    return rows
+
+
 def other_shapes(rng: np.random.Generator) -> list[Row]:
     """Other groups and dims, at 4/4."""
     rows = []
@@ -387,8 +426,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        default=["checks", "speeds", "trellis", "prefill", "shapes", "model"],
-        choices=["checks", "speeds", "trellis", "prefill", "shapes", "model", "one"],
+        default=["checks", "speeds", "trellis", "turning", "prefill", "shapes", "model"],
+        choices=["checks", "speeds", "trellis", "turning", "prefill", "shapes", "model", "one"],
     )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--format", default="4/4")
@@ -405,6 +444,8 @@ def main() -> None:
         rows += speeds(rng)
     if "trellis" in args.only:
         rows += trellis_speeds(rng)
+    if "turning" in args.only:
+        rows += turning_speeds(rng)
     if "prefill" in args.only:
         rows += page_speeds(rng)
     if "shapes" in args.only:
