@@ -1,6 +1,6 @@
 """Decode attention on compressed pages on a CUDA or Metal GPU: checked against float64, then timed beside FP16.
 
-    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only checks speeds trellis turning prefill shapes model]
+    python bench/gpu_attention.py [--json FILE] [--model PATH] [--only STAGE ...]
     python bench/gpu_attention.py --only one --tokens 16384 --format 4/4      a few calls, for a profiler
 
 FP16 is mx.fast.scaled_dot_product_attention over a contiguous float16 cache. Each call's output is the next call's
