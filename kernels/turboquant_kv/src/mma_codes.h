@@ -181,18 +181,17 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
   if (K_TRELLIS) tq_order_queries(queries);
   const TqBounds bounds = tq_bounds(work, at, ring.end);
   const uint lane_4 = 4 * place.lane;
-  float means[2] = {queries.mean_0, queries.mean_1}, turned[4];
-  int turned_row = 16;  // of `turned`, the tile's first; 16: none yet
+  float means[2] = {queries.mean_0, queries.mean_1};
+  TqTurning turning;
+  if (TURN_PAIRS > 0) turning = tq_start_turning(inputs, arena, at, ring.begin, RING_STEP, ring.end);
   for (int t0 = ring.begin; t0 < ring.end; t0 += RING_STEP) {
+    TqTurnAngles angles[TURN_PAIRS > 0 ? TURN_AT_ONCE : 1];
     if (TURN_PAIRS > 0) {
-      if (turned_row == 16) {
-        tq_mean_scores(inputs, arena, at, t0, RING_STEP, ring.end, turned);
-        turned_row = 0;
+      tq_turned_means(turning, inputs, at, t0, RING_STEP, ring.end, queries.mean_0, queries.mean_1, means);
+#pragma unroll
+      for (int k = 0; k < TURN_AT_ONCE; k++) {
+        angles[k] = tq_ask_angles(turning, min(tq_first_turn_step(turning) + k, TURN_STEPS - 1));
       }
-      const uint from = uint(turned_row % 8 + (at.r >> 1) * BLOCK_TOKENS / MEAN_BLOCK) * 4 + at.c;
-      means[0] = queries.mean_0 + tq_shuffle(turned_row < 8 ? turned[0] : turned[2], from);
-      means[1] = queries.mean_1 + tq_shuffle(turned_row < 8 ? turned[1] : turned[3], from);
-      turned_row += TILE_BLOCKS;
     }
     const uchar* tile = tq_next_tile(ring);
     tq_copy_tile(ring, inputs, work.head, place.lane);
@@ -209,6 +208,14 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
     for (int u = 0; u < UNITS; u++) {
       tq_weigh(rows, s[u]);
       tq_add_unit(tile, arena, at, lane_4, u, s[u], rows);
+    }
+    if (TURN_PAIRS > 0) {
+#pragma unroll
+      for (int k = 0; k < TURN_AT_ONCE; k++) {
+        const int i = tq_first_turn_step(turning) + k;
+        if (i < tq_last_turn_step(turning)) tq_turn_step(turning, angles[k], i);
+      }
+      turning.tile++;
     }
   }
   if (!BULK) tq_copies_wait<0>();
