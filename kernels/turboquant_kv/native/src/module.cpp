@@ -39,7 +39,7 @@ std::vector<float> floats(nb::handle object, const char* name, std::int64_t coun
 Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
     if (dim < 16 || dim > kMaxDim || dim % 16) throw std::invalid_argument("head dimensions are multiples of 16 up to 512");
     const bool is_trellis = thresholds.is_none();
-    if (is_trellis && bits != 2 && bits != 3) throw std::invalid_argument("bits of a trellis are 2 or 3");
+    if (is_trellis && (bits < 2 || bits > 4)) throw std::invalid_argument("bits of a trellis are 2, 3 or 4");
     if (is_trellis && dim < kMinTrellisDim) throw std::invalid_argument("head dimensions of a trellis are 64 at least");
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("bits are 2, 3, 4 or 8");
     Side side;

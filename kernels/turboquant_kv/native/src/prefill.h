@@ -30,7 +30,7 @@ static void decode_keys(const Store& store, const Side& side, const std::uint8_t
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
-                        const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
+                        const F c = side.index_bits() > kFloatLutBits ? gather(side.book.data(), code) : look_up_float(lut, code);
                         store_to(panels + panel_at(side.dim, native_dim(side, 16 * i + 4 * j + k), column), c * scale);
                     }
             }
@@ -50,7 +50,7 @@ static void decode_values(const Store& store, const Side& side, const std::uint8
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
-                        const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
+                        const F c = side.index_bits() > kFloatLutBits ? gather(side.book.data(), code) : look_up_float(lut, code);
                         store_to(panels + panel_at(depth, at + g * 16 + 4 * j + k, 16 * i + sub * LANES), c * scale[4 * j + k]);
                     }
         }
