@@ -71,6 +71,13 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
     (3, 1, 192, 112, 0, 32, (4, "2t"), 1, 83, mx.float16),
     (2, 1, 128, 64, 4, 16, ("2t", 3), 2, 90, mx.bfloat16),
     (4, 2, 64, 128, 4, 16, ("3t", 8), 8, 75, mx.float32),
+    (5, 1, 128, 128, 32, 64, ("4t", "3t"), 1, 300, mx.float16),
+    (4, 2, 64, 64, 4, 16, ("4t", "4t"), 2, 75, mx.bfloat16),
+    (2, 1, 80, 96, 4, 32, ("4t", "4t"), 1, 100, mx.float16),
+    (4, 2, 96, 80, 4, 64, ("4t", "3t"), 1, 95, mx.bfloat16),
+    (3, 1, 256, 128, 17, 48, ("4t", "4t"), 1, 120, mx.float16),
+    (2, 1, 112, 256, 0, 32, (4, "4t"), 2, 83, mx.float16),
+    (4, 1, 64, 128, 4, 16, ("4t", 8), 3, 75, mx.float32),
 ]
 
 
@@ -91,7 +98,7 @@ def test_decode_is_the_references(case: Any, turns: bool, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("device", [AMPERE, SMALL])
-@pytest.mark.parametrize("bits", [(4, 3), (3, 3), ("3t", "2t"), ("2t", "3t")])
+@pytest.mark.parametrize("bits", [(4, 3), (3, 3), ("3t", "2t"), ("2t", "3t"), ("4t", "3t")])
 def test_smaller_devices_are_the_references(
     device: Device, bits: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +184,7 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
-@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t")])
+@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")])
 def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
@@ -198,6 +205,7 @@ CODED = [  # dim, codec, scale
     *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
     *((64, "3t", "unbiased"), (128, "2t", "norm"), (256, "3t", "least_squares"), (512, "2t", "plain")),
     *((80, "3t", "plain"), (96, "2t", "unbiased"), (112, "3t", "unbiased"), (192, "2t", "least_squares")),
+    *((64, "4t", "least_squares"), (128, "4t", "unbiased"), (256, "4t", "norm"), (80, "4t", "unbiased"), (96, "4t", "plain")),
 ]
 
 

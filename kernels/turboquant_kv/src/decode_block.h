@@ -67,7 +67,9 @@ TQ_FN void tq_multiply_mean(TqPlace place, const TQ_DEVICE float* mean, const TQ
     const int pair = i % TURNED, first = tq_first_dim(pair), second = tq_second_dim(pair);
     const TQ_SHARED float* row = q + i / TURNED * D;
     if (pair < TURN_PAIRS) {
-      rows.turned[i] = tq_turned_pair(row[first], row[second], mean[first], mean[second]);
+      const TqTurnedPair made = tq_turned_pair(row[first], row[second], mean[first], mean[second]);
+      rows.turned[i].u = made.u;  // a struct of a thread is not assigned to one of a block as a whole
+      rows.turned[i].w = made.w;
     } else {
       rows.turned[i].u = rows.turned[i].w = 0.0f;
     }

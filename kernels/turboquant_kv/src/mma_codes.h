@@ -14,6 +14,7 @@ constexpr int K_PART = D * KBITS / 4;  // bits a lane reads
 constexpr int V_PART = DV * VBITS / 8;
 constexpr int K_WORDS = K_TRELLIS ? 2 * ((D / 4 + 15) / 16) : (K_PART + 31) / 32;
 constexpr int V_WORDS = (V_PART + 31) / 32;
+constexpr bool K_SIGNED = K_TRELLIS && KBITS == 4, V_SIGNED = V_TRELLIS && VBITS == 4;  // signs lie beside pairs
 constexpr int K_CODE = K_TRELLIS ? 4 : KBITS;  // bits of a code where two of them are a pair
 constexpr int V_CODE = V_TRELLIS ? 4 : VBITS;
 constexpr uint K_MASK = K_TRELLIS && KBITS == 2 ? 0x77 : (1u << (2 * K_CODE)) - 1;  // bits that tell a pair
@@ -73,9 +74,9 @@ TQ_FN const __half* tq_scales(const uchar* tile, TqLane at) {
 TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, const float* means, TqBounds bounds, TqLane at,
                          uint lane_4, int t0, int u, float* s) {
   const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
-  uint words[2][K_WORDS + 1];
+  uint words[2][K_WORDS + 1], signs[(D / 4 + 15) / 16];
   if (K_TRELLIS) {
-    tq_trellis_keys<D / 4, D, KBITS>(tile, row, row + 2, at, words[0], words[1]);
+    tq_trellis_keys<D / 4, D, KBITS>(tile, row, row + 2, at, words[0], words[1], signs);
   } else {
     tq_bits<K_PART, K_BYTES>(tile, row, at.c, words[0]);
     tq_bits<K_PART, K_BYTES>(tile, row + 2, at.c, words[1]);
@@ -85,7 +86,9 @@ TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFra
   tq_later_words<K_CODE, PITCH, K_WORDS>(words[1], later[1]);
   auto key_pair = [&](int row, int n) {
     const int pair = K_TRELLIS ? tq_trellis_byte(n) : n;
-    return tq_pair_at<K_CODE, PITCH, K_MASK>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], pair, lane_4);
+    const uint x =
+        tq_pair_at<K_CODE, PITCH, K_MASK>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], pair, lane_4);
+    return K_SIGNED ? tq_signed(x, signs[n / 8], 2 * (n % 8) + row) : x;
   };
   float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -127,12 +130,13 @@ TQ_FN void tq_value_pairs(const uint (*words)[V_WORDS + 1], int j, uint* pairs) 
 // Adds four tokens' values, from row `token` of `rows_of` on, with weights b.
 TQ_FN void tq_add_trellis(const uchar* rows_of, uint token, const uchar* arena, TqLane at, uint lane_4, uint b_0, uint b_1,
                           TqMmaRows& rows) {
-  uint words[2][4 * ((DV / 8 + 15) / 16)];  // of two tokens each
+  uint words[2][4 * ((DV / 8 + 15) / 16)], signs[2][(DV / 8 + 15) / 16];  // of two tokens each
 #pragma unroll
-  for (int i = 0; i < 2; i++) tq_trellis_values<DV / 8, DV, VBITS>(rows_of, token + 2 * i, at, words[i]);
+  for (int i = 0; i < 2; i++) tq_trellis_values<DV / 8, DV, VBITS>(rows_of, token + 2 * i, at, words[i], signs[i]);
   auto value_pair = [&](int i, int d) {
     const uint* w = words[i] + (d / 16 * 4 + d % 4);
-    return tq_pair_at<V_CODE, PITCH, V_MASK>(arena + V_TABLE, arena + V_HIGH_TABLE, w, w, d / 4 % 4, lane_4);
+    const uint x = tq_pair_at<V_CODE, PITCH, V_MASK>(arena + V_TABLE, arena + V_HIGH_TABLE, w, w, d / 4 % 4, lane_4);
+    return V_SIGNED ? tq_signed(x, signs[i][d / 16], tq_value_sign_bit(d % 16)) : x;
   };
 #pragma unroll
   for (int i = 0; i < DV / 16; i++) {

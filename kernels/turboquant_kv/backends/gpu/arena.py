@@ -102,7 +102,7 @@ def table_layout(shape: DecodeShape, tuning: Tuning) -> dict[str, int]:
         high = "pairs"
         if trellis:
             what = high = f"trellis of {name}"
-            entries = 256 if by_bytes or bits == 3 else 128 if name == "K" else 64
+            entries = 256 if by_bytes or bits >= 3 else 128 if name == "K" else 64
         else:
             what = "pairs"
             entries = 256 if by_bytes and bits >= 3 else 1 << (2 * bits)
