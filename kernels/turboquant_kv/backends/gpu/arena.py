@@ -3,7 +3,7 @@
 The only place that computes it: the kernels' text gets the offsets as constants, under the names used here
 (src/mma_*.h, src/prefill.h). Owns the layout of decoding's and of prefill's arena.
 
-    decode, while codes are read   | pair tables | queries (8, Q_PITCH) | turned | a ring of STAGES tiles for each warp |
+    decode, while codes are read   | pair tables | queries (8, Q_PITCH) | turned | a ring of STAGES tiles per warp |
     decode, exact rows             | queries, or weights for each warp |
     decode, the warps' merge       | sums (WARPS, LIVE, SUMS_PITCH) |
     decode, the parts' merge       | weights | exact totals | work | partial sums of a dense rotation |
