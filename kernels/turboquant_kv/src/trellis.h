@@ -22,8 +22,8 @@ TQ_FN uint tq_subsets(uint before, uint branch) {
 TQ_FN uint tq_even_nibbles(uint low, uint high) { return (low & 0x33333333u) | ((high << 2) & 0xccccccccu); }
 TQ_FN uint tq_odd_nibbles(uint low, uint high) { return ((low >> 2) & 0x33333333u) | (high & 0xccccccccu); }
 
-// Eight coordinates: levels modulo 4 in the lower half's fields, own bits (the lower two) in the upper half's; their top
-// bits in bit 4 of fields, 0 where codes have none.
+// Eight coordinates: levels modulo 4 in the lower half's fields, own bits (the lower two) in the upper half's; their
+// top bits in bit 4 of fields, 0 where codes have none.
 struct TqTrellisUnit {
   uint levels, top;
 };
