@@ -11,9 +11,9 @@ import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import (
     History,
-    as_float64,
     expected,
     feed,
+    key_means,
     new_cache,
     random_queries,
     random_rotary,
@@ -125,11 +125,36 @@ def test_parts_merge_in_either_way(fused: bool, rng: np.random.Generator, monkey
     assert relative_error(out, want) < TOLERANCE[mx.float16]
 
 
-def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
-    """`reach` cuts codes, sink and window; here the reference is attention over the keys that are left."""
+WALKS = [(64, 32, 3), (128, 16, 4), (80, 16, 3), (96, 32, "3t")]  # dim, tile, codec of keys
+
+
+@pytest.mark.parametrize("case", WALKS)
+def test_long_walks_turn_means_all_the_way(
+    case: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few warps, each with more tiles than one product of 16 blocks covers."""
+    dim, tile, codec = case
+    tuning = Tuning(4, tile, 2, 128, blocks=1)
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND.kernels.pages, NO_FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    fmt = KVFormat(codec, 4, page_tokens=32, sink_tokens=5)
+    num_tokens = int(rng.integers(2200, 2400))
+    history = History.random(rng, 1, num_tokens + 3, dim, dtype=mx.float16)
+    means = history.means(rng, random_rotary(rng, dim))
+    cache = new_cache(fmt, "gpu", means)
+    feed(cache, history, 0, num_tokens, random_queries(rng, 1, num_tokens, dim, mx.float16), 0.05)
+    q = random_queries(rng, 2, 3, dim, mx.float16)
+    out = feed(cache, history, num_tokens, num_tokens + 3, q, 0.05)
+    assert relative_error(out, expected(history, q, fmt, num_tokens, 0.05, means)) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_keys_beyond_the_window_are_not_seen(turns: bool, rng: np.random.Generator) -> None:
+    """`reach` cuts codes, sink and window; walks begin at any tile then, with that tile's means."""
     fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
     history = History.random(rng, 1, 330, 64, dtype=mx.float16)
-    cache = new_cache(fmt, "gpu")
+    means = history.means(rng, random_rotary(rng, 64)) if turns else None
+    cache = new_cache(fmt, "gpu", means)
     feed(cache, history, 0, 329, random_queries(rng, 3, 329, 64, mx.float16), 0.125)
     q = random_queries(rng, 3, 1, 64, mx.float16)
     cache.update_and_fetch(*history.slice(329, 330))
@@ -138,22 +163,13 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
     pool = cache.sequence.pool
     _, views = cache._append(pool, pool.shapes[0], keys, values)
     plan = BACKEND.prepare_step(views)
-    window = views[0].window
-    assert window is not None
     storage: Any = cache.sequence.pool.stores[0]
     launch = storage.launch_for(q)
     layer, figures = storage.layer_inputs(views, plan, launch)
     for reach in (1, 20, 150, 325):
         out = launch(layer, q, figures, plan.page_table, scale=0.125, reach=reach)
-        k, v = (as_float64(x)[0] for x in storage.history(views[0], plan.page_table))
-        position = np.concatenate(
-            [np.arange(8 + 16 * len(views[0].page_ids)), window.start + np.arange(window.k.shape[1])]
-        )
-        seen = position > 329 - reach
-        scores = as_float64(q)[0, :, 0] @ k[seen].T * 0.125
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        want = weights @ v[seen] / weights.sum(axis=-1, keepdims=True)
-        assert relative_error(out[0, :, 0], want) < TOLERANCE[mx.float16]
+        want = expected(history, q, fmt, 329, 0.125, means, window=reach)
+        assert relative_error(out, want) < TOLERANCE[mx.float16]
 
 
 def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
@@ -177,12 +193,14 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
-@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t")])
-def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("bits", "turns"), [((4, 3), False), ((4, 3), True), ((2, 8), False), (("3t", "2t"), False), (("3t", "2t"), True)]
+)
+def test_prefill_in_chunks_is_the_references(bits: Any, turns: bool, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
     history = History.random(rng, 2, 90, dims[0], dims[1], mx.float16)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, dims[0]) if turns else None)
     history.steady(rng, fmt, means)
     cache = new_cache(fmt, "gpu", means)
     cuts = [0, 9, 40, 60, 90]
@@ -201,19 +219,26 @@ CODED = [  # dim, codec, scale
 ]
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", CODED)
-def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
+def test_codes_are_the_references(case: Any, turns: bool, rng: np.random.Generator) -> None:
     """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
     dim, name, scale = case
     x = rng.standard_normal((2, 48, dim)).astype(np.float32)
-    mean = rng.standard_normal((2, dim)).astype(np.float32)
-    x[1, 3] = mean[1]  # centred it is nothing at all
     fmt = KVFormat(name, name, scale=scale, page_tokens=16)
-    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    mean = rng.standard_normal((2, dim)).astype(np.float32)
+    means = Means(mean, mean, random_rotary(rng, dim) if turns else None)
+    first_page = int(rng.integers(0, 50))
+    start = fmt.page_start(first_page)
+    centre = np.broadcast_to(key_means(means, fmt, start + 48), (2, start + 48, dim))[:, start:]
+    x += centre
+    if not turns:
+        x[1, 3] = mean[1]  # centred it is nothing at all
+    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, means)
     storage.grow(5)
-    storage.encode(np.array([4, 0, 2]), 0, mx.array(x), mx.array(x))
+    storage.encode(np.array([4, 0, 2]), first_page, mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
-    want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
+    want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), centre)
     got = pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1)
     same = fmt.keys.decode(got, dim) == fmt.keys.decode(want.codes, dim)
     assert same.mean() > 0.999
