@@ -18,6 +18,7 @@ from tests.turboquant_kv.histories import (
     random_queries,
     random_rotary,
     relative_error,
+    rounded,
 )
 
 from turboquant_kv.backends.base import LayerShape, Means
@@ -31,6 +32,7 @@ from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import Rotary
 from turboquant_kv.codec.rotation import rotation_matrix
 
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
@@ -146,6 +148,28 @@ def test_long_walks_turn_means_all_the_way(
     q = random_queries(rng, 2, 3, dim, mx.float16)
     out = feed(cache, history, num_tokens, num_tokens + 3, q, 0.05)
     assert relative_error(out, expected(history, q, fmt, num_tokens, 0.05, means)) < TOLERANCE[mx.float16]
+
+
+def test_scores_of_a_large_mean_are_float32s(rng: np.random.Generator) -> None:
+    """A mean adds up to 1000 to every score: of that, what halves leave out of a cosine or a query is tenths."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=32)
+    num_tokens, rotary = 600 + int(rng.integers(0, 16)), Rotary(np.array([1e-4]), 2, 1)
+    direction = rng.standard_normal(2)
+    direction /= np.linalg.norm(direction)
+    mean = np.zeros((1, 64), np.float32)
+    mean[0, :2] = 1000 * direction
+    history = History.random(rng, 1, num_tokens, 64, dtype=mx.float32)
+    history.k = rounded(history.k + rotary.turned(mean[:, None], np.arange(num_tokens)[None]), mx.float32)
+    # values that drift, so that early and late tokens' weights show
+    history.v = rounded(history.v + np.linspace(0, 3, num_tokens)[None, :, None], mx.float32)
+    means = Means(mean, history.v.mean(axis=1).astype(np.float32), rotary)
+    cache = new_cache(fmt, "gpu", means)
+    feed(cache, history, 0, num_tokens - 1, random_queries(rng, 8, num_tokens - 1, 64, mx.float32), 0.1)
+    q = np.array(random_queries(rng, 8, 1, 64, mx.float32))
+    q[..., :2] = direction * rng.uniform(5, 10, (1, 8, 1, 1))
+    out = feed(cache, history, num_tokens - 1, num_tokens, mx.array(q), 0.1)
+    want = expected(history, mx.array(q), fmt, num_tokens - 1, 0.1, means)
+    assert relative_error(out, want) < TOLERANCE[mx.float32]
 
 
 @pytest.mark.parametrize("turns", [False, True])
