@@ -90,7 +90,8 @@ def _report(shape: DecodeShape, variant: Variant, num_pages: int) -> Report:
     layer = LayerInputs(
         (*side(shape.k_dim, shape.k_bits), *side(shape.v_dim, shape.v_bits)),
         nothing,
-        *(floats(2 * dim) for dim in (shape.k_dim, shape.v_dim)),
+        floats(2 * shape.k_dim),
+        floats(2 * shape.v_dim),
     )
     queries = floats(1, shape.num_q_heads, 1, shape.k_dim).astype(shape.dtype)
     table = np.zeros((1, max(8, num_pages)), np.int32)

@@ -22,6 +22,7 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
 from turboquant_kv.backends.gpu.flash import FlashKernels
@@ -73,6 +74,13 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
     (3, 1, 192, 112, 0, 32, (4, "2t"), 1, 83, mx.float16),
     (2, 1, 128, 64, 4, 16, ("2t", 3), 2, 90, mx.bfloat16),
     (4, 2, 64, 128, 4, 16, ("3t", 8), 8, 75, mx.float32),
+    (5, 1, 128, 128, 32, 64, ("4t", "3t"), 1, 300, mx.float16),
+    (4, 2, 64, 64, 4, 16, ("4t", "4t"), 2, 75, mx.bfloat16),
+    (2, 1, 80, 96, 4, 32, ("4t", "4t"), 1, 100, mx.float16),
+    (4, 2, 96, 80, 4, 64, ("4t", "3t"), 1, 95, mx.bfloat16),
+    (3, 1, 256, 128, 17, 48, ("4t", "4t"), 1, 120, mx.float16),
+    (2, 1, 112, 256, 0, 32, (4, "4t"), 2, 83, mx.float16),
+    (4, 1, 64, 128, 4, 16, ("4t", 8), 3, 75, mx.float32),
 ]
 
 
@@ -93,7 +101,7 @@ def test_decode_is_the_references(case: Any, turns: bool, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("device", [AMPERE, SMALL])
-@pytest.mark.parametrize("bits", [(4, 3), (3, 3), ("3t", "2t"), ("2t", "3t")])
+@pytest.mark.parametrize("bits", [(4, 3), (3, 3), ("3t", "2t"), ("2t", "3t"), ("4t", "3t")])
 def test_smaller_devices_are_the_references(
     device: Device, bits: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,12 +138,14 @@ def test_parts_merge_in_either_way(fused: bool, rng: np.random.Generator, monkey
 WALKS = [(64, 32, 3), (128, 16, 4), (80, 16, 3), (96, 32, "3t")]  # dim, tile, codec of keys
 
 
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("case", WALKS)
 def test_long_walks_turn_means_all_the_way(
-    case: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    case: Any, halves: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few warps, each with more tiles than one product of 16 blocks covers."""
+    """Few warps, each with more tiles than one product of 16 blocks covers; factors are a half, or the sum of two."""
     dim, tile, codec = case
+    monkeypatch.setattr(gpu, "LONGEST_PLAIN_MEAN", np.inf if halves == 1 else 0.0)
     tuning = Tuning(4, tile, 2, 128, blocks=1)
     backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND.kernels.pages, NO_FLASH)
     monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
@@ -145,7 +155,10 @@ def test_long_walks_turn_means_all_the_way(
     means = history.means(rng, random_rotary(rng, dim))
     cache = new_cache(fmt, "gpu", means)
     feed(cache, history, 0, num_tokens, random_queries(rng, 1, num_tokens, dim, mx.float16), 0.05)
+    assert cache.sequence is not None
+    storage: Any = cache.sequence.pool.stores[0]
     q = random_queries(rng, 2, 3, dim, mx.float16)
+    assert storage.launch_for(q)._shape.turn_parts == halves
     out = feed(cache, history, num_tokens, num_tokens + 3, q, 0.05)
     assert relative_error(out, expected(history, q, fmt, num_tokens, 0.05, means)) < TOLERANCE[mx.float16]
 
@@ -216,9 +229,12 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
 
 
+CHUNKED = [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")]  # codecs
+
+
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
 @pytest.mark.parametrize(
-    ("bits", "turns"), [((4, 3), False), ((4, 3), True), ((2, 8), False), (("3t", "2t"), False), (("3t", "2t"), True)]
+    ("bits", "turns"), [*((bits, False) for bits in CHUNKED), ((4, 3), True), (("3t", "2t"), True)]
 )
 def test_prefill_in_chunks_is_the_references(bits: Any, turns: bool, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
@@ -240,6 +256,13 @@ CODED = [  # dim, codec, scale
     *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
     *((64, "3t", "unbiased"), (128, "2t", "norm"), (256, "3t", "least_squares"), (512, "2t", "plain")),
     *((80, "3t", "plain"), (96, "2t", "unbiased"), (112, "3t", "unbiased"), (192, "2t", "least_squares")),
+    *(
+        (64, "4t", "least_squares"),
+        (128, "4t", "unbiased"),
+        (256, "4t", "norm"),
+        (80, "4t", "unbiased"),
+        (96, "4t", "plain"),
+    ),
 ]
 
 

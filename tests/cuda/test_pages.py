@@ -90,6 +90,8 @@ DECODED = [  # dims of keys and values, bits, sink, pages, dtype; every dim and 
     ((96, 256), ("2t", "3t"), 3, 2, mx.bfloat16),
     ((80, 512), ("3t", "2t"), 0, 2, mx.float32),
     ((192, 112), (4, "3t"), 7, 2, mx.float16),
+    ((128, 64), ("4t", "3t"), 5, 3, mx.bfloat16),
+    ((80, 512), ("4t", "4t"), 2, 2, mx.float16),
 ]
 
 

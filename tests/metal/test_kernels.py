@@ -61,6 +61,8 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens
     (3, 3, 112, 64, 40, 16, (2, 4), 8, 33),
     (2, 1, 128, 80, 3, 16, ("3t", "2t"), 1, 77),
     (2, 2, 80, 96, 8, 32, ("2t", "3t"), 1, 90),
+    (2, 1, 128, 64, 3, 16, ("4t", "3t"), 1, 77),
+    (2, 2, 96, 80, 8, 32, ("4t", "4t"), 1, 90),
 ]
 
 
@@ -146,7 +148,7 @@ def test_strided_queries_are_read_where_they_lie(rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
-@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t")])
+@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")])
 def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
@@ -167,6 +169,7 @@ CODED = [  # dim, codec, scale
     *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
     *((64, "3t", "unbiased"), (128, "2t", "norm"), (256, "3t", "least_squares"), (512, "2t", "plain")),
     *((80, "3t", "plain"), (96, "2t", "unbiased"), (112, "3t", "unbiased"), (192, "2t", "least_squares")),
+    *((64, "4t", "least_squares"), (128, "4t", "unbiased"), (256, "4t", "norm"), (80, "4t", "unbiased"), (96, "4t", "plain")),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.turboquant_kv.histories import random_rotary
 
 from turboquant_kv.backends.base import LayerShape, Means
-from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.backend import GpuBackend, _turning
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.turns import MIN_BLOCKS, Turns
 from turboquant_kv.codec.format import KVFormat
@@ -50,16 +50,22 @@ def test_nothing_stands_behind_the_last_pair(rng: np.random.Generator) -> None:
 def test_halves_and_what_they_left_out_are_the_floats(rng: np.random.Generator) -> None:
     turns, num_blocks = Turns(random_rotary(rng, 80), 32), MIN_BLOCKS + 1
     floats = np.array(turns.floats(num_blocks))
-    halves = np.array(turns.halves(num_blocks)).view(np.float16).reshape(len(floats), 2, -1)
+    plain, halves = (
+        np.array(turns.halves(num_blocks, parts)).view(np.float16).reshape(len(floats), parts, -1) for parts in (1, 2)
+    )
+    np.testing.assert_array_equal(plain[:, 0], halves[:, 0])
     np.testing.assert_allclose(halves[:, 0], floats, atol=2.0**-12, rtol=1e-6)
     np.testing.assert_allclose(halves.astype(np.float64).sum(axis=1), floats, atol=2.0**-21)
 
 
-@pytest.mark.parametrize("kind", ["floats", "halves"])
-def test_a_table_that_has_grown_keeps_its_rows(kind: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_a_table_that_has_grown_keeps_its_rows(num_parts: int, rng: np.random.Generator) -> None:
     """It is made once for many lengths, has rows to spare behind any, and a longer one begins with the shorter."""
     turns = Turns(random_rotary(rng, 64), 32)
-    rows: Any = getattr(turns, kind)
+
+    def rows(num_blocks: int) -> mx.array:
+        return turns.halves(num_blocks, num_parts) if num_parts else turns.floats(num_blocks)
+
     first = rows(3)
     assert rows(MIN_BLOCKS - 2) is first
     row_size = first.size // MIN_BLOCKS
@@ -88,3 +94,12 @@ def test_layers_that_turn_alike_share_a_table(rng: np.random.Generator) -> None:
     assert turns_of(turning, KVFormat(sink_tokens=16)) is not turns
     assert turns_of(turning, KVFormat(centred=False)) is None
     assert turns_of(Means(mean, mean), KVFormat()) is None
+
+
+def test_factors_of_long_means_are_two_halves(rng: np.random.Generator) -> None:
+    """Of one head's long mean, all heads': they share a kernel."""
+    mean = rng.standard_normal((3, 128)).astype(np.float32)
+    mean *= 40 / np.linalg.norm(mean, axis=1, keepdims=True)
+    longer = mean * np.float32([[1], [2], [1]])
+    rotary = random_rotary(rng, 128)
+    assert [_turning(Means(k, mean, rotary), KVFormat())[2] for k in (mean, longer)] == [1, 2]

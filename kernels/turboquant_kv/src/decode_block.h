@@ -66,10 +66,13 @@ TQ_FN void tq_multiply_mean(TqPlace place, const TQ_DEVICE float* mean, const TQ
   for (int i = int(place.tid); i < ROWS * TURNED; i += THREADS) {
     const int pair = i % TURNED, first = tq_first_dim(pair), second = tq_second_dim(pair);
     const TQ_SHARED float* row = q + i / TURNED * D;
-    TqTurnedPair made = {0.0f, 0.0f};
-    if (pair < TURN_PAIRS) made = tq_turned_pair(row[first], row[second], mean[first], mean[second]);
-    rows.turned[i].u = made.u;  // one by one: a struct's own assignment knows one address space
-    rows.turned[i].w = made.w;
+    if (pair < TURN_PAIRS) {
+      const TqTurnedPair made = tq_turned_pair(row[first], row[second], mean[first], mean[second]);
+      rows.turned[i].u = made.u;  // a struct of a thread is not assigned to one of a block as a whole
+      rows.turned[i].w = made.w;
+    } else {
+      rows.turned[i].u = rows.turned[i].w = 0.0f;
+    }
   }
 }
 

@@ -18,16 +18,16 @@ TQ_FN void tq_fill_tables(TqPlace place, TQ_SHARED TqPortableShared& shared) {
 // Centroids of a key's eight dims from 8 * unit on, and of a value's dims d and d + 1 (d even).
 TQ_FN void tq_key_unit(const TQ_DEVICE uchar* key, int unit, const TQ_SHARED float* table, TQ_THREAD float* out) {
   if (K_TRELLIS) {
-    const uint word = tq_trellis_unit<D, KBITS>(key, unit);
-    for (int i = 0; i < 8; i++) out[i] = table[tq_trellis_level(word, i)];
+    const TqTrellisUnit coded = tq_trellis_unit<D, KBITS>(key, unit);
+    for (int i = 0; i < 8; i++) out[i] = table[tq_trellis_level(coded, i)];
   } else {
     tq_unit<KBITS>(key + unit * KBITS, table, out);
   }
 }
 TQ_FN void tq_value_pair(const TQ_DEVICE uchar* value, uint d, const TQ_SHARED float* table, TQ_THREAD float* out) {
   if (V_TRELLIS) {
-    const uint word = tq_trellis_unit<DV, VBITS>(value, int(d / 8));
-    for (int i = 0; i < 2; i++) out[i] = table[tq_trellis_level(word, int(d % 8) + i)];
+    const TqTrellisUnit coded = tq_trellis_unit<DV, VBITS>(value, int(d / 8));
+    for (int i = 0; i < 2; i++) out[i] = table[tq_trellis_level(coded, int(d % 8) + i)];
   } else {
     tq_pair<VBITS>(value, d, table, out);
   }

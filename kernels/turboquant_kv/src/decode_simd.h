@@ -11,8 +11,8 @@ TQ_CONSTANT int FLIP_PITCH = 36;
 TQ_CONSTANT int FLIP_FLOATS = 8 * FLIP_PITCH;
 TQ_CONSTANT int K_PART = 2 * K_BYTES;  // bits of a quarter of a vector
 TQ_CONSTANT int V_PART = 2 * V_BYTES;
-TQ_CONSTANT int K_WORDS = K_TRELLIS != 0 ? (D + 63) / 64 * 2 : (K_PART + 31) / 32;  // that hold one, or its nibbles
-TQ_CONSTANT int V_WORDS = V_TRELLIS != 0 ? (DV + 63) / 64 * 2 : (V_PART + 31) / 32;
+TQ_CONSTANT int K_WORDS = K_TRELLIS != 0 ? (D + 63) / 64 * tq_words_of_16(KBITS) : (K_PART + 31) / 32;  // that hold one, or its nibbles
+TQ_CONSTANT int V_WORDS = V_TRELLIS != 0 ? (DV + 63) / 64 * tq_words_of_16(VBITS) : (V_PART + 31) / 32;
 TQ_CONSTANT int SAME_PAIRS = KBITS == VBITS && K_TRELLIS == V_TRELLIS ? 1 : 0;
 TQ_CONSTANT int AT_ONCE = K_BYTES <= 64 ? 4 : 2;  // tokens whose keys wait in registers
 
@@ -38,7 +38,8 @@ struct TqEight {
 
 template <int BITS, int IS_TRELLIS>
 TQ_FN Pair tq_pair_entry(const constant float* book, int i) {
-  if (IS_TRELLIS) return tq_two(Piece(book[i & ((2 << BITS) - 1)]), Piece(book[i >> 4 & ((2 << BITS) - 1)]));
+  const int LEVEL = BITS == 2 ? 7 : 15;  // bits of a nibble that tell a level, of 4 bits without its sign
+  if (IS_TRELLIS) return tq_two(Piece(book[i & LEVEL]), Piece(book[i >> 4 & LEVEL]));
   return tq_two(Piece(book[i & ((1 << BITS) - 1)]), Piece(book[i >> (BITS & 7)]));
 }
 TQ_FN void tq_fill_pairs(TqPlace place, TQ_SHARED TqSimdShared& shared) {

@@ -97,18 +97,21 @@ TQ_FN uint tq_level_on_path(const TQ_SHARED ushort* branch, int d, float z, cons
   return level;
 }
 
-// Both planes of a block's vectors, 16 bits a thread; own: of each coordinate.
+// The planes of a block's vectors, 16 bits a thread; own: of each coordinate.
 TQ_FN void tq_pack_trellis(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* own, const TQ_SHARED ushort* branch,
                            int first_row, int last, int head, uint tid) {
   for (int i = int(tid); i < VECTORS * VECTOR_BYTES / 2; i += PAGE_THREADS) {
     const int vector = i / (VECTOR_BYTES / 2), k = i % (VECTOR_BYTES / 2), row = first_row + vector;
     uint word = branch[vector * BLOCKS + (k < BLOCKS ? k : 0)];
-    if (k >= BLOCKS) {
-      const TQ_SHARED uchar* from = own + vector * D + (k - BLOCKS) * (BITS == 2 ? 16 : 8);
+    if (k >= BLOCKS && BITS > 2 && k < 3 * BLOCKS) {
+      const TQ_SHARED uchar* from = own + vector * D + (k - BLOCKS) * 8;
+      word = 0;
+      for (int j = 0; j < 8; j++) word |= uint(from[j] & 3) << (2 * j);
+    } else if (k >= BLOCKS) {  // one bit a coordinate: the only own bit, or the top one
+      const TQ_SHARED uchar* from = own + vector * D + (k - (BITS - 1) * BLOCKS) * 16;
       word = 0;
       for (int j = 0; j < 8; j++) {
-        word |= uint(from[j]) << (2 * j);
-        if (BITS == 2) word |= uint(from[j + 8]) << (2 * j + 1);
+        word |= uint(from[j] >> (BITS - 2)) << (2 * j) | uint(from[j + 8] >> (BITS - 2)) << (2 * j + 1);
       }
     }
     TQ_DEVICE uchar* to = packed + ulong(tq_page_row(row / PAGE, head, row)) * VECTOR_BYTES;

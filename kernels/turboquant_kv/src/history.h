@@ -47,8 +47,13 @@ TQ_FN void tq_ask(TQ_THREAD TqAsked& asked, TqHistoryInputs inputs, TqHistoryFig
       if (BASE == 1) {
         for (int k = 0; k < UNITS; k++) {
           TQ_THREAD uint* words = asked.words + (round * UNITS + k) * 2;
-          if (TRELLIS) words[0] = tq_trellis_unit<D, BITS>(asked.vector, k * LANES + mine.part);
-          else tq_read_unit<BITS>(asked.vector, k * LANES + mine.part, words);
+          if (TRELLIS) {
+            const TqTrellisUnit unit = tq_trellis_unit<D, BITS>(asked.vector, k * LANES + mine.part);
+            words[0] = unit.levels;
+            words[1] = unit.top;
+          } else {
+            tq_read_unit<BITS>(asked.vector, k * LANES + mine.part, words);
+          }
         }
       }
     }
@@ -62,7 +67,8 @@ TQ_FN void tq_centroids(const TQ_THREAD TqAsked& asked, int round, bool is_coded
     const int d = i * LANES + part;  // of a column
     uint code = 0;
     if (TRELLIS) {
-      if (BASE == 1) code = tq_trellis_level(asked.words[(round * UNITS + i / 8) * 2], i % 8);
+      const TQ_THREAD uint* words = asked.words + (round * UNITS + i / 8) * 2;
+      if (BASE == 1) code = tq_trellis_level({words[0], words[1]}, i % 8);
       else if (is_coded) code = tq_trellis_level(tq_trellis_unit<D, BITS>(asked.vector, d / 8), d % 8);
     } else if (BASE == 1) {
       const uint word = asked.words[round * UNITS * 2 + tq_word_of_code<BITS>(i)];

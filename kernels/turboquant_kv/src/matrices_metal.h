@@ -69,30 +69,39 @@ TQ_FN void tq_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* o
 }
 
 // Quarter `part` of a packed vector of trellis codes as nibbles, a level each: of each 16 dims a word of the even ones and
-// a word of the odd ones.
+// a word of the odd ones. Of 4 bits a third word has their top bits, in bit 0 of fields, and nibbles are inverted where
+// those are set: the level's value is then that of the nibble with the other sign.
+constexpr int tq_words_of_16(int bits) { return bits == 4 ? 3 : 2; }
 template <int DIM, int BITS>
 TQ_FN void tq_trellis_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* out) {
-  const int NUM = DIM / 4, BLOCKS = (NUM + 15) / 16, LAST = DIM / 16 - 1;
+  const int NUM = DIM / 4, BLOCKS = (NUM + 15) / 16, LAST = DIM / 16 - 1, STEP = tq_words_of_16(BITS);
+  const int SINGLE = (BITS - 1) * DIM / 16;  // where the plane of one own bit lies: of 2 bits the only one, of 4 the top one
   const TQ_DEVICE ushort* planes = reinterpret_cast<const TQ_DEVICE ushort*>(vector);
   const int first = part * NUM / 16, shift = part * NUM % 16 * 2;  // a part may begin within a block
   uint own[BLOCKS];
-  if (BITS == 3) tq_quarter<2 * NUM>(vector + DIM / 8, part, own);
+  if (BITS > 2) tq_quarter<2 * NUM>(vector + DIM / 8, part, own);
   uint before = first > 0 ? tq_fields(planes[first - 1]) : 0u;
-  uint branch = tq_fields(planes[first]), own_bits = BITS == 2 ? tq_fields(planes[LAST + 1 + first]) : 0u;
+  uint branch = tq_fields(planes[first]), single = BITS != 3 ? tq_fields(planes[SINGLE + first]) : 0u;
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     // of what lies behind the vector nothing is read, and nothing is needed
     const int next = first + i + 1 < LAST ? first + i + 1 : LAST;
     const uint next_branch = tq_fields(planes[next]);
-    uint subsets = tq_subsets(before, branch), two = BITS == 3 ? own[i] : own_bits;
+    uint subsets = tq_subsets(before, branch), one = single;
     if (NUM % 16 != 0 && shift != 0) subsets = subsets >> shift | tq_subsets(branch, next_branch) << (32 - shift);
-    if (BITS == 2) {
-      const uint next_own = tq_fields(planes[LAST + 1 + next]);
-      if (NUM % 16 != 0 && shift != 0) two = two >> shift | next_own << (32 - shift);
-      own_bits = next_own;
+    if (BITS != 3) {
+      const uint next_single = tq_fields(planes[SINGLE + next]);
+      if (NUM % 16 != 0 && shift != 0) one = one >> shift | next_single << (32 - shift);
+      single = next_single;
     }
-    out[2 * i] = tq_even_nibbles(subsets, two);
-    out[2 * i + 1] = tq_odd_nibbles(subsets, two);
+    uint two = BITS == 2 ? one : own[i];
+    if (BITS == 4) {
+      subsets ^= 3 * one;
+      two ^= 3 * one;
+      out[STEP * i + STEP - 1] = one;
+    }
+    out[STEP * i] = tq_even_nibbles(subsets, two);
+    out[STEP * i + 1] = tq_odd_nibbles(subsets, two);
     before = branch;
     branch = next_branch;
   }
@@ -117,6 +126,10 @@ TQ_FN int tq_dim_step() { return IS_TRELLIS ? 2 : 1; }
 // The centroids of pair n of codes: of 2n and 2n + 1, or the two of a trellis' byte.
 template <int BITS, int IS_TRELLIS, typename Pair>
 TQ_FN Pair tq_pair_of_quarter(const TQ_SHARED Pair* table, const TQ_THREAD uint* words, int n) {
-  if (IS_TRELLIS) return table[words[n / 8 * 2 + n % 2] >> (8 * (n / 2 % 4)) & 255u];
-  return tq_pair_of<BITS>(table, words, n);
+  if (!IS_TRELLIS) return tq_pair_of<BITS>(table, words, n);
+  const int at = n / 8 * tq_words_of_16(BITS);
+  const Pair x = table[words[at + n % 2] >> (8 * (n / 2 % 4)) & 255u];
+  if (BITS != 4) return x;
+  const uint top = words[at + tq_words_of_16(BITS) - 1] >> (2 * tq_first_dim<1>(n % 8));
+  return tq_two((top & 1u) != 0 ? -x.x : x.x, (top & 16u) != 0 ? -x.y : x.y);
 }

@@ -14,6 +14,7 @@ constexpr int K_PART = D * KBITS / 4;  // bits a lane reads
 constexpr int V_PART = DV * VBITS / 8;
 constexpr int K_WORDS = K_TRELLIS ? 2 * ((D / 4 + 15) / 16) : (K_PART + 31) / 32;
 constexpr int V_WORDS = (V_PART + 31) / 32;
+constexpr bool K_SIGNED = K_TRELLIS && KBITS == 4, V_SIGNED = V_TRELLIS && VBITS == 4;  // signs lie beside pairs
 constexpr int K_CODE = K_TRELLIS ? 4 : KBITS;  // bits of a code where two of them are a pair
 constexpr int V_CODE = V_TRELLIS ? 4 : VBITS;
 constexpr uint K_MASK = K_TRELLIS && KBITS == 2 ? 0x77 : (1u << (2 * K_CODE)) - 1;  // bits that tell a pair
@@ -73,9 +74,9 @@ TQ_FN const __half* tq_scales(const uchar* tile, TqLane at) {
 TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, const float* means, TqBounds bounds, TqLane at,
                          uint lane_4, int t0, int u, float* s) {
   const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
-  uint words[2][K_WORDS + 1];
+  uint words[2][K_WORDS + 1], signs[(D / 4 + 15) / 16];
   if (K_TRELLIS) {
-    tq_trellis_keys<D / 4, D, KBITS>(tile, row, row + 2, at, words[0], words[1]);
+    tq_trellis_keys<D / 4, D, KBITS>(tile, row, row + 2, at, words[0], words[1], signs);
   } else {
     tq_bits<K_PART, K_BYTES>(tile, row, at.c, words[0]);
     tq_bits<K_PART, K_BYTES>(tile, row + 2, at.c, words[1]);
@@ -85,7 +86,9 @@ TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFra
   tq_later_words<K_CODE, PITCH, K_WORDS>(words[1], later[1]);
   auto key_pair = [&](int row, int n) {
     const int pair = K_TRELLIS ? tq_trellis_byte(n) : n;
-    return tq_pair_at<K_CODE, PITCH, K_MASK>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], pair, lane_4);
+    const uint x =
+        tq_pair_at<K_CODE, PITCH, K_MASK>(arena + K_TABLE, arena + K_HIGH_TABLE, words[row], later[row], pair, lane_4);
+    return K_SIGNED ? tq_signed(x, signs[n / 8], 2 * (n % 8) + row) : x;
   };
   float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -127,12 +130,13 @@ TQ_FN void tq_value_pairs(const uint (*words)[V_WORDS + 1], int j, uint* pairs) 
 // Adds four tokens' values, from row `token` of `rows_of` on, with weights b.
 TQ_FN void tq_add_trellis(const uchar* rows_of, uint token, const uchar* arena, TqLane at, uint lane_4, uint b_0, uint b_1,
                           TqMmaRows& rows) {
-  uint words[2][4 * ((DV / 8 + 15) / 16)];  // of two tokens each
+  uint words[2][4 * ((DV / 8 + 15) / 16)], signs[2][(DV / 8 + 15) / 16];  // of two tokens each
 #pragma unroll
-  for (int i = 0; i < 2; i++) tq_trellis_values<DV / 8, DV, VBITS>(rows_of, token + 2 * i, at, words[i]);
+  for (int i = 0; i < 2; i++) tq_trellis_values<DV / 8, DV, VBITS>(rows_of, token + 2 * i, at, words[i], signs[i]);
   auto value_pair = [&](int i, int d) {
     const uint* w = words[i] + (d / 16 * 4 + d % 4);
-    return tq_pair_at<V_CODE, PITCH, V_MASK>(arena + V_TABLE, arena + V_HIGH_TABLE, w, w, d / 4 % 4, lane_4);
+    const uint x = tq_pair_at<V_CODE, PITCH, V_MASK>(arena + V_TABLE, arena + V_HIGH_TABLE, w, w, d / 4 % 4, lane_4);
+    return V_SIGNED ? tq_signed(x, signs[i][d / 16], tq_value_sign_bit(d % 16)) : x;
   };
 #pragma unroll
   for (int i = 0; i < DV / 16; i++) {
@@ -181,18 +185,17 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
   if (K_TRELLIS) tq_order_queries(queries);
   const TqBounds bounds = tq_bounds(work, at, ring.end);
   const uint lane_4 = 4 * place.lane;
-  float means[2] = {queries.mean_0, queries.mean_1}, turned[4];
-  int turned_row = 16;  // of `turned`, the tile's first; 16: none yet
+  float means[2] = {queries.mean_0, queries.mean_1};
+  TqTurning turning;
+  if (TURN_PAIRS > 0) turning = tq_start_turning(inputs, arena, at, ring.begin, RING_STEP, ring.end);
   for (int t0 = ring.begin; t0 < ring.end; t0 += RING_STEP) {
+    TqTurnAngles angles[TURN_PAIRS > 0 ? TURN_AT_ONCE : 1];
     if (TURN_PAIRS > 0) {
-      if (turned_row == 16) {
-        tq_mean_scores(inputs, arena, at, t0, RING_STEP, ring.end, turned);
-        turned_row = 0;
+      tq_turned_means(turning, inputs, at, t0, RING_STEP, ring.end, queries.mean_0, queries.mean_1, means);
+#pragma unroll
+      for (int k = 0; k < TURN_AT_ONCE; k++) {
+        angles[k] = tq_ask_angles(turning, min(tq_first_turn_step(turning) + k, TURN_STEPS - 1));
       }
-      const uint from = uint(turned_row % 8 + (at.r >> 1) * BLOCK_TOKENS / MEAN_BLOCK) * 4 + at.c;
-      means[0] = queries.mean_0 + tq_shuffle(turned_row < 8 ? turned[0] : turned[2], from);
-      means[1] = queries.mean_1 + tq_shuffle(turned_row < 8 ? turned[1] : turned[3], from);
-      turned_row += TILE_BLOCKS;
     }
     const uchar* tile = tq_next_tile(ring);
     tq_copy_tile(ring, inputs, work.head, place.lane);
@@ -209,6 +212,14 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
     for (int u = 0; u < UNITS; u++) {
       tq_weigh(rows, s[u]);
       tq_add_unit(tile, arena, at, lane_4, u, s[u], rows);
+    }
+    if (TURN_PAIRS > 0) {
+#pragma unroll
+      for (int k = 0; k < TURN_AT_ONCE; k++) {
+        const int i = tq_first_turn_step(turning) + k;
+        if (i < tq_last_turn_step(turning)) tq_turn_step(turning, angles[k], i);
+      }
+      turning.tile++;
     }
   }
   if (!BULK) tq_copies_wait<0>();

@@ -71,11 +71,13 @@ TQ_FN void tq_rotate_by_matrix(TqPlace place, TqDecodeInputs inputs, TqWork work
 }
 
 // Of rows and pairs that turn, u, then w, as halves, and behind both what the halves left out: (8, TURN_PITCH) at TURN_AT.
-constexpr int TURN_PITCH = 4 * TURNED + 8;  // eight more, so that rows begin in different banks
+// Halves alone do where the mean is short (TURN_PARTS 1): a score's share of it is then off by less than 0.02.
+constexpr int TURN_HALVES = 2 * TURNED;  // of a row, or of a block in `turns`
+constexpr int TURN_PITCH = TURN_PARTS * TURN_HALVES + 8;  // eight more, so that rows begin in different banks
 TQ_FN __half* tq_shared_turned(uchar* arena) { return reinterpret_cast<__half*>(arena + TURN_AT); }
-TQ_FN void tq_split_half(float x, __half* high, __half* low) {
-  *high = __float2half_rn(x);
-  *low = __float2half_rn(x - __half2float(*high));
+TQ_FN void tq_split_half(float x, __half* out) {
+  out[0] = __float2half_rn(x);
+  if (TURN_PARTS == 2) out[TURN_HALVES] = __float2half_rn(x - __half2float(out[0]));
 }
 TQ_FN void tq_turn_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, uchar* arena) {
   const float* mean = inputs.k_constants + K_ROTATION + work.head * D;
@@ -89,36 +91,86 @@ TQ_FN void tq_turn_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, uc
                             float(q[second * inputs.dim_stride]) * work.step.scale, mean[first], mean[second]);
     }
     __half* out = tq_shared_turned(arena) + row * TURN_PITCH + pair;
-    tq_split_half(made.u, out, out + 2 * TURNED);
-    tq_split_half(made.w, out + TURNED, out + 3 * TURNED);
+    tq_split_half(made.u, out);
+    tq_split_half(made.w, out + TURNED);
   }
 }
 
-// What the keys of the warp's next tiles get for their mean: a product of 16 blocks of tokens, TILE_BLOCKS to a tile, with
-// the rows. Row i of it is block i % TILE_BLOCKS of tile i / TILE_BLOCKS from token t0 on; tokens past `end` are not there.
-// Halves do not hold scores of a large mean, so each factor is two of them.
+// What the keys of a warp's tiles get for their mean: a product of 16 blocks of tokens, TILE_BLOCKS to a tile, with the
+// rows, of which TURNED / 8 steps make the sum. Row i of it is block i % TILE_BLOCKS of tile i / TILE_BLOCKS from a token
+// on; tokens past the walk's end are not there. The next group's product is made in steps beside this group's tiles, each
+// step's angles asked for before a tile's codes and used behind them: they come from far away.
 constexpr int TILE_BLOCKS = TILE / MEAN_BLOCK;
-constexpr int TURNED_TILES = 16 / TILE_BLOCKS;
-TQ_FN void tq_mean_scores(TqDecodeInputs inputs, uchar* arena, TqLane at, int t0, int step, int end, float* s) {
-  const __half* table = reinterpret_cast<const __half*>(inputs.turns) + at.c * (TURNED / 2);
+constexpr int TURN_TILES = 16 / TILE_BLOCKS;
+constexpr int TURN_STEPS = TURNED / 8;
+constexpr int TURN_AT_ONCE = (TURN_STEPS + TURN_TILES - 1) / TURN_TILES;  // steps beside one tile
+struct TqTurnAngles {
+  uint2 low[TURN_PARTS], high[TURN_PARTS];  // of rows r and r + 8
+};
+struct TqTurning {
+  const uint2 *low_row, *high_row, *queries;
+  float now[4], next[4];
+  int tile;  // of the group
+};
+TQ_FN void tq_turn_towards(TqTurning& turning, TqDecodeInputs inputs, TqLane at, int t0, int step, int end) {
+  const __half* table = reinterpret_cast<const __half*>(inputs.turns) + at.c * (TURN_HALVES / 4);
   auto block_row = [&](int i) {
     const int token = min(t0 + i / TILE_BLOCKS * step + i % TILE_BLOCKS * MEAN_BLOCK, end - 1);
-    return reinterpret_cast<const uint2*>(table + ulong(token / MEAN_BLOCK) * (4 * TURNED));
+    return reinterpret_cast<const uint2*>(table + ulong(token / MEAN_BLOCK) * (TURN_PARTS * TURN_HALVES));
   };
-  const uint2 *low_rows = block_row(at.r), *high_rows = block_row(at.r + 8);
-  const uint2* turned =
-      reinterpret_cast<const uint2*>(tq_shared_turned(arena) + at.r * TURN_PITCH + at.c * (TURNED / 2));
-  constexpr int REST = TURNED / 2;  // uint2 from halves to what they left out
-  s[0] = s[1] = s[2] = s[3] = 0.0f;
+  turning.low_row = block_row(at.r);
+  turning.high_row = block_row(at.r + 8);
+  turning.next[0] = turning.next[1] = turning.next[2] = turning.next[3] = 0.0f;
+}
+TQ_FN TqTurnAngles tq_ask_angles(const TqTurning& turning, int i) {
+  TqTurnAngles asked;
 #pragma unroll
-  for (int i = 0; i < TURNED / 8; i++) {
-    const uint2 a = low_rows[i], b = high_rows[i], a_rest = low_rows[REST + i], b_rest = high_rows[REST + i];
-    const uint2 q = turned[i], q_rest = turned[REST + i];
-    tq_mma(s, a.x, b.x, a.y, b.y, q.x, q.y);
-    tq_mma(s, a_rest.x, b_rest.x, a_rest.y, b_rest.y, q.x, q.y);
-    tq_mma(s, a.x, b.x, a.y, b.y, q_rest.x, q_rest.y);
+  for (int part = 0; part < TURN_PARTS; part++) {
+    asked.low[part] = turning.low_row[part * (TURN_HALVES / 4) + i];
+    asked.high[part] = turning.high_row[part * (TURN_HALVES / 4) + i];
+  }
+  return asked;
+}
+TQ_FN void tq_turn_step(TqTurning& turning, const TqTurnAngles& asked, int i) {
+  const uint2 q = turning.queries[i];
+#pragma unroll
+  for (int part = 0; part < TURN_PARTS; part++) {
+    const uint2 a = asked.low[part], b = asked.high[part];
+    tq_mma(turning.next, a.x, b.x, a.y, b.y, q.x, q.y);
+  }
+  if (TURN_PARTS == 2) {
+    const uint2 a = asked.low[0], b = asked.high[0], rest = turning.queries[TURN_HALVES / 4 + i];
+    tq_mma(turning.next, a.x, b.x, a.y, b.y, rest.x, rest.y);
   }
 }
+// The first group's product, at once.
+TQ_FN TqTurning tq_start_turning(TqDecodeInputs inputs, uchar* arena, TqLane at, int t0, int step, int end) {
+  TqTurning turning;
+  turning.queries =
+      reinterpret_cast<const uint2*>(tq_shared_turned(arena) + at.r * TURN_PITCH + at.c * (TURN_HALVES / 4));
+  turning.tile = TURN_TILES;
+  tq_turn_towards(turning, inputs, at, t0, step, end);
+#pragma unroll
+  for (int i = 0; i < TURN_STEPS; i++) tq_turn_step(turning, tq_ask_angles(turning, i), i);
+  return turning;
+}
+// What the lane's two rows get for the tile at t0: means + their product with the tile's block.
+TQ_FN void tq_turned_means(TqTurning& turning, TqDecodeInputs inputs, TqLane at, int t0, int step, int end, float mean_0,
+                           float mean_1, float* means) {
+  if (turning.tile == TURN_TILES) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) turning.now[i] = turning.next[i];
+    turning.tile = 0;
+    tq_turn_towards(turning, inputs, at, t0 + TURN_TILES * step, step, end);
+  }
+  const int row = turning.tile * TILE_BLOCKS;
+  const uint from = uint(row % 8 + (at.r >> 1) * BLOCK_TOKENS / MEAN_BLOCK) * 4 + at.c;
+  means[0] = mean_0 + tq_shuffle(row < 8 ? turning.now[0] : turning.now[2], from);
+  means[1] = mean_1 + tq_shuffle(row < 8 ? turning.now[1] : turning.now[3], from);
+}
+// Steps of the next group that are made beside a tile of this one.
+TQ_FN int tq_first_turn_step(const TqTurning& turning) { return turning.tile * TURN_STEPS / TURN_TILES; }
+TQ_FN int tq_last_turn_step(const TqTurning& turning) { return (turning.tile + 1) * TURN_STEPS / TURN_TILES; }
 
 TQ_FN void tq_rotate_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, uchar* arena, float* means) {
   __half* out = tq_shared_queries(arena);

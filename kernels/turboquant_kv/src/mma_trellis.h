@@ -8,6 +8,9 @@
 //   bit      0     1     2     3     4 ...
 //   keys     level of the one  |     level of the other      (2 bits: three of each four count)
 //   values   b[i-1]      high        own bits (2 bits: two, and two that do not count)
+//
+// Levels of five bits (4t) are four bits and a sign: where a top bit is set the other four are inverted, which is done
+// for both tokens' planes at once, and a look-up in the table of the lower half's levels gets the other sign.
 #pragma once
 #include "mma_tables.h"
 #include "trellis.h"
@@ -45,40 +48,70 @@ TQ_FN void tq_two_tokens(const uchar* rows, uint row_0, uint row_1, uint part, u
   }
 }
 
-// Branch bits of a part of two tokens, and what levels modulo 4 are made of. before_lane: has the part before.
+// Branch bits of a part of two tokens, what levels modulo 4 are made of, inverted where top bits say so, and those (4
+// bits only). before_lane: has the part before.
 template <int NUM>
 struct TqBranches {
-  uint branch[(NUM + 15) / 16], back[(NUM + 15) / 16], high[(NUM + 15) / 16];
+  uint branch[(NUM + 15) / 16], back[(NUM + 15) / 16], high[(NUM + 15) / 16], top[(NUM + 15) / 16];
 };
-template <int NUM, int ROW>
+template <int NUM, int DIM, int BITS>
 TQ_FN TqBranches<NUM> tq_branches(const uchar* rows, uint row_0, uint row_1, uint part, uint before_lane) {
-  const int BLOCKS = (NUM + 15) / 16;
+  const int ROW = DIM * BITS / 8, BLOCKS = (NUM + 15) / 16;
   TqBranches<NUM> made;
   tq_two_tokens<NUM, ROW, 0>(rows, row_0, row_1, part, made.branch);
+  if (BITS == 4) tq_two_tokens<NUM, ROW, 3 * DIM / 8>(rows, row_0, row_1, part, made.top);
   const uint from_before = tq_shuffle(made.branch[BLOCKS - 1] << 2 * (16 * BLOCKS - NUM), before_lane);
   uint before = part == 0 ? 0u : from_before;
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    const uint x = made.branch[i];
-    made.back[i] = __funnelshift_r(before, x, 30);
-    made.high[i] = x ^ __funnelshift_r(before, x, 28) ^ __funnelshift_r(before, x, 26);
+    const uint x = made.branch[i], top = BITS == 4 ? made.top[i] : 0u;
+    made.back[i] = __funnelshift_r(before, x, 30) ^ top;
+    made.high[i] = x ^ __funnelshift_r(before, x, 28) ^ __funnelshift_r(before, x, 26) ^ top;
     before = x;
   }
   return made;
 }
 
-// Bytes of two keys, two words a block of 16; tq_trellis_byte says which is pair n.
+// Own bits of that part: of 2 bits both tokens' in own[0], else each token's lower two.
 template <int NUM, int DIM, int BITS>
-TQ_FN void tq_trellis_keys(const uchar* rows, uint row_0, uint row_1, TqLane at, uint* words_0, uint* words_1) {
-  const int ROW = DIM * BITS / 8, PLANE = DIM / 8, BLOCKS = (NUM + 15) / 16;
-  const TqBranches<NUM> made = tq_branches<NUM, ROW>(rows, row_0, row_1, at.c, 4 * at.r + (at.c + 3) % 4);
-  uint own[2][BLOCKS + 1];
+TQ_FN void tq_own_bits(const uchar* rows, uint row_0, uint row_1, uint part, const TqBranches<NUM>& branches,
+                       uint (*own)[(NUM + 15) / 16 + 1]) {
+  const int ROW = DIM * BITS / 8, PLANE = DIM / 8;
   if (BITS == 2) {
-    tq_two_tokens<NUM, ROW, PLANE>(rows, row_0, row_1, at.c, own[0]);
-  } else {
-    tq_bits<2 * NUM, ROW, PLANE>(rows, row_0, at.c, own[0]);
-    tq_bits<2 * NUM, ROW, PLANE>(rows, row_1, at.c, own[1]);
+    tq_two_tokens<NUM, ROW, PLANE>(rows, row_0, row_1, part, own[0]);
+    return;
   }
+  tq_bits<2 * NUM, ROW, PLANE>(rows, row_0, part, own[0]);
+  tq_bits<2 * NUM, ROW, PLANE>(rows, row_1, part, own[1]);
+  if (BITS == 3) return;
+#pragma unroll
+  for (int i = 0; i < (NUM + 15) / 16; i++) {
+    own[0][i] ^= 3 * (branches.top[i] & 0x55555555u);
+    own[1][i] ^= 3 * (branches.top[i] >> 1 & 0x55555555u);
+  }
+}
+
+// A half pair with other signs: of its first half where bit `bit` (0 to 15) of `signs` is set, of its second where the bit
+// 16 further is.
+TQ_FN uint tq_signed(uint pair, uint signs, int bit) { return pair ^ ((signs << (15 - bit)) & 0x80008000u); }
+
+// A block's top bits of two tokens as such signs: of keys, pair n (of eight) of token t has bit 2n + t; of values, both
+// tokens' coordinate k has bit 2k, from k = 8 on bit 2(k - 8) + 1.
+TQ_FN uint tq_key_signs(uint top) {
+  const uint differ = (top ^ (top >> 4)) & 0x00f000f0u;  // nibbles 1 and 2, and 5 and 6, change places
+  return __byte_perm(top ^ differ ^ (differ << 4), 0, 0x3120);
+}
+TQ_FN uint tq_value_signs(uint top) { return tq_fields(top) | tq_fields(top >> 16) << 1; }
+TQ_FN constexpr int tq_value_sign_bit(int k) { return k < 8 ? 2 * k : 2 * k - 15; }
+
+// Bytes of two keys, two words a block of 16; tq_trellis_byte says which is pair n. signs: a word a block (4 bits only).
+template <int NUM, int DIM, int BITS>
+TQ_FN void tq_trellis_keys(const uchar* rows, uint row_0, uint row_1, TqLane at, uint* words_0, uint* words_1,
+                           uint* signs) {
+  const int BLOCKS = (NUM + 15) / 16;
+  const TqBranches<NUM> made = tq_branches<NUM, DIM, BITS>(rows, row_0, row_1, at.c, 4 * at.r + (at.c + 3) % 4);
+  uint own[2][BLOCKS + 1];
+  tq_own_bits<NUM, DIM, BITS>(rows, row_0, row_1, at.c, made, own);
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     const uint back = made.back[i], high = made.high[i];
@@ -90,27 +123,25 @@ TQ_FN void tq_trellis_keys(const uchar* rows, uint row_0, uint row_1, TqLane at,
     words_1[2 * i] = BITS == 2 ? tq_select(0x33333333u, subsets_1, own[0][i] << 1)
                                : tq_even_nibbles(subsets_1, own[1][i]);
     words_1[2 * i + 1] = tq_odd_nibbles(subsets_1, BITS == 2 ? own[0][i] >> 1 : own[1][i]);
+    if (BITS == 4) signs[i] = tq_key_signs(made.top[i]);
   }
 }
 // Pair n is coordinates 4 (n / 2) + n % 2 of the part and the second next.
 TQ_FN constexpr int tq_trellis_byte(int n) { return (n / 8 * 2 + n % 2) * 4 + n / 2 % 4; }
 
-// Bytes of two tokens' values: of coordinate 16i + 4m + w, byte m of words[4i + w].
+// Bytes of two tokens' values: of coordinate 16i + 4m + w, byte m of words[4i + w]; signs as above.
 template <int NUM, int DIM, int BITS>
-TQ_FN void tq_trellis_values(const uchar* rows, uint row, TqLane at, uint* words) {
-  const int ROW = DIM * BITS / 8, PLANE = DIM / 8, BLOCKS = (NUM + 15) / 16;
-  const TqBranches<NUM> made = tq_branches<NUM, ROW>(rows, row, row + 1, at.r, (4 * at.r + at.c + 28) % 32);
+TQ_FN void tq_trellis_values(const uchar* rows, uint row, TqLane at, uint* words, uint* signs) {
+  const int BLOCKS = (NUM + 15) / 16;
+  const TqBranches<NUM> made = tq_branches<NUM, DIM, BITS>(rows, row, row + 1, at.r, (4 * at.r + at.c + 28) % 32);
   uint own[2][BLOCKS + 1];
-  if (BITS == 2) {
-    tq_two_tokens<NUM, ROW, PLANE>(rows, row, row + 1, at.r, own[0]);
-  } else {
-    tq_bits<2 * NUM, ROW, PLANE>(rows, row, at.r, own[0]);
-    tq_bits<2 * NUM, ROW, PLANE>(rows, row + 1, at.r, own[1]);
-  }
+  tq_own_bits<NUM, DIM, BITS>(rows, row, row + 1, at.r, made, own);
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     const uint even = tq_even_nibbles(made.back[i], made.high[i]);
-    const uint odd = tq_select(0x33333333u, made.branch[i], made.high[i]);  // b[i-1] lies one field lower
+    const uint odd = BITS == 4 ? tq_odd_nibbles(made.back[i], made.high[i])
+                               // b[i-1], which nothing has inverted, lies one field lower
+                               : tq_select(0x33333333u, made.branch[i], made.high[i]);
     uint upper[4];  // own bits, above each word's nibbles
     if (BITS == 2) {
       upper[0] = own[0][i] << 4;
@@ -127,15 +158,16 @@ TQ_FN void tq_trellis_values(const uchar* rows, uint row, TqLane at, uint* words
     words[4 * i + 1] = tq_select(0x0f0f0f0fu, odd, upper[1]);
     words[4 * i + 2] = tq_select(0x0f0f0f0fu, even >> 4, upper[2]);
     words[4 * i + 3] = tq_select(0x0f0f0f0fu, odd >> 4, upper[3]);
+    if (BITS == 4) signs[i] = tq_value_signs(made.top[i]);
   }
 }
 
-// The levels of a byte's first and second value.
+// The levels of a byte's first and second value; of 4 bits without their signs.
 template <int BITS>
-TQ_FN uint tq_level_of_key(uint byte, int which) { return byte >> 4 * which & ((2u << BITS) - 1); }
+TQ_FN uint tq_level_of_key(uint byte, int which) { return byte >> 4 * which & (BITS == 2 ? 7u : 15u); }
 template <int BITS>
 TQ_FN uint tq_level_of_value(uint byte, int which) {
-  const uint own = byte >> (4 + (BITS - 1) * which) & ((1u << (BITS - 1)) - 1);
+  const uint own = BITS == 2 ? byte >> (4 + which) & 1u : byte >> (4 + 2 * which) & 3u;
   return own << 2 | (byte >> (2 + which) & 1) << 1 | (byte >> which & 1);
 }
 
@@ -143,7 +175,7 @@ TQ_FN uint tq_level_of_value(uint byte, int which) {
 // lane % 2^(BITS + 1).
 template <int BITS, bool IS_KEY, int PITCH, int NUM_THREADS>
 TQ_FN void tq_fill_trellis_pairs(uchar* table, float value, uint tid) {
-  const uint step = NUM_THREADS / 8, num_entries = PITCH == 256 || BITS == 3 ? 256 : IS_KEY ? 128 : 64;
+  const uint step = NUM_THREADS / 8, num_entries = PITCH == 256 || BITS >= 3 ? 256 : IS_KEY ? 128 : 64;
 #pragma unroll
   for (uint k = 0; k < (num_entries + step - 1) / step; k++) {
     const uint byte = (tid >> 3) + k * step;

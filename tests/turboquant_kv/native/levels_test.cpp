@@ -108,7 +108,7 @@ int main() {
     int failures = 0, compared = 0;
     for (const auto* level : tq::available_levels())
         for (int dim : {64, 80, 112, 128, 256})
-            for (int kind : {2, 3, 4, 8, tq::kTrellis + 2, tq::kTrellis + 3})
+            for (int kind : {2, 3, 4, 8, tq::kTrellis + 2, tq::kTrellis + 3, tq::kTrellis + 4})
                 for (int group : {1, 4, 7})
                     for (int num_rows : {1, 9}) {
                         const bool turns = group != 4;

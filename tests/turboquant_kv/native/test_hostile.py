@@ -136,7 +136,9 @@ def new_keys(dim: int = 64, bits: int = 3, num_levels: int = 16, edges: Any = No
 
 def test_hostile_trellises_are_refused() -> None:
     new_keys()
-    for wrong in ({"bits": 4, "num_levels": 32}, {"num_levels": 8}, {"num_levels": 32}, {"dim": 32}):
+    new_keys(bits=4, num_levels=32)
+    wrongs: list[dict[str, Any]] = [{"bits": 5, "num_levels": 64}, {"bits": 8, "num_levels": 512}]
+    for wrong in (*wrongs, {"bits": 4}, {"num_levels": 8}, {"num_levels": 32}, {"dim": 32}):
         with pytest.raises(ValueError):
             new_keys(**wrong)
     with pytest.raises(ValueError):

@@ -33,8 +33,8 @@ INTEGER_TOLERANCE = 3e-2
 # Sixteen-bit ones, of the 8-bit formats: measured up to 1.2e-4.
 FINE_INTEGER_TOLERANCE = 5e-4
 FLOAT_TOLERANCE = 1e-5  # float tiles of steady histories: summing in float32, measured below 1e-6
-BITS = [(2, 3), (3, 2), (4, 4), (8, 8)]
-TRELLIS_BITS = [("2t", "3t"), ("3t", "2t")]
+BITS: list[tuple[int | str, int | str]] = [(2, 3), (3, 2), (4, 4), (8, 8)]
+TRELLIS_BITS: list[tuple[int | str, int | str]] = [("2t", "3t"), ("3t", "4t"), ("4t", "2t")]
 
 
 def test_the_kernels_are_built() -> None:
@@ -60,7 +60,9 @@ def attended(history: History, fmt: KVFormat, q: mx.array, scale: float, means: 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-def test_every_format_and_head_dim(level: str, dim: int, bits: tuple[int, int], rng: np.random.Generator) -> None:
+def test_every_format_and_head_dim(
+    level: str, dim: int, bits: tuple[int | str, int | str], rng: np.random.Generator
+) -> None:
     fmt = KVFormat(*bits, page_tokens=16, sink_tokens=3)
     history = History.random(rng, 2, int(rng.integers(60, 120)), dim)
     means = history.means(rng)
@@ -114,7 +116,7 @@ def test_attention_sinks_and_sliding_windows(
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0])
-@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 3), (4, 4), (8, 8), ("3t", "2t")])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 3), (4, 4), (8, 8), ("3t", "2t"), ("4t", "3t")])
 def test_integer_error_stays_ten_times_below_the_codecs(
     level: str, bits: tuple[int | str, int | str], sharpness: float, rng: np.random.Generator
 ) -> None:
@@ -190,9 +192,12 @@ def test_every_entry_of_the_8_bit_tables_is_looked_up(level: str, num_rows: int,
     assert relative_error(outputs[0], as_float64(outputs[1])) < 5e-5
 
 
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("dim", [64, 80, 112, 128])
-def test_trellis_codes_are_the_references(level: str, dim: int, rng: np.random.Generator) -> None:
-    fmt = KVFormat("3t", "2t", page_tokens=16, centred=False)
+def test_trellis_codes_are_the_references(
+    level: str, dim: int, bits: tuple[int | str, int | str], rng: np.random.Generator
+) -> None:
+    fmt = KVFormat(*bits, page_tokens=16, centred=False)
     history = History.random(rng, 2, 32, dim).steady(rng, fmt)
     storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float32), fmt, None)
     storage.grow(2)
@@ -202,15 +207,18 @@ def test_trellis_codes_are_the_references(level: str, dim: int, rng: np.random.G
         (history.k, fmt.keys, "k", pages.k_codes, pages.k_scales),
         (history.v, fmt.values, "v", pages.v_codes, pages.v_scales),
     ):
-        want = reference.encode(x, codec, rotation_matrix(dim, fmt.rotation_seed, which))  # type: ignore[arg-type]
+        want = reference.encode(x, codec, rotation_matrix(dim, fmt.rotation_seed, which))
         np.testing.assert_array_equal(codes.swapaxes(0, 1).reshape(2, 32, -1), want.codes)
         np.testing.assert_array_equal(scales.swapaxes(0, 1).reshape(2, 32), want.scales)
 
 
+@pytest.mark.parametrize("bits", TRELLIS_BITS)
 @pytest.mark.parametrize("dim", SUPPORTED_HEAD_DIMS)
-def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int, rng: np.random.Generator) -> None:
+def test_random_trellis_codes_decode_as_the_reference_says(
+    level: str, dim: int, bits: tuple[int | str, int | str], rng: np.random.Generator
+) -> None:
     """Every branch before every place, as no search gives them: in decoded rows and in both kinds of attention."""
-    fmt = KVFormat("3t", "2t", page_tokens=32, sink_tokens=0, centred=False)
+    fmt = KVFormat(*bits, page_tokens=32, sink_tokens=0, centred=False)
     lead = (3, 2, 32)
     k_codes, v_codes = (
         rng.integers(0, 256, (*lead, codec.code_bytes(dim)), np.uint8) for codec in (fmt.keys, fmt.values)
@@ -242,7 +250,8 @@ def test_random_trellis_codes_decode_as_the_reference_says(level: str, dim: int,
         assert relative_error(storage.attend(call), out.reshape(1, 4, num_rows, dim)) < tolerance
 
 
-# Spans of means are 16 blocks of 16 tokens: several pages, or what is left of them, or a part of one page.
+# Spans of means are 16 blocks of 16 tokens: a span holds several pages, or is what is left of them, or a page holds
+# several spans.
 @pytest.mark.parametrize(("group", "page"), [(1, 16), (3, 48), (4, 64), (8, 256), (9, 320), (2, 512), (5, 16)])
 def test_means_that_turn(level: str, group: int, page: int, rng: np.random.Generator) -> None:
     fmt = KVFormat(8, 8, page_tokens=page, sink_tokens=int(rng.integers(40)))

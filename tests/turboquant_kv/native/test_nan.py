@@ -18,7 +18,7 @@ KV_HEADS, GROUP = 2, 3
 # A token in the sink, in a page behind codes, and in the queries' own page; all queries see all three.
 PLACES = {"sink": 3, "codes": 77, "window": 137}
 
-every_format = pytest.mark.parametrize("bits", [(4, 4), (3, 2), (8, 8), ("3t", "2t")])
+every_format = pytest.mark.parametrize("bits", [(4, 4), (3, 2), (8, 8), ("3t", "2t"), ("4t", "3t")])
 every_path = pytest.mark.parametrize("num_rows", [1, 5, 12])  # 12: float tiles
 
 

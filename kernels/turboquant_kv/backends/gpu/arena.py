@@ -42,7 +42,7 @@ def decode_arena(shape: DecodeShape, tuning: Tuning) -> Arena:
     queries_bytes = MMA_ROWS * q_pitch * HALF_BYTES
     turn_at = tables["TABLE_BYTES"] + queries_bytes
     # cosines' and sines' factors of each row, and what halves leave out of them (src/mma_queries.h)
-    turn_pitch = 4 * (-(-shape.pairs // 8) * 8) + 8 if shape.pairs else 0
+    turn_pitch = shape.turn_parts * 2 * (-(-shape.pairs // 8) * 8) + 8 if shape.pairs else 0
     rings_at = -(-(turn_at + MMA_ROWS * turn_pitch * HALF_BYTES) // 128) * 128 if shape.pairs else turn_at
     # a tile: keys, values in four blocks of tokens, key scales, value scales
     v_at = tuning.tile * k_bytes
@@ -102,7 +102,7 @@ def table_layout(shape: DecodeShape, tuning: Tuning) -> dict[str, int]:
         high = "pairs"
         if trellis:
             what = high = f"trellis of {name}"
-            entries = 256 if by_bytes or bits == 3 else 128 if name == "K" else 64
+            entries = 256 if by_bytes or bits >= 3 else 128 if name == "K" else 64
         else:
             what = "pairs"
             entries = 256 if by_bytes and bits >= 3 else 1 << (2 * bits)

@@ -44,6 +44,9 @@ from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
 
 # A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
 MAX_SLICES = 4
+# Norm of a head's key mean up to which its share of a score may be a product of halves: queries of norm 20 then get
+# errors of about 0.02 at 128 dims, a tenth of what 4-bit codes do. Qwen2.5 has layers with 130 to 900.
+LONGEST_PLAIN_MEAN = 48.0
 
 
 class OpenArrays(GrowingArrays):
@@ -121,14 +124,14 @@ class GpuStore(CanonicalStorage, LayerStore):
         heads, page = shape.num_kv_heads, fmt.page_tokens
         (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
         self._sides = (
-            SideShape(heads, shape.k_dim, k_bits, page, fmt.scale, shape.dtype, k_trellis, *_pairs(means, fmt)),
+            SideShape(heads, shape.k_dim, k_bits, page, fmt.scale, shape.dtype, k_trellis, *_turning(means, fmt)[:2]),
             SideShape(heads, shape.v_dim, v_bits, page, fmt.scale, shape.dtype, v_trellis),
         )
         centred = means if fmt.centred else None
         k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
         if centred is not None and centred.rotary is not None:
             k_mean = centred.rotary.averaged(k_mean).astype(np.float32)
-        self._turns, self._pairs = turns, _pairs(means, fmt)
+        self._turns, self._pairs = turns, _turning(means, fmt)
         v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
@@ -215,7 +218,9 @@ class GpuStore(CanonicalStorage, LayerStore):
         if self._turns is None:
             return ()
         num_blocks = plan.page_table.shape[1] * self.fmt.page_tokens // BLOCK_TOKENS
-        return (self._turns.halves(num_blocks) if launch.reads_half_turns else self._turns.floats(num_blocks),)
+        if launch.reads_half_turns:
+            return (self._turns.halves(num_blocks, self._pairs[2]),)
+        return (self._turns.floats(num_blocks),)
 
     def _prefill_attention(self, call: AttentionCall) -> mx.array:
         """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
@@ -315,7 +320,7 @@ class GpuBackend(MlxBackend):
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         """Raises UnsupportedFormatError for a geometry without a kernel: at load time, not at the first token."""
-        decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt, _pairs(means, fmt))
+        decode_shape(shape.num_kv_heads, 1, shape.dtype, shape, fmt, _turning(means, fmt))
         return GpuStore(shape, fmt, means, self.kernels, self._turns_of(means, fmt))
 
     def _turns_of(self, means: Means | None, fmt: KVFormat) -> Turns | None:
@@ -359,11 +364,12 @@ def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32])
     return mx.array(np.concatenate([scaled, means.reshape(-1)]).astype(np.float32))
 
 
-def _pairs(means: Means | None, fmt: KVFormat) -> tuple[int, bool]:
-    """Pairs of key dims that turn with position, and whether partners are neighbours."""
+def _turning(means: Means | None, fmt: KVFormat) -> tuple[int, bool, int]:
+    """Pairs of key dims that turn, whether partners are neighbours, and how many halves stand for a factor."""
     if means is None or means.rotary is None or not fmt.centred:
-        return 0, False
-    return means.rotary.num_pairs, means.rotary.stride == 2
+        return 0, False, 1
+    longest = float(np.linalg.norm(means.k, axis=1).max())
+    return means.rotary.num_pairs, means.rotary.stride == 2, 1 if longest <= LONGEST_PLAIN_MEAN else 2
 
 
 def decode_shape(
@@ -372,11 +378,11 @@ def decode_shape(
     dtype: mx.Dtype,
     layer: LayerShape,
     fmt: KVFormat,
-    pairs: tuple[int, bool] = (0, False),
+    turning: tuple[int, bool, int] = (0, False, 1),
 ) -> DecodeShape:
     """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none.
 
-    pairs: how many pairs of key dims turn, and whether partners are neighbours.
+    turning: how many pairs of key dims turn, whether partners are neighbours, and DecodeShape.turn_parts.
     """
     (k_bits, k_trellis), (v_bits, v_trellis) = codec_kind(fmt.keys, "gpu"), codec_kind(fmt.values, "gpu")
     shape = DecodeShape(
@@ -384,8 +390,9 @@ def decode_shape(
         *(fmt.page_tokens, fmt.sink_tokens, num_rows, dtype, layer.dtype),
         k_trellis=k_trellis,
         v_trellis=v_trellis,
-        pairs=pairs[0],
-        neighbours=pairs[1],
+        pairs=turning[0],
+        neighbours=turning[1],
+        turn_parts=turning[2],
     )
     shape.check()
     return shape

@@ -119,7 +119,7 @@ def _common_constants(shape: DecodeShape, variant: Variant, sink_dtype: mx.Dtype
         **{"G": shape.group, "HEADS": shape.num_kv_heads, "QROWS": shape.num_rows, "PAGE": shape.page_tokens},
         **{"ROWS": shape.rows_per_block(variant), "LIVE": shape.live_rows(variant), "SINK": shape.sink_tokens},
         **{"DV": shape.v_dim, "V_ROTATION": _rotation_size(shape.v_dim)},
-        **{"TURN_PAIRS": shape.pairs, "NEIGHBOURS": shape.neighbours},
+        **{"TURN_PAIRS": shape.pairs, "NEIGHBOURS": shape.neighbours, "TURN_PARTS": shape.turn_parts},
         **{"USE_SINKS": sink_dtype is not None, "In": shape.dtype, "Out": shape.dtype, "Exact": shape.exact_dtype},
     }
 

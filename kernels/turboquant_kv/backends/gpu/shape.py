@@ -52,6 +52,7 @@ class DecodeShape:
     v_trellis: bool = False
     pairs: int = 0  # of key dims that turn with position, and take the mean with them
     neighbours: bool = False  # partners lie side by side, else `pairs` apart
+    turn_parts: int = 1  # halves that stand for each factor of a turning mean's product, on tensor cores
 
     def check(self) -> None:
         """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""

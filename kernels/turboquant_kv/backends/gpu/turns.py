@@ -23,7 +23,7 @@ class Turns:
         self._rotary, self._sink_tokens = rotary, sink_tokens
         self._angles: npt.NDArray[np.float64] = np.zeros((0, 0))
         self._floats: mx.array | None = None
-        self._halves: mx.array | None = None
+        self._halves: dict[int, mx.array] = {}
 
     def floats(self, num_blocks: int) -> mx.array:
         """Rows of at least `num_blocks` blocks: cosines, then sines, float32 (rows, 2 * padded pairs)."""
@@ -32,15 +32,16 @@ class Turns:
             self._floats = mx.array(self._rows().astype(np.float32))
         return self._floats
 
-    def halves(self, num_blocks: int) -> mx.array:
-        """The same rows as float16 and then what that left out, also float16; flat, seen as float32."""
+    def halves(self, num_blocks: int, num_parts: int) -> mx.array:
+        """The same rows as float16; of two parts, behind each row what that left out. Flat, seen as float32."""
         self._grow(num_blocks)
-        if self._halves is None:
+        if num_parts not in self._halves:
             rows = self._rows()
-            high = rows.astype(np.float16)
-            low = (rows - high.astype(np.float64)).astype(np.float16)
-            self._halves = mx.array(np.stack([high, low], axis=1).reshape(-1).view(np.float32))
-        return self._halves
+            parts = [rows.astype(np.float16)]
+            if num_parts == 2:
+                parts.append((rows - parts[0].astype(np.float64)).astype(np.float16))
+            self._halves[num_parts] = mx.array(np.stack(parts, axis=1).reshape(-1).view(np.float32))
+        return self._halves[num_parts]
 
     def _grow(self, num_blocks: int) -> None:
         if len(self._angles) >= num_blocks + SPARE_BLOCKS:
@@ -50,7 +51,7 @@ class Turns:
             count *= 2
         middles = self._sink_tokens + BLOCK_TOKENS * np.arange(count) + (BLOCK_TOKENS - 1) / 2
         self._angles = middles[:, None] * self._rotary.frequencies
-        self._floats = self._halves = None
+        self._floats, self._halves = None, {}
 
     def _rows(self) -> npt.NDArray[np.float64]:
         pad = [(0, 0), (0, -self._rotary.num_pairs % 8)]

@@ -17,10 +17,12 @@
 // A trellis code's level hangs on the branch bits of three coordinates before its own, so there the quartet before holds
 // them, in the same bits of the same bytes: dims are dealt to quartets (native_dim), and a quartet's bytes hold four branch
 // bits in the low nibble and four own bits in the high one (bit j: vector j). The second own bit of 3 bits is a plane like that
-// of the third bit, but with bit j ^ 1 for vector j. Before the first quartet comes the last one, every coordinate
+// of the third bit, but with bit j ^ 1 for vector j. At 4 bits that plane has 64 bytes a quartet, low nibbles the second own
+// bits and high nibbles the third ones, again with bit j ^ 1 for vector j. Before the first quartet comes the last one, every coordinate
 // moved one place on: from bit to bit and byte to byte of a key's lane, from lane to lane of values.
 
-TQ_INLINE std::size_t top_plane_at(int dim) { return std::size_t(4) * dim; } // 3 bits: dim / 16 quartets of 64 bytes
+TQ_INLINE std::size_t top_plane_at(int dim) { return std::size_t(4) * dim; } // behind dim / 16 quartets of 64 bytes
+constexpr int top_bytes(int bits) { return bits == 3 ? 32 : 64; } // of a quartet in the second plane, 3 bits or a trellis's 4
 
 #if !defined(TQ_OWN_TRELLIS)
 // Levels by look-ups of 16 entries: one a nibble of bits spreads them to where two vectors' indices want them.
@@ -38,10 +40,11 @@ struct SpreadBits {
 static constexpr SpreadBits kSpreadBits;
 
 struct TrellisLut {
-    Lut level, spread[2][4];
+    Lut level, upper, spread[2][4]; // upper: levels 16 to 31 of 4 bits
     static inline TrellisLut make(const IntTable& t) {
         TrellisLut lut;
         lut.level = Lut::make<4>(t.entry);
+        lut.upper = Lut::make<4>(t.entry + 16);
         for (int half = 0; half < 2; half++)
             for (int bit = 0; bit < 4; bit++) lut.spread[half][bit] = Lut::make<4>(kSpreadBits.entry[half][bit]);
         return lut;
@@ -51,7 +54,7 @@ template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, 
     const B4 high = now ^ earlier, own = shift_right<4>(now);
     for (int half = 0; half < 2; half++) {
         B4 two = look_up<4>(t.spread[half][0], before) | look_up<4>(t.spread[half][1], high) | look_up<4>(t.spread[half][2], own);
-        if constexpr (Bits == 3) two |= look_up<4>(t.spread[half][3], top);
+        if constexpr (Bits >= 3) two |= look_up<4>(t.spread[half][3], top);
         const B4 second = shift_right<4>(two);
         if constexpr (Bits == 2) { // indices of three bits leave bits 3 and 7 clear
             c[2 * half] = look_up_below_128(t.level, two);
@@ -59,6 +62,11 @@ template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, 
         } else {
             c[2 * half] = look_up<4>(t.level, two);
             c[2 * half + 1] = look_up<4>(t.level, second);
+        }
+        if constexpr (Bits == 4) { // the third own bits, moved up to bit 7
+            const B4 first = half ? top : shift_left<2>(top), other = half ? shift_left<1>(top) : shift_left<3>(top);
+            c[2 * half] = choose_by_top_bit(first, look_up<4>(t.upper, two), c[2 * half]);
+            c[2 * half + 1] = choose_by_top_bit(other, look_up<4>(t.upper, second), c[2 * half + 1]);
         }
     }
 }
@@ -68,6 +76,7 @@ template <int Kind> struct Tables { Lut lut; };
 template <> struct Tables<8> { Lut256 entry, low; };
 template <> struct Tables<kTrellis + 2> { TrellisLut lut; };
 template <> struct Tables<kTrellis + 3> { TrellisLut lut; };
+template <> struct Tables<kTrellis + 4> { TrellisLut lut; };
 
 template <int Kind> TQ_INLINE Tables<Kind> make_tables(const IntTable& t) {
     if constexpr (Kind == 8) return {Lut256::make(t.entry), Lut256::make(t.low)};
@@ -137,6 +146,7 @@ TQ_INLINE void unpack_trellis(const std::uint8_t* group, std::size_t top_plane, 
     const B4 now = load<B4>(group + i * 64 + sub * 4 * LANES);
     B4 top{};
     if constexpr (bits_of(Kind) == 3) top = load_nibbles(group + top_plane + i * 32, sub);
+    if constexpr (bits_of(Kind) == 4) top = load<B4>(group + top_plane + i * 64 + sub * 4 * LANES);
     look_up_trellis<bits_of(Kind)>(t.lut, now, before.q1, before.earlier, top, c);
     before = {now, before.q1, before.q1 ^ before.q2};
 }
@@ -145,9 +155,10 @@ TQ_INLINE void unpack_trellis(const std::uint8_t* group, std::size_t top_plane, 
 TQ_INLINE void prefetch_line(const std::uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 template <int Kind> TQ_INLINE void prefetch_quartet(const std::uint8_t* group, std::size_t top_plane, int i) {
     constexpr int Bits = bits_of(Kind);
-    constexpr std::size_t bytes = Bits == 3 ? 64 : 32 * Bits;
+    constexpr std::size_t bytes = Bits == 3 || is_trellis(Kind) ? 64 : 32 * Bits;
     for (std::size_t line = 0; line < bytes; line += 64) prefetch_line(group + i * bytes + line);
     if (Bits == 3 && i % 2 == 0) prefetch_line(group + top_plane + i * 32);
+    if (Kind == kTrellis + 4) prefetch_line(group + top_plane + i * 64);
 }
 
 // The same quartet as codes, 16 lanes of one code per byte: word[j][lane]. Scalar: for re-tiling and float tiles.
@@ -199,24 +210,27 @@ TQ_INLINE void put_quartet_words(std::uint8_t* group, int bits, int dim, int i, 
 
 // A trellis quartet's codes the same way, own bits << 1 | branch bit.
 TQ_INLINE void trellis_words(const std::uint8_t* group, int bits, int dim, int i, std::uint32_t word[4][16]) {
-    std::uint32_t a[16], top[8] = {};
+    std::uint32_t a[16], top[16] = {};
     std::memcpy(a, group + i * 64, 64);
-    if (bits == 3) std::memcpy(top, group + top_plane_at(dim) + i * 32, 32);
+    if (bits > 2) std::memcpy(top, group + top_plane_at(dim) + i * top_bytes(bits), top_bytes(bits));
     for (int j = 0; j < 4; j++)
-        for (int lane = 0; lane < 16; lane++)
-            word[j][lane] = (a[lane] >> j & 0x01010101) | (a[lane] >> (4 + j) & 0x01010101) << 1 |
-                            (top[lane & 7] >> ((j ^ 1) + (lane & 8) / 2) & 0x01010101) << 2;
+        for (int lane = 0; lane < 16; lane++) {
+            word[j][lane] = (a[lane] >> j & 0x01010101) | (a[lane] >> (4 + j) & 0x01010101) << 1;
+            if (bits == 3) word[j][lane] |= (top[lane & 7] >> ((j ^ 1) + (lane & 8) / 2) & 0x01010101) << 2;
+            if (bits == 4) word[j][lane] |= (top[lane] >> (j ^ 1) & 0x01010101) << 2 | (top[lane] >> (4 + (j ^ 1)) & 0x01010101) << 3;
+        }
 }
 
 TQ_INLINE void put_trellis_words(std::uint8_t* group, int bits, int dim, int i, const std::uint32_t word[4][16]) {
-    std::uint32_t a[16] = {}, top[8] = {};
+    std::uint32_t a[16] = {}, top[16] = {};
     for (int j = 0; j < 4; j++)
         for (int lane = 0; lane < 16; lane++) {
             a[lane] |= (word[j][lane] & 0x01010101) << j | (word[j][lane] >> 1 & 0x01010101) << (4 + j);
-            top[lane & 7] |= (word[j][lane] >> 2 & 0x01010101) << ((j ^ 1) + (lane & 8) / 2);
+            if (bits == 3) top[lane & 7] |= (word[j][lane] >> 2 & 0x01010101) << ((j ^ 1) + (lane & 8) / 2);
+            if (bits == 4) top[lane] |= (word[j][lane] >> 2 & 0x01010101) << (j ^ 1) | (word[j][lane] >> 3 & 0x01010101) << (4 + (j ^ 1));
         }
     std::memcpy(group + i * 64, a, 64);
-    if (bits == 3) std::memcpy(group + top_plane_at(dim) + i * 32, top, 32);
+    if (bits > 2) std::memcpy(group + top_plane_at(dim) + i * top_bytes(bits), top, top_bytes(bits));
 }
 
 // Quartet i's words of branch bits (low nibbles count), the quartets before the first included.
@@ -245,7 +259,7 @@ TQ_INLINE void index_words(const Side& side, const std::uint8_t* group, int i, s
     for (int j = 0; j < 4; j++)
         for (int lane = 0; lane < 16; lane++) {
             const std::uint32_t high = before[0][lane] ^ before[2][lane] ^ before[3][lane];
-            word[j][lane] = (word[j][lane] & 0x06060606) << 1 | (high >> j & 0x01010101) << 1 | (before[1][lane] >> j & 0x01010101);
+            word[j][lane] = (word[j][lane] & 0x0E0E0E0E) << 1 | (high >> j & 0x01010101) << 1 | (before[1][lane] >> j & 0x01010101);
         }
 }
 
@@ -320,13 +334,17 @@ static void codes_to_levels(int dim, std::uint8_t* codes) {
     }
 }
 
-// Canonical: a little-endian bit stream per token. Where in it the low bits of dim d's code lie, and the bits above those:
-// a scalar code in one piece, a trellis code's branch bit in a plane that interleaves halves of 16 dims, own bits in another.
-struct Places { int low, num_low, high; };
+// Canonical: a little-endian bit stream per token. Which bits of dim d's code lie where in it, lowest first: a scalar code in one
+// piece; of a trellis code the branch bit in a plane that interleaves halves of 16 dims, two own bits in a plane in order, a
+// single one in another interleaved plane.
+struct Piece { int at, num_bits; };
+struct Places { Piece piece[3]; int count; };
 TQ_INLINE Places places_of(const Side& side, int d) {
-    if (!side.is_trellis) return {d * side.bits, side.bits, 0};
+    if (!side.is_trellis) return {{{d * side.bits, side.bits}}, 1};
     const int interleaved = d / 16 * 16 + d % 8 * 2 + d % 16 / 8;
-    return {interleaved, 1, side.dim + (side.bits == 2 ? interleaved : 2 * d)};
+    const Piece branch{interleaved, 1}, pair{side.dim + 2 * d, 2}, last{(side.bits - 1) * side.dim + interleaved, 1};
+    if (side.bits == 2) return {{branch, last}, 2};
+    return {{branch, pair, last}, side.bits - 1};
 }
 
 TQ_INLINE void put_bits(std::uint8_t* row, int at, int value) { // all bits of row there are 0
@@ -349,9 +367,11 @@ static void to_canonical(const Store& store, const Side& side, const std::uint8_
         for (int t = 0; t < 16; t++)
             for (int d = 0; d < side.dim; d++) {
                 const Places at = places_of(side, d);
-                const int code = codes[t * side.dim + d];
-                put_bits(packed + t * row_bytes, at.low, code & ((1 << at.num_low) - 1));
-                if (side.is_trellis) put_bits(packed + t * row_bytes, at.high, code >> 1);
+                int code = codes[t * side.dim + d];
+                for (int n = 0; n < at.count; n++) {
+                    put_bits(packed + t * row_bytes, at.piece[n].at, code & ((1 << at.piece[n].num_bits) - 1));
+                    code >>= at.piece[n].num_bits;
+                }
             }
     }
 }
@@ -363,9 +383,12 @@ static void from_canonical(const Store& store, const Side& side, const std::uint
         for (int t = 0; t < 16; t++)
             for (int d = 0; d < side.dim; d++) {
                 const Places at = places_of(side, d);
-                const std::uint8_t* row = packed + t * row_bytes;
-                const int high = side.is_trellis ? get_bits(row, at.high, side.bits - 1) << 1 : 0;
-                codes[t * side.dim + d] = std::uint8_t(get_bits(row, at.low, at.num_low) | high);
+                int code = 0, num_bits = 0;
+                for (int n = 0; n < at.count; n++) {
+                    code |= get_bits(packed + t * row_bytes, at.piece[n].at, at.piece[n].num_bits) << num_bits;
+                    num_bits += at.piece[n].num_bits;
+                }
+                codes[t * side.dim + d] = std::uint8_t(code);
             }
         pack_group(side, codes, group);
     }

@@ -172,9 +172,11 @@ IntTable make_table(const Side& side, const KernelTable& level) {
     IntTable table = side.is_key ? fitted_table(side, level.k_low, level.k_high) : fitted_table(side, level.v_low, level.v_high);
     if (side.is_trellis)
         for (int j = 0; j < 4; j++)
-            for (int x = 0; x < 64; x++) { // an index of two vectors' h, l and first own bits; the second ones have bit j ^ 1
-                const int low = x >> (2 + j % 2) & 1, high = x >> j % 2 & 1, own = x >> (4 + j % 2) & 1, second = x >> (j ^ 1) & 1;
-                table.window[j][x] = table.entry[(side.bits == 3 ? second << 3 : 0) | own << 2 | high << 1 | low];
+            for (int x = 0; x < 64; x++) { // an index of two vectors' h, l and first own bits; the others have the other vector's bits
+                const int mine = j % 2, other = 1 - mine, low = x >> (2 + mine) & 1, high = x >> mine & 1, own = x >> (4 + mine) & 1;
+                const int second = x >> (side.bits == 3 ? j ^ 1 : other) & 1, third = x >> (4 + other) & 1;
+                const int above = side.bits == 2 ? 0 : side.bits == 3 ? second : third << 1 | second;
+                table.window[j][x] = table.entry[above << 3 | own << 2 | high << 1 | low];
             }
     return table;
 }

@@ -39,10 +39,10 @@ static void search_trellis(const Side& side, const float* z, std::uint8_t* codes
     constexpr int num_states = 8; // the last three branch bits, the newest in bit 0
     const int dim = side.dim, per_subset = 1 << (side.bits - 1);
     auto subset = [](int state, int branch) { return 2 * (branch ^ (state >> 1 & 1) ^ (state >> 2 & 1)) + (state & 1); };
-    float middle[4][3] = {};
+    float middle[4][7] = {};
     for (int s = 0; s < 4; s++)
         for (int n = 0; n + 1 < per_subset; n++) middle[s][n] = float((double(side.book[4 * n + s]) + side.book[4 * n + 4 + s]) / 2);
-    alignas(64) std::int32_t steps[kMaxDim * LANES]; // each: 8 bits of whether a state came from the upper one, 2 of own bits a subset
+    alignas(64) std::int32_t steps[kMaxDim * LANES]; // each: 8 bits of whether a state came from the upper one, 3 of own bits a subset
     for (int sub = 0; sub < SUBS; sub++) {
         F cost[num_states], next[num_states];
         for (int t = 0; t < num_states; t++) cost[t] = splat(t ? __builtin_inff() : 0.0f);
@@ -59,7 +59,7 @@ static void search_trellis(const Side& side, const float* z, std::uint8_t* codes
                     own -= above;
                 }
                 error[s] = (x - value) * (x - value);
-                step |= own << (8 + 2 * s);
+                step |= own << (8 + 3 * s);
             }
             for (int t = 0; t < num_states; t++) {
                 const int low = t >> 1, high = low + num_states / 2;
@@ -80,7 +80,7 @@ static void search_trellis(const Side& side, const float* z, std::uint8_t* codes
         }
         for (int d = dim - 1; d >= 0; d--) {
             const I step = load<I>(steps + d * LANES), before = state >> 1 | (step >> state & 1) << 2;
-            const I which = ((state ^ before >> 1 ^ before >> 2) & 1) << 1 | (before & 1), own = step >> (which * 2 + 8) & 3;
+            const I which = ((state ^ before >> 1 ^ before >> 2) & 1) << 1 | (before & 1), own = step >> (which * 3 + 8) & 7;
             std::uint8_t code[LANES], level[LANES];
             store_to(code, __builtin_convertvector(own << 1 | (state & 1), B1));
             store_to(level, __builtin_convertvector(own << 2 | which, B1));

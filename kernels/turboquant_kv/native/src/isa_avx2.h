@@ -12,7 +12,7 @@ constexpr int kQueryLimit = 2047, kWeightLimit = 4095;
 struct Lut {
     __m256i table;
     template <int Bits> static inline Lut make(const std::uint8_t* entry) {
-        return {_mm256_loadu_si256((const __m256i*)entry)};
+        return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)entry))};
     }
 };
 template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
@@ -21,6 +21,8 @@ template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
 }
 // By the low four bits of indices below 128.
 TQ_INLINE B4 look_up_below_128(const Lut& lut, B4 index) { return (B4)_mm256_shuffle_epi8(lut.table, (__m256i)index); }
+// `a` where bit 7 of `which` is set, else `b`.
+TQ_INLINE B4 choose_by_top_bit(B4 which, B4 a, B4 b) { return (B4)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)which); }
 template <int N> TQ_INLINE B4 shift_right(B4 x) { return (B4)_mm256_srli_epi16((__m256i)x, N); }
 template <int N> TQ_INLINE B4 shift_left(B4 x) { return (B4)_mm256_slli_epi16((__m256i)x, N); }
 TQ_INLINE B4 join_3bit(B4 low, B4 high) {
@@ -81,6 +83,7 @@ TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* even, const std::uin
 TQ_INLINE F load_half(const void* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 TQ_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 constexpr int kGemmRows = 6, kGemmVectors = 2;
+constexpr int kFloatLutBits = 4;
 struct FloatLut {
     __m256 low, high;
     static inline FloatLut make(const float* book, int bits) {

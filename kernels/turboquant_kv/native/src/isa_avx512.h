@@ -51,7 +51,8 @@ TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) {
     return (B4)_mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
 }
 // The six bits that a permute takes as an index hold all of two trellis codes of 2 bits: h0 h1 l0 l1 o0 o1 of vectors 0 and 1,
-// then of 2 and 3 (h, l: the subset; o: the own bit). At 3 bits the second own bits take the other vector's places.
+// then of 2 and 3 (h, l: the subset; o: the own bit). At 3 bits the second own bits take the other vector's places, and at
+// 4 bits the third ones do as well.
 struct TrellisLut {
     __m512i window[4];
     static inline TrellisLut make(const IntTable& t) {
@@ -62,11 +63,12 @@ TQ_INLINE __m512i pick(int mask, __m512i a, __m512i b) { return _mm512_ternarylo
 template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, B4 before, B4 earlier, B4 top, B4 c[4]) {
     const __m512i l = (__m512i)before, p = (__m512i)top;
     const __m512i oh = _mm512_ternarylogic_epi32((__m512i)now, (__m512i)earlier, _mm512_set1_epi8(15), 0x78); // now ^ (earlier & 15)
+    [[maybe_unused]] const __m512i later = Bits == 4 ? _mm512_srli_epi16(p, 2) : p; // vectors 2 and 3 to the places of 0 and 1
     const __m512i two[2] = {pick(12, _mm512_slli_epi16(l, 2), oh), pick(12, l, _mm512_srli_epi16(oh, 2))};
     for (int j = 0; j < 4; j++) {
-        const __m512i own = two[j / 2];
-        const __m512i index = Bits == 2 ? own : j % 2 ? pick(0x55, p, own) : pick(0x55, own, p);
-        c[j] = (B4)_mm512_permutexvar_epi8(index, t.window[j]);
+        const __m512i own = two[j / 2], others = j / 2 ? later : p;
+        const __m512i index = Bits == 2 ? own : j % 2 ? pick(0x55, others, own) : pick(0x55, own, others);
+        c[j] = (B4)_mm512_permutexvar_epi8(index, t.window[Bits == 4 ? j % 2 : j]); // fewer tables, more registers for sums
     }
 }
 // acc + sum of four unsigned times signed bytes per lane.
@@ -84,15 +86,16 @@ TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* words, const std::ui
 TQ_INLINE F load_half(const void* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 TQ_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 constexpr int kGemmRows = 8, kGemmVectors = 2;
+constexpr int kFloatLutBits = 5;
 struct FloatLut {
-    __m512 table;
+    __m512 low, high;
     static inline FloatLut make(const float* book, int bits) {
-        alignas(64) float entries[16];
-        for (int i = 0; i < 16; i++) entries[i] = book[i & ((1 << min1(bits, 4)) - 1)];
-        return {_mm512_load_ps(entries)};
+        alignas(64) float entries[32];
+        for (int i = 0; i < 32; i++) entries[i] = book[i & ((1 << min1(bits, 5)) - 1)];
+        return {_mm512_load_ps(entries), _mm512_load_ps(entries + 16)};
     }
 };
-TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return (F)_mm512_permutexvar_ps((__m512i)index, lut.table); }
+TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return (F)_mm512_permutex2var_ps((__m512)lut.low, (__m512i)index, (__m512)lut.high); }
 TQ_INLINE F gather(const float* book, I index) { return (F)_mm512_i32gather_ps((__m512i)index, book, 4); }
 TQ_INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
 TQ_INLINE float maximum(F x) { return _mm512_reduce_max_ps((__m512)x); }

@@ -18,6 +18,10 @@ template <int Bits> TQ_INLINE B4 look_up(const Lut& lut, B4 index) {
     return (B4)vqtbl1q_u8(lut.table, vandq_u8((uint8x16_t)index, vdupq_n_u8(15)));
 }
 TQ_INLINE B4 look_up_below_128(const Lut& lut, B4 index) { return look_up<4>(lut, index); }
+// `a` where bit 7 of `which` is set, else `b`.
+TQ_INLINE B4 choose_by_top_bit(B4 which, B4 a, B4 b) {
+    return (B4)vbslq_u8(vreinterpretq_u8_s8(vshrq_n_s8((int8x16_t)which, 7)), (uint8x16_t)a, (uint8x16_t)b);
+}
 template <int N> TQ_INLINE B4 shift_right(B4 x) {
     if constexpr (N == 0) return x;
     else return (B4)vshrq_n_u8((uint8x16_t)x, N);
@@ -62,6 +66,7 @@ TQ_INLINE I dot_value(I acc, Spread c, const std::uint32_t* words, const std::ui
 TQ_INLINE F load_half(const void* p) { return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const std::uint16_t*)p))); }
 TQ_INLINE F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 constexpr int kGemmRows = 8, kGemmVectors = 2;
+constexpr int kFloatLutBits = 8;
 TQ_INLINE F gather(const float* book, I index) {
     F x{};
     for (int i = 0; i < LANES; i++) x[i] = book[index[i]];

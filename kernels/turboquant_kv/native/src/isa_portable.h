@@ -32,14 +32,15 @@ struct Lut256 {
 TQ_INLINE B4 look_up_256(const Lut256& lut, B4 index) { return look_up<8>(Lut{lut.entry}, index); }
 struct TrellisLut {
     Lut level;
-    static inline TrellisLut make(const IntTable& t) { return {Lut::make<4>(t.entry)}; }
+    static inline TrellisLut make(const IntTable& t) { return {Lut::make<5>(t.entry)}; }
 };
 template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, B4 before, B4 earlier, B4 top, B4 c[4]) {
     const B4 high = now ^ earlier;
     for (int j = 0; j < 4; j++) {
         B4 index = (before >> j & 1) | (high >> j & 1) << 1 | (now >> (4 + j) & 1) << 2;
-        if constexpr (Bits == 3) index |= (top >> (j ^ 1) & 1) << 3;
-        c[j] = look_up<4>(t.level, index);
+        if constexpr (Bits >= 3) index |= (top >> (j ^ 1) & 1) << 3;
+        if constexpr (Bits == 4) index |= (top >> (4 + (j ^ 1)) & 1) << 4;
+        c[j] = look_up<5>(t.level, index);
     }
 }
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
@@ -66,6 +67,7 @@ TQ_INLINE F load_half(const void* p) {
 }
 TQ_INLINE F fma(F a, F b, F c) { return a * b + c; }
 constexpr int kGemmRows = 4, kGemmVectors = 2;
+constexpr int kFloatLutBits = 8;
 TQ_INLINE F gather(const float* book, I index) {
     F x{};
     for (int i = 0; i < LANES; i++) x[i] = book[index[i]];

@@ -39,7 +39,7 @@ std::vector<float> floats(nb::handle object, const char* name, std::int64_t coun
 Side make_side(bool is_key, int heads, int dim, int bits, nb::handle signs, nb::handle base, nb::handle mean, nb::handle book, nb::handle thresholds) {
     if (dim < 16 || dim > kMaxDim || dim % 16) throw std::invalid_argument("head dimensions are multiples of 16 up to 512");
     const bool is_trellis = thresholds.is_none();
-    if (is_trellis && bits != 2 && bits != 3) throw std::invalid_argument("bits of a trellis are 2 or 3");
+    if (is_trellis && (bits < 2 || bits > 4)) throw std::invalid_argument("bits of a trellis are 2, 3 or 4");
     if (is_trellis && dim < kMinTrellisDim) throw std::invalid_argument("head dimensions of a trellis are 64 at least");
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("bits are 2, 3, 4 or 8");
     Side side;
@@ -84,7 +84,8 @@ class Scratch {
 // What keys and values of a conversation's pages are centred by.
 class Centres {
   public:
-    Centres(const Store& store, std::int64_t first_page, int num_pages) : store_(store), num_blocks_(std::int64_t(num_pages) * store.groups_per_page()) {
+    Centres(const Store& store, std::int64_t first_page, int num_pages)
+        : store_(store), num_blocks_(std::int64_t(num_pages) * store.groups_per_page()) {
         const Side& side = store.k;
         if (side.turning.num_pairs == 0) return;
         turned_.resize(std::size_t(store.heads) * num_blocks_ * side.dim);
@@ -131,7 +132,8 @@ class NativeStore {
         Side& side = store_.k;
         if (store_.num_pages) throw std::invalid_argument("the geometry cannot change once there are pages");
         if (side.dim == 0) throw std::invalid_argument("the store's keys are not set");
-        auto means = numbers<double>(mean, "mean", std::int64_t(store_.heads) * side.dim), turns = numbers<double>(frequencies, "frequencies", -1);
+        auto means = numbers<double>(mean, "mean", std::int64_t(store_.heads) * side.dim);
+        auto turns = numbers<double>(frequencies, "frequencies", -1);
         for (const auto* values : {&means, &turns})
             for (double x : *values)
                 if (!std::isfinite(x)) throw std::invalid_argument("the rotation of keys has numbers that are none");

@@ -5,7 +5,9 @@ constexpr int kTileTokens = 256; // K and V tiles of 128 dims are 256 KiB: secon
 constexpr int kRowBlock = 64;    // score rows at a time: 64 KiB
 
 TQ_INLINE int tile_tokens(const Store& s) { return max1(kTileTokens / s.page_tokens, 1) * s.page_tokens; }
-TQ_INLINE int tile_blocks(const Store& s) { return (tile_tokens(s) / kGroupTokens + kSpanBlocks - 1) / kSpanBlocks * kSpanBlocks; } // whole spans
+TQ_INLINE int tile_blocks(const Store& s) { // of whole spans
+    return (tile_tokens(s) / kGroupTokens + kSpanBlocks - 1) / kSpanBlocks * kSpanBlocks;
+}
 TQ_INLINE int prefill_rows(const Attention& a) { return a.group * a.store->page_tokens; }
 TQ_INLINE int key_columns(const Attention& a) { return max1(tile_tokens(*a.store), (max1(a.store->page_tokens, a.store->sink_tokens) + 15) / 16 * 16); }
 
@@ -28,7 +30,7 @@ static void decode_keys(const Store& store, const Side& side, const std::uint8_t
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
-                        const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
+                        const F c = side.index_bits() > kFloatLutBits ? gather(side.book.data(), code) : look_up_float(lut, code);
                         store_to(panels + panel_at(side.dim, native_dim(side, 16 * i + 4 * j + k), column), c * scale);
                     }
             }
@@ -48,7 +50,7 @@ static void decode_values(const Store& store, const Side& side, const std::uint8
                 for (int j = 0; j < 4; j++)
                     for (int k = 0; k < 4; k++) {
                         const I code = (load<I>(word[j] + sub * LANES) >> (8 * k)) & 255;
-                        const F c = side.bits == 8 ? gather(side.book.data(), code) : look_up_float(lut, code);
+                        const F c = side.index_bits() > kFloatLutBits ? gather(side.book.data(), code) : look_up_float(lut, code);
                         store_to(panels + panel_at(depth, at + g * 16 + 4 * j + k, 16 * i + sub * LANES), c * scale[4 * j + k]);
                     }
         }
@@ -110,10 +112,11 @@ static void prefill_pages(const Attention& a, const Item& item, int kv_head, con
             decode_values(store, store.v, store.codes(store.v, id, kv_head), store.scales(store.v, id, kv_head), p * page, n, s.v_tile);
         }
         const Turning& turning = store.k.turning;
+        const int blocks = tile_blocks(store), products = 2 * turning.padded;
         for (int b = 0; turning.num_pairs && b < n / kGroupTokens; b += kSpanBlocks)
             for (int r = 0; r < num_rows; r += kMaxGroup)
-                kSpanShifts[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * 2 * turning.padded,
-                                                               2 * turning.padded, s.constant + r, s.shift + r * tile_blocks(store) + b, tile_blocks(store));
+                kSpanShifts[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * products,
+                                                               products, s.constant + r, s.shift + r * blocks + b, blocks);
         const std::int64_t start = store.sink_tokens + at * page;
         absorb_tile(s, store, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
             if (start >= oldest) return;

@@ -263,7 +263,8 @@ struct PageKernels {
 };
 // Scores p (head h at p + h * stride) and value scales of num_groups groups; peaks (G,), mass (G,) lanes.
 template <int Kind>
-static void weigh(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int G, int stride, const float* peaks, F* mass, Weights& out) {
+static void weigh(const Side& side, const float* p, const std::uint8_t* scales, int num_groups, int G, int stride, const float* peaks, F* mass,
+                  Weights& out) {
     F value_scales[SUBS * kBlockGroups];
     F check{};
     for (int i = 0; i < num_groups * SUBS; i++) {
@@ -277,7 +278,9 @@ static void weigh(const Side& side, const float* p, const std::uint8_t* scales, 
 }
 #define TQ_ALL_GROUPS(f, Kind) {f<Kind, 1>, f<Kind, 2>, f<Kind, 3>, f<Kind, 4>, f<Kind, 5>, f<Kind, 6>, f<Kind, 7>, f<Kind, 8>}
 #define TQ_PAGE_KERNELS(Kind) {TQ_ALL_GROUPS(score_groups, Kind), TQ_ALL_GROUPS(add_values, Kind), weigh<Kind>}
-static const PageKernels kPageKernels[6] = {TQ_PAGE_KERNELS(2), TQ_PAGE_KERNELS(3), TQ_PAGE_KERNELS(4), TQ_PAGE_KERNELS(8),
-                                            TQ_PAGE_KERNELS(kTrellis + 2), TQ_PAGE_KERNELS(kTrellis + 3)};
+static const PageKernels kPageKernels[7] = {TQ_PAGE_KERNELS(2), TQ_PAGE_KERNELS(3), TQ_PAGE_KERNELS(4), TQ_PAGE_KERNELS(8),
+                                            TQ_PAGE_KERNELS(kTrellis + 2), TQ_PAGE_KERNELS(kTrellis + 3), TQ_PAGE_KERNELS(kTrellis + 4)};
 
-TQ_INLINE const PageKernels& page_kernels(const Side& side) { return kPageKernels[side.is_trellis ? side.bits + 2 : side.bits == 8 ? 3 : side.bits - 2]; }
+TQ_INLINE const PageKernels& page_kernels(const Side& side) {
+    return kPageKernels[side.is_trellis ? side.bits + 2 : side.bits == 8 ? 3 : side.bits - 2];
+}
