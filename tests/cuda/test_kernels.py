@@ -11,16 +11,18 @@ import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import (
     History,
-    as_float64,
     expected,
     feed,
+    key_means,
     new_cache,
     random_queries,
     random_rotary,
     relative_error,
+    rounded,
 )
 
 from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
 from turboquant_kv.backends.gpu.flash import FlashKernels
@@ -31,6 +33,7 @@ from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import Rotary
 from turboquant_kv.codec.rotation import rotation_matrix
 
 # As in tests/turboquant_kv/test_backends.py, and for the same reasons.
@@ -132,11 +135,63 @@ def test_parts_merge_in_either_way(fused: bool, rng: np.random.Generator, monkey
     assert relative_error(out, want) < TOLERANCE[mx.float16]
 
 
-def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
-    """`reach` cuts codes, sink and window; here the reference is attention over the keys that are left."""
+WALKS = [(64, 32, 3), (128, 16, 4), (80, 16, 3), (96, 32, "3t")]  # dim, tile, codec of keys
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("case", WALKS)
+def test_long_walks_turn_means_all_the_way(
+    case: Any, halves: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few warps, each with more tiles than one product of 16 blocks covers; factors are a half, or the sum of two."""
+    dim, tile, codec = case
+    monkeypatch.setattr(gpu, "LONGEST_PLAIN_MEAN", np.inf if halves == 1 else 0.0)
+    tuning = Tuning(4, tile, 2, 128, blocks=1)
+    backend = GpuBackend("cuda", DecodeKernels("cuda", cuda_kernel, tuning), BACKEND.kernels.pages, NO_FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    fmt = KVFormat(codec, 4, page_tokens=32, sink_tokens=5)
+    num_tokens = int(rng.integers(2200, 2400))
+    history = History.random(rng, 1, num_tokens + 3, dim, dtype=mx.float16)
+    means = history.means(rng, random_rotary(rng, dim))
+    cache = new_cache(fmt, "gpu", means)
+    feed(cache, history, 0, num_tokens, random_queries(rng, 1, num_tokens, dim, mx.float16), 0.05)
+    assert cache.sequence is not None
+    storage: Any = cache.sequence.pool.stores[0]
+    q = random_queries(rng, 2, 3, dim, mx.float16)
+    assert storage.launch_for(q)._shape.turn_parts == halves
+    out = feed(cache, history, num_tokens, num_tokens + 3, q, 0.05)
+    assert relative_error(out, expected(history, q, fmt, num_tokens, 0.05, means)) < TOLERANCE[mx.float16]
+
+
+def test_scores_of_a_large_mean_are_float32s(rng: np.random.Generator) -> None:
+    """A mean adds up to 1000 to every score: of that, what halves leave out of a cosine or a query is tenths."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=32)
+    num_tokens, rotary = 600 + int(rng.integers(0, 16)), Rotary(np.array([1e-4]), 2, 1)
+    direction = rng.standard_normal(2)
+    direction /= np.linalg.norm(direction)
+    mean = np.zeros((1, 64), np.float32)
+    mean[0, :2] = 1000 * direction
+    history = History.random(rng, 1, num_tokens, 64, dtype=mx.float32)
+    history.k = rounded(history.k + rotary.turned(mean[:, None], np.arange(num_tokens)[None]), mx.float32)
+    # values that drift, so that early and late tokens' weights show
+    history.v = rounded(history.v + np.linspace(0, 3, num_tokens)[None, :, None], mx.float32)
+    means = Means(mean, history.v.mean(axis=1).astype(np.float32), rotary)
+    cache = new_cache(fmt, "gpu", means)
+    feed(cache, history, 0, num_tokens - 1, random_queries(rng, 8, num_tokens - 1, 64, mx.float32), 0.1)
+    q = np.array(random_queries(rng, 8, 1, 64, mx.float32))
+    q[..., :2] = direction * rng.uniform(5, 10, (1, 8, 1, 1))
+    out = feed(cache, history, num_tokens - 1, num_tokens, mx.array(q), 0.1)
+    want = expected(history, mx.array(q), fmt, num_tokens - 1, 0.1, means)
+    assert relative_error(out, want) < TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_keys_beyond_the_window_are_not_seen(turns: bool, rng: np.random.Generator) -> None:
+    """`reach` cuts codes, sink and window; walks begin at any tile then, with that tile's means."""
     fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
     history = History.random(rng, 1, 330, 64, dtype=mx.float16)
-    cache = new_cache(fmt, "gpu")
+    means = history.means(rng, random_rotary(rng, 64)) if turns else None
+    cache = new_cache(fmt, "gpu", means)
     feed(cache, history, 0, 329, random_queries(rng, 3, 329, 64, mx.float16), 0.125)
     q = random_queries(rng, 3, 1, 64, mx.float16)
     cache.update_and_fetch(*history.slice(329, 330))
@@ -145,22 +200,13 @@ def test_keys_beyond_the_window_are_not_seen(rng: np.random.Generator) -> None:
     pool = cache.sequence.pool
     _, views = cache._append(pool, pool.shapes[0], keys, values)
     plan = BACKEND.prepare_step(views)
-    window = views[0].window
-    assert window is not None
     storage: Any = cache.sequence.pool.stores[0]
     launch = storage.launch_for(q)
     layer, figures = storage.layer_inputs(views, plan, launch)
     for reach in (1, 20, 150, 325):
         out = launch(layer, q, figures, plan.page_table, scale=0.125, reach=reach)
-        k, v = (as_float64(x)[0] for x in storage.history(views[0], plan.page_table))
-        position = np.concatenate(
-            [np.arange(8 + 16 * len(views[0].page_ids)), window.start + np.arange(window.k.shape[1])]
-        )
-        seen = position > 329 - reach
-        scores = as_float64(q)[0, :, 0] @ k[seen].T * 0.125
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        want = weights @ v[seen] / weights.sum(axis=-1, keepdims=True)
-        assert relative_error(out[0, :, 0], want) < TOLERANCE[mx.float16]
+        want = expected(history, q, fmt, 329, 0.125, means, window=reach)
+        assert relative_error(out, want) < TOLERANCE[mx.float16]
 
 
 def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
@@ -183,13 +229,18 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
 
 
+CHUNKED = [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")]  # codecs
+
+
 @pytest.mark.parametrize("dims", [(64, 128), (80, 96), (112, 192), (512, 256)])
-@pytest.mark.parametrize("bits", [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")])
-def test_prefill_in_chunks_is_the_references(bits: Any, dims: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("bits", "turns"), [*((bits, False) for bits in CHUNKED), ((4, 3), True), (("3t", "2t"), True)]
+)
+def test_prefill_in_chunks_is_the_references(bits: Any, turns: bool, dims: Any, rng: np.random.Generator) -> None:
     """Encoding, decoding and the mask: chunks begin in the sink, within a page and at one."""
     fmt = KVFormat(bits[0], bits[1], page_tokens=16, sink_tokens=12)
     history = History.random(rng, 2, 90, dims[0], dims[1], mx.float16)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, dims[0]) if turns else None)
     history.steady(rng, fmt, means)
     cache = new_cache(fmt, "gpu", means)
     cuts = [0, 9, 40, 60, 90]
@@ -210,19 +261,26 @@ CODED = [  # dim, codec, scale
 ]
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", CODED)
-def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
+def test_codes_are_the_references(case: Any, turns: bool, rng: np.random.Generator) -> None:
     """Float32 moves a value over a threshold now and then; scales of other vectors agree to a float16's last bits."""
     dim, name, scale = case
     x = rng.standard_normal((2, 48, dim)).astype(np.float32)
-    mean = rng.standard_normal((2, dim)).astype(np.float32)
-    x[1, 3] = mean[1]  # centred it is nothing at all
     fmt = KVFormat(name, name, scale=scale, page_tokens=16)
-    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
+    mean = rng.standard_normal((2, dim)).astype(np.float32)
+    means = Means(mean, mean, random_rotary(rng, dim) if turns else None)
+    first_page = int(rng.integers(0, 50))
+    start = fmt.page_start(first_page)
+    centre = np.broadcast_to(key_means(means, fmt, start + 48), (2, start + 48, dim))[:, start:]
+    x += centre
+    if not turns:
+        x[1, 3] = mean[1]  # centred it is nothing at all
+    storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, means)
     storage.grow(5)
-    storage.encode(np.array([4, 0, 2]), 0, mx.array(x), mx.array(x))
+    storage.encode(np.array([4, 0, 2]), first_page, mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
-    want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
+    want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), centre)
     got = pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1)
     same = fmt.keys.decode(got, dim) == fmt.keys.decode(want.codes, dim)
     assert same.mean() > 0.999

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.metal.emulator import metal_kernel
-from tests.turboquant_kv.histories import as_float64
+from tests.turboquant_kv.histories import as_float64, random_rotary
 
 from turboquant_kv.backends.base import ExactRows, LayerShape, Means, SequenceView
 from turboquant_kv.backends.gpu import page_kernels as gpu_pages
@@ -42,11 +42,17 @@ def exact_rows(rng: np.random.Generator, start: int, num_rows: int, dims: tuple[
 
 
 def check_history(
-    backend: GpuBackend, fmt: KVFormat, dims: tuple[int, int], num_pages: int, dtype: Any, rng: np.random.Generator
+    backend: GpuBackend,
+    fmt: KVFormat,
+    dims: tuple[int, int],
+    num_pages: int,
+    dtype: Any,
+    rng: np.random.Generator,
+    turns: bool = False,
 ) -> None:
     """Random pages between random exact rows: decoded as MLX operations do it, exact ones copied."""
     k_mean, v_mean = (rng.standard_normal((2, d)).astype(np.float32) for d in dims)
-    means = Means(k_mean, v_mean)
+    means = Means(k_mean, v_mean, random_rotary(rng, dims[0]) if turns else None)
     storage: Any = backend.new_store(LayerShape(2, *dims, dtype), fmt, means)
     storage.grow(num_pages + 2)
     for arrays in storage._arrays:
@@ -89,12 +95,15 @@ DECODED = [  # dims of keys and values, bits, sink, pages, dtype; every dim and 
 ]
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", DECODED)
 @pytest.mark.parametrize("backend", [CUDA, METAL], ids=["cuda", "metal"])
-def test_histories_are_decoded_as_their_twins(backend: GpuBackend, case: Any, rng: np.random.Generator) -> None:
+def test_histories_are_decoded_as_their_twins(
+    backend: GpuBackend, case: Any, turns: bool, rng: np.random.Generator
+) -> None:
     dims, bits, sink, num_pages, dtype = case
     fmt = KVFormat(bits[0], bits[1], page_tokens=int(rng.choice([16, 48])), sink_tokens=sink)
-    check_history(backend, fmt, dims, num_pages, dtype, rng)
+    check_history(backend, fmt, dims, num_pages, dtype, rng, turns)
 
 
 def test_threads_may_hold_twice_as_much(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +126,23 @@ def test_every_dim_has_kernels_of_its_own(dim: int) -> None:
     if side.base > 1:
         vectors = gpu_pages.THREADS // lanes
         assert vectors * (5 * dim + 4 * lanes) + 2 * 4 * 256 <= 32 << 10
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("backend", [CUDA, METAL], ids=["cuda", "metal"])
+def test_pages_are_centred_where_they_stand(backend: GpuBackend, dim: int, rng: np.random.Generator) -> None:
+    """Written in two goes and read back: keys that are their own means, which are long, come back as nothing else."""
+    fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=3)
+    mean = (20 * rng.standard_normal((2, dim))).astype(np.float32)
+    means = Means(mean, mean, random_rotary(rng, dim))
+    k = means.k_rows(fmt, 7, 3) + 0.01 * rng.standard_normal((2, 96, dim)).astype(np.float32)
+    storage = backend.new_store(LayerShape(2, dim, dim, mx.float32), fmt, means)
+    storage.grow(5)
+    for first, last in ((0, 2), (2, 3)):
+        rows = mx.array(k[:, 32 * first : 32 * last])
+        storage.encode(np.array([4, 0, 2])[first:last], 7 + first, rows, rows)
+    got = as_float64(storage.decode(np.array([4, 0, 2]), 7)[0])
+    np.testing.assert_allclose(got, k, atol=0.01)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 80, 192])

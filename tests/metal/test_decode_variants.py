@@ -10,7 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tests.metal.emulator import metal_kernel, run_metal
-from tests.turboquant_kv.histories import History, expected, new_cache, random_queries, relative_error
+from tests.turboquant_kv.histories import (
+    History,
+    expected,
+    new_cache,
+    random_queries,
+    random_rotary,
+    relative_error,
+)
 
 from turboquant_kv.backends.base import LayerShape, SequenceView
 from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStore, decode_shape
@@ -110,13 +117,14 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
 ]
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_both_variants_are_the_references(case: Any, rng: np.random.Generator) -> None:
+def test_both_variants_are_the_references(case: Any, turns: bool, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits), num_rows, num_tokens, dtype = case
     fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
     num_tokens += int(rng.integers(0, page)) + num_rows
     history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
     step = Step(rng, fmt, history.steady(rng, fmt, means), num_rows, means)
     q = random_queries(rng, num_q, num_rows, k_dim, dtype)
     for variant in VARIANTS:
@@ -135,8 +143,9 @@ def test_every_length_up_to_three_pages(rng: np.random.Generator) -> None:
         assert step.error(step.attend(kernels("simd"), q), q) < TOLERANCE[mx.float32], num_tokens
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_windows_sinks_and_lanes_in_any_order(variant: Variant, rng: np.random.Generator) -> None:
+def test_windows_sinks_and_lanes_in_any_order(variant: Variant, turns: bool, rng: np.random.Generator) -> None:
     """Windows end in the walk, in the sink and nowhere; backwards, lanes race and read too early without barriers."""
 
     def backwards(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +157,9 @@ def test_windows_sinks_and_lanes_in_any_order(variant: Variant, rng: np.random.G
         return call
 
     fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
-    step = Step(rng, fmt, History.random(rng, 1, 330 + int(rng.integers(0, 16)), 64).steady(rng, fmt), 2, None)
+    history = History.random(rng, 1, 330 + int(rng.integers(0, 16)), 64)
+    means = history.means(rng, random_rotary(rng, 64)) if turns else None
+    step = Step(rng, fmt, history.steady(rng, fmt, means), 2, means)
     q = random_queries(rng, 3, 2, 64, mx.float32)
     sinks = rng.standard_normal(3).astype(np.float32) + 2
     # few blocks at a time, so that the simdgroups of each go round their loop

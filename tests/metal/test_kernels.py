@@ -15,6 +15,7 @@ from tests.turboquant_kv.histories import (
     feed,
     new_cache,
     random_queries,
+    random_rotary,
     relative_error,
 )
 
@@ -65,14 +66,16 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens
 ]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "turns"), [(mx.float32, False), (mx.float16, False), (mx.bfloat16, False), (mx.float32, True)]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_decode_is_the_references(case: Any, dtype: Any, rng: np.random.Generator) -> None:
+def test_decode_is_the_references(case: Any, dtype: Any, turns: bool, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits), num_rows, num_tokens = case
     fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
     num_tokens += int(rng.integers(0, page))
     history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
-    means = history.means(rng)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
     history.steady(rng, fmt, means)
     cache = prefilled(fmt, history, num_tokens, num_q, rng, means)
     q = random_queries(rng, num_q, num_rows, k_dim, dtype)

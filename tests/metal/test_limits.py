@@ -36,18 +36,24 @@ Checked = tuple[str, KernelText, int, int]
 
 
 def decode_shape(
-    k_dim: int, v_dim: int, bits: tuple[int, int], num_rows: int, trellis: tuple[bool, bool] = (False, False)
+    k_dim: int,
+    v_dim: int,
+    bits: tuple[int, int],
+    num_rows: int,
+    trellis: tuple[bool, bool] = (False, False),
+    turns: bool = False,
 ) -> DecodeShape:
-    """With the largest types, which need most."""
-    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis)
+    """With the largest types, and with all dims of keys turning, which need most."""
+    pairs = k_dim // 2 if turns else 0
+    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis, pairs)
 
 
 def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
     kinds = [(bits, (False, False)) for bits in product(SUPPORTED_BITS, SUPPORTED_BITS)]
     kinds += [(bits, (True, True)) for bits in product(TRELLIS_BITS, TRELLIS_BITS)]
     kinds += [((8, 3), (False, True)), ((3, 8), (True, False))]
-    for v_dim, (bits, trellis), num_rows in product(SUPPORTED_HEAD_DIMS, kinds, (1, 3, 8)):
-        shape = decode_shape(k_dim, v_dim, bits, num_rows, trellis)
+    for v_dim, (bits, trellis), num_rows, turns in product(SUPPORTED_HEAD_DIMS, kinds, (1, 3, 8), (False, True)):
+        shape = decode_shape(k_dim, v_dim, bits, num_rows, trellis, turns)
         if variant == "simd" and not shape.has_simd:
             continue
         tuning = tuning_for(shape, variant, HOPPER)
@@ -61,8 +67,8 @@ def other_texts() -> Iterator[Checked]:
         for variant in VARIANTS:
             text = combine_text("metal", shape, variant, mx.float32)
             yield str(shape), text, combine_threads(dim), MAX_REGISTERS
-        for trellis in (False, True) if bits in TRELLIS_BITS else (False,):
-            side = SideShape(1, dim, bits, 16, "unbiased", mx.float32, trellis)
+        for trellis, turns in product((False, True) if bits in TRELLIS_BITS else (False,), (False, True)):
+            side = SideShape(1, dim, bits, 16, "unbiased", mx.float32, trellis, dim // 2 if turns else 0)
             yield str(side), encode_text("metal", side), THREADS, MAX_REGISTERS
             yield str(side), history_text("metal", side), THREADS, MAX_ESTIMATE.get(("history", dim), MAX_REGISTERS)
 
@@ -94,23 +100,24 @@ def test_merging_encoding_and_decoding_pages_fit() -> None:
 
 def test_the_reader_agrees_with_the_emulator() -> None:
     """On threadgroup memory, which the emulator counts where it is declared; a kernel of which all blocks return."""
-    for variant, trellis in product(VARIANTS, (False, True)):
-        shape = decode_shape(192, 128, (3, 4), 3, (trellis, False))
+    for variant, trellis, turns in product(VARIANTS, (False, True), (False, True)):
+        shape = decode_shape(192, 128, (3, 4), 3, (trellis, False), turns)
         text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
         kernel: Any = text.build(metal_kernel)
         pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
         values = [np.zeros((8, 1, 16, 64), np.uint8), np.zeros((8, 1, 16), np.float16)]
         exact = [np.zeros((1, 8, dim), np.float32) for dim in (192, 128, 192, 128)]
         constants = np.zeros(192 * 192 + 192, np.float32)
+        angles = [np.zeros((8, 192), np.float32)] if turns else []
         queries, table = np.zeros((1, 3, 1, 192), np.float32), np.zeros((1, 8), np.int32)
         kernel(
-            inputs=[queries, EMPTY_PLAN, table, *pages, *values, constants, *exact],
+            inputs=[queries, EMPTY_PLAN, table, *pages, *values, constants, *angles, *exact],
             grid=(128, 1, 1),
             threadgroup=(128, 1, 1),
             output_shapes=[(3 * 130,)],
             output_dtypes=[mx.float32],
         )
-        assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, (variant, trellis)
+        assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, (variant, trellis, turns)
 
 
 @pytest.mark.parametrize("trellis", [False, True])

@@ -81,15 +81,17 @@ def test_one_long_conversation_fills_the_gpu_once() -> None:
         assert 0.9 * HOPPER.processors <= num_blocks * SHAPE.num_kv_heads <= HOPPER.processors
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("device", [HOPPER, AMPERE, SMALL])
-def test_every_geometry_fits_a_block(device: Device) -> None:
+def test_every_geometry_fits_a_block(device: Device, turns: bool) -> None:
     """Shared memory on every kind of device, for all dims, bits and page sizes that tensor cores serve."""
     left_out = set()
     names: list[int | str] = [2, 3, 4, "2t", "3t", "4t"]
     for dim, page in product((d for d in SUPPORTED_HEAD_DIMS if d <= 256), (16, 48, 64)):
         layer = LayerShape(2, dim, dim, mx.float16)
         for keys, values in product(names, repeat=2):
-            shape = decode_shape(8, 1, mx.float16, layer, KVFormat(keys, values, page_tokens=page))
+            turning = (dim // 2, True, 2) if turns else (0, False, 1)
+            shape = decode_shape(8, 1, mx.float16, layer, KVFormat(keys, values, page_tokens=page), turning)
             if variant_for("cuda", shape, device) == "mma":
                 tuning = tuning_for(shape, "mma", device)
                 used = decode_arena(shape, tuning).num_bytes + STATIC_BYTES
