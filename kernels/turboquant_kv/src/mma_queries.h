@@ -154,15 +154,15 @@ TQ_FN TqTurning tq_start_turning(TqDecodeInputs inputs, uchar* arena, TqLane at,
   for (int i = 0; i < TURN_STEPS; i++) tq_turn_step(turning, tq_ask_angles(turning, i), i);
   return turning;
 }
-// What the lane's two rows get for the tile at t0: means + their product with the tile's block.
-TQ_FN void tq_turned_means(TqTurning& turning, TqDecodeInputs inputs, TqLane at, int t0, int step, int end, float mean_0,
-                           float mean_1, float* means) {
-  if (turning.tile == TURN_TILES) {
+// The group of tiles from t0 on begins: its product is there, and the next one's is begun.
+TQ_FN void tq_next_turned_group(TqTurning& turning, TqDecodeInputs inputs, TqLane at, int t0, int step, int end) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) turning.now[i] = turning.next[i];
-    turning.tile = 0;
-    tq_turn_towards(turning, inputs, at, t0 + TURN_TILES * step, step, end);
-  }
+  for (int i = 0; i < 4; i++) turning.now[i] = turning.next[i];
+  turning.tile = 0;
+  tq_turn_towards(turning, inputs, at, t0 + TURN_TILES * step, step, end);
+}
+// What the lane's two rows get for the group's present tile: means + their product with the tile's block.
+TQ_FN void tq_turned_means(const TqTurning& turning, TqLane at, float mean_0, float mean_1, float* means) {
   const int row = turning.tile * TILE_BLOCKS;
   const uint from = uint(row % 8 + (at.r >> 1) * BLOCK_TOKENS / MEAN_BLOCK) * 4 + at.c;
   means[0] = mean_0 + tq_shuffle(row < 8 ? turning.now[0] : turning.now[2], from);
