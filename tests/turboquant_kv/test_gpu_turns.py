@@ -100,6 +100,6 @@ def test_factors_of_long_means_are_two_halves(rng: np.random.Generator) -> None:
     """Of one head's long mean, all heads': they share a kernel."""
     mean = rng.standard_normal((3, 128)).astype(np.float32)
     mean *= 40 / np.linalg.norm(mean, axis=1, keepdims=True)
-    longer = mean * np.float32([[1], [2], [1]])
+    longer = mean * np.array([[1], [2], [1]], np.float32)
     rotary = random_rotary(rng, 128)
     assert [_turning(Means(k, mean, rotary), KVFormat())[2] for k in (mean, longer)] == [1, 2]
