@@ -34,7 +34,7 @@ from turboquant_kv.codec.rotary import Rotary
 FORMATS = ("4/4", "4/3", "3/3")
 MODEL_FORMATS = (("4/4", "mlx-ops"), ("4/4", "gpu"), ("4/3", "mlx-ops"), ("4/3", "gpu"))
 # Trellis codes beside the scalar ones of the same bits: format, the other, and how much of its speed is asked for.
-TRELLIS_FORMATS = (("3t/2t", "3/2", 0.85), ("2t/2t", "2/2", 0.85), ("4/3t", "4/3", 0.85))
+TRELLIS_FORMATS = (("3t/2t", "3/2", 0.85), ("2t/2t", "2/2", 0.85), ("4/3t", "4/3", 0.85), ("4t/3t", "4/3", 0.6))
 
 
 def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int = 1) -> list[Row]:
@@ -44,13 +44,14 @@ def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int
         *(
             (hq, hkv, d, dv, name, t)
             for hq, hkv, d, dv, t in ((40, 8, 128, 128, 1), (14, 2, 64, 64, 1))
-            for name in (*FORMATS, "3t/2t")
+            for name in (*FORMATS, "4t/3t", "3t/2t")
         ),
         *((8, 8, 128, 128, "4/4", 1), (8, 2, 256, 256, "4/3", 1), (7, 1, 80, 80, "3/3", 2)),
         *((8, 2, 96, 128, "8/4", 1), (4, 1, 192, 128, "4/2", 1), (9, 1, 112, 64, "2/8", 1)),
         *((8, 2, 128, 128, "3/4", 5), (16, 2, 64, 128, "2/2", 8), (4, 2, 512, 512, "4/4", 1)),
         *((8, 2, 256, 256, "2t/2t", 1), (7, 1, 80, 80, "3t/3t", 2), (8, 2, 96, 128, "4/3t", 1)),
         *((4, 1, 192, 128, "2t/3t", 1), (9, 1, 112, 64, "3t/8", 1), (4, 2, 512, 512, "3t/2t", 1)),
+        *((8, 2, 256, 256, "4t/3t", 1), (7, 1, 80, 96, "4t/4t", 2), (8, 2, 64, 128, "4/4t", 1)),
     ]
     dtypes = (mx.float16, mx.bfloat16, mx.float32)  # all three for the first shape, then in turn: each is compiled
     cases = [*zip(shapes[:1] * 3, dtypes, strict=True), *zip(shapes[1:], itertools.cycle(dtypes), strict=False)]

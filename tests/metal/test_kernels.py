@@ -169,7 +169,8 @@ CODED = [  # dim, codec, scale
     *((80, 3, "unbiased"), (96, 4, "least_squares"), (112, 2, "norm"), (192, 8, "plain"), (112, 3, "unbiased")),
     *((64, "3t", "unbiased"), (128, "2t", "norm"), (256, "3t", "least_squares"), (512, "2t", "plain")),
     *((80, "3t", "plain"), (96, "2t", "unbiased"), (112, "3t", "unbiased"), (192, "2t", "least_squares")),
-    *((64, "4t", "least_squares"), (128, "4t", "unbiased"), (256, "4t", "norm"), (80, "4t", "unbiased"), (96, "4t", "plain")),
+    *((64, "4t", "least_squares"), (128, "4t", "unbiased"), (256, "4t", "norm"), (512, "4t", "plain")),
+    *((80, "4t", "unbiased"), (96, "4t", "plain"), (112, "4t", "norm"), (192, "4t", "unbiased")),
 ]
 
 

@@ -11,7 +11,8 @@ TQ_CONSTANT int FLIP_PITCH = 36;
 TQ_CONSTANT int FLIP_FLOATS = 8 * FLIP_PITCH;
 TQ_CONSTANT int K_PART = 2 * K_BYTES;  // bits of a quarter of a vector
 TQ_CONSTANT int V_PART = 2 * V_BYTES;
-TQ_CONSTANT int K_WORDS = K_TRELLIS != 0 ? (D + 63) / 64 * tq_words_of_16(KBITS) : (K_PART + 31) / 32;  // that hold one, or its nibbles
+// Words that hold one, or its nibbles.
+TQ_CONSTANT int K_WORDS = K_TRELLIS != 0 ? (D + 63) / 64 * tq_words_of_16(KBITS) : (K_PART + 31) / 32;
 TQ_CONSTANT int V_WORDS = V_TRELLIS != 0 ? (DV + 63) / 64 * tq_words_of_16(VBITS) : (V_PART + 31) / 32;
 TQ_CONSTANT int SAME_PAIRS = KBITS == VBITS && K_TRELLIS == V_TRELLIS ? 1 : 0;
 TQ_CONSTANT int AT_ONCE = K_BYTES <= 64 ? 4 : 2;  // tokens whose keys wait in registers

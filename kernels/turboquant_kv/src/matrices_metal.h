@@ -68,14 +68,16 @@ TQ_FN void tq_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* o
   }
 }
 
+// Words that hold 16 dims of a trellis.
+constexpr int tq_words_of_16(int bits) { return bits == 4 ? 3 : 2; }
+
 // Quarter `part` of a packed vector of trellis codes as nibbles, a level each: of each 16 dims a word of the even ones and
 // a word of the odd ones. Of 4 bits a third word has their top bits, in bit 0 of fields, and nibbles are inverted where
 // those are set: the level's value is then that of the nibble with the other sign.
-constexpr int tq_words_of_16(int bits) { return bits == 4 ? 3 : 2; }
 template <int DIM, int BITS>
 TQ_FN void tq_trellis_quarter(const TQ_DEVICE uchar* vector, int part, TQ_THREAD uint* out) {
   const int NUM = DIM / 4, BLOCKS = (NUM + 15) / 16, LAST = DIM / 16 - 1, STEP = tq_words_of_16(BITS);
-  const int SINGLE = (BITS - 1) * DIM / 16;  // where the plane of one own bit lies: of 2 bits the only one, of 4 the top one
+  const int SINGLE = (BITS - 1) * DIM / 16;  // where the plane of 2 bits' only or 4 bits' top own bit begins
   const TQ_DEVICE ushort* planes = reinterpret_cast<const TQ_DEVICE ushort*>(vector);
   const int first = part * NUM / 16, shift = part * NUM % 16 * 2;  // a part may begin within a block
   uint own[BLOCKS];

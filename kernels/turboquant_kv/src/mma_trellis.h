@@ -86,13 +86,14 @@ TQ_FN void tq_own_bits(const uchar* rows, uint row_0, uint row_1, uint part, con
   if (BITS == 3) return;
 #pragma unroll
   for (int i = 0; i < (NUM + 15) / 16; i++) {
-    own[0][i] ^= 3 * (branches.top[i] & 0x55555555u);
-    own[1][i] ^= 3 * (branches.top[i] >> 1 & 0x55555555u);
+    const uint first = branches.top[i] & 0x55555555u, second = branches.top[i] & 0xaaaaaaaau;
+    own[0][i] ^= first ^ (first << 1);
+    own[1][i] ^= second ^ (second >> 1);
   }
 }
 
-// A half pair with other signs: of its first half where bit `bit` (0 to 15) of `signs` is set, of its second where the bit
-// 16 further is.
+// A half pair with other signs: of its first half where bit `bit` (0 to 15) of `signs` is set, of its second where bit
+// `bit` + 16 is.
 TQ_FN uint tq_signed(uint pair, uint signs, int bit) { return pair ^ ((signs << (15 - bit)) & 0x80008000u); }
 
 // A block's top bits of two tokens as such signs: of keys, pair n (of eight) of token t has bit 2n + t; of values, both
@@ -104,7 +105,7 @@ TQ_FN uint tq_key_signs(uint top) {
 TQ_FN uint tq_value_signs(uint top) { return tq_fields(top) | tq_fields(top >> 16) << 1; }
 TQ_FN constexpr int tq_value_sign_bit(int k) { return k < 8 ? 2 * k : 2 * k - 15; }
 
-// Bytes of two keys, two words a block of 16; tq_trellis_byte says which is pair n. signs: a word a block (4 bits only).
+// Bytes of two keys, two words a block of 16; tq_trellis_byte says which is pair n. signs: one a block, of 4 bits only.
 template <int NUM, int DIM, int BITS>
 TQ_FN void tq_trellis_keys(const uchar* rows, uint row_0, uint row_1, TqLane at, uint* words_0, uint* words_1,
                            uint* signs) {

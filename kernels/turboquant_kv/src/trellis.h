@@ -2,8 +2,8 @@
 //
 //   level[i] = 4 * own[i] + 2 * (b[i] ^ b[i-2] ^ b[i-3]) + b[i-1]
 //
-// Of three own bits (4t) the highest, `top`, has a plane of its own behind the lower two's. A lower half of the levels is
-// the upper one with the other sign, in reverse: a level is four bits and a sign, level[i] = -level[i ^ 31].
+// Of three own bits (4t) the highest, `top`, has a plane of its own behind the lower two's. The values of levels are
+// antisymmetric, that of level i is minus that of level 31 - i, so that four bits and a sign may stand for five bits.
 //
 // Here a block is a word of 16 fields: coordinate k has bits 2k and 2k + 1.
 #pragma once
@@ -22,8 +22,8 @@ TQ_FN uint tq_subsets(uint before, uint branch) {
 TQ_FN uint tq_even_nibbles(uint low, uint high) { return tq_select(0x33333333u, low, high << 2); }
 TQ_FN uint tq_odd_nibbles(uint low, uint high) { return tq_select(0x33333333u, low >> 2, high); }
 
-// Eight coordinates: levels modulo 4 in the lower half's fields, own bits (the lower two) in the upper half's; top bits in
-// bit 4 of fields, 0 where codes have none.
+// Eight coordinates: levels modulo 4 in the lower half's fields, own bits (the lower two) in the upper half's; their
+// top bits in bit 4 of fields, 0 where codes have none.
 struct TqTrellisUnit {
   uint levels, top;
 };

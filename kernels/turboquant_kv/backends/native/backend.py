@@ -129,7 +129,7 @@ class NativeStore(LayerStore):
         return from_floats(k, self.shape.dtype), from_floats(v, self.shape.dtype)
 
     def _decode(self, which: Which, page_ids: PageIds, first_page: int | None = None) -> tuple[Floats, Floats]:
-        """Rows (H, P*page, D), scales (H, P*page): in the model's basis where a first page is told, else unscaled."""
+        """Rows (H, P*page, D) and scales (H, P*page): the model's basis where a first page is told, else unscaled."""
         dim = self.shape.k_dim if which == "k" else self.shape.v_dim
         rows = np.empty((self.shape.num_kv_heads, len(page_ids) * self.fmt.page_tokens, dim), np.float32)
         scales = np.empty(rows.shape[:2], np.float32)
