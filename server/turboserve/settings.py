@@ -16,7 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from turboquant_kv.codec.format_name import FORMAT_NAMES, UnsupportedFormatError, parse_format_name
+from turboquant_kv.codec.format_name import FORMAT_NAMES, PRESETS, UnsupportedFormatError, parse_format_name
 from turboserve.units import try_parse_bytes
 
 MiB = 1 << 20
@@ -60,8 +60,8 @@ class Settings(BaseSettings):
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
 
-    # KEY_BITS/VALUE_BITS, or f16 for mlx-lm's uncompressed cache
-    kv_format: Annotated[str, AfterValidator(_kv_format)] = "4/4"
+    # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, or f16 for mlx-lm's uncompressed cache
+    kv_format: Annotated[str, AfterValidator(_kv_format)] = PRESETS["balanced"]
     kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
     allow_requantise: bool = False  # under pressure, take idle conversations one format down before dropping them
     session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never
