@@ -32,11 +32,16 @@ def _byte_count(value: object) -> object:
     return num_bytes
 
 
+AUTO_FORMAT = "auto"  # measured when the model is loaded
+
+
 def _kv_format(value: str) -> str:
+    if value.strip().lower() == AUTO_FORMAT:
+        return AUTO_FORMAT
     try:
         return parse_format_name(value)
     except UnsupportedFormatError as exc:
-        raise ValueError(FORMAT_NAMES) from exc
+        raise ValueError(f"{FORMAT_NAMES}, or auto") from exc
 
 
 # TOML knows no null and a variable cannot be absent and present: empty text means "none".
@@ -60,8 +65,10 @@ class Settings(BaseSettings):
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
 
-    # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, or f16 for mlx-lm's uncompressed cache
+    # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, f16 for mlx-lm's uncompressed cache, or auto: the smallest that
+    # costs at most kv_auto_limit on this model
     kv_format: Annotated[str, AfterValidator(_kv_format)] = PRESETS["balanced"]
+    kv_auto_limit: Annotated[float, Field(gt=0)] = 0.01  # mean KL in nats that kv_format = "auto" may cost
     kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
     allow_requantise: bool = False  # under pressure, take idle conversations one format down before dropping them
     session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never

@@ -62,7 +62,10 @@ def serve_command(
     max_context_tokens: Annotated[
         Text, Option("--max-model-len", "--max-context-tokens", help="Longest prompt plus answer [model's own].")
     ] = None,
-    kv_format: Annotated[Text, Option(help="balanced, compact, tiny, KEY/VALUE codecs such as 4/4, or f16 [balanced].")] = None,
+    kv_format: Annotated[
+        Text, Option(help="balanced, compact, tiny, KEY/VALUE codecs such as 4/4, f16, or auto [balanced].")
+    ] = None,
+    kv_auto_limit: Annotated[Text, Option(help="Mean KL in nats that --kv-format auto may cost [0.01].")] = None,
     kv_budget: Annotated[Text, Option(help="Bytes (2GiB), share of memory (30%) or auto [auto].")] = None,
     allow_requantise: Annotated[
         Switch, Option(help="Under pressure, compress idle conversations further before dropping them.")

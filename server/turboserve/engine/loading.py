@@ -23,13 +23,15 @@ from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import weights
+from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
-from turboserve.settings import Settings
+from turboserve.models.tiny.prompts import load_texts
+from turboserve.settings import AUTO_FORMAT, Settings
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +150,13 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
         return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     try:
-        fmt = None if settings.kv_format == PLAIN_FORMAT else KVFormat.parse(settings.kv_format)
+        name = settings.kv_format
+        if name == AUTO_FORMAT:
+            measured = calibrate()
+            text = held_out_text()
+            cache_dir = settings.cache_dir.expanduser()
+            name = choose_format(loaded, measured, settings.kv_auto_limit, cache_dir, text, progress)
+        fmt = None if name == PLAIN_FORMAT else KVFormat.parse(name)
         return ServedFormats(loaded.model, fmt, calibrate)
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
@@ -156,6 +164,11 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
         raise StartupError(_one_line(exc)) from exc
     except ValueError as exc:  # the calibration text gave too few tokens
         raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
+
+
+def held_out_text() -> str:
+    """A document that neither the embedded model nor the calibration of means has seen."""
+    return "\n\n".join(item.text for item in load_texts()[:4])
 
 
 def _open_store(
