@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <vector>
 
 struct dim3 {
@@ -59,7 +60,7 @@ struct Copy {
 };
 struct Fibre {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;  // not filled: pages that a thread never reaches take no memory
   dim3 thread;
   bool done = false, waiting = false;
   int site = 0;
@@ -67,6 +68,7 @@ struct Fibre {
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
+constexpr size_t STACK_BYTES = 256 << 10;
 inline std::vector<Fibre> fibres;
 inline Fibre* self;
 inline ucontext_t scheduler;
@@ -317,7 +319,10 @@ inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function
   gridDim = grid;
   blockDim = {num_threads, 1, 1};
   fibres = std::vector<Fibre>(num_threads);
-  for (auto& fibre : fibres) fibre.stack.resize(256 << 10);
+  struct Stacks {  // libraries stay loaded: what one keeps is kept for as long as the tests run
+    ~Stacks() { fibres = {}; }
+  } stacks;
+  for (auto& fibre : fibres) fibre.stack.reset(new char[STACK_BYTES]);
   for (unsigned block = 0; block < grid.x * grid.y * grid.z; block++) {
     blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     memset(cuda_arena, 0xff, sizeof(cuda_arena));
@@ -329,7 +334,7 @@ inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function
       fibre.groups.clear();
       fibre.open.clear();
       getcontext(&fibre.context);
-      fibre.context.uc_stack = {fibre.stack.data(), 0, fibre.stack.size()};
+      fibre.context.uc_stack = {fibre.stack.get(), 0, STACK_BYTES};
       fibre.context.uc_link = &scheduler;
       makecontext(&fibre.context, [] { body(); self->done = true; progress++; }, 0);
     }
