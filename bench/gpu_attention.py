@@ -34,7 +34,7 @@ from turboquant_kv.codec.rotary import Rotary
 FORMATS = ("4/4", "4/3", "3/3")
 MODEL_FORMATS = (("4/4", "mlx-ops"), ("4/4", "gpu"), ("4/3", "mlx-ops"), ("4/3", "gpu"))
 # Trellis codes beside the scalar ones of the same bits: format, the other, and how much of its speed is asked for.
-TRELLIS_FORMATS = (("3t/2t", "3/2", 0.85), ("2t/2t", "2/2", 0.85), ("4/3t", "4/3", 0.85), ("4t/3t", "4/3", 0.6))
+TRELLIS_FORMATS = (("3t/2t", "3/2", 0.85), ("2t/2t", "2/2", 0.85), ("4/3t", "4/3", 0.85), ("4t/3t", "4/3", 0.85))
 
 
 def checks(backend: str, rng: np.random.Generator, part: int = 0, num_parts: int = 1) -> list[Row]:

@@ -320,7 +320,7 @@ inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function
   blockDim = {num_threads, 1, 1};
   fibres = std::vector<Fibre>(num_threads);
   struct Stacks {  // libraries stay loaded: what one keeps is kept for as long as the tests run
-    ~Stacks() { fibres = {}; }
+    ~Stacks() { fibres = std::vector<Fibre>(); }
   } stacks;
   for (auto& fibre : fibres) fibre.stack.reset(new char[STACK_BYTES]);
   for (unsigned block = 0; block < grid.x * grid.y * grid.z; block++) {
