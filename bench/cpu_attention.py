@@ -31,10 +31,11 @@ blas.interpose()  # before mlx is imported
 
 import mlx.core as mx
 
-from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, Means, SequenceView
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.backends.numpy_ops.backend import as_rows
 from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.rotary import Rotary
 
 MLX_LIMIT = 32768  # tokens times batch; beyond, MLX takes seconds a call and no rival is near
 RIVAL_LIMIT = 8 * 131072
@@ -95,13 +96,20 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def ours(shape: Shape, fmt: KVFormat, backend: native.NativeBackend, *, scattered: bool = False) -> Callable[[], Any]:
+def ours(
+    shape: Shape,
+    fmt: KVFormat,
+    backend: native.NativeBackend,
+    *,
+    scattered: bool = False,
+    means: Means | None = None,
+) -> Callable[[], Any]:
     """One decode step's attention in one layer: a table of pages, exact ends, all rows in one call.
 
     Pages have their ids in order, as prefill gives them out, or are scattered over the pool, as after long service.
     """
     rng = np.random.default_rng(0)
-    storage = backend.new_store(LayerShape(shape.kv_heads, shape.dim, shape.dim, mx.bfloat16), fmt, None)
+    storage = backend.new_store(LayerShape(shape.kv_heads, shape.dim, shape.dim, mx.bfloat16), fmt, means)
     pages = fmt.num_pages(shape.tokens)
     storage.grow(pages * shape.batch)
     order = rng.permutation(pages * shape.batch) if scattered else np.arange(pages * shape.batch)
@@ -213,6 +221,27 @@ def cliff_rows(backend: native.NativeBackend, rounds: int) -> list[Row]:
     return rows
 
 
+def format_rows(backend: native.NativeBackend, rounds: int) -> list[Row]:
+    """Trellis formats beside scalar ones of the same bits, and key means that turn beside constant ones."""
+    rows = []
+    for shape in (Shape(1, 16384), Shape(1, 4096, kv_heads=3, group=3, dim=64)):
+        mean = np.random.default_rng(0).standard_normal((shape.kv_heads, shape.dim)).astype(np.float32)
+        turning = Rotary(10000.0 ** (-np.arange(shape.dim // 2) / (shape.dim // 2)), 1, shape.dim // 2)
+        calls = {name: ours(shape, KVFormat.parse(name), backend) for name in ("4/3", "4t/3t", "3/2", "3t/2t")}
+        calls["constant"] = ours(shape, KVFormat(), backend, means=Means(mean, mean))
+        calls["turning"] = ours(shape, KVFormat(), backend, means=Means(mean, mean, turning))
+        times = milliseconds(calls, 3 * rounds)
+        for trellis, scalar in (("4t/3t", "4/3"), ("3t/2t", "3/2")):
+            speed = times[scalar] / times[trellis]
+            rows.append(Row.at_least(f"{shape.name}: speed of {trellis} over {scalar}", speed, "", 0.85))
+        limit = 1.10 * times["constant"]
+        rows.append(
+            Row.at_most(f"{shape.name}: 4/4 with means that turn", times["turning"], "ms", limit, times["constant"])
+        )
+    print_rows(rows)
+    return rows
+
+
 def peak_growth_mib(call: Callable[[], Any]) -> float:
     """By how much the process grows while `call` runs, at its highest; Linux only, 0 elsewhere."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -274,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1K and 8K tokens, batch 1 only")
     parser.add_argument("--isa", default="", help="force an instruction-set level, such as avx2")
+    parser.add_argument("--formats-only", action="store_true", help="trellis formats and means that turn, no rivals")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has torch")
     parser.add_argument("--rounds", type=int, default=15)
     add_json_option(parser)
@@ -283,10 +313,14 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     backend = native.NativeBackend()
     print(f"{backend.name}, {native.num_threads()} threads; BLAS: {blas.status().describe()}")
+    if options.formats_only:
+        write_rows(options.json, format_rows(backend, options.rounds))
+        return
     lengths, batches = ((1024, 8192), (1,)) if options.quick else ((1024, 8192, 32768, 131072), (1, 8))
     shapes = [Shape(b, n) for b in batches for n in lengths if b * n <= RIVAL_LIMIT]
     rows = decode_rows(shapes, backend, options.torch_python, options.rounds)
     rows += cliff_rows(backend, options.rounds)
+    rows += format_rows(backend, options.rounds)
     rows += prefill_rows(backend, 3)
     write_rows(options.json, rows)
 

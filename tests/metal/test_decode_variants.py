@@ -77,7 +77,7 @@ class Step:
         return layer, figures
 
     def launch(self, made: DecodeKernels, q: mx.array) -> DecodeLaunch:
-        pairs = self.storage._pairs
+        pairs = self.storage._turning
         return made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt, pairs))
 
     def attend(self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW) -> mx.array:

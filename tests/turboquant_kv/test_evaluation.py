@@ -263,7 +263,9 @@ def test_a_drawing_of_no_divergence_at_all() -> None:
     run_, zeros = evaluation.results[0].runs[0], np.zeros(63)
     same = Comparison(zeros, zeros, zeros, zeros > 0)
     object.__setattr__(run_, "comparison", same)
-    ElementTree.fromstring(svg(evaluation))
+    drawn = svg(evaluation)
+    ElementTree.fromstring(drawn)
+    assert "nan" not in drawn and "inf" not in drawn.replace("info", "")
 
 
 @pytest.mark.parametrize(

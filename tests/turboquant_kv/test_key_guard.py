@@ -123,3 +123,39 @@ def test_what_was_measured_is_stored_with_the_means(tmp_path: Path, rng: np.rand
     assert families[0].fingerprint == families[1].fingerprint
     other = KVFamily(model, calibration=Calibration(first.layers, ""), base=FMT)
     assert other.fingerprint != families[0].fingerprint, "its layers may have other formats"
+
+
+@pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])
+def test_a_layer_that_no_codec_holds_stays_uncompressed_and_is_told(backend: str, rng: np.random.Generator) -> None:
+    model = small_models.dense()
+    calibration = calibrate(model, random_tokens(rng, 400))
+    hopeless = {**calibration.divergences[1], **dict.fromkeys(key_guard.KEY_CODECS, 9.0)}
+    # beside three healthy layers: one of two would be its own median
+    measured = {
+        0: calibration.divergences[0],
+        1: hopeless,
+        2: calibration.divergences[0],
+        3: calibration.divergences[0],
+    }
+    family = KVFamily(model, calibration=Calibration(calibration.layers, "", measured), base=FMT, backend=backend)
+    runtime = family.runtime("4/4")
+    assert runtime.description == "4/4, 1 of 2 layers f16"
+    caches, tokens, more = runtime.make_cache(), random_tokens(rng, 150), random_tokens(rng, 5)
+    assert [isinstance(cache, TurboQuantKVCache) for cache in caches] == [True, False]
+    exact = make_prompt_cache(model)
+    logits_of(model, caches, tokens, [])
+    logits_of(model, exact, tokens, [])
+    assert runtime.measure(caches).uncompressed > 0
+    assert runtime.measure(caches).total == runtime.bytes_for(150)
+    again = family.import_caches(*family.export_caches(caches))
+    fork = runtime.fork(caches, runtime.usable_prefix(caches, 150))
+    smaller = family.convert(caches, "4/4", "3/3")
+    batch = runtime.merge_rows([caches, fork])
+    want = logits_of(model, caches, more, [])
+    for same in (again, fork):
+        assert np.array_equal(logits_of(model, same, more, []), want)
+    close = logits_of(model, exact, more, [])
+    for lossy in (want, logits_of(model, smaller, more, [])):
+        assert np.linalg.norm(lossy - close) / np.linalg.norm(close) < 0.3
+    together = np.array(model(mx.array([more, more]), cache=batch).astype(mx.float32))
+    assert np.linalg.norm(together[0] - want) / np.linalg.norm(want) < 0.05

@@ -81,7 +81,8 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
     del caches, held  # their memory, before more is needed
-    origin = f"built-in text, {len(tokens)} tokens"
+    turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
+    origin = f"built-in text, {len(tokens)} tokens; {turning}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
 
 
@@ -173,6 +174,14 @@ def load(path: Path, weights_fingerprint: str) -> Calibration:
         raise CalibrationFileError(f"{path}: written for other weights or by another version")
     if metadata.get("checksum") != _checksum(values):
         raise CalibrationFileError(f"{path}: contents do not match their checksum")
+    try:
+        return _from_arrays(values, metadata["origin"])
+    except (ValueError, KeyError) as error:
+        raise CalibrationFileError(f"{path}: written by another version ({error})") from error
+
+
+def _from_arrays(values: Mapping[str, np.ndarray[Any, Any]], origin: str) -> Calibration:
+    """What `save` made arrays of. Raises ValueError or KeyError for arrays of another version."""
     layers = sorted({int(name.split(".")[0]) for name in values})
     rotaries: dict[bytes, Rotary] = {}  # one object for all layers that turn in the same way
     means = {}
@@ -183,7 +192,7 @@ def load(path: Path, weights_fingerprint: str) -> Calibration:
         means[i] = Means(values[f"{i}.k"], values[f"{i}.v"], None if told is None else rotaries[told])
     measured = {i: values[f"{i}.divergence"].tolist() for i in layers if f"{i}.divergence" in values}
     divergences = {i: dict(zip(key_guard.KEY_CODECS, row, strict=True)) for i, row in measured.items()}
-    return Calibration(means, metadata["origin"], divergences)
+    return Calibration(means, origin, divergences)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -65,7 +65,6 @@ class KVRuntime:
             self._make_pool(fmt, calibration, backend)
         self.layers_compressed = len(self._sources)
         self.layers_uncompressed = len(self.shapes) - len(self._sources)
-        self.layers_raised = sum(layer != fmt for layer in self.layer_formats.values())
 
     @property
     def fmt_name(self) -> str:

@@ -75,9 +75,10 @@ def _by_kind(kv: KVBytes) -> dict[str, float]:
 
 
 def _info(stats: EngineStats) -> GaugeMetricFamily:
-    labels = ("version", "model", "kv_format", "kv_backend", "dtype")
+    labels = ("version", "model", "kv_format", "kv_layers", "kv_backend", "dtype")
     family = GaugeMetricFamily("turboserve_info", "What is being served; always 1.", labels=labels)
-    family.add_metric((__version__, stats.model_id, stats.kv_format, stats.kv_backend, stats.model_dtype), 1)
+    layers = stats.details.get("kv_layers", stats.kv_format)
+    family.add_metric((__version__, stats.model_id, stats.kv_format, layers, stats.kv_backend, stats.model_dtype), 1)
     return family
 
 

@@ -134,7 +134,7 @@ def doctor_command(
 def eval_command(
     model: Annotated[Text, Argument(help="Folder or hub name; none: the embedded demonstration model.")] = None,
     config_file: ConfigFile = None,
-    formats: Annotated[str, Option(help="KV formats, comma-separated.")] = "4/4,4/3,3/3",
+    formats: Annotated[str, Option(help="KV formats, comma-separated.")] = "balanced,compact,tiny,4/4",
     rivals: Annotated[bool, Option("--rivals", help="Also what other programs store.")] = False,
     texts: Annotated[
         list[Path] | None, Option("--text", help="A text file; repeatable. None: held-out built-in texts.")

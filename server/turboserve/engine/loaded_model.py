@@ -36,7 +36,6 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
     backend_name: str
     layers_compressed: int
     layers_uncompressed: int
-    layers_raised: int  # of the compressed ones, those whose keys have more bits than the format
 
     @property
     def description(self) -> str:

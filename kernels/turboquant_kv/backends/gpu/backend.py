@@ -131,7 +131,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         k_mean = np.zeros((heads, shape.k_dim), np.float32) if centred is None else centred.k
         if centred is not None and centred.rotary is not None:
             k_mean = centred.rotary.averaged(k_mean).astype(np.float32)
-        self._turns, self._pairs = turns, _turning(means, fmt)
+        self._turns, self._turning = turns, _turning(means, fmt)
         v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
@@ -219,7 +219,7 @@ class GpuStore(CanonicalStorage, LayerStore):
             return ()
         num_blocks = plan.page_table.shape[1] * self.fmt.page_tokens // BLOCK_TOKENS
         if launch.reads_half_turns:
-            return (self._turns.halves(num_blocks, self._pairs[2]),)
+            return (self._turns.halves(num_blocks, self._turning[2]),)
         return (self._turns.floats(num_blocks),)
 
     def _prefill_attention(self, call: AttentionCall) -> mx.array:
@@ -249,7 +249,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = self._kernels.decode.launch_for(
-                decode_shape(*key, self.shape, self.fmt, self._pairs)
+                decode_shape(*key, self.shape, self.fmt, self._turning)
             )
         return launch
 
