@@ -82,9 +82,7 @@ class Draws:
     """Unevaluated results of one step."""
 
     tokens: mx.array  # (B,) uint32
-    is_broken: (
-        mx.array
-    )  # (B,) bool: NaN or +inf among the logits, or no token is possible; the row's token means nothing
+    is_broken: mx.array  # (B,) bool: the token means nothing, for NaN or +inf among the logits, or none was possible
     logprobs: Logprobs | None
 
 

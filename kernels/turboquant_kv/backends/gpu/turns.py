@@ -1,7 +1,8 @@
 """Tables of angles with which kernels turn the keys' means (src/turning.h), shared by layers that turn alike.
 
 Angles reach thousands of turns, so they are computed in float64 here; the kernels only multiply. A row is BLOCK_TOKENS
-tokens: 1/16 of a float16 key of one head, for all heads, layers and conversations together.
+tokens, 8 bytes a pair: an eighth of one head's float16 keys, for all heads, layers and conversations together, and
+twice that where prefill and tensor cores both read it. No KV byte count has it.
 """
 
 from __future__ import annotations
