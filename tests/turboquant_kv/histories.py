@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.base import Means
+from turboquant_kv.backends.base import (
+    Array,
+    AttentionCall,
+    Backend,
+    ExactBuffers,
+    LayerStore,
+    Means,
+    PageWrites,
+    SequenceView,
+    StepRows,
+)
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import trellis_reference
 from turboquant_kv.codec.codebook import thresholds
@@ -164,6 +175,24 @@ def expected(
 def relative_error(x: mx.array, reference: Floats) -> float:
     """Root-mean-square error over root-mean-square of the reference."""
     return float(np.linalg.norm(as_float64(x) - reference) / np.linalg.norm(reference))
+
+
+def encode_pages(store: LayerStore, page_ids: Sequence[int] | Any, first_page: int, k: Array, v: Array) -> None:
+    """Write pages first_page, ... of a conversation; k (H, P*page, D) and v (H, P*page, Dv) as the backend has them."""
+    store.encode(PageWrites.following(np.asarray(page_ids), first_page, store.fmt.page_tokens), k, v)
+
+
+def call_over(
+    backend: Backend,
+    q: mx.array,
+    views: Sequence[SequenceView],
+    exact: Sequence[Array],
+    scale: float,
+    mask: mx.array | None = None,
+    sinks: mx.array | None = None,
+) -> AttentionCall:
+    """Queries (B, Hq, T, D) over views whose exact rows lie in sink keys and values, window keys and values."""
+    return AttentionCall(q, backend.prepare_step(StepRows(views, q.shape[2])), ExactBuffers(*exact), scale, mask, sinks)
 
 
 def new_cache(fmt: KVFormat, backend: str, means: Means | None = None) -> TurboQuantKVCache:

@@ -11,6 +11,7 @@ import pytest
 from tests.turboquant_kv.histories import (
     History,
     as_float64,
+    encode_pages,
     expected,
     feed,
     new_cache,
@@ -55,7 +56,7 @@ def test_codes_are_the_references(backend: str, head_dim: int, bits: int | str, 
     storage.grow(3)
     pages = np.array([2, 0, 1])
     rows = [choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 48)]
-    storage.encode(pages, 0, *rows)
+    encode_pages(storage, pages, 0, *rows)
 
     stored = storage.read(pages)
     for side, codec, x, codes, scales in (
@@ -81,7 +82,7 @@ def test_every_scale_kind_is_the_references(backend: str, scale: str, rng: np.ra
     history = History.random(rng, 1, 64, 128).steady(rng, fmt)
     storage = choose_backend(backend).new_store(LayerShape(1, 128, 128, mx.float32), fmt, None)
     storage.grow(4)
-    storage.encode(np.arange(4), 0, *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
+    encode_pages(storage, np.arange(4), 0, *(choose_backend(backend).from_mlx(x)[0] for x in history.slice(0, 64)))
     want = reference.encode(history.k, fmt.keys, rotation_matrix(128, fmt.rotation_seed, "k"))
     np.testing.assert_array_equal(storage.read(np.arange(4)).k_scales.reshape(1, 64), want.scales)
 
@@ -94,7 +95,7 @@ def test_zero_huge_and_tiny_vectors_stay_finite(backend: str) -> None:
     storage = choose_backend(backend).new_store(LayerShape(1, 64, 64, mx.float32), fmt, None)
     storage.grow(1)
     row = choose_backend(backend).from_mlx(mx.array(x[None]))[0]
-    storage.encode(np.array([0]), 0, row, row)
+    encode_pages(storage, [0], 0, row, row)
     decoded = as_float64(mx.array(storage.decode(np.array([0]), 0)[0]))
     assert np.isfinite(decoded).all()
     assert not decoded[0, 0].any()

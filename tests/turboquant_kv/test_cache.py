@@ -228,9 +228,13 @@ def test_bytes_are_those_of_the_arrays(backend: str, rng: np.random.Generator) -
     assert pool is not None and cache.sequence is not None
     pages = pool.stores[0].read(cache.sequence.page_ids)
     code_and_scale_bytes = sum(a.nbytes for a in (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales))
-    exact_bytes = sum(a.nbytes for a in cache.sequence.pending_arrays())
+    rows = pool.stores[0].get_rows(0, pool.stores[0].num_rows)
+    free = pool.exact.num_free
+    exact_bytes = (rows.k.nbytes + rows.v.nbytes) * (rows.num_rows - free) // rows.num_rows
     assert cache.nbytes == code_and_scale_bytes + exact_bytes
-    assert exact_bytes == FMT.exact_rows(100) * HEADS * 2 * DIM * 4
+    assert exact_bytes == pool.exact_bytes == FMT.exact_rows(100) * HEADS * 2 * DIM * 4
+    held = pool.stores[0].allocated_bytes + rows.k.nbytes + rows.v.nbytes
+    assert pool.slack_bytes == held - cache.nbytes, "pages and rows that memory is held for and nobody uses"
     assert len(cache.sequence.page_ids) * FMT.page_bytes(HEADS, DIM, DIM) == code_and_scale_bytes
     assert pool.allocated_bytes == cache.nbytes + pool.slack_bytes
 

@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from tests.turboquant_kv import small_models
-from tests.turboquant_kv.histories import History, expected, feed, new_cache, random_queries, relative_error
+from tests.turboquant_kv.histories import (
+    History,
+    encode_pages,
+    expected,
+    feed,
+    new_cache,
+    random_queries,
+    relative_error,
+)
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
 from turboquant_kv.backends.base import LayerShape
@@ -245,7 +253,7 @@ def test_a_new_codec_is_stored_and_attended_to(signs: KVFormat, rng: np.random.G
     backend = choose_backend("cpu-numpy")
     storage = backend.new_store(LayerShape(2, 64, 64, mx.float32), signs, None)
     storage.grow(4)
-    storage.encode(np.arange(4), 0, *(backend.from_mlx(x)[0] for x in history.slice(0, 64)))
+    encode_pages(storage, np.arange(4), 0, *(backend.from_mlx(x)[0] for x in history.slice(0, 64)))
     assert storage.allocated_bytes == 4 * signs.page_bytes(2, 64, 64) == 4 * 16 * 2 * 2 * (8 + 2)
     pages = storage.read(np.arange(4))
     want = reference.encode(history.k[:, :64], signs.keys, rotation_matrix(64, signs.rotation_seed, "k"))

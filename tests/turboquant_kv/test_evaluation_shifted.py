@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from tests.turboquant_kv import small_models
+from tests.turboquant_kv.histories import encode_pages
 from tests.turboquant_kv.test_runtime import random_tokens
 
 from turboquant_kv.backends.base import LayerShape, Means
@@ -87,14 +88,14 @@ def test_a_turned_mean_follows_the_shift(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(odd.k_blocks(position, 4), means.k_blocks(position + shift + 5, 4), atol=1e-4)
     backend = choose_backend("cpu-numpy")
     shape = LayerShape(2, 64, 64, mx.float32)
-    keys = means.k_rows(FMT, skipped, num_pages) + rng.standard_normal((2, num_pages * FMT.page_tokens, 64))
+    keys = means.k_rows(FMT, skipped + np.arange(num_pages)) + rng.standard_normal((2, num_pages * FMT.page_tokens, 64))
     rows = [backend.from_mlx(mx.array(keys[None].astype(np.float32)))[0]] * 2
     ids = np.arange(num_pages)
     decoded = []
     for of_page, used in ((skipped, means), (0, moved), (0, means)):
         store = backend.new_store(shape, FMT, used)
         store.grow(num_pages)
-        store.encode(ids, of_page, *rows)
+        encode_pages(store, ids, of_page, *rows)
         decoded.append(np.array(store.decode(ids, of_page)[0]))
     there, here, unshifted = (np.square(x - keys).mean() for x in decoded)
     assert here == pytest.approx(there, rel=0.02)

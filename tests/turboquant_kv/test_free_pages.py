@@ -1,21 +1,18 @@
-"""Which pages a pool hands out, and how whole runs of them are written."""
+"""Which pages a pool hands out."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from tests.turboquant_kv.histories import encode_pages
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.backends.gpu.backend import MAX_SLICES, OpenArrays
 from turboquant_kv.backends.page_runs import runs_of
 from turboquant_kv.cache.free_pages import FreePages
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.codec.format import KVFormat
-from turboquant_kv.codec.scalar import ScalarCodec
 
 FMT = KVFormat(page_tokens=16, sink_tokens=8)
 
@@ -67,7 +64,7 @@ def test_a_prompt_takes_one_run_of_what_others_left(backend: str, rng: np.random
     def encode(num_pages: int) -> list[int]:
         rows = chosen.from_mlx(mx.array(rng.standard_normal((1, num_pages * 16, 64)).astype(np.float32)))
         ids = pool.allocate(num_pages)
-        pool.stores[0].encode(ids, 0, rows, rows)
+        encode_pages(pool.stores[0], ids, 0, rows, rows)
         pool.check_integrity()
         return [int(page) for page in ids]
 
@@ -100,51 +97,3 @@ def test_what_could_not_be_had_stays_free(monkeypatch: pytest.MonkeyPatch) -> No
         pool.allocate(3)
     pool.check_integrity()
     assert list(pool._free) == [1, 2]
-
-
-def operations(x: mx.array, folder: Path) -> list[str]:
-    """Names of the operations that will compute x."""
-    mx.export_to_dot(str(folder / "graph.dot"), x)
-    text = (folder / "graph.dot").read_text()
-    return [name for name in ("SliceUpdate", "Scatter") for _ in range(text.count(f'label ="{name}"'))]
-
-
-def written(arrays: OpenArrays, ids: list[int], rng: np.random.Generator) -> None:
-    """Random pages by put_whole, compared with what is read."""
-    codes = rng.integers(0, 256, (len(ids), 2, 16, 32)).astype(np.uint8)
-    scales = rng.standard_normal((len(ids), 2, 16)).astype(np.float16)
-    arrays.put_whole(np.array(ids), mx.array(codes), mx.array(scales))
-    got = arrays.get(np.array(ids))
-    assert np.array_equal(np.array(got[0]), codes)
-    assert np.array_equal(np.array(got[1]), scales)
-
-
-def test_few_runs_are_slices_and_many_a_scatter(rng: np.random.Generator, tmp_path: Path) -> None:
-    arrays = OpenArrays(2, 64, ScalarCodec(4), 16)
-    arrays.grow(40)
-    rows = mx.zeros((6, 2, 16, 32), mx.uint8), mx.zeros((6, 2, 16), mx.float16)
-    for ids, want in (
-        ([3, 4, 5, 6, 7, 8], ["SliceUpdate"]),
-        ([20, 21, 3, 4, 9, 8], ["SliceUpdate"] * 4),
-        ([1, 3, 5, 7, 9, 11], ["Scatter"]),
-    ):
-        assert len(runs_of(np.array(ids))) <= MAX_SLICES or want == ["Scatter"]
-        written(arrays, ids, rng)
-        mx.eval(arrays.codes, arrays.scales)
-        arrays.put_whole(np.array(ids), *rows)
-        assert operations(arrays.codes, tmp_path) == operations(arrays.scales, tmp_path) == want
-        mx.eval(arrays.codes, arrays.scales)
-
-
-def test_pages_are_written_where_they_lie() -> None:
-    """No copy of a pool for a few of its pages."""
-    arrays = OpenArrays(8, 128, ScalarCodec(8), 64)
-    arrays.grow(100)
-    rows = mx.ones((4, 8, 64, 128), mx.uint8), mx.ones((4, 8, 64), mx.float16)
-    mx.eval(arrays.codes, arrays.scales, *rows)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    arrays.put_whole(np.array([7, 8, 90, 91]), *rows)
-    mx.eval(arrays.codes, arrays.scales)
-    assert mx.get_peak_memory() - before < arrays.codes.nbytes // 4
-    assert mx.sum(arrays.codes.astype(mx.int32)).item() == rows[0].size

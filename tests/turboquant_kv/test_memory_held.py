@@ -12,7 +12,7 @@ from turboquant_kv.codec.format import KVFormat
 
 
 def test_exact_rows_do_not_keep_their_prompt_in_memory(rng: np.random.Generator) -> None:
-    """Sink and tail fill their buffers to the last row: a mere view would hold on to whole chunks."""
+    """Sink and tail are copied into the layer's rows: a mere view would hold on to whole chunks."""
     cache = new_cache(KVFormat(4, 4, sink_tokens=32), "mlx-ops")
     gc.collect()
     before = mx.get_active_memory()
@@ -21,7 +21,7 @@ def test_exact_rows_do_not_keep_their_prompt_in_memory(rng: np.random.Generator)
         cache.update_and_fetch(k, v)
         mx.eval(cache.attend(mx.zeros((1, 4, 1024, 64)), scale=1.0, mask="causal", sinks=None))
         assert cache.sequence is not None
-        cache.sequence.pool.backend.evaluate(cache.sequence.pending_arrays())
+        cache.evaluate()
     assert cache.sequence is not None
     pool = cache.sequence.pool
     pool.stores[0].read(cache.sequence.page_ids)  # computes what encoding has left to do

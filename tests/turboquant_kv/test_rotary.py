@@ -31,7 +31,7 @@ def test_rows_of_pages_are_the_references(rng: np.random.Generator) -> None:
     )
     assert means.rotary is not None
     want = turning_means(means.k, means.rotary, fmt, fmt.page_start(7))
-    np.testing.assert_allclose(means.k_rows(fmt, 2, 5), want[:, fmt.page_start(2) :], atol=1e-5)
+    np.testing.assert_allclose(means.k_rows(fmt, np.arange(2, 7)), want[:, fmt.page_start(2) :], atol=1e-5)
 
 
 def test_turning_back_undoes_turning_and_scores_see_distances_alone(rng: np.random.Generator) -> None:

@@ -11,9 +11,9 @@ import pytest
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
-from turboquant_kv.backends.base import LayerShape, StepPlan
+from turboquant_kv.backends.base import LayerShape, StepPlan, StepRows
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.layer_contents import contents_of, restore
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import UnsupportedModelError
@@ -27,26 +27,23 @@ SHAPES = (LayerShape(2, 64, 64, mx.float32), LayerShape(1, 128, 64, mx.float32),
 
 
 class Conversation:
-    """Three layers of different geometry and all rows that they were given."""
+    """Three layers of different geometry, without queries."""
 
     def __init__(self, pool: PagePool, rng: np.random.Generator) -> None:
         self.pool, self.rng = pool, rng
         shared = PagedSequence(pool, range(len(SHAPES)))
         self.layers = [shared.of_layer(i) for i in range(len(SHAPES))]
-        self.rows: list[list[tuple[Any, Any]]] = [[] for _ in SHAPES]
+        self.caches = [TurboQuantKVCache(LayerSource.of_pool(pool, layer.layer), layer) for layer in self.layers]
 
-    def draw(self, num_tokens: int) -> list[tuple[Any, Any]]:
-        backend = self.pool.backend
-
-        def one(shape: LayerShape, dim: int) -> Any:
-            x = self.rng.standard_normal((1, shape.num_kv_heads, num_tokens, dim)).astype(np.float32)
-            return backend.from_mlx(mx.array(x))[0]
+    def draw(self, num_tokens: int) -> list[tuple[mx.array, mx.array]]:
+        def one(shape: LayerShape, dim: int) -> mx.array:
+            return mx.array(self.rng.standard_normal((1, shape.num_kv_heads, num_tokens, dim)).astype(np.float32))
 
         return [(one(s, s.k_dim), one(s, s.v_dim)) for s in SHAPES]
 
     def append(self, num_tokens: int, num_layers: int = len(SHAPES)) -> None:
         for layer, (k, v) in list(enumerate(self.draw(num_tokens)))[:num_layers]:
-            self.layers[layer].append(k, v)
+            self.caches[layer].append(k, v)
 
 
 def new_pool(backend: str) -> PagePool:
@@ -149,10 +146,10 @@ def test_each_layer_is_cut_by_its_own_count(rng: np.random.Generator) -> None:
 def test_layers_must_get_the_same_tokens(rng: np.random.Generator) -> None:
     one = Conversation(new_pool("cpu-numpy"), rng)
     k, v = one.draw(3)[0]
-    one.layers[0].append(k, v)
+    one.caches[0].append(k, v)
     k, v = one.draw(4)[1]
     with pytest.raises(UnsupportedModelError, match="different tokens"):
-        one.layers[1].append(k, v)
+        one.caches[1].append(k, v)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,9 +217,9 @@ def test_a_step_is_prepared_once_for_all_layers(
     backend, plans = cache.source.pool.backend, list[StepPlan]()
     prepare = backend.prepare_step
 
-    def counted(views: Any) -> StepPlan:
-        assert [view.q_start for view in views] == [20 + n + len(plans) for n in range(num_rows)]
-        plans.append(prepare(views))
+    def counted(rows: StepRows) -> StepPlan:
+        assert [view.q_start for view in rows.views] == [20 + n + len(plans) for n in range(num_rows)]
+        plans.append(prepare(rows))
         return plans[-1]
 
     monkeypatch.setattr(backend, "prepare_step", counted)

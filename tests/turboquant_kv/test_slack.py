@@ -72,6 +72,8 @@ def test_a_format_that_nobody_uses_any_more_costs_nothing(rng: np.random.Generat
     assert family.allocated_bytes() == family.runtime("4/3").measure(new).total
     assert np.array_equal(logits_of(model, new, [1, 2], []), before)
     again = filled(family, model, "8/8", random_tokens(rng, 50))
+    spare = family.slack_bytes()
+    assert family.trim() == spare, "exact rows that the pool took in stock"
     assert family.trim() == 0
     assert family.runtime("8/8").allocated_bytes() == family.runtime("8/8").measure(again).total
 
@@ -79,11 +81,14 @@ def test_a_format_that_nobody_uses_any_more_costs_nothing(rng: np.random.Generat
 def test_only_what_is_wanted_or_worth_a_copy_is_given_back(rng: np.random.Generator) -> None:
     model = small_models.dense()
     family = KVFamily(model, base=BASE)
-    held = {name: [filled(family, model, name, random_tokens(rng, 200)) for _ in range(6)] for name in ("4/4", "4/3")}
+    held = {
+        name: [filled(family, model, name, random_tokens(rng, length)) for _ in range(number)]
+        for name, number, length in (("4/4", 6, 200), ("4/3", 15, 1500))
+    }
     runtime, other = family.runtime("4/4"), family.runtime("4/3")
     runtime.release(held["4/4"][0])
-    other.release(held["4/3"][0])
-    other.release(held["4/3"][1])
+    for caches in held["4/3"][:8]:
+        other.release(caches)
     slack = runtime.slack_bytes()
     assert family.trim(1) > 0
     assert (runtime.slack_bytes(), other.slack_bytes()) == (slack, 0), "the one that gives most for its copy"
@@ -117,6 +122,8 @@ def test_pages_held_by_their_numbers_are_not_moved(rng: np.random.Generator) -> 
     pool.share([2])
     family.runtime("4/4").release(caches)
     before = pool.stores[0].read(np.array([2]))
+    free_rows = pool.exact.num_free
+    assert pool.trim() == free_rows * pool.raw_token_bytes > 0, "exact rows have no such holders"
     assert pool.trim() == 0
     assert np.array_equal(pool.stores[0].read(np.array([2])).k_codes, before.k_codes)
     pool.free([2])

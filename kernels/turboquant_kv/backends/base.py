@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -61,9 +61,13 @@ class Means:
             return np.repeat(self.k[:, None], num_blocks, axis=1)
         return self.rotary.block_means(self.k, first_position, num_blocks)
 
-    def k_rows(self, fmt: KVFormat, first_page: int, num_pages: int) -> npt.NDArray[np.float32]:
-        """(H, num_pages * page, D): the same for each token of a conversation's pages."""
-        blocks = self.k_blocks(fmt.page_start(first_page), num_pages * fmt.page_tokens // BLOCK_TOKENS)
+    def k_rows(self, fmt: KVFormat, numbers: PageIds) -> npt.NDArray[np.float32]:
+        """(H, P * page, D): the same for each token of pages that have these numbers (P,) in their conversations."""
+        first = fmt.sink_tokens + fmt.page_tokens * numbers
+        starts = (first[:, None] + np.arange(0, fmt.page_tokens, BLOCK_TOKENS)).ravel()
+        if self.rotary is None:
+            return np.repeat(self.k[:, None], len(starts) * BLOCK_TOKENS, axis=1)
+        blocks = self.rotary.block_means_at(self.k, starts)
         return np.repeat(blocks, BLOCK_TOKENS, axis=1)
 
 
@@ -98,31 +102,41 @@ class CanonicalPages:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}; this format needs {np.dtype(dtype)}{dims}")
 
 
-class ExactRows:
-    """Consecutive exact tokens: k (H, n, D), v (H, n, Dv); `start` is the first one's position.
+class ExactRows(NamedTuple):
+    """Consecutive exact tokens: k (H, n, D), v (H, n, Dv)."""
 
-    They are the first rows of buffers that may hold more: slices are made only when they are asked for.
+    k: Array
+    v: Array
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.k.shape[1])
+
+
+class ExactBuffers(NamedTuple):
+    """One layer's exact rows in one step: keys (H, rows, D) and values (H, rows, Dv) of all conversations.
+
+    Sinks lie in the layer's own rows. Windows do as well, unless the step's new tokens fill pages: then they are
+    behind each other in arrays made for the step.
     """
 
-    __slots__ = ("k_buffer", "num_rows", "start", "v_buffer")
+    sink_k: Array
+    sink_v: Array
+    window_k: Array
+    window_v: Array
 
-    def __init__(self, start: int, k_buffer: Array, v_buffer: Array, num_rows: int | None = None) -> None:
-        """num_rows: by default all that the buffers hold."""
-        self.start, self.k_buffer, self.v_buffer = start, k_buffer, v_buffer
-        self.num_rows: int = k_buffer.shape[1] if num_rows is None else num_rows
 
-    @property
-    def k(self) -> Array:
-        return self.k_buffer[:, : self.num_rows]
+class RowSpan(NamedTuple):
+    """Consecutive exact tokens: rows [first, first + num_rows) of a buffer; `start` is the first one's position."""
 
-    @property
-    def v(self) -> Array:
-        return self.v_buffer[:, : self.num_rows]
+    start: int
+    first: int
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """One sequence as attention sees it: `num_queries` query rows that begin at `q_start`.
+    """One sequence as attention sees it in every layer: `num_queries` query rows that begin at `q_start`.
 
     sink covers [0, min(length, sink)); window covers every exact token from the first query's page
     on; page_ids hold pages 0 .. len-1, which may reach into the window: a query in page i sees
@@ -132,12 +146,72 @@ class SequenceView:
     q_start: int
     num_queries: int
     page_ids: PageIds
-    sink: ExactRows | None
-    window: ExactRows | None
+    sink: RowSpan | None
+    window: RowSpan | None
+
+
+class PageWrites(NamedTuple):
+    """Pages to encode: ids (P,), which page of its conversation each is (P,), and the row where each begins (P,)."""
+
+    page_ids: PageIds
+    numbers: PageIds
+    starts: PageIds
+
+    @classmethod
+    def following(cls, page_ids: PageIds, first_page: int, page_tokens: int) -> PageWrites:
+        """Pages first_page, first_page + 1, ... of one conversation, whose rows follow each other."""
+        places = np.arange(len(page_ids), dtype=np.int64)
+        return cls(page_ids, first_page + places, places * page_tokens)
+
+    def rows(self, page_tokens: int) -> PageIds:
+        """(P * page,): the source's row of each token."""
+        return (self.starts[:, None] + np.arange(page_tokens)).ravel()
+
+
+class Run(NamedTuple):
+    """Rows [first, first + num_rows) of the layer's exact rows, or of a step's new ones, which are (B * T) in a row."""
+
+    is_new: bool
+    first: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What a step does with rows, the same in all layers, made once. Row numbers are of the layer's exact rows.
+
+    views     one per sequence: what its queries attend over once everything below is done
+    num_new   T: new rows of each sequence, padding included; row t of sequence b is number b * T + t
+    copies    (2, n) int64: rows that move first, from and to
+    closed    pages to encode from the layer's exact rows
+    window    runs that make the step's own window, in order; None: windows lie in the layer's exact rows
+    pages     pages to encode from that window
+    writes    (2, n) int64: new rows that stay exact, by their number, and where they go
+    """
+
+    views: Sequence[SequenceView]
+    num_new: int = 1
+    copies: PageIds | None = None
+    closed: PageWrites | None = None
+    window: Sequence[Run] | None = None
+    pages: PageWrites | None = None
+    writes: PageIds = field(default_factory=lambda: np.empty((2, 0), np.int64))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one new row, which stays exact."""
+        return self.num_new == 1 and self.window is None and self.writes.shape[1] == len(self.views)
 
 
 class StepPlan:
-    """What a backend prepares once for all layers of a step. Backends that prepare something subclass it."""
+    """What a backend prepares once for all layers of a step. Backends that prepare more subclass it."""
+
+    def __init__(self, rows: StepRows) -> None:
+        self.rows = rows
+
+    @property
+    def views(self) -> Sequence[SequenceView]:
+        return self.rows.views
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +219,23 @@ class AttentionCall:
     """One layer's attention in one step.
 
     queries  (B, Hq, T, D) in the model's dtype
-    views    one per row: this layer's exact rows, and what is the same in all layers (positions, pages)
-    plan     what `Backend.prepare_step` made of the views of any layer of this step
+    plan     what `Backend.prepare_step` made of the step: positions, pages, where exact rows lie
+    exact    this layer's exact rows
     mask     None for causal, else bool or additive, broadcastable to (B, Hq, T, N) with columns by absolute position;
              causality must be part of it
     sinks    (Hq,) logits that join the softmax's denominator and carry no value
     """
 
     queries: mx.array
-    views: Sequence[SequenceView]
     plan: StepPlan
+    exact: ExactBuffers
     scale: float
     mask: mx.array | None = None
     sinks: mx.array | None = None
+
+    @property
+    def views(self) -> Sequence[SequenceView]:
+        return self.plan.views
 
 
 class LayerStore(ABC):
@@ -181,10 +259,10 @@ class LayerStore(ABC):
         """Hold memory for at least `num_pages` pages; contents are kept."""
 
     @abstractmethod
-    def encode(self, page_ids: PageIds, first_page: int, k: Array, v: Array) -> None:
-        """Write pages: k (H, P*page, D), v (H, P*page, Dv), exact values in token order.
+    def encode(self, pages: PageWrites, k: Array, v: Array) -> None:
+        """Write pages of exact values: k (H, rows, D) and v (H, rows, Dv), in which they lie as `pages` says.
 
-        They are pages first_page, first_page + 1, ... of their conversation: where keys stand decides their mean.
+        Where keys stand in their conversation decides their mean.
         """
 
     @abstractmethod
@@ -201,6 +279,54 @@ class LayerStore(ABC):
     @abstractmethod
     def write(self, page_ids: PageIds, pages: CanonicalPages) -> None:
         """Inverse of `read`. Raises ValueError when they are of another format."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Exact rows that memory is held for."""
+
+    @abstractmethod
+    def grow_rows(self, num_rows: int) -> None:
+        """Hold memory for at least `num_rows` exact rows; contents are kept."""
+
+    @abstractmethod
+    def put_rows(self, first: int, rows: ExactRows) -> None:
+        """Write exact rows from row `first` on."""
+
+    @abstractmethod
+    def get_rows(self, first: int, num_rows: int) -> ExactRows:
+        """Copies of exact rows."""
+
+    @abstractmethod
+    def move_rows(self, order: PageIds) -> None:
+        """Keep these exact rows, in this order, and memory for no others."""
+
+    @abstractmethod
+    def append(self, plan: StepPlan, keys: mx.array, values: mx.array) -> ExactBuffers:
+        """Do with keys (B, H, T, D) and values (B, H, T, Dv) what the step's StepRows say; this layer's exact rows."""
+
+    @abstractmethod
+    def exact(self) -> ExactBuffers:
+        """The layer's exact rows, for a step that appended nothing."""
+
+    def append_and_attend(
+        self,
+        plan: StepPlan,
+        keys: mx.array,
+        values: mx.array,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """`append`, then `attend`; both at once where a backend can."""
+        exact = self.append(plan, keys, values)
+        return self.attend(AttentionCall(queries, plan, exact, scale, mask, sinks))
+
+    def pending_arrays(self) -> list[Array]:
+        """What is still to be computed of pages and exact rows; nothing where that is done at once."""
+        return []
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> mx.array:
@@ -219,28 +345,13 @@ class Backend(ABC):
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         """An empty store. Raises UnsupportedFormatError for a geometry without a kernel."""
 
-    def prepare_step(self, views: Sequence[SequenceView]) -> StepPlan:
-        """What all layers of a step share, made once: page tables, positions, launch plans.
-
-        `views` are any one layer's: of those only what is the same in all layers is read.
-        """
-        return StepPlan()
-
-    @abstractmethod
-    def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Array:
-        """A buffer for exact rows, (H, n, D)."""
-
-    @abstractmethod
-    def write_rows(self, buffer: Array, start: int, rows: Array) -> Array:
-        """The buffer with rows written at `start`; may or may not be the same object."""
-
-    @abstractmethod
-    def concatenate(self, arrays: Sequence[Array]) -> Array:
-        """Along the token axis (1)."""
+    def prepare_step(self, rows: StepRows) -> StepPlan:
+        """What all layers of a step share, made once: page tables, positions, launch plans."""
+        return StepPlan(rows)
 
     @abstractmethod
     def from_mlx(self, x: mx.array) -> Array:
-        """(B, H, T, D) of the model, in the backend's array type, dtype kept."""
+        """(..., T, D) of the model, in the backend's array type, dtype kept."""
 
     @abstractmethod
     def to_mlx(self, rows: Array, dtype: mx.Dtype) -> mx.array:
@@ -248,7 +359,7 @@ class Backend(ABC):
 
     @abstractmethod
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Called before `from_mlx` and `attend` with all of a layer's inputs: an eager backend computes them here."""
+        """Called before a layer's step with all of its inputs: an eager backend computes them here."""
 
     @abstractmethod
     def evaluate(self, arrays: Sequence[Array]) -> None:

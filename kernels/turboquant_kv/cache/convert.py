@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant_kv.backends.base import CanonicalPages, LayerShape, LayerStore, PageIds
+from turboquant_kv.backends.base import CanonicalPages, LayerStore, PageIds, PageWrites
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.sequence import PagedSequence
@@ -97,7 +97,8 @@ def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers
 def _encode_layer_again(
     source: LayerStore, old_ids: PageIds, target: LayerStore, new_ids: PageIds, first_page: int
 ) -> None:
-    target.encode(new_ids, first_page, *source.decode(old_ids, first_page))
+    pages = PageWrites.following(new_ids, first_page, target.fmt.page_tokens)
+    target.encode(pages, *source.decode(old_ids, first_page))
     same_k, same_v = source.fmt.keys == target.fmt.keys, source.fmt.values == target.fmt.values
     if same_k or same_v:
         old, new = source.read(old_ids), target.read(new_ids)
@@ -113,18 +114,8 @@ def _compressed(caches: Sequence[KVCache], targets: Sequence[TurboQuantKVCache])
     filled = [TurboQuantKVCache(target.source, target.sequence) for target in targets]
     for start in range(0, num_tokens, step):
         for cache, target in zip(caches, filled, strict=True):
-            _feed(target, *(x[:, :, start : start + step] for x in cache.keys_and_values()))
+            target.append(*(x[:, :, start : start + step] for x in cache.keys_and_values()))
     return filled
-
-
-def _feed(target: TurboQuantKVCache, k: mx.array, v: mx.array) -> None:
-    """Append k (1, H, T, D), v (1, H, T, Dv) without attending."""
-    shape = LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype)
-    if target.sequence is None:
-        target.sequence = target.source.new_sequence(shape)
-    backend = target.source.get(shape).backend
-    backend.wait_for([k, v])
-    target.sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
 
 
 def _decompressed(cache: TurboQuantKVCache) -> KVCache:

@@ -14,12 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from turboquant_kv.backends.base import AttentionCall, LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
+from turboquant_kv.cache.step import BatchStep, Positions, step_for
 from turboquant_kv.codec.format import KVFormat
 
 
@@ -76,20 +77,45 @@ class CompressedCache(AttendingCache):
             shape = _geometry(step.keys, step.values)
         pool = self.source.get(shape)
         pool.backend.wait_for([step.queries, step.keys, step.values])
-        sequences, views = self._append(pool, shape, step.keys, step.values)
-        plan = pool.step_plan([sequence.shared.last_append for sequence in sequences], views)
-        call = AttentionCall(step.queries, views, plan, step.scale, step.array_mask, step.sinks)
-        return pool.stores[self.source.layer].attend(call)
+        current = self._step(pool, shape, step.keys.shape[2])
+        layer = self.source.layer
+        try:
+            out = pool.stores[layer].append_and_attend(
+                current.plan,
+                step.keys,
+                step.values,
+                step.queries,
+                scale=step.scale,
+                mask=step.array_mask,
+                sinks=step.sinks,
+            )
+        except BaseException:
+            current.undo()
+            raise
+        current.done(layer)
+        return out
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add keys (B, H, T, D) and values (B, H, T, Dv) without attending. Raises as attention does."""
+        shape = _geometry(keys, values)
+        pool = self.source.get(shape)
+        pool.backend.wait_for([keys, values])
+        current = self._step(pool, shape, keys.shape[2])
+        try:
+            pool.stores[self.source.layer].append(current.plan, keys, values)
+        except BaseException:
+            current.undo()
+            raise
+        current.done(self.source.layer)
 
     @abstractmethod
-    def _append(
-        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
-    ) -> tuple[list[LayerSequence], list[SequenceView]]:
-        """Add each row's new tokens; the rows, and what their queries attend over."""
+    def _step(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
+        """This step of the layer's conversations, with `num_new` rows each, padding included."""
 
-    def _evaluate(self, sequences: Sequence[LayerSequence | None]) -> None:
+    def _evaluate(self) -> None:
         if self.source.pool is not None:
-            self.source.pool.backend.evaluate([a for s in sequences if s is not None for a in s.pending_arrays()])
+            pool = self.source.pool
+            pool.backend.evaluate(pool.stores[self.source.layer].pending_arrays())
 
 
 def _geometry(keys: mx.array, values: mx.array) -> LayerShape:
@@ -115,15 +141,10 @@ class TurboQuantKVCache(CompressedCache):
         self._hold(keys, values)
         return keys, values
 
-    def _append(
-        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
-    ) -> tuple[list[LayerSequence], list[SequenceView]]:
+    def _step(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
         if self.sequence is None:
             self.sequence = self.source.new_sequence(shape)
-        from_mlx = pool.backend.from_mlx
-        # squeezed: MLX would make a copy of `keys[0]`
-        view = self.sequence.append(from_mlx(keys).squeeze(0), from_mlx(values).squeeze(0))
-        return [self.sequence], [view]
+        return step_for(pool, self.source.layer, [self.sequence.shared], num_new, None)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""
@@ -164,7 +185,7 @@ class TurboQuantKVCache(CompressedCache):
         return self.fork()
 
     def evaluate(self) -> None:
-        self._evaluate([self.sequence])
+        self._evaluate()
 
     def release(self) -> None:
         """Give all memory back now; the cache is empty afterwards."""
@@ -200,23 +221,45 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     def __init__(self, source: LayerSource, sequences: Sequence[LayerSequence | None]) -> None:
         self.source = source
         self.sequences = list(sequences)
+        self._members: list[PagedSequence] = []  # of all rows, once they have sequences
+        self._known: tuple[int, Positions] | None = None  # lengths, and the pool's epoch in which they are true
 
     @property
     def _held_lengths(self) -> list[int]:
-        return [0 if s is None else len(s) for s in self.sequences]
+        return self._positions().lengths
 
-    def _append(
-        self, pool: PagePool, shape: LayerShape, keys: mx.array, values: mx.array
-    ) -> tuple[list[LayerSequence], list[SequenceView]]:
-        k, v = pool.backend.from_mlx(keys), pool.backend.from_mlx(values)
-        sequences, views = [], []
-        for b, n in enumerate(self._take(keys.shape[2])):
-            sequence = self.sequences[b]
-            if sequence is None:
-                sequence = self.sequences[b] = self.source.new_sequence(shape)
-            sequences.append(sequence)
-            views.append(sequence.append(k[b, :, :n], v[b, :, :n]))
-        return sequences, views
+    @property
+    def offset(self) -> mx.array:
+        """Tokens held per row, (B,) int32: each row's next position."""
+        return super().offset if self._num_pending else self._positions().array
+
+    def _positions(self) -> Positions:
+        """Lengths without pending tokens; known from the last step unless a conversation was changed otherwise."""
+        epoch = 0 if self.source.pool is None else self.source.pool.epoch
+        if self._known is None or self._known[0] != epoch:
+            self._known = epoch, self._positions_found()
+        return self._known[1]
+
+    def _positions_found(self) -> Positions:
+        """Of the step that other layers have begun, if there is one: they looked already."""
+        if not self._members and None not in self.sequences:
+            self._members = [s.shared for s in self.sequences if s is not None]
+        step = self._members[0].open_step if self._members else None
+        if step is not None and step.members == self._members:
+            return step.after if step.has_written(self.source.layer) else step.before
+        return Positions([0 if s is None else len(s) for s in self.sequences])
+
+    def _rows_changed(self) -> None:
+        self._members, self._known = [], None
+
+    def _step(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
+        if not self._members:
+            self.sequences = [self.source.new_sequence(shape) if s is None else s for s in self.sequences]
+            self._members = [s.shared for s in self.sequences if s is not None]
+        valid = self._take(num_new) if self._remaining is not None else None
+        current = step_for(pool, self.source.layer, self._members, num_new, valid, self._positions)
+        self._known = pool.epoch, current.after
+        return current
 
     def _cut_rows(self, num_tokens: int) -> None:
         for sequence in self.sequences:
@@ -224,7 +267,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
                 sequence.cut(len(sequence) - num_tokens)
 
     def evaluate(self) -> None:
-        self._evaluate(self.sequences)
+        self._evaluate()
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""
@@ -235,6 +278,8 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         """Take over the other batch's rows; it is empty afterwards."""
         self.sequences += other.sequences
         other.sequences = []
+        self._rows_changed()
+        other._rows_changed()
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order; the others' memory is given back."""
@@ -244,6 +289,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
             if sequence is not None and i not in indices:
                 sequence.release()
         self.sequences = kept
+        self._rows_changed()
 
     def extract(self, idx: int) -> TurboQuantKVCache:
         """Row `idx` as a single cache, sharing its pages."""

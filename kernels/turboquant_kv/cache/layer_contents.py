@@ -93,8 +93,7 @@ def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequenc
         if len(page_ids):
             for layer, contents in layers.items():
                 pool.stores[layer].write(page_ids, contents.pages)
-        tail_start = pool.fmt.page_start(len(page_ids))
-        ends = {layer: (_rows(pool, 0, c.sink), _rows(pool, tail_start, c.tail)) for layer, c in layers.items()}
+        ends = {layer: (_rows(pool, c.sink), _rows(pool, c.tail)) for layer, c in layers.items()}
     except BaseException:
         pool.free(page_ids)
         raise
@@ -102,9 +101,9 @@ def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequenc
     return sequence
 
 
-def _rows(pool: PagePool, start: int, exact: tuple[mx.array, mx.array]) -> ExactRows | None:
+def _rows(pool: PagePool, exact: tuple[mx.array, mx.array]) -> ExactRows | None:
     k, v = exact
-    return ExactRows(start, pool.backend.from_mlx(k), pool.backend.from_mlx(v)) if k.shape[1] else None
+    return ExactRows(pool.backend.from_mlx(k), pool.backend.from_mlx(v)) if k.shape[1] else None
 
 
 # --- mlx-lm's prompt cache files: one tree per layer, of arrays and one string

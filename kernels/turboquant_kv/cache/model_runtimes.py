@@ -131,11 +131,11 @@ class KVFamily:
         return sum(runtime.unique_bytes() for runtime in self._runtimes.values())
 
     def slack_bytes(self) -> int:
-        """Held for pages that nobody uses."""
+        """Held for pages and exact rows that nobody uses."""
         return sum(runtime.slack_bytes() for runtime in self._runtimes.values())
 
     def trim(self, wanted_bytes: int | None = None) -> int:
-        """Give memory of unused pages back: at least `wanted_bytes` if there is so much; returns the bytes.
+        """Give memory of unused pages and exact rows back, at least `wanted_bytes` if there is so much; tells how much.
 
         Formats that nobody uses any more cost nothing to empty and go first; others are copied, those with
         most slack for the copy first. Without a number, only those whose slack is worth a copy, and only
@@ -151,9 +151,8 @@ class KVFamily:
     def _is_worth_a_copy(self, runtime: KVRuntime) -> bool:
         totals = runtime.totals()
         is_alone = len(self._runtimes) == 1 and not runtime.layers_uncompressed  # then slack serves its own sequences
-        if is_alone or not totals.compressed:
-            return not totals.compressed
-        return totals.slack >= WORTHWHILE_SLACK * (totals.slack + totals.compressed)
+        used = totals.compressed + totals.exact
+        return not used or (not is_alone and totals.slack >= WORTHWHILE_SLACK * (totals.slack + used))
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when a pool's books do not agree."""

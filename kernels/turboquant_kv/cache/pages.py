@@ -15,7 +15,8 @@ from weakref import WeakSet
 
 import numpy as np
 
-from turboquant_kv.backends.base import Backend, LayerShape, LayerStore, Means, PageIds, SequenceView, StepPlan
+from turboquant_kv.backends.base import Backend, LayerShape, LayerStore, Means, PageIds
+from turboquant_kv.cache.exact_rows import ExactRowPool
 from turboquant_kv.cache.free_pages import FreePages
 from turboquant_kv.codec.format import KVFormat
 
@@ -59,15 +60,13 @@ class PagePool:
         self.layer_formats = tuple(layer_formats) if layer_formats is not None else (fmt,) * len(self.shapes)
         assert all(f.with_codecs(fmt.name) == fmt for f in self.layer_formats), "layers may differ in codecs alone"
         self.means = tuple(means) if means is not None else (None,) * len(self.shapes)
-        self.stores: list[LayerStore] = self._new_stores()
+        self.stores = self._new_stores()
         self.page_bytes = sum(self.layer_page_bytes(layer) for layer in range(len(self.shapes)))
-        self.exact_bytes = 0  # of all exact rows that sequences hold, shared ones once; kept by them
-        self.num_exact_rows = 0  # of those, rows that hold a token
+        self.exact = ExactRowPool(self.stores)
         self._references: list[int] = []
         self._free = FreePages()
         self._holders: WeakSet[PageHolder] = WeakSet()
-        self._planned: list[object] = []  # what the present step's plan was made for
-        self._plan: StepPlan | None = None
+        self.epoch = 0  # changes when a conversation's length does other than by a step
 
     def _new_stores(self) -> list[LayerStore]:
         return [self._new_store(layer) for layer in range(len(self.shapes))]
@@ -89,14 +88,24 @@ class PagePool:
         return self.num_used * self.page_bytes
 
     @property
+    def exact_bytes(self) -> int:
+        """Of all exact rows that sequences hold, shared ones once."""
+        return self.exact.nbytes
+
+    @property
+    def num_exact_rows(self) -> int:
+        """Of those, rows that hold a token."""
+        return self.exact.num_filled
+
+    @property
     def stored_bytes(self) -> int:
         """Held for pages, used or not, in all layers."""
         return sum(store.allocated_bytes for store in self.stores)
 
     @property
     def slack_bytes(self) -> int:
-        """Held for pages that nobody uses now."""
-        return self.stored_bytes - self.used_bytes
+        """Held for pages and exact rows that nobody uses now."""
+        return self.stored_bytes - self.used_bytes + self.exact.num_free * self.raw_token_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -110,18 +119,8 @@ class PagePool:
 
     @property
     def allocated_bytes(self) -> int:
-        """Pages (used or not) and exact rows."""
-        return self.stored_bytes + self.exact_bytes
-
-    def step_plan(self, appends: list[object], views: Sequence[SequenceView]) -> StepPlan:
-        """The backend's preparation of a step, made at its first layer and handed to all others.
-
-        `appends` are the sequences' records of this step, the same objects in every layer.
-        """
-        same = len(appends) == len(self._planned) and all(a is b for a, b in zip(appends, self._planned, strict=True))
-        if self._plan is None or not same:
-            self._planned, self._plan = appends, self.backend.prepare_step(views)
-        return self._plan
+        """Pages and exact rows, used or not."""
+        return self.used_bytes + self.exact_bytes + self.slack_bytes
 
     def allocate(self, num_pages: int) -> PageIds:
         """New page ids, held once; nothing is written yet. Raises what a store raises that cannot grow."""
@@ -166,20 +165,22 @@ class PagePool:
         self._holders.add(holder)
 
     def trim(self) -> int:
-        """Move used pages together and rebuild the stores without the free ones; returns the bytes given back.
+        """Move used pages and exact rows together and let go of the free ones; returns the bytes given back.
 
         For when another pool needs the memory; not within a step. Stores are rebuilt one after the other, so one
-        layer's used bytes are needed once more meanwhile. A failure loses nothing: until all layers have the moved
-        pages in both places, the old numbers hold, and a store that cannot be rebuilt stays as large as it is.
+        layer's used bytes are needed once more meanwhile. Pages stay where somebody holds them by their present
+        numbers. A failure loses nothing: exact rows move in all layers or in none, until all layers have the moved
+        pages in both places the old numbers hold, and a store that cannot be rebuilt stays as large as it is.
         """
-        before = self.stored_bytes
-        if not self.slack_bytes:
+        before = self.slack_bytes
+        if not before:
             return 0
+        self.exact.pack()
         holders = list(self._holders)  # alive until this is done, so that no page is freed in between
         references = np.array(self._references, np.int64)
         held = np.concatenate([np.empty(0, np.int64), *(h.page_ids for h in holders)])
         if not np.array_equal(np.bincount(held, minlength=len(references)), references):
-            return 0  # somebody else holds pages by their present numbers
+            return before - self.slack_bytes  # somebody else holds pages by their present numbers
         new_ids = _moved_together(references)
         self._move(new_ids)
         for holder in holders:
@@ -190,7 +191,7 @@ class PagePool:
         self._references, self._free = packed.tolist(), FreePages()
         for layer in range(len(self.stores)):
             self.stores[layer] = self._rebuilt(layer, len(used))
-        return before - self.stored_bytes
+        return before - self.slack_bytes
 
     def _move(self, new_ids: PageIds) -> None:
         """Copy pages to their new places, which are free, in every layer."""
@@ -206,6 +207,9 @@ class PagePool:
             store.grow(num_pages)
         for piece in _pieces(np.arange(num_pages)):
             store.write(piece, self.stores[layer].read(piece))
+        if self.exact.num_rows:
+            store.grow_rows(self.exact.num_rows)
+            store.put_rows(0, self.stores[layer].get_rows(0, self.exact.num_rows))
         return store
 
     def check_integrity(self) -> None:
@@ -216,6 +220,10 @@ class PagePool:
         smallest = min((store.num_pages for store in self.stores), default=len(self._references))
         if len(self._references) > smallest:
             raise PageAccountingError(f"{len(self._references)} pages given out, a store holds {smallest}")
+        try:
+            self.exact.check_integrity()
+        except AssertionError as exc:
+            raise PageAccountingError(str(exc)) from exc
 
 
 def _pieces(page_ids: PageIds) -> Iterator[PageIds]:

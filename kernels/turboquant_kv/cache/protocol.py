@@ -133,7 +133,7 @@ class BatchRows(AttendingCache):
     @property
     def offset(self) -> mx.array:
         """Tokens held per row, (B,) int32: each row's next position."""
-        return _positions(tuple(self.lengths))
+        return positions(tuple(self.lengths))
 
     def prepare(
         self,
@@ -190,5 +190,5 @@ class BatchRows(AttendingCache):
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask for the same ones
-def _positions(lengths: tuple[int, ...]) -> mx.array:
+def positions(lengths: tuple[int, ...]) -> mx.array:
     return mx.array(lengths, dtype=mx.int32)

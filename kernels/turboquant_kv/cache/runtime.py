@@ -182,7 +182,7 @@ class KVRuntime:
         return 0 if self._pool is None else num_tokens * self._pool.raw_token_bytes
 
     def allocated_bytes(self) -> int:
-        """Everything the pool holds: pages, free ones too, and exact rows."""
+        """Everything the pool holds: pages and exact rows, free ones too."""
         return 0 if self._pool is None else self._pool.allocated_bytes
 
     def unique_bytes(self) -> int:
@@ -190,13 +190,13 @@ class KVRuntime:
         return 0 if self._pool is None else self._pool.used_bytes + self._pool.exact_bytes
 
     def slack_bytes(self) -> int:
-        """Held for pages that nobody uses."""
+        """Held for pages and exact rows that nobody uses."""
         return 0 if self._pool is None else self._pool.slack_bytes
 
     def trim(self) -> int:
-        """Give memory of unused pages back, for other formats to use; returns the bytes.
+        """Give memory of unused pages and exact rows back, for other formats to use; returns the bytes.
 
-        Takes a copy of the used pages, one layer at a time. Not between a batch's update and its attention.
+        Takes a copy of the used ones, one layer at a time. Not between a batch's update and its attention.
         """
         return 0 if self._pool is None else self._pool.trim()
 

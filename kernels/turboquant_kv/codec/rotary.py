@@ -89,7 +89,11 @@ class Rotary:
 
     def block_means(self, mean: NDArray[np.floating[Any]], first_position: int, num_blocks: int) -> Float32:
         """(H, num_blocks, D): of each of the blocks that begin at first_position, the average of R(p) mean (H, D)."""
-        middles = first_position + BLOCK_TOKENS * np.arange(num_blocks) + (BLOCK_TOKENS - 1) / 2
+        return self.block_means_at(mean, first_position + BLOCK_TOKENS * np.arange(num_blocks))
+
+    def block_means_at(self, mean: NDArray[np.floating[Any]], starts: NDArray[np.int64]) -> Float32:
+        """(H, N, D): the same of blocks that begin at any positions (N,)."""
+        middles = starts + (BLOCK_TOKENS - 1) / 2
         averaged = self.averaged(mean)[:, None]
         return self._turned(averaged, middles[:, None] * self.frequencies, 1.0).astype(np.float32)
 

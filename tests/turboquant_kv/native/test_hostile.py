@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from tests.turboquant_kv.histories import encode_pages
 
-from turboquant_kv.backends.base import ExactRows, LayerShape, SequenceView
+from turboquant_kv.backends.base import LayerShape, PageWrites, RowSpan, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
@@ -28,64 +30,158 @@ def rows(num_rows: int, dim: int = DIM, heads: int = HEADS) -> Any:
 def storage() -> Any:
     storage = choose_backend("cpu-native").new_store(LayerShape(HEADS, DIM, DIM, mx.float32), FMT, None)
     storage.grow(PAGES)
-    storage.encode(np.arange(PAGES), 0, rows(PAGES * 16), rows(PAGES * 16))
+    encode_pages(storage, np.arange(PAGES), 0, rows(PAGES * 16), rows(PAGES * 16))
     return storage
+
+
+class Figures(NamedTuple):
+    """What the kernels are told of one sequence (module.cpp)."""
+
+    q_start: int = END - 1
+    num_queries: int = 1
+    pages_at: int = 0
+    num_pages: int = 2
+    sink_first: int = 8
+    sink_rows: int = 4
+    window_start: int = 36
+    window_first: int = 20
+    window_rows: int = 5
+
+
+HELD = 64  # rows of all conversations: the good call's sink and window lie among them
+FAR = 2**62
 
 
 def good_call() -> dict[str, Any]:
     return {
         "q": np.zeros((1, 4, 1, DIM), np.float32),
         "out": np.zeros((1, 4, 1, DIM), np.float32),
-        "start": END - 1,
-        "num": 1,
+        "figures": np.array([Figures()]),
         "pages": np.array([0, 1]),
-        "sink": (rows(4), rows(4)),
-        "window": (36, rows(5), rows(5)),
+        "exact": [rows(HELD)] * 4,
         "sinks": None,
         "span": 0,
     }
 
 
 def call(storage: Any, **changes: Any) -> None:
+    """The good call with other arguments; those that are fields of Figures change its one sequence."""
+    told: dict[str, int] = {name: changes.pop(name) for name in Figures._fields if name in changes}
+    if told:
+        changes["figures"] = np.array([Figures(**told)])
     a = good_call() | changes
-    row = (a["start"], a["num"], a["pages"], *a["sink"], *a["window"])
-    storage.store.attend(a["q"], a["out"], [row] * a["q"].shape[0], 0.1, a["sinks"], a["span"])
+    storage.store.attend(a["q"], a["out"], a["figures"], a["pages"], a["exact"], 0.1, a["sinks"], a["span"])
 
 
 def test_the_good_call_is_good(storage: Any) -> None:
-    for changes in ({}, {"pages": np.array([2, 1, 0]), "sinks": np.zeros(4, np.float32), "span": 9}):
+    goods: list[dict[str, Any]] = [
+        {},
+        {"pages": np.array([2, 1, 0]), "num_pages": 3, "sinks": np.zeros(4, np.float32), "span": 9},
+        {"pages": np.array([2, 1, 0]), "pages_at": 1},
+        {"sink_first": HELD - 4, "window_first": HELD - 5},
+        {"exact": (rows(12), rows(12), rows(25), rows(25))},
+        {"q_start": 2, "sink_rows": 3, "window_rows": 0, "window_first": FAR, "window_start": FAR, "num_pages": 0},
+    ]
+    for changes in goods:
         out = np.full((1, 4, 1, DIM), np.nan, np.float32)
         call(storage, out=out, **changes)
         assert np.isfinite(out).all(), "every output is written"
 
 
+def test_sequences_of_a_batch_find_their_own_pages_and_rows(storage: Any, rng: np.random.Generator) -> None:
+    """Whatever lies between them, even NaN."""
+    encode_pages(storage, np.arange(PAGES), 0, *rng.standard_normal((2, HEADS, PAGES * 16, DIM)).astype(np.float32))
+    own = rng.standard_normal((4, HEADS, 9, DIM)).astype(np.float32)  # of each, four sink and five window rows
+    q = rng.standard_normal((2, 4, 1, DIM)).astype(np.float32)
+    exact = np.full((2, HEADS, HELD, DIM), np.nan, np.float32)
+    places = ((8, 20), (50, 12))
+    for b, (sink, window) in enumerate(places):
+        exact[:, :, sink : sink + 4] = own[2 * b : 2 * b + 2, :, :4]
+        exact[:, :, window : window + 5] = own[2 * b : 2 * b + 2, :, 4:]
+    told = [
+        Figures(pages_at=at, sink_first=sink, window_first=window)
+        for at, (sink, window) in zip((1, 3), places, strict=True)
+    ]
+    pages = np.array([2, 0, 1, 2, 1])
+    both, alone = np.empty((2, 4, 1, DIM), np.float32), np.empty((2, 4, 1, DIM), np.float32)
+    call(storage, q=q, out=both, figures=np.array(told), pages=pages, exact=[*exact, *exact])
+    for b in range(2):
+        mine = own[2 * b : 2 * b + 2]
+        call(
+            storage,
+            q=q[b : b + 1],
+            out=alone[b : b + 1],
+            pages=pages[1 + 2 * b : 3 + 2 * b],
+            exact=[*mine[:, :, :4], *mine[:, :, 4:]],
+            sink_first=0,
+            window_first=0,
+        )
+    assert np.isfinite(both).all()
+    np.testing.assert_array_equal(both, alone)
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "page below zero": {"pages": np.array([0, -1])},
     "page beyond the pool": {"pages": np.array([0, PAGES])},
-    "page of another world": {"pages": np.array([0, 2**62])},
+    "page of another world": {"pages": np.array([0, FAR])},
     "too few pages": {"pages": np.array([0])},
+    "fewer pages than the queries see": {"num_pages": 1},
+    "pages that begin before the first": {"pages_at": -1},
+    "pages that end behind the last": {"pages_at": 1},
+    "pages that begin far behind": {"pages_at": FAR},
+    "fewer than no pages": {"num_pages": -1},
+    "fewer than no pages behind the last": {"pages_at": 5, "num_pages": -3},
+    "more pages than there can be": {"num_pages": 2**63 - 1},
     "page ids of 32 bits": {"pages": np.array([0, 1], np.int32)},
     "page ids as floats": {"pages": np.array([0.0, 1.0])},
     "page ids in two axes": {"pages": np.array([[0, 1]])},
     "page ids with gaps": {"pages": np.arange(4)[::2]},
     "page ids that are none": {"pages": [0, 1]},
-    "negative position": {"start": -1},
-    "position far ahead": {"start": 2**50},
-    "more queries than rows": {"num": 2},
-    "negative queries": {"num": -1},
-    "sink too short": {"sink": (rows(3), rows(3))},
-    "sink too long": {"sink": (rows(5), rows(5))},
-    "no sink": {"sink": (None, None)},
-    "sink sides differ": {"sink": (rows(4), rows(3))},
-    "window too short": {"window": (36, rows(4), rows(4))},
-    "window begins late": {"window": (37, rows(4), rows(4))},
-    "window inside the sink": {"window": (0, rows(END), rows(END))},
-    "no window": {"window": (0, None, None)},
-    "window of another dim": {"window": (36, rows(5, 80), rows(5))},
-    "window of other heads": {"window": (36, rows(5, DIM, 1), rows(5, DIM, 1))},
-    "window of doubles": {"window": (36, rows(5).astype(np.float64), rows(5).astype(np.float64))},
-    "window of mixed types": {"window": (36, rows(5).astype(np.float16), rows(5))},
-    "window of gaps": {"window": (36, rows(5, 2 * DIM)[..., ::2], rows(5))},
+    "figures of 32 bits": {"figures": np.array([Figures()], np.int32)},
+    "figures as floats": {"figures": np.array([Figures()], np.float64)},
+    "figures in one axis": {"figures": np.array(Figures())},
+    "too few figures": {"figures": np.array([Figures()[:8]])},
+    "too many figures": {"figures": np.array([[*Figures(), 0]])},
+    "figures with gaps": {"figures": np.repeat([Figures()], 2, axis=1)[:, ::2]},
+    "figures that are none": {"figures": [list(Figures())]},
+    "figures of no sequence": {"figures": np.empty((0, 9), np.int64)},
+    "figures of another batch": {"figures": np.array([Figures()] * 2)},
+    "negative position": {"q_start": -1},
+    "position far ahead": {"q_start": 2**50},
+    "more queries than rows": {"num_queries": 2},
+    "negative queries": {"num_queries": -1},
+    "sink too short": {"sink_rows": 3},
+    "sink too long": {"sink_rows": 5},
+    "no sink": {"sink_rows": 0},
+    "fewer sink rows than none": {"sink_rows": -4},
+    "sink before the first row": {"sink_first": -1},
+    "sink behind the last row": {"sink_first": HELD - 3},
+    "sink far behind": {"sink_first": FAR},
+    "sink sides differ": {"exact": (rows(HELD), rows(11), rows(HELD), rows(HELD))},
+    "window too short": {"window_rows": 4},
+    "window too long": {"window_rows": 6},
+    "window begins late": {"window_start": 37, "window_rows": 4},
+    "window inside the sink": {"window_start": 0, "window_rows": END, "window_first": 0},
+    "window far ahead": {"window_start": 2**63 - 1},
+    "no window": {"window_rows": 0},
+    "fewer window rows than none": {"window_rows": -5},
+    "more window rows than there can be": {"window_rows": 2**63 - 1},
+    "window before the first row": {"window_first": -1},
+    "window behind the last row": {"window_first": HELD - 4},
+    "window far behind": {"window_first": FAR},
+    "window sides differ": {"exact": (rows(HELD), rows(HELD), rows(HELD), rows(24))},
+    "no exact rows": {"exact": [rows(0)] * 4},
+    "three exact arrays": {"exact": [rows(HELD)] * 3},
+    "five exact arrays": {"exact": [rows(HELD)] * 5},
+    "exact rows in four axes": {"exact": [rows(HELD)[None]] * 4},
+    "exact arrays that are none": {"exact": [rows(HELD)] * 3 + [None]},
+    "rows of another dim": {"exact": [rows(HELD, 80), rows(HELD)] * 2},
+    "values of another dim": {"exact": [rows(HELD)] * 3 + [rows(HELD, 80)]},
+    "rows of other heads": {"exact": [rows(HELD)] * 2 + [rows(HELD, DIM, 1)] * 2},
+    "rows of doubles": {"exact": [rows(HELD).astype(np.float64)] * 4},
+    "sink of mixed types": {"exact": [rows(HELD), rows(HELD).astype(np.float16), rows(HELD), rows(HELD)]},
+    "window of mixed types": {"exact": [rows(HELD), rows(HELD), rows(HELD).astype(np.float16), rows(HELD)]},
+    "rows of gaps": {"exact": [rows(HELD)] * 2 + [rows(HELD, 2 * DIM)[..., ::2], rows(HELD)]},
     "queries of another dim": {"q": np.zeros((1, 4, 1, 80), np.float32)},
     "queries of no group": {"q": np.zeros((1, 3, 1, DIM), np.float32), "out": np.zeros((1, 3, 1, DIM), np.float32)},
     "output too small": {"out": np.zeros((1, 4, 1, 32), np.float32)},
@@ -110,18 +206,45 @@ def test_read_only_output_is_refused(storage: Any) -> None:
         call(storage, out=out)
 
 
-@pytest.mark.parametrize(
-    ("ids", "num_rows"), [([0, 3], 32), ([0, 0], 32), ([-1], 16), ([0], 15), ([0], 17), ([0, 1], 16)]
-)
+@pytest.mark.parametrize(("ids", "num_rows"), [([0, 3], 32), ([0, 0], 32), ([-1], 16), ([0], 15), ([0, 1], 16)])
 def test_hostile_encoding_is_refused(storage: Any, ids: list[int], num_rows: int) -> None:
     with pytest.raises(ValueError):
-        storage.encode(np.array(ids), 0, rows(num_rows), rows(num_rows))
+        encode_pages(storage, ids, 0, rows(num_rows), rows(num_rows))
+
+
+HOSTILE_PLACES: dict[str, dict[str, Any]] = {
+    "start before the first row": {"starts": np.array([-1, 16])},
+    "start too late": {"starts": np.array([0, 17])},
+    "start of another world": {"starts": np.array([0, FAR])},
+    "start that overflows": {"starts": np.array([0, 2**63 - 1])},
+    "keys too short": {"k": rows(31)},
+    "values too short": {"v": rows(31)},
+    "too few starts": {"starts": np.array([0])},
+    "too many starts": {"starts": np.array([0, 16, 0])},
+    "starts of 32 bits": {"starts": np.array([0, 16], np.int32)},
+    "starts with gaps": {"starts": np.arange(0, 64, 8)[::2][:2]},
+    "starts that are none": {"starts": [0, 16]},
+    "too few numbers": {"numbers": np.array([0])},
+    "numbers as floats": {"numbers": np.array([0.0, 1.0])},
+    "numbers in two axes": {"numbers": np.array([[0, 1]])},
+    "a number below zero": {"numbers": np.array([0, -1])},
+    "a number far ahead": {"numbers": np.array([2**50, 0])},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PLACES)
+def test_hostile_places_of_pages_are_refused(storage: Any, name: str) -> None:
+    good = {"numbers": np.array([1, 0]), "starts": np.array([16, 0]), "k": rows(32), "v": rows(32)}
+    for a, refused in ((good, False), (good | HOSTILE_PLACES[name], True)):
+        pages = PageWrites(np.array([2, 0]), a["numbers"], a["starts"])
+        with pytest.raises(ValueError) if refused else nullcontext():
+            storage.encode(pages, a["k"], a["v"])
 
 
 @pytest.mark.parametrize("first_page", [-1, 2**50])
 def test_hostile_places_in_a_conversation_are_refused(storage: Any, first_page: int) -> None:
     with pytest.raises(ValueError, match="first_page"):
-        storage.encode(np.array([0]), first_page, rows(16), rows(16))
+        encode_pages(storage, [0], first_page, rows(16), rows(16))
     with pytest.raises(ValueError, match="first_page"):
         storage.decode(np.array([0]), first_page)
 
@@ -209,7 +332,7 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def view(start: int, num: int) -> SequenceView:
-    return SequenceView(start, num, np.arange(3), ExactRows(0, rows(4), rows(4)), None)
+    return SequenceView(start, num, np.arange(3), RowSpan(0, 0, 4), None)
 
 
 def test_only_true_windows_are_taken_for_windows() -> None:
@@ -238,9 +361,9 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
         "book = np.linspace(-2, 2, 16, dtype=np.float32)\n"
         "for key in (True, False): s.set_side(key, 64, 4, one, base, None, book, book[:-1])\n"
         "s.grow(8); x = np.ones((4, 128, 64), np.float32); ids = np.arange(8)\n"
-        "s.encode(ids, 0, x, x)\n"
+        "s.encode(ids, ids, 16 * ids, x, x)\n"
         "pid = os.fork()\n"
-        "s.encode(ids, 0, x, x)\n"
+        "s.encode(ids, ids, 16 * ids, x, x)\n"
         "if pid == 0: os._exit(0)\n"
         "raise SystemExit(os.waitpid(pid, 0)[1])\n"
     )

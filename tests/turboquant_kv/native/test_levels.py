@@ -10,6 +10,8 @@ import pytest
 from tests.turboquant_kv.histories import (
     History,
     as_float64,
+    call_over,
+    encode_pages,
     expected,
     feed,
     new_cache,
@@ -18,7 +20,7 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv.backends.base import AttentionCall, CanonicalPages, ExactRows, LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import CanonicalPages, LayerShape, Means, RowSpan, SequenceView
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.codec import reference
@@ -180,14 +182,14 @@ def test_every_entry_of_the_8_bit_tables_is_looked_up(level: str, num_rows: int,
     codes, scales = (rng.integers(0, 256, (2, *lead, 64), np.uint8), (1 + rng.random((2, *lead))).astype(np.float16))
     q = random_queries(rng, 4, num_rows, 64, mx.float32)
     x = rng.standard_normal((2, num_rows, 64)).astype(np.float32)
-    view = SequenceView(96, num_rows, np.arange(3), None, ExactRows(96, x, x))
+    view = SequenceView(96, num_rows, np.arange(3), None, RowSpan(96, 0, num_rows))
     outputs = []
     for name in (level, LEVELS[-1]):
         backend = native.NativeBackend()
         storage = native.NativeStore(backend._kernels, LayerShape(2, 64, 64, mx.float32), fmt, None, name)
         storage.grow(3)
         storage.write(np.arange(3), CanonicalPages(codes[0], scales[0], codes[1], scales[1]))
-        outputs.append(storage.attend(AttentionCall(q, [view], backend.prepare_step([view]), 0.05)))
+        outputs.append(storage.attend(call_over(backend, q, [view], (x, x, x, x), 0.05)))
     # A query's coordinate may round to the next of 65,000 steps, measured up to 2e-5; one wrong low byte costs 3e-4.
     assert relative_error(outputs[0], as_float64(outputs[1])) < 5e-5
 
@@ -201,7 +203,7 @@ def test_trellis_codes_are_the_references(
     history = History.random(rng, 2, 32, dim).steady(rng, fmt)
     storage = choose_backend("cpu-native").new_store(LayerShape(2, dim, dim, mx.float32), fmt, None)
     storage.grow(2)
-    storage.encode(np.arange(2), 0, history.k.astype(np.float32), history.v.astype(np.float32))
+    encode_pages(storage, np.arange(2), 0, history.k.astype(np.float32), history.v.astype(np.float32))
     pages = storage.read(np.arange(2))
     for x, codec, which, codes, scales in (
         (history.k, fmt.keys, "k", pages.k_codes, pages.k_scales),
@@ -239,8 +241,8 @@ def test_random_trellis_codes_decode_as_the_reference_says(
     for num_rows, tolerance in ((1, INTEGER_TOLERANCE), (20, FLOAT_TOLERANCE)):
         q = random_queries(rng, 4, num_rows, dim, mx.float32)
         x = rng.standard_normal((2, num_rows, dim)).astype(np.float32)
-        view = SequenceView(96, num_rows, np.arange(3), None, ExactRows(96, x, x))
-        call = AttentionCall(q, [view], choose_backend("cpu-native").prepare_step([view]), 0.03)
+        view = SequenceView(96, num_rows, np.arange(3), None, RowSpan(96, 0, num_rows))
+        call = call_over(choose_backend("cpu-native"), q, [view], (x, x, x, x), 0.03)
         logits = (
             0.03 * as_float64(q)[0].reshape(2, 2, num_rows, dim) @ np.concatenate([k, x], 1)[:, None].swapaxes(2, 3)
         )
@@ -292,9 +294,9 @@ def test_means_that_turn_stay_exact_far_from_the_start(level: str, rng: np.rando
     means = Means(bias.astype(np.float32), np.zeros((2, 64), np.float32), rotary)
     storage = choose_backend("cpu-native").new_store(LayerShape(2, 64, 64, mx.float32), fmt, means)
     storage.grow(10)
-    storage.encode(np.arange(10), first_page, x[0], x[1])
+    encode_pages(storage, np.arange(10), first_page, x[0], x[1])
     k, v = storage.decode(np.arange(10), first_page)
-    centre, rotation = means.k_rows(fmt, first_page, 10), rotation_matrix(64, fmt.rotation_seed, "k")
+    centre, rotation = means.k_rows(fmt, first_page + np.arange(10)), rotation_matrix(64, fmt.rotation_seed, "k")
     encoded = reference.encode(x[0], fmt.keys, rotation, centre)
     miss = np.abs(k - reference.decode(encoded, fmt.keys, 64, rotation, centre)).max(-1)
     assert np.mean(miss > 1e-3) < 0.05, "a code by a threshold may be its neighbour, in one vector of a hundred"
@@ -302,10 +304,10 @@ def test_means_that_turn_stay_exact_far_from_the_start(level: str, rng: np.rando
     end = start + 320
     pages = np.concatenate([np.zeros(first_page, np.int64), np.arange(10)])
     sink, own = np.zeros((2, 3, 64), np.float32), rng.standard_normal((2, 1, 64)).astype(np.float32)
-    view = SequenceView(end, 1, pages, ExactRows(0, sink, sink), ExactRows(end, own, own))
+    view = SequenceView(end, 1, pages, RowSpan(0, 0, 3), RowSpan(end, 0, 1))
     q = random_queries(rng, 2, 1, 64, mx.float32)
     mask = mx.array((np.arange(end + 1) > end - window)[None])
-    call = AttentionCall(q, [view], choose_backend("cpu-native").prepare_step([view]), 0.03, mask)
+    call = call_over(choose_backend("cpu-native"), q, [view], (sink, sink, own, own), 0.03, mask)
     seen_k, seen_v = (np.concatenate([a[:, 320 - window + 1 :], own], axis=1).astype(np.float64) for a in (k, v))
     logits = 0.03 * as_float64(q)[0] @ seen_k.swapaxes(1, 2)
     weights = np.exp(logits - logits.max(-1, keepdims=True))

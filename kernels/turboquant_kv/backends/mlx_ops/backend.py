@@ -11,9 +11,22 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
+from turboquant_kv.backends.base import (
+    Array,
+    AttentionCall,
+    Backend,
+    ExactBuffers,
+    ExactRows,
+    LayerShape,
+    LayerStore,
+    Means,
+    PageIds,
+    StepPlan,
+    StepRows,
+)
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.backends.portable.kit import ArrayKit
+from turboquant_kv.backends.portable.row_arrays import RowArrays, RowPlan
 from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat
@@ -82,6 +95,39 @@ class MlxStore(CanonicalStorage, LayerStore):
         super().__init__(
             KIT, shape, fmt, means, lambda heads, dim, codec: GrowingArrays(heads, dim, codec, fmt.page_tokens)
         )
+        self._rows = RowArrays(mx, shape, lambda heads, n, dim: mx.zeros((heads, n, dim), shape.dtype), mx.array)
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    def grow_rows(self, num_rows: int) -> None:
+        self._rows.grow(num_rows)
+        mx.eval(self._rows.k, self._rows.v)
+
+    def put_rows(self, first: int, rows: ExactRows) -> None:
+        self._rows.put(first, rows)
+
+    def get_rows(self, first: int, num_rows: int) -> ExactRows:
+        span = slice(first, first + num_rows)
+        # a slice would keep all rows in memory, and from being written in place
+        rows = ExactRows(*(mx.contiguous(x[:, span], allow_col_major=False) for x in (self._rows.k, self._rows.v)))
+        mx.eval(*rows)
+        return rows
+
+    def move_rows(self, order: PageIds) -> None:
+        self._rows.move(order)
+        mx.eval(self._rows.k, self._rows.v)
+
+    def exact(self) -> ExactBuffers:
+        return self._rows.buffers
+
+    def append(self, plan: StepPlan, keys: mx.array, values: mx.array) -> ExactBuffers:
+        assert isinstance(plan, RowPlan)
+        return self._rows.append(plan, keys, values, self.encode)
+
+    def pending_arrays(self) -> list[mx.array]:
+        return [self._rows.k, self._rows.v]
 
     def attend(self, call: AttentionCall) -> mx.array:
         return attend_by_tiles(self, self.shape, call)
@@ -95,18 +141,8 @@ class MlxBackend(Backend):
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         return MlxStore(shape, fmt, means)
 
-    def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> mx.array:
-        return mx.zeros((num_heads, num_rows, dim), dtype)
-
-    def write_rows(self, buffer: mx.array, start: int, rows: mx.array) -> mx.array:
-        if rows.shape == buffer.shape:
-            # MLX would take the rows as they are, and a slice keeps all of its source in memory: a chunk for a page.
-            return rows * mx.array(1, rows.dtype)
-        buffer[:, start : start + rows.shape[1]] = rows
-        return buffer
-
-    def concatenate(self, arrays: Sequence[mx.array]) -> mx.array:
-        return mx.concatenate(list(arrays), axis=1)
+    def prepare_step(self, rows: StepRows) -> StepPlan:
+        return RowPlan(rows, mx.array)
 
     def from_mlx(self, x: mx.array) -> mx.array:
         return x
@@ -139,6 +175,6 @@ def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) 
             continue
         grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
         row_mask = None if mask is None else mask[b][:, :n]
-        result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=sinks)
+        result = walk.attend(grouped, view, call.exact, v_dim=v_dim, mask=row_mask, sinks=sinks)
         outputs.append(mx.pad(result.reshape(num_q_heads, n, v_dim), [(0, 0), (0, num_rows - n), (0, 0)]))
     return mx.stack(outputs).astype(call.queries.dtype)

@@ -27,12 +27,16 @@ from turboquant_kv.backends.base import (
     LayerStore,
     Means,
     PageIds,
+    PageWrites,
+    RowSpan,
     SequenceView,
+    StepRows,
 )
 from turboquant_kv.backends.numpy_ops.backend import (
     KIT,
     NUMPY_DTYPES,
     NumpyBackend,
+    NumpyRowStore,
     Rows,
     as_floats,
     as_rows,
@@ -40,6 +44,7 @@ from turboquant_kv.backends.numpy_ops.backend import (
     from_floats,
 )
 from turboquant_kv.backends.portable.canonical import block_mean_scores
+from turboquant_kv.backends.portable.row_arrays import RowPlan
 from turboquant_kv.backends.portable.tiles import Tile
 from turboquant_kv.blas import thread_limit
 from turboquant_kv.codec.codebook import thresholds
@@ -78,7 +83,7 @@ def is_available() -> bool:
     return load_kernels()[0] is not None
 
 
-class NativeStore(LayerStore):
+class NativeStore(NumpyRowStore):
     """Pages of one layer in the kernels' own layout, attended over by them; implements tiles.TileSource as well.
 
     Raises UnsupportedFormatError for a codec without C++ kernels.
@@ -94,6 +99,7 @@ class NativeStore(LayerStore):
         if centred is not None and centred.rotary is not None:
             rotary = centred.rotary
             self.store.set_rotary(rotary.averaged(centred.k).ravel(), rotary.frequencies, rotary.stride, rotary.gap)
+        self._make_rows(shape)
         self._page_bytes = fmt.page_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         assert self.store.page_bytes == self._page_bytes, "the native layout costs what the format says"
 
@@ -120,8 +126,11 @@ class NativeStore(LayerStore):
     def grow(self, num_pages: int) -> None:
         self.store.grow(num_pages)
 
-    def encode(self, page_ids: PageIds, first_page: int, k: Rows, v: Rows) -> None:
-        self.store.encode(page_ids, first_page, dense_rows(k), dense_rows(v))
+    def encode(self, pages: PageWrites, k: Rows, v: Rows) -> None:
+        self.store.encode(*pages, dense_rows(k), dense_rows(v))
+
+    def _from_mlx(self, x: mx.array) -> Rows:
+        return rows_from_mlx(self._kernels, x)
 
     def decode(self, page_ids: PageIds, first_page: int) -> tuple[Rows, Rows]:
         k, _ = self._decode("k", page_ids, first_page)
@@ -176,7 +185,8 @@ class NativeStore(LayerStore):
         return out if self._v_mean is None else out + mass * self._v_mean[:, None]
 
     def attend(self, call: AttentionCall) -> mx.array:
-        window = 0
+        window, plan = 0, call.plan
+        assert isinstance(plan, NativeStepPlan)
         if call.mask is not None:
             found = sliding_window(call.mask, call.views)
             if found is None:
@@ -184,12 +194,31 @@ class NativeStore(LayerStore):
             window = found
         batch, num_q_heads, num_rows, _ = call.queries.shape
         dtype = call.queries.dtype
-        make = np.empty if all(view.num_queries == num_rows for view in call.views) else np.zeros
+        make = np.empty if plan.fewest_queries == num_rows else np.zeros
         out = make((batch, num_q_heads, num_rows, self.shape.v_dim), NUMPY_DTYPES[dtype])
         sinks = None if call.sinks is None else np.ascontiguousarray(as_floats(as_rows(call.sinks)))
-        rows = [_row(view) for view in call.views]
-        self.store.attend(rows_from_mlx(self._kernels, call.queries), out, rows, call.scale, sinks, window)
+        queries = rows_from_mlx(self._kernels, call.queries)
+        self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window)
         return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
+
+
+class NativeStepPlan(RowPlan):
+    """What the kernels are told of a step's sequences: figures (B, 9) int64 (module.cpp) and all their pages."""
+
+    def __init__(self, rows: StepRows) -> None:
+        super().__init__(rows, lambda places: places)
+        at, figures = 0, []
+        for view in rows.views:
+            sink, window = view.sink or _NO_SPAN, view.window or _NO_SPAN
+            ids = at, len(view.page_ids)
+            figures.append((view.q_start, view.num_queries, *ids, sink.first, sink.num_rows, *window))
+            at += len(view.page_ids)
+        self.figures = np.array(figures, np.int64)
+        self.page_ids = np.concatenate([view.page_ids for view in rows.views]).astype(np.int64, copy=False)
+        self.fewest_queries = min(view.num_queries for view in rows.views)
+
+
+_NO_SPAN = RowSpan(0, 0, 0)
 
 
 class NativeBackend(NumpyBackend):
@@ -215,6 +244,9 @@ class NativeBackend(NumpyBackend):
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         return NativeStore(self._kernels, shape, fmt, means, self.isa)
 
+    def prepare_step(self, rows: StepRows) -> NativeStepPlan:
+        return NativeStepPlan(rows)
+
     def from_mlx(self, x: mx.array) -> Rows:
         return rows_from_mlx(self._kernels, x)
 
@@ -223,14 +255,6 @@ def rows_from_mlx(kernels: ModuleType, x: mx.array) -> Rows:
     """A view of x with a dense last axis, bfloat16 as its bits in uint16."""
     # NumPy's way for bfloat16 is a view that MLX has to compute: tens of microseconds a layer.
     return dense_rows(kernels.bfloat16_bits(x) if x.dtype == mx.bfloat16 else as_rows(x))
-
-
-def _row(view: SequenceView) -> tuple[Any, ...]:
-    """What the kernels call a view."""
-    sink, window = view.sink, view.window
-    sink_rows = (None, None) if sink is None else (sink.k, sink.v)
-    window_rows = (0, None, None) if window is None else (window.start, window.k, window.v)
-    return (view.q_start, view.num_queries, view.page_ids, *sink_rows, *window_rows)
 
 
 def dense_rows(rows: Array) -> Rows:

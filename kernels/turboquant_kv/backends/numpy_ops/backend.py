@@ -14,9 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from turboquant_kv.backends.base import Array, AttentionCall, Backend, LayerShape, LayerStore, Means, PageIds
+from turboquant_kv.backends.base import (
+    Array,
+    AttentionCall,
+    Backend,
+    ExactBuffers,
+    ExactRows,
+    LayerShape,
+    LayerStore,
+    Means,
+    PageIds,
+    StepPlan,
+    StepRows,
+)
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.backends.portable.kit import ArrayKit
+from turboquant_kv.backends.portable.row_arrays import RowArrays, RowPlan
 from turboquant_kv.backends.portable.tiles import SequenceAttention, TileSource
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat
@@ -123,13 +136,49 @@ def keep_numpy_single_threaded() -> None:
             library.set_num_threads(1)
 
 
-class NumpyStore(CanonicalStorage, LayerStore):
+class NumpyRowStore(LayerStore):
+    """A layer's exact rows in NumPy arrays."""
+
+    def _make_rows(self, shape: LayerShape) -> None:
+        dtype = NUMPY_DTYPES[shape.dtype]
+        self._rows = RowArrays(np, shape, lambda heads, n, dim: np.empty((heads, n, dim), dtype), lambda places: places)
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    def grow_rows(self, num_rows: int) -> None:
+        self._rows.grow(num_rows)
+
+    def put_rows(self, first: int, rows: ExactRows) -> None:
+        self._rows.put(first, rows)
+
+    def get_rows(self, first: int, num_rows: int) -> ExactRows:
+        span = slice(first, first + num_rows)
+        return ExactRows(self._rows.k[:, span].copy(), self._rows.v[:, span].copy())
+
+    def move_rows(self, order: PageIds) -> None:
+        self._rows.move(order)
+
+    def exact(self) -> ExactBuffers:
+        return self._rows.buffers
+
+    def append(self, plan: StepPlan, keys: mx.array, values: mx.array) -> ExactBuffers:
+        assert isinstance(plan, RowPlan)
+        return self._rows.append(plan, self._from_mlx(keys), self._from_mlx(values), self.encode)
+
+    def _from_mlx(self, x: mx.array) -> Rows:
+        return as_rows(x)
+
+
+class NumpyStore(CanonicalStorage, NumpyRowStore):
     """One layer's pages in the canonical layout, attended over tile by tile."""
 
     def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
         super().__init__(
             KIT, shape, fmt, means, lambda heads, dim, codec: SlabArrays(heads, dim, codec, fmt.page_tokens)
         )
+        self._make_rows(shape)
 
     def attend(self, call: AttentionCall) -> mx.array:
         return attend_by_tiles(self, self.shape, call)
@@ -146,15 +195,8 @@ class NumpyBackend(Backend):
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
         return NumpyStore(shape, fmt, means)
 
-    def empty_rows(self, num_heads: int, num_rows: int, dim: int, dtype: mx.Dtype) -> Rows:
-        return np.empty((num_heads, num_rows, dim), NUMPY_DTYPES[dtype])
-
-    def write_rows(self, buffer: Rows, start: int, rows: Rows) -> Rows:
-        buffer[:, start : start + rows.shape[1]] = rows
-        return buffer
-
-    def concatenate(self, arrays: Sequence[Rows]) -> Rows:
-        return np.concatenate(arrays, axis=1)
+    def prepare_step(self, rows: StepRows) -> RowPlan:
+        return RowPlan(rows, lambda places: places)
 
     def from_mlx(self, x: mx.array) -> Rows:
         return as_rows(x)
@@ -185,7 +227,7 @@ def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) 
             continue
         grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
         row_mask = None if mask is None else mask[b][:, :n]
-        result = walk.attend(grouped, view, v_dim=v_dim, mask=row_mask, sinks=sinks)
+        result = walk.attend(grouped, view, call.exact, v_dim=v_dim, mask=row_mask, sinks=sinks)
         out[b, :, :n] = result.reshape(num_q_heads, n, v_dim)
     return mx.array(out).astype(call.queries.dtype)
 

@@ -10,7 +10,17 @@ from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
-from turboquant_kv.backends.base import Array, CanonicalPages, ExactRows, LayerShape, Means, PageIds
+import numpy as np
+
+from turboquant_kv.backends.base import (
+    Array,
+    CanonicalPages,
+    ExactRows,
+    LayerShape,
+    Means,
+    PageIds,
+    PageWrites,
+)
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.backends.portable.kit import ArrayKit
 from turboquant_kv.backends.portable.tiles import Tile
@@ -114,18 +124,22 @@ class CanonicalStorage:
             self._k.arrays.grow(num_pages)
             self._v.arrays.grow(num_pages)
 
-    def _k_mean(self, first_page: int, num_pages: int) -> Array | None:
-        """Of each token of a conversation's pages, (H, P*page, D)."""
+    def _k_mean(self, numbers: PageIds) -> Array | None:
+        """Of each token of pages that have these numbers in their conversations, (H, P*page, D)."""
         if self._means is None:
             return None
-        return self._kit.from_numpy(self._means.k_rows(self.fmt, first_page, num_pages))
+        return self._kit.from_numpy(self._means.k_rows(self.fmt, numbers))
 
-    def encode(self, page_ids: PageIds, first_page: int, k: Array, v: Array) -> None:
-        self._k.encode(page_ids, k, self._k_mean(first_page, len(page_ids)))
-        self._v.encode(page_ids, v, self._v_mean)
+    def encode(self, pages: PageWrites, k: Array, v: Array) -> None:
+        rows = pages.rows(self.fmt.page_tokens)
+        if len(rows) != k.shape[1] or rows[0] != 0 or (np.diff(rows) != 1).any():
+            index = self._kit.from_numpy(rows)
+            k, v = k[:, index], v[:, index]
+        self._k.encode(pages.page_ids, k, self._k_mean(pages.numbers))
+        self._v.encode(pages.page_ids, v, self._v_mean)
 
     def decode(self, page_ids: PageIds, first_page: int) -> tuple[Array, Array]:
-        k = self._k.values_of(page_ids, self._k_mean(first_page, len(page_ids)))
+        k = self._k.values_of(page_ids, self._k_mean(first_page + np.arange(len(page_ids))))
         v = self._v.values_of(page_ids, self._v_mean)
         return self._kit.from_floats(k, self.shape), self._kit.from_floats(v, self.shape)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from turboquant_kv.backends.base import Array, ExactRows, PageIds, SequenceView
+from turboquant_kv.backends.base import Array, ExactBuffers, ExactRows, PageIds, SequenceView
 from turboquant_kv.codec.format import KVFormat
 
 NEG_INF = float("-inf")
@@ -172,7 +172,16 @@ class SequenceAttention:
         self._source = source
         self._tile_tokens = tile_tokens
 
-    def attend(self, q: Array, view: SequenceView, *, v_dim: int, mask: Array | None, sinks: Array | None) -> Array:
+    def attend(
+        self,
+        q: Array,
+        view: SequenceView,
+        exact_rows: ExactBuffers,
+        *,
+        v_dim: int,
+        mask: Array | None,
+        sinks: Array | None,
+    ) -> Array:
         """q (H, G, T, D) float32, already scaled; mask (1 or Hq, T, N); sinks (Hq,). Returns (H, G, T, Dv)."""
         xp = self._xp
         num_heads, num_groups, num_rows, _ = q.shape
@@ -181,7 +190,7 @@ class SequenceAttention:
         visible = Visibility(self._source.fmt, np.arange(view.q_start, view.q_start + num_rows))
 
         exact = OnlineSoftmax.empty(xp, num_heads, rows.shape[1], v_dim)
-        for tile, start, seen in self._exact_tiles(view, visible):
+        for tile, start, seen in self._exact_tiles(view, exact_rows, visible):
             scores = self._scores(rows, tile, None, seen, extra, start, num_groups)
             exact.absorb(scores, tile.v, None)
 
@@ -200,12 +209,16 @@ class SequenceAttention:
         out = merge(restored, compressed, exact, sink_logits)
         return out.reshape(num_heads, num_groups, num_rows, v_dim)
 
-    def _exact_tiles(self, view: SequenceView, visible: Visibility) -> Iterator[tuple[Tile, int, Any]]:
+    def _exact_tiles(
+        self, view: SequenceView, rows: ExactBuffers, visible: Visibility
+    ) -> Iterator[tuple[Tile, int, Any]]:
         if view.sink is not None:
-            tile = self._source.exact_tile(view.sink)
+            span = slice(view.sink.first, view.sink.first + view.sink.num_rows)
+            tile = self._source.exact_tile(ExactRows(rows.sink_k[:, span], rows.sink_v[:, span]))
             yield tile, 0, visible.of_sink(tile.k.shape[1])
         if view.window is not None:
-            tile = self._source.exact_tile(view.window)
+            span = slice(view.window.first, view.window.first + view.window.num_rows)
+            tile = self._source.exact_tile(ExactRows(rows.window_k[:, span], rows.window_v[:, span]))
             yield tile, view.window.start, visible.of_window(view.window.start, tile.k.shape[1])
 
     def _page_tiles(self, view: SequenceView, visible: Visibility, num_rows: int) -> Iterator[tuple[Tile, int, Any]]:

@@ -84,7 +84,8 @@ class Scratch {
 // What keys and values of a conversation's pages are centred by.
 class Centres {
   public:
-    Centres(const Store& store, std::int64_t first_page, int num_pages)
+    // numbers (num_pages,): which page of its conversation each is.
+    Centres(const Store& store, const std::int64_t* numbers, int num_pages)
         : store_(store), num_blocks_(std::int64_t(num_pages) * store.groups_per_page()) {
         const Side& side = store.k;
         if (side.turning.num_pairs == 0) return;
@@ -92,7 +93,7 @@ class Centres {
         run_tasks(num_pages, [&](int page, int) {
             for (int g = 0; g < store.groups_per_page(); g++) {
                 const std::int64_t block = std::int64_t(page) * store.groups_per_page() + g;
-                const double start = double(store.sink_tokens) + double(first_page) * store.page_tokens + double(block) * kGroupTokens;
+                const double start = double(store.sink_tokens) + double(numbers[page]) * store.page_tokens + double(g) * kGroupTokens;
                 block_means(side.turning, store.heads, side.dim, start + (kGroupTokens - 1) / 2.0, &turned_[block * side.dim], num_blocks_ * side.dim);
             }
         });
@@ -159,21 +160,25 @@ class NativeStore {
         store_.grow(std::size_t(pages));
     }
 
-    // k (H, P*page, D) and v (H, P*page, Dv): pages first_page, first_page + 1, ... of a conversation.
-    void encode(nb::handle page_ids, std::int64_t first_page, nb::handle k, nb::handle v) {
+    // k (H, rows, D) and v (H, rows, Dv); numbers (P,): which page of its conversation each is; starts (P,): its first row.
+    void encode(nb::handle page_ids, nb::handle numbers, nb::handle starts, nb::handle k, nb::handle v) {
         const View ids = pages_of(page_ids, true), k_view(k, "k", 3), v_view(v, "v", 3);
+        const View number_view = places_of(numbers, "numbers", ids.shape(0)), start_view = places_of(starts, "starts", ids.shape(0));
         const Rows sides[2] = {rows_of(k_view, store_.k), rows_of(v_view, store_.v)};
-        for (const Rows& rows : sides)
-            if (rows.num_tokens != ids.shape(0) * store_.page_tokens) throw std::invalid_argument("k and v must hold page_tokens rows per page id");
-        expect_position(first_page);
-        const auto* id = static_cast<const std::int64_t*>(ids.data());
+        const auto *id = static_cast<const std::int64_t*>(ids.data()), *number = static_cast<const std::int64_t*>(number_view.data());
+        const auto* start = static_cast<const std::int64_t*>(start_view.data());
+        for (std::int64_t i = 0; i < ids.shape(0); i++) {
+            expect_position(number[i]);
+            for (const Rows& rows : sides)
+                if (start[i] < 0 || start[i] > rows.num_tokens - store_.page_tokens) throw std::invalid_argument("k and v must hold page_tokens rows from each start on");
+        }
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
-        const Centres centres(store_, first_page, int(ids.shape(0)));
+        const Centres centres(store_, number, int(ids.shape(0)));
         run_tasks(int(ids.shape(0)) * store_.heads, [&](int task, int) {
-            const int page = task / store_.heads, head = task % store_.heads, first = page * store_.page_tokens;
+            const int page = task / store_.heads, head = task % store_.heads;
             for (const Side* side : {&store_.k, &store_.v})
-                level_->encode_page(store_, *side, sides[side == &store_.v], head, first, centres.of(*side, page, head),
+                level_->encode_page(store_, *side, sides[side == &store_.v], head, int(start[page]), centres.of(*side, page, head),
                                     store_.codes(*side, id[page], head), store_.scales(*side, id[page], head));
         });
     }
@@ -222,9 +227,11 @@ class NativeStore {
         const auto* id = static_cast<const std::int64_t*>(ids.data());
         auto *out = static_cast<float*>(rows_view.data()), *out_scales = static_cast<float*>(scales_view.data());
         expect_position(first_page);
+        std::vector<std::int64_t> numbers(n);
+        for (std::int64_t i = 0; i < n; i++) numbers[i] = first_page + i;
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
-        const Centres centres(store_, first_page, restore && is_key ? int(n) : 0);
+        const Centres centres(store_, numbers.data(), restore && is_key ? int(n) : 0);
         run_tasks(int(n) * store_.heads, [&](int task, int) {
             const int page = task / store_.heads, head = task % store_.heads;
             const std::size_t row = std::size_t(head) * tokens + std::size_t(page) * store_.page_tokens;
@@ -237,7 +244,11 @@ class NativeStore {
         });
     }
 
-    void attend(nb::handle q, nb::handle out, nb::handle rows, float scale, nb::handle sinks, std::int64_t window) {
+    // figures (B, 9) int64, one row per sequence: q_start, num_queries, where its pages begin in page_ids and how many there
+    // are, first row and number of rows of its sink, position, first row and number of rows of its window. exact: sink keys,
+    // sink values, window keys, window values, each (H, rows, D) of all sequences.
+    void attend(nb::handle q, nb::handle out, nb::handle figures, nb::handle page_ids, nb::handle exact, float scale, nb::handle sinks,
+                std::int64_t window) {
         expect_ready();
         const View q_view(q, "queries", 4), out_view(out, "out", 4, true);
         q_view.expect_shape({-1, -1, -1, store_.k.dim});
@@ -267,11 +278,17 @@ class NativeStore {
             sinks_view->expect_dense();
             a.sinks = static_cast<const float*>(sinks_view->data());
         }
-        std::vector<View> held; // buffers of the rows, until the work is done
-        if (std::int64_t(nb::len(rows)) != q_view.shape(0)) throw std::invalid_argument("there must be one view per row of the queries");
-        int batch = 0;
+        const View figures_view(figures, "figures", 2), ids = pages_of(page_ids, false);
+        figures_view.expect_type("lq", 8);
+        figures_view.expect_dense();
+        figures_view.expect_shape({q_view.shape(0), 9});
+        if (nb::len(exact) != 4) throw std::invalid_argument("exact rows are four arrays");
+        const View sink_k(exact[0], "sink_k", 3), sink_v(exact[1], "sink_v", 3), window_k(exact[2], "window_k", 3), window_v(exact[3], "window_v", 3);
+        const ExactRows given{rows_of(sink_k, store_.k), rows_of(sink_v, store_.v), rows_of(window_k, store_.k), rows_of(window_v, store_.v)};
+        if (given.sink_k.dtype != given.sink_v.dtype || given.window_k.dtype != given.window_v.dtype) throw std::invalid_argument("exact keys and values differ in type");
         Attention many = a;
-        for (nb::handle row : rows) add_items(batch++, row, a, many, held);
+        for (int b = 0; b < int(q_view.shape(0)); b++)
+            add_items(b, static_cast<const std::int64_t*>(figures_view.data()) + 9 * b, ids, given, a, many);
         nb::gil_scoped_release release;
         std::lock_guard lock(store_.mutex);
         for (const Attention* each : {&a, &many})
@@ -314,29 +331,46 @@ class NativeStore {
         return {view.data(), view.stride(0), view.stride(1), view.dtype(), int(view.shape(1))};
     }
 
-    // row: (q_start, num_queries, page_ids, sink_k, sink_v, window_start, window_k, window_v); rows None where there are none.
-    void add_items(int batch, nb::handle row, Attention& few, Attention& many, std::vector<View>& held) const {
-        if (nb::len(row) != 8) throw std::invalid_argument("a view has eight entries");
-        const auto q_start = nb::cast<std::int64_t>(row[0]), num_queries = nb::cast<std::int64_t>(row[1]);
+    struct ExactRows { Rows sink_k, sink_v, window_k, window_v; };
+
+    // (P,) int64 beside page ids.
+    static View places_of(nb::handle object, const char* name, std::int64_t count) {
+        View view(object, name, 1);
+        view.expect_type("lq", 8);
+        view.expect_dense();
+        view.expect_shape({count});
+        return view;
+    }
+
+    // Rows [first, first + count) of a side's exact rows.
+    static Rows part_of(const Rows& rows, std::int64_t first, std::int64_t count) {
+        if (first < 0 || count < 0 || first > rows.num_tokens - count) throw std::invalid_argument("a view's exact rows are out of range");
+        Rows part = rows;
+        const std::int64_t bytes = rows.dtype == Dtype::f32 ? 4 : 2;
+        part.data = static_cast<const std::uint8_t*>(rows.data) + first * rows.token_stride * bytes;
+        part.num_tokens = int(count);
+        return part;
+    }
+
+    // row: nine figures, as `attend` says.
+    void add_items(int batch, const std::int64_t* row, const View& ids, const ExactRows& given, Attention& few, Attention& many) const {
+        const std::int64_t q_start = row[0], num_queries = row[1], pages_at = row[2], pages_given = row[3];
         constexpr std::int64_t far = std::int64_t(1) << 40;
         if (q_start < 0 || q_start > far || num_queries < 0 || num_queries > few.num_rows) throw std::invalid_argument("a view's queries are out of range");
         if (num_queries == 0) return;
+        if (pages_at < 0 || pages_given < 0 || pages_at > ids.shape(0) - pages_given) throw std::invalid_argument("a view's pages are out of range");
         Item item;
         item.batch = batch;
-        held.push_back(pages_of(row[2], false));
-        const std::int64_t pages_given = held.back().shape(0);
-        item.pages = static_cast<const std::int64_t*>(held.back().data());
-        auto pair = [&](int at, const char* k_name, const char* v_name, Rows& k, Rows& v) {
-            if (row[at].is_none()) return;
-            held.emplace_back(nb::object(row[at]), k_name, 3);
-            k = rows_of(held.back(), store_.k);
-            held.emplace_back(nb::object(row[at + 1]), v_name, 3);
-            v = rows_of(held.back(), store_.v);
-            if (k.num_tokens != v.num_tokens || k.dtype != v.dtype) throw std::invalid_argument(std::string(k_name) + " and " + v_name + " differ in length or type");
-        };
-        pair(3, "sink_k", "sink_v", item.sink_k, item.sink_v);
-        pair(6, "window_k", "window_v", item.window_k, item.window_v);
-        item.window_start = item.window_k.num_tokens ? nb::cast<std::int64_t>(row[5]) : 0;
+        item.pages = static_cast<const std::int64_t*>(ids.data()) + pages_at;
+        if (row[5]) {
+            item.sink_k = part_of(given.sink_k, row[4], row[5]);
+            item.sink_v = part_of(given.sink_v, row[4], row[5]);
+        }
+        if (row[8]) {
+            item.window_k = part_of(given.window_k, row[7], row[8]);
+            item.window_v = part_of(given.window_v, row[7], row[8]);
+        }
+        item.window_start = row[8] ? row[6] : 0;
         check_exact(item, q_start, q_start + num_queries);
         for (std::int64_t t = 0; t < num_queries;) {
             const std::int64_t p = q_start + t, sink = store_.sink_tokens;
@@ -451,10 +485,10 @@ NB_MODULE(_kernels, m) {
         .def_prop_ro("num_pages", &NativeStore::num_pages)
         .def_prop_ro("page_bytes", &NativeStore::page_bytes)
         .def("grow", &NativeStore::grow, nb::arg("num_pages"))
-        .def("encode", &NativeStore::encode, nb::arg("page_ids"), nb::arg("first_page"), nb::arg("k"), nb::arg("v"))
+        .def("encode", &NativeStore::encode, nb::arg("page_ids"), nb::arg("numbers"), nb::arg("starts"), nb::arg("k"), nb::arg("v"))
         .def("transfer", &NativeStore::transfer, nb::arg("is_key"), nb::arg("write"), nb::arg("page_ids"), nb::arg("codes"), nb::arg("scales"))
         .def("decode", &NativeStore::decode, nb::arg("is_key"), nb::arg("restore"), nb::arg("page_ids"), nb::arg("first_page"), nb::arg("rows"),
              nb::arg("scales"))
-        .def("attend", &NativeStore::attend, nb::arg("queries"), nb::arg("out"), nb::arg("rows"), nb::arg("scale"), nb::arg("sinks").none(),
-             nb::arg("window"));
+        .def("attend", &NativeStore::attend, nb::arg("queries"), nb::arg("out"), nb::arg("figures"), nb::arg("page_ids"), nb::arg("exact"),
+             nb::arg("scale"), nb::arg("sinks").none(), nb::arg("window"));
 }
