@@ -30,6 +30,8 @@ CTYPES = {
 INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
 # Without -fno-gnu-unique kernels share the first one's shared memory of the same name, whatever its size.
 COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-shared", "-fPIC")
+# Inputs that kernels write in place (TQ_WRITABLE); whatever else one writes to is a fault.
+IN_PLACE = frozenset({"codes", "scales", "target", "sink_k", "sink_v", "window_k", "window_v"})
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
@@ -109,10 +111,23 @@ def cuda_kernel(
         failure = run(*map(ctypes.c_uint, blocks), ctypes.c_uint(threadgroup[0]), *arguments)
         if failure is not None:
             raise LaunchError(f"{name}: {failure.decode()}")
+        for input_name, x, buffer in zip(input_names, inputs, guarded, strict=True):
+            _write_back(name, input_name, x, buffer)
         made = zip(outputs, output_shapes, output_dtypes, strict=True)
         return [array_from(out.read(), shape, dtype) for out, shape, dtype in made]
 
     return call
+
+
+def _write_back(kernel: str, name: str, x: mx.array, buffer: GuardedBuffer) -> None:
+    """What a kernel has written to an input goes to the array's own memory, if it may write there."""
+    data = buffer.read()
+    if data == raw_bytes(x):
+        return
+    view = np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+    if name not in IN_PLACE or not view.flags.c_contiguous:
+        raise LaunchError(f"{kernel} has written to its input {name}")
+    ctypes.memmove(view.ctypes.data, data, len(data))
 
 
 def kernel_text(

@@ -21,7 +21,7 @@ from tests.turboquant_kv.histories import (
     rounded,
 )
 
-from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.base import LayerShape, Means, PageWrites
 from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
@@ -195,15 +195,12 @@ def test_keys_beyond_the_window_are_not_seen(turns: bool, rng: np.random.Generat
     cache = new_cache(fmt, "gpu", means)
     feed(cache, history, 0, 329, random_queries(rng, 3, 329, 64, mx.float16), 0.125)
     q = random_queries(rng, 3, 1, 64, mx.float16)
-    cache.update_and_fetch(*history.slice(329, 330))
-    assert cache.sequence is not None and cache._pending is not None
-    keys, values = cache._pending
+    assert cache.sequence is not None
     pool = cache.sequence.pool
-    _, views = cache._append(pool, pool.shapes[0], keys, values)
-    plan = BACKEND.prepare_step(views)
-    storage: Any = cache.sequence.pool.stores[0]
-    launch = storage.launch_for(q)
-    layer, figures = storage.layer_inputs(views, plan, launch)
+    storage: Any = pool.stores[0]
+    plan: Any = cache._step(pool, pool.shapes[0], 1).plan
+    layer, launch = storage.append(plan, *history.slice(329, 330)), storage.launch_for(q)
+    layer, figures = storage.layer_inputs(layer, plan, launch), plan.figures
     for reach in (1, 20, 150, 325):
         out = launch(layer, q, figures, plan.page_table, scale=0.125, reach=reach)
         want = expected(history, q, fmt, 329, 0.125, means, window=reach)
@@ -282,7 +279,8 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
         x[1, 3] = mean[1]  # centred it is nothing at all
     storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, means)
     storage.grow(5)
-    storage.encode(np.array([4, 0, 2]), first_page, mx.array(x), mx.array(x))
+    written = PageWrites.following(np.array([4, 0, 2]), first_page, fmt.page_tokens)
+    storage.encode(written, mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
     want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), centre)
     got = pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1)

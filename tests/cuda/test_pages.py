@@ -11,7 +11,16 @@ from tests.cuda.emulator import cuda_kernel
 from tests.metal.emulator import metal_kernel
 from tests.turboquant_kv.histories import as_float64, random_rotary
 
-from turboquant_kv.backends.base import ExactRows, LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import (
+    ExactBuffers,
+    ExactRows,
+    LayerShape,
+    Means,
+    PageWrites,
+    RowSpan,
+    SequenceView,
+    StepRows,
+)
 from turboquant_kv.backends.gpu import page_kernels as gpu_pages
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
@@ -33,12 +42,12 @@ def new_backends() -> tuple[GpuBackend, ...]:
 CUDA, METAL = new_backends()
 
 
-def exact_rows(rng: np.random.Generator, start: int, num_rows: int, dims: tuple[int, int], dtype: Any) -> ExactRows:
+def exact_rows(rng: np.random.Generator, num_rows: int, dims: tuple[int, int], dtype: Any) -> ExactRows:
     """As models hand them over: heads lie behind tokens."""
     k, v = (
         mx.array(rng.standard_normal((num_rows, 2, d)).astype(np.float32)).astype(dtype).swapaxes(0, 1) for d in dims
     )
-    return ExactRows(start, k, v)
+    return ExactRows(k, v)
 
 
 def check_history(
@@ -59,20 +68,20 @@ def check_history(
         arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
         arrays._scales = mx.array(rng.uniform(0.05, 0.15, arrays.scales.shape).astype(np.float16))
     page_ids = rng.permutation(num_pages + 2)[:num_pages]
-    sink = exact_rows(rng, 0, fmt.sink_tokens, dims, dtype) if fmt.sink_tokens else None
-    num_window = int(rng.integers(0, 40))
-    window = exact_rows(rng, 0, num_window, dims, dtype) if num_window else None
+    num_sink, num_window, surplus = fmt.sink_tokens, int(rng.integers(0, 40)), int(rng.integers(1, 5))
+    held = exact_rows(rng, surplus + num_sink + num_window + surplus, dims, dtype)
+    sink = RowSpan(0, surplus, num_sink) if num_sink else None
+    window = RowSpan(0, surplus + num_sink, num_window) if num_window else None
     view = SequenceView(0, 0, page_ids, sink, window)
-    got = storage.history(view, backend.prepare_step([view]).page_table)
+    plan = backend.prepare_step(StepRows([view]))
+    got = storage.history(view, ExactBuffers(*held, *held), plan.page_table)
     rotated = CanonicalStorage.decode(storage, page_ids, 0)
     for side, x, decoded in zip("kv", got, rotated, strict=True):
-        parts = [getattr(sink, side)] if sink else []
-        parts += [decoded, *([getattr(window, side)] if window else [])]
-        want = mx.concatenate(parts, axis=1)
+        rows, behind = getattr(held, side), surplus + num_sink
+        want = mx.concatenate([rows[:, surplus:behind], decoded, rows[:, behind : behind + num_window]], axis=1)
         assert (x.shape, x.dtype) == (want.shape, want.dtype)
         tolerance = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
         np.testing.assert_allclose(as_float64(x), as_float64(want), rtol=tolerance, atol=tolerance)
-        num_sink = 0 if sink is None else fmt.sink_tokens
         exact = np.r_[:num_sink, num_sink + num_pages * fmt.page_tokens : want.shape[1]]
         assert np.array_equal(as_float64(x)[:, exact], as_float64(want)[:, exact])
 
@@ -135,12 +144,13 @@ def test_pages_are_centred_where_they_stand(backend: GpuBackend, dim: int, rng: 
     fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=3)
     mean = (20 * rng.standard_normal((2, dim))).astype(np.float32)
     means = Means(mean, mean, random_rotary(rng, dim))
-    k = means.k_rows(fmt, 7, 3) + 0.01 * rng.standard_normal((2, 96, dim)).astype(np.float32)
+    k = means.k_rows(fmt, np.arange(7, 10)) + 0.01 * rng.standard_normal((2, 96, dim)).astype(np.float32)
     storage = backend.new_store(LayerShape(2, dim, dim, mx.float32), fmt, means)
     storage.grow(5)
     for first, last in ((0, 2), (2, 3)):
         rows = mx.array(k[:, 32 * first : 32 * last])
-        storage.encode(np.array([4, 0, 2])[first:last], 7 + first, rows, rows)
+        pages = PageWrites.following(np.array([4, 0, 2])[first:last], 7 + first, fmt.page_tokens)
+        storage.encode(pages, rows, rows)
     got = as_float64(storage.decode(np.array([4, 0, 2]), 7)[0])
     np.testing.assert_allclose(got, k, atol=0.01)
 
@@ -155,9 +165,10 @@ def test_rows_of_every_layout_give_the_same_codes(dim: int, bits: int, rng: np.r
     storage.grow(6)
     layouts = [mx.array(x), mx.array(x.swapaxes(0, 1).copy()).swapaxes(0, 1), mx.array(np.repeat(x, 2, 2))[:, :, ::2]]
     for i, rows in enumerate(layouts):
-        storage.encode(np.array([2 * i, 2 * i + 1]), 2 * i, rows.astype(mx.float16), rows.astype(mx.float16))
-    pages = [storage.read(np.array([2 * i, 2 * i + 1])) for i in range(3)]
-    assert pages[0].k_codes.any()
-    for other in pages[1:]:
-        assert np.array_equal(other.k_codes, pages[0].k_codes)
-        assert np.array_equal(other.v_scales, pages[0].v_scales)
+        pages = PageWrites.following(np.array([2 * i, 2 * i + 1]), 2 * i, fmt.page_tokens)
+        storage.encode(pages, rows.astype(mx.float16), rows.astype(mx.float16))
+    written = [storage.read(np.array([2 * i, 2 * i + 1])) for i in range(3)]
+    assert written[0].k_codes.any()
+    for other in written[1:]:
+        assert np.array_equal(other.k_codes, written[0].k_codes)
+        assert np.array_equal(other.v_scales, written[0].v_scales)

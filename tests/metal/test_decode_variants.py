@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,15 +18,15 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv.backends.base import LayerShape, SequenceView
-from turboquant_kv.backends.gpu.backend import GpuBackend, GpuStore, decode_shape
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.gpu.backend import GpuBackend, decode_shape
 from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
+from turboquant_kv.backends.gpu.page_kernels import PageKernels
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.shape import Variant
 from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.backends.gpu.variants import variant_for
-from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.codec.format import KVFormat
@@ -36,26 +35,17 @@ from turboquant_kv.codec.format import KVFormat
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 5e-3}
 VARIANTS: tuple[Variant, ...] = ("portable", "simd")
 
-BACKEND = GpuBackend("metal", DecodeKernels("metal", metal_kernel))
+BACKEND = GpuBackend("metal", DecodeKernels("metal", metal_kernel), PageKernels("metal", metal_kernel))
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages are filled by MLX operations: only decode kernels are emulated."""
     monkeypatch.setattr(caches, "choose_backend", lambda name: BACKEND)
-    monkeypatch.setattr(GpuStore, "encode", CanonicalStorage.encode)
 
 
 @cache
 def kernels(variant: Variant) -> DecodeKernels:
     return DecodeKernels("metal", metal_kernel, variant=variant)
-
-
-def appended(cache: TurboQuantKVCache, history: History, start: int, stop: int) -> Sequence[SequenceView]:
-    """The views of a cache that has got tokens start..stop, without attending."""
-    num_heads, _, dim = history.k.shape
-    pool = cache.source.get(LayerShape(num_heads, dim, history.v.shape[2], history.dtype))
-    return cache._append(pool, pool.shapes[0], *history.slice(start, stop))[1]
 
 
 class Step:
@@ -66,15 +56,15 @@ class Step:
         self.fmt, self.history, self.means = fmt, history, means
         cache = new_cache(fmt, "gpu", means)
         if self.start:
-            appended(cache, history, 0, self.start)
-        self.views = appended(cache, history, self.start, history.num_tokens)
-        assert cache.sequence is not None
-        self.storage: Any = cache.sequence.pool.stores[0]
-        self.plan = BACKEND.prepare_step(self.views)
+            cache.append(*history.slice(0, self.start))
+        num_heads, _, dim = history.k.shape
+        pool = cache.source.get(LayerShape(num_heads, dim, history.v.shape[2], history.dtype))
+        self.storage: Any = pool.stores[0]
+        self.plan: Any = cache._step(pool, pool.shapes[0], num_rows).plan
+        self.exact = self.storage.append(self.plan, *history.slice(self.start, history.num_tokens))
 
     def inputs(self, launch: DecodeLaunch) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
-        layer, figures = self.storage.layer_inputs(self.views, self.plan, launch)
-        return layer, figures
+        return self.storage.layer_inputs(self.exact, self.plan, launch), self.plan.figures
 
     def launch(self, made: DecodeKernels, q: mx.array) -> DecodeLaunch:
         pairs = self.storage._turning
@@ -180,7 +170,7 @@ def test_a_ragged_batch_equals_each_row_alone(num_q: int, rng: np.random.Generat
     rows = []
     for history, n in zip(histories, lengths, strict=True):
         rows.append(TurboQuantKVCache(source))
-        appended(rows[-1], history, 0, n)
+        rows[-1].append(*history.slice(0, n))
     batch = TurboQuantKVCache.merge(rows)
     q = mx.concatenate([random_queries(rng, num_q, 1, 64, mx.float16) for _ in rows])
     news = [h.slice(n, n + 1) for h, n in zip(histories, lengths, strict=True)]

@@ -19,7 +19,7 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.base import LayerShape, Means, PageWrites
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
@@ -184,7 +184,7 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     fmt = KVFormat(name, name, scale=scale, page_tokens=16)
     storage = BACKEND.new_store(LayerShape(2, dim, dim, mx.float32), fmt, Means(mean, mean))
     storage.grow(5)
-    storage.encode(np.array([4, 0, 2]), 0, mx.array(x), mx.array(x))
+    storage.encode(PageWrites.following(np.array([4, 0, 2]), 0, fmt.page_tokens), mx.array(x), mx.array(x))
     pages = storage.read(np.array([4, 0, 2]))
     want = reference.encode(x, fmt.keys, rotation_matrix(dim, fmt.rotation_seed, "k"), mean[:, None])
     got = pages.k_codes.transpose(1, 0, 2, 3).reshape(2, 48, -1)

@@ -5,6 +5,10 @@
 // Python (source.py); each is one value in all files of a text.
 #pragma once
 
+// An input that is written in place: pages and exact rows are too large to be made anew in every step. MLX sees inputs that
+// never change, so whoever launches such a kernel orders it before and after others by an output of its own (backend.py).
+#define TQ_WRITABLE(type, input) ((TQ_DEVICE type*)(input))
+
 // A thread in its block, and the block in the grid.
 struct TqPlace {
   uint tid, lane, warp;

@@ -1,8 +1,8 @@
 // What the portable and the 8x8-matrix decode kernels share: a block's queries in shared memory, its exact rows, and the
 // part that it writes. Blocks have WARPS warps.
 #pragma once
+#include "append.h"
 #include "softmax.h"
-#include "work.h"
 
 TQ_CONSTANT int THREADS = 32 * WARPS;
 TQ_CONSTANT int K_BYTES = D * KBITS / 8;

@@ -4,15 +4,14 @@
 #include "mma_exact.h"
 #include "mma_merge.h"
 
-// A block's part. exact_of: a sequence's exact rows, which lie where each sequence has them.
-template <typename ExactOf>
-TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, ExactOf exact_of, uchar* arena,
+// A block's part.
+TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, TqExactRows exact, TqNewRows given, uchar* arena,
                        TqMmaShared& shared, float* parts) {
   TqMmaRows rows;
   tq_start(rows);
   int num_busy;
   if (place.block_x == 0) {
-    const TqExactRows exact = exact_of(work.sequence);
+    if (APPENDS) tq_append(place, work, exact, given, THREADS);
     num_busy = tq_num_busy_exact(work);
     if (EXACT_MMA) tq_attend_exact(place, inputs, work, exact, arena, rows);
     else tq_attend_exact_plainly(place, inputs, work, exact, arena, rows);
@@ -23,24 +22,23 @@ TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, ExactO
 }
 
 // Parts alone; combine.h merges them in a second launch.
-template <typename ExactOf>
-TQ_FN void tq_decode_mma(TqPlace place, TqDecodeInputs inputs, ExactOf exact_of, float* parts) {
+TQ_FN void tq_decode_mma(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TqNewRows given, float* parts) {
   __shared__ TqMmaShared shared;
   if (BULK) tq_open_barriers(shared.barriers + int(place.warp) * STAGES, place.lane);
   const TqWork work = tq_work(place, inputs.plan);
   if (!tq_has_work(place, work)) return;
-  tq_mma_part(place, inputs, work, exact_of, tq_arena(), shared, parts);
+  tq_mma_part(place, inputs, work, exact, given, tq_arena(), shared, parts);
 }
 
 // Parts, and their merge by each row group's last block.
-template <typename ExactOf, typename Sinks>
-TQ_FN void tq_decode_mma_fused(TqPlace place, TqDecodeInputs inputs, ExactOf exact_of, TqFinish finish, Sinks sinks,
-                               float* parts) {
+template <typename Sinks>
+TQ_FN void tq_decode_mma_fused(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TqNewRows given, TqFinish finish,
+                               Sinks sinks, float* parts) {
   __shared__ TqMmaShared shared;
   if (BULK) tq_open_barriers(shared.barriers + int(place.warp) * STAGES, place.lane);
   const TqWork work = tq_work(place, inputs.plan);
   if (!tq_has_work(place, work)) return;
   uchar* arena = tq_arena();
-  tq_mma_part(place, inputs, work, exact_of, arena, shared, parts);
+  tq_mma_part(place, inputs, work, exact, given, arena, shared, parts);
   tq_finish(place, work, finish, sinks, parts, arena, shared);
 }

@@ -95,8 +95,8 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
   }
 }
 
-TQ_FN void tq_decode_portable(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TQ_DEVICE float* parts,
-                              TQ_SHARED TqPortableShared& shared) {
+TQ_FN void tq_decode_portable(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TqNewRows given,
+                              TQ_DEVICE float* parts, TQ_SHARED TqPortableShared& shared) {
   const TqWork work = tq_work(place, inputs.plan);
   if (!tq_has_work(place, work)) return;
   tq_fill_tables(place, shared);
@@ -104,6 +104,7 @@ TQ_FN void tq_decode_portable(TqPlace place, TqDecodeInputs inputs, TqExactRows 
   TqRunning running;
   tq_start(running);
   if (place.block_x == 0) {
+    if (APPENDS) tq_append(place, work, exact, given, THREADS);
     tq_attend_exact(place, work, exact, shared.q, running);
   } else {
     tq_rotate_queries(place, inputs.k_constants, work.head, shared.q, shared.rows);

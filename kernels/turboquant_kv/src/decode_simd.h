@@ -242,12 +242,13 @@ TQ_FN void tq_codes_block(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ_
   tq_merge_matrices(place, row, shared.rows);
 }
 
-TQ_FN void tq_decode_simd(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TQ_DEVICE float* parts,
+TQ_FN void tq_decode_simd(TqPlace place, TqDecodeInputs inputs, TqExactRows exact, TqNewRows given, TQ_DEVICE float* parts,
                           TQ_SHARED TqSimdShared& shared) {
   const TqWork work = tq_work(place, inputs.plan);
   if (!tq_has_work(place, work)) return;
   tq_fill_pairs(place, shared);
   tq_load_queries(place, inputs, work, shared.q);
+  if (APPENDS && place.block_x == 0) tq_append(place, work, exact, given, THREADS);
   if (place.block_x == 0) tq_exact_block(place, work, exact, shared);
   else tq_codes_block(place, inputs, work, shared);
   tq_write_part(place, work, shared.rows, parts);

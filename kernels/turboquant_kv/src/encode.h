@@ -3,15 +3,17 @@
 #pragma once
 #include "encode_trellis.h"
 
-// rows (HEADS, num_rows, D), strided; constants: signs / sqrt(D) (D,), then means (HEADS, D); turns: of turning.h.
+// rows (HEADS, rows, D), strided; pages: ids of num_pages pages, then which of its conversation each is, then the row
+// where each begins; constants: signs / sqrt(D) (D,), then means (HEADS, D); turns: of turning.h.
 struct TqEncodeInputs {
   const TQ_DEVICE In* rows;
   long head_stride, row_stride, dim_stride;
+  const TQ_DEVICE int* pages;
   const TQ_DEVICE float* constants;
   const TQ_DEVICE float* turns;
 };
 
-// Pages (P, HEADS, PAGE): packed codes, VECTOR_BYTES each, and scales.
+// All pages (P, HEADS, PAGE): packed codes, VECTOR_BYTES each, and scales.
 struct TqEncodeOutputs {
   TQ_DEVICE uchar* packed;
   TQ_DEVICE Half* scales;
@@ -38,10 +40,11 @@ TQ_FN void tq_fill_tables(TQ_SHARED TqEncodeShared& shared, uint tid) {
   }
 }
 
-// A lane's share of row `token`, which is compressed token first_token + token of its conversation, centred and with the
-// rotation's signs. A whole block meets here.
-TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, int first_token, TQ_SHARED float* turned, TQ_THREAD float* y) {
-  const TQ_DEVICE In* from = inputs.rows + (mine.head * inputs.head_stride + token * inputs.row_stride);
+// A lane's share of token `token` of the pages, centred and with the rotation's signs. A whole block meets here.
+TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, int num_pages, TQ_SHARED float* turned, TQ_THREAD float* y) {
+  const int page = token / PAGE, in_page = token % PAGE;
+  const int row = inputs.pages[2 * num_pages + page] + in_page, compressed = inputs.pages[num_pages + page] * PAGE + in_page;
+  const TQ_DEVICE In* from = inputs.rows + (mine.head * inputs.head_stride + row * inputs.row_stride);
   const bool is_wide = tq_is_wide(from, int(inputs.dim_stride));
   for (int k = 0; k < UNITS; k++) {
     const int d = 8 * (k * LANES + mine.part);
@@ -49,7 +52,7 @@ TQ_FN void tq_centred(TqEncodeInputs inputs, TqShare mine, int token, int first_
     float x[8], sign[8], mean[8];
     tq_read_row(from, int(inputs.dim_stride), is_wide, d, x);
     tq_load8(inputs.constants + d, sign);
-    tq_mean8(inputs.constants + D + mine.head * D, inputs.turns, first_token + token, d, mean);
+    tq_mean8(inputs.constants + D + mine.head * D, inputs.turns, compressed, d, mean);
     for (int i = 0; i < 8; i++) {
       const float centred = (x[i] - mean[i]) * sign[i];
       if (BASE == 1) y[8 * k + i] = centred;
@@ -108,7 +111,8 @@ TQ_FN float tq_scale_of(float energy, float rms, float c_energy, float inner) {
 }
 
 // A block's columns of codes to packed vectors; threads write neighbours. first_row: of the block.
-TQ_FN void tq_pack(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* codes, int first_row, int last, int head, uint tid) {
+TQ_FN void tq_pack(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* codes, const TQ_DEVICE int* page_ids, int first_row, int last,
+                   int head, uint tid) {
   for (int i = int(tid); i < VECTORS * VECTOR_BYTES; i += PAGE_THREADS) {
     const int vector = i / VECTOR_BYTES, k = i % VECTOR_BYTES, row = first_row + vector;
     uint byte = 0;
@@ -117,19 +121,19 @@ TQ_FN void tq_pack(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* codes, int fi
       const int shift = d * BITS - 8 * k;
       byte |= shift >= 0 ? code << shift : code >> -shift;
     }
-    if (row <= last) packed[ulong(tq_page_row(row / PAGE, head, row)) * VECTOR_BYTES + k] = uchar(byte);
+    if (row <= last) packed[ulong(tq_page_row(page_ids[row / PAGE], head, row)) * VECTOR_BYTES + k] = uchar(byte);
   }
 }
 
 TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figures, TqEncodeOutputs out,
                      TQ_SHARED TqEncodeShared& shared) {
   const TqShare mine = tq_share(place);
-  const int first_row = int(place.block_x) * VECTORS, last = figures.num_rows - 1;
+  const int first_row = int(place.block_x) * VECTORS, last = figures.num_pages * PAGE - 1;
   const int row = first_row + mine.vector;
   const int token = row < last ? row : last;  // surplus lanes repeat the last row: all of a block meet at its barriers
   tq_fill_tables(shared, place.tid);
   float y[PER];
-  tq_centred(inputs, mine, token, figures.first_token, shared.turned, y);
+  tq_centred(inputs, mine, token, figures.num_pages, shared.turned, y);
   tq_rotate(y, place.lane);
 
   float energy = 0.0f;
@@ -143,7 +147,7 @@ TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figur
   }
   const TqCoded coded = tq_quantised(y, inverse, mine, shared);
 
-  const int at = tq_page_row(row / PAGE, mine.head, row);
+  const int at = tq_page_row(inputs.pages[token / PAGE], mine.head, token);
   if (row <= last && mine.part == 0) out.scales[at] = Half(tq_scale_of(energy, rms, coded.c_energy, coded.inner));
   if (BASE == 1 && !TRELLIS) {
     for (int k = 0; k < UNITS; k++) {
@@ -153,9 +157,9 @@ TQ_FN void tq_encode(TqPlace place, TqEncodeInputs inputs, TqEncodeFigures figur
   } else {
     TQ_BARRIER();
     if (TRELLIS) {
-      tq_pack_trellis(out.packed, shared.codes, shared.trellis.branch, first_row, last, mine.head, place.tid);
+      tq_pack_trellis(out.packed, shared.codes, shared.trellis.branch, inputs.pages, first_row, last, mine.head, place.tid);
     } else {
-      tq_pack(out.packed, shared.codes, first_row, last, mine.head, place.tid);
+      tq_pack(out.packed, shared.codes, inputs.pages, first_row, last, mine.head, place.tid);
     }
   }
 }

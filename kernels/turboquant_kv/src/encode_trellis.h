@@ -99,7 +99,7 @@ TQ_FN uint tq_level_on_path(const TQ_SHARED ushort* branch, int d, float z, cons
 
 // The planes of a block's vectors, 16 bits a thread; own: of each coordinate.
 TQ_FN void tq_pack_trellis(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* own, const TQ_SHARED ushort* branch,
-                           int first_row, int last, int head, uint tid) {
+                           const TQ_DEVICE int* page_ids, int first_row, int last, int head, uint tid) {
   for (int i = int(tid); i < VECTORS * VECTOR_BYTES / 2; i += PAGE_THREADS) {
     const int vector = i / (VECTOR_BYTES / 2), k = i % (VECTOR_BYTES / 2), row = first_row + vector;
     uint word = branch[vector * BLOCKS + (k < BLOCKS ? k : 0)];
@@ -114,7 +114,8 @@ TQ_FN void tq_pack_trellis(TQ_DEVICE uchar* packed, const TQ_SHARED uchar* own, 
         word |= uint(from[j] >> (BITS - 2)) << (2 * j) | uint(from[j + 8] >> (BITS - 2)) << (2 * j + 1);
       }
     }
-    TQ_DEVICE uchar* to = packed + ulong(tq_page_row(row / PAGE, head, row)) * VECTOR_BYTES;
-    if (row <= last) reinterpret_cast<TQ_DEVICE ushort*>(to)[k] = ushort(word);
+    if (row > last) continue;
+    TQ_DEVICE uchar* to = packed + ulong(tq_page_row(page_ids[row / PAGE], head, row)) * VECTOR_BYTES;
+    reinterpret_cast<TQ_DEVICE ushort*>(to)[k] = ushort(word);
   }
 }

@@ -31,22 +31,33 @@ TQ_FN TqSequenceFigures tq_sequence_figures(const TQ_DEVICE int* at) {
 }
 
 struct TqEncodeFigures {
-  int num_rows;
-  int first_token;
+  int num_pages;
 };
-TQ_CONSTANT int ENCODE_WORDS = 2;
+TQ_CONSTANT int ENCODE_WORDS = 1;
 TQ_FN TqEncodeFigures tq_encode_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1]};
+  return {at[0]};
+}
+
+struct TqPutFigures {
+  int num_rows;
+  int length;
+  int rows_each;
+};
+TQ_CONSTANT int PUT_WORDS = 3;
+TQ_FN TqPutFigures tq_put_figures(const TQ_DEVICE int* at) {
+  return {at[0], at[1], at[2]};
 }
 
 struct TqHistoryFigures {
   int num_columns;
   int num_sink;
   int num_tokens;
+  int sink_first;
+  int window_first;
 };
-TQ_CONSTANT int HISTORY_WORDS = 3;
+TQ_CONSTANT int HISTORY_WORDS = 5;
 TQ_FN TqHistoryFigures tq_history_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1], at[2]};
+  return {at[0], at[1], at[2], at[3], at[4]};
 }
 
 struct TqPrefillFigures {

@@ -127,9 +127,10 @@ TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures 
     const int column = first + round * VECTORS + mine.vector, token = column - figures.num_sink;
     if (column >= figures.num_columns || (token >= 0 && token < figures.num_tokens)) continue;
     const TQ_DEVICE Exact* from = token < 0
-        ? inputs.sink + (mine.head * inputs.sink_strides[0] + column * inputs.sink_strides[1])
+        ? inputs.sink + (mine.head * inputs.sink_strides[0] + (figures.sink_first + column) * inputs.sink_strides[1])
         : inputs.window +
-            (mine.head * inputs.window_strides[0] + (token - figures.num_tokens) * inputs.window_strides[1]);
+            (mine.head * inputs.window_strides[0] +
+             (figures.window_first + token - figures.num_tokens) * inputs.window_strides[1]);
     const int stride = int(token < 0 ? inputs.sink_strides[2] : inputs.window_strides[2]);
     const bool is_wide = tq_is_wide(from, stride);
     for (int d = 8 * mine.part; d < D; d += 8 * LANES) {

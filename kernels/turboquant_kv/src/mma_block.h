@@ -4,8 +4,8 @@
 // K_HIGH_TABLE, V_TABLE, V_HIGH_TABLE, QUERIES_AT, RINGS_AT, and within a tile V_AT, V_BLOCK_BYTES, SCALES_AT.
 #pragma once
 #include "fragments_cuda.h"
+#include "append.h"
 #include "softmax.h"
-#include "work.h"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_BYTES = D * KBITS / 8;

@@ -8,6 +8,7 @@
 #define TQ_THREAD
 #define TQ_SHARED_VARIABLE(type, name) __shared__ type name
 #define TQ_BARRIER() __syncthreads()
+#define TQ_DEVICE_BARRIER() __syncthreads()  // what a block wrote to device memory is then seen by all of it
 #define TQ_WARP_BARRIER() __syncwarp()
 #define TQ_TABLE __device__ const
 #define TQ_CONSTANT constexpr

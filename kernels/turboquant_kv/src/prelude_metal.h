@@ -7,6 +7,7 @@
 #define TQ_THREAD thread
 #define TQ_SHARED_VARIABLE(type, name) threadgroup type name
 #define TQ_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
+#define TQ_DEVICE_BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device)
 #define TQ_WARP_BARRIER() simdgroup_barrier(mem_flags::mem_threadgroup)
 #define TQ_TABLE constant
 #define TQ_CONSTANT static constant constexpr const

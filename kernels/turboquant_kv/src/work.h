@@ -118,10 +118,10 @@ struct TqRows {
 struct TqExactRows {
   TqRows sink_k, sink_v, window_k, window_v;
 };
-// From the arguments of a kernel, of which a batch has a set for each sequence: TQ_EXACT_ROWS(_2) is the third.
+// From the arguments of a kernel.
 #define TQ_ROWS(name) {name, name##_strides[0], name##_strides[1]}
-#define TQ_EXACT_ROWS(set) \
-  TqExactRows { TQ_ROWS(sink_k##set), TQ_ROWS(sink_v##set), TQ_ROWS(window_k##set), TQ_ROWS(window_v##set) }
+#define TQ_EXACT_ROWS() \
+  TqExactRows { TQ_ROWS(sink_k), TQ_ROWS(sink_v), TQ_ROWS(window_k), TQ_ROWS(window_v) }
 
 // The query vector of a block's row; of a row that is not in the group, the group's first.
 TQ_FN const TQ_DEVICE In* tq_query_row(TqDecodeInputs inputs, TqWork work, int row) {

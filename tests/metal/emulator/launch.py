@@ -18,6 +18,8 @@ from tests.metal.emulator.report import MAX_REGISTERS, MAX_THREADS, Report
 from tests.metal.emulator.signature import METAL_TYPES, InputType, KernelText, TemplateValue
 from tests.metal.emulator.spaces import check_types
 
+# Inputs that kernels write in place (TQ_WRITABLE), in the array's own memory; whatever else one writes to is a fault.
+IN_PLACE = frozenset({"codes", "scales", "target", "sink_k", "sink_v", "window_k", "window_v"})
 _STACK_BYTES = 128 * 1024
 # Registers a thread needs beside its arrays: positions, pointers, loop state. A guess, like the whole estimate.
 _BASE_REGISTERS = 24
@@ -207,8 +209,12 @@ def _as_values(array: np.ndarray, dtype: str) -> np.ndarray:
 def _buffers(kernel: KernelText, given: Sequence[Given], outputs: Sequence[np.ndarray], filled: bool) -> list[Buffer]:
     """In the order of the signature's parameters."""
     made = []
+    written = {one.data.ctypes.data for name, one in zip(kernel.input_names, given, strict=True) if name in IN_PLACE}
     for index, (name, one) in enumerate(zip(kernel.input_names, given, strict=True)):
-        made.append(Buffer.reading(name, one.data, one.type.is_constant))
+        if one.data.ctypes.data in written:  # the array's own memory: it may also be given as another input
+            made.append(Buffer.writing(name, one.data, True))
+        else:
+            made.append(Buffer.reading(name, one.data, one.type.is_constant))
         values: dict[str, np.ndarray] = {
             "shape": np.array(one.shape, np.int32),
             "strides": np.array(one.strides, np.int64),

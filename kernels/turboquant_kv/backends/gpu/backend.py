@@ -1,13 +1,16 @@
 """The GPU backend: attention and encoding on packed pages in fused kernels, for Metal and CUDA.
 
-Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables, exact
-rows as the kernels take them, and which path a call takes; `details` names them. Array masks are the MLX operations of
-mlx_ops over the same pages.
+Pages stay in the canonical layout (docs/gpu.md says why that costs nothing), in MLX arrays. Owns page tables and which
+path a call takes; `details` names them. Array masks are the MLX operations of mlx_ops over the same pages.
+
+Pages and exact rows are written in place. MLX's own updates are in place only while no launch that reads the array is
+under way, and copy the whole array otherwise, which with steps that overlap is always. MLX does not know of such
+writes, so every launch on a layer's arrays gets the fence of the one before and leaves its own (`GpuStore._fence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -17,40 +20,46 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import (
     AttentionCall,
+    ExactBuffers,
     ExactRows,
     LayerShape,
     LayerStore,
     Means,
     PageIds,
+    PageWrites,
+    RowSpan,
     SequenceView,
     StepPlan,
+    StepRows,
 )
 from turboquant_kv.backends.gpu.device import MIN_CAPABILITY, compute_capability
 from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
-from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
+from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
-from turboquant_kv.backends.gpu.page_kernels import PageKernels, SideShape
+from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
+from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, Plan, PlanKey
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.gpu.turns import Turns
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
-from turboquant_kv.backends.page_runs import runs_of
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
 
-# A slice is a launch of its own, a scatter is one for all but a slow one; where they break even was not measured.
-MAX_SLICES = 4
 # Norm of a head's key mean up to which its share of a score may be a product of halves: queries of norm 20 then get
 # errors of about 0.02 at 128 dims, a tenth of what 4-bit codes do. Qwen2.5 has layers with 130 to 900.
 LONGEST_PLAIN_MEAN = 48.0
 
 
 class OpenArrays(GrowingArrays):
-    """Page arrays that kernels may read."""
+    """Page arrays that kernels may read, and write in place; `ordered` puts a fence before whoever else reads them."""
+
+    def __init__(self, store: GpuStore, heads: int, dim: int, codec: Codec, page_tokens: int) -> None:
+        super().__init__(heads, dim, codec, page_tokens)
+        self._store = store
 
     @property
     def codes(self) -> mx.array:
@@ -60,17 +69,21 @@ class OpenArrays(GrowingArrays):
     def scales(self) -> mx.array:
         return self._scales
 
-    def put_whole(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
-        """As `put`; few runs of ids, as prefill has them, are written as a slice each."""
-        runs = runs_of(page_ids)
-        if len(runs) > MAX_SLICES:
-            self.put(page_ids, packed, scales)
-            return
-        done = 0
-        for start, stop in runs:
-            part = slice(done, done + stop - start)
-            self._codes[start:stop], self._scales[start:stop] = packed[part], scales[part]
-            done = part.stop
+    def grow(self, num_pages: int) -> None:
+        self._store.settle()
+        super().grow(num_pages)
+
+    def put(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
+        places = Places.of([np.arange(len(page_ids)), page_ids])
+        for source, target in ((packed, self._codes), (scales, self._scales)):
+            num_pages, held = len(page_ids), target.shape[0]
+            if num_pages:
+                self._store.put(source.reshape(1, 1, num_pages, -1), target.reshape(1, held, -1), places)
+
+    def get(self, page_ids: PageIds) -> tuple[mx.array, mx.array]:
+        ids = mx.array(page_ids)
+        codes, scales = self._store.ordered(self._codes, self._scales)
+        return codes[ids], scales[ids]
 
 
 class Kernels(NamedTuple):
@@ -83,27 +96,83 @@ class Kernels(NamedTuple):
 
 
 class GpuStepPlan(StepPlan):
-    """One page table and one set of figures for all layers of a step.
+    """One page table and one set of figures for all layers of a step, and row numbers as the kernels take them.
 
-    page_table (B, width) int32, rows padded. Figures tell where each sequence's exact rows lie: in arrays of its own,
-    or, where a kernel takes no more arrays, behind each other in joined ones.
+    page_table (B, width) int32, rows padded.
     """
 
-    def __init__(self, views: Sequence[SequenceView], page_table: mx.array) -> None:
+    def __init__(self, rows: StepRows, page_table: mx.array, before: GpuStepPlan | None) -> None:
+        """before: the step before, if this one may be what follows it."""
+        super().__init__(rows)
         self.page_table = page_table
-        self.sink_rows, self.window_rows = [_num_rows(v.sink) for v in views], [_num_rows(v.window) for v in views]
-        self.separate: tuple[SequenceFigures, ...] = tuple([_figures(view) for view in views])
+        self._words = np.array([_figures(view) for view in rows.views], np.int64)
+        follows = before is not None and np.array_equal(self._words, before._words + np.array(ONE_ROW_MORE))
+        self._before = before if follows and before is not None and before.page_table is page_table else None
+        if before is not None:
+            before._before = None  # no chain of all steps
+        self._plans: dict[tuple[int, float], Plan] = {}  # by launch and scale
 
     @cached_property
-    def joined(self) -> tuple[SequenceFigures, ...]:
-        """Figures of exact rows that lie behind each other."""
-        figures = []
-        sink_offset = window_offset = 0
-        for row, num_sink, num_window in zip(self.separate, self.sink_rows, self.window_rows, strict=True):
-            figures.append(row._replace(sink_offset=sink_offset, window_offset=window_offset))
-            sink_offset += num_sink
-            window_offset += num_window
-        return tuple(figures)
+    def figures(self) -> tuple[SequenceFigures, ...]:
+        """Where each sequence's rows and pages lie."""
+        return tuple(SequenceFigures(*row) for row in self._words.tolist())
+
+    def plan_for(self, launch: DecodeLaunch, scale: float) -> Plan:
+        """The launch's plan; that of a step that only adds a row to each sequence is made on the GPU.
+
+        An array that the host has written costs a CUDA device a page fault, about 180 us.
+        """
+        key = id(launch), scale
+        plan = self._plans.get(key)
+        if plan is None:
+            before = None if self._before is None else self._before._plans.get(key)
+            if before is not None:
+                plan = launch.plans.following(before)
+            else:
+                plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, NO_WINDOW))
+            self._plans[key] = plan
+        return plan
+
+    @cached_property
+    def copies(self) -> Places:
+        """From and to."""
+        assert self.rows.copies is not None
+        return Places.of(self.rows.copies)
+
+    @cached_property
+    def writes(self) -> Places:
+        """New rows' numbers, and where they go."""
+        return Places.of(self.rows.writes)
+
+    @cached_property
+    def closed(self) -> Places:
+        """Of a PageWrites."""
+        assert self.rows.closed is not None
+        return Places.of(self.rows.closed)
+
+    @cached_property
+    def pages(self) -> Places:
+        """Of a PageWrites."""
+        assert self.rows.pages is not None
+        return Places.of(self.rows.pages)
+
+    @cached_property
+    def num_blocks(self) -> int:
+        """Blocks of tokens with which the pages that this step writes end."""
+        written = [pages.numbers.max() for pages in (self.rows.closed, self.rows.pages) if pages is not None]
+        return int(max(written, default=-1)) + 1
+
+    @cached_property
+    def window_places(self) -> tuple[Places | None, Places | None, int]:
+        """Of the step's own window: held rows and new ones with their places in it, and its length."""
+        assert self.rows.window is not None
+        held, new, at = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.int64]](), 0
+        for run in self.rows.window:
+            places = np.arange(run.num_rows)
+            (new if run.is_new else held).append(np.stack([run.first + places, at + places]))
+            at += run.num_rows
+        made = [Places.of(np.concatenate(pairs, axis=1)) if pairs else None for pairs in (held, new)]
+        return made[0], made[1], at
 
 
 class GpuStore(CanonicalStorage, LayerStore):
@@ -114,9 +183,10 @@ class GpuStore(CanonicalStorage, LayerStore):
     ) -> None:
         """turns: of the means' rotation."""
         self._arrays: list[OpenArrays] = []
+        self._fence = FENCE  # of the latest launch on this layer's arrays
 
         def new_arrays(heads: int, dim: int, codec: Codec) -> OpenArrays:
-            self._arrays.append(OpenArrays(heads, dim, codec, fmt.page_tokens))
+            self._arrays.append(OpenArrays(self, heads, dim, codec, fmt.page_tokens))
             return self._arrays[-1]
 
         super().__init__(KIT, shape, fmt, means, new_arrays)
@@ -140,78 +210,207 @@ class GpuStore(CanonicalStorage, LayerStore):
             self._constants[0] if is_power_of_two(shape.k_dim) else _page_constants("k", fmt, k_mean),
             self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
         )
-        self._no_rows = mx.zeros((heads, 1, shape.k_dim), shape.dtype), mx.zeros((heads, 1, shape.v_dim), shape.dtype)
+        self._k_rows, self._v_rows = (mx.zeros((heads, 0, d), shape.dtype) for d in (shape.k_dim, shape.v_dim))
         self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
 
-    def encode(self, page_ids: PageIds, first_page: int, k: mx.array, v: mx.array) -> None:
-        turns = self._float_turns(first_page + len(page_ids))
+    # --- order: every launch on this layer's arrays behind the one before
+
+    def put(self, source: mx.array, target: mx.array, places: Places) -> None:
+        """As PageKernels.put, on an array of this layer."""
+        self._fence = self._kernels.pages.put(source, target, places, self._fence)
+
+    def ordered(self, *arrays: mx.array) -> list[mx.array]:
+        """The same arrays, for MLX operations: to be read once all launches so far are done."""
+        return list(mx.depends(list(arrays), [self._fence]))
+
+    def _read_by(self, result: mx.array) -> None:
+        """Later launches come after this result, which reads the arrays."""
+        (self._fence,) = mx.depends([self._fence], [result])
+
+    def settle(self) -> None:
+        """Wait for all launches so far: the arrays are about to be replaced."""
+        mx.eval(self._fence)
+
+    def pending_arrays(self) -> list[mx.array]:
+        return [self._fence]
+
+    # --- pages
+
+    def encode(self, pages: PageWrites, k: mx.array, v: mx.array) -> None:
+        self._encode(Places.of(pages), int(pages.numbers.max(initial=-1)) + 1, k, v)
+
+    def _encode(self, pages: Places, num_pages: int, k: mx.array, v: mx.array) -> None:
+        """num_pages: of a conversation that has the last of these pages."""
+        if not pages.count:
+            return
+        turns = self._float_turns(num_pages)
         for side, arrays, constants, rows, turned in zip(
             self._sides, self._arrays, self._page_constants, (k, v), (turns, None), strict=True
         ):
-            pages = self._kernels.pages.encode(side, rows.astype(side.dtype), constants, first_page, turned)
-            arrays.put_whole(page_ids, *pages)
+            self._fence = self._kernels.pages.encode(
+                side,
+                rows.astype(side.dtype),
+                pages,
+                (arrays.codes, arrays.scales),
+                constants,
+                self._fence,
+                turned,
+            )
 
     def _float_turns(self, num_pages: int) -> mx.array | None:
         """Angles of a conversation's first pages."""
         return None if self._turns is None else self._turns.floats(num_pages * self.fmt.page_tokens // BLOCK_TOKENS)
 
-    def history(self, view: SequenceView, table: mx.array) -> tuple[mx.array, mx.array]:
+    # --- exact rows
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._k_rows.shape[1])
+
+    def grow_rows(self, num_rows: int) -> None:
+        more = num_rows - self.num_rows
+        if more > 0:
+            self.settle()
+            self._k_rows, self._v_rows = (
+                mx.concatenate([rows, mx.zeros((rows.shape[0], more, rows.shape[2]), rows.dtype)], axis=1)
+                for rows in (self._k_rows, self._v_rows)
+            )
+            mx.eval(self._k_rows, self._v_rows)
+
+    def put_rows(self, first: int, rows: ExactRows) -> None:
+        places = Places.of([np.arange(rows.num_rows), first + np.arange(rows.num_rows)])
+        self.put(rows.k[None], self._k_rows, places)
+        self.put(rows.v[None], self._v_rows, places)
+
+    def get_rows(self, first: int, num_rows: int) -> ExactRows:
+        index = first + mx.arange(num_rows)
+        rows = ExactRows(*(x[:, index] for x in self.ordered(self._k_rows, self._v_rows)))
+        mx.eval(*rows)
+        return rows
+
+    def move_rows(self, order: PageIds) -> None:
+        self.settle()
+        index = mx.array(order)
+        self._k_rows, self._v_rows = self._k_rows[:, index], self._v_rows[:, index]
+        mx.eval(self._k_rows, self._v_rows)
+
+    def exact(self) -> ExactBuffers:
+        if not self.num_rows:
+            self.grow_rows(1)  # kernels take no empty arrays
+        return ExactBuffers(self._k_rows, self._v_rows, self._k_rows, self._v_rows)
+
+    def append(self, plan: StepPlan, keys: mx.array, values: mx.array) -> ExactBuffers:
+        assert isinstance(plan, GpuStepPlan)
+        self._move(plan)
+        exact = self.exact()
+        if plan.rows.window is not None:
+            window = self._window(plan, self._k_rows, keys), self._window(plan, self._v_rows, values)
+            exact = ExactBuffers(self._k_rows, self._v_rows, *window)
+            if plan.rows.pages is not None:
+                self._encode(plan.pages, plan.num_blocks, *window)
+        if plan.rows.writes.shape[1]:
+            self.put(keys, self._k_rows, plan.writes)
+            self.put(values, self._v_rows, plan.writes)
+        return exact
+
+    def _move(self, plan: GpuStepPlan) -> None:
+        """What comes before a step's new rows: rows that change their place, full tails that become pages."""
+        if plan.rows.copies is not None:
+            self.put(self._k_rows[None], self._k_rows, plan.copies)
+            self.put(self._v_rows[None], self._v_rows, plan.copies)
+        if plan.rows.closed is not None:
+            self._encode(plan.closed, plan.num_blocks, self._k_rows, self._v_rows)
+
+    def _window(self, plan: GpuStepPlan, held: mx.array, new: mx.array) -> mx.array:
+        """A step's own window of one side, (H, rows, D)."""
+        runs = plan.rows.window
+        assert runs is not None
+        if len(new) == 1 and len(runs) <= 2:  # one sequence: its kept rows and its new ones, both side by side
+            parts = [
+                (new.squeeze(0) if run.is_new else self.ordered(held)[0])[:, run.first : run.first + run.num_rows]
+                for run in runs
+            ]
+            window = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+            self._read_by(window)
+            return window
+        held_places, new_places, num_rows = plan.window_places
+        window = mx.zeros((held.shape[0], num_rows, held.shape[2]), held.dtype)
+        for source, places in ((held[None], held_places), (new, new_places)):
+            if places is not None:
+                self.put(source, window, places)
+        return window
+
+    # --- attention
+
+    def history(self, view: SequenceView, exact: ExactBuffers, table: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
         num_tokens = len(view.page_ids) * self.fmt.page_tokens
+        turns = self._float_turns(len(view.page_ids))
         k, v = (
             self._kernels.pages.history(
                 side,
                 (arrays.codes, arrays.scales) if arrays.num_pages else (mx.zeros((8,), mx.uint8), _NO_SCALES),
                 table,
                 num_tokens,
-                _rows_of(view.sink, name, no_rows),
-                _rows_of(view.window, name, no_rows),
+                _rows_of(view.sink, sink),
+                _rows_of(view.window, window),
                 constants,
+                self._fence,
                 turned,
             )
-            for side, arrays, constants, name, no_rows, turned in zip(
-                self._sides,
-                self._arrays,
-                self._page_constants,
-                "kv",
-                self._no_rows,
-                (self._float_turns(len(view.page_ids)), None),
-                strict=True,
+            for side, arrays, constants, sink, window, turned in zip(
+                self._sides, self._arrays, self._page_constants, exact[:2], exact[2:], (turns, None), strict=True
             )
         )
+        self._read_by(k)
+        self._read_by(v)
         return k, v
 
-    def attend(self, call: AttentionCall) -> mx.array:
-        if call.mask is not None:
-            return attend_by_tiles(self, self.shape, call)
-        if call.queries.shape[2] <= MAX_QUERY_ROWS:
-            return self._decode_attention(call)
-        if call.queries.dtype == self.shape.dtype:
-            return self._prefill_attention(call)
-        return attend_by_tiles(self, self.shape, call)
+    def append_and_attend(
+        self,
+        plan: StepPlan,
+        keys: mx.array,
+        values: mx.array,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """A decode step's attention writes the new rows itself."""
+        if mask is not None or not plan.rows.is_decode or not self.launch_for(queries).can_append:
+            return super().append_and_attend(plan, keys, values, queries, scale=scale, mask=mask, sinks=sinks)
+        assert isinstance(plan, GpuStepPlan)
+        if plan.rows.copies is not None or plan.rows.closed is not None:
+            self._move(plan)
+        return self._decode_attention(AttentionCall(queries, plan, self.exact(), scale, None, sinks), (keys, values))
 
-    def _decode_attention(self, call: AttentionCall) -> mx.array:
+    def attend(self, call: AttentionCall) -> mx.array:
+        if call.mask is None and call.queries.shape[2] <= MAX_QUERY_ROWS:
+            return self._decode_attention(call)
+        if call.mask is None and call.queries.dtype == self.shape.dtype:
+            return self._prefill_attention(call)
+        out = attend_by_tiles(self, self.shape, replace(call, exact=ExactBuffers(*self.ordered(*call.exact))))
+        self._read_by(out)
+        return out
+
+    def _decode_attention(self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None) -> mx.array:
         """All sequences in one launch, codes read where they lie."""
         launch, plan = self.launch_for(call.queries), call.plan
         assert isinstance(plan, GpuStepPlan)
-        layer, figures = self.layer_inputs(call.views, plan, launch)
-        out: mx.array = launch(layer, call.queries, figures, plan.page_table, scale=call.scale, sinks=call.sinks)
+        layer, launch_plan = self.layer_inputs(call.exact, plan, launch), plan.plan_for(launch, call.scale)
+        out, self._fence = launch.run(
+            layer, call.queries, launch_plan, plan.page_table, new_rows=new_rows, sinks=call.sinks
+        )
         return out
 
-    def layer_inputs(
-        self, views: Sequence[SequenceView], plan: GpuStepPlan, launch: DecodeLaunch
-    ) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
-        """What the decode kernels read for these sequences, whose exact rows are joined if there are too many."""
-        if self.num_pages == 0:
-            self.grow(1)  # kernels take no empty arrays
-        if len(views) <= launch.max_sets:
-            exact, figures = self._separate_rows(views), plan.separate
-        else:
-            exact = [*self._joined([view.sink for view in views]), *self._joined([view.window for view in views])]
-            figures = plan.joined
+    def layer_inputs(self, exact: ExactBuffers, plan: GpuStepPlan, launch: DecodeLaunch) -> LayerInputs:
+        """What the decode kernels read of this layer."""
         k, v = self._arrays
+        if not k.num_pages:
+            self.grow(1)  # kernels take no empty arrays
         pages = k.codes, k.scales, v.codes, v.scales
-        return LayerInputs(pages, exact, *self._constants, self._decode_turns(plan, launch)), figures
+        return LayerInputs(pages, exact, *self._constants, self._fence, self._decode_turns(plan, launch))
 
     def _decode_turns(self, plan: GpuStepPlan, launch: DecodeLaunch) -> tuple[mx.array, ...]:
         """Angles of all blocks that the page table may name."""
@@ -235,7 +434,7 @@ class GpuStore(CanonicalStorage, LayerStore):
                 outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
                 continue
             table = plan.page_table if len(call.views) == 1 else plan.page_table[b : b + 1]
-            q, history = queries[b : b + 1], self.history(view, table)
+            q, history = queries[b : b + 1], self.history(view, call.exact, table)
             if self._kernels.flash.has_kernel(flash):
                 out = self._kernels.flash.attend(flash, q, history, view, scale=call.scale, sinks=call.sinks)
             else:
@@ -253,25 +452,6 @@ class GpuStore(CanonicalStorage, LayerStore):
             )
         return launch
 
-    def _separate_rows(self, views: Sequence[SequenceView]) -> list[mx.array]:
-        """Each sequence's exact rows as arrays of their own, as many sets as a kernel is made for."""
-        exact: list[mx.array] = []
-        for i in range(1 << (len(views) - 1).bit_length()):  # each number is a kernel: powers of two are enough
-            view = views[i if i < len(views) else 0]
-            for rows in (view.sink, view.window):
-                exact += self._no_rows if rows is None else (rows.k_buffer, rows.v_buffer)
-        return exact
-
-    def _joined(self, parts: Sequence[ExactRows | None]) -> tuple[mx.array, mx.array]:
-        """Exact rows of a batch behind each other, (H, rows, D) and (H, rows, Dv)."""
-        present = [rows for rows in parts if rows is not None]
-        if not present:
-            return self._no_rows
-        if len(present) == 1:
-            return present[0].k, present[0].v
-        k, v = (mx.concatenate([getattr(rows, side) for rows in present], axis=1) for side in ("k", "v"))
-        return k, v
-
 
 _NO_SCALES = mx.zeros((8,), mx.float16)
 PREFILL: dict[Dialect, str] = {
@@ -280,8 +460,9 @@ PREFILL: dict[Dialect, str] = {
 }
 
 
-def _rows_of(rows: ExactRows | None, side: str, no_rows: mx.array) -> tuple[mx.array, int]:
-    return (no_rows, 0) if rows is None else (getattr(rows, side), rows.num_rows)
+def _rows_of(span: RowSpan | None, rows: mx.array) -> tuple[mx.array, int, int]:
+    """The array, the first row in it and how many."""
+    return (rows, 0, 0) if span is None else (rows, span.first, span.num_rows)
 
 
 class GpuBackend(MlxBackend):
@@ -306,6 +487,7 @@ class GpuBackend(MlxBackend):
         )
         self.name = f"gpu-{dialect}"
         self._turns: dict[tuple[str, int], Turns] = {}  # by rotation and length of sink
+        self._latest: GpuStepPlan | None = None
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
@@ -331,8 +513,11 @@ class GpuBackend(MlxBackend):
             self._turns[key] = Turns(means.rotary, fmt.sink_tokens)
         return self._turns[key]
 
-    def prepare_step(self, views: Sequence[SequenceView]) -> GpuStepPlan:
-        return GpuStepPlan(views, self._page_table([view.page_ids for view in views]))
+    def prepare_step(self, rows: StepRows) -> GpuStepPlan:
+        table = self._page_table([view.page_ids for view in rows.views])
+        before = self._latest if self._latest is not None and len(self._latest.views) == len(rows.views) else None
+        self._latest = GpuStepPlan(rows, table, before)
+        return self._latest
 
     def _page_table(self, ids: list[PageIds]) -> mx.array:
         """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
@@ -399,22 +584,20 @@ def decode_shape(
 
 
 def _figures(view: SequenceView) -> SequenceFigures:
-    """With exact rows in arrays of the sequence's own."""
-    sink, window = view.sink, view.window
+    sink, window = view.sink or _NO_SPAN, view.window or _NO_SPAN
     return SequenceFigures(
-        q_start=view.q_start,
-        num_queries=view.num_queries,
-        num_pages=len(view.page_ids),
-        sink_offset=0,
-        num_sink=0 if sink is None else sink.num_rows,
-        window_offset=0,
-        window_start=0 if window is None else window.start,
-        num_window=0 if window is None else window.num_rows,
+        view.q_start,
+        view.num_queries,
+        len(view.page_ids),
+        sink.first,
+        sink.num_rows,
+        window.first,
+        window.start,
+        window.num_rows,
     )
 
 
-def _num_rows(rows: ExactRows | None) -> int:
-    return 0 if rows is None else rows.num_rows
+_NO_SPAN = RowSpan(0, 0, 0)
 
 
 @cache

@@ -23,19 +23,13 @@ from turboquant_kv.backends.gpu.source import (
 )
 from turboquant_kv.backends.gpu.tuning import Tuning
 
-DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants")
+DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants", "fence")
 FUSED_INPUTS = (*DECODE_INPUTS, "v_constants", "counters")
 EXACT_INPUTS = ("sink_k", "sink_v", "window_k", "window_v")
+NEW_INPUTS = ("new_k", "new_v")
 COMBINE_INPUTS = ("parts", "plan", "sinks", "v_constants")
 LANE_COMBINE_THREADS = 256
 _NO_SINKS = "static_cast<const float*>(nullptr)"
-
-
-def exact_inputs(num_sets: int) -> tuple[str, ...]:
-    """Names of a batch's exact rows: one set for all sequences, or one for each."""
-    if num_sets == 1:
-        return EXACT_INPUTS
-    return tuple(f"{name}_{i}" for i in range(num_sets) for name in EXACT_INPUTS)
 
 
 def decode_text(
@@ -44,54 +38,69 @@ def decode_text(
     variant: Variant,
     tuning: Tuning,
     fused: bool,
-    num_sets: int,
+    appends: bool,
     sink_dtype: mx.Dtype | None,
 ) -> KernelText:
-    """The decode kernel of a shape; num_sets: of exact rows. fused: the last block of a row group merges (mma)."""
+    """The decode kernel of a shape. fused: the last block of a row group merges (mma). appends: it writes new rows.
+
+    `fence` is not read: it orders the launch behind those that wrote pages and exact rows in place, and the output of
+    that name orders the next ones behind this.
+    """
     if variant == "mma":
-        return _mma_text(shape, tuning, fused, num_sets, sink_dtype)
-    constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps}
+        return _mma_text(shape, tuning, fused, appends, sink_dtype)
+    constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps, "APPENDS": appends}
     if variant == "simd":
         constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
     tables = table_text("tq_k_book", k_table) + table_text("tq_v_book", v_table)
+    names = (*_with_turns(DECODE_INPUTS, shape), *EXACT_INPUTS, *(NEW_INPUTS if appends else ()))
     source = (
         f"{_strides_comment(EXACT_INPUTS)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
-        f"tq_decode_{variant}({PLACE[dialect]}, {_inputs(shape)}, TQ_EXACT_ROWS(), parts, shared);\n"
+        f"tq_decode_{variant}({PLACE[dialect]}, {_inputs(shape)}, TQ_EXACT_ROWS(), "
+        f"{_new_rows(appends)}, parts, shared);\n"
     )
     head = header_text(dialect, constants, tables, f"decode_{variant}")
-    return KernelText(
-        f"decode_{variant}", (*_with_turns(DECODE_INPUTS, shape), *EXACT_INPUTS), ("parts",), source, head
-    )
+    return KernelText(f"decode_{variant}", names, ("parts", "fence_out"), source, head)
 
 
 def _mma_text(
-    shape: DecodeShape, tuning: Tuning, fused: bool, num_sets: int, sink_dtype: mx.Dtype | None
+    shape: DecodeShape, tuning: Tuning, fused: bool, appends: bool, sink_dtype: mx.Dtype | None
 ) -> KernelText:
     arena = decode_arena(shape, tuning)
     constants: Constants = {
         **_decode_constants(shape, "mma", sink_dtype),
         **{"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "PITCH": tuning.pitch},
-        **{"BULK": tuning.bulk, "EXACT_MMA": shape.has_exact_mma},
+        **{"BULK": tuning.bulk, "EXACT_MMA": shape.has_exact_mma, "APPENDS": appends},
         **arena.constants,
     }
-    names = exact_inputs(num_sets)
     inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
-    inputs = (*_with_turns(inputs, shape), *names, *(("sinks",) if fused and sink_dtype is not None else ()))
-    # sequence i's rows are set i's, or all sequences' the only one's
-    sets = [f"TQ_EXACT_ROWS({'' if num_sets == 1 else f'_{i}'})" for i in range(num_sets)]
-    chosen = "".join(f"i == {i} ? {one} : " for i, one in enumerate(sets[:-1]))
-    exact = f"[&](int i) {{ return {chosen}{sets[-1]}; }}"
+    inputs = (*_with_turns(inputs, shape), *EXACT_INPUTS, *(NEW_INPUTS if appends else ()))
+    if fused and sink_dtype is not None:
+        inputs = (*inputs, "sinks")
     finish = f"{{v_constants, counters, out}}, {_NO_SINKS if sink_dtype is None else 'sinks'}, " if fused else ""
     source = (
-        f"{_strides_comment(names)}tq_decode_mma{'_fused' if fused else ''}"
-        f"({PLACE['cuda']}, {_inputs(shape)}, {exact}, {finish}parts);\n"
+        f"{_strides_comment(EXACT_INPUTS)}tq_decode_mma{'_fused' if fused else ''}"
+        f"({PLACE['cuda']}, {_inputs(shape)}, TQ_EXACT_ROWS(), {_new_rows(appends)}, {finish}parts);\n"
     )
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
     tables = lookup_text("tq_k_book_at", k_table) + lookup_text("tq_v_book_at", v_table)
     # the comment: one name per type of the inputs
     head = f"// {sink_dtype}\n{header_text('cuda', constants, tables, 'decode_mma')}"
-    return KernelText("decode_mma", inputs, outputs, source, head, arena.num_bytes, (tuning.threads, tuning.resident))
+    return KernelText(
+        "decode_mma",
+        inputs,
+        (*outputs, "fence_out"),
+        source,
+        head,
+        arena.num_bytes,
+        (tuning.threads, tuning.resident),
+    )
+
+
+def _new_rows(appends: bool) -> str:
+    """TqNewRows of src/work.h."""
+    members = [", ".join([name, *(f"{name}_strides[{i}]" for i in (0, 1, 3))]) for name in NEW_INPUTS]
+    return f"TqNewRows {{{', '.join(members)}}}" if appends else "TqNewRows {}"
 
 
 # TqDecodeInputs of src/work.h, the same for all variants.

@@ -62,10 +62,19 @@ class SequenceFigures(NamedTuple):
 class EncodeFigures(NamedTuple):
     """A launch of the encoder."""
 
+    num_pages: int
+    """Pages to encode."""
+
+
+class PutFigures(NamedTuple):
+    """A launch that moves rows."""
+
     num_rows: int
-    """Rows to encode, whole pages."""
-    first_token: int
-    """Which compressed token of its conversation the first row is."""
+    """Rows to move."""
+    length: int
+    """Elements of a row."""
+    rows_each: int
+    """Of the source's sequences."""
 
 
 class HistoryFigures(NamedTuple):
@@ -77,6 +86,10 @@ class HistoryFigures(NamedTuple):
     """Exact rows in front."""
     num_tokens: int
     """Compressed tokens behind them."""
+    sink_first: int
+    """Where the sink begins in the array of exact rows."""
+    window_first: int
+    """Where the window begins in its array."""
 
 
 class PrefillFigures(NamedTuple):
@@ -100,11 +113,12 @@ class PrefillFigures(NamedTuple):
     """Of the scores, times log2(e)."""
 
 
-AnyFigures = StepFigures | SequenceFigures | EncodeFigures | HistoryFigures | PrefillFigures
+AnyFigures = StepFigures | SequenceFigures | EncodeFigures | PutFigures | HistoryFigures | PrefillFigures
 STRUCTS: tuple[type[AnyFigures], ...] = (
     StepFigures,
     SequenceFigures,
     EncodeFigures,
+    PutFigures,
     HistoryFigures,
     PrefillFigures,
 )

@@ -16,7 +16,7 @@ import numpy as np
 
 from turboquant_kv.backends.gpu.decode_text import combine_text, combine_threads, decode_text
 from turboquant_kv.backends.gpu.device import Device, this_device
-from turboquant_kv.backends.gpu.figures import SequenceFigures
+from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures
 from turboquant_kv.backends.gpu.plan import NO_WINDOW, Plan, PlanKey, StepPlans
 from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.source import Dialect, Kernel, KernelFactory, mlx_factory
@@ -28,22 +28,27 @@ from turboquant_kv.codec.format import UnsupportedFormatError
 # within so many launches no array of counters comes twice.
 NUM_COUNTERS = 256
 MAX_ROW_GROUPS = 1024
-MAX_SETS = 8  # of exact rows that are read where they lie; more sequences' rows are joined first
+
+
+# Stands for a launch's being done; eight elements, because Metal has another kernel for fewer.
+FENCE_SHAPE = (MIN_ELEMENTS,)
+FENCE = mx.zeros(FENCE_SHAPE, mx.float32)
 
 
 class LayerInputs(NamedTuple):
     """Arrays of one layer.
 
     pages: key codes and scales, value codes and scales. exact: sink keys and values, window keys and values, each
-    (H, rows, D), for all sequences together or for each its own. k_constants: signs (D,), or the transposed rotation
-    (D, D), then the means (H, D), flat float32; v_constants: the same for values, the rotation not transposed.
-    turns: of keys whose mean turns, a table of angles (turns.py) as the variant reads it.
+    (H, rows, D), of all sequences. k_constants: signs (D,), or the transposed rotation (D, D), then the means (H, D),
+    flat float32; v_constants: the same for values, the rotation not transposed. fence: of the launch before on these
+    arrays, FENCE for the first. turns: of keys whose mean turns, a table of angles (turns.py) as the variant reads it.
     """
 
     pages: tuple[mx.array, mx.array, mx.array, mx.array]
     exact: Sequence[mx.array]
     k_constants: mx.array
     v_constants: mx.array
+    fence: mx.array
     turns: tuple[mx.array, ...] = ()
 
 
@@ -93,11 +98,12 @@ class DecodeLaunch:
         self._dialect, self._shape, self._factory, self._counters = dialect, shape, factory, counters
         self._variant, self._tuning = variant, tuning
         self._fused = self._variant == "mma" and self._tuning.fused
-        self._kernels: dict[tuple[str, int, mx.Dtype | None], Kernel] = {}
-        self.max_sets = MAX_SETS if self._fused and shape.has_exact_mma else 1
+        self._kernels: dict[tuple[str, bool, mx.Dtype | None], Kernel] = {}
+        # Blocks of one head's other query rows would read what one of them is writing.
+        self.can_append = shape.num_rows == 1 and shape.num_chunks(variant) == 1
         self._threads = (self._tuning.threads, 1, 1)
         self.reads_half_turns = self._variant == "mma"
-        self._fused_dtypes = [shape.dtype, mx.float32]
+        self._fused_dtypes = [shape.dtype, mx.float32, mx.float32]
         self.plans = StepPlans(shape, variant, tuning)
 
     def __call__(
@@ -116,42 +122,67 @@ class DecodeLaunch:
         page_table (B, width) int32. sinks (Hq,) join the denominator. reach: keys that a query sees, itself included.
         Raises UnsupportedFormatError for other shapes.
         """
-        shape, batch = self._shape, len(sequences)
-        if queries.shape != (batch, shape.num_q_heads, shape.num_rows, shape.k_dim):
-            raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
         plan = self.plans.plan_for(PlanKey(sequences, page_table.shape[1], scale, reach))
+        return self.run(layer, queries, plan, page_table, sinks=sinks)[0]
+
+    def run(
+        self,
+        layer: LayerInputs,
+        queries: mx.array,
+        plan: Plan,
+        page_table: mx.array,
+        *,
+        new_rows: tuple[mx.array, mx.array] | None = None,
+        sinks: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """The same by a plan, and the launch's fence. Raises UnsupportedFormatError for other shapes.
+
+        new_rows: keys (B, H, 1, D) and values (B, H, 1, Dv), which are written where the sequences' exact rows end.
+        """
+        shape = self._shape
+        if queries.shape != (plan.out_shape[0], shape.num_q_heads, shape.num_rows, shape.k_dim):
+            raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
         if not self._fused or plan.row_groups > MAX_ROW_GROUPS:
-            return self._twice(layer, queries, plan, page_table, sinks)
+            return self._twice(layer, queries, plan, page_table, new_rows, sinks)
         # A list at once: this is the host's time of every layer and step.
         inputs = [
-            *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.v_constants),
-            *(next(self._counters), *layer.turns, *layer.exact),
+            *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence, layer.v_constants),
+            *(next(self._counters), *layer.turns, *layer.exact, *(new_rows or ())),
         ]
         if sinks is not None:
             inputs.append(sinks)
-        out: mx.array = self._kernel("fused", len(layer.exact) // 4, None if sinks is None else sinks.dtype)(
+        out, _, fence = self._kernel("fused", new_rows is not None, None if sinks is None else sinks.dtype)(
             inputs=inputs,
             grid=plan.grid,
             threadgroup=self._threads,
-            output_shapes=[plan.out_shape, (plan.num_floats,)],
+            output_shapes=[plan.out_shape, (plan.num_floats,), FENCE_SHAPE],
             output_dtypes=self._fused_dtypes,
-        )[0]
-        return out
+        )
+        return out, fence
 
     def _twice(
-        self, layer: LayerInputs, queries: mx.array, plan: Plan, page_table: mx.array, sinks: mx.array | None
-    ) -> mx.array:
+        self,
+        layer: LayerInputs,
+        queries: mx.array,
+        plan: Plan,
+        page_table: mx.array,
+        new_rows: tuple[mx.array, mx.array] | None,
+        sinks: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
         """Parts in one launch, their merge in another."""
-        (parts,) = self._kernel("decode", len(layer.exact) // 4, None)(
-            inputs=[queries, plan.array, page_table, *layer.pages, layer.k_constants, *layer.turns, *layer.exact],
+        parts, fence = self._kernel("decode", new_rows is not None, None)(
+            inputs=[
+                *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence),
+                *(*layer.turns, *layer.exact, *(new_rows or ())),
+            ],
             grid=plan.grid,
             threadgroup=self._threads,
-            output_shapes=[(plan.num_floats,)],
-            output_dtypes=[mx.float32],
+            output_shapes=[(plan.num_floats,), FENCE_SHAPE],
+            output_dtypes=[mx.float32, mx.float32],
         )
         threads = combine_threads(self._shape.v_dim)
         batch, num_heads, num_rows, _ = plan.out_shape
-        out: mx.array = self._kernel("combine", 1, None if sinks is None else sinks.dtype)(
+        out: mx.array = self._kernel("combine", False, None if sinks is None else sinks.dtype)(
             # any array stands for sinks that are not there
             inputs=[parts, plan.array, layer.v_constants if sinks is None else sinks, layer.v_constants],
             grid=(num_rows * threads, num_heads, batch),
@@ -159,15 +190,15 @@ class DecodeLaunch:
             output_shapes=[plan.out_shape],
             output_dtypes=[self._shape.dtype],
         )[0]
-        return out
+        return out, fence
 
-    def _kernel(self, role: str, num_sets: int, sink_dtype: mx.Dtype | None) -> Kernel:
-        kernel = self._kernels.get((role, num_sets, sink_dtype))
+    def _kernel(self, role: str, appends: bool, sink_dtype: mx.Dtype | None) -> Kernel:
+        kernel = self._kernels.get((role, appends, sink_dtype))
         if kernel is None:
             arguments = self._dialect, self._shape, self._variant
             if role == "combine":
                 text = combine_text(*arguments, sink_dtype)
             else:
-                text = decode_text(*arguments, self._tuning, role == "fused", num_sets, sink_dtype)
-            kernel = self._kernels[role, num_sets, sink_dtype] = text.build(self._factory)
+                text = decode_text(*arguments, self._tuning, role == "fused", appends, sink_dtype)
+            kernel = self._kernels[role, appends, sink_dtype] = text.build(self._factory)
         return kernel

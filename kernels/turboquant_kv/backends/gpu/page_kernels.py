@@ -5,14 +5,24 @@ Leaves the text's vocabulary to source.py and where results go to backend.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.backends.gpu.figures import AnyFigures, EncodeFigures, HistoryFigures, array_of
+from turboquant_kv.backends.gpu.figures import (
+    MIN_ELEMENTS,
+    AnyFigures,
+    EncodeFigures,
+    HistoryFigures,
+    PutFigures,
+    array_of,
+)
+from turboquant_kv.backends.gpu.launch import FENCE_SHAPE
 from turboquant_kv.backends.gpu.source import (
     PLACE,
     Constants,
@@ -27,12 +37,13 @@ from turboquant_kv.backends.gpu.source import (
     table_text,
 )
 from turboquant_kv.codec.codebook import thresholds
-from turboquant_kv.codec.format import ScaleKind, code_bytes
+from turboquant_kv.codec.format import ScaleKind
 from turboquant_kv.codec.rotation import Signs, hadamard_base
 from turboquant_kv.codec.trellis_reference import levels
 
-ENCODE_INPUTS = ("rows", "figures", "constants")
-HISTORY_INPUTS = ("codes", "scales", "page_ids", "sink", "window", "figures", "constants")
+ENCODE_INPUTS = ("rows", "pages", "figures", "constants", "codes", "scales", "fence")
+HISTORY_INPUTS = ("codes", "scales", "page_ids", "sink", "window", "figures", "constants", "fence")
+PUT_INPUTS = ("source", "target", "places", "figures", "fence")
 THREADS = 128
 # Of a power of two dims, what a thread holds of a vector: 8 or 16. More exchange less and need more registers.
 LANE_DIMS = 8
@@ -71,6 +82,20 @@ class SideShape:
         return ROUNDS if self.base == 1 else 1  # columns meet in shared memory, which has room for one
 
 
+class Places(NamedTuple):
+    """Row or page numbers for a launch: columns of `count` int32 behind each other, flat."""
+
+    array: mx.array
+    count: int
+
+    @classmethod
+    def of(cls, columns: Sequence[npt.NDArray[np.int64]] | npt.NDArray[np.int64]) -> Places:
+        """Columns of equal length."""
+        flat = np.array(columns, np.int32).reshape(-1)
+        padding = np.zeros(max(0, MIN_ELEMENTS - len(flat)), np.int32)
+        return cls(mx.array(np.concatenate([flat, padding])), len(columns[0]))
+
+
 @lru_cache(maxsize=64)
 def _uploaded(figures: AnyFigures) -> mx.array:
     """All layers of a step ask for the same ones."""
@@ -78,11 +103,15 @@ def _uploaded(figures: AnyFigures) -> mx.array:
 
 
 class PageKernels:
-    """The kernels of one kind of GPU, made at the first use of each shape."""
+    """The kernels of one kind of GPU, made at the first use of each shape.
+
+    Those that write do it in place, in an array that they are given, and return a fence: an array that is there once
+    they are done. Whoever reads or writes the same array next is given that fence, and so comes later.
+    """
 
     def __init__(self, dialect: Dialect, factory: KernelFactory | None = None) -> None:
         self._dialect, self._factory = dialect, factory or mlx_factory(dialect)
-        self._made: dict[tuple[str, SideShape], Kernel] = {}
+        self._made: dict[tuple[str, SideShape | mx.Dtype], Kernel] = {}
 
     def _kernel(self, role: str, shape: SideShape) -> Kernel:
         kernel = self._made.get((role, shape))
@@ -91,27 +120,56 @@ class PageKernels:
             kernel = self._made[role, shape] = text.build(self._factory)
         return kernel
 
-    def encode(
-        self, shape: SideShape, rows: mx.array, constants: mx.array, first_page: int = 0, turns: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """rows (H, P*page, D) to packed codes (P, H, page, bytes) and scales (P, H, page).
+    def _put_kernel(self, dtype: mx.Dtype) -> Kernel:
+        kernel = self._made.get(("put", dtype))
+        if kernel is None:
+            kernel = self._made["put", dtype] = put_text(self._dialect, dtype).build(self._factory)
+        return kernel
 
-        constants: signs / sqrt(D) (D,), then means (H, D), flat. first_page: which page of its conversation the first
-        is. turns: Turns.floats of all its blocks, where the shape has pairs.
+    def encode(
+        self,
+        shape: SideShape,
+        rows: mx.array,
+        pages: Places,
+        arrays: tuple[mx.array, mx.array],
+        constants: mx.array,
+        fence: mx.array,
+        turns: mx.array | None = None,
+    ) -> mx.array:
+        """rows (H, rows, D) to pages of arrays (all pages, H, page, bytes) uint8 and (all pages, H, page) float16.
+
+        pages: ids, which of its conversation each is, the row where each begins. constants: signs / sqrt(D) (D,), then
+        means (H, D), flat. turns: Turns.floats of all blocks, where the shape has pairs.
         """
-        num_rows, block_rows = rows.shape[1], THREADS // shape.lanes
-        pages = (num_rows // shape.page_tokens, shape.num_heads, shape.page_tokens)
-        packed, scales = self._kernel("encode", shape)(
+        num_pages, block_rows = pages.count, THREADS // shape.lanes
+        made: mx.array
+        (made,) = self._kernel("encode", shape)(
             inputs=[
-                *(rows, _uploaded(EncodeFigures(num_rows, first_page * shape.page_tokens)), constants),
+                *(rows, pages.array, _uploaded(EncodeFigures(num_pages)), constants, *arrays, fence),
                 *(() if turns is None else (turns,)),
             ],
-            grid=(THREADS * -(-num_rows // block_rows), shape.num_heads, 1),
+            grid=(THREADS * -(-num_pages * shape.page_tokens // block_rows), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=[(*pages, code_bytes(shape.dim, shape.bits)), pages],
-            output_dtypes=[mx.uint8, mx.float16],
+            output_shapes=[FENCE_SHAPE],
+            output_dtypes=[mx.float32],
         )
-        return packed, scales
+        return made
+
+    def put(self, source: mx.array, target: mx.array, places: Places, fence: mx.array) -> mx.array:
+        """Rows of source (B, H, T, D), row t of sequence b being number b * T + t, to rows of target (H, rows, D).
+
+        places: which rows, and where they go. The target's rows are dense; both are of one dtype.
+        """
+        length, rows_each = source.shape[3], source.shape[2]
+        made: mx.array
+        (made,) = self._put_kernel(source.dtype)(
+            inputs=[source, target, places.array, _uploaded(PutFigures(places.count, length, rows_each)), fence],
+            grid=(THREADS * -(-length // THREADS), places.count, source.shape[1]),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[FENCE_SHAPE],
+            output_dtypes=[mx.float32],
+        )
+        return made
 
     def history(
         self,
@@ -119,21 +177,29 @@ class PageKernels:
         pages: tuple[mx.array, mx.array],
         page_ids: mx.array,
         num_tokens: int,
-        sink: tuple[mx.array, int],
-        window: tuple[mx.array, int],
+        sink: tuple[mx.array, int, int],
+        window: tuple[mx.array, int, int],
         constants: mx.array,
+        fence: mx.array,
         turns: mx.array | None = None,
     ) -> mx.array:
-        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. sink, window: rows and how many.
+        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window.
 
-        turns: as for `encode`; the pages are a conversation's first ones.
+        sink, window: an array of rows, the first one and how many. turns: as for `encode`; the pages are a
+        conversation's first ones.
         """
-        num_columns, block_columns = sink[1] + num_tokens + window[1], THREADS // shape.lanes * shape.rounds
-        figures = HistoryFigures(num_columns=num_columns, num_sink=sink[1], num_tokens=num_tokens)
+        num_columns, block_columns = sink[2] + num_tokens + window[2], THREADS // shape.lanes * shape.rounds
+        figures = HistoryFigures(
+            num_columns=num_columns,
+            num_sink=sink[2],
+            num_tokens=num_tokens,
+            sink_first=sink[1],
+            window_first=window[1],
+        )
         history: mx.array
         (history,) = self._kernel("history", shape)(
             inputs=[
-                *(*pages, page_ids, sink[0], window[0], _uploaded(figures), constants),
+                *(*pages, page_ids, sink[0], window[0], _uploaded(figures), constants, fence),
                 *(() if turns is None else (turns,)),
             ],
             grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
@@ -151,11 +217,21 @@ def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
     tables = table_text("tq_book", codec_table(shape.bits, shape.trellis)) + table_text("tq_thresholds", limits)
     source = (
         "TQ_SHARED_VARIABLE(TqEncodeShared, shared);\n"
-        f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, constants, {_turns(shape)}}}, "
-        "tq_encode_figures(figures), {packed, scales}, shared);\n"
+        f"tq_encode({PLACE[dialect]}, {{{strided('rows', 3)}, pages, constants, {_turns(shape)}}}, "
+        "tq_encode_figures(figures), {TQ_WRITABLE(uchar, codes), TQ_WRITABLE(Half, scales)}, shared);\n"
     )
     head = header_text(dialect, constants, tables + _base_text(hadamard_base(shape.dim)), "encode")
-    return KernelText("encode", _with_turns(ENCODE_INPUTS, shape), ("packed", "scales"), source, head)
+    return KernelText("encode", _with_turns(ENCODE_INPUTS, shape), ("fence_out",), source, head)
+
+
+def put_text(dialect: Dialect, dtype: mx.Dtype) -> KernelText:
+    """Rows to other places: src/rows.h."""
+    source = (
+        f"tq_put_rows({PLACE[dialect]}, {{{strided('source', 4)}, {strided('target', 2)}, places}}, "
+        "tq_put_figures(figures));\n"
+    )
+    head = header_text(dialect, {"Element": dtype}, "", "rows")
+    return KernelText("put", PUT_INPUTS, ("fence_out",), source, head)
 
 
 def history_text(dialect: Dialect, shape: SideShape) -> KernelText:

@@ -84,6 +84,10 @@ class StepPlans:
             (batch, shape.num_q_heads, shape.num_rows, shape.v_dim),
         )
 
+    def following(self, plan: Plan) -> Plan:
+        """The plan of the next step, in which each sequence has one exact row more."""
+        return plan._replace(array=plan.array + _one_row_more(plan.out_shape[0]))
+
     def _advanced(self, key: PlanKey) -> Plan | None:
         """The plan of a step before, if each sequence has one exact row more since, advanced by an addition on the GPU.
 
@@ -93,7 +97,7 @@ class StepPlans:
             return None  # a window moves the walk's first tile
         before = tuple(SequenceFigures._make(map(sub, one, ONE_ROW_MORE)) for one in key.sequences)
         plan = self._kept.get(key._replace(sequences=before))
-        return None if plan is None else plan._replace(array=plan.array + _one_row_more(len(before)))
+        return None if plan is None else self.following(plan)
 
 
 @lru_cache(maxsize=64)

@@ -34,8 +34,8 @@ KernelFactory = Callable[..., Kernel]
 """mx.fast.metal_kernel, mx.fast.cuda_kernel, or something that takes the same arguments."""
 
 _TYPE_NAMES: dict[Dialect, dict[mx.Dtype, str]] = {
-    "metal": {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t"},
-    "cuda": {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"},
+    "metal": {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint8: "uchar"},
+    "cuda": {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.uint8: "uchar"},
 }
 # TqPlace of src/common.h. On Metal these are parameters, which MLX adds for a body that names them.
 PLACE: dict[Dialect, str] = {
@@ -129,7 +129,7 @@ def constants_text(dialect: Dialect, constants: Constants) -> str:
     types = [(name, value) for name, value in constants.items() if isinstance(value, mx.Dtype)]
     numbers = [f"{name} = {int(value)}" for name, value in constants.items() if not isinstance(value, mx.Dtype)]
     named = "".join(f"typedef {_TYPE_NAMES[dialect][value]} {name};\n" for name, value in types)
-    return f"TQ_CONSTANT int {', '.join(numbers)};\n{named}"
+    return (f"TQ_CONSTANT int {', '.join(numbers)};\n" if numbers else "") + named
 
 
 def codec_table(bits: int, trellis: bool) -> npt.NDArray[np.float32]:
