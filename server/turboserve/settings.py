@@ -6,7 +6,7 @@ Parsed once at start-up; every complaint names the key, the value and what was e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import (
@@ -79,6 +79,7 @@ class Settings(BaseSettings):
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: Annotated[int, Field(ge=0)] = 0  # 0: the model's own limit
     prefill_chunk_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
+    overlap: Literal["auto", "on", "off"] = "auto"  # enqueue a step before the last one's tokens are read
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB

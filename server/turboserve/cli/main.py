@@ -81,6 +81,9 @@ def serve_command(
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[Text, Option(help="Prompt tokens per step [256].")] = None,
+    overlap: Annotated[
+        Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
+    ] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
-from turboserve.engine.generation import Generation, Stage
+from turboserve.engine.generation import Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.open_requests import OpenRequests
+from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
-from turboserve.engine.runner import Runner, RunningRow
+from turboserve.engine.runner import Runner, RunningRow, on_cpu
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
 from turboserve.errors import EngineFailureError, TurboServeError
@@ -42,6 +43,13 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self._preparer = Preparer(parts.loaded, parts.memory, self.runner.warm_up())
+        self.overlap = choose_overlap(
+            settings.overlap,
+            can_cut=parts.memory.family.can_cut(parts.memory.family.default),
+            backend_name=parts.runtime.backend_name,
+            on_cpu=on_cpu(),
+        )
+        self.runner.overlaps = self.overlap.is_on
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
 
@@ -93,6 +101,7 @@ class StepLoop:
             num_waiting=self.num_waiting,
             scratch_bytes=self.scratch_bytes,
             now_s=self._clock(),
+            more_details={"overlap": str(self.overlap)},
         )
 
     @property
@@ -116,7 +125,8 @@ class StepLoop:
         self._num_steps += 1
         self._memory.expire(self._clock())
         self._admit()
-        self._prefill_one()
+        if self._prefill_one():
+            self._deliver(self.runner.land())  # they are there: the chunk was waited for, and came after them
         self._grow()
         self._decode()
 
@@ -214,12 +224,13 @@ class StepLoop:
         self._telemetry.observe_queue_time(self._clock() - generation.submitted_s)
         self._telemetry.add_prompt_tokens(len(generation.prompt), lease.cached_len)
 
-    def _prefill_one(self) -> None:
+    def _prefill_one(self) -> bool:
+        """Compute a chunk of a prompt; whether there was one."""
         prefilling = [g for g in self.requests.running if g.stage is Stage.PREFILL]
         views = [scheduler.PrefillView(g.num_to_prefill, self._num_steps - g.last_prefill_step) for g in prefilling]
         chosen = scheduler.pick_prefill(views)
         if chosen is None:
-            return
+            return False
         generation = prefilling[chosen]
         generation.last_prefill_step = self._num_steps
         try:
@@ -233,6 +244,7 @@ class StepLoop:
         except Exception as exc:
             log.exception("prefill failed for request %s", generation.request_id)
             self.requests.fail(generation, exc)
+        return True
 
     def _take_better_start(self, generation: Generation) -> None:
         """Of requests with a common beginning that came together, one computes it and the others follow."""
@@ -250,7 +262,7 @@ class StepLoop:
     def _grow(self) -> None:
         """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
         decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
-        for generation in [decoding[i] for i in scheduler.growing([_row_view(g) for g in decoding])]:
+        for generation in [decoding[i] for i in scheduler.growing([self._row_view(g) for g in decoding])]:
             if generation.stage is not Stage.DECODE:  # it was preempted by an older one
                 continue
             lease = _lease_of(generation)
@@ -268,8 +280,16 @@ class StepLoop:
             log.warning("no KV budget left to go on with request %s: ended by length", generation.request_id)
             self.requests.finish(generation, "length")
 
+    def _row_view(self, generation: Generation) -> scheduler.RowView:
+        lease = _lease_of(generation)
+        num_tokens = generation.num_tokens + self.runner.num_in_flight(generation)
+        return scheduler.RowView(lease.order, num_tokens, lease.reserved_tokens)
+
     def _decode(self) -> None:
-        for generation, outcome in self.runner.step().items():
+        self._deliver(self.runner.step())
+
+    def _deliver(self, outcomes: Outcomes) -> None:
+        for generation, outcome in outcomes.items():
             if outcome is None:
                 self._recover(generation)
             elif isinstance(outcome, Exception):
@@ -328,8 +348,3 @@ class StepLoop:
 def _lease_of(generation: Generation) -> Lease:
     assert generation.lease is not None, "whoever runs has a lease"
     return generation.lease
-
-
-def _row_view(generation: Generation) -> scheduler.RowView:
-    lease = _lease_of(generation)
-    return scheduler.RowView(lease.order, generation.num_tokens, lease.reserved_tokens)
