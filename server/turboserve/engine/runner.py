@@ -1,4 +1,4 @@
-"""Runs the model: prefill chunks of one request, decode steps of all running rows.
+"""Runs the model: prefill chunks of one request or several, decode steps of all running rows.
 
 Owns the batched caches. Deciding who runs is the step loop's business.
 
@@ -18,12 +18,13 @@ cache cannot be cut) are reported as lost, and the loop computes their caches ag
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime, Caches
 from turboserve.engine.draws import Flight, add_row, draw_alone, read, sampler_of
@@ -69,6 +70,7 @@ class Runner:
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
         self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
+        self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
         self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
@@ -93,18 +95,63 @@ class Runner:
                 f"This model uses {', '.join(sorted(unbatched))}, which mlx-lm cannot batch: choose another."
             )
         batch = self._merge([caches])
+        self.can_prefill_together = all(isinstance(cache, BatchRows) for cache in batch)
         logits = self._forward([[0]], batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
 
-    def prefill(self, generation: Generation, num_tokens: int) -> None:
-        """Feed the next `num_tokens` of a request into its own caches. Raises whatever the model does."""
+    def prefill(self, pieces: Sequence[tuple[Generation, int]]) -> Mapping[Generation, Exception]:
+        """Feed the next tokens, so many of each request, into the requests' own caches, in one pass.
+
+        When a pass of several fails, each is tried alone; returns what was raised by those that fail alone.
+        """
+        if len(pieces) > 1:
+            try:
+                self._prefill_together(pieces)
+                return {}
+            except Exception:
+                log.exception("prefill failed for %d requests together; each is tried alone", len(pieces))
+        failed = {}
+        for generation, num_tokens in pieces:
+            try:
+                self._prefill_alone(generation, num_tokens)
+            except Exception as exc:
+                log.exception("prefill failed for request %s", generation.request_id)
+                failed[generation] = exc.with_traceback(None)  # its frames would keep caches alive
+        return failed
+
+    def _prefill_alone(self, generation: Generation, num_tokens: int) -> None:
         caches = generation.caches
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
         self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # logits stay unevaluated
         self._runtime.evaluate(caches)
         generation.cache_len = end
+
+    def _prefill_together(self, pieces: Sequence[tuple[Generation, int]]) -> None:
+        """Padded on the right, of which the caches store nothing. What raises leaves the requests as they were."""
+        singles = []
+        for generation, _ in pieces:
+            assert generation.caches is not None
+            singles.append(generation.caches)
+        lens = [num_tokens for _, num_tokens in pieces]
+        padding = [max(lens) - n for n in lens]
+        batch = self._merge(singles)
+        try:
+            for cache in batch:
+                cache.prepare(lengths=lens, right_padding=padding)
+            tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
+            self._model(mx.array(tokens), cache=batch)
+            self._runtime.evaluate(batch)
+            for cache in batch:
+                cache.finalize()
+            extended = [[cache.extract(i) for cache in batch] for i in range(len(pieces))]
+        finally:
+            self._runtime.release(batch)
+        for (generation, num_tokens), caches in zip(pieces, extended, strict=True):
+            self._runtime.release(generation.caches or [])
+            generation.caches = caches
+            generation.cache_len += num_tokens
 
     def join(self, generation: Generation) -> None:
         """Let a prefilled request decode with the others; its caches move into the batch."""
