@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +18,6 @@ class NonFiniteLogitsError(RuntimeError):
     """The model's logits hold NaN or are infinite; any token drawn from them would be noise."""
 
 
-@dataclass(slots=True)
 class Flight:
     """A decode step that is on its way: enqueued, its tokens not read.
 
@@ -27,20 +25,21 @@ class Flight:
     alone from `logits` (B, V), which are None otherwise, once its answer up to here is known.
     """
 
-    rows: list[Generation | None]
-    draws: Draws | None
-    logits: mx.array | None = None
+    def __init__(self, rows: Sequence[Generation], draws: Draws | None, logits: mx.array | None = None) -> None:
+        self.rows: list[Generation | None] = list(rows)
+        self.places = {row: i for i, row in enumerate(rows)}
+        self.draws, self.logits = draws, logits
 
     def __contains__(self, row: Generation) -> bool:
-        return any(flying is row for flying in self.rows)
+        return row in self.places
 
     @property
     def is_empty(self) -> bool:
-        return all(row is None for row in self.rows)
+        return not self.places
 
     def drop(self, row: Generation) -> None:
         """Its token is not wanted any more."""
-        self.rows = [None if flying is row else flying for flying in self.rows]
+        self.rows[self.places.pop(row)] = None
 
     def start(self) -> None:
         """Let the device begin; returns at once."""

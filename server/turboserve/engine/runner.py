@@ -272,10 +272,10 @@ class Runner:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
         logits: mx.array = self._model(_newest(rows, flight), cache=self._batch())[:, -1, :]
         try:
-            launched = Flight(list(rows), self._sample(logits))
+            launched = Flight(rows, self._sample(logits))
         except Exception:
             log.exception("sampling failed for a batch of %d rows; each row is drawn alone", len(rows))
-            self._sampler, launched = None, Flight(list(rows), None, logits)
+            self._sampler, launched = None, Flight(rows, None, logits)
         try:
             launched.start()
         except Exception as exc:
@@ -469,7 +469,7 @@ def _newest(rows: Sequence[Generation], flight: Flight | None) -> mx.array:
         return tokens[:, None]
     if known:
         tokens = mx.concatenate([tokens, mx.array(known, dtype=mx.uint32)])
-    place = {row: i for i, row in enumerate(flight.rows) if row is not None}
+    place = flight.places
     new = iter(range(len(flight.rows), len(flight.rows) + len(known)))
     return tokens[mx.array([place[row] if row in place else next(new) for row in rows])][:, None]
 

@@ -340,13 +340,17 @@ class StepLoop:
         self._deliver(self.runner.step())
 
     def _deliver(self, outcomes: Outcomes) -> None:
+        if not outcomes:
+            return
+        now_s = self._clock()
+        self._telemetry.add_generation_tokens(sum(isinstance(outcome, int) for outcome in outcomes.values()))
         for generation, outcome in outcomes.items():
             if outcome is None:
                 self._recover(generation)
             elif isinstance(outcome, Exception):
                 self.requests.fail(generation, outcome)
             else:
-                self._accept(generation, outcome)
+                self._accept(generation, outcome, now_s)
 
     def _recover(self, generation: Generation) -> None:
         """A lost cache is computed again from the tokens, which are all still known."""
@@ -363,10 +367,10 @@ class StepLoop:
 
     # --- one answer's tokens, and its end
 
-    def _accept(self, generation: Generation, token: int) -> None:
+    def _accept(self, generation: Generation, token: int, now_s: float) -> None:
         """One new token: into the answer, the text, and out to the reader."""
         assert generation.text is not None
-        self._observe_token(generation)
+        self._observe_token(generation, now_s)
         generation.answer.append(token)
         if token in self._parts.loaded.eos_ids:
             self.requests.finish(generation, "stop")
@@ -386,14 +390,12 @@ class StepLoop:
         elif len(generation.answer) >= generation.max_answer_len:
             self.requests.finish(generation, "length")
 
-    def _observe_token(self, generation: Generation) -> None:
-        now_s = self._clock()
+    def _observe_token(self, generation: Generation, now_s: float) -> None:
         if generation.last_token_s is None:
             self._telemetry.observe_ttft(now_s - generation.submitted_s)
         else:
             self._telemetry.observe_inter_token(now_s - generation.last_token_s)
         generation.last_token_s = now_s
-        self._telemetry.add_generation_tokens(1)
 
 
 def _lease_of(generation: Generation) -> Lease:
