@@ -32,12 +32,12 @@ from mlx_lm.models.cache import KVCache
 
 from turboserve.models.tiny.evaluate import load, parse_format, runtime_for
 from turboserve.models.tiny.prompts import load_texts
-from turboserve.settings import Settings
 
 FORMATS = ("4/4", "4/3", "3/3")
 HALF, OWN = "float16", "f16"  # mlx-lm's cache storing float16; mlx-lm's cache in the model's dtype
 TARGET_RATIO = {"4/3": 4.0}  # float16 bytes over resident bytes, at least
 NUM_TOKENS = 8192
+CHUNK_TOKENS = 256  # as the server reads prompts on a CPU
 MiB = 1 << 20
 
 
@@ -143,7 +143,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
-    parser.add_argument("--chunk", type=int, default=Settings.model_fields["prefill_chunk_tokens"].default)
+    parser.add_argument("--chunk", type=int, default=CHUNK_TOKENS)
     parser.add_argument("--here", help=argparse.SUPPRESS)  # the child: measure this cache, print one JSON line
     add_json_option(parser)
     return parser.parse_args()

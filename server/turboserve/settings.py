@@ -6,7 +6,7 @@ Parsed once at start-up; every complaint names the key, the value and what was e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import (
@@ -21,6 +21,8 @@ from turboserve.units import try_parse_bytes
 
 MiB = 1 << 20
 GiB = 1 << 30
+
+MIN_CHUNK_TOKENS = 16
 
 
 def _byte_count(value: object) -> object:
@@ -42,6 +44,12 @@ def _kv_format(value: str) -> str:
         return parse_format_name(value)
     except UnsupportedFormatError as exc:
         raise ValueError(f"{FORMAT_NAMES}, or auto") from exc
+
+
+def _chunk_tokens(value: int) -> int:
+    if 0 < value < MIN_CHUNK_TOKENS:
+        raise ValueError(f"0 for what suits the device, or at least {MIN_CHUNK_TOKENS}")
+    return value
 
 
 # TOML knows no null and a variable cannot be absent and present: empty text means "none".
@@ -78,7 +86,10 @@ class Settings(BaseSettings):
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: Annotated[int, Field(ge=0)] = 0  # 0: the model's own limit
-    prefill_chunk_tokens: Annotated[int, Field(ge=16, le=16384)] = 256
+    # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU, 256 on a CPU
+    prefill_chunk_tokens: Annotated[int, Field(ge=0, le=16384), AfterValidator(_chunk_tokens)] = 0
+    max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
+    overlap: Literal["auto", "on", "off"] = "auto"  # enqueue a step before the last one's tokens are read
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB

@@ -8,12 +8,46 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from weakref import WeakKeyDictionary, ref
 
 from turboserve.errors import OverloadedError
 from turboserve.messages import Event, Failed, Finished, TextDelta
 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20
+
+
+class _Waker:
+    """Wakes the readers on one event loop: all that got something between two of its turns by one call into it.
+
+    A call from another thread writes to a socket: for each token of each stream that was the engine's largest expense.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._lock = threading.Lock()
+        self._due: list[asyncio.Event] = []
+
+    def wake(self, event: asyncio.Event) -> None:
+        """Any thread: set the event on its loop, soon."""
+        with self._lock:
+            self._due.append(event)
+            if len(self._due) > 1:
+                return
+        try:
+            if (loop := self._loop()) is not None:
+                loop.call_soon_threadsafe(self._set_all)
+        except RuntimeError:  # the loop has closed: the server is exiting and nobody waits any more
+            return
+
+    def _set_all(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        for event in due:
+            event.set()
+
+
+_wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
 
 
 class Mailbox:
@@ -23,7 +57,8 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        self._waker = _wakers.setdefault(loop, _Waker(loop))
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()
         self._parts: list[str] = []
@@ -49,13 +84,7 @@ class Mailbox:
             else:
                 self._ending, wake = event, True
         if wake:
-            self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._arrived.set)
-        except RuntimeError:  # the loop has closed: the server is exiting and nobody waits any more
-            return
+            self._waker.wake(self._arrived)
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
         """All text so far as one delta, or the ending; None after `timeout_s` of silence.

@@ -127,7 +127,11 @@ class RunningCaches(Protocol):
     """How the memory looks at a running request's caches, which belong to whoever runs it. Reading only."""
 
     def held_len(self) -> int:
-        """Tokens whose keys and values are there now."""
+        """Tokens whose keys and values are there now, and whose ids are known."""
+        ...
+
+    def written_len(self) -> int:
+        """Tokens that take room now: those, and one that was fed before it was known."""
         ...
 
     def held_tokens(self) -> list[int]:

@@ -121,6 +121,6 @@ class Ledger:
         slack = dict(self.family.slack_by_format())
         for lease in self.leases:
             if slack.get(lease.kv_format):
-                to_come = pages_bytes(lease.runtime, lease.reserved_tokens) - pages_bytes(lease.runtime, lease.held_len)
-                slack[lease.kv_format] -= to_come
+                filled = pages_bytes(lease.runtime, lease.written_len)
+                slack[lease.kv_format] -= pages_bytes(lease.runtime, lease.reserved_tokens) - filled
         return sum(max(0, num_bytes) for num_bytes in slack.values())

@@ -124,9 +124,14 @@ class Lease(_OfSession):
         return self.cached_len if self.running is None else self.running.held_len()
 
     @property
+    def written_len(self) -> int:
+        """Tokens that take room now: held ones, and one that is fed before it is known."""
+        return self.cached_len if self.running is None else self.running.written_len()
+
+    @property
     def open_bytes(self) -> int:
         """Reserved and not yet in pages; its exact rows and uncompressed layers stay reserved to the end."""
-        return max(0, self.reserved_bytes - pages_bytes(self.runtime, self.held_len))
+        return max(0, self.reserved_bytes - pages_bytes(self.runtime, self.written_len))
 
     def measure(self) -> KVBytes:
         """Bytes of its caches as they are now."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from turboquant_kv.evaluation import Estimate, Evaluation, Plan, Result
 
 # Held-out documents with which the built-in texts begin: code, and three kinds of technical prose.
+EVALUATION_CHUNK_TOKENS = 256  # unless set; figures of two machines must not differ by it
 _FIRST_DOCUMENTS = (("python code", 7), ("sqlite questions", 36), ("llvm manual", 12), ("postgresql manual", 20))
 
 
@@ -121,7 +122,7 @@ def _plan(settings: Settings, wanted: Wanted) -> Plan:
 
     plan = Plan(
         num_tokens=wanted.tokens,
-        chunk_tokens=settings.prefill_chunk_tokens,
+        chunk_tokens=settings.prefill_chunk_tokens or EVALUATION_CHUNK_TOKENS,
         offsets=wanted.offsets,
         mode=wanted.mode,  # type: ignore[arg-type]  # judged by check
         num_needles=wanted.needles,

@@ -80,7 +80,15 @@ def serve_command(
     kv_store_dir: Annotated[Text, Option(help="Folder in which conversations survive a restart [off].")] = None,
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
-    prefill_chunk_tokens: Annotated[Text, Option(help="Prompt tokens per step [256].")] = None,
+    prefill_chunk_tokens: Annotated[
+        Text, Option(help="Prompt tokens per step; 0: 2048 on a GPU, 256 on a CPU [0].")
+    ] = None,
+    max_inter_token_ms: Annotated[
+        Text, Option(help="Milliseconds that running streams wait for a step's prompt tokens; 0: any time [500].")
+    ] = None,
+    overlap: Annotated[
+        Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
+    ] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,

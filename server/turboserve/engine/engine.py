@@ -171,6 +171,7 @@ class TurboEngine:
     def _load(self) -> StepLoop:
         parts = self._build(self._settings, self._progress)
         loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
+        self._progress(f"overlap      {loop.overlap}")
         self._created = int(time.time())
         self._publish(loop)
         with self._changed:

@@ -71,6 +71,11 @@ class Generation:
         """Tokens to feed before the newest one, whose logits give the next token."""
         return self.num_tokens - 1 - self.cache_len
 
+    @property
+    def num_answer_left(self) -> int:
+        """Tokens that its answer may still get."""
+        return self.max_answer_len - len(self.answer)
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and answer."""
         num_prompt = len(self.prompt)

@@ -85,6 +85,8 @@ class OpenRequests:
                 self.fail(generation, exc)
                 return
             rest, reason = result.text, "stop" if result.stopped else reason
+        if self._runner.has(generation):
+            self._runner.leave([generation])  # without the token that a step ahead may have fed
         kv, kv_format = self._runner.measure(generation), generation.lease.kv_format
         usage = Usage(
             prompt_tokens=len(generation.prompt),

@@ -1,26 +1,33 @@
-"""Runs the model: prefill chunks of one request, decode steps of all running rows.
+"""Runs the model: prefill chunks of one request or several, decode steps of all running rows.
 
 Owns the batched caches. Deciding who runs is the step loop's business.
+
+Overlap. Where it is on (overlap.py), `step` enqueues a step that is fed with the last one's tokens before it reads
+these: the device computes while the host delivers. A row that ends by a token that is read then has one token in its
+caches that it was not meant to have, and is cut back by it when it leaves; one whose last token is on its way is left
+out of the next step. `cache_len` never counts the token in flight.
 
 Failure isolation. Logits that are not finite cost their own row only. When sampling the batch raises, each row is drawn
 alone, which gives the same token, and rows that raise alone are reported. When the batched forward pass raises, every
 row is cut back to its length before the step and tried alone: rows that work keep their token, rows that raise are
-reported. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the cache cannot be
-cut) are reported as lost, and the loop computes their caches again from their tokens.
+reported. A step that raises while the last one's tokens are in flight never happened: once they are known it is tried
+again without overlap. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the
+cache cannot be cut) are reported as lost, and the loop computes their caches again from their tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
-import numpy as np
 
+from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime, Caches
+from turboserve.engine.draws import Flight, add_row, draw_alone, read, sampler_of
 from turboserve.engine.generation import Generation, Outcomes
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.errors import StartupError
@@ -50,10 +57,6 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
     def fork_row(self, batch: list[Any], index: int, length: int) -> list[Any]: ...
 
 
-class NonFiniteLogitsError(RuntimeError):
-    """The model's logits hold NaN or are infinite; any token drawn from them would be noise."""
-
-
 class _DeviceError(Exception):
     """Evaluation failed, so arrays written in this step are in an unknown state."""
 
@@ -67,6 +70,10 @@ class Runner:
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
         self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
+        self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
+        self.overlaps = False  # whether steps are enqueued ahead
+        self._flight: Flight | None = None
+        self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
 
     @property
     def num_rows(self) -> int:
@@ -88,18 +95,63 @@ class Runner:
                 f"This model uses {', '.join(sorted(unbatched))}, which mlx-lm cannot batch: choose another."
             )
         batch = self._merge([caches])
+        self.can_prefill_together = all(isinstance(cache, BatchRows) for cache in batch)
         logits = self._forward([[0]], batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
 
-    def prefill(self, generation: Generation, num_tokens: int) -> None:
-        """Feed the next `num_tokens` of a request into its own caches. Raises whatever the model does."""
+    def prefill(self, pieces: Sequence[tuple[Generation, int]]) -> Mapping[Generation, Exception]:
+        """Feed the next tokens, so many of each request, into the requests' own caches, in one pass.
+
+        When a pass of several fails, each is tried alone; returns what was raised by those that fail alone.
+        """
+        if len(pieces) > 1:
+            try:
+                self._prefill_together(pieces)
+                return {}
+            except Exception:
+                log.exception("prefill failed for %d requests together; each is tried alone", len(pieces))
+        failed = {}
+        for generation, num_tokens in pieces:
+            try:
+                self._prefill_alone(generation, num_tokens)
+            except Exception as exc:
+                log.exception("prefill failed for request %s", generation.request_id)
+                failed[generation] = exc.with_traceback(None)  # its frames would keep caches alive
+        return failed
+
+    def _prefill_alone(self, generation: Generation, num_tokens: int) -> None:
         caches = generation.caches
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
         self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # logits stay unevaluated
         self._runtime.evaluate(caches)
         generation.cache_len = end
+
+    def _prefill_together(self, pieces: Sequence[tuple[Generation, int]]) -> None:
+        """Padded on the right, of which the caches store nothing. What raises leaves the requests as they were."""
+        singles = []
+        for generation, _ in pieces:
+            assert generation.caches is not None
+            singles.append(generation.caches)
+        lens = [num_tokens for _, num_tokens in pieces]
+        padding = [max(lens) - n for n in lens]
+        batch = self._merge(singles)
+        try:
+            for cache in batch:
+                cache.prepare(lengths=lens, right_padding=padding)
+            tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
+            self._model(mx.array(tokens), cache=batch)
+            self._runtime.evaluate(batch)
+            for cache in batch:
+                cache.finalize()
+            extended = [[cache.extract(i) for cache in batch] for i in range(len(pieces))]
+        finally:
+            self._runtime.release(batch)
+        for (generation, num_tokens), caches in zip(pieces, extended, strict=True):
+            self._runtime.release(generation.caches or [])
+            generation.caches = caches
+            generation.cache_len += num_tokens
 
     def join(self, generation: Generation) -> None:
         """Let a prefilled request decode with the others; its caches move into the batch."""
@@ -114,7 +166,7 @@ class Runner:
         self._rows.append(generation)
         if self._sampler is not None:
             try:
-                _add_row(self._sampler, generation)
+                add_row(self._sampler, generation)
             except Exception:  # met again when the row is drawn alone
                 log.exception("the sampler cannot take request %s", generation.request_id)
                 self._sampler = None
@@ -124,7 +176,18 @@ class Runner:
         if not leaving:
             return
         for generation in leaving:
-            generation.caches = self._extract(self._rows.index(generation))
+            index, flight = self._rows.index(generation), self._flight
+            if flight is not None and generation in flight:
+                generation.caches = self._runtime.fork_row(self._batch(), index, generation.cache_len)
+                flight.drop(generation)
+            else:
+                generation.caches = self._extract(index)
+        if self._flight is not None and self._flight.is_empty:
+            self._flight = None
+        self._take_out(leaving)
+
+    def _take_out(self, leaving: Sequence[Generation]) -> None:
+        """The others stay, in their order."""
         keep = [i for i, row in enumerate(self._rows) if row not in leaving]
         self._rows = [self._rows[i] for i in keep]
         if self._sampler is not None:
@@ -142,11 +205,12 @@ class Runner:
         return self._runtime.measure_row(self._batch(), self._rows.index(generation))
 
     def usable_prefix(self, generation: Generation, length: int) -> int:
-        """Longest n <= length of which `fork` can make caches without loss."""
+        """Longest n <= length of which `fork` can make caches without loss; a token in flight is in none."""
         if generation.caches is not None:
             return self._runtime.usable_prefix(generation.caches, length)
         if not self.has(generation):
             return 0
+        length = min(length, generation.cache_len)
         return self._runtime.usable_prefix_row(self._batch(), self._rows.index(generation), length)
 
     def fork(self, generation: Generation, length: int) -> list[Any]:
@@ -159,8 +223,103 @@ class Runner:
         """Every row's caches by themselves, sharing pages, to be released by the caller."""
         return [self._extract(i) for i in range(len(self._rows))]
 
+    def num_in_flight(self, generation: Generation) -> int:
+        """Tokens in a request's caches, 0 or 1, that were fed before they were known."""
+        return int(self._flight is not None and generation in self._flight)
+
     def step(self) -> Outcomes:
-        """Feed every row's newest token and draw the next one for each."""
+        """Feed every row's newest token and draw the next one for each.
+
+        With overlap, the tokens that are returned are the last step's, and this one's are on their way: of rows that
+        have just joined there is none yet.
+        """
+        flight = self._flight
+        if flight is None and (not self.overlaps or self._must_be_wary()):
+            return self._step_at_once()
+        if flight is not None and (flight.draws is None or self._sampler is None or self._must_be_wary()):
+            return self.land()  # nothing can be built on it
+        ending = [row for row in self._rows if flight is not None and row in flight and row.num_answer_left <= 1]
+        for row in ending:
+            row.caches = self._extract(self._rows.index(row))
+        if ending:
+            self._take_out(ending)
+        return self._fly_on(flight) if self._rows else self.land()
+
+    def _must_be_wary(self) -> bool:
+        """A row whose cache was lost may do it again; without overlap the fault is found where it happens."""
+        return self._is_wary or any(row.num_recoveries for row in self._rows)
+
+    def _fly_on(self, flight: Flight | None) -> Outcomes:
+        """Enqueue the next step, then land the one before, if there is one."""
+        rows = list(self._rows)
+        try:
+            launched = self._launch(rows, flight)
+        except _DeviceError:
+            log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
+            return {**self.land(), **self._lose_all(rows)}
+        except Exception:
+            log.exception("a decode step of %d rows failed; it is tried again without overlap", len(rows))
+            self._is_wary = True
+            lost = self._take_back(rows, flight)
+            outcomes = self.land() if flight is not None else self._step_at_once()
+            return {**outcomes, **dict.fromkeys(lost)}
+        outcomes = self.land()
+        if flight is None or self._caches is not None:  # else all was lost on landing
+            self._flight = launched
+        return outcomes
+
+    def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
+        """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
+        logits: mx.array = self._model(_newest(rows, flight), cache=self._batch())[:, -1, :]
+        try:
+            launched = Flight(rows, self._sample(logits))
+        except Exception:
+            log.exception("sampling failed for a batch of %d rows; each row is drawn alone", len(rows))
+            self._sampler, launched = None, Flight(rows, None, logits)
+        try:
+            launched.start()
+        except Exception as exc:
+            raise _DeviceError from exc
+        return launched
+
+    def land(self) -> Outcomes:
+        """The tokens of the step in flight, if there is one; nothing is in flight afterwards."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return {}
+        try:
+            drawn = flight.land()
+        except Exception:
+            rows = [row for row in flight.rows if row is not None]
+            rows += [row for row in self._rows if row not in rows]  # a step that was built on it is lost with it
+            log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
+            return self._lose_all(rows)
+        outcomes: dict[Generation, int | Exception | None] = {}
+        for row, token in zip(flight.rows, drawn, strict=True):
+            if row is not None:
+                row.cache_len += 1
+                outcomes[row] = token
+        return outcomes
+
+    def _take_back(self, rows: list[Generation], flight: Flight | None) -> list[Generation]:
+        """After a step that could not be built: the rows as they were before it; returns those that are lost."""
+        singles = {}
+        for i, row in enumerate(rows):
+            held_len = row.cache_len + (1 if flight is not None and row in flight else 0)
+            singles[row] = self._roll_back(i, row, held_len)
+        self._forget_rows()
+        self._forget_batch()
+        self._rows = [row for row in rows if singles[row] is not None]
+        kept = [caches for caches in singles.values() if caches is not None]
+        if kept:
+            self._caches = self._merge(kept)
+            for caches in kept:
+                self._runtime.release(caches)
+        return [row for row in rows if singles[row] is None]
+
+    def _step_at_once(self) -> Outcomes:
+        """A step without overlap: its own tokens are returned."""
+        self._is_wary = False
         if not self._rows:
             return {}
         rows = list(self._rows)
@@ -188,7 +347,7 @@ class Runner:
 
     def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
-        singles = [self._roll_back(i, row) for i, row in enumerate(rows)]
+        singles = [self._roll_back(i, row, row.cache_len) for i, row in enumerate(rows)]
         self._forget_rows()
         self._forget_batch()
         outcomes: dict[Generation, int | Exception | None] = {}
@@ -213,24 +372,28 @@ class Runner:
             self._runtime.release(batch)
         self._runtime.release(caches)
         row.cache_len += 1
-        token = _draw_one(logits, row)
+        token = draw_alone(logits, row)
         self.join(row)
         return token
 
     def _lose_all(self, rows: list[Generation]) -> Outcomes:
+        for row in rows:
+            if row.caches is not None:  # it had left the batch with its last token in flight
+                self._runtime.release(row.caches)
+                row.caches = None
         self._forget_rows()
         self._forget_batch()
         return dict.fromkeys(rows)
 
-    def _roll_back(self, index: int, row: Generation) -> list[Any] | None:
-        """A row's caches as they were before the failed step, or None when that cannot be had."""
+    def _roll_back(self, index: int, row: Generation, held_len: int) -> list[Any] | None:
+        """A row's caches with the tokens they held before the failed step, or None when that cannot be had."""
         try:
             caches = self._extract(index)
             for cache in caches:
-                surplus = cache.size() - row.cache_len
+                surplus = cache.size() - held_len
                 if surplus > 0 and cache.is_trimmable():
                     cache.trim(surplus)
-            return caches if all(cache.size() == row.cache_len for cache in caches) else None
+            return caches if all(cache.size() == held_len for cache in caches) else None
         except Exception:
             log.exception("the cache of request %s cannot be cut back", row.request_id)
             return None
@@ -238,13 +401,16 @@ class Runner:
     def _draw(self, logits: mx.array) -> list[int | Exception]:
         """Each row's next token from logits (B, V), or what went wrong with it."""
         try:
-            if self._sampler is None:
-                self._sampler = _sampler_of(self._rows)
-            return _read(self._sampler.sample(logits))
+            return read(self._sample(logits))
         except Exception:
             log.exception("sampling failed for a batch of %d rows; each row is drawn alone", len(self._rows))
             self._sampler = None
-        return [_draw_one(logits[i : i + 1], row) for i, row in enumerate(self._rows)]
+        return [draw_alone(logits[i : i + 1], row) for i, row in enumerate(self._rows)]
+
+    def _sample(self, logits: mx.array) -> Draws:
+        if self._sampler is None:
+            self._sampler = sampler_of(self._rows)
+        return self._sampler.sample(logits)
 
     def _forget_rows(self) -> None:
         self._rows = []
@@ -276,6 +442,9 @@ class RunningRow:
     def held_len(self) -> int:
         return self.generation.cache_len
 
+    def written_len(self) -> int:
+        return self.generation.cache_len + self.runner.num_in_flight(self.generation)
+
     def held_tokens(self) -> list[int]:
         return self.generation.tokens(0, self.generation.cache_len)
 
@@ -289,33 +458,22 @@ class RunningRow:
         return self.runner.measure(self.generation)
 
 
-def _sampler_of(rows: Sequence[Generation]) -> BatchSampler:
-    """A sampler at the tokens that these rows' answers have now."""
-    sampler = BatchSampler()
-    for row in rows:
-        _add_row(sampler, row)
-    return sampler
+def _newest(rows: Sequence[Generation], flight: Flight | None) -> mx.array:
+    """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
+    known = [row.newest_token() for row in rows if flight is None or row not in flight]
+    if flight is None:
+        return mx.array(known, dtype=mx.uint32)[:, None]
+    assert flight.draws is not None
+    tokens = flight.draws.tokens
+    if flight.rows == rows:
+        return tokens[:, None]
+    if known:
+        tokens = mx.concatenate([tokens, mx.array(known, dtype=mx.uint32)])
+    place = flight.places
+    new = iter(range(len(flight.rows), len(flight.rows) + len(known)))
+    return tokens[mx.array([place[row] if row in place else next(new) for row in rows])][:, None]
 
 
-def _add_row(sampler: BatchSampler, row: Generation) -> None:
-    assert row.sampling is not None
-    sampler.join(row.sampling, row.prompt, row.answer)
-
-
-def _read(draws: Draws) -> list[int | Exception]:
-    """Each row's token, waiting once for all of them."""
-    mx.eval(draws.tokens, draws.is_broken)
-    tokens, is_broken = np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()
-    return [
-        NonFiniteLogitsError("the model's logits are not finite") if broken else token
-        for token, broken in zip(tokens, is_broken, strict=True)
-    ]
-
-
-def _draw_one(logits: mx.array, row: Generation) -> int | Exception:
-    """One row's token from its logits (1, V), the same as in a batch, or what its sampling raised."""
-    try:
-        return _read(_sampler_of([row]).sample(logits))[0]
-    except Exception as exc:
-        log.exception("sampling failed for request %s", row.request_id)
-        return exc
+def on_cpu() -> bool:
+    """Whether the model computes on a CPU."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))

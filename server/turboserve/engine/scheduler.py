@@ -6,12 +6,21 @@ is the memory's verdict, what follows from a verdict is decided here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 # A short prompt overtakes longer ones, but nobody waits more steps than this for a chunk.
 MAX_SKIPPED_STEPS = 8
+
+# Prompt tokens of a step unless set. On a GPU fewer would leave it waiting for the host; a CPU is as fast with these,
+# and streams wait less.
+GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 2048, 256
+MIN_PREFILL_TOKENS = 32  # below it a step's fixed costs are most of its time
+MAX_PADDING = 1.25  # tokens of a pass by useful ones
+MIN_SHARED_TOKENS = 64  # common tokens yet to be computed that are worth waiting for: about a page
+SPEED_MEMORY = 0.7  # what a chunk's figures still weigh when the next one has been measured
 
 MAX_RETRY_AFTER_S = 60
 TYPICAL_REQUEST_S = 2  # a short chat answer; only shapes the advice in Retry-After
@@ -86,23 +95,87 @@ def retry_after_s(num_waiting: int, max_running: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PrefillView:
-    """One request that still has prompt tokens to feed."""
+    """One request that still has prompt tokens to feed.
+
+    beginning: equal for two of which one is about to compute tokens that the other needs as well.
+    """
 
     num_remaining: int
     skipped_steps: int
+    beginning: Hashable = None
 
 
-def pick_prefill(candidates: Sequence[PrefillView]) -> int | None:
-    """Index of the request whose chunk runs in this step; None when there is none.
+class Piece(NamedTuple):
+    """A request that is read in this step, by its place among the candidates, and how far."""
 
-    Least work first gives short prompts a short wait; whoever was passed over long enough goes first.
+    place: int
+    num_tokens: int
+
+
+def most_prefill_tokens(wanted: int, *, on_cpu: bool) -> int:
+    """Prompt tokens that a step computes at most; wanted 0: what the kind of device needs to be busy."""
+    return wanted or (CPU_PREFILL_TOKENS if on_cpu else GPU_PREFILL_TOKENS)
+
+
+def prefill_budget(most: int, *, streams_run: bool, tokens_per_s: float | None, max_wait_s: float) -> int:
+    """Prompt tokens for the next step: fewer while streams run, which shall not wait longer than max_wait_s for it.
+
+    tokens_per_s: None before anything was measured. max_wait_s 0: no bound.
     """
-    if not candidates:
-        return None
-    starved = [i for i, c in enumerate(candidates) if c.skipped_steps >= MAX_SKIPPED_STEPS]
-    if starved:
-        return max(starved, key=lambda i: candidates[i].skipped_steps)
-    return min(range(len(candidates)), key=lambda i: candidates[i].num_remaining)
+    if not streams_run or not max_wait_s or tokens_per_s is None:
+        return most
+    return min(most, max(MIN_PREFILL_TOKENS, int(tokens_per_s * max_wait_s)))
+
+
+class PrefillSpeed:
+    """Tokens per second of the latest chunks, each weighing as long as it took."""
+
+    def __init__(self) -> None:
+        self._num_tokens = self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._num_tokens / self._seconds if self._seconds > 0 else None
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """One more chunk was computed."""
+        self._num_tokens = SPEED_MEMORY * self._num_tokens + num_tokens
+        self._seconds = SPEED_MEMORY * self._seconds + seconds
+
+
+def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: bool) -> list[Piece]:
+    """Who is read in this step, and how far.
+
+    Least work first gives short prompts a short wait; whoever was passed over long enough goes first. Others whose
+    whole rest fits into the budget are computed in the same pass, padded to the longest, unless padding would cost
+    more than a quarter of what it pads or they wait for what is computed in it. Requests with nothing left to read
+    cost nothing.
+    """
+    pieces = [Piece(i, 0) for i, c in enumerate(candidates) if c.num_remaining <= 0]
+    order = [i for i, c in enumerate(candidates) if c.num_remaining > 0]
+    order.sort(key=lambda i: candidates[i].num_remaining)
+    starved = [i for i in order if candidates[i].skipped_steps >= MAX_SKIPPED_STEPS]
+    if not order:
+        return pieces
+    lead = max(starved, key=lambda i: candidates[i].skipped_steps) if starved else order[0]
+    pass_ = [Piece(lead, chunk_len(candidates[lead].num_remaining, budget))]
+    order.remove(lead)
+    for i in order if may_group else ():
+        rest, beginning = candidates[i].num_remaining, candidates[i].beginning
+        if beginning is not None and any(candidates[p.place].beginning == beginning for p in pass_):
+            continue
+        lens = [*(p.num_tokens for p in pass_), rest]
+        padded_len = len(lens) * max(lens)
+        if padded_len <= min(budget, MAX_PADDING * sum(lens)):
+            pass_.append(Piece(i, rest))
+    return pieces + pass_
+
+
+def concerned(candidates: Sequence[PrefillView], pieces: Sequence[Piece]) -> list[int]:
+    """Places of those who are read in this step, and of those who wait for what these compute."""
+    places = {piece.place for piece in pieces}
+    beginnings = {candidates[i].beginning for i in places} - {None}
+    return [i for i, c in enumerate(candidates) if i in places or c.beginning in beginnings]
 
 
 def chunk_len(num_remaining: int, max_chunk: int) -> int:

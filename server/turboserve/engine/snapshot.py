@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.messages import EngineStats
 
 
 def take_snapshot(
-    parts: EngineParts, *, num_running: int, num_waiting: int, scratch_bytes: int, now_s: float
+    parts: EngineParts,
+    *,
+    num_running: int,
+    num_waiting: int,
+    scratch_bytes: int,
+    now_s: float,
+    more_details: Mapping[str, str],
 ) -> EngineStats:
     """A consistent copy, taken between two steps. scratch_bytes: the most that a step may hold beside the budget."""
     runtime, loaded, memory = parts.runtime, parts.loaded, parts.memory
@@ -27,7 +35,7 @@ def take_snapshot(
         conversations=held.conversations,
         layers_compressed=runtime.layers_compressed,
         layers_uncompressed=runtime.layers_uncompressed,
-        details=_details(parts),
+        details={**_details(parts), **more_details},
         num_conversations=held.num_conversations,
         kv_disk=held.kv_disk,
         kv_committed_bytes=memory.committed_bytes,

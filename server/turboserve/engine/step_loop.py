@@ -1,4 +1,4 @@
-"""One engine step after another: admit, prefill a chunk, grow, decode everyone, deliver.
+"""One engine step after another: admit, prefill some prompts, grow, decode everyone, deliver.
 
 Runs on the engine thread only (or a test's). What to do is decided in scheduler.py and by the memory's
 verdicts, computed in runner.py, and how requests end is open_requests.py's. The memory names who must
@@ -9,17 +9,18 @@ of the engine itself and ends it; whatever one request's data can cause ends tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
-from turboserve.engine.generation import Generation, Stage
+from turboserve.engine.generation import Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.open_requests import OpenRequests
+from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
-from turboserve.engine.runner import Runner, RunningRow
+from turboserve.engine.runner import Runner, RunningRow, on_cpu
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
 from turboserve.errors import EngineFailureError, TurboServeError
@@ -42,6 +43,15 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self._preparer = Preparer(parts.loaded, parts.memory, self.runner.warm_up())
+        self.overlap = choose_overlap(
+            settings.overlap,
+            can_cut=parts.memory.family.can_cut(parts.memory.family.default),
+            backend_name=parts.runtime.backend_name,
+            on_cpu=on_cpu(),
+        )
+        self.runner.overlaps = self.overlap.is_on
+        self.prefill_tokens = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu())
+        self._speed = scheduler.PrefillSpeed()
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
 
@@ -93,12 +103,13 @@ class StepLoop:
             num_waiting=self.num_waiting,
             scratch_bytes=self.scratch_bytes,
             now_s=self._clock(),
+            more_details={"overlap": str(self.overlap)},
         )
 
     @property
     def scratch_bytes(self) -> int:
-        """The most that one step may hold beside the budget: a prompt's chunk, exact, and what is being written."""
-        chunk = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
+        """The most that one step may hold beside the budget: chunks of prompts, exact, and what is being written."""
+        chunk = self.prefill_tokens * self._parts.runtime.chunk_token_bytes
         return int(chunk) + (DEFAULT_PENDING_BYTES if self._memory.has_disk else 0)
 
     def check_integrity(self) -> None:
@@ -112,11 +123,12 @@ class StepLoop:
                 self._parts.runtime.release(view)
 
     def step(self) -> None:
-        """A bounded amount of work: at most one prompt prepared, one chunk prefilled, one token per row."""
+        """A bounded amount of work: at most one prompt prepared, one pass over prompts, one token per row."""
         self._num_steps += 1
         self._memory.expire(self._clock())
         self._admit()
-        self._prefill_one()
+        if self._prefill():
+            self._deliver(self.runner.land())  # they are there: the chunk was waited for, and came after them
         self._grow()
         self._decode()
 
@@ -214,25 +226,76 @@ class StepLoop:
         self._telemetry.observe_queue_time(self._clock() - generation.submitted_s)
         self._telemetry.add_prompt_tokens(len(generation.prompt), lease.cached_len)
 
-    def _prefill_one(self) -> None:
+    def _prefill(self) -> bool:
+        """Compute some prompts' next tokens; whether there were any."""
         prefilling = [g for g in self.requests.running if g.stage is Stage.PREFILL]
-        views = [scheduler.PrefillView(g.num_to_prefill, self._num_steps - g.last_prefill_step) for g in prefilling]
-        chosen = scheduler.pick_prefill(views)
-        if chosen is None:
-            return
-        generation = prefilling[chosen]
-        generation.last_prefill_step = self._num_steps
+        if not prefilling:
+            return False
+        chosen = self._choose_prefill(prefilling)
+        pieces = [(generation, num_tokens) for generation, num_tokens in chosen if num_tokens]
+        failed: Mapping[Generation, Exception] = {}
+        if pieces:
+            started_s = self._clock()
+            failed = self.runner.prefill(pieces)
+            if not failed:
+                self._speed.learn(sum(num_tokens for _, num_tokens in pieces), self._clock() - started_s)
+        for generation, _ in chosen:
+            generation.last_prefill_step = self._num_steps
+            if generation in failed:
+                self.requests.fail(generation, failed[generation])
+            elif generation.num_to_prefill == 0:
+                self._join(generation)
+        return bool(pieces)
+
+    def _join(self, generation: Generation) -> None:
+        try:
+            self.runner.join(generation)
+            generation.stage = Stage.DECODE
+        except Exception as exc:
+            log.exception("request %s could not join the batch", generation.request_id)
+            self.requests.fail(generation, exc)
+
+    def _choose_prefill(self, prefilling: list[Generation]) -> list[tuple[Generation, int]]:
+        """Who is read in this step and how far, each from the longest beginning that there is by now."""
+        budget = scheduler.prefill_budget(
+            self.prefill_tokens,
+            streams_run=self.runner.num_rows > 0,
+            tokens_per_s=self._speed.tokens_per_s,
+            max_wait_s=self._settings.max_inter_token_ms / 1000,
+        )
+        may_group = self.runner.can_prefill_together and len(prefilling) > 1
+        asked: set[Generation] = set()
+        while True:
+            views = [self._prefill_view(generation, may_group) for generation in prefilling]
+            pieces = scheduler.plan_prefill(views, budget, may_group=may_group)
+            chosen = [(prefilling[piece.place], piece.num_tokens) for piece in pieces]
+            concerned = scheduler.concerned(views, pieces)
+            new = [prefilling[i] for i in concerned if prefilling[i] not in asked]
+            changed = [self._has_better_start(generation) for generation in new]
+            if not any(changed):
+                return [(g, n) for g, n in chosen if g.stage is Stage.PREFILL]
+            asked |= set(new)
+            prefilling = [generation for generation in prefilling if generation.stage is Stage.PREFILL]
+
+    def _prefill_view(self, generation: Generation, may_group: bool) -> scheduler.PrefillView:
+        beginning, shared_len = None, generation.cache_len + scheduler.MIN_SHARED_TOKENS
+        if may_group and shared_len < generation.num_tokens:
+            lease = _lease_of(generation)
+            beginning = lease.salt, lease.wanted_format, lease.prompt[:shared_len].tobytes()
+        return scheduler.PrefillView(
+            generation.num_to_prefill, self._num_steps - generation.last_prefill_step, beginning
+        )
+
+    def _has_better_start(self, generation: Generation) -> bool:
+        """Take one if there is; a failing request is ended. Whether either happened."""
+        before = generation.cache_len
         try:
             self._take_better_start(generation)
-            num_tokens = scheduler.chunk_len(generation.num_to_prefill, self._settings.prefill_chunk_tokens)
-            if num_tokens:
-                self.runner.prefill(generation, num_tokens)
-            if generation.num_to_prefill == 0:
-                self.runner.join(generation)
-                generation.stage = Stage.DECODE
         except Exception as exc:
             log.exception("prefill failed for request %s", generation.request_id)
             self.requests.fail(generation, exc)
+            return True
+        return generation.cache_len != before
 
     def _take_better_start(self, generation: Generation) -> None:
         """Of requests with a common beginning that came together, one computes it and the others follow."""
@@ -250,7 +313,7 @@ class StepLoop:
     def _grow(self) -> None:
         """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
         decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
-        for generation in [decoding[i] for i in scheduler.growing([_row_view(g) for g in decoding])]:
+        for generation in [decoding[i] for i in scheduler.growing([self._row_view(g) for g in decoding])]:
             if generation.stage is not Stage.DECODE:  # it was preempted by an older one
                 continue
             lease = _lease_of(generation)
@@ -268,14 +331,26 @@ class StepLoop:
             log.warning("no KV budget left to go on with request %s: ended by length", generation.request_id)
             self.requests.finish(generation, "length")
 
+    def _row_view(self, generation: Generation) -> scheduler.RowView:
+        lease = _lease_of(generation)
+        num_tokens = generation.num_tokens + self.runner.num_in_flight(generation)
+        return scheduler.RowView(lease.order, num_tokens, lease.reserved_tokens)
+
     def _decode(self) -> None:
-        for generation, outcome in self.runner.step().items():
+        self._deliver(self.runner.step())
+
+    def _deliver(self, outcomes: Outcomes) -> None:
+        if not outcomes:
+            return
+        now_s = self._clock()
+        self._telemetry.add_generation_tokens(sum(isinstance(outcome, int) for outcome in outcomes.values()))
+        for generation, outcome in outcomes.items():
             if outcome is None:
                 self._recover(generation)
             elif isinstance(outcome, Exception):
                 self.requests.fail(generation, outcome)
             else:
-                self._accept(generation, outcome)
+                self._accept(generation, outcome, now_s)
 
     def _recover(self, generation: Generation) -> None:
         """A lost cache is computed again from the tokens, which are all still known."""
@@ -292,10 +367,10 @@ class StepLoop:
 
     # --- one answer's tokens, and its end
 
-    def _accept(self, generation: Generation, token: int) -> None:
+    def _accept(self, generation: Generation, token: int, now_s: float) -> None:
         """One new token: into the answer, the text, and out to the reader."""
         assert generation.text is not None
-        self._observe_token(generation)
+        self._observe_token(generation, now_s)
         generation.answer.append(token)
         if token in self._parts.loaded.eos_ids:
             self.requests.finish(generation, "stop")
@@ -315,21 +390,14 @@ class StepLoop:
         elif len(generation.answer) >= generation.max_answer_len:
             self.requests.finish(generation, "length")
 
-    def _observe_token(self, generation: Generation) -> None:
-        now_s = self._clock()
+    def _observe_token(self, generation: Generation, now_s: float) -> None:
         if generation.last_token_s is None:
             self._telemetry.observe_ttft(now_s - generation.submitted_s)
         else:
             self._telemetry.observe_inter_token(now_s - generation.last_token_s)
         generation.last_token_s = now_s
-        self._telemetry.add_generation_tokens(1)
 
 
 def _lease_of(generation: Generation) -> Lease:
     assert generation.lease is not None, "whoever runs has a lease"
     return generation.lease
-
-
-def _row_view(generation: Generation) -> scheduler.RowView:
-    lease = _lease_of(generation)
-    return scheduler.RowView(lease.order, generation.num_tokens, lease.reserved_tokens)

@@ -271,6 +271,9 @@ class FakeRunning:
     def held_len(self) -> int:
         return len(self.cache.tokens)
 
+    def written_len(self) -> int:
+        return self.held_len()
+
     def held_tokens(self) -> list[int]:
         return list(self.cache.tokens)
 

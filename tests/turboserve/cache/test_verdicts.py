@@ -238,5 +238,5 @@ def test_of_running_requests_the_memory_only_looks_at_their_caches() -> None:
         leases.append(lease)
     engine = FakeEngine(memory)
     assert try_extend(memory, leases[0], 3 * LENGTH, 1.0, engine) and engine.preempted == [leases[2], leases[1]]
-    assert asked == {"held_len", "usable_prefix", "fork", "measure"}
+    assert asked == {"held_len", "written_len", "usable_prefix", "fork", "measure"}
     assert not any(callable(value) for value in vars(memory).values()), "the memory keeps nothing that it could call"

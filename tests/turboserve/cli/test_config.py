@@ -56,6 +56,8 @@ def test_lists_and_paths_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
         ({"port": "99999"}, ("--port '99999'", "less than or equal to 65535")),
         ({"port": "http"}, ("--port 'http'", "integer")),
         ({"max_running": "0"}, ("--max-running '0'", "greater than or equal to 1")),
+        ({"prefill_chunk_tokens": "5"}, ("--prefill-chunk-tokens '5'", "at least 16")),
+        ({"overlap": "maybe"}, ("--overlap 'maybe'", "auto")),
         ({"send_timeout_s": "0"}, ("--send-timeout-s", "greater than 0")),
         ({"kv_format": "5/4"}, ("--kv-format '5/4'", "4/3", "f16")),
         ({"kv_format": "4/4/4"}, ("--kv-format", "KEY_CODEC/VALUE_CODEC")),

@@ -198,7 +198,7 @@ def test_a_dead_thread_says_so_and_fails_everyone(engine: TurboEngine, monkeypat
     def broken(self: StepLoop) -> None:
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr(StepLoop, "_prefill_one", broken)
+    monkeypatch.setattr(StepLoop, "_prefill", broken)
     assert all(sink.ended.wait(TIMEOUT_S) for sink in sinks)
     assert all(isinstance(sink.error, EngineUnavailableError) for sink in sinks)
     reason = engine.unready_reason()

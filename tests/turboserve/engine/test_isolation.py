@@ -12,11 +12,12 @@ from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, requ
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.draws import Flight
 from turboserve.engine.generation import Stage
 from turboserve.engine.sampling import BatchSampler
 from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import EngineFailureError, OverloadedError
-from turboserve.messages import SamplingParams
+from turboserve.messages import SamplingParams, TextDelta
 
 FORMATS = [None, KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)]
 NUM_REQUESTS = 4
@@ -24,9 +25,14 @@ VICTIM = 2
 FAIL_AT = 6  # answer tokens of the victim before it fails
 
 
+@pytest.fixture(params=["off", "on"], ids=["at once", "overlap"])
+def overlap(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=FORMATS, ids=lambda fmt: "f16" if fmt is None else fmt.name)
-def loop(request: pytest.FixtureRequest, model: Any) -> StepLoop:
-    return make_loop(make_parts(model, fmt=request.param))
+def loop(request: pytest.FixtureRequest, model: Any, overlap: str) -> StepLoop:
+    return make_loop(make_parts(model, fmt=request.param), overlap=overlap)
 
 
 @pytest.fixture
@@ -189,9 +195,13 @@ def test_a_row_that_breaks_the_batched_step_is_found(
     expected = undisturbed(loop, prompts)
     sinks = start(loop, prompts)
     victim = step_until_victim_has(loop, sinks, FAIL_AT)
-    fatal_len = victim.cache_len + 1  # rows are told apart by their lengths
+    # rows are told apart by their lengths
+    fatal_len = victim.cache_len + loop.runner.num_in_flight(victim) + 1
     poison["when"] = lambda lengths: fatal_len in lengths
     loop.step()
+    if loop.overlap.is_on:  # it was tried again when the tokens were known
+        assert isinstance(sinks[VICTIM].events[-1], TextDelta)
+        loop.step()
     poison["when"] = lambda lengths: False
     finish(loop)
     assert_only_victim_failed(loop, prompts, sinks, expected)
@@ -217,7 +227,8 @@ def test_a_step_that_fails_for_all_fails_all_and_the_engine_lives(
     sinks = start(loop, prompts)
     step_until_victim_has(loop, sinks, FAIL_AT)
     poison["when"] = lambda lengths: True
-    loop.step()
+    for _ in range(2 if loop.overlap.is_on else 1):
+        loop.step()
     assert all(isinstance(s.error, EngineFailureError) for s in sinks)
     poison["when"] = lambda lengths: False
     again = start(loop, prompts)
@@ -265,26 +276,84 @@ def test_lost_caches_are_computed_again(loop: StepLoop, prompts: list[str], monk
             raise RuntimeError("injected device error")
         evaluate(caches)
 
-    monkeypatch.setattr(loop._parts.runtime, "evaluate", fail_once)
+    if loop.overlap.is_on:
+        fail_in_flight(monkeypatch, "land", failures)
+    else:
+        monkeypatch.setattr(loop._parts.runtime, "evaluate", fail_once)
     finish(loop)
     assert next(failures, None) is None
     for prompt, sink, want in zip(prompts, sinks, expected, strict=True):
         assert_same_answer(loop._parts, prompt, sink.tokens, want, RECOMPUTED_TIE)
 
 
+def fail_in_flight(monkeypatch: pytest.MonkeyPatch, verb: str, failures: Iterator[bool]) -> None:
+    """Steps that are enqueued ahead fail when they are to start or to land."""
+    original = getattr(Flight, verb)
+
+    def failing(self: Flight) -> Any:
+        if next(failures, False):
+            raise RuntimeError("injected device error")
+        return original(self)
+
+    monkeypatch.setattr(Flight, verb, failing)
+
+
+@pytest.mark.parametrize("verb", ["start", "land"])
+@pytest.mark.parametrize("overlap", ["on"])
+def test_a_device_that_fails_ahead_costs_seeded_rows_nothing(
+    loop: StepLoop, prompts: list[str], verb: str, overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row has its last token in flight when the step after it fails; all draws come again from seed and place."""
+    requests = [
+        request(f"r{i}", prompt, max_tokens=n, tenant=str(i), sampling=SamplingParams(temperature=1.0, seed=i))
+        for i, (prompt, n) in enumerate(zip(prompts, (FAIL_AT + 3, 30, 30, 30), strict=True))
+    ]
+    parts = loop._parts
+    expected = run(make_loop(make_parts(parts.loaded.model, fmt=parts.runtime.fmt), overlap="off"), *requests)
+    sinks = add(loop, *requests)
+    while len(sinks[0].tokens) < FAIL_AT + 2:
+        loop.step()
+    failures = iter([True])
+    fail_in_flight(monkeypatch, verb, failures)
+    finish(loop)
+    assert next(failures, None) is None
+    for sink, want in zip(sinks, expected, strict=True):
+        # the same draws up to where logits of recomputed caches, which differ in their last bits, could matter
+        assert len(sink.tokens) == len(want.tokens) and sink.tokens[: FAIL_AT + 1] == want.tokens[: FAIL_AT + 1]
+    assert sum(s.tokens == w.tokens for s, w in zip(sinks, expected, strict=True)) >= 2
+
+
+def test_a_device_that_fails_again_and_again_ends_the_request(
+    loop: StepLoop, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sink,) = add(loop, request("a", prompts[1], max_tokens=30))
+    loop.step()
+    fail_in_flight(monkeypatch, "land", iter([True] * 9))
+    evaluate = loop._parts.runtime.evaluate
+
+    def failing(caches: list[Any]) -> None:
+        if loop.num_running and loop.requests.running[0].stage is Stage.DECODE:
+            raise RuntimeError("injected device error")
+        evaluate(caches)
+
+    monkeypatch.setattr(loop._parts.runtime, "evaluate", failing)
+    finish(loop)
+    assert isinstance(sink.error, EngineFailureError)
+
+
 def test_nan_logits_fail_only_their_row(loop: StepLoop, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = undisturbed(loop, prompts)
     sinks = start(loop, prompts)
     step_until_victim_has(loop, sinks, FAIL_AT)
-    forward = loop.runner._forward
+    model = loop.runner._model
 
-    def poisoned(tokens: list[list[int]], caches: list[Any]) -> mx.array:
-        logits = forward(tokens, caches)
+    def poisoned(tokens: mx.array, cache: list[Any]) -> mx.array:
+        logits: mx.array = model(tokens, cache=cache)
         index = [row.request_id for row in loop.runner._rows].index(f"r{VICTIM}")
         logits[index] = mx.nan
         return logits
 
-    monkeypatch.setattr(loop.runner, "_forward", poisoned)
+    monkeypatch.setattr(loop.runner, "_model", poisoned)
     loop.step()
     monkeypatch.undo()
     finish(loop)

@@ -98,7 +98,7 @@ def test_running_streams_get_a_token_in_every_step_of_a_long_prefill(model: Any,
 
 
 def test_the_first_token_comes_with_the_last_chunk(model: Any, rng: np.random.Generator) -> None:
-    loop = make_loop(make_parts(model), prefill_chunk_tokens=16)
+    loop = make_loop(make_parts(model), prefill_chunk_tokens=16, overlap="off")
     (sink,) = add(loop, request("a", prompt(rng, 32), max_tokens=5))  # 33 tokens with the role: 32 to prefill
     loop.step()
     assert sink.tokens == []

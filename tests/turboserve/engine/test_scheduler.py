@@ -9,19 +9,26 @@ from hypothesis import strategies as st
 
 from turboserve.engine.scheduler import (
     ASK_AGAIN_S,
+    MAX_PADDING,
     MAX_RETRY_AFTER_S,
     MAX_ROOM_WAIT_S,
     MAX_SKIPPED_STEPS,
+    MIN_PREFILL_TOKENS,
     Admission,
     HeadView,
+    Piece,
+    PrefillSpeed,
     PrefillView,
     RowView,
     WithoutGrowth,
     can_queue,
     chunk_len,
+    concerned,
     growing,
+    most_prefill_tokens,
     next_admission,
-    pick_prefill,
+    plan_prefill,
+    prefill_budget,
     retry_after_s,
     to_preempt,
     without_growth,
@@ -73,12 +80,78 @@ def test_those_whom_a_verdict_names_are_preempted_in_its_order() -> None:
     assert to_preempt((9, 4), [4, 2]) == [0], "the other has ended meanwhile"
 
 
+def planned(views: list[PrefillView], budget: int, *, may_group: bool = True) -> list[tuple[int, int]]:
+    return [(piece.place, piece.num_tokens) for piece in plan_prefill(views, budget, may_group=may_group)]
+
+
 def test_the_shortest_prompt_goes_first_unless_someone_starves() -> None:
     views = [PrefillView(900, 3), PrefillView(20, 0), PrefillView(40, 1)]
-    assert pick_prefill(views) == 1
+    assert planned(views, 256) == [(1, 20)]
     views[0] = PrefillView(900, MAX_SKIPPED_STEPS)
-    assert pick_prefill(views) == 0
-    assert pick_prefill([]) is None
+    assert planned(views, 256) == [(0, 225)]
+    assert planned([], 256) == []
+
+
+def test_prompts_of_like_lengths_are_read_together_as_far_as_the_budget_reaches() -> None:
+    views = [PrefillView(n, 0) for n in (300, 900, 310, 320, 305)]
+    assert planned(views, 1000) == [(0, 300), (4, 305), (2, 310)]
+    assert planned(views, 1000, may_group=False) == [(0, 300)]
+    assert planned(views, 310) == [(0, 300)]
+    assert planned([PrefillView(100, 0), PrefillView(167, 0)], 1000) == [(0, 100)], "a quarter of it would be padding"
+    assert planned([PrefillView(100, 0), PrefillView(166, 0)], 1000) == [(0, 100), (1, 166)]
+
+
+def test_who_waits_for_what_another_computes_is_not_read_beside_it() -> None:
+    views = [PrefillView(300, 0, "a"), PrefillView(301, 0, "a"), PrefillView(302, 0, "b"), PrefillView(303, 0)]
+    assert planned(views, 2048) == [(0, 300), (2, 302), (3, 303)]
+    assert concerned(views, plan_prefill(views, 2048, may_group=True)) == [0, 1, 2, 3]
+    assert concerned(views, [Piece(2, 302)]) == [2] and concerned(views, [Piece(3, 303)]) == [3]
+
+
+def test_prompts_with_nothing_left_to_read_take_no_turn() -> None:
+    assert planned([PrefillView(0, 0), PrefillView(50, 0), PrefillView(0, 0)], 256) == [(0, 0), (2, 0), (1, 50)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 12), st.sampled_from([None, "a", "b"])), max_size=12),
+    st.integers(16, 4096),
+    st.booleans(),
+)
+def test_a_pass_is_within_the_budget_and_its_padding_bounded(
+    candidates: list[tuple[int, int, str | None]], budget: int, may_group: bool
+) -> None:
+    views = [PrefillView(*candidate) for candidate in candidates]
+    pieces = plan_prefill(views, budget, may_group=may_group)
+    lens = [piece.num_tokens for piece in pieces if piece.num_tokens]
+    assert len({piece.place for piece in pieces}) == len(pieces)
+    assert bool(lens) == any(view.num_remaining for view in views)
+    if lens:
+        assert len(lens) * max(lens) <= min(budget, MAX_PADDING * sum(lens)) and (may_group or len(lens) == 1)
+    shared = [views[piece.place].beginning for piece in pieces if piece.num_tokens]
+    assert len([b for b in shared if b]) == len({b for b in shared if b})
+
+
+def test_running_streams_bound_a_steps_tokens_by_what_these_cost() -> None:
+    def budget(
+        most: int = 2048, streams_run: bool = True, speed: float | None = 1000.0, max_wait_s: float = 0.5
+    ) -> int:
+        return prefill_budget(most, streams_run=streams_run, tokens_per_s=speed, max_wait_s=max_wait_s)
+
+    assert budget() == 500 and budget(most=256) == 256
+    assert budget(streams_run=False) == budget(max_wait_s=0.0) == budget(speed=None) == 2048
+    assert budget(speed=1.0) == MIN_PREFILL_TOKENS and budget(most=16, speed=1.0) == 16
+
+
+def test_the_speed_of_reading_is_learnt_from_the_latest_chunks() -> None:
+    speed = PrefillSpeed()
+    assert speed.tokens_per_s is None
+    speed.learn(100, 10.0)  # the first one compiles kernels
+    assert speed.tokens_per_s == 10.0
+    for _ in range(20):
+        speed.learn(200, 0.1)
+    assert speed.tokens_per_s is not None and 1900 < speed.tokens_per_s < 2000
+    assert most_prefill_tokens(0, on_cpu=False) > most_prefill_tokens(0, on_cpu=True)
+    assert most_prefill_tokens(77, on_cpu=True) == 77
 
 
 @given(st.integers(1, 5000), st.integers(16, 512))

@@ -1,0 +1,92 @@
+"""Reading what a batch drew, and drawing one row by itself: the same token as in the batch, or its failure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from turboserve.engine.generation import Generation
+from turboserve.engine.sampling import BatchSampler, Draws
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The model's logits hold NaN or are infinite; any token drawn from them would be noise."""
+
+
+class Flight:
+    """A decode step that is on its way: enqueued, its tokens not read.
+
+    rows: None in place of one that left meanwhile. draws: None when the batch's draw raised; each row is then drawn
+    alone from `logits` (B, V), which are None otherwise, once its answer up to here is known.
+    """
+
+    def __init__(self, rows: Sequence[Generation], draws: Draws | None, logits: mx.array | None = None) -> None:
+        self.rows: list[Generation | None] = list(rows)
+        self.places = {row: i for i, row in enumerate(rows)}
+        self.draws, self.logits = draws, logits
+
+    def __contains__(self, row: Generation) -> bool:
+        return row in self.places
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.places
+
+    def drop(self, row: Generation) -> None:
+        """Its token is not wanted any more."""
+        self.rows[self.places.pop(row)] = None
+
+    def start(self) -> None:
+        """Let the device begin; returns at once."""
+        results = [self.logits] if self.draws is None else [self.draws.tokens, self.draws.is_broken]
+        mx.async_eval(*results)  # type: ignore[no-untyped-call]  # its stubs leave types out
+
+    def land(self) -> list[int | Exception]:
+        """Wait for the tokens, one for each of `rows`. Raises what the device does."""
+        if self.draws is not None:
+            return read(self.draws)
+        assert self.logits is not None
+        drawn: list[int | Exception] = [0] * len(self.rows)
+        mx.eval(self.logits)
+        for i, row in enumerate(self.rows):
+            if row is not None:
+                drawn[i] = draw_alone(self.logits[i : i + 1], row)
+        return drawn
+
+
+def sampler_of(rows: Sequence[Generation]) -> BatchSampler:
+    """A sampler at the tokens that these rows' answers have now."""
+    sampler = BatchSampler()
+    for row in rows:
+        add_row(sampler, row)
+    return sampler
+
+
+def add_row(sampler: BatchSampler, row: Generation) -> None:
+    """Let a row draw with the others; of its answer nothing may be on its way."""
+    assert row.sampling is not None
+    sampler.join(row.sampling, row.prompt, row.answer)
+
+
+def read(draws: Draws) -> list[int | Exception]:
+    """Each row's token, waiting once for all of them."""
+    mx.eval(draws.tokens, draws.is_broken)
+    tokens, is_broken = np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()
+    return [
+        NonFiniteLogitsError("the model's logits are not finite") if broken else token
+        for token, broken in zip(tokens, is_broken, strict=True)
+    ]
+
+
+def draw_alone(logits: mx.array, row: Generation) -> int | Exception:
+    """One row's token from its logits (1, V), the same as in a batch, or what its sampling raised."""
+    try:
+        return read(sampler_of([row]).sample(logits))[0]
+    except Exception as exc:
+        log.exception("sampling failed for request %s", row.request_id)
+        return exc
