@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +88,30 @@ def test_doctor_report(tmp_path: Path) -> None:
     blocked = doctor.check_cache_dir(Settings(cache_dir=tmp_path / "file"))
     assert blocked.level == "warning"
     assert "--cache-dir" in blocked.detail
+
+
+def test_doctor_tries_the_kernels_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the format that will be served; kernels that are not taken are a warning that says why."""
+    from turboquant_kv.backends.mlx_ops.backend import MlxBackend
+    from turboquant_kv.cache import backend_choice
+    from turboquant_kv.cache.trial import Verdict
+    from turboserve.cli import doctor
+    from turboserve.settings import Settings
+
+    asked = []
+
+    def chosen(name: str, cases: Sequence[Any]) -> Any:
+        asked.append((name, cases[0].fmt.name))
+        return backend_choice.Chosen(
+            MlxBackend(), Verdict("gpu-metal", "mlx-ops", "failed", "RuntimeError: no library")
+        )
+
+    monkeypatch.setattr(backend_choice, "choose", chosen)
+    for wanted in ("3t/2t", "auto"):
+        finding = doctor.check_kv_backend(Settings(cache_dir=tmp_path, kv_format=wanted))
+        assert finding.level == "warning"
+        assert "mlx-ops instead of gpu-metal: its kernels do not run (RuntimeError: no library)" in finding.detail
+    assert asked == [("auto", "3t/2t"), ("auto", "4t/3t")]
 
 
 def test_doctor_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
