@@ -20,7 +20,7 @@ from turboquant_kv import UnsupportedFormatError, blas
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, PRESETS
 from turboserve import __version__
 from turboserve.cache.disk import check as disk_check
-from turboserve.cli.backend import device_name, load_backend
+from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
 from turboserve.errors import StartupError
 from turboserve.machine_memory import detect_memory
 from turboserve.settings import AUTO_FORMAT, Settings
@@ -56,9 +56,10 @@ def check_versions() -> Finding:
     return Finding("packages", "ok", ", ".join(found))
 
 
-def check_backend() -> Finding:
+def check_backend(settings: Settings) -> Finding:
     try:
         load_backend()
+        keep_compiled_kernels(settings.cache_dir)
     except StartupError as exc:
         return Finding("mlx backend", "failed", str(exc))
     return Finding("mlx backend", "ok", device_name())
@@ -177,7 +178,7 @@ def run_checks(settings: Settings) -> list[Finding]:
     checks: tuple[Callable[[], Finding], ...] = (
         check_python,
         check_versions,
-        check_backend,
+        lambda: check_backend(settings),
         check_blas,
         lambda: check_kv_backend(settings),
         check_compiler,

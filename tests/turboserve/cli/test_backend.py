@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from turboserve.cli.backend import explain_import_error, extra_for_driver
+from turboserve.cli.backend import PTX_FOLDER, explain_import_error, extra_for_driver, keep_compiled_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 BANNER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.54.15  Tue Mar  5\nGCC version:  gcc version 12.2.0\n"
@@ -74,6 +74,25 @@ main(["serve", "--port", "0"])
     assert len(lines) == 1
     assert "MLX has no backend installed: pip install 'turboserve[" in lines[0]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_compiled_cuda_kernels_are_kept_in_our_folder(
+    has_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder for each kind of GPU, and none of ours where the user names one."""
+    import mlx.core as mx
+
+    monkeypatch.delenv(PTX_FOLDER, raising=False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
+    keep_compiled_kernels(tmp_path)
+    folder = os.environ.pop(PTX_FOLDER, "")
+    assert folder.endswith("-sm90") == has_cuda and Path(folder or tmp_path).is_dir()
+    assert bool(list(tmp_path.iterdir())) == has_cuda
+    monkeypatch.setenv(PTX_FOLDER, "elsewhere")
+    keep_compiled_kernels(tmp_path)
+    assert os.environ[PTX_FOLDER] == "elsewhere"
 
 
 def test_doctor_report(tmp_path: Path) -> None:
