@@ -259,6 +259,19 @@ class CacheEvents:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelTrial:
+    """What the device's fused kernels did when they were tried for this model, beside the backend that replaces them.
+
+    step_s: seconds of one layer's decode step by backend and by tokens before it; empty where nothing was timed.
+    """
+
+    fused: str  # "gpu-metal", "gpu-cuda"
+    taken: str  # the same, or "mlx-ops"
+    outcome: str  # faster | slower | wrong | failed
+    step_s: Mapping[tuple[str, int], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A consistent copy of the engine's state, taken between two steps."""
 
@@ -284,3 +297,4 @@ class EngineStats:
     events: CacheEvents = CacheEvents()
     admission: AdmissionStats = AdmissionStats()
     disk: DiskStatus = DiskStatus()
+    kernel_trial: KernelTrial | None = None  # None: there was nothing to try, as on a CPU

@@ -29,8 +29,8 @@ _BACKENDS: dict[str, type[NumpyBackend] | type[MlxBackend]] = {
 def choose_backend(name: str = "auto") -> Backend:
     """The backend called `name`; `auto` takes native kernels on the CPU, fused ones on CUDA, MLX operations on Metal.
 
-    CUDA devices before compute capability 8.0 get MLX operations, too. Metal's fused kernels have never run on Apple's
-    hardware (docs/metal.md): there they must be asked for.
+    CUDA devices before compute capability 8.0 get MLX operations, too. That is for caches by themselves: for a whole
+    model cache/backend_choice.py tries a GPU's kernels first, Metal's as well.
     Without compiled kernels `auto` falls back to NumPy, says so in the log once, and in the backend's name.
     Raises UnsupportedFormatError for an unknown name, and for cpu-native where its kernels are not built.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -37,10 +38,19 @@ class KVFamily:
     """The runtimes of one model. They differ in bits only: pages, sink and rotation are `base`'s."""
 
     def __init__(
-        self, model: Any, *, calibration: CalibrationSource = None, backend: str = "auto", base: KVFormat | None = None
+        self,
+        model: Any,
+        *,
+        calibration: CalibrationSource = None,
+        backend: str = "auto",
+        base: KVFormat | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
-        """calibration: the means, or a function that measures them when the first format needs them."""
-        self._model, self._backend = model, backend
+        """calibration: the means, or a function that measures them when the first format needs them.
+
+        cache_dir: where verdicts on a GPU's kernels are remembered.
+        """
+        self._model, self._backend, self._cache_dir = model, backend, cache_dir
         self._calibration: CalibrationSource = calibration
         self._base = base if base is not None else KVFormat()
         self._runtimes: dict[str, KVRuntime] = {}
@@ -67,7 +77,13 @@ class KVFamily:
             return KVRuntime(self._model, None, layers=self.layers)
         fmt = self._base.with_codecs(name)
         calibration = self.calibration if fmt.centred else None
-        return KVRuntime(self._model, fmt, calibration=calibration, backend=self._backend, layers=self.layers)
+        return KVRuntime(
+            *(self._model, fmt),
+            calibration=calibration,
+            backend=self._backend,
+            layers=self.layers,
+            cache_dir=self._cache_dir,
+        )
 
     @property
     def calibration(self) -> Calibration | None:

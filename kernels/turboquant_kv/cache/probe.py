@@ -16,7 +16,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache.mixed_batch import PlainRows
-from turboquant_kv.cache.protocol import UnsupportedModelError
+from turboquant_kv.cache.protocol import LayerInput, UnsupportedModelError
 
 # A chunk with a causal mask, then single tokens: an update that nobody attends over shows at the next one.
 _CHUNKS = ([0, 1], [2], [1])
@@ -51,6 +51,7 @@ class ModelLayers:
     shapes: tuple[LayerShape | None, ...]
     states: tuple[StateBytes, ...]  # all zero for plain KV caches
     unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
+    query_heads: tuple[int, ...] = ()  # of each layer; 0 where it is not a plain KV cache
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -61,11 +62,23 @@ def probe_layers(model: Any) -> ModelLayers:
     kinds = tuple(type(cache) for cache in caches)
     shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     states = tuple(_state_of(c) if shape is None else StateBytes() for c, shape in zip(caches, shapes, strict=True))
-    return ModelLayers(kinds, shapes, states, _why_unsupported(model, expected))
+    watched = [_WatchedRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
+    unsupported = _why_unsupported(model, watched, expected)
+    query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads)
 
 
-def _why_unsupported(model: Any, expected: np.ndarray[Any, Any]) -> str | None:
-    caches = [PlainRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
+class _WatchedRows(PlainRows):
+    """Remembers what only queries tell."""
+
+    num_query_heads = 0
+
+    def _attend(self, step: LayerInput) -> mx.array:
+        self.num_query_heads = step.queries.shape[1]
+        return super()._attend(step)
+
+
+def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, Any]) -> str | None:
     try:
         got = _run(model, caches)
     except UnsupportedModelError as exc:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,18 +17,19 @@ import numpy.typing as npt
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import LayerShape
-from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import held as rows
 from turboquant_kv.cache import key_guard
 from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
+from turboquant_kv.cache.backend_choice import cases_of, choose
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.sequence import PagedSequence
+from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.codec.format import KVFormat, check_head_dim
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
@@ -46,15 +48,19 @@ class KVRuntime:
         calibration: Calibration | None = None,
         backend: str = "auto",
         layers: ModelLayers | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         """Runs a few tokens through the model to learn its layers, unless `layers` already tells.
 
+        On a GPU the backend `auto` tries its fused kernels at once (backend_choice.py); cache_dir: where the verdict is
+        remembered.
         Raises UnsupportedFormatError for a head_dim without a rotation, UnsupportedModelError when the
         model does not attend through the seam.
         """
         attention.install()
         self._model, self.fmt = model, fmt
-        self.backend_name = choose_backend(backend).name if fmt is not None else "mlx-lm"
+        self.backend_name = "mlx-lm"
+        self.verdict: Verdict | None = None  # on the device's fused kernels, where they were tried
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
         self.layer_formats: dict[int, KVFormat] = {}  # of compressed layers
@@ -62,7 +68,7 @@ class KVRuntime:
         self._sources: dict[int, LayerSource] = {}
         self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
-            self._make_pool(fmt, calibration, backend)
+            self._make_pool(fmt, calibration, backend, cache_dir)
         self.layers_compressed = len(self._sources)
         self.layers_uncompressed = len(self.shapes) - len(self._sources)
 
@@ -81,7 +87,7 @@ class KVRuntime:
         parts = [f"{count} of {num_layers} layers {name}" for name, count in sorted(others.items())]
         return ", ".join([self.fmt_name, *parts])
 
-    def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str) -> None:
+    def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str, cache_dir: Path | None) -> None:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
         raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
@@ -95,7 +101,11 @@ class KVRuntime:
         means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
         self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
         formats = list(self.layer_formats.values())
-        self._pool = PagePool(choose_backend(backend), list(compressed.values()), fmt, means, formats)
+        shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
+        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
+        chosen = choose(backend, cases, cache_dir)
+        self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
+        self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
         self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
 
     @property

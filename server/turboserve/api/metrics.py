@@ -42,6 +42,7 @@ class EngineCollector(Collector):
         yield _gauge("ready", "1 when requests submitted now would be worked on.", float(ready))
         stats = self._engine.stats()
         yield _info(stats)
+        yield from _kernel_trial(stats)
         yield _gauge("num_requests_running", "Requests in prefill or decode.", stats.num_running)
         yield _gauge("num_requests_waiting", "Requests queued.", stats.num_waiting)
         yield from _kv_gauges(stats)
@@ -80,6 +81,22 @@ def _info(stats: EngineStats) -> GaugeMetricFamily:
     layers = stats.details.get("kv_layers", stats.kv_format)
     family.add_metric((__version__, stats.model_id, stats.kv_format, layers, stats.kv_backend, stats.model_dtype), 1)
     return family
+
+
+def _kernel_trial(stats: EngineStats) -> Iterator[Metric]:
+    """Nothing where no kernels were tried."""
+    trial = stats.kernel_trial
+    if trial is None:
+        return
+    text = "What a trial at start decided on the device's fused kernels; always 1."
+    info = GaugeMetricFamily("turboserve_kv_kernel_trial", text, labels=("fused", "taken", "outcome"))
+    info.add_metric((trial.fused, trial.taken, trial.outcome), 1)
+    yield info
+    text = "Seconds of one layer's decode step in that trial, by tokens before it."
+    steps = GaugeMetricFamily("turboserve_kv_kernel_trial_step_seconds", text, labels=("backend", "tokens"))
+    for (backend, num_tokens), seconds in trial.step_s.items():
+        steps.add_metric((backend, str(num_tokens)), seconds)
+    yield steps
 
 
 def _kv_gauges(stats: EngineStats) -> Iterator[Metric]:

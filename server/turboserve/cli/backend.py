@@ -5,15 +5,21 @@ On Linux `mlx` itself holds no library: `mlx-cpu`, `mlx-cuda-12` and `mlx-cuda-1
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 import re
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from turboquant_kv import blas
 from turboserve.errors import StartupError
 
+log = logging.getLogger(__name__)
+
+PTX_FOLDER = "MLX_PTX_CACHE_DIR"  # MLX's own setting
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CUDA13_DRIVER_MAJOR = 580  # the first driver branch that runs CUDA 13
 
@@ -26,6 +32,27 @@ def load_backend() -> blas.BlasStatus:
     except ImportError as exc:
         raise StartupError(explain_import_error(str(exc), best_extra())) from exc
     return status
+
+
+def keep_compiled_kernels(cache_dir: Path) -> None:
+    """Let MLX keep the CUDA kernels it compiles in our cache folder, so that a restart compiles none of them again.
+
+    Left alone, MLX keeps them in the folder for temporary files, which others can write to and a reboot empties. It
+    finds them by name, so each kind of GPU and each version gets a folder. Metal has a cache of its own.
+    """
+    import mlx.core as mx
+
+    if not mx.cuda.is_available() or PTX_FOLDER in os.environ:
+        return
+    info = mx.device_info()
+    capability = f"sm{info['compute_capability_major']}{info['compute_capability_minor']}"
+    folder = cache_dir.expanduser() / "cuda-kernels" / f"mlx-{metadata.version('mlx')}-{capability}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        log.warning("compiled kernels cannot be kept in %s: %s", folder, exc.strerror or exc)
+        return
+    os.environ[PTX_FOLDER] = str(folder)  # read by the first kernel that MLX compiles
 
 
 def explain_import_error(message: str, extra: str) -> str:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from turboquant_kv import UnsupportedFormatError, blas
+from turboquant_kv.codec.format_name import PLAIN_FORMAT, PRESETS
 from turboserve import __version__
 from turboserve.cache.disk import check as disk_check
-from turboserve.cli.backend import device_name, load_backend
+from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
 from turboserve.errors import StartupError
 from turboserve.machine_memory import detect_memory
-from turboserve.settings import Settings
+from turboserve.settings import AUTO_FORMAT, Settings
 
 Level = Literal["ok", "warning", "failed"]
 MiB, GiB = 1 << 20, 1 << 30
@@ -55,9 +56,10 @@ def check_versions() -> Finding:
     return Finding("packages", "ok", ", ".join(found))
 
 
-def check_backend() -> Finding:
+def check_backend(settings: Settings) -> Finding:
     try:
         load_backend()
+        keep_compiled_kernels(settings.cache_dir)
     except StartupError as exc:
         return Finding("mlx backend", "failed", str(exc))
     return Finding("mlx backend", "ok", device_name())
@@ -81,8 +83,8 @@ def check_blas() -> Finding:
     return Finding("blas", "ok", status.describe())
 
 
-def check_kv_backend() -> Finding:
-    """What computes attention over compressed caches; meaningful only after MLX was imported."""
+def check_kv_backend(settings: Settings) -> Finding:
+    """What computes attention over compressed caches; meaningful only after MLX was imported. Tries a GPU's kernels."""
     try:
         from turboquant_kv.backends.choice import choose_backend
         from turboquant_kv.backends.native import backend as native
@@ -94,11 +96,28 @@ def check_kv_backend() -> Finding:
     except UnsupportedFormatError as exc:
         return Finding("kv backend", "failed", str(exc))
     if not name.startswith(NumpyBackend.name):
-        return Finding("kv backend", "ok", name)
+        return _tried_kernels(settings) or Finding("kv backend", "ok", name)
     _, reason = native.load_kernels()
     return Finding(
         "kv backend", "warning", f"{name}, many times slower: {reason}; reinstall with a C++ compiler present"
     )
+
+
+def _tried_kernels(settings: Settings) -> Finding | None:
+    """A new trial of a GPU's fused kernels, for layers as many models have them; None where there are none."""
+    import mlx.core as mx
+
+    from turboquant_kv.backends.base import LayerShape
+    from turboquant_kv.cache.backend_choice import choose
+    from turboquant_kv.cache.trial import Case
+    from turboquant_kv.codec.format import KVFormat
+
+    name = PRESETS["balanced"] if settings.kv_format in (AUTO_FORMAT, PLAIN_FORMAT) else settings.kv_format
+    verdict = choose("auto", [Case(LayerShape(8, 128, 128, mx.float16), KVFormat.parse(name), 32)]).verdict
+    if verdict is None:
+        return None
+    detail = f"{verdict.line} (32 heads over 8 of 128 dims, float16, {name}; each model is tried when it is loaded)"
+    return Finding("kv backend", "warning" if verdict.is_fallback else "ok", detail)
 
 
 def check_compiler() -> Finding:
@@ -159,9 +178,9 @@ def run_checks(settings: Settings) -> list[Finding]:
     checks: tuple[Callable[[], Finding], ...] = (
         check_python,
         check_versions,
-        check_backend,
+        lambda: check_backend(settings),
         check_blas,
-        check_kv_backend,
+        lambda: check_kv_backend(settings),
         check_compiler,
         check_memory,
         lambda: check_cache_dir(settings),

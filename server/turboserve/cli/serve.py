@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from turboserve import logs
 from turboserve.api import http_server
 from turboserve.api.app import create_app
-from turboserve.cli.backend import device_name, load_backend
+from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -36,6 +36,7 @@ def run(settings: Settings) -> None:
     logs.configure(settings.log_level, settings.log_json)
     listener = http_server.bind(settings)  # before the model: a busy port is worth knowing at once
     blas = load_backend()
+    keep_compiled_kernels(settings.cache_dir)
     say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     _check_local_model(settings.model)
     telemetry = Telemetry()

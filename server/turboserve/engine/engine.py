@@ -25,6 +25,7 @@ from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, Sess
 from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.step_loop import Clock, StepLoop
+from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
 from turboserve.messages import (
     EngineStats,
@@ -172,6 +173,9 @@ class TurboEngine:
         parts = self._build(self._settings, self._progress)
         loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
         self._progress(f"overlap      {loop.overlap}")
+        plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
+        warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+        self._progress(f"warm-up      {warmed_s:.1f} s")
         self._created = int(time.time())
         self._publish(loop)
         with self._changed:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.runner import EvaluatingRuntime
@@ -36,6 +37,7 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
     backend_name: str
     layers_compressed: int
     layers_uncompressed: int
+    verdict: Verdict | None  # on the device's fused kernels, where they were tried
 
     @property
     def description(self) -> str:

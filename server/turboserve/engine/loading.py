@@ -54,11 +54,15 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     )
     disk = _open_store(settings, loaded, formats, progress)
     kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    if runtime.verdict is not None:
+        progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
     if formats.calibration is not None:
         details["calibration"] = formats.calibration.origin
+    if runtime.verdict is not None:
+        details["kv_kernels"] = runtime.verdict.line
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
@@ -157,7 +161,7 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
             cache_dir = settings.cache_dir.expanduser()
             name = choose_format(loaded, measured, settings.kv_auto_limit, cache_dir, text, progress)
         fmt = None if name == PLAIN_FORMAT else KVFormat.parse(name)
-        return ServedFormats(loaded.model, fmt, calibrate)
+        return ServedFormats(loaded.model, fmt, calibrate, settings.cache_dir.expanduser())
     except UnsupportedModelError as exc:
         raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
     except UnsupportedFormatError as exc:

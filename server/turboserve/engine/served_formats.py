@@ -6,6 +6,7 @@ Adds the server's own format, errors that HTTP shows, and a look at the pages th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,19 @@ from turboserve.errors import KVFormatError
 class ServedFormats:
     """Implements cache.interfaces.CacheFamily for one model. Used by the engine thread only."""
 
-    def __init__(self, model: Any, fmt: KVFormat | None, calibration: CalibrationSource = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        fmt: KVFormat | None,
+        calibration: CalibrationSource = None,
+        cache_dir: Path | None = None,
+    ) -> None:
         """`fmt` is the server's default, None for f16; other formats get its pages and exact ends.
 
+        cache_dir: where verdicts on a GPU's kernels are remembered.
         Raises UnsupportedFormatError or UnsupportedModelError when the model cannot have it.
         """
-        self.kv = KVFamily(model, calibration=calibration, base=fmt)
+        self.kv = KVFamily(model, calibration=calibration, base=fmt, cache_dir=cache_dir)
         self.default = PLAIN_FORMAT if fmt is None else fmt.name
         self.default_runtime = self.kv.runtime(self.default)
         self._calibration = self.kv.calibration if fmt is not None and fmt.centred else None

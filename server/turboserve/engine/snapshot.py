@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from turboquant_kv.cache.trial import Verdict
 from turboserve.engine.loaded_model import EngineParts
-from turboserve.messages import EngineStats
+from turboserve.messages import EngineStats, KernelTrial
 
 
 def take_snapshot(
@@ -43,7 +44,16 @@ def take_snapshot(
         events=memory.events(),
         admission=memory.admission(),
         disk=memory.disk_status(),
+        kernel_trial=_kernel_trial(runtime.verdict),
     )
+
+
+def _kernel_trial(verdict: Verdict | None) -> KernelTrial | None:
+    if verdict is None:
+        return None
+    step_s = {(verdict.fused, t.num_tokens): t.fused_s for t in verdict.timings}
+    step_s |= {(verdict.ops, t.num_tokens): t.ops_s for t in verdict.timings}
+    return KernelTrial(verdict.fused, verdict.taken, verdict.outcome, step_s)
 
 
 def _details(parts: EngineParts) -> dict[str, str]:

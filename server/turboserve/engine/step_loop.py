@@ -42,7 +42,8 @@ class StepLoop:
         self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
-        self._preparer = Preparer(parts.loaded, parts.memory, self.runner.warm_up())
+        self.vocab_len = self.runner.warm_up()
+        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len)
         self.overlap = choose_overlap(
             settings.overlap,
             can_cut=parts.memory.family.can_cut(parts.memory.family.default),

@@ -31,6 +31,7 @@ from turboserve.messages import (
     Event,
     Failed,
     Finished,
+    KernelTrial,
     Request,
     TextDelta,
     Usage,
@@ -191,6 +192,9 @@ class ScriptedEngine(ScriptedSessions):
             ),
             admission=AdmissionStats(5, 5000, 4000, 1000, 800),
             disk=DiskStatus(True, False, "No space left on device.", 700, 1000, 3),
+            kernel_trial=KernelTrial(
+                "gpu-metal", "mlx-ops", "slower", {("gpu-metal", 1024): 2e-4, ("mlx-ops", 1024): 1e-4}
+            ),
         )
 
     @property

@@ -111,6 +111,9 @@ def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Serv
     assert page["turboserve_kv_store_held_bytes", (("kind", "compressed"),)] == 300
     assert page["turboserve_kv_committed_bytes", ()] == 900
     assert page["turboserve_kv_integrity_failures_total", ()] == 0
+    verdict = ("fused", "gpu-metal"), ("outcome", "slower"), ("taken", "mlx-ops")
+    assert page["turboserve_kv_kernel_trial", verdict] == 1
+    assert page["turboserve_kv_kernel_trial_step_seconds", (("backend", "gpu-metal"), ("tokens", "1024"))] == 2e-4
     assert page["turboserve_num_requests_running", ()] == 0
 
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from turboserve.cli.backend import explain_import_error, extra_for_driver
+from turboserve.cli.backend import PTX_FOLDER, explain_import_error, extra_for_driver, keep_compiled_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 BANNER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.54.15  Tue Mar  5\nGCC version:  gcc version 12.2.0\n"
@@ -74,6 +76,25 @@ main(["serve", "--port", "0"])
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_compiled_cuda_kernels_are_kept_in_our_folder(
+    has_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One folder for each kind of GPU, and none of ours where the user names one."""
+    import mlx.core as mx
+
+    monkeypatch.delenv(PTX_FOLDER, raising=False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
+    keep_compiled_kernels(tmp_path)
+    folder = os.environ.pop(PTX_FOLDER, "")
+    assert folder.endswith("-sm90") == has_cuda and Path(folder or tmp_path).is_dir()
+    assert bool(list(tmp_path.iterdir())) == has_cuda
+    monkeypatch.setenv(PTX_FOLDER, "elsewhere")
+    keep_compiled_kernels(tmp_path)
+    assert os.environ[PTX_FOLDER] == "elsewhere"
+
+
 def test_doctor_report(tmp_path: Path) -> None:
     from turboserve.cli import doctor
     from turboserve.settings import Settings
@@ -86,6 +107,30 @@ def test_doctor_report(tmp_path: Path) -> None:
     blocked = doctor.check_cache_dir(Settings(cache_dir=tmp_path / "file"))
     assert blocked.level == "warning"
     assert "--cache-dir" in blocked.detail
+
+
+def test_doctor_tries_the_kernels_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the format that will be served; kernels that are not taken are a warning that says why."""
+    from turboquant_kv.backends.mlx_ops.backend import MlxBackend
+    from turboquant_kv.cache import backend_choice
+    from turboquant_kv.cache.trial import Verdict
+    from turboserve.cli import doctor
+    from turboserve.settings import Settings
+
+    asked = []
+
+    def chosen(name: str, cases: Sequence[Any]) -> Any:
+        asked.append((name, cases[0].fmt.name))
+        return backend_choice.Chosen(
+            MlxBackend(), Verdict("gpu-metal", "mlx-ops", "failed", "RuntimeError: no library")
+        )
+
+    monkeypatch.setattr(backend_choice, "choose", chosen)
+    for wanted in ("3t/2t", "auto"):
+        finding = doctor.check_kv_backend(Settings(cache_dir=tmp_path, kv_format=wanted))
+        assert finding.level == "warning"
+        assert "mlx-ops instead of gpu-metal: its kernels do not run (RuntimeError: no library)" in finding.detail
+    assert asked == [("auto", "3t/2t"), ("auto", "4t/3t")]
 
 
 def test_doctor_exit_status(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,14 +15,20 @@ import pytest
 from huggingface_hub import errors as hub
 from tests.turboserve.engine.fakes import make_parts, random_model
 
+from turboquant_kv.backends.mlx_ops.backend import MlxBackend
+from turboquant_kv.cache import runtime
+from turboquant_kv.cache.backend_choice import Chosen
+from turboquant_kv.cache.trial import Case, Timing, Verdict
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.sizes import peak_bytes
 from turboserve.engine import weights
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_folder import EMBEDDED_DIR, EMBEDDED_MODEL_ID, model_id_for, read_config, resolve_folder
+from turboserve.engine.snapshot import take_snapshot
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory
+from turboserve.messages import KernelTrial
 from turboserve.settings import Settings
 
 PLENTY = MemoryInfo(1 << 40, 1 << 40)
@@ -63,6 +69,29 @@ def test_the_embedded_model_loads_expanded_on_a_cpu(tmp_path: Path) -> None:
         assert loaded.dtype == "float32" and any("expanded to float32" in line for line in lines)
     assert parts.memory.budget_bytes == 64 << 20 and parts.runtime.layers_compressed == 8
     assert any("compressed as 4t/3t" in line for line in lines)
+
+
+def test_a_trial_of_gpu_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a start-up line, in the statistics' details and, with its figures, to the metrics page."""
+    verdict = Verdict("gpu-metal", "mlx-ops", "slower", error=1e-3, timings=(Timing(1024, 2e-4, 1e-4),))
+    folders = []
+
+    def chosen(name: str, cases: list[Case], folder: Path) -> Chosen:
+        assert name == "auto" and [(c.num_q_heads, c.num_layers) for c in cases if c.num_layers] == [(4, 8)]
+        folders.append(folder)
+        return Chosen(MlxBackend(), verdict)
+
+    monkeypatch.setattr(runtime, "choose", chosen)
+    lines: list[str] = []
+    parts = build_parts(Settings(cache_dir=tmp_path, kv_budget="64MiB"), lines.append)
+    assert folders == [tmp_path]
+    (line,) = [line for line in lines if "KV kernels" in line]
+    assert "mlx-ops instead of gpu-metal: it is slower here" in line and "200 us against 100 at 1,024 tokens" in line
+    stats = take_snapshot(parts, num_running=0, num_waiting=0, scratch_bytes=0, now_s=0.0)
+    assert stats.kv_backend == "mlx-ops" and stats.details["kv_kernels"] in line
+    assert stats.kernel_trial == KernelTrial(
+        "gpu-metal", "mlx-ops", "slower", {("gpu-metal", 1024): 2e-4, ("mlx-ops", 1024): 1e-4}
+    )
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

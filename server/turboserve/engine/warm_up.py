@@ -1,0 +1,133 @@
+"""Work of the kinds that requests bring, done once before the server is ready, so that the first one waits for nothing
+that the second does not: kernels compile, libraries start their threads, memory is taken.
+
+Goes through the runner like requests do, with tokens that mean nothing. Leaves no conversation and no page behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from turboserve.engine.generation import Generation
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.runner import Runner
+from turboserve.engine.sampling import row_sampling
+from turboserve.messages import Event, Request, SamplingParams
+
+log = logging.getLogger(__name__)
+
+# Each way of drawing has operations of its own.
+DRAWS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(top_p=0.95),
+    SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1),
+)
+# On a CPU nothing is compiled for lengths or numbers of rows: a first request took no longer than a second one before
+# there was a warm-up. What mx.compile makes there and the weights' first reading are had for less than a second.
+CPU_CHUNKS = (16, 8)
+CPU_ROWS = 2
+ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ragged ones differ
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Chunks of the prompt that is read, with how many rows tokens are decoded, and how many tokens each time."""
+
+    chunks: tuple[int, ...]
+    row_counts: tuple[int, ...]
+    num_tokens: int
+
+    @classmethod
+    def for_device(cls, prefill_tokens: int, max_running: int, max_context: int) -> Plan:
+        """On a GPU what requests can meet; a chunk comes first without, then with a history."""
+        chunks: tuple[int, ...]
+        if mx.default_device() == mx.Device(mx.cpu):
+            chunks, most_rows, num_tokens = CPU_CHUNKS, CPU_ROWS, 1
+        else:
+            chunks, most_rows = (prefill_tokens, prefill_tokens, ODD_TOKENS), max_running
+            num_tokens = 2  # the second one's step begins as all later ones do
+        row_counts = _doubling(min(most_rows, max_running))
+        room = max_context - num_tokens * (len(DRAWS) + len(row_counts)) - 1  # the rest is for answers
+        while sum(chunks) > room:
+            chunks = chunks[1:]
+        return cls(chunks, row_counts, num_tokens)
+
+
+def _doubling(most: int) -> tuple[int, ...]:
+    """2, 4, 8, ... up to and with `most`; one row is decoded in any case."""
+    counts: list[int] = []
+    while 2 << len(counts) < most:
+        counts.append(2 << len(counts))
+    return (*counts, most) if most > 1 else ()
+
+
+def warm_up(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan) -> float:
+    """Returns the seconds it took. A failure is logged and no more: requests meet it again, and are told."""
+    began = time.perf_counter()
+    rows: list[Generation] = []
+    try:
+        _work(runner, parts, vocab_len, plan, rows)
+    except Exception:
+        log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
+    finally:
+        runner.leave([row for row in rows if runner.has(row)])
+        for row in rows:
+            parts.runtime.release(row.caches or [])
+        parts.memory.family.trim(1 << 62)
+    return time.perf_counter() - began
+
+
+def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> None:
+    """Prefill, then decode one row in each way of drawing, then more and more of them.
+
+    `rows` gets all whose caches have to be given back, whatever happens.
+    """
+    prompt = [i % vocab_len for i in range(sum(plan.chunks) + 1)]
+    first = _new_row(prompt)
+    first.caches = parts.runtime.make_cache()
+    rows.append(first)
+    for chunk in plan.chunks:
+        for error in runner.prefill([(first, chunk)]).values():
+            raise error
+    for params in DRAWS:
+        runner.leave([row for row in rows if runner.has(row)])
+        first.sampling = row_sampling(params, vocab_len)
+        runner.join(first)
+        _decode(runner, plan.num_tokens)
+    for num_rows in plan.row_counts:
+        while len(rows) < num_rows:
+            length = runner.usable_prefix(first, len(prompt) - 1)
+            if length < 1:
+                return  # these caches cannot be cut, so there are no others without another prefill
+            other = _new_row(prompt[: length + 1])
+            other.sampling = row_sampling(DRAWS[len(rows) % len(DRAWS)], vocab_len)
+            other.caches, other.cache_len = runner.fork(first, length), length
+            rows.append(other)
+            runner.join(other)
+        _decode(runner, plan.num_tokens)
+    runner.land()
+
+
+def _decode(runner: Runner, num_tokens: int) -> None:
+    for _ in range(num_tokens):
+        for row, token in runner.step().items():
+            if isinstance(token, Exception):
+                raise token
+            if token is not None:
+                row.answer.append(token)
+
+
+class _Nobody:
+    """Reads no events, for there are none."""
+
+    def put(self, event: Event) -> None:
+        """Nothing."""
+
+
+def _new_row(prompt: list[int]) -> Generation:
+    return Generation(Request("warm-up", ()), _Nobody(), 0.0, prompt=list(prompt), max_answer_len=1 << 30)

@@ -1,0 +1,65 @@
+"""Before a server is ready its model has done what requests will ask of it, and nothing of that is left."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tests.turboserve.engine.fakes import MAX_CONTEXT, VOCAB, make_parts, make_settings
+
+from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.runner import Runner
+from turboserve.engine.warm_up import DRAWS, Plan, warm_up
+
+PLAN = Plan(chunks=(100, 37), row_counts=(2, 4, 5), num_tokens=2)
+
+
+class Watched:
+    """A model that remembers what it was fed: (rows, tokens) of each step."""
+
+    def __init__(self, model: Any, fails_at: int | None = None) -> None:
+        self._model, self._fails_at = model, fails_at
+        self.fed: list[tuple[int, int]] = []
+
+    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+        self.fed.append((tokens.shape[0], tokens.shape[1]))
+        if len(self.fed) == self._fails_at:
+            raise RuntimeError("out of memory")
+        out: mx.array = self._model(tokens, cache=cache)
+        return out
+
+
+@pytest.mark.parametrize("fmt", [None, KVFormat.parse("4t/3t")])
+def test_everything_that_requests_bring_is_done_once(model: Any, fmt: KVFormat | None) -> None:
+    parts, watched = make_parts(model, fmt=fmt), Watched(model)
+    runner = Runner(watched, parts.runtime)
+    seconds = warm_up(runner, parts, VOCAB, PLAN)
+    decoded = [(1, 1)] * (2 * len(DRAWS)) + [(rows, 1) for rows in PLAN.row_counts for _ in range(2)]
+    assert watched.fed == [(1, 100), (1, 37), *decoded]
+    assert seconds > 0 and runner.num_rows == 0
+    family = parts.memory.family
+    assert (family.allocated_bytes(), family.totals().total, family.slack_bytes()) == (0, 0, 0)
+    parts.memory.check_integrity([])
+    held = parts.memory.holdings(0.0)
+    assert not held.conversations and held.kv.total == 0
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 4, 13])
+def test_a_failure_is_told_and_leaves_nothing(model: Any, fails_at: int, caplog: pytest.LogCaptureFixture) -> None:
+    parts = make_parts(model, fmt=KVFormat.parse("4t/3t"))
+    runner = Runner(Watched(model, fails_at), parts.runtime)
+    with caplog.at_level(logging.WARNING):
+        warm_up(runner, parts, VOCAB, PLAN)
+    assert "out of memory" in caplog.text
+    assert runner.num_rows == 0 and parts.memory.family.allocated_bytes() == 0
+
+
+def test_a_gpu_is_given_the_chunks_and_rows_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = Plan.for_device(128, 12, MAX_CONTEXT)
+    assert sum(on_cpu.chunks) < 30 and on_cpu.row_counts == (2,)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert Plan.for_device(128, 12, 1 << 15) == Plan((128, 128, 37), (2, 4, 8, 12), 2)
+    assert Plan.for_device(128, 12, 200).chunks == (128, 37)  # no longer than the model's context
+    assert Plan.for_device(128, 1, 1 << 15).row_counts == ()
