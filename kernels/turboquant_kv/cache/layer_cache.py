@@ -246,7 +246,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
             self._members = [s.shared for s in self.sequences if s is not None]
         step = self._members[0].open_step if self._members else None
         if step is not None and step.members == self._members:
-            return step.after if step.has_written(self.source.layer) else step.before
+            return step.after if step.has_written(self._members[0], self.source.layer) else step.before
         return Positions([0 if s is None else len(s) for s in self.sequences])
 
     def _rows_changed(self) -> None:

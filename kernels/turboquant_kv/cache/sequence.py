@@ -64,7 +64,7 @@ class PagedSequence:
         """Tokens that a layer has."""
         if layer not in self._layers:
             return 0
-        if self._step is not None and not self._step.has_written(layer):
+        if self._step is not None and not self._step.has_written(self, layer):
             assert self._append is not None
             return self._append.q_start
         return self._uncut.get(layer, self._num_tokens) if self._uncut else self._num_tokens
@@ -98,14 +98,16 @@ class PagedSequence:
 
     # --- appending: what a step does with one conversation (step.py)
 
-    def begin(self, step: BatchStep, num_new: int) -> Append:
+    def begin(self, step: BatchStep, layer: int, num_new: int) -> Append:
         """Decide where `num_new` rows go and take what they need. What raises leaves everything as it was.
 
         All pages that end before the new last token are to be encoded. Raises UnsupportedModelError when the layers
-        hold different numbers of tokens.
+        hold different numbers of tokens, or get different ones in a step.
         """
-        if self._uncut or self._step is not None:
+        if self._uncut:
             raise UnsupportedModelError("the layers of a conversation hold different numbers of tokens")
+        if self._step is not None:
+            return self._join(step, layer, num_new)
         self._forget_forks()
         fmt, state = self.pool.fmt, self._state
         append = Append(state, state, self._num_tokens, num_new)
@@ -123,6 +125,15 @@ class PagedSequence:
         self._state, self._step, self._append = append.after, step, append
         self._num_tokens += num_new
         return append
+
+    def _join(self, step: BatchStep, layer: int, num_new: int) -> Append:
+        """What other layers have decided, for a step beside other conversations."""
+        assert self._step is not None and self._append is not None
+        if num_new != self._append.num_new or self._step.has_written(self, layer):
+            raise UnsupportedModelError("the layers of a conversation got different tokens in one step")
+        step.take_over(self)
+        self._step = step
+        return self._append
 
     def _grown(self, append: Append, region: ExactRegion | None, num_rows: int, most: int) -> ExactRegion:
         """A region that holds `num_rows` rows now; notes what it was before."""

@@ -18,7 +18,6 @@ import numpy as np
 from turboquant_kv.backends.base import PageIds, PageWrites, RowSpan, Run, SequenceView, StepPlan, StepRows
 from turboquant_kv.cache.exact_rows import ExactRegion
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.protocol import UnsupportedModelError
 
 NO_PAGES: PageIds = np.empty(0, np.int64)
 
@@ -65,8 +64,11 @@ class Member(Protocol):
     @property
     def open_step(self) -> BatchStep | None: ...
 
-    def begin(self, step: BatchStep, num_new: int) -> Append:
-        """Decide what becomes of `num_new` rows and take what they need. What raises leaves everything as it was."""
+    def begin(self, step: BatchStep, layer: int, num_new: int) -> Append:
+        """Decide what becomes of `num_new` rows and take what they need, or join with what other layers have decided.
+
+        What raises leaves everything as it was.
+        """
         ...
 
     def commit(self) -> None:
@@ -108,24 +110,26 @@ class BatchStep:
     def __init__(
         self,
         pool: PagePool,
+        layer: int,
         members: Sequence[Member],
         num_new: int,
         valid: Sequence[int] | None = None,
         before: Positions | None = None,
     ) -> None:
-        """num_new: rows of each, padding included; valid: how many are no padding, None: all.
+        """layer: the first to write. num_new: rows of each, padding included; valid: those that are none, None: all.
 
-        before: the conversations' lengths, if somebody knows them. Raises UnsupportedModelError when one of them is
-        in another step; what else raises leaves everything as it was.
+        before: the conversations' lengths, if somebody knows them. Raises UnsupportedModelError when one of them is in
+        a step with another number of rows; what raises leaves everything as it was.
         """
         self.members, self.num_new, self.valid = list(members), num_new, valid
         self._written: set[int] = set()
+        self._earlier: dict[int, frozenset[int]] = {}  # layers that wrote beside other conversations, by id(member)
         self._layers = self.members[0].layers
         self.is_uniform = all(member.layers == self._layers for member in self.members)
         self.appends: list[Append] = []
         try:
             for i, member in enumerate(self.members):
-                self.appends.append(member.begin(self, num_new if valid is None else valid[i]))
+                self.appends.append(member.begin(self, layer, num_new if valid is None else valid[i]))
             self.rows = _rows_of(self.appends, num_new, pool.fmt.page_tokens)
             self.plan: StepPlan = pool.backend.prepare_step(self.rows)
         except BaseException:
@@ -134,8 +138,15 @@ class BatchStep:
         self.before = Positions([append.q_start for append in self.appends]) if before is None else before
         self.after = self.before.advanced(num_new, valid)
 
-    def has_written(self, layer: int) -> bool:
-        return layer in self._written
+    def has_written(self, member: Member, layer: int) -> bool:
+        """Whether a layer of a conversation has its new rows."""
+        return layer in self._written or (bool(self._earlier) and layer in self._earlier.get(id(member), ()))
+
+    def take_over(self, member: Member) -> None:
+        """A conversation whose other layers stepped beside others, which do not have this layer."""
+        other = member.open_step
+        assert other is not None
+        self._earlier[id(member)] = other._earlier.get(id(member), frozenset()) | other._written
 
     def expects(self, layer: int, members: Sequence[Member], num_new: int, valid: Sequence[int] | None) -> bool:
         """Whether these are this step's rows in a layer that has not written yet."""
@@ -145,13 +156,13 @@ class BatchStep:
     def done(self, layer: int) -> None:
         """A layer has written; after the last one, what the step replaced is let go."""
         self._written.add(layer)
-        if self.is_uniform:
+        if self.is_uniform and not self._earlier:
             if len(self._written) == len(self._layers):
                 for member in self.members:
                     member.commit()
             return
         for member in self.members:
-            if member.open_step is self and member.layers <= self._written:
+            if member.open_step is self and all(self.has_written(member, of_member) for of_member in member.layers):
                 member.commit()
 
     def undo(self) -> None:
@@ -171,13 +182,13 @@ def step_for(
 ) -> BatchStep:
     """The step that other layers have begun for these conversations, else a new one.
 
+    Conversations that do not all have the same layers stand beside others in each layer, so in another step each time.
+
     Raises UnsupportedModelError when the layers of a conversation do not all get the same tokens.
     """
     step = members[0].open_step
-    if step is None:
-        return BatchStep(pool, members, num_new, valid, None if before is None else before())
-    if not step.expects(layer, members, num_new, valid):
-        raise UnsupportedModelError("the layers of a conversation got different tokens in one step")
+    if step is None or not step.expects(layer, members, num_new, valid):
+        step = BatchStep(pool, layer, members, num_new, valid, None if before is None else before())
     return step
 
 
