@@ -246,7 +246,8 @@ class PagedSequence:
             self._forget_forks()
             self._uncut = {other: self.length_of(other) for other in self._layers}
             self._cut(length)
-        self._uncut.pop(layer, None)
+        if self._uncut.pop(layer, None) is not None:
+            self.pool.epoch += 1  # for this layer, its length changes now
 
     def _cut(self, length: int) -> None:
         """The first layer that is cut cuts all that they share."""

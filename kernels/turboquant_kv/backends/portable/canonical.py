@@ -69,8 +69,10 @@ class Side:
         x = self._kit.to_floats(rows)
         if mean is not None:
             x = x - mean
-        packed, scales = self._kernels.encode(x @ self.rotation.T)
         pages = (rows.shape[0], len(page_ids), self.fmt.page_tokens)
+        # Page by page: the last bit of a product may depend on how many rows there are, and a page's codes must not
+        # depend on whose pages are encoded with it.
+        packed, scales = self._kernels.encode(x.reshape(*pages, self.dim) @ self.rotation.T)
         self.arrays.put(page_ids, packed.reshape(*pages, -1).swapaxes(0, 1), scales.reshape(pages).swapaxes(0, 1))
 
     def unscaled(self, page_ids: PageIds) -> tuple[Array, Array]:
