@@ -154,8 +154,9 @@ class Batch:
         return self.pool.num_used, self.pool.exact_bytes, self.pool.num_exact_rows, self.pool.num_tokens
 
     def cut(self, num_tokens: int) -> None:
+        num_tokens = min(num_tokens, *(row.caches[0].offset for row in self.rows))
         for batch in self.layers:
-            batch.trim(num_tokens)
+            assert batch.trim(num_tokens) == num_tokens
         for row in self.rows:
             for cache in row.caches:
                 cache.trim(num_tokens)
