@@ -349,7 +349,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         k, v = (
             self._kernels.pages.history(
                 side,
-                (arrays.codes, arrays.scales) if arrays.num_pages else (mx.zeros((8,), mx.uint8), _NO_SCALES),
+                (arrays.codes, arrays.scales) if arrays.num_pages else (_NO_CODES, _NO_SCALES),
                 table,
                 num_tokens,
                 _rows_of(view.sink, sink),
@@ -453,7 +453,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         return launch
 
 
-_NO_SCALES = mx.zeros((8,), mx.float16)
+_NO_CODES, _NO_SCALES = mx.array(np.zeros(8, np.uint8)), mx.array(np.zeros(8, np.float16))
 PREFILL: dict[Dialect, str] = {
     "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
     "metal": "MLX's attention with a mask",

@@ -32,7 +32,8 @@ MAX_ROW_GROUPS = 1024
 
 # Stands for a launch's being done; eight elements, because Metal has another kernel for fewer.
 FENCE_SHAPE = (MIN_ELEMENTS,)
-FENCE = mx.zeros(FENCE_SHAPE, mx.float32)
+# From NumPy: an operation would belong to the stream of the thread that imports this.
+FENCE = mx.array(np.zeros(FENCE_SHAPE, np.float32))
 
 
 class LayerInputs(NamedTuple):
