@@ -48,8 +48,11 @@ def attended(cache: Any, x: Inputs) -> mx.array:
 
 
 def close(got: mx.array, want: mx.array) -> bool:
-    """Where products of many rows round otherwise than those of few: a code may be its neighbour, seldom."""
-    return relative_error(got, as_float64(want)) < 1e-2
+    """Where products of many rows round otherwise than those of few: seldom a code is its neighbour.
+
+    Among few tokens that was measured to cost up to 0.013; other rows or keys cost about 1.
+    """
+    return relative_error(got, as_float64(want)) < 5e-2
 
 
 class Alone:

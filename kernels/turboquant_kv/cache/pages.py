@@ -128,9 +128,7 @@ class PagePool:
         first_new = len(self._references)
         num_new = num_pages - len(reused)
         try:
-            for store in self.stores:
-                if first_new + num_new > store.num_pages:
-                    store.grow(first_new + num_new)
+            self._grow(first_new + num_new)
         except BaseException:
             self._free.put(reused)
             raise
@@ -139,6 +137,15 @@ class PagePool:
         for page in page_ids:
             self._references[page] = 1
         return page_ids
+
+    def reserve(self, num_pages: int) -> None:
+        """Hold memory for so many new pages, so that allocating them one after the other grows no store."""
+        self._grow(len(self._references) + num_pages - len(self._free))
+
+    def _grow(self, num_pages: int) -> None:
+        for store in self.stores:
+            if num_pages > store.num_pages:
+                store.grow(num_pages)
 
     def share(self, page_ids: Iterable[int]) -> None:
         """Hold pages once more."""

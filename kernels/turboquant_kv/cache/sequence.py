@@ -98,6 +98,14 @@ class PagedSequence:
 
     # --- appending: what a step does with one conversation (step.py)
 
+    def pages_for(self, num_new: int) -> int:
+        """Pages that a step of `num_new` rows will take; none where it has been decided."""
+        if self._step is not None:
+            return 0
+        fmt = self.pool.fmt
+        before_last = self._num_tokens + num_new - 1 - fmt.sink_tokens
+        return max(0, before_last // fmt.page_tokens - len(self._state.page_ids))
+
     def begin(self, step: BatchStep, layer: int, num_new: int) -> Append:
         """Decide where `num_new` rows go and take what they need. What raises leaves everything as it was.
 

@@ -71,6 +71,10 @@ class Member(Protocol):
         """
         ...
 
+    def pages_for(self, num_new: int) -> int:
+        """Pages that so many rows will take."""
+        ...
+
     def commit(self) -> None:
         """All layers have written."""
         ...
@@ -127,9 +131,13 @@ class BatchStep:
         self._layers = self.members[0].layers
         self.is_uniform = all(member.layers == self._layers for member in self.members)
         self.appends: list[Append] = []
+        counts = [num_new] * len(self.members) if valid is None else valid
         try:
-            for i, member in enumerate(self.members):
-                self.appends.append(member.begin(self, layer, num_new if valid is None else valid[i]))
+            pages = [member.pages_for(count) for member, count in zip(self.members, counts, strict=True)]
+            if any(pages):
+                pool.reserve(sum(pages))
+            for member, count in zip(self.members, counts, strict=True):
+                self.appends.append(member.begin(self, layer, count))
             self.rows = _rows_of(self.appends, num_new, pool.fmt.page_tokens)
             self.plan: StepPlan = pool.backend.prepare_step(self.rows)
         except BaseException:
