@@ -1,0 +1,626 @@
+"""The whole server's throughput and latency beside mlx_lm.server's: both run on one machine and are asked in turn.
+
+    PYTHONPATH=. python bench/throughput.py MODEL_FOLDER --json throughput.json
+    PYTHONPATH=. python bench/throughput.py FOLDER --make smollm2 --tokenizer A_FOLDER --only streams arrivals
+    PYTHONPATH=. python bench/throughput.py MODEL_FOLDER --only cpu
+
+Sections, each a few minutes on a GPU; rows are written after every one, so that a time limit costs only what is left:
+
+    streams    all tokens/s of 1 to 64 streams, greedy beside the baseline and sampled beside greedy
+    ragged     eight prompts of 1K to 16K tokens: tokens/s once all are read, and memory
+    arrivals   median TTFT of simultaneous arrivals, and of one long prompt
+    intruder   inter-token times of a running stream while a 16K prompt comes in
+    overhead   what the server adds to the model's own batched step, per token
+    shape32b   decode and prefill of a Qwen2.5-32B shape with random 4-bit weights, in process, beside f16's cache
+    cpu        eight streams beside one; the section for machines without a GPU
+
+By default all that make sense on the device. Where the baseline drops a connection, its BatchGenerator in this process
+stands in, without HTTP. Load and figures are turboserve.bench_client's, processes _servers.py's.
+"""
+
+# ruff: noqa: E402 - OpenBLAS has to be in place before mlx is imported
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+from _rows import Row, add_json_option, print_rows, write_rows
+from _servers import Served, mlx_lm_server, turboserve
+
+from turboquant_kv import blas
+
+blas.interpose()  # before MLX, like both servers
+
+import mlx.core as mx
+import numpy as np
+from _random_folders import SHAPES, make_folder, random_model
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import KVCache
+from mlx_lm.utils import load, load_tokenizer
+
+from turboquant_kv.backends.base import CanonicalPages
+from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_contents import LayerContents, restore
+from turboquant_kv.cache.runtime import KVRuntime
+from turboquant_kv.codec.format import KVFormat
+from turboserve.bench_client import report
+from turboserve.bench_client.asking import Clock, Outcome, Target, ask
+from turboserve.bench_client.figures import percentile, tokens_between
+from turboserve.bench_client.mix import Mix, Pace, Span, TokenScale
+from turboserve.bench_client.session import Plan, Server, measure
+from turboserve.engine.loading import build_parts
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+
+STREAM_TARGETS = {1: 1.0, 8: 1.2, 32: 1.2, 64: 1.2}  # of the baseline's tokens/s; other numbers have none
+SAMPLED_TARGET = 0.95  # of greedy
+RAGGED_TARGET = 3.0
+SHAPE_TARGETS = {"decode": 1.0, "long decode": 1.2, "prefill": 1.0}  # of f16
+OVERHEAD_TARGET_S = 0.3e-3
+CPU_TARGET = 3.0
+CONTEXT_SLACK = 64  # tokens that the chat template may add to what was asked for
+CHUNK = 2048
+
+
+class Bench:
+    """Both servers with one model, and what is asked of them. A baseline that failed is started anew."""
+
+    def __init__(self, args: argparse.Namespace, cache_dir: Path) -> None:
+        self.args, self._cache_dir = args, cache_dir
+        self.tokenizer = load_tokenizer(args.model)
+        self._open = {"ours": ExitStack(), "theirs": ExitStack()}
+        self._seeds = itertools.count(time.time_ns() % (1 << 30))
+        self.ends = float("inf")  # of the section
+        flags = ["--kv-format", args.kv_format, "--max-running", str(max(args.streams)), *args.flag]
+        self.ours = self._started("ours", turboserve(cache_dir, str(args.model), *flags))
+        self.theirs = self._new_baseline()
+
+    def _started(self, which: str, server: AbstractContextManager[Served]) -> Served:
+        return self._open[which].enter_context(server)
+
+    def _new_baseline(self) -> Served:
+        concurrency = ["--decode-concurrency", str(max(self.args.streams))]
+        return self._started("theirs", mlx_lm_server(self.args.model, *concurrency))
+
+    def close(self) -> None:
+        for stack in self._open.values():
+            stack.close()
+
+    @property
+    def left_s(self) -> float:
+        return max(1.0, self.ends - time.monotonic())
+
+    @property
+    def our_target(self) -> Target:
+        return Target(f"{self.ours.url}/v1", self.args.model.resolve().name)
+
+    @property
+    def their_target(self) -> Target:
+        return Target(f"{self.theirs.url}/v1", str(self.args.model))
+
+    def mix(self, prompts: Span, answer_tokens: int, **options: Any) -> Mix:
+        """Of prompts that never came before; answers are kept from ending by a bias against end tokens."""
+        end_tokens = tuple(int(i) for i in self.tokenizer.eos_token_ids)
+        options = {"temperature": 0.0, **options}
+        answers = Span(answer_tokens, answer_tokens)
+        return Mix(prompts, answers, end_tokens=end_tokens, seed=next(self._seeds), **options)
+
+    def plan(self, mix: Mix, streams: int, rounds: int | None = None) -> Plan:
+        pace = Pace(streams, num_requests=streams * self.args.requests)
+        return Plan(mix, pace, rounds or self.args.rounds, warm_up=streams, timeout_s=self.left_s)
+
+    def both(self, plan: Plan) -> tuple[Server, Server | None]:
+        """Ours and the baseline's; None when that one failed. Raises SystemExit when ours failed."""
+        try:
+            ours, theirs = measure(plan, [self.our_target, self.their_target])
+        except StartupError as exc:
+            print(f"baseline: {exc}", flush=True)
+            self._restart_baseline()
+            return self.alone(plan), None
+        self._check(plan, ours)
+        if theirs.has_failed:
+            print("\n".join(["baseline:", *report.notes(plan, theirs)]), flush=True)
+            self._restart_baseline()
+            return ours, None
+        return ours, theirs
+
+    def alone(self, plan: Plan) -> Server:
+        """Ours. Raises SystemExit when it failed."""
+        (ours,) = measure(plan, [self.our_target])
+        self._check(plan, ours)
+        return ours
+
+    def _check(self, plan: Plan, ours: Server) -> None:
+        if ours.has_failed:
+            raise SystemExit("\n".join(["turboserve:", *report.notes(plan, ours), *self.ours.lines[-20:]]))
+
+    def _restart_baseline(self) -> None:
+        self._open["theirs"].close()
+        self.theirs = self._new_baseline()
+
+    def longest_prompt(self, wanted: int, answer_tokens: int) -> int:
+        """As long as wanted, or as the model's context allows."""
+        limit = int(self.ours.stats()["max_context_tokens"]) - answer_tokens - CONTEXT_SLACK
+        if wanted > limit:
+            print(
+                f"prompts are of {limit} tokens instead of {wanted}, for the model's context is no longer", flush=True
+            )
+        return min(wanted, limit)
+
+
+# --- sections
+
+
+def streams_section(bench: Bench) -> list[Row]:
+    args, rows = bench.args, []
+    for num_streams in args.streams:
+        greedy = bench.mix(Span(args.prompt_tokens, args.prompt_tokens), args.answer_tokens)
+        ours, theirs = bench.both(bench.plan(greedy, num_streams))
+        rate = ours.medians["tokens_per_s"]
+        if theirs is not None:
+            base, whose = theirs.medians["tokens_per_s"], "mlx_lm.server"
+        else:
+            base, whose = (
+                generator_rate(args.model, num_streams, args.prompt_tokens, args.answer_tokens),
+                "its generator",
+            )
+        factor = STREAM_TARGETS.get(num_streams)
+        name = f"{args.kv_format}, {num_streams} streams: all tokens/s beside {whose}"
+        rows.append(Row.at_least(name, rate, "1/s", None if factor is None else factor * base, base))
+        mix = bench.mix(greedy.prompt_tokens, args.answer_tokens, temperature=1.0, top_p=0.95)
+        sampled = bench.alone(bench.plan(mix, num_streams)).medians["tokens_per_s"]
+        name = f"{args.kv_format}, {num_streams} streams: temperature 1, top_p .95 beside greedy"
+        rows.append(Row.at_least(name, sampled, "1/s", SAMPLED_TARGET * rate, rate))
+        print_rows(rows[-2:])
+    return rows
+
+
+def ragged_section(bench: Bench) -> list[Row]:
+    args = bench.args
+    shortest, wanted = args.ragged
+    prompts = Span(shortest, max(shortest, bench.longest_prompt(wanted, args.ragged_answer)))
+    plan = Plan(
+        bench.mix(prompts, args.ragged_answer),
+        Pace(args.ragged_streams, num_requests=args.ragged_streams),
+        timeout_s=bench.left_s,
+    )
+    figures: list[tuple[float, float, dict[str, float]] | None] = []
+    for served, target in ((bench.ours, bench.our_target), (bench.theirs, bench.their_target)):
+        with MemoryWatch(served) as watch:
+            (server,) = measure(plan, [target])
+        if server.has_failed:
+            print("\n".join([served.name, *report.notes(plan, server)]), flush=True)
+            figures.append(None)
+        else:
+            figures.append((rate_after_prefill(server.outcomes), watch.grown_bytes / (1 << 20), server.medians))
+    if figures[0] is None:
+        raise SystemExit("the ragged prompts failed")
+    rate, grown, medians = figures[0]
+    base_rate, base_grown, _ = figures[1] or (None, None, None)
+    what = f"{args.kv_format}, {args.ragged_streams} streams of {prompts} tokens"
+    rows = [
+        Row.at_least(
+            f"{what}: all tokens/s after prefill", rate, "1/s", base_rate and RAGGED_TARGET * base_rate, base_rate
+        ),
+        Row.plain(f"{what}: memory grown", grown, "MiB", base_grown),
+    ]
+    if "kv_peak_bytes" in medians:
+        rows.append(Row.plain(f"{what}: KV memory, peak", medians["kv_peak_bytes"] / (1 << 20), "MiB"))
+    return rows
+
+
+def arrivals_section(bench: Bench) -> list[Row]:
+    args, rows = bench.args, []
+    cases = [(n, args.prompt_tokens) for n in args.arrivals]
+    cases.append((1, bench.longest_prompt(args.long_prompt, 16)))
+    for num_streams, prompt_tokens in cases:
+        plan = bench.plan(bench.mix(Span(prompt_tokens, prompt_tokens), 16), num_streams)
+        plan = Plan(plan.mix, Pace(num_streams, num_requests=num_streams), plan.rounds, num_streams, plan.timeout_s)
+        ours, theirs = bench.both(plan)
+        base = None if theirs is None else theirs.medians["ttft_p50_s"]
+        name = f"{args.kv_format}, {num_streams} prompts of {prompt_tokens} tokens at once: median TTFT"
+        rows.append(Row.at_most(name, ours.medians["ttft_p50_s"], "s", base, base))
+    return rows
+
+
+def intruder_section(bench: Bench) -> list[Row]:
+    args = bench.args
+    prompt_tokens = bench.longest_prompt(args.intruder, 16)
+    found = []
+    for target in (bench.our_target, bench.their_target):
+        rounds = [asyncio.run(disturbed_gaps(bench, target, prompt_tokens)) for _ in range(args.rounds)]
+        found.append([(percentile(one, 99) or 0.0, max(one)) for one in rounds if one])
+    rows = []
+    for i, figure in enumerate(("p99", "largest")):
+        ours, theirs = ([one[i] for one in rounds] for rounds in found)
+        if not ours:
+            raise SystemExit("the running stream had no two tokens while the prompt was read: lengthen --intruder")
+        base = statistics.median(theirs) if theirs else None
+        name = f"{args.kv_format}, inter-token time while {prompt_tokens} tokens come in, {figure}"
+        rows.append(Row.plain(name, statistics.median(ours), "s", base))
+    return rows
+
+
+def overhead_section(bench: Bench) -> list[Row]:
+    """(A decode step as served - the model's own batched step) / rows: HTTP, scheduling, sampling, text, all of it.
+
+    As served: rows over the rate of tokens from the last stream's first token to the first stream's end. The model's
+    own: the same weights, caches and lengths in this process, argmax instead of sampling, each step handed over
+    before the one before it is read.
+    """
+    args, num_rows = bench.args, bench.args.overhead_rows
+    mix = bench.mix(Span(args.prompt_tokens, args.prompt_tokens), 2 * args.answer_tokens)
+    served = bench.alone(Plan(mix, Pace(num_rows, num_requests=num_rows), args.rounds, num_rows, bench.left_s))
+    step_s = num_rows / median_rate(served)
+    own_s = own_step_s(bench, num_rows, args.prompt_tokens + args.answer_tokens)
+    name = f"{args.kv_format}, {num_rows} streams: server's time per token beside the model's step"
+    return [
+        Row.plain(f"{args.kv_format}, {num_rows} rows: a step as served beside the model's own", step_s, "s", own_s),
+        Row.at_most(name, (step_s - own_s) / num_rows, "s", OVERHEAD_TARGET_S),
+    ]
+
+
+def shape32b_section(args: argparse.Namespace) -> list[Row]:
+    """Speeds of each format at both lengths, formats in turns."""
+    config = {**SHAPES["qwen32b"], "num_hidden_layers": args.shape_layers}
+    if args.shape_hidden:
+        num_heads = args.shape_hidden // 128
+        config |= {"hidden_size": args.shape_hidden, "intermediate_size": 2 * args.shape_hidden}
+        config |= {"num_attention_heads": num_heads, "num_key_value_heads": max(1, num_heads // 5)}
+    model = random_model(config)
+    names = ["f16", *args.shape_formats]
+    runtimes = {name: KVRuntime(model, None if name == "f16" else KVFormat.parse(name)) for name in names}
+    speeds: dict[tuple[str, str], list[float]] = {}
+    short, long = args.shape_tokens
+    for round_number in range(args.rounds + 1):
+        for name, runtime in runtimes.items():
+            caches = runtime.make_cache()
+            seconds = prefilled_s(model, runtime, caches, short)
+            step_s = chained_step_s(partial(model, cache=caches), 1, args.shape_steps)
+            if round_number:  # the first one compiles
+                speeds.setdefault((name, "prefill"), []).append(short / seconds)
+                speeds.setdefault((name, "decode"), []).append(1 / step_s)
+            runtime.release(caches)
+            del caches
+            mx.clear_cache()
+    held = {name: random_caches(runtime, long) for name, runtime in runtimes.items()}
+    for round_number in range(args.rounds + 1):
+        for name, caches in held.items():
+            step_s = chained_step_s(partial(model, cache=caches), 1, args.shape_steps)
+            if round_number:
+                speeds.setdefault((name, "long decode"), []).append(1 / step_s)
+    rows = []
+    for name in args.shape_formats:
+        for figure, factor in SHAPE_TARGETS.items():
+            value, base = (statistics.median(speeds[one, figure]) for one in (name, "f16"))
+            num_tokens = long if figure == "long decode" else short
+            label = f"32B shape, {name}, {num_tokens} tokens: {figure.removeprefix('long ')} beside f16"
+            rows.append(Row.at_least(label, value, "1/s", factor * base, base))
+    return rows
+
+
+def cpu_section(bench: Bench) -> list[Row]:
+    args, rows = bench.args, []
+    for prompt_tokens in args.cpu_prompts:
+        rates = []
+        for num_streams in (1, args.cpu_streams):
+            plan = Plan(
+                bench.mix(Span(prompt_tokens, prompt_tokens), args.answer_tokens),
+                Pace(num_streams, num_requests=num_streams),
+                args.rounds,
+                timeout_s=bench.left_s,
+            )
+            ours, theirs = bench.both(plan) if num_streams == 1 else (bench.alone(plan), None)
+            rates.append(median_rate(ours))
+            what = f"{args.kv_format}, {num_streams} streams of {prompt_tokens} tokens"
+            if num_streams == 1:
+                base = None if theirs is None else median_rate(theirs)
+                rows.append(Row.plain(f"{what}: tokens/s after prefill beside mlx_lm.server", rates[0], "1/s", base))
+            rows.append(Row.plain(f"{what}: all tokens/s, prefill included", ours.medians["tokens_per_s"], "1/s"))
+        name = (
+            f"{args.kv_format}, {args.cpu_streams} streams of {prompt_tokens} tokens: tokens/s after prefill beside one"
+        )
+        rows.append(Row.at_least(name, rates[1], "1/s", CPU_TARGET * rates[0], rates[0]))
+        print_rows(rows[-4:])
+    return rows
+
+
+# --- figures
+
+
+def median_rate(server: Server) -> float:
+    """Of rate_after_prefill, over the rounds."""
+    return statistics.median(rate_after_prefill(one.outcomes) for one in server.rounds)
+
+
+def rate_after_prefill(outcomes: Sequence[Outcome]) -> float:
+    """Tokens/s of all streams from the last one's first token to the first one's end.
+
+    Where a stream ended before the last one began, to the last end. Raises SystemExit when nothing came then.
+    """
+    began = max(outcome.chunk_s[0] for outcome in outcomes)
+    ended = min(outcome.chunk_s[-1] for outcome in outcomes)
+    if ended <= began:
+        print("a stream ended before the last one began: lengthen the answers", flush=True)
+        ended = max(outcome.chunk_s[-1] for outcome in outcomes)
+    if ended <= began:
+        raise SystemExit("answers are too short to measure a rate")
+    # the token at `began` was made before it
+    return (tokens_between(outcomes, began, ended) - 1) / (ended - began)
+
+
+async def disturbed_gaps(bench: Bench, target: Target, prompt_tokens: int) -> list[float]:
+    """Inter-token times of a stream between the sending of a long prompt and its first token, over either end too.
+
+    Raises SystemExit when a request fails.
+    """
+    scale = TokenScale(1.0, 0.0)
+    bodies = []
+    for num_prompt, num_answer in ((100, bench.args.intruder_answer), (prompt_tokens, 2)):
+        mix = bench.mix(Span(num_prompt, num_prompt), num_answer)
+        bodies.append(mix.body(mix.ask(0, 0, scale), target.model))
+    clock = Clock()
+    running, intruder = Outcome(0, 0, 0.0), Outcome(1, 1, 0.0)
+    async with httpx.AsyncClient(timeout=httpx.Timeout(bench.left_s)) as client:
+        first = asyncio.create_task(ask(client, target, bodies[0], running, clock, bench.left_s))
+        while not first.done() and len(running.chunk_s) < 8:
+            await asyncio.sleep(0.005)
+        intruder.sent_s = clock()
+        await ask(client, target, bodies[1], intruder, clock, bench.left_s)
+        seen = len(running.chunk_s)
+        while not first.done() and len(running.chunk_s) == seen:  # a gap that spans the end belongs to it
+            await asyncio.sleep(0.005)
+        first.cancel()  # the rest of its answer is of no interest
+        await asyncio.gather(first, return_exceptions=True)
+    if intruder.error or running.error or not intruder.chunk_s:
+        raise SystemExit(f"{target.url}: {intruder.error or running.error}: {intruder.detail or running.detail}")
+    until = intruder.chunk_s[0]
+    if running.chunk_s[-1] < until:
+        print("the running stream ended before the prompt was read: lengthen --intruder-answer", flush=True)
+    return [b - a for a, b in itertools.pairwise(running.chunk_s) if b > intruder.sent_s and a < until]
+
+
+def generator_rate(folder: Path, num_streams: int, prompt_tokens: int, answer_tokens: int) -> float:
+    """All tokens/s of mlx-lm's BatchGenerator in this process, prefill included; the better of two runs."""
+    model, _ = load(str(folder))[:2]
+    rates = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        prompts = rng.integers(1, 1000, (num_streams, prompt_tokens)).tolist()
+        generator: Any = BatchGenerator(model, completion_batch_size=num_streams)
+        began = time.perf_counter()
+        generator.insert(prompts, [answer_tokens] * num_streams)
+        num_tokens = 0
+        while responses := generator.next_generated():
+            num_tokens += len(responses)
+        rates.append(num_tokens / (time.perf_counter() - began))
+        generator.close()
+    return max(rates)
+
+
+def own_step_s(bench: Bench, num_rows: int, num_tokens: int) -> float:
+    """Seconds of the model's batched step in this process, loaded as the server loads it."""
+    settings = Settings(model=str(bench.args.model), kv_format=bench.args.kv_format, cache_dir=bench._cache_dir)
+    parts = build_parts(settings, lambda line: None)
+    model, runtime, rng = parts.loaded.model, parts.runtime, np.random.default_rng(0)
+    singles = []
+    for _ in range(num_rows):
+        caches = runtime.make_cache()
+        model(mx.array(rng.integers(1, 1000, (1, num_tokens))), cache=caches)
+        runtime.evaluate(caches)
+        singles.append(caches)
+    batch = runtime.merge_rows(singles)
+    seconds = chained_step_s(partial(model, cache=batch), num_rows, bench.args.own_steps)
+    for caches in [batch, *singles]:
+        runtime.release(caches)
+    mx.clear_cache()
+    return seconds
+
+
+def chained_step_s(forward: Callable[[mx.array], mx.array], num_rows: int, num_steps: int) -> float:
+    """Median seconds of a greedy step; the next one is handed over before the last one's tokens are read."""
+    tokens = mx.ones((num_rows, 1), mx.int32)
+    stamps = []
+    for _ in range(num_steps + 3):
+        following = mx.argmax(forward(tokens)[:, -1:], axis=-1)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
+        mx.eval(tokens)
+        stamps.append(time.perf_counter())
+        tokens = following
+    mx.eval(tokens)
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps[2:]))
+
+
+def prefilled_s(model: Any, runtime: KVRuntime, caches: list[Any], num_tokens: int) -> float:
+    """Seconds to take in a random prompt in chunks."""
+    tokens = mx.random.randint(0, 1000, (1, num_tokens))
+    mx.eval(tokens)
+    began = time.perf_counter()
+    for first in range(0, num_tokens, CHUNK):
+        model(tokens[:, first : first + CHUNK], cache=caches)
+        runtime.evaluate(caches)
+    mx.synchronize()
+    return time.perf_counter() - began
+
+
+def random_caches(runtime: KVRuntime, num_tokens: int) -> list[Any]:
+    """Caches of about that many tokens with random content, the same in all layers."""
+    caches = runtime.make_cache()
+    fmt, rng = runtime.fmt, np.random.default_rng(0)
+    paged: dict[int, LayerContents] = {}
+    for cache, shape in zip(caches, runtime.shapes, strict=True):
+        assert shape is not None
+        heads, dims = shape.num_kv_heads, (shape.k_dim, shape.v_dim)
+        if isinstance(cache, KVCache):
+            cache.update_and_fetch(*(mx.random.normal((1, heads, num_tokens, d)).astype(shape.dtype) for d in dims))
+            mx.eval(cache.keys, cache.values)
+            continue
+        assert isinstance(cache, TurboQuantKVCache) and fmt is not None
+        if not paged:
+            lead = (num_tokens - fmt.sink_tokens) // fmt.page_tokens, heads, fmt.page_tokens
+            sides = []
+            for codec, dim in zip((fmt.keys, fmt.values), dims, strict=True):
+                sides.append(rng.integers(0, 256, (*lead, codec.code_bytes(dim)), np.uint8))
+                sides.append(rng.uniform(0.5, 1.5, lead).astype(np.float16))
+            sink, tail = (
+                tuple(mx.random.normal((heads, n, d)).astype(shape.dtype) for d in dims) for n in (fmt.sink_tokens, 1)
+            )
+            shared = LayerContents(shape, sink, CanonicalPages(*sides), tail)  # type: ignore[arg-type]
+        paged[cache.source.layer] = shared
+    if paged:
+        pool = next(cache.source.pool for cache in caches if isinstance(cache, TurboQuantKVCache))
+        assert pool is not None
+        sequence = restore(pool, paged)
+        for cache in caches:
+            if isinstance(cache, TurboQuantKVCache):
+                cache.sequence = sequence.of_layer(cache.source.layer)
+    return caches
+
+
+class MemoryWatch:
+    """How much memory a server took while it was watched: of the GPU, or of the process where there is none."""
+
+    def __init__(self, served: Served) -> None:
+        self._served, self._before, self._most = served, 0, 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._before = self._most = self._used()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def grown_bytes(self) -> int:
+        return self._most - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.25):
+            self._most = max(self._most, self._used())
+
+    def _used(self) -> int:
+        if shutil.which("nvidia-smi") is None or mx.default_device() == mx.Device(mx.cpu):
+            return self._served.resident_bytes
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return sum(int(line) for line in done.stdout.split() if line.isdigit()) << 20
+
+
+# --- choosing
+
+SERVED: dict[str, Callable[[Bench], list[Row]]] = {
+    "streams": streams_section,
+    "ragged": ragged_section,
+    "arrivals": arrivals_section,
+    "intruder": intruder_section,
+    "overhead": overhead_section,
+    "cpu": cpu_section,
+}
+SECTIONS = [*SERVED, "shape32b"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="an mlx-lm folder")
+    parser.add_argument("--make", choices=list(SHAPES), help="write random weights of this shape there first")
+    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer --make copies")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections")
+    parser.add_argument("--limit-s", type=float, default=280.0, help="of a section: requests end by then")
+    parser.add_argument("--rounds", type=int, default=3, help="figures are medians over them")
+    parser.add_argument("--kv-format", default="4/4")
+    parser.add_argument("--flag", action="append", default=[], help="more for `turboserve serve`, as --flag=--x=y")
+    sizes = parser.add_argument_group("sizes, in tokens or as they are called")
+    sizes.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
+    sizes.add_argument("--requests", type=int, default=1, help="of each stream in a round")
+    sizes.add_argument("--prompt-tokens", type=int, default=300)
+    sizes.add_argument("--answer-tokens", type=int, default=128)
+    sizes.add_argument("--ragged", type=int, nargs=2, default=[1024, 16384], help="shortest and longest prompt")
+    sizes.add_argument("--ragged-streams", type=int, default=8)
+    sizes.add_argument("--ragged-answer", type=int, default=512)
+    sizes.add_argument("--arrivals", type=int, nargs="+", default=[8, 32])
+    sizes.add_argument("--long-prompt", type=int, default=5000)
+    sizes.add_argument("--intruder", type=int, default=16384)
+    sizes.add_argument("--intruder-answer", type=int, default=4000)
+    sizes.add_argument("--overhead-rows", type=int, default=32)
+    sizes.add_argument("--own-steps", type=int, default=48)
+    sizes.add_argument("--cpu-prompts", type=int, nargs="+", default=[300, 2048])
+    sizes.add_argument("--cpu-streams", type=int, default=8)
+    sizes.add_argument("--shape-layers", type=int, default=64)
+    sizes.add_argument("--shape-hidden", type=int, default=0, help="narrower, a multiple of 128, for a trial")
+    sizes.add_argument("--shape-formats", nargs="+", default=["4/3", "3/3"])
+    sizes.add_argument("--shape-tokens", type=int, nargs=2, default=[16384, 65536])
+    sizes.add_argument("--shape-steps", type=int, default=24)
+    add_json_option(parser)
+    args = parser.parse_args()
+    if args.make and args.tokenizer is None:
+        parser.error("--make needs --tokenizer")
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    args.only = args.only or (["cpu"] if on_cpu else [name for name in SECTIONS if name != "cpu"])
+    return args
+
+
+@contextmanager
+def both_servers(args: argparse.Namespace) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory() as cache_dir:
+        bench = Bench(args, Path(cache_dir))
+        try:
+            yield bench
+        finally:
+            bench.close()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.make and not (args.model / "config.json").exists():
+        make_folder(args.make, args.model, args.tokenizer)
+    rows: list[Row] = []
+    failed = []
+
+    def run(name: str, section: Callable[[], list[Row]]) -> None:
+        began = time.perf_counter()
+        try:
+            found = section()
+        except (SystemExit, Exception) as exc:  # the others are worth having
+            failed.append(name)
+            found = []
+            if not isinstance(exc, SystemExit):
+                traceback.print_exc()
+            print(f"{name} FAILED: {exc}", flush=True)
+        print(f"== {name}: {time.perf_counter() - began:.0f} s", flush=True)
+        print_rows(found)
+        rows.extend(found)
+        write_rows(args.json, rows)
+
+    served = [name for name in args.only if name in SERVED]
+    if served:
+        with both_servers(args) as bench:
+            for name in served:
+                bench.ends = time.monotonic() + args.limit_s
+                run(name, partial(SERVED[name], bench))
+    if "shape32b" in args.only:
+        run("shape32b", partial(shape32b_section, args))
+    missed = [row.name for row in rows if row.met is False]
+    print(f"{len(rows)} figures; missed: {'; '.join(missed) or 'none'}; failed sections: {', '.join(failed) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
