@@ -15,7 +15,7 @@ from tests.metal.emulator import Report, run_metal
 from tests.metal.emulator.counting import Operations
 
 from turboquant_kv.backends.gpu.figures import SequenceFigures
-from turboquant_kv.backends.gpu.launch import DecodeKernels, LayerInputs
+from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, LayerInputs
 from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.codec.format import code_bytes
@@ -92,6 +92,7 @@ def _report(shape: DecodeShape, variant: Variant, num_pages: int) -> Report:
         nothing,
         floats(2 * shape.k_dim),
         floats(2 * shape.v_dim),
+        FENCE,
     )
     queries = floats(1, shape.num_q_heads, 1, shape.k_dim).astype(shape.dtype)
     table = np.zeros((1, max(8, num_pages)), np.int32)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant_kv.backends.base import Array, LayerShape, Means
+from turboquant_kv.backends.base import Array, LayerShape, Means, PageWrites
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.codec.format import KVFormat
@@ -40,7 +40,8 @@ class RoundTripCache(KVCache):  # type: ignore[misc]
         page_ids = np.arange(-(-num_tokens // PAGE_TOKENS))
         storage = self._backend.new_store(shape, self._fmt, self._means)
         storage.grow(len(page_ids))
-        storage.encode(page_ids, 0, self._padded(keys), self._padded(values))
+        pages = PageWrites.following(page_ids, 0, self._fmt.page_tokens)
+        storage.encode(pages, self._padded(keys), self._padded(values))
         k, v = (self._backend.to_mlx(rows, shape.dtype)[None, :, :num_tokens] for rows in storage.decode(page_ids, 0))
         fetched: tuple[mx.array, mx.array] = super().update_and_fetch(k, v)
         return fetched

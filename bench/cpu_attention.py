@@ -31,7 +31,17 @@ blas.interpose()  # before mlx is imported
 
 import mlx.core as mx
 
-from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import (
+    AttentionCall,
+    ExactBuffers,
+    LayerShape,
+    Means,
+    PageIds,
+    PageWrites,
+    RowSpan,
+    SequenceView,
+    StepRows,
+)
 from turboquant_kv.backends.native import backend as native
 from turboquant_kv.backends.numpy_ops.backend import as_rows
 from turboquant_kv.codec.format import KVFormat
@@ -118,19 +128,21 @@ def ours(
     for at in range(0, len(order), step):
         ids = order[at : at + step]
         part = rows[:, : len(ids) * fmt.page_tokens]
-        storage.encode(ids, int(ids[0]), part, part)
+        storage.encode(PageWrites.following(ids, int(ids[0]), fmt.page_tokens), part, part)
     tail = shape.tokens - fmt.sink_tokens - pages * fmt.page_tokens
 
-    def exact(start: int, num_rows: int) -> ExactRows:
-        x = as_rows(mx.random.normal((shape.kv_heads, num_rows, shape.dim)).astype(mx.bfloat16))
-        return ExactRows(start, x, x)
+    def view(ids: PageIds, first: int) -> SequenceView:
+        ends = RowSpan(0, first, fmt.sink_tokens), RowSpan(shape.tokens - tail, first + fmt.sink_tokens, tail)
+        return SequenceView(shape.tokens - 1, 1, ids, *ends)
 
-    ends = exact(0, fmt.sink_tokens), exact(shape.tokens - tail, tail)
-    views = [SequenceView(shape.tokens - 1, 1, ids, *ends) for ids in np.split(order, shape.batch)]
+    exact_tokens = fmt.sink_tokens + tail  # of each row, behind each other
+    held = as_rows(mx.random.normal((shape.kv_heads, shape.batch * exact_tokens, shape.dim)).astype(mx.bfloat16))
+    exact = ExactBuffers(held, held, held, held)
+    views = [view(ids, i * exact_tokens) for i, ids in enumerate(np.split(order, shape.batch))]
     q = mx.random.normal((shape.batch, shape.kv_heads * shape.group, 1, shape.dim)).astype(mx.bfloat16)
     mx.eval(q)
     scale = shape.dim**-0.5
-    call = AttentionCall(q, views, backend.prepare_step(views), scale)
+    call = AttentionCall(q, backend.prepare_step(StepRows(views)), exact, scale)
     return lambda: mx.eval(storage.attend(call))
 
 
@@ -266,17 +278,19 @@ def prefill_rows(backend: native.NativeBackend, rounds: int, history: int = 1638
     pages = np.arange(fmt.num_pages(total))
     storage.grow(len(pages))
     x = np.random.default_rng(0).standard_normal((heads, len(pages) * fmt.page_tokens, DIM), np.float32)
-    encode_ms = milliseconds({"encode": lambda: storage.encode(pages, 0, x, x)}, 3)["encode"]
+    writes = PageWrites.following(pages, 0, fmt.page_tokens)
+    encode_ms = milliseconds({"encode": lambda: storage.encode(writes, x, x)}, 3)["encode"]
     start = fmt.page_start((history - fmt.sink_tokens) // fmt.page_tokens)
     rest = as_rows(mx.random.normal((heads, total - start, DIM)))
     sink = as_rows(mx.random.normal((heads, fmt.sink_tokens, DIM)))
-    view = SequenceView(history, chunk, pages, ExactRows(0, sink, sink), ExactRows(start, rest, rest))
+    view = SequenceView(history, chunk, pages, RowSpan(0, 0, fmt.sink_tokens), RowSpan(start, 0, total - start))
+    exact, step = ExactBuffers(sink, sink, rest, rest), StepRows([view], chunk)
     q = mx.random.normal((1, num_q, chunk, DIM))
     k, v = (mx.random.normal((1, heads, total, DIM)) for _ in range(2))
     mx.eval(q, k, v)
     scale = DIM**-0.5
     calls: dict[str, Callable[[], Any]] = {
-        "ours": lambda: mx.eval(storage.attend(AttentionCall(q, [view], backend.prepare_step([view]), scale))),
+        "ours": lambda: mx.eval(storage.attend(AttentionCall(q, backend.prepare_step(step), exact, scale))),
         "MLX f32": lambda: mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")),
     }
     times = milliseconds(calls, rounds)

@@ -53,9 +53,7 @@ def fill(runtime: KVRuntime, model: Any, num_tokens: int) -> list[Any]:
             assert shape is not None
             k, v = (mx.random.normal((1, shape.num_kv_heads, n, d), shape.dtype) for d in (shape.k_dim, shape.v_dim))
             if isinstance(cache, TurboQuantKVCache):
-                assert cache.sequence is not None
-                backend = cache.sequence.pool.backend
-                cache.sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
+                cache.append(k, v)
             else:
                 assert isinstance(cache, KVCache)
                 mx.eval(cache.update_and_fetch(k, v))

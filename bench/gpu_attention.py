@@ -24,9 +24,21 @@ import numpy as np
 from _gpu_time import Step, call_us, has_profiler, kernel_us
 from _rows import Row, add_json_option, print_rows, write_rows
 
-from turboquant_kv.backends.base import AttentionCall, ExactRows, LayerShape, Means, SequenceView
+from turboquant_kv.backends.base import (
+    AttentionCall,
+    ExactBuffers,
+    LayerShape,
+    Means,
+    PageIds,
+    PageWrites,
+    RowSpan,
+    SequenceView,
+    StepPlan,
+    StepRows,
+)
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
+from turboquant_kv.cache.step import step_for
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.rotary import Rotary
@@ -175,16 +187,17 @@ def random_storage(
     return storage
 
 
-def view_of(shape: LayerShape, fmt: KVFormat, pages: Any) -> SequenceView:
-    """A sequence of these pages whose last page is half full."""
-
-    def rows(start: int, n: int) -> ExactRows:
-        k, v = (mx.random.normal((shape.num_kv_heads, n, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim))
-        mx.eval(k, v)
-        return ExactRows(start, k, v)
-
-    start = fmt.sink_tokens + len(pages) * fmt.page_tokens
-    return SequenceView(start + 31, 1, pages, rows(0, fmt.sink_tokens), rows(start, 32))
+def step_of(backend: Any, shape: LayerShape, fmt: KVFormat, pages: Sequence[PageIds]) -> tuple[StepPlan, ExactBuffers]:
+    """A decode step of sequences of these pages and half a page each; exact rows lie behind each other."""
+    views, at = [], 0
+    for ids in pages:
+        start = fmt.page_start(len(ids))
+        sink, window = RowSpan(0, at, fmt.sink_tokens), RowSpan(start, at + fmt.sink_tokens, 32)
+        views.append(SequenceView(start + 31, 1, ids, sink, window))
+        at += fmt.sink_tokens + 32
+    k, v = (mx.random.normal((shape.num_kv_heads, at, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim))
+    mx.eval(k, v)
+    return backend.prepare_step(StepRows(views)), ExactBuffers(k, v, k, v)
 
 
 def speed(
@@ -217,15 +230,11 @@ def speed(
         counts = [max(1, n // fmt.page_tokens - 1) for n in lengths]
         storage = random_storage(backend, shape, fmt, sum(counts), rng)
         order = rng.permutation(sum(counts))  # pages lie where a real pool would leave them: anywhere
-        views = [
-            view_of(shape, fmt, order[sum(counts[:i]) : sum(counts[: i + 1])].astype(np.int64))
-            for i in range(len(counts))
-        ]
+        pages = np.split(order.astype(np.int64), np.cumsum(counts)[:-1])
+        plan, exact = step_of(backend, shape, fmt, pages)  # once for all layers, as in a model's step
 
-        plan = backend.prepare_step(views)  # once for all layers, as in a model's step
-
-        def step(x: mx.array, storage: Any = storage, views: Any = views, plan: Any = plan) -> mx.array:
-            out: mx.array = storage.attend(AttentionCall(x, views, plan, 0.1))
+        def step(x: mx.array, storage: Any = storage, plan: Any = plan, exact: Any = exact) -> mx.array:
+            out: mx.array = storage.attend(AttentionCall(x, plan, exact, 0.1))
             return out
 
         rows += figures(name, fmt.name, step, q, base, target)
@@ -259,11 +268,10 @@ def speed_once(num_tokens: int, fmt: KVFormat, rng: np.random.Generator) -> None
     backend: Any = choose_backend("gpu")
     count = num_tokens // fmt.page_tokens - 1
     storage = random_storage(backend, shape, fmt, count, rng)
-    view = view_of(shape, fmt, rng.permutation(count).astype(np.int64))
-    plan = backend.prepare_step([view])
+    plan, exact = step_of(backend, shape, fmt, [rng.permutation(count).astype(np.int64)])
     x = mx.random.normal((1, 40, 1, 128)).astype(mx.float16)
     for _ in range(10):
-        x = storage.attend(AttentionCall(x, [view], plan, 0.1))
+        x = storage.attend(AttentionCall(x, plan, exact, 0.1))
     mx.eval(x)
 
 
@@ -302,15 +310,14 @@ def turning_speeds(rng: np.random.Generator) -> list[Row]:
         turning = Rotary(10000.0 ** (-np.arange(dim // 2) / (dim // 2)), 1, dim // 2)
         count = num_tokens // fmt.page_tokens - 1
         order = rng.permutation(count).astype(np.int64)
-        views = [view_of(shape, fmt, order)]
-        plan = backend.prepare_step(views)
+        plan, exact = step_of(backend, shape, fmt, [order])
         query = mx.random.normal((1, num_heads, 1, dim)).astype(mx.float16)
         steps = []
         for means in (Means(mean, mean), Means(mean, mean, turning)):
             storage = random_storage(backend, shape, fmt, count, rng, means)
 
-            def step(x: mx.array, storage: Any = storage, views: Any = views, plan: Any = plan) -> mx.array:
-                out: mx.array = storage.attend(AttentionCall(x, views, plan, 0.1))
+            def step(x: mx.array, storage: Any = storage, plan: Any = plan, exact: Any = exact) -> mx.array:
+                out: mx.array = storage.attend(AttentionCall(x, plan, exact, 0.1))
                 return out
 
             steps.append(step)
@@ -338,7 +345,6 @@ def other_shapes(rng: np.random.Generator) -> list[Row]:
 def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2048) -> list[Row]:
     """A prefill chunk of 2048 tokens behind 14K others, one layer of the headline shape: attention and encoding."""
     shape, fmt = LayerShape(8, 128, 128, mx.bfloat16), KVFormat(4, 3)
-    backend: Any = choose_backend("gpu")
     q = mx.random.normal((1, 40, num_new, 128)).astype(shape.dtype)
     k, v = (mx.random.normal((1, 8, num_old + num_new, 128)).astype(shape.dtype) for _ in "kv")
     cache = TurboQuantKVCache(LayerSource(fmt, "gpu"))
@@ -346,18 +352,20 @@ def page_speeds(rng: np.random.Generator, num_old: int = 14336, num_new: int = 2
     mx.eval(cache.attend(mx.zeros((1, 40, num_old, 128), shape.dtype), scale=0.1, mask="causal", sinks=None), q, k, v)
     assert cache.sequence is not None
     pool: Any = cache.sequence.pool
-    view = cache.sequence.append(k[0, :, num_old:], v[0, :, num_old:])
-    plan = backend.prepare_step([view])
-    ids, new = view.page_ids[-num_new // fmt.page_tokens :], (k[0, :, -num_new:], v[0, :, -num_new:])
+    step = step_for(pool, 0, [cache.sequence.shared], num_new, None)
+    exact = pool.stores[0].append(step.plan, k[:, :, num_old:], v[:, :, num_old:])
+    step.done(0)
+    ids, new = cache.sequence.page_ids[-num_new // fmt.page_tokens :], (k[0, :, -num_new:], v[0, :, -num_new:])
+    pages = PageWrites.following(ids, 0, fmt.page_tokens)
 
     def encode(x: mx.array) -> mx.array:
         rows = mx.depends([new[0]], [x])[0]
-        pool.stores[0].encode(ids, 0, rows, new[1])
+        pool.stores[0].encode(pages, rows, new[1])
         chained: mx.array = mx.depends([x], [pool.stores[0]._arrays[0].codes, pool.stores[0]._arrays[1].codes])[0]
         return chained
 
     def ours(x: mx.array) -> mx.array:
-        out: mx.array = pool.stores[0].attend(AttentionCall(x, [view], plan, 0.1))
+        out: mx.array = pool.stores[0].attend(AttentionCall(x, step.plan, exact, 0.1))
         return out
 
     measure = kernel_us if has_profiler() else call_us

@@ -131,8 +131,7 @@ def filled(runtime: KVRuntime, num_tokens: int) -> list[Any]:
             k_sink, v_sink, k_tail, v_tail = (
                 mx.random.normal((heads, n, d)).astype(dtype) for n in (pool.fmt.sink_tokens, 1) for d in dims
             )
-            tail_start = pool.fmt.page_start(len(page_ids))
-            ends[cache.source.layer] = ExactRows(0, k_sink, v_sink), ExactRows(tail_start, k_tail, v_tail)
+            ends[cache.source.layer] = ExactRows(k_sink, v_sink), ExactRows(k_tail, v_tail)
             if len(ends) == len(pool.stores):
                 cache.sequence.shared.fill(page_ids, ends)
         else:

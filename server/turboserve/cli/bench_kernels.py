@@ -97,7 +97,7 @@ def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: i
     """The backend's attention over as many tokens: exact ends and pages of random codes in random order."""
     import mlx.core as mx
 
-    from turboquant_kv.backends.base import AttentionCall, LayerShape, SequenceView
+    from turboquant_kv.backends.base import AttentionCall, ExactBuffers, LayerShape, RowSpan, SequenceView, StepRows
 
     shape = LayerShape(bench.num_kv_heads, bench.dim, bench.dim, mx.float16)
     storage = backend.new_store(shape, fmt, None)
@@ -105,32 +105,30 @@ def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: i
     rng = np.random.default_rng(num_tokens)
     storage.grow(num_pages)
     storage.write(np.arange(num_pages), random_pages(shape, fmt, num_pages, rng))
-    sink, window = (_exact_rows(backend, shape, n) for n in (fmt.sink_tokens, fmt.page_tokens // 2))
-    start = fmt.page_start(num_pages)
-    view = SequenceView(
-        start + fmt.page_tokens // 2 - 1, 1, rng.permutation(num_pages).astype(np.int64), sink(0), window(start)
-    )
+    start, num_own = fmt.page_start(num_pages), fmt.page_tokens // 2
+    sink, window = RowSpan(0, 0, fmt.sink_tokens), RowSpan(start, fmt.sink_tokens, num_own)
+    order = rng.permutation(num_pages).astype(np.int64)
+    rows = StepRows([SequenceView(start + num_own - 1, 1, order, sink, window)])
+    k, v = _exact_rows(backend, shape, fmt.sink_tokens + num_own)
+    exact = ExactBuffers(k, v, k, v)
     query = mx.random.normal((1, bench.num_q_heads, 1, bench.dim)).astype(mx.float16)
 
     def step(x: Any) -> Any:
         backend.wait_for([x])
-        return storage.attend(AttentionCall(x, [view], backend.prepare_step([view]), 0.1))
+        return storage.attend(AttentionCall(x, backend.prepare_step(rows), exact, 0.1))
 
     return call_us(step, query, bench.num_calls)
 
 
-def _exact_rows(backend: Any, shape: Any, num_rows: int) -> Callable[[int], Any]:
-    """Random exact rows, in the backend's arrays, to be put at a position."""
+def _exact_rows(backend: Any, shape: Any, num_rows: int) -> tuple[Any, Any]:
+    """Random exact keys and values, in the backend's arrays."""
     import mlx.core as mx
-
-    from turboquant_kv.backends.base import ExactRows
 
     k, v = (
         mx.random.normal((1, shape.num_kv_heads, num_rows, d)).astype(shape.dtype) for d in (shape.k_dim, shape.v_dim)
     )
     mx.eval(k, v)
-    rows = [backend.from_mlx(x)[0] for x in (k, v)]
-    return lambda start: ExactRows(start, *rows)
+    return backend.from_mlx(k)[0], backend.from_mlx(v)[0]
 
 
 def random_pages(shape: Any, fmt: KVFormat, num_pages: int, rng: np.random.Generator) -> Any:
