@@ -11,7 +11,7 @@ from turboquant_kv.backends.gpu.figures import (
     MIN_ELEMENTS,
     STRUCTS,
     AnyFigures,
-    EncodeFigures,
+    PutFigures,
     SequenceFigures,
     StepFigures,
     array_of,
@@ -38,4 +38,4 @@ def test_a_plan_is_its_structs_behind_each_other() -> None:
 def test_short_arrays_are_padded(struct: type[AnyFigures]) -> None:
     """Metal passes inputs of fewer elements in another address space."""
     assert array_of(struct(*[1] * len(struct._fields))).size >= MIN_ELEMENTS
-    assert np.array(array_of(EncodeFigures(num_rows=5, first_token=7))).tolist() == [5, 7, 0, 0, 0, 0, 0, 0]
+    assert np.array(array_of(PutFigures(num_rows=5, length=7, rows_each=9))).tolist() == [5, 7, 9, 0, 0, 0, 0, 0]

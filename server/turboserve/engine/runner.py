@@ -234,7 +234,7 @@ class Runner:
         have just joined there is none yet.
         """
         flight = self._flight
-        if flight is None and (not self.overlaps or self._must_be_wary()):
+        if flight is None and (not self.overlaps or self._must_be_wary() or self._is_awaited):
             return self._step_at_once()
         if flight is not None and (flight.draws is None or self._sampler is None or self._must_be_wary()):
             return self.land()  # nothing can be built on it
@@ -244,6 +244,11 @@ class Runner:
         if ending:
             self._take_out(ending)
         return self._fly_on(flight) if self._rows else self.land()
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether the only row has no token yet: its reader would wait until a second step has been prepared."""
+        return len(self._rows) == 1 and not self._rows[0].answer
 
     def _must_be_wary(self) -> bool:
         """A row whose cache was lost may do it again; without overlap the fault is found where it happens."""

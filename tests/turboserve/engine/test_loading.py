@@ -87,7 +87,7 @@ def test_a_trial_of_gpu_kernels_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert folders == [tmp_path]
     (line,) = [line for line in lines if "KV kernels" in line]
     assert "mlx-ops instead of gpu-metal: it is slower here" in line and "200 us against 100 at 1,024 tokens" in line
-    stats = take_snapshot(parts, num_running=0, num_waiting=0, scratch_bytes=0, now_s=0.0)
+    stats = take_snapshot(parts, num_running=0, num_waiting=0, scratch_bytes=0, now_s=0.0, more_details={})
     assert stats.kv_backend == "mlx-ops" and stats.details["kv_kernels"] in line
     assert stats.kernel_trial == KernelTrial(
         "gpu-metal", "mlx-ops", "slower", {("gpu-metal", 1024): 2e-4, ("mlx-ops", 1024): 1e-4}

@@ -287,10 +287,10 @@ def test_memory_of_a_format_that_nobody_uses_any_more_is_given_back(model: Any, 
     loop, family = make_loop(parts), parts.memory.family
     run(loop, request("a", prompt(rng, 300), kv_format="8/8"))
     parts.memory.drop_idle()
-    slack = family.slack_bytes()
-    assert slack > 0 and family.totals().compressed == 0
+    slack, unused = family.slack_bytes(), family.slack_by_format()["8/8"]
+    assert unused > 0 and family.totals().compressed == 0
     run(loop, request("b", prompt(rng, 50)))  # there is plenty: nothing is given back
-    assert family.slack_bytes() >= slack
+    assert family.slack_by_format()["8/8"] == unused
     parts.memory.budget_bytes = slack + parts.memory.committed_bytes
     (sink,) = run(loop, request("c", prompt(rng, 90)))
     assert sink.finished.usage.completion_tokens == 8

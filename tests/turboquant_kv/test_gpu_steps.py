@@ -1,0 +1,118 @@
+"""What a GPU backend does in a layer's step does not grow with the number of conversations: launches and host's work.
+
+Kernels are not compiled: each launch is counted, and its outputs are zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.device import HOPPER
+from turboquant_kv.backends.gpu.flash import FlashKernels
+from turboquant_kv.backends.gpu.launch import DecodeKernels
+from turboquant_kv.backends.gpu.page_kernels import PageKernels
+from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
+from turboquant_kv.cache.pages import PagePool
+from turboquant_kv.cache.sequence import PagedSequence
+from turboquant_kv.codec.format import KVFormat
+
+FMT = KVFormat.parse("4t/3t")
+SHAPE = LayerShape(2, 64, 64, mx.float16)
+LAYERS = 4
+
+
+class Launches:
+    """A kernel factory that counts what is launched, by name, and lets nothing be compiled."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, *, name: str, **options: Any) -> Any:
+        def launch(*, output_shapes: Any, output_dtypes: Any, **arguments: Any) -> list[mx.array]:
+            self.names.append(name)
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+
+def step(batches: list[BatchTurboQuantKVCache], num_rows: int, num_new: int = 1) -> list[int]:
+    """One step of all layers; Python calls of each."""
+    calls = []
+    for batch in batches:
+        keys, values = (mx.zeros((num_rows, 2, num_new, 64), mx.float16) for _ in "kv")
+        queries = mx.zeros((num_rows, 6, num_new, 64), mx.float16)
+        count = 0
+
+        def counted(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            _ = batch.offset
+            batch.update_and_fetch(keys, values)
+            batch.attend(queries, scale=0.1, mask=None if num_new == 1 else "causal", sinks=None)
+        finally:
+            sys.setprofile(None)
+        calls.append(count)
+    return calls
+
+
+def made(num_rows: int, launches: Launches) -> list[BatchTurboQuantKVCache]:
+    """Layers of a batch of conversations of 40 tokens, which is a sink and eight rows of a tail."""
+    backend = GpuBackend(
+        "cuda",
+        DecodeKernels("cuda", launches, device=HOPPER),
+        PageKernels("cuda", launches),
+        FlashKernels("cuda", launches),
+    )
+    pool = PagePool(backend, [SHAPE] * LAYERS, FMT)
+    sources = [LayerSource.of_pool(pool, layer) for layer in range(LAYERS)]
+    conversations = [PagedSequence(pool, range(LAYERS)) for _ in range(num_rows)]
+    batches = [
+        TurboQuantKVCache.merge([TurboQuantKVCache(source, c.of_layer(source.layer)) for c in conversations])
+        for source in sources
+    ]
+    for conversation in conversations:
+        for layer in range(LAYERS):
+            conversation.release(layer)
+    step(batches, num_rows, 40)
+    return batches
+
+
+def counts(num_rows: int, num_steps: int) -> tuple[list[int], list[int]]:
+    """Launches, and Python calls of the middle layers, of each of so many steps after the prompts."""
+    launches = Launches()
+    batches = made(num_rows, launches)
+    launched, called = [], []
+    for _ in range(num_steps):
+        before = len(launches.names)
+        calls = step(batches, num_rows)
+        launched.append(len(launches.names) - before)
+        called.append(sum(calls[1:-1]))
+    return launched, called
+
+
+@pytest.mark.parametrize("num_rows", [8, 64])
+def test_launches_and_calls_do_not_grow_with_rows(num_rows: int) -> None:
+    """Over a whole page: steps that only add a row, steps that give regions more rows, and one that closes all pages.
+
+    One launch a layer where a step only adds rows. The first layer decides for all, the last one ends the step.
+    What the others do is the same.
+    """
+    num_steps = FMT.page_tokens + 2
+    alone, alone_calls = counts(1, num_steps)
+    together, together_calls = counts(num_rows, num_steps)
+    assert np.median(alone) == np.median(together) == LAYERS
+    assert max(together) <= max(alone) + 2 * LAYERS  # rows of some may have to move: keys and values
+    closing = FMT.page_tokens - 8
+    assert alone[closing] == together[closing] == 3 * LAYERS, "pages of all rows are encoded in one launch a side"
+    assert np.median(together_calls) == np.median(alone_calls)
+    assert together_calls[closing] == alone_calls[closing] > np.median(alone_calls)
