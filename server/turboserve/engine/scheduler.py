@@ -30,6 +30,9 @@ TYPICAL_REQUEST_S = 2  # a short chat answer; only shapes the advice in Retry-Af
 # connection times out.
 MAX_ROOM_WAIT_S = 120.0
 
+# Of a step: a chat's prompt takes about a millisecond, and running streams wait for it.
+MAX_PREPARE_S = 0.02
+
 # Whoever was told to wait asks again when memory was freed, and this often in any case: a disk that takes files again
 # and a prefix that a running request has computed meanwhile free nothing, and yet may be what was missing.
 ASK_AGAIN_S = 1.0
@@ -69,7 +72,7 @@ class HeadView:
 def next_admission(
     head: HeadView | None, *, num_running: int, max_running: int, may_prepare: bool, memory_generation: int
 ) -> Admission:
-    """may_prepare: whether this step has not prepared a prompt yet; more than one would hold up running streams."""
+    """may_prepare: whether this step has time for another prompt's preparation (`has_time_to_prepare`)."""
     if head is None or num_running >= max_running:
         return Admission.NOTHING
     if not head.is_prepared:
@@ -78,6 +81,15 @@ def next_admission(
         return Admission.GIVE_UP
     has_news = head.told_to_wait_at != memory_generation or head.since_asked_s >= ASK_AGAIN_S
     return Admission.ASK if has_news else Admission.NOTHING
+
+
+def has_time_to_prepare(num_prepared: int, spent_s: float) -> bool:
+    """Whether a step that has prepared so many prompts, in so many seconds, prepares another one.
+
+    Prompts that arrive together can only be read together if they are prepared in one step. One that takes long is the
+    last of its step.
+    """
+    return num_prepared == 0 or spent_s < MAX_PREPARE_S
 
 
 def can_queue(num_waiting: int, num_running: int, max_queued: int, max_running: int) -> bool:

@@ -124,7 +124,7 @@ class StepLoop:
                 self._parts.runtime.release(view)
 
     def step(self) -> None:
-        """A bounded amount of work: at most one prompt prepared, one pass over prompts, one token per row."""
+        """A bounded amount of work: a few prompts prepared, one pass over prompts, one token per row."""
         self._num_steps += 1
         self._memory.expire(self._clock())
         self._admit()
@@ -160,22 +160,23 @@ class StepLoop:
     # --- the parts of a step
 
     def _admit(self) -> None:
-        """Start waiting requests in order; at most one prompt is prepared."""
-        may_prepare, is_going_on = True, True
+        """Start waiting requests in order; their prompts are prepared as long as there is time."""
+        num_prepared, spent_s, is_going_on = 0, 0.0, True
         while is_going_on:
             head = self.requests.waiting[0] if self.requests.waiting else None
             due = scheduler.next_admission(
                 self._view_of(head) if head is not None else None,
                 num_running=len(self.requests.running),
                 max_running=self._settings.max_running,
-                may_prepare=may_prepare,
+                may_prepare=scheduler.has_time_to_prepare(num_prepared, spent_s),
                 memory_generation=self._memory.generation,
             )
             if head is None or due is Admission.NOTHING:
                 return
             if due is Admission.PREPARE:
-                may_prepare = False
+                began_s, num_prepared = self._clock(), num_prepared + 1
                 self._try_prepare(head)
+                spent_s += self._clock() - began_s
             elif due is Admission.GIVE_UP:
                 self.requests.fail(head, self._memory.refuse_waiting(head.ask(tokens_to_reserve(head))).error)
             else:

@@ -12,6 +12,7 @@ from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, requ
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine import scheduler
 from turboserve.engine.draws import Flight
 from turboserve.engine.generation import Stage
 from turboserve.engine.sampling import BatchSampler
@@ -23,6 +24,12 @@ FORMATS = [None, KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, ce
 NUM_REQUESTS = 4
 VICTIM = 2
 FAIL_AT = 6  # answer tokens of the victim before it fails
+
+
+@pytest.fixture(autouse=True)
+def one_prompt_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows join at different steps, and chunks' lengths tell whose they are."""
+    monkeypatch.setattr(scheduler, "MAX_PREPARE_S", 0.0)
 
 
 @pytest.fixture(params=["off", "on"], ids=["at once", "overlap"])

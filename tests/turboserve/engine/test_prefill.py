@@ -80,8 +80,7 @@ def test_prompts_of_like_lengths_are_read_in_one_pass(model: Any, rng: np.random
     watched = Watched(make_loop(make_parts(model, fmt=fmt), prefill_chunk_tokens=256))
     sinks = add(watched.loop, *requests)
     finish(watched.loop)
-    # one prompt is prepared a step: the first goes alone, the others are there when it has been read
-    assert watched.shapes[0] == (1, 37) and sum(rows for rows, _ in watched.shapes) == 5
+    assert watched.shapes[0] == (4, 48) and sum(rows for rows, _ in watched.shapes) == 5
     assert_as_alone(fmt, model, requests, sinks)
 
 

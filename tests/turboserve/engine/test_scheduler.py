@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turboserve.engine import scheduler
 from turboserve.engine.scheduler import (
     ASK_AGAIN_S,
     MAX_PADDING,
@@ -47,6 +48,11 @@ def test_the_head_is_prepared_and_then_asked_for_while_there_are_slots() -> None
     assert due(HeadView(is_prepared=False), may_prepare=False) is Admission.NOTHING
     assert due(HeadView(is_prepared=True), may_prepare=False) is Admission.ASK
     assert due(HeadView(is_prepared=True), num_running=2) is Admission.NOTHING
+
+
+def test_a_step_prepares_one_prompt_in_any_case_and_more_while_there_is_time() -> None:
+    assert scheduler.has_time_to_prepare(0, 0.0) and scheduler.has_time_to_prepare(30, 0.01)
+    assert not scheduler.has_time_to_prepare(1, scheduler.MAX_PREPARE_S)
 
 
 def test_who_was_told_to_wait_is_asked_about_again_when_the_memory_has_changed() -> None:

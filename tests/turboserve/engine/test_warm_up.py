@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tests.turboserve.engine.fakes import MAX_CONTEXT, VOCAB, make_parts, make_settings
+from tests.turboserve.engine.fakes import MAX_CONTEXT, VOCAB, make_parts
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.runner import Runner
