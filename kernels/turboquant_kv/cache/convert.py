@@ -122,7 +122,10 @@ def _feed(target: TurboQuantKVCache, k: mx.array, v: mx.array) -> None:
     shape = LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype)
     if target.sequence is None:
         target.sequence = target.source.new_sequence(shape)
-    backend = target.source.get(shape).backend
+    pool = target.source.get(shape)
+    backend, balance = pool.backend, pool.balances[target.source.layer]
+    if balance is not None:
+        k = balance.keys_to_store(k)
     backend.wait_for([k, v])
     target.sequence.append(backend.from_mlx(k)[0], backend.from_mlx(v)[0])
 
@@ -135,12 +138,15 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
         return plain
     pool = sequence.pool
     shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
+    balance = pool.balances[sequence.layer]
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
     parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
     parts += [(tail.k, tail.v)] if tail is not None else []
     for k, v in parts:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))
+        if balance is not None:
+            k = balance.keys_from_store(k)
         plain.update_and_fetch(k, v)
         mx.eval(plain.keys, plain.values)
     return plain

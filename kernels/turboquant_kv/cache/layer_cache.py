@@ -75,6 +75,9 @@ class CompressedCache(AttendingCache):
         if shape is None or not shape.fits(step.keys, step.values):
             shape = _geometry(step.keys, step.values)
         pool = self.source.get(shape)
+        balance = pool.balances[self.source.layer]
+        if balance is not None:
+            step = balance.to_store(step)
         pool.backend.wait_for([step.queries, step.keys, step.values])
         sequences, views = self._append(pool, shape, step.keys, step.values)
         plan = pool.step_plan([sequence.shared.last_append for sequence in sequences], views)
