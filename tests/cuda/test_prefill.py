@@ -55,6 +55,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, codecs, dtype, where chun
     (5, 1, 128, 128, 32, 64, (4, 3), mx.bfloat16, (20, 110, 170)),
     (2, 1, 128, 128, 32, 64, (4, 3), mx.float16, (130, 300)),
     (4, 1, 64, 64, 0, 64, (4, 3), mx.bfloat16, (64, 150)),
+    (3, 1, 64, 64, 32, 96, ("4t", "3t"), mx.float16, (100, 260)),
     (8, 1, 64, 64, 32, 64, (4, 3), mx.float16, (97, 140)),
     (7, 1, 64, 64, 5, 16, (4, 3), mx.float16, (40, 70)),
     (4, 2, 64, 128, 70, 48, (4, 3), mx.float16, (50, 90, 170)),
@@ -70,7 +71,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, codecs, dtype, where chun
 
 
 @pytest.mark.parametrize(
-    ("case", "turns"), [*((case, False) for case in CASES), *((case, True) for case in (*CASES[3:9], *CASES[12:]))]
+    ("case", "turns"), [*((case, False) for case in CASES), *((case, True) for case in (*CASES[3:10], *CASES[13:]))]
 )
 def test_prefill_is_the_references(case: Any, turns: bool, rng: np.random.Generator) -> None:
     num_q, num_kv, k_dim, v_dim, sink, page, codecs, dtype, ends = case
@@ -105,7 +106,9 @@ def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queri
     )
 
 
-@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 80), (70, 48, 64), (0, 64, 256)])
+@pytest.mark.parametrize(
+    ("sink", "page", "dim"), [(32, 64, 64), (32, 96, 128), (7, 16, 80), (70, 48, 64), (0, 64, 256)]
+)
 def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: int, rng: np.random.Generator) -> None:
     """All scores are equal and the values one-hot, a KV head for every `dim` columns: outputs are the weights."""
     fmt = KVFormat(page_tokens=page, sink_tokens=sink)

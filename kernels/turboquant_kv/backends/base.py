@@ -49,11 +49,14 @@ class Means:
     """Calibrated means of one layer: k (H, D) and v (H, Dv), float32, in the model's own basis.
 
     rotary: how keys turn with position; k is then the mean before that turn. None: k is the mean of keys as they are.
+    key_factors: (H, D), what keys are multiplied by before a store sees them, and queries divided by
+    (cache/key_balance.py); k is of keys so multiplied, so backends need not know. None: as the model gives them.
     """
 
     k: npt.NDArray[np.float32]
     v: npt.NDArray[np.float32]
     rotary: Rotary | None = None
+    key_factors: npt.NDArray[np.float32] | None = None
 
     def k_blocks(self, first_position: int, num_blocks: int) -> npt.NDArray[np.float32]:
         """(H, num_blocks, D): what is subtracted from keys in blocks of BLOCK_TOKENS from first_position on."""

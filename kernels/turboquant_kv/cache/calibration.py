@@ -1,4 +1,4 @@
-"""Means of keys and values, and what keys lose in each layer, measured once per model on a built-in text.
+"""Means of keys and values, factors of keys, and what keys lose in each layer, measured once per model on a text.
 
 sum p (v - m) + m = sum p v for any constant m, so codes may hold centred values at no cost to the decode. Keys turn
 with their position, and so does their mean: it is measured before the turn, over keys turned back, and taken off block
@@ -23,7 +23,7 @@ import xxhash
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
-from turboquant_kv.cache import key_guard
+from turboquant_kv.cache import key_balance, key_guard
 from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
 from turboquant_kv.codec.rotary import Rotary
@@ -35,7 +35,7 @@ NUM_TOKENS = 1024
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "3"
+FILE_VERSION = "4"
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -80,6 +80,8 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     learnt = learn_rotary(model, {i: dims[i] for i in measured})
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
+    for i, rotary in rotaries.items():
+        means[i] = _balanced(means[i], rotary, recorded[0][i])
     del caches, held  # their memory, before more is needed
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
     origin = f"built-in text, {len(tokens)} tokens; {turning}"
@@ -109,6 +111,15 @@ def _means_of(cache: Any, rotary: Rotary | None) -> Means:
         positions = np.arange(SKIPPED_TOKENS, SKIPPED_TOKENS + keys.shape[1])
         mean_k = rotary.turned_back(keys, positions).mean(axis=1).astype(np.float32)
     return Means(mean_k, mean_v, rotary)
+
+
+def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
+    """The means with factors of the layer's keys, if they gain something, and then of keys so multiplied."""
+    first = SKIPPED_TOKENS
+    residuals = given.keys[:, first:] - key_guard.mean_rows(means, given, first)
+    weights = key_balance.attention_weights(given.scores, given.query_positions, first)
+    factors = key_balance.find_factors(residuals, given.grouped_queries, weights, rotary)
+    return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 
 
 def calibration_for(model: Any, tokenizer: Any, cache_dir: Path, weights_fingerprint: str) -> Calibration:
@@ -145,6 +156,8 @@ def save(path: Path, calibration: Calibration, weights_fingerprint: str) -> None
         if means.rotary is not None:
             told = json.dumps(means.rotary.to_dict()).encode()
             arrays[f"{i}.rotary"] = np.frombuffer(told, np.uint8)
+        if means.key_factors is not None:
+            arrays[f"{i}.factors"] = np.ascontiguousarray(means.key_factors)
     metadata = {
         "version": FILE_VERSION,
         "weights": weights_fingerprint,
@@ -189,7 +202,8 @@ def _from_arrays(values: Mapping[str, np.ndarray[Any, Any]], origin: str) -> Cal
         told = values[f"{i}.rotary"].tobytes() if f"{i}.rotary" in values else None
         if told is not None and told not in rotaries:
             rotaries[told] = Rotary.from_dict(json.loads(told))
-        means[i] = Means(values[f"{i}.k"], values[f"{i}.v"], None if told is None else rotaries[told])
+        rotary = None if told is None else rotaries[told]
+        means[i] = Means(values[f"{i}.k"], values[f"{i}.v"], rotary, values.get(f"{i}.factors"))
     measured = {i: values[f"{i}.divergence"].tolist() for i in layers if f"{i}.divergence" in values}
     divergences = {i: dict(zip(key_guard.KEY_CODECS, row, strict=True)) for i, row in measured.items()}
     return Calibration(means, origin, divergences)

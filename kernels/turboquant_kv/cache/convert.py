@@ -126,12 +126,15 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
         return plain
     pool = sequence.pool
     shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
+    balance = pool.balances[sequence.layer]
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
     parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
     parts += [(tail.k, tail.v)] if tail is not None else []
     for k, v in parts:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))
+        if balance is not None:
+            k = balance.keys_from_store(k)
         plain.update_and_fetch(k, v)
         mx.eval(plain.keys, plain.values)
     return plain

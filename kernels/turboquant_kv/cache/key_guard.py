@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,7 +39,8 @@ KEY_CODECS = ("2", "2t", "3", "3t", "4", "4t", "8")
 # Attention scores do not change when all positions move, codes of turned keys do: the same text at these offsets.
 OFFSETS = (0, 8192, 32768)
 NUM_TOKENS = 256
-NUM_QUERIES = 64  # the last ones
+NUM_QUERIES = 192  # recorded: the last ones
+NUM_MEASURED_QUERIES = 64  # of those, the last ones again
 SKIPPED_TOKENS = 32  # they stay exact
 # Healthy layers of SmolLM2-135M and Qwen2.5-Coder-0.5B measure .01 to .16 at 4 bits and up to .5 at 3, within three
 # times their model's median; Qwen2.5's first layer measured 18 and 39 with a mean that does not turn, 0.17 at 8 bits.
@@ -53,12 +54,39 @@ Divergences = Mapping[int, Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What one layer was given: keys (H, T, D) from position `offset` on, queries (Hq, NUM_QUERIES, D) of the last."""
+    """What one layer was given: keys (H, T, D) from position `offset` on, queries (Hq, R, D) of the last."""
 
     offset: int
     keys: Floats
     queries: Floats
     scale: float
+
+    def last(self, num_queries: int) -> Recorded:
+        """The same with fewer queries."""
+        return replace(self, queries=self.queries[:, -num_queries:])
+
+    @property
+    def grouped_queries(self) -> Floats:
+        """(H, rows, D): of each KV head, the queries of its group one head after the other."""
+        return self.queries.reshape(len(self.keys), -1, self.keys.shape[2])
+
+    @property
+    def query_positions(self) -> npt.NDArray[np.int64]:
+        """(rows,): which of the keys is each query's own."""
+        num_tokens, num_rows = self.keys.shape[1], self.queries.shape[1]
+        return np.tile(np.arange(num_tokens - num_rows, num_tokens), len(self.queries) // len(self.keys))
+
+    @property
+    def scores(self) -> Floats:
+        """(H, rows, T): of all keys, those after a query as well."""
+        return np.asarray(np.float32(self.scale) * self.grouped_queries @ self.keys.swapaxes(1, 2), np.float32)
+
+
+def mean_rows(means: Means, given: Recorded, first: int) -> Floats:
+    """(H, T - first, D): what a store takes off the recorded keys from the `first` one on."""
+    num_tokens = given.keys.shape[1] - first
+    blocks = means.k_blocks(given.offset + first, -(-num_tokens // BLOCK_TOKENS))
+    return np.repeat(blocks, BLOCK_TOKENS, axis=1)[:, :num_tokens]
 
 
 def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int) -> dict[int, Recorded]:
@@ -151,21 +179,17 @@ def _as_recorded(step: LayerInput, offset: int) -> Recorded:
 
 def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     """Of one layer at one offset, by key codec."""
-    keys = given.keys
-    num_heads, num_tokens, dim = keys.shape
-    num_blocks = -(-(num_tokens - SKIPPED_TOKENS) // BLOCK_TOKENS)
-    blocks = means.k_blocks(given.offset + SKIPPED_TOKENS, num_blocks)
-    mean = np.repeat(blocks, BLOCK_TOKENS, axis=1)[:, : num_tokens - SKIPPED_TOKENS]
-    rotation = rotation_matrix(dim, KVFormat().rotation_seed, "k")
-    rotated = (keys[:, SKIPPED_TOKENS:] - mean) @ rotation.T
-    num_rows = given.queries.shape[1]
-    grouped = np.float32(given.scale) * given.queries.reshape(num_heads, -1, dim)  # (H, G*R, D)
-    positions = np.tile(np.arange(num_tokens - num_rows, num_tokens), len(given.queries) // num_heads)
-    hidden = np.arange(num_tokens)[None] > positions[:, None]
-    exact = grouped @ keys.swapaxes(1, 2)
+    given = given.last(NUM_MEASURED_QUERIES)
+    dim, hidden = given.keys.shape[2], np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
+    exact = given.scores
     expected = _log_softmax(exact, hidden)
     weights = np.exp(expected)
-    turned, centre = grouped @ rotation.T, grouped @ mean.swapaxes(1, 2)
+    factors = np.float32(1) if means.key_factors is None else means.key_factors[:, None]
+    mean = mean_rows(means, given, SKIPPED_TOKENS)
+    rotation = rotation_matrix(dim, KVFormat().rotation_seed, "k")
+    rotated = (given.keys[:, SKIPPED_TOKENS:] * factors - mean) @ rotation.T
+    queries = np.float32(given.scale) * given.grouped_queries / factors
+    turned, centre = queries @ rotation.T, queries @ mean.swapaxes(1, 2)
     found = {}
     for name in KEY_CODECS:
         kernels = kernels_for(KIT, codec_named(name))

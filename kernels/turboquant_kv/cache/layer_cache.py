@@ -76,6 +76,9 @@ class CompressedCache(AttendingCache):
         if shape is None or not shape.fits(step.keys, step.values):
             shape = _geometry(step.keys, step.values)
         pool = self.source.get(shape)
+        balance = pool.balances[self.source.layer]
+        if balance is not None:
+            step = balance.to_store(step)
         pool.backend.wait_for([step.queries, step.keys, step.values])
         current = self._step(pool, shape, step.keys.shape[2])
         layer = self.source.layer
@@ -99,6 +102,9 @@ class CompressedCache(AttendingCache):
         """Add keys (B, H, T, D) and values (B, H, T, Dv) without attending. Raises as attention does."""
         shape = _geometry(keys, values)
         pool = self.source.get(shape)
+        balance = pool.balances[self.source.layer]
+        if balance is not None:
+            keys = balance.keys_to_store(keys)
         pool.backend.wait_for([keys, values])
         current = self._step(pool, shape, keys.shape[2])
         try:

@@ -123,6 +123,8 @@ def save_state(fmt: KVFormat, sequence: LayerSequence | None) -> tuple[Any, ...]
     }
     if means is not None and means.rotary is not None:
         header["rotary"] = means.rotary.to_dict()
+    if means is not None and means.key_factors is not None:
+        header["key_factors"] = means.key_factors.tolist()
     codes = [mx.array(a) for a in (pages.k_codes, pages.k_scales, pages.v_codes, pages.v_scales)]
     more = [mx.array(means.k), mx.array(means.v)] if means is not None else []
     return (json.dumps(header), *contents.sink, *codes, *contents.tail, *more)
@@ -133,9 +135,11 @@ def format_and_means(states: Sequence[Sequence[Any]]) -> tuple[KVFormat, Means |
     full = next((state for state in states if len(state) > 9), None)
     means = None
     if full is not None:
-        turn = json.loads(full[0]).get("rotary")
+        header = json.loads(full[0])
+        turn, factors = header.get("rotary"), header.get("key_factors")
         rotary = None if turn is None else Rotary.from_dict(turn)
-        means = Means(np.array(full[9]), np.array(full[10]), rotary)
+        key_factors = None if factors is None else np.array(factors, np.float32)
+        means = Means(np.array(full[9]), np.array(full[10]), rotary, key_factors)
     return KVFormat.from_dict(json.loads(states[0][0])["format"]), means
 
 

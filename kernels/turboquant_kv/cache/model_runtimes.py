@@ -191,6 +191,8 @@ class KVFamily:
         for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
             turn = "" if means.rotary is None else means.rotary.fingerprint()
             digest.update(f"{i}:{turn}:".encode() + means.k.tobytes() + means.v.tobytes())
+            if means.key_factors is not None:
+                digest.update(b"factors:" + means.key_factors.tobytes())
         if calibration is not None and calibration.divergences:  # they decide which layers get more bits
             digest.update(repr(sorted((i, sorted(d.items())) for i, d in calibration.divergences.items())).encode())
         return digest.hexdigest()[:32]

@@ -18,6 +18,7 @@ import numpy as np
 from turboquant_kv.backends.base import Backend, LayerShape, LayerStore, Means, PageIds
 from turboquant_kv.cache.exact_rows import ExactRowPool
 from turboquant_kv.cache.free_pages import FreePages
+from turboquant_kv.cache.key_balance import KeyBalance
 from turboquant_kv.codec.format import KVFormat
 
 
@@ -60,6 +61,8 @@ class PagePool:
         self.layer_formats = tuple(layer_formats) if layer_formats is not None else (fmt,) * len(self.shapes)
         assert all(f.with_codecs(fmt.name) == fmt for f in self.layer_formats), "layers may differ in codecs alone"
         self.means = tuple(means) if means is not None else (None,) * len(self.shapes)
+        factors = [None if m is None else m.key_factors for m in self.means]
+        self.balances = tuple(None if f is None else KeyBalance(f) for f in factors)
         self.stores = self._new_stores()
         self.page_bytes = sum(self.layer_page_bytes(layer) for layer in range(len(self.shapes)))
         self.exact = ExactRowPool(self.stores)

@@ -70,7 +70,7 @@ class KVFormat:
         k_bits: int | str = 4,
         v_bits: int | str = 4,
         scale: ScaleKind = "unbiased",
-        page_tokens: int = 64,
+        page_tokens: int = 96,
         sink_tokens: int = 32,
         centred: bool = True,
         rotation_seed: int = 2504,

@@ -58,7 +58,7 @@ class FlashShape:
 
     @property
     def columns(self) -> int:
-        """Keys of a tile: a page of 64, or fewer where two blocks' shared memory would not hold them."""
+        """Keys of a tile, whatever their pages: 64, or fewer where two blocks' shared memory would not hold them."""
         return 64 if max(self.k_dim, self.v_dim) <= 128 else 32
 
     @property
