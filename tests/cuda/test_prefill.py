@@ -21,7 +21,7 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv.backends.base import ExactRows, SequenceView
+from turboquant_kv.backends.base import RowSpan, SequenceView
 from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu import flash as gpu_flash
 from turboquant_kv.backends.gpu.backend import GpuBackend
@@ -91,11 +91,10 @@ def test_prefill_is_the_references(case: Any, turns: bool, rng: np.random.Genera
 
 
 def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queries: int) -> SequenceView:
-    """What append gives for these positions; exact rows have a shape and no content."""
+    """What a step gives for these positions."""
 
-    def rows(start: int, num_rows: int) -> ExactRows | None:
-        empty = mx.zeros((1, num_rows, 1))
-        return ExactRows(start, empty, empty) if num_rows else None
+    def rows(start: int, num_rows: int) -> RowSpan | None:
+        return RowSpan(start, 0, num_rows) if num_rows else None
 
     length = q_start + num_queries
     first_page = max(0, q_start - fmt.sink_tokens) // fmt.page_tokens
@@ -114,8 +113,8 @@ def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: in
     fmt = KVFormat(page_tokens=page, sink_tokens=sink)
     for q_start, num_queries in ((0, 9), (int(rng.integers(1, 60)), 70), (int(rng.integers(60, 200)), 140)):
         view = random_view(rng, fmt, q_start, num_queries)
-        num_sink = 0 if view.sink is None else view.sink.k.shape[1]
-        window = np.arange(0 if view.window is None else view.window.k.shape[1])
+        num_sink = 0 if view.sink is None else view.sink.num_rows
+        window = np.arange(0 if view.window is None else view.window.num_rows)
         if view.window is not None:
             window += view.window.start
         coded = sink + np.arange(len(view.page_ids) * page)

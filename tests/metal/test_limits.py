@@ -16,7 +16,8 @@ from tests.metal.sizing import sizes
 from turboquant_kv.backends.gpu.decode_text import combine_text, combine_threads, decode_text
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.figures import SequenceFigures, StepFigures, array_of
-from turboquant_kv.backends.gpu.page_kernels import THREADS, PageKernels, SideShape, encode_text, history_text
+from turboquant_kv.backends.gpu.launch import FENCE, FENCE_SHAPE
+from turboquant_kv.backends.gpu.page_kernels import THREADS, PageKernels, Places, SideShape, encode_text, history_text
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.source import KernelText
@@ -57,7 +58,7 @@ def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
         if variant == "simd" and not shape.has_simd:
             continue
         tuning = tuning_for(shape, variant, HOPPER)
-        text = decode_text("metal", shape, variant, tuning, False, 1, None)
+        text = decode_text("metal", shape, variant, tuning, False, num_rows == 1, None)
         yield str(shape), text, tuning.threads, MAX_ESTIMATE.get(("decode", v_dim), MAX_REGISTERS)
 
 
@@ -102,7 +103,7 @@ def test_the_reader_agrees_with_the_emulator() -> None:
     """On threadgroup memory, which the emulator counts where it is declared; a kernel of which all blocks return."""
     for variant, trellis, turns in product(VARIANTS, (False, True), (False, True)):
         shape = decode_shape(192, 128, (3, 4), 3, (trellis, False), turns)
-        text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, 1, None)
+        text = decode_text("metal", shape, variant, tuning_for(shape, variant, HOPPER), False, False, None)
         kernel: Any = text.build(metal_kernel)
         pages = [np.zeros((8, 1, 16, 72), np.uint8), np.zeros((8, 1, 16), np.float16)]
         values = [np.zeros((8, 1, 16, 64), np.uint8), np.zeros((8, 1, 16), np.float16)]
@@ -110,12 +111,13 @@ def test_the_reader_agrees_with_the_emulator() -> None:
         constants = np.zeros(192 * 192 + 192, np.float32)
         angles = [np.zeros((8, 192), np.float32)] if turns else []
         queries, table = np.zeros((1, 3, 1, 192), np.float32), np.zeros((1, 8), np.int32)
+        fence = np.zeros(FENCE_SHAPE, np.float32)
         kernel(
-            inputs=[queries, EMPTY_PLAN, table, *pages, *values, constants, *angles, *exact],
+            inputs=[queries, EMPTY_PLAN, table, *pages, *values, constants, fence, *angles, *exact],
             grid=(128, 1, 1),
             threadgroup=(128, 1, 1),
-            output_shapes=[(3 * 130,)],
-            output_dtypes=[mx.float32],
+            output_shapes=[(3 * 130,), FENCE_SHAPE],
+            output_dtypes=[mx.float32, mx.float32],
         )
         assert sizes(text).threadgroup_bytes == last_report().threadgroup_bytes, (variant, trellis, turns)
 
@@ -127,11 +129,14 @@ def test_the_reader_agrees_on_page_kernels(dim: int, trellis: bool) -> None:
     side = SideShape(1, dim, 3, 16, "unbiased", mx.float32, trellis)
     kernels = PageKernels("metal", metal_kernel)
     constants = mx.zeros((2 * dim,))
-    pages = kernels.encode(side, mx.zeros((1, 16, dim)), constants)
-    mx.eval(*pages)
+    num_bytes = dim * 3 // 8
+    arrays = mx.zeros((1, 1, 16, num_bytes), mx.uint8), mx.zeros((1, 1, 16), mx.float16)
+    mx.eval(*arrays)
+    pages = Places.of(np.zeros((3, 1), np.int64))
+    mx.eval(kernels.encode(side, mx.zeros((1, 16, dim)), pages, arrays, constants, FENCE))
     assert sizes(encode_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
-    none = mx.zeros((1, 8, dim)), 0
-    mx.eval(kernels.history(side, pages, mx.zeros((8,), mx.int32), 16, none, none, constants))
+    none = mx.zeros((1, 8, dim)), 0, 0
+    mx.eval(kernels.history(side, arrays, mx.zeros((8,), mx.int32), 16, none, none, constants, FENCE))
     assert sizes(history_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
 
 

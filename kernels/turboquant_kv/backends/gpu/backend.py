@@ -241,7 +241,7 @@ class GpuStore(CanonicalStorage, LayerStore):
 
     def _encode(self, pages: Places, num_pages: int, k: mx.array, v: mx.array) -> None:
         """num_pages: of a conversation that has the last of these pages."""
-        if not pages.count:
+        if not pages.length:
             return
         turns = self._float_turns(num_pages)
         for side, arrays, constants, rows, turned in zip(

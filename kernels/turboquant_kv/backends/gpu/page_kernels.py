@@ -83,10 +83,10 @@ class SideShape:
 
 
 class Places(NamedTuple):
-    """Row or page numbers for a launch: columns of `count` int32 behind each other, flat."""
+    """Row or page numbers for a launch: columns of `length` int32 behind each other, flat."""
 
     array: mx.array
-    count: int
+    length: int
 
     @classmethod
     def of(cls, columns: Sequence[npt.NDArray[np.int64]] | npt.NDArray[np.int64]) -> Places:
@@ -141,7 +141,7 @@ class PageKernels:
         pages: ids, which of its conversation each is, the row where each begins. constants: signs / sqrt(D) (D,), then
         means (H, D), flat. turns: Turns.floats of all blocks, where the shape has pairs.
         """
-        num_pages, block_rows = pages.count, THREADS // shape.lanes
+        num_pages, block_rows = pages.length, THREADS // shape.lanes
         made: mx.array
         (made,) = self._kernel("encode", shape)(
             inputs=[
@@ -160,11 +160,11 @@ class PageKernels:
 
         places: which rows, and where they go. The target's rows are dense; both are of one dtype.
         """
-        length, rows_each = source.shape[3], source.shape[2]
+        elements, rows_each = source.shape[3], source.shape[2]
         made: mx.array
         (made,) = self._put_kernel(source.dtype)(
-            inputs=[source, target, places.array, _uploaded(PutFigures(places.count, length, rows_each)), fence],
-            grid=(THREADS * -(-length // THREADS), places.count, source.shape[1]),
+            inputs=[source, target, places.array, _uploaded(PutFigures(places.length, elements, rows_each)), fence],
+            grid=(THREADS * -(-elements // THREADS), places.length, source.shape[1]),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[FENCE_SHAPE],
             output_dtypes=[mx.float32],
