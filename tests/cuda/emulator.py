@@ -31,7 +31,7 @@ INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
 # Without -fno-gnu-unique kernels share the first one's shared memory of the same name, whatever its size.
 COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-shared", "-fPIC")
 # Inputs that kernels write in place (TQ_WRITABLE); whatever else one writes to is a fault.
-IN_PLACE = frozenset({"codes", "scales", "target", "sink_k", "sink_v", "window_k", "window_v"})
+IN_PLACE = frozenset({"codes", "scales", "target", "rows_k", "rows_v"})
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 

@@ -65,7 +65,7 @@ class CheckedLoop(StepLoop):
         )
         assert stats.kv_committed_bytes <= stats.kv_budget_bytes, books
         # What waits for the disk is scratch as well, but not in `kv`: here only a prompt's chunk comes on top.
-        chunk_bytes = self._settings.prefill_chunk_tokens * self._parts.runtime.chunk_token_bytes
+        chunk_bytes = self.prefill_tokens * self._parts.runtime.chunk_token_bytes
         assert stats.kv.total <= stats.kv_budget_bytes + chunk_bytes, books
         assert stats.events.integrity_failures == 0
 

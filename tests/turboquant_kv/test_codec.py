@@ -99,8 +99,8 @@ PINNED_CODECS = {
     "4t": "1940a8193225a8ea",
 }
 PINNED_FORMATS = (
-    KVFormat(),
-    KVFormat(4, 3),
+    KVFormat(page_tokens=64),
+    KVFormat(4, 3, page_tokens=64),
     KVFormat(8, 2, scale="norm", page_tokens=16, sink_tokens=0, centred=False, rotation_seed=1),
 )
 
@@ -110,7 +110,7 @@ PINNED_FORMATS = (
 
 def test_saved_formats_are_what_they_were() -> None:
     """Byte for byte: prompt cache files and stored conversations carry this text."""
-    assert json.dumps(KVFormat(4, 3).to_dict()) == (
+    assert json.dumps(KVFormat(4, 3, page_tokens=64).to_dict()) == (
         '{"k_bits": 4, "v_bits": 3, "scale": "unbiased", "page_tokens": 64, "sink_tokens": 32, '
         '"centred": true, "rotation_seed": 2504}'
     )

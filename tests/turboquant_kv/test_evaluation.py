@@ -69,12 +69,12 @@ def test_estimates_are_t_intervals() -> None:
 def test_figures_are_those_of_the_distributions(rng: np.random.Generator) -> None:
     """Recomputed with NumPy from the logits of whole passes."""
     model, written = sharp(), texts(rng, 150, 150, 150)
-    plan = Plan(num_tokens=130, chunk_tokens=50)
+    plan = Plan(num_tokens=230, chunk_tokens=50)
     found = evaluate(model, ByteTokenizer(), ["3/2"], written, plan, calibration=NO_MEANS).results[0].figures(0)
     runtime = KVRuntime(model, KVFormat.parse("3/2"))
     kl, flips, nll, base_nll = [], [], [], []
     for text in written.values():
-        tokens = ByteTokenizer().encode(text)[:130]
+        tokens = ByteTokenizer().encode(text)[:230]
         logits = [
             np.array(model(mx.array([tokens]), cache=c)[0], np.float64)
             for c in (make_prompt_cache(model), runtime.make_cache())
@@ -223,7 +223,7 @@ def free_answer(model: Any, caches: list[Any], prompt: list[int], num_tokens: in
 def test_greedy_answers_are_counted_up_to_where_free_ones_part(rng: np.random.Generator) -> None:
     model = sharp()
     forcing, low = forcing_for(model)
-    prompts = [random_tokens(rng, n) for n in (130, 200, 261)]
+    prompts = [random_tokens(rng, n) for n in (170, 230, 341)]
     found = compare_greedy(forcing, prompts, [low, forcing.base], 0, 12)
     assert found["f16"].agreed == [12, 12, 12] and found["f16"].num_same == 3
     runtime = KVRuntime(model, KVFormat.parse("2/2"))

@@ -120,8 +120,6 @@ struct TqExactRows {
 };
 // From the arguments of a kernel.
 #define TQ_ROWS(name) {name, name##_strides[0], name##_strides[1]}
-#define TQ_EXACT_ROWS() \
-  TqExactRows { TQ_ROWS(sink_k), TQ_ROWS(sink_v), TQ_ROWS(window_k), TQ_ROWS(window_v) }
 
 // The query vector of a block's row; of a row that is not in the group, the group's first.
 TQ_FN const TQ_DEVICE In* tq_query_row(TqDecodeInputs inputs, TqWork work, int row) {

@@ -118,6 +118,10 @@ class Memory:
     def budget_bytes(self, num_bytes: int) -> None:
         self._ledger.budget_bytes = num_bytes
 
+    def give_back_slack(self) -> None:
+        """Keep what is allocated within the budget where a step has left free pages and rows behind."""
+        self._ledger.give_back_slack()
+
     @property
     def committed_bytes(self) -> int:
         """What is promised or held, counted so that it bounds what is allocated from above."""

@@ -130,6 +130,7 @@ class StepLoop:
         self._admit()
         if self._prefill():
             self._deliver(self.runner.land())  # they are there: the chunk was waited for, and came after them
+            self._memory.give_back_slack()  # of a pass over several prompts: their exact rows were there twice
         self._grow()
         self._decode()
 

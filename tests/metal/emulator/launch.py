@@ -19,7 +19,7 @@ from tests.metal.emulator.signature import METAL_TYPES, InputType, KernelText, T
 from tests.metal.emulator.spaces import check_types
 
 # Inputs that kernels write in place (TQ_WRITABLE), in the array's own memory; whatever else one writes to is a fault.
-IN_PLACE = frozenset({"codes", "scales", "target", "sink_k", "sink_v", "window_k", "window_v"})
+IN_PLACE = frozenset({"codes", "scales", "target", "rows_k", "rows_v"})
 _STACK_BYTES = 128 * 1024
 # Registers a thread needs beside its arrays: positions, pointers, loop state. A guess, like the whole estimate.
 _BASE_REGISTERS = 24

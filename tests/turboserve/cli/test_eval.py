@@ -91,7 +91,7 @@ def test_the_embedded_model_is_evaluated(
     monkeypatch.setattr(calibration, "NUM_TOKENS", 256)
     figures, drawing, text = tmp_path / "figures.json", tmp_path / "figures.svg", tmp_path / "text.txt"
     text.write_text(" ".join(f"Line {i} of a text says that {i * i} is the square of {i}." for i in range(40)))
-    main_options = ["--formats", "4/4,2/2", "--rivals", "--text", str(text), "--text", __file__, "--tokens", "128"]
+    main_options = ["--formats", "4/4,2/2", "--rivals", "--text", str(text), "--text", __file__, "--tokens", "224"]
     files = ["--json", str(figures), "--plot", str(drawing), "--cache-dir", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
         main(["eval", *main_options, "--needles", "1", "--offsets", "0,4K", *files])

@@ -26,6 +26,8 @@ from turboquant_kv.backends.gpu.tuning import Tuning
 DECODE_INPUTS = ("queries", "plan", "page_table", "k_codes", "k_scales", "v_codes", "v_scales", "k_constants", "fence")
 FUSED_INPUTS = (*DECODE_INPUTS, "v_constants", "counters")
 EXACT_INPUTS = ("sink_k", "sink_v", "window_k", "window_v")
+# Of a kernel that writes new rows sinks and windows lie in the same arrays, which it is given once.
+OWN_INPUTS = ("rows_k", "rows_v")
 NEW_INPUTS = ("new_k", "new_v")
 COMBINE_INPUTS = ("parts", "plan", "sinks", "v_constants")
 LANE_COMBINE_THREADS = 256
@@ -53,10 +55,11 @@ def decode_text(
         constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
     tables = table_text("tq_k_book", k_table) + table_text("tq_v_book", v_table)
-    names = (*_with_turns(DECODE_INPUTS, shape), *EXACT_INPUTS, *(NEW_INPUTS if appends else ()))
+    exact = OWN_INPUTS if appends else EXACT_INPUTS
+    names = (*_with_turns(DECODE_INPUTS, shape), *exact, *(NEW_INPUTS if appends else ()))
     source = (
-        f"{_strides_comment(EXACT_INPUTS)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
-        f"tq_decode_{variant}({PLACE[dialect]}, {_inputs(shape)}, TQ_EXACT_ROWS(), "
+        f"{_strides_comment(exact)}TQ_SHARED_VARIABLE(Tq{variant.capitalize()}Shared, shared);\n"
+        f"tq_decode_{variant}({PLACE[dialect]}, {_inputs(shape)}, {_exact_rows(exact)}, "
         f"{_new_rows(appends)}, parts, shared);\n"
     )
     head = header_text(dialect, constants, tables, f"decode_{variant}")
@@ -74,13 +77,14 @@ def _mma_text(
         **arena.constants,
     }
     inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))
-    inputs = (*_with_turns(inputs, shape), *EXACT_INPUTS, *(NEW_INPUTS if appends else ()))
+    exact = OWN_INPUTS if appends else EXACT_INPUTS
+    inputs = (*_with_turns(inputs, shape), *exact, *(NEW_INPUTS if appends else ()))
     if fused and sink_dtype is not None:
         inputs = (*inputs, "sinks")
     finish = f"{{v_constants, counters, out}}, {_NO_SINKS if sink_dtype is None else 'sinks'}, " if fused else ""
     source = (
-        f"{_strides_comment(EXACT_INPUTS)}tq_decode_mma{'_fused' if fused else ''}"
-        f"({PLACE['cuda']}, {_inputs(shape)}, TQ_EXACT_ROWS(), {_new_rows(appends)}, {finish}parts);\n"
+        f"{_strides_comment(exact)}tq_decode_mma{'_fused' if fused else ''}"
+        f"({PLACE['cuda']}, {_inputs(shape)}, {_exact_rows(exact)}, {_new_rows(appends)}, {finish}parts);\n"
     )
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
     tables = lookup_text("tq_k_book_at", k_table) + lookup_text("tq_v_book_at", v_table)
@@ -95,6 +99,12 @@ def _mma_text(
         arena.num_bytes,
         (tuning.threads, tuning.resident),
     )
+
+
+def _exact_rows(names: tuple[str, ...]) -> str:
+    """TqExactRows of src/work.h."""
+    given = [f"TQ_ROWS({name})" for name in names]
+    return f"TqExactRows {{{', '.join(given * (4 // len(given)))}}}"
 
 
 def _new_rows(appends: bool) -> str:

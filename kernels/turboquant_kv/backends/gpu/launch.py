@@ -53,6 +53,11 @@ class LayerInputs(NamedTuple):
     turns: tuple[mx.array, ...] = ()
 
 
+def _exact(layer: LayerInputs, new_rows: tuple[mx.array, mx.array] | None) -> Sequence[mx.array]:
+    """Arrays of exact rows as the kernel takes them, and new rows."""
+    return layer.exact if new_rows is None else (*layer.exact[:2], *new_rows)
+
+
 class DecodeKernels:
     """The kernels of one kind of GPU, made at the first use of each shape."""
 
@@ -148,7 +153,7 @@ class DecodeLaunch:
         # A list at once: this is the host's time of every layer and step.
         inputs = [
             *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence, layer.v_constants),
-            *(next(self._counters), *layer.turns, *layer.exact, *(new_rows or ())),
+            *(next(self._counters), *layer.turns, *_exact(layer, new_rows)),
         ]
         if sinks is not None:
             inputs.append(sinks)
@@ -174,7 +179,7 @@ class DecodeLaunch:
         parts, fence = self._kernel("decode", new_rows is not None, None)(
             inputs=[
                 *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence),
-                *(*layer.turns, *layer.exact, *(new_rows or ())),
+                *(*layer.turns, *_exact(layer, new_rows)),
             ],
             grid=plan.grid,
             threadgroup=self._threads,
