@@ -68,7 +68,7 @@ def test_estimates_are_t_intervals() -> None:
 
 def test_figures_are_those_of_the_distributions(rng: np.random.Generator) -> None:
     """Recomputed with NumPy from the logits of whole passes."""
-    model, written = sharp(), texts(rng, 150, 150, 150)
+    model, written = sharp(), texts(rng, 250, 250, 250)
     plan = Plan(num_tokens=230, chunk_tokens=50)
     found = evaluate(model, ByteTokenizer(), ["3/2"], written, plan, calibration=NO_MEANS).results[0].figures(0)
     runtime = KVRuntime(model, KVFormat.parse("3/2"))
@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_distributions(rng: np.random.Generator) -> Non
         p, q = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (x[:-1] for x in logits))
         kl.append((p * np.log(p / q)).sum(axis=-1))
         flips.append((p.argmax(axis=-1) != q.argmax(axis=-1)).mean())
-        base, own = (-np.log(x[np.arange(129), tokens[1:]]).mean() for x in (p, q))
+        base, own = (-np.log(x[np.arange(229), tokens[1:]]).mean() for x in (p, q))
         nll.append(own)
         base_nll.append(base)
     assert found.kl_mean.mean == pytest.approx(np.mean([x.mean() for x in kl]), rel=1e-3)
@@ -131,7 +131,7 @@ def test_stretches_of_positions_add_up(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("mode", ["decode", "batch"])
 def test_decoding_gives_the_figures_of_the_prompt_s_positions(mode: Any, rng: np.random.Generator) -> None:
     """What a query sees depends on its position alone, so all modes agree where they overlap."""
-    model, written = sharp(), texts(rng, 170, 190, 150)
+    model, written = sharp(), texts(rng, 370, 390, 350)
     formats, rivals = ["4/3", "2/2"], [RIVALS["q4_0"], RIVALS["mlx-q4"]]
     whole, stepwise = (
         evaluate(
@@ -139,7 +139,7 @@ def test_decoding_gives_the_figures_of_the_prompt_s_positions(mode: Any, rng: np
             ByteTokenizer(),
             formats,
             written,
-            Plan(num_tokens=180, mode=m, offsets=(0, 1000), chunk_tokens=48),
+            Plan(num_tokens=380, mode=m, offsets=(0, 1000), chunk_tokens=48),
             rivals=rivals,
             calibration=NO_MEANS,
         )
