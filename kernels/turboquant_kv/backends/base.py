@@ -137,6 +137,9 @@ class RowSpan(NamedTuple):
     num_rows: int
 
 
+NO_SPAN = RowSpan(0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceView:
     """One sequence as attention sees it in every layer: `num_queries` query rows that begin at `q_start`.
@@ -204,6 +207,15 @@ class StepRows:
     def is_decode(self) -> bool:
         """Whether every sequence has one new row, which stays exact."""
         return self.num_new == 1 and self.window is None and self.writes.shape[1] == len(self.views)
+
+    def window_pairs(self) -> tuple[tuple[PageIds, PageIds], int]:
+        """Of held rows and of new ones: (2, n) numbers, and places in the window that the runs make; its length."""
+        is_new, first, num_rows = np.array(self.window or (), np.int64).reshape(-1, 3).T
+        starts = np.cumsum(num_rows) - num_rows
+        places = np.arange(int(num_rows.sum()))
+        pairs = np.stack([places + np.repeat(first - starts, num_rows), places])
+        of_new = np.repeat(is_new, num_rows).astype(bool)
+        return (pairs[:, ~of_new], pairs[:, of_new]), len(places)
 
 
 class StepPlan:
@@ -363,7 +375,3 @@ class Backend(ABC):
     @abstractmethod
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
         """Called before a layer's step with all of its inputs: an eager backend computes them here."""
-
-    @abstractmethod
-    def evaluate(self, arrays: Sequence[Array]) -> None:
-        """Finish pending work on these arrays, so that no lazy graph outlives a step."""

@@ -83,7 +83,8 @@ def choose(
     verdict = _verdict(competing, cases, folder, plan)
     if not verdict.is_fallback:
         return Chosen(competing.new_fused(), verdict)
-    log.warning("KV backend: %s", verdict.line)
+    path = None if folder is None else _path(folder, fingerprint_of(competing.fused_name, cases, plan))
+    log.warning("KV backend: %s%s", verdict.line, "" if path is None else f". To try again, remove {path}")
     return Chosen(competing.ops, verdict)
 
 
@@ -131,13 +132,13 @@ def _verdict(competing: Candidates, cases: Sequence[Case], folder: Path | None, 
     fingerprint = fingerprint_of(competing.fused_name, cases, plan)
     if fingerprint in _known:
         return _known[fingerprint]
-    path = None if folder is None else folder / FOLDER / f"{fingerprint}.json"
+    path = None if folder is None else _path(folder, fingerprint)
     saved = {} if path is None else _read(path)
     found = _remembered(saved, path)
     if found is None:
         num_unfinished = int(saved.get("unfinished", 0))
         if path is not None and num_unfinished >= MAX_UNFINISHED:
-            detail = f"the last {num_unfinished} trials ended the whole process; remove {path} to try again"
+            detail = f"the last {num_unfinished} trials ended the whole process"
             found = Verdict(competing.fused_name, competing.ops.name, "failed", detail)
         else:
             _write(path, {"unfinished": num_unfinished + 1})
@@ -145,6 +146,10 @@ def _verdict(competing: Candidates, cases: Sequence[Case], folder: Path | None, 
             _write(path, {"verdict": found.to_dict()})
     _known[fingerprint] = found
     return found
+
+
+def _path(folder: Path, fingerprint: str) -> Path:
+    return folder / FOLDER / f"{fingerprint}.json"
 
 
 def fingerprint_of(fused_name: str, cases: Sequence[Case], plan: Plan | None = None) -> str:

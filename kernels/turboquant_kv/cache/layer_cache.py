@@ -118,10 +118,9 @@ class CompressedCache(AttendingCache):
     def _step(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
         """This step of the layer's conversations, with `num_new` rows each, padding included."""
 
-    def _evaluate(self) -> None:
-        if self.source.pool is not None:
-            pool = self.source.pool
-            pool.backend.evaluate(pool.stores[self.source.layer].pending_arrays())
+    def pending_arrays(self) -> list[Any]:
+        """Of the layer, whosever rows and pages they are."""
+        return [] if self.source.pool is None else self.source.pool.stores[self.source.layer].pending_arrays()
 
 
 def _geometry(keys: mx.array, values: mx.array) -> LayerShape:
@@ -189,9 +188,6 @@ class TurboQuantKVCache(CompressedCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantKVCache:
         return self.fork()
-
-    def evaluate(self) -> None:
-        self._evaluate()
 
     def release(self) -> None:
         """Give all memory back now; the cache is empty afterwards."""
@@ -271,9 +267,6 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         for sequence in self.sequences:
             if sequence is not None:
                 sequence.cut(len(sequence) - num_tokens)
-
-    def evaluate(self) -> None:
-        self._evaluate()
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""

@@ -60,8 +60,8 @@ class PlainRows(BatchRows):
         """Row `idx` as a single cache; arrays are shared until one of the two is written."""
         return copy.deepcopy(self.rows[idx])
 
-    def evaluate(self) -> None:
-        mx.eval([row.state for row in self.rows])
+    def pending_arrays(self) -> list[Any]:
+        return [row.state for row in self.rows]
 
     def release(self) -> None:
         self.rows = []
@@ -208,9 +208,8 @@ class MixedBatchCache(BatchRows):
         group, i = self.places[idx]
         return group.extract(i)
 
-    def evaluate(self) -> None:
-        for group in self.groups:
-            group.evaluate()
+    def pending_arrays(self) -> list[Any]:
+        return [array for group in self.groups for array in group.pending_arrays()]
 
     def release(self) -> None:
         for group in self.groups:

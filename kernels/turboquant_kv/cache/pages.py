@@ -107,8 +107,8 @@ class PagePool:
 
     @property
     def slack_bytes(self) -> int:
-        """Held for pages and exact rows that nobody uses now."""
-        return self.stored_bytes - self.used_bytes + self.exact.num_free * self.raw_token_bytes
+        """Held for pages and exact rows that nobody uses now, also in layers that their conversation lacks."""
+        return self.stored_bytes - self.used_bytes + self.exact.num_rows * self.raw_token_bytes - self.exact_bytes
 
     @property
     def num_tokens(self) -> int:

@@ -61,8 +61,12 @@ class AttendingCache(ABC):
         """Append and attend."""
 
     @abstractmethod
+    def pending_arrays(self) -> list[Any]:
+        """What is still to be computed, as `mx.eval` takes it; nothing where a backend computes at once."""
+
     def evaluate(self) -> None:
         """Finish pending work, so that no lazy graph outlives a step."""
+        mx.eval(self.pending_arrays())
 
     @abstractmethod
     def release(self) -> None:

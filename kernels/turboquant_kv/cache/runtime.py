@@ -255,12 +255,8 @@ class KVRuntime:
                 cache.release()
 
     def evaluate(self, caches: Sequence[Any]) -> None:
-        """Finish all pending work on these caches, so that no lazy graph outlives a step."""
-        for cache in caches:
-            if isinstance(cache, AttendingCache):
-                cache.evaluate()
-            else:
-                mx.eval(cache.state)
+        """Finish all pending work on these caches, so that no lazy graph outlives a step; waits once for all layers."""
+        mx.eval([c.pending_arrays() if isinstance(c, AttendingCache) else c.state for c in caches])
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""

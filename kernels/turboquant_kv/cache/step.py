@@ -120,7 +120,8 @@ class BatchStep:
         valid: Sequence[int] | None = None,
         before: Positions | None = None,
     ) -> None:
-        """layer: the first to write. num_new: rows of each, padding included; valid: those that are none, None: all.
+        """layer: the first to write. num_new: rows of each, padding included; valid: those that are not padding,
+        None: all.
 
         before: the conversations' lengths, if somebody knows them. Raises UnsupportedModelError when one of them is in
         a step with another number of rows; what raises leaves everything as it was.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -305,7 +305,9 @@ class _RandomHistory:
 
 
 def _pool(case: Case, backend: Backend, num_layers: int) -> PagePool:
-    return PagePool(backend, [case.shape] * num_layers, case.fmt, [case.means] * num_layers)
+    """Of keys as stores see them: their factors are the caches' business, and means are of keys multiplied already."""
+    means = None if case.means is None else replace(case.means, key_factors=None)
+    return PagePool(backend, [case.shape] * num_layers, case.fmt, [means] * num_layers)
 
 
 def _layers(pool: PagePool, contents: LayerContents) -> list[TurboQuantKVCache]:

@@ -55,11 +55,8 @@ class ShiftedCache(AttendingCache):
     def _attend(self, step: LayerInput) -> mx.array:
         raise AssertionError("attend does it")
 
-    def evaluate(self) -> None:
-        if isinstance(self.inner, AttendingCache):
-            self.inner.evaluate()
-        else:
-            mx.eval(self.inner.state)
+    def pending_arrays(self) -> list[Any]:
+        return self.inner.pending_arrays() if isinstance(self.inner, AttendingCache) else [self.inner.state]
 
     def release(self) -> None:
         if isinstance(self.inner, AttendingCache):

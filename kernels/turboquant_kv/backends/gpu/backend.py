@@ -11,7 +11,7 @@ writes, so every launch on a layer's arrays gets the fence of the one before and
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -33,14 +33,14 @@ from turboquant_kv.backends.base import (
     StepRows,
 )
 from turboquant_kv.backends.gpu.device import MIN_CAPABILITY, compute_capability
-from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS, SequenceFigures
+from turboquant_kv.backends.gpu.figures import MIN_ELEMENTS
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
-from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, Plan, PlanKey
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
+from turboquant_kv.backends.gpu.step_plan import GpuStepPlan
 from turboquant_kv.backends.gpu.turns import Turns
 from turboquant_kv.backends.mlx_ops.backend import KIT, GrowingArrays, MlxBackend, attend_by_tiles
 from turboquant_kv.backends.portable.canonical import CanonicalStorage
@@ -93,86 +93,6 @@ class Kernels(NamedTuple):
     decode: DecodeKernels
     pages: PageKernels
     flash: FlashKernels
-
-
-class GpuStepPlan(StepPlan):
-    """One page table and one set of figures for all layers of a step, and row numbers as the kernels take them.
-
-    page_table (B, width) int32, rows padded.
-    """
-
-    def __init__(self, rows: StepRows, page_table: mx.array, before: GpuStepPlan | None) -> None:
-        """before: the step before, if this one may be what follows it."""
-        super().__init__(rows)
-        self.page_table = page_table
-        self._words = np.array([_figures(view) for view in rows.views], np.int64)
-        follows = before is not None and np.array_equal(self._words, before._words + np.array(ONE_ROW_MORE))
-        self._before = before if follows and before is not None and before.page_table is page_table else None
-        if before is not None:
-            before._before = None  # no chain of all steps
-        self._plans: dict[tuple[int, float], Plan] = {}  # by launch and scale
-
-    @cached_property
-    def figures(self) -> tuple[SequenceFigures, ...]:
-        """Where each sequence's rows and pages lie."""
-        return tuple(SequenceFigures(*row) for row in self._words.tolist())
-
-    def plan_for(self, launch: DecodeLaunch, scale: float) -> Plan:
-        """The launch's plan; that of a step that only adds a row to each sequence is made on the GPU.
-
-        An array that the host has written costs a CUDA device a page fault, about 180 us.
-        """
-        key = id(launch), scale
-        plan = self._plans.get(key)
-        if plan is None:
-            before = None if self._before is None else self._before._plans.get(key)
-            if before is not None:
-                plan = launch.plans.following(before)
-            else:
-                plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, NO_WINDOW))
-            self._plans[key] = plan
-        return plan
-
-    @cached_property
-    def copies(self) -> Places:
-        """From and to."""
-        assert self.rows.copies is not None
-        return Places.of(self.rows.copies)
-
-    @cached_property
-    def writes(self) -> Places:
-        """New rows' numbers, and where they go."""
-        return Places.of(self.rows.writes)
-
-    @cached_property
-    def closed(self) -> Places:
-        """Of a PageWrites."""
-        assert self.rows.closed is not None
-        return Places.of(self.rows.closed)
-
-    @cached_property
-    def pages(self) -> Places:
-        """Of a PageWrites."""
-        assert self.rows.pages is not None
-        return Places.of(self.rows.pages)
-
-    @cached_property
-    def num_blocks(self) -> int:
-        """Blocks of tokens with which the pages that this step writes end."""
-        written = [pages.numbers.max() for pages in (self.rows.closed, self.rows.pages) if pages is not None]
-        return int(max(written, default=-1)) + 1
-
-    @cached_property
-    def window_places(self) -> tuple[Places | None, Places | None, int]:
-        """Of the step's own window: held rows and new ones with their places in it, and its length."""
-        assert self.rows.window is not None
-        held, new, at = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.int64]](), 0
-        for run in self.rows.window:
-            places = np.arange(run.num_rows)
-            (new if run.is_new else held).append(np.stack([run.first + places, at + places]))
-            at += run.num_rows
-        made = [Places.of(np.concatenate(pairs, axis=1)) if pairs else None for pairs in (held, new)]
-        return made[0], made[1], at
 
 
 class GpuStore(CanonicalStorage, LayerStore):
@@ -307,7 +227,7 @@ class GpuStore(CanonicalStorage, LayerStore):
             window = self._window(plan, self._k_rows, keys), self._window(plan, self._v_rows, values)
             exact = ExactBuffers(self._k_rows, self._v_rows, *window)
             if plan.rows.pages is not None:
-                self._encode(plan.pages, plan.num_blocks, *window)
+                self._encode(plan.pages, plan.num_pages, *window)
         if plan.rows.writes.shape[1]:
             self.put(keys, self._k_rows, plan.writes)
             self.put(values, self._v_rows, plan.writes)
@@ -319,7 +239,7 @@ class GpuStore(CanonicalStorage, LayerStore):
             self.put(self._k_rows[None], self._k_rows, plan.copies)
             self.put(self._v_rows[None], self._v_rows, plan.copies)
         if plan.rows.closed is not None:
-            self._encode(plan.closed, plan.num_blocks, self._k_rows, self._v_rows)
+            self._encode(plan.closed, plan.num_pages, self._k_rows, self._v_rows)
 
     def _window(self, plan: GpuStepPlan, held: mx.array, new: mx.array) -> mx.array:
         """A step's own window of one side, (H, rows, D)."""
@@ -581,23 +501,6 @@ def decode_shape(
     )
     shape.check()
     return shape
-
-
-def _figures(view: SequenceView) -> SequenceFigures:
-    sink, window = view.sink or _NO_SPAN, view.window or _NO_SPAN
-    return SequenceFigures(
-        view.q_start,
-        view.num_queries,
-        len(view.page_ids),
-        sink.first,
-        sink.num_rows,
-        window.first,
-        window.start,
-        window.num_rows,
-    )
-
-
-_NO_SPAN = RowSpan(0, 0, 0)
 
 
 @cache

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import (
-    Array,
     AttentionCall,
     Backend,
     ExactBuffers,
@@ -67,6 +66,11 @@ class GrowingArrays:
         return self._codes.shape[0]
 
     @property
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        """Codes and scales of all pages."""
+        return self._codes, self._scales
+
+    @property
     def allocated_bytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes
 
@@ -92,9 +96,13 @@ class MlxStore(CanonicalStorage, LayerStore):
     """One layer's pages in MLX arrays, attended over tile by tile in MLX operations."""
 
     def __init__(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> None:
-        super().__init__(
-            KIT, shape, fmt, means, lambda heads, dim, codec: GrowingArrays(heads, dim, codec, fmt.page_tokens)
-        )
+        self._page_arrays: list[GrowingArrays] = []
+
+        def new_arrays(heads: int, dim: int, codec: Codec) -> GrowingArrays:
+            self._page_arrays.append(GrowingArrays(heads, dim, codec, fmt.page_tokens))
+            return self._page_arrays[-1]
+
+        super().__init__(KIT, shape, fmt, means, new_arrays)
         self._rows = RowArrays(mx, shape, lambda heads, n, dim: mx.zeros((heads, n, dim), shape.dtype), mx.array)
 
     @property
@@ -127,7 +135,7 @@ class MlxStore(CanonicalStorage, LayerStore):
         return self._rows.append(plan, keys, values, self.encode)
 
     def pending_arrays(self) -> list[mx.array]:
-        return [self._rows.k, self._rows.v]
+        return [self._rows.k, self._rows.v, *(array for side in self._page_arrays for array in side.arrays)]
 
     def attend(self, call: AttentionCall) -> mx.array:
         return attend_by_tiles(self, self.shape, call)
@@ -152,9 +160,6 @@ class MlxBackend(Backend):
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
         """Nothing to wait for: everything stays lazy."""
-
-    def evaluate(self, arrays: Sequence[Array]) -> None:
-        mx.eval(list(arrays))
 
 
 def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) -> mx.array:

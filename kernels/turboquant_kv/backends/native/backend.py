@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_kv.backends.base import (
+    NO_SPAN,
     Array,
     AttentionCall,
     CanonicalPages,
@@ -28,7 +29,6 @@ from turboquant_kv.backends.base import (
     Means,
     PageIds,
     PageWrites,
-    RowSpan,
     SequenceView,
     StepRows,
 )
@@ -209,16 +209,13 @@ class NativeStepPlan(RowPlan):
         super().__init__(rows, lambda places: places)
         at, figures = 0, []
         for view in rows.views:
-            sink, window = view.sink or _NO_SPAN, view.window or _NO_SPAN
+            sink, window = view.sink or NO_SPAN, view.window or NO_SPAN
             ids = at, len(view.page_ids)
             figures.append((view.q_start, view.num_queries, *ids, sink.first, sink.num_rows, *window))
             at += len(view.page_ids)
         self.figures = np.array(figures, np.int64)
         self.page_ids = np.concatenate([view.page_ids for view in rows.views]).astype(np.int64, copy=False)
         self.fewest_queries = min(view.num_queries for view in rows.views)
-
-
-_NO_SPAN = RowSpan(0, 0, 0)
 
 
 class NativeBackend(NumpyBackend):

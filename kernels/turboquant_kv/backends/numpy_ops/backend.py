@@ -15,7 +15,6 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from turboquant_kv.backends.base import (
-    Array,
     AttentionCall,
     Backend,
     ExactBuffers,
@@ -207,9 +206,6 @@ class NumpyBackend(Backend):
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
         mx.eval(*arrays)  # at once: each wait costs a thread switch
-
-    def evaluate(self, arrays: Sequence[Array]) -> None:
-        """Nothing is ever pending here."""
 
 
 def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) -> mx.array:

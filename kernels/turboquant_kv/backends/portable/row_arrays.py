@@ -6,7 +6,7 @@ decided for all layers at once (backends.base.StepRows).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ from turboquant_kv.backends.base import (
     LayerShape,
     PageIds,
     PageWrites,
-    Run,
     StepPlan,
     StepRows,
 )
@@ -53,20 +52,8 @@ class RowPlan(StepPlan):
         self.num_window = 0
         self.held = self.new = None  # what the step's own window is made of: held rows and new ones
         if rows.window is not None:
-            pairs, self.num_window = _window_pairs(rows.window)
+            pairs, self.num_window = rows.window_pairs()
             self.held, self.new = (Move.of(side, index) for side in pairs)
-
-
-def _window_pairs(runs: Sequence[Run]) -> tuple[tuple[PageIds, PageIds], int]:
-    """Of held rows and of new ones: (2, n) numbers, and places in the window that the runs make; its length."""
-    table = np.array(runs, np.int64).reshape(-1, 3)
-    is_new, first, num_rows = table.T
-    starts = np.cumsum(num_rows) - num_rows
-    places = np.arange(int(num_rows.sum()))
-    source = places + np.repeat(first - starts, num_rows)
-    of_new = np.repeat(is_new, num_rows).astype(bool)
-    pairs = np.stack([source, places])
-    return (pairs[:, ~of_new], pairs[:, of_new]), len(places)
 
 
 class RowArrays:
