@@ -90,3 +90,19 @@ def draw_alone(logits: mx.array, row: Generation) -> int | Exception:
     except Exception as exc:
         log.exception("sampling failed for request %s", row.request_id)
         return exc
+
+
+def newest_tokens(rows: Sequence[Generation], flight: Flight | None) -> mx.array:
+    """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
+    known = [row.newest_token() for row in rows if flight is None or row not in flight]
+    if flight is None:
+        return mx.array(known, dtype=mx.uint32)[:, None]
+    assert flight.draws is not None
+    tokens = flight.draws.tokens
+    if flight.rows == rows:
+        return tokens[:, None]
+    if known:
+        tokens = mx.concatenate([tokens, mx.array(known, dtype=mx.uint32)])
+    place = flight.places
+    new = iter(range(len(flight.rows), len(flight.rows) + len(known)))
+    return tokens[mx.array([place[row] if row in place else next(new) for row in rows])][:, None]

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.interfaces import CacheRuntime, Caches
-from turboserve.engine.draws import Flight, add_row, draw_alone, read, sampler_of
+from turboserve.cache.interfaces import CacheRuntime
+from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sampler_of
 from turboserve.engine.generation import Generation, Outcomes
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.errors import StartupError
@@ -275,7 +274,7 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        logits: mx.array = self._model(_newest(rows, flight), cache=self._batch())[:, -1, :]
+        logits: mx.array = self._model(newest_tokens(rows, flight), cache=self._batch())[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -435,48 +434,6 @@ class Runner:
         if self._caches is not None:
             self._runtime.release(self._caches)
         self._caches = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunningRow:
-    """Implements cache.interfaces.RunningCaches for one request, wherever the runner keeps its caches now."""
-
-    generation: Generation
-    runner: Runner
-
-    def held_len(self) -> int:
-        return self.generation.cache_len
-
-    def written_len(self) -> int:
-        return self.generation.cache_len + self.runner.num_in_flight(self.generation)
-
-    def held_tokens(self) -> list[int]:
-        return self.generation.tokens(0, self.generation.cache_len)
-
-    def usable_prefix(self, length: int) -> int:
-        return self.runner.usable_prefix(self.generation, length)
-
-    def fork(self, length: int) -> Caches:
-        return self.runner.fork(self.generation, length)
-
-    def measure(self) -> KVBytes:
-        return self.runner.measure(self.generation)
-
-
-def _newest(rows: Sequence[Generation], flight: Flight | None) -> mx.array:
-    """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
-    known = [row.newest_token() for row in rows if flight is None or row not in flight]
-    if flight is None:
-        return mx.array(known, dtype=mx.uint32)[:, None]
-    assert flight.draws is not None
-    tokens = flight.draws.tokens
-    if flight.rows == rows:
-        return tokens[:, None]
-    if known:
-        tokens = mx.concatenate([tokens, mx.array(known, dtype=mx.uint32)])
-    place = flight.places
-    new = iter(range(len(flight.rows), len(flight.rows) + len(known)))
-    return tokens[mx.array([place[row] if row in place else next(new) for row in rows])][:, None]
 
 
 def on_cpu() -> bool:

@@ -20,7 +20,8 @@ from turboserve.engine.open_requests import OpenRequests
 from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
-from turboserve.engine.runner import Runner, RunningRow, on_cpu
+from turboserve.engine.runner import Runner, on_cpu
+from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
 from turboserve.errors import EngineFailureError, TurboServeError
