@@ -128,7 +128,8 @@ def running_loop(params: SamplingParams, batch: int, settings: Settings) -> Step
     for i in range(batch):
         sampling = replace(params, seed=i, logit_bias=((END_OF_TURN, -100.0),))
         messages = ({"role": "user", "content": f"Tell me story number {i}."},)
-        loop.add(Generation(Request(f"r{i}", messages, sampling, 4000), Nobody(), time.monotonic()))
+        request = Request(f"r{i}", messages, sampling=sampling, max_tokens=4000)
+        loop.add(Generation(request, Nobody(), time.monotonic()))
     while loop.num_waiting or loop.runner.num_rows < batch:
         loop.step()
     return loop

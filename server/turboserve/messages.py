@@ -15,7 +15,7 @@ from typing import Literal
 from turboquant_kv.kv_bytes import NO_BYTES, KVBytes
 from turboserve.errors import TurboServeError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 CacheTier = Literal["running", "memory", "disk"]
 """Where a conversation's cache is: a request works on it; idle and ready to continue; not in memory."""
 
@@ -41,15 +41,62 @@ class SamplingParams:
     seed: int | None = None
 
 
+ConstraintKind = Literal["json_object", "json_schema", "regex", "lark", "choice"]
+"""What a constraint's text is: "" (any JSON object), a JSON schema, a regular expression, a Lark grammar, a JSON
+list of strings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the answer must look like, enforced token by token. `param` is the body's field, for complaints."""
+
+    kind: ConstraintKind
+    text: str = ""
+    param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The functions that the model may call, and whether it must.
+
+    functions  OpenAI's tool objects {"type": "function", "function": {"name", "description", "parameters", "strict"}}
+    choice     none: described to the model, and its answer is text; required: the answer is calls and nothing else
+    name       with `required`: of this function alone
+    """
+
+    functions: tuple[Mapping[str, object], ...]
+    choice: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+    is_parallel: bool = True  # whether one answer may hold several calls
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One validated chat completion. `tenant` is the server's own view of the caller, never a body field."""
+    """One validated completion: of a conversation, or of a bare prompt.
+
+    `tenant` is the server's own view of the caller, never a body field.
+    """
 
     request_id: str
-    messages: tuple[Mapping[str, object], ...]  # {"role": str, "content": str, ...}, content already plain text
+    messages: tuple[Mapping[str, object], ...] = ()  # {"role": str, "content": str, ...}, content already plain text
+    prompt: str | tuple[int, ...] | None = None  # text or token ids to continue as they are; then without messages
     sampling: SamplingParams = SamplingParams()
-    max_tokens: int | None = None  # None: up to the context length
+    max_tokens: int | None = None  # None: the server's limit, up to the context length
+    min_tokens: int = 0  # before these, no end-of-answer token is drawn
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # end the answer as the model's own end tokens do
+    ignore_eos: bool = False  # the model's own end tokens do not end the answer
+    include_stop: bool = False  # the stop string that ended the answer is part of its text
+    skip_special_tokens: bool = True  # control tokens are left out of the text
+    num_top_logprobs: int | None = None  # None: no logprobs; 0: of the drawn tokens alone
+    tools: ToolUse | None = None
+    constraint: Constraint | None = None
+    add_generation_prompt: bool = True  # the conversation's last message is followed by the answer's opening
+    continue_final_message: bool = False  # the last message is the beginning of the answer
+    template_kwargs: Mapping[str, object] = field(
+        default_factory=dict
+    )  # for the chat template, such as enable_thinking
+    thinking_tokens: int | None = None  # most tokens of reasoning; None: as many as the model likes
     tenant: str = ""
     session_id: str | None = None  # an explicit session: continued when it exists, created when not
     kv_format: str | None = None  # "4/3", "f16", ...; None: the session's own, else the server's
@@ -102,6 +149,47 @@ class DeleteSession:
 
 SessionCommand = ListSessions | GetSession | ForkSession | UpdateSession | DeleteSession
 
+# --- questions about text, answered by the engine without computing an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize:
+    """The prompt that this request's messages or text would be. Answered with a tuple of token ids."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Token ids to text, control tokens included. Answered with a str."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderTemplate:
+    """The text of the prompt that these messages would be. Answered with a str."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Texts, or token ids, to vectors of the loaded model. Answered with Embeddings."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector of unit length for each input: the mean of the model's last hidden states."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    num_tokens: int
+
+
+TextQuestion = Tokenize | Detokenize | RenderTemplate | Embed
+
 # --- events of one request
 
 
@@ -118,21 +206,63 @@ class Usage:
     kv: KVBytes
     kv_format: str
     session_id: str = ""
+    reasoning_tokens: int = 0  # of the completion's
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's text and bytes, its natural log-probability as the model gave it, and the likeliest others'.
+
+    A token that is a piece of a character has bytes that are no text by themselves.
+    """
+
+    text: str
+    raw: bytes
+    logprob: float
+    token_id: int = -1
+    top: tuple[TokenLogprob, ...] = ()  # likeliest first; of these `top` is empty
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Newly decoded text; never a broken character, never part of a stop string."""
+    """Newly decoded text of the answer; never a broken character, never part of a stop string.
+
+    logprobs: of the tokens since the last delta, where the request asks for them. Their text is not always `text`:
+    a piece of a character is held back, and what begins a stop string is.
+    """
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Newly decoded text of what the model thinks before it answers."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of the answer's `index`-th tool call.
+
+    The first piece of each has its id and name, later ones "" in their place. The arguments of all pieces, joined,
+    are one JSON object; calls do not overlap.
+    """
+
+    index: int
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete."""
+    """The answer is complete. `stopped_by`: the stop string or token id of the request that ended it."""
 
     reason: FinishReason
     usage: Usage
+    stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +272,8 @@ class Failed:
     error: TurboServeError
 
 
-Event = TextDelta | Finished | Failed
+Delta = TextDelta | ReasoningDelta | ToolCallDelta
+Event = Delta | Finished | Failed
 """Each request ends with exactly one Finished or Failed, after which nothing more is delivered."""
 
 # --- sessions and statistics

@@ -1,20 +1,24 @@
 """From the engine thread to the event loop: one request's events, coalesced and bounded.
 
-The engine's `put` returns at once and never blocks on a slow reader: text that has not been
-picked up yet is merged into one delta, so the mailbox holds at most one delta and one ending.
+The engine's `put` returns at once and never blocks on a slow reader: deltas that have not been
+picked up yet are merged where they continue each other, and what is pending is bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
+from dataclasses import replace
+from itertools import groupby
 from weakref import WeakKeyDictionary, ref
 
 from turboserve.errors import OverloadedError
-from turboserve.messages import Event, Failed, Finished, TextDelta
+from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20
+DELTA_CHARS, LOGPROB_CHARS = 16, 64  # what a delta, and each of its logprobs, counts as beside its text
 
 
 class _Waker:
@@ -61,7 +65,8 @@ class Mailbox:
         self._waker = _wakers.setdefault(loop, _Waker(loop))
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()
-        self._parts: list[str] = []
+        self._deltas: list[Delta] = []
+        self._merged: deque[Delta] = deque()
         self._num_chars = 0
         self._ending: Finished | Failed | None = None
 
@@ -75,19 +80,19 @@ class Mailbox:
         with self._lock:
             if self._ending is not None:
                 return
-            wake = not self._parts
-            if isinstance(event, TextDelta):
-                self._parts.append(event.text)
-                self._num_chars += len(event.text)
+            wake = not self._deltas
+            if isinstance(event, Finished | Failed):
+                self._ending, wake = event, True
+            else:
+                self._deltas.append(event)
+                self._num_chars += _size(event)
                 if self._num_chars > MAX_PENDING_CHARS:
                     self._ending, wake = Failed(OverloadedError("The client reads too slowly.")), True
-            else:
-                self._ending, wake = event, True
         if wake:
             self._waker.wake(self._arrived)
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
-        """All text so far as one delta, or the ending; None after `timeout_s` of silence.
+        """The next delta with all that continues it so far, or the ending; None after `timeout_s` of silence.
 
         After the ending has been returned once, it is returned again.
         """
@@ -100,9 +105,42 @@ class Mailbox:
         return event
 
     def _take(self) -> Event | None:
+        if self._merged:
+            return self._merged.popleft()
         with self._lock:
             self._arrived.clear()
-            if self._parts:
-                text, self._parts, self._num_chars = "".join(self._parts), [], 0
-                return TextDelta(text)
-            return self._ending
+            deltas, self._deltas, self._num_chars = self._deltas, [], 0
+            if not deltas:
+                return self._ending
+        self._merged.extend(merged(deltas))
+        return self._merged.popleft()
+
+
+def merged(deltas: list[Delta]) -> list[Delta]:
+    """The same in order, each run of deltas that continue each other as one."""
+    if len(deltas) == 1:
+        return deltas
+    return [_joined(list(run)) for _, run in groupby(deltas, _thread_of)]
+
+
+def _thread_of(delta: Delta) -> tuple[type, int]:
+    return type(delta), delta.index if isinstance(delta, ToolCallDelta) else 0
+
+
+def _joined(run: list[Delta]) -> Delta:
+    if len(run) == 1:
+        return run[0]
+    first = run[0]
+    if isinstance(first, ToolCallDelta):
+        return replace(first, arguments="".join(d.arguments for d in run if isinstance(d, ToolCallDelta)))
+    text = "".join(d.text for d in run if isinstance(d, TextDelta | ReasoningDelta))
+    if isinstance(first, ReasoningDelta):
+        return ReasoningDelta(text)
+    return TextDelta(text, tuple(one for d in run if isinstance(d, TextDelta) for one in d.logprobs))
+
+
+def _size(delta: Delta) -> int:
+    if isinstance(delta, ToolCallDelta):
+        return DELTA_CHARS + len(delta.name) + len(delta.arguments)
+    num_logprobs = sum(1 + len(one.top) for one in delta.logprobs) if isinstance(delta, TextDelta) else 0
+    return DELTA_CHARS + len(delta.text) + LOGPROB_CHARS * num_logprobs

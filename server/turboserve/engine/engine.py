@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.generation import Generation
-from turboserve.engine.inbox import RETRY_AFTER_START_S, Cancel, InboxItem, SessionCall
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem
 from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.step_loop import Clock, StepLoop
@@ -31,7 +31,9 @@ from turboserve.messages import (
     EngineStats,
     Failed,
     Request,
+    SamplingParams,
     SessionCommand,
+    TextQuestion,
 )
 from turboserve.settings import Settings
 
@@ -63,6 +65,7 @@ class TurboEngine:
         self._telemetry: EngineTelemetry = telemetry if telemetry is not None else NullTelemetry()
         self._model_id = model_id
         self._created = int(time.time())
+        self._sampling_defaults = SamplingParams()  # the model's own once it is loaded
         self._changed = threading.Condition()
         self._inbox: deque[InboxItem] = deque()
         self._num_waiting = 0  # submitted and not yet admitted, inbox included
@@ -83,6 +86,10 @@ class TurboEngine:
     @property
     def created(self) -> int:
         return self._created
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        return self._sampling_defaults
 
     def start(self) -> None:
         """Begin loading; returns at once."""
@@ -130,7 +137,14 @@ class TurboEngine:
 
     def session(self, command: SessionCommand) -> Future[Any]:
         """Have a session command answered on the engine thread; see protocol.Engine."""
-        call = SessionCall(command, Future())
+        return self._call(command)
+
+    def ask(self, question: TextQuestion) -> Future[Any]:
+        """Have a question answered on the engine thread; see protocol.Engine."""
+        return self._call(question)
+
+    def _call(self, asked: SessionCommand | TextQuestion) -> Future[Any]:
+        call = Call(asked, Future())
         with self._changed:
             unready = self._unready
             if unready is None:
@@ -176,7 +190,7 @@ class TurboEngine:
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
         self._progress(f"warm-up      {warmed_s:.1f} s")
-        self._created = int(time.time())
+        self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:
             self._unready = "the server is shutting down" if self._is_refusing else None
@@ -244,7 +258,7 @@ class TurboEngine:
         for item in left:
             if isinstance(item, Generation):
                 _tell(item, error)
-            elif isinstance(item, SessionCall):
+            elif isinstance(item, Call):
                 item.refuse(error)
         if loop is not None:
             loop.fail_all(error)

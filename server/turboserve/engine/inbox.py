@@ -11,12 +11,9 @@ from typing import Any
 from turboserve.engine.failures import as_failure
 from turboserve.engine.generation import Generation
 from turboserve.errors import TurboServeError
-from turboserve.messages import SessionCommand, SessionInfo, SessionPage
+from turboserve.messages import SessionCommand, TextQuestion
 
 log = logging.getLogger(__name__)
-
-SessionAnswer = SessionPage | SessionInfo | None
-"""Which of them: see the command's docstring in messages.py."""
 
 RETRY_AFTER_START_S = 5
 
@@ -29,28 +26,28 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionCall:
-    """A session command, and whom to tell its answer. The future ends once, whatever happens to the engine."""
+class Call:
+    """A session command or a question, and whom to tell its answer. The future ends once, whatever happens."""
 
-    command: SessionCommand
+    asked: SessionCommand | TextQuestion
     future: Future[Any]
 
-    def run(self, answer: Callable[[SessionCommand], SessionAnswer]) -> None:
-        """Answer the command, on the engine thread; what `answer` raises goes to the future as a TurboServeError."""
+    def run(self, answer: Callable[[SessionCommand | TextQuestion], object]) -> None:
+        """Answer it on the engine thread; what `answer` raises goes to the future as a TurboServeError."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
-            self.future.set_result(answer(self.command))
+            self.future.set_result(answer(self.asked))
         except Exception as exc:
             if not isinstance(exc, TurboServeError):
-                log.exception("a session command failed")
+                log.exception("%s failed", type(self.asked).__name__)
             self.future.set_exception(as_failure(exc, RETRY_AFTER_START_S))
 
     def refuse(self, error: TurboServeError) -> None:
-        """Any thread: the command is not done."""
+        """Any thread: it is not done."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
-InboxItem = Generation | Cancel | SessionCall
+InboxItem = Generation | Cancel | Call
 """A submitted request is there as the engine's own state of it."""

@@ -10,6 +10,7 @@ from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.runner import EvaluatingRuntime
+from turboserve.messages import SamplingParams
 
 Progress = Callable[[str], None]
 """Told what start-up is doing, one line at a time."""
@@ -28,6 +29,9 @@ class LoadedModel:
     weights_fingerprint: str
     eos_ids: frozenset[int]
     tokenizer_fingerprint: str = ""
+    sampling_defaults: SamplingParams = field(
+        default_factory=SamplingParams
+    )  # of the model's own generation_config.json
     details: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError
+from turboserve.messages import Request
 
 # Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
 # this many tokens as it grows, so that a few open-ended chats do not shut everyone else out.
@@ -30,7 +31,7 @@ class Preparer:
     def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""
         request = generation.request
-        prompt = self._template.encode(request.messages)
+        prompt = self.prompt_of(request)
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
         kv_format = self._memory.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:
@@ -42,6 +43,10 @@ class Preparer:
         generation.text = TextStream(self._decode, request.stop)
         generation.max_answer_len = limit
         generation.prompt = prompt
+
+    def prompt_of(self, request: Request) -> list[int]:
+        """Token ids of the request's prompt. Raises InvalidRequestError when there are none."""
+        return self._template.encode(request.messages)
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._loaded.tokenizer.decode(

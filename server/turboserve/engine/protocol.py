@@ -7,7 +7,7 @@ request ends with exactly one `Finished` or `Failed`, after which nothing more i
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 from turboserve.messages import (
     DeleteSession,
@@ -17,8 +17,10 @@ from turboserve.messages import (
     GetSession,
     ListSessions,
     Request,
+    SamplingParams,
     SessionInfo,
     SessionPage,
+    TextQuestion,
     UpdateSession,
 )
 
@@ -42,6 +44,11 @@ class Engine(Protocol):
     @property
     def created(self) -> int:
         """Unix seconds at which the model was loaded."""
+        ...
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What applies where a request says nothing: the model's own `generation_config.json`, else OpenAI's."""
         ...
 
     def submit(self, request: Request, sink: EventSink) -> None:
@@ -72,6 +79,13 @@ class Engine(Protocol):
         `after`), SessionExistsError and OverloadedError (ForkSession, without room), QuotaExceededError (ForkSession,
         UpdateSession), SessionBusyError (DeleteSession, ForkSession while its first prompt is being read), or
         EngineUnavailableError before the engine is ready and after its end.
+        """
+        ...
+
+    def ask(self, question: TextQuestion) -> Future[Any]:
+        """Answered on the engine thread between two steps; with what, the question's docstring says.
+
+        The future's exception is a TurboServeError: InvalidRequestError, or EngineUnavailableError as of `session`.
         """
         ...
 

@@ -20,12 +20,13 @@ from turboserve.engine.open_requests import OpenRequests
 from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
+from turboserve.engine.questions import Questions
 from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
 from turboserve.errors import EngineFailureError, TurboServeError
-from turboserve.messages import EngineStats, SessionCommand, SessionInfo, SessionPage, TextDelta
+from turboserve.messages import EngineStats, SessionCommand, TextDelta, TextQuestion
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class StepLoop:
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self.vocab_len = self.runner.warm_up()
         self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len)
+        self._questions = Questions(parts.loaded, self._preparer)
         self.overlap = choose_overlap(
             settings.overlap,
             can_cut=parts.memory.family.can_cut(parts.memory.family.default),
@@ -90,9 +92,11 @@ class StepLoop:
         """Tell every reader that it is over, without touching caches: for an engine beyond repair."""
         self.requests.abandon(error)
 
-    def answer(self, command: SessionCommand) -> SessionInfo | SessionPage | None:
-        """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
-        return self._memory.answer(command, self._clock())
+    def answer(self, asked: SessionCommand | TextQuestion) -> object:
+        """A caller's command on a session of theirs, or a question. Raises the TurboServeErrors that HTTP shows."""
+        if isinstance(asked, TextQuestion):
+            return self._questions.answer(asked)
+        return self._memory.answer(asked, self._clock())
 
     def close(self) -> None:
         """After the last request: what is idle goes to disk, as far as there is one."""

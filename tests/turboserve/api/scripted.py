@@ -10,7 +10,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
 
@@ -26,14 +28,21 @@ from turboserve.messages import (
     AdmissionStats,
     CacheEvents,
     ConversationStats,
+    Detokenize,
     DiskStatus,
+    Embed,
+    Embeddings,
     EngineStats,
     Event,
     Failed,
     Finished,
     KernelTrial,
+    RenderTemplate,
     Request,
+    SamplingParams,
     TextDelta,
+    TextQuestion,
+    Tokenize,
     Usage,
 )
 
@@ -127,6 +136,7 @@ class ScriptedEngine(ScriptedSessions):
     def __init__(self) -> None:
         super().__init__()
         self.received: list[Request] = []
+        self.asked: list[TextQuestion] = []
         self.extra: tuple[ConversationStats, ...] = ()  # in place of the two that statistics show
         self.cancelled: list[str] = []
         self.unready: str | None = None
@@ -143,6 +153,23 @@ class ScriptedEngine(ScriptedSessions):
 
     model_id = MODEL_ID
     created = 1_700_000_000
+    sampling_defaults = SamplingParams()
+
+    def ask(self, question: TextQuestion) -> Future[Any]:
+        """Each word is a token, and its id its length."""
+        future: Future[Any] = Future()
+        self.asked.append(question)
+        match question:
+            case Tokenize(request):
+                text = request.prompt if isinstance(request.prompt, str) else repr(request.messages)
+                future.set_result(tuple(len(word) for word in text.split()))
+            case Detokenize(tokens):
+                future.set_result(" ".join("x" * token for token in tokens))
+            case RenderTemplate(request):
+                future.set_result("".join(f"<{m['role']}>{m['content']}" for m in request.messages))
+            case Embed(inputs):
+                future.set_result(Embeddings(tuple((0.6, 0.8) for _ in inputs), num_tokens=len(inputs)))
+        return future
 
     def submit(self, request: Request, sink: EventSink) -> None:
         if self.dead:

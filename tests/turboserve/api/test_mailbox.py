@@ -11,7 +11,7 @@ from tests.turboserve.api.scripted import USAGE
 from turboserve.api import mailbox as module
 from turboserve.api.mailbox import Mailbox
 from turboserve.errors import EngineFailureError
-from turboserve.messages import Failed, Finished, TextDelta
+from turboserve.messages import Failed, Finished, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 
 
 async def drain(mailbox: Mailbox) -> tuple[str, Finished | Failed]:
@@ -49,6 +49,48 @@ def test_unread_text_is_one_event() -> None:
             mailbox.put(TextDelta("ab"))
         assert await mailbox.next() == TextDelta("ab" * 100)
         assert await mailbox.next(0.01) is None
+
+    asyncio.run(scenario())
+
+
+def test_deltas_are_merged_only_where_they_continue_each_other() -> None:
+    one, two = TokenLogprob("a", b"a", -1.0), TokenLogprob("b", b"b", -2.0)
+
+    async def scenario() -> None:
+        mailbox = Mailbox()
+        for delta in (
+            ReasoningDelta("hm"),
+            ReasoningDelta("m"),
+            TextDelta("a", (one,)),
+            TextDelta("b", (two,)),
+            ToolCallDelta(0, "call_0", "f", ""),
+            ToolCallDelta(0, arguments="{"),
+            ToolCallDelta(0, arguments="}"),
+            ToolCallDelta(1, "call_1", "f", "{}"),
+            TextDelta("c"),
+        ):
+            mailbox.put(delta)
+        mailbox.put(Finished("tool_calls", USAGE))
+        assert [await mailbox.next() for _ in range(6)] == [
+            ReasoningDelta("hmm"),
+            TextDelta("ab", (one, two)),
+            ToolCallDelta(0, "call_0", "f", "{}"),
+            ToolCallDelta(1, "call_1", "f", "{}"),
+            TextDelta("c"),
+            Finished("tool_calls", USAGE),
+        ]
+
+    asyncio.run(scenario())
+
+
+def test_unread_logprobs_are_bounded_too() -> None:
+    one = TokenLogprob("a", b"a", -1.0, top=(TokenLogprob("a", b"a", -1.0),) * 20)
+
+    async def scenario() -> None:
+        mailbox = Mailbox()
+        for _ in range(module.MAX_PENDING_CHARS // (20 * module.LOGPROB_CHARS)):
+            mailbox.put(TextDelta("a", (one,)))
+        assert isinstance((await drain(mailbox))[1], Failed)
 
     asyncio.run(scenario())
 

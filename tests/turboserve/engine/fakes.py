@@ -192,7 +192,16 @@ def request(
     kv_format: str | None = None,
 ) -> Request:
     messages = ({"role": "user", "content": content},)
-    return Request(request_id, messages, sampling, max_tokens, stop, tenant, session_id=session_id, kv_format=kv_format)
+    return Request(
+        request_id,
+        messages,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=stop,
+        tenant=tenant,
+        session_id=session_id,
+        kv_format=kv_format,
+    )
 
 
 def add(loop: StepLoop, *requests: Request) -> list[Sink]:
