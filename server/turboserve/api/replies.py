@@ -7,12 +7,14 @@ Pure functions from the engine's messages; shapes are declared in `reply_models.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import orjson
 from starlette.responses import Response
 
+from turboserve.api.answering import Answer
 from turboserve.api.kv_replies import kv_figures
 from turboserve.api.reply_models import (
     AnswerMessage,
@@ -24,10 +26,11 @@ from turboserve.api.reply_models import (
     ModelObject,
 )
 from turboserve.errors import TurboServeError
-from turboserve.messages import FinishReason, Usage
+from turboserve.messages import Delta, Finished, FinishReason, TextDelta, Usage
 
 DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive
 JSON_TYPE = "application/json"
+SSE_TYPE = "text/event-stream; charset=utf-8"
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_COMMENT = b": keep-alive\n\n"
 
@@ -60,24 +63,50 @@ def sse_error(error: TurboServeError) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionReplies:
-    """Builds the replies of one chat completion; `created` is fixed so that all chunks agree."""
+class ChatReplies:
+    """Writes the reply to a chat completion; `created` is fixed so that all chunks agree."""
 
     request_id: str
     model_id: str
     include_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, reason: FinishReason, usage: Usage) -> ChatCompletion:
+    media_type: ClassVar[str] = SSE_TYPE
+    keep_alive: ClassVar[bytes] = SSE_COMMENT
+
+    def whole(self, answers: Sequence[Answer]) -> Response:
         """The answer in one piece."""
-        choice = Choice(message=AnswerMessage(content=text), finish_reason=reason)
-        return ChatCompletion(
+        (answer,) = answers
+        choice = Choice(message=AnswerMessage(content=answer.text), finish_reason=answer.ending.reason)
+        body = ChatCompletion(
             id=self.request_id,
             created=self.created,
             model=self.model_id,
             choices=[choice],
-            usage=completion_usage(usage),
+            usage=completion_usage(answer.ending.usage),
         )
+        return Response(body.model_dump_json(), media_type=JSON_TYPE)
+
+    def begin(self) -> bytes:
+        """The first chunk has the role."""
+        return sse(self.role_chunk())
+
+    def delta(self, choice: int, delta: Delta) -> bytes:
+        """Newly decoded text."""
+        return sse(self.delta_chunk(delta.text)) if isinstance(delta, TextDelta) else b""
+
+    def finish(self, choice: int, finished: Finished) -> bytes:
+        """Finish reason, and usage if asked for."""
+        usage = sse(self.usage_chunk(finished.usage)) if self.include_usage else b""
+        return sse(self.final_chunk(finished.reason)) + usage
+
+    def end(self) -> bytes:
+        """The mark behind all chunks."""
+        return SSE_DONE
+
+    def failure(self, error: TurboServeError) -> bytes:
+        """The error as the last event."""
+        return sse_error(error)
 
     def role_chunk(self) -> Json:
         """The first chunk of a stream."""

@@ -16,16 +16,16 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from turboserve import __version__
+from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import check_model, parse_chat
-from turboserve.api.completion import CompletionResponse
 from turboserve.api.context import ApiContext, Context, Tenant
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
-from turboserve.api.replies import JSON_TYPE, model_object
+from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object
 from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
 from turboserve.api.session_request import (
     SESSION_HEADER,
@@ -90,14 +90,15 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
     if context.drain.draining:
         context.telemetry.request_refused("draining")
     context.drain.check()
-    parsed = parse_chat(
+    parsed, delivery = parse_chat(
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
         model_id=context.engine.model_id,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
-    return CompletionResponse(*parsed, context)
+    replies = ChatReplies(parsed.request_id, context.engine.model_id, delivery.include_usage)
+    return AnswerResponse([parsed], replies, context, stream=delivery.stream)
 
 
 # --- models

@@ -1,0 +1,224 @@
+"""Runs the requests behind one reply: submit, wait, answer whole or as a stream, and always let go.
+
+Each kind of route has `Replies` of its own, which say how an answer is written; here is everything else. Owns the
+requests from submission to their end. Whatever happens (an ending, a disconnect, a stalled reader, shutdown, our own
+failure), the engine is told to free a request that has not finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from turboserve.api.context import ApiContext
+from turboserve.api.mailbox import Mailbox
+from turboserve.errors import TurboServeError
+from turboserve.messages import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    ReasoningDelta,
+    Request,
+    TextDelta,
+    TokenLogprob,
+)
+
+logger = logging.getLogger("turboserve.api")
+
+STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+)
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """One complete tool call of an answer; `arguments` is a JSON object as text."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request's answer, collected from its deltas until `finished` is there."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finished: Finished | None = None
+
+    def add(self, delta: Delta) -> None:
+        """The next delta."""
+        if isinstance(delta, TextDelta):
+            self.text += delta.text
+            self.logprobs += delta.logprobs
+        elif isinstance(delta, ReasoningDelta):
+            self.reasoning += delta.text
+        elif delta.index == len(self.calls):
+            self.calls.append(ToolCall(delta.call_id, delta.name, delta.arguments))
+        else:
+            self.calls[delta.index].arguments += delta.arguments
+
+    @property
+    def ending(self) -> Finished:
+        """How it ended; only of a complete answer."""
+        assert self.finished is not None, "the answer is not complete"
+        return self.finished
+
+
+class Replies(Protocol):
+    """How a kind of route writes one reply, which may hold several answers. One object for one reply.
+
+    The bytes of a stream are begin, then deltas and one finish for each answer, then end; or, instead of the rest,
+    failure. Each may be empty.
+    """
+
+    media_type: ClassVar[str]  # of a stream
+    keep_alive: ClassVar[bytes]  # sent into a silent stream
+
+    def begin(self) -> bytes:
+        """The first bytes of a stream."""
+        ...
+
+    def delta(self, choice: int, delta: Delta) -> bytes:
+        """A piece of one answer."""
+        ...
+
+    def finish(self, choice: int, finished: Finished) -> bytes:
+        """One answer is complete."""
+        ...
+
+    def end(self) -> bytes:
+        """All answers are."""
+        ...
+
+    def failure(self, error: TurboServeError) -> bytes:
+        """The last bytes of a stream that failed after its first."""
+        ...
+
+    def whole(self, answers: Sequence[Answer]) -> Response:
+        """All answers in one piece."""
+        ...
+
+
+class AnswerResponse(Response):
+    """An ASGI response that runs its requests when called.
+
+    Nothing is sent before the engine's first event, so an early failure is raised and gets its
+    proper status; only after `keepalive_interval_s` of silence does a stream start with a comment.
+    """
+
+    def __init__(self, requests: Sequence[Request], replies: Replies, context: ApiContext, *, stream: bool) -> None:
+        """One answer for each of `requests`, in their order."""
+        super().__init__()
+        self._requests, self._replies, self._context, self._is_stream = requests, replies, context, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as stack:
+            mailboxes = [stack.enter_context(self._context.submitted(request)) for request in self._requests]
+            run = self._stream(mailboxes, send) if self._is_stream else self._whole(mailboxes, scope, receive, send)
+            answer = asyncio.create_task(run)
+            departure = asyncio.create_task(wait_for_disconnect(receive))
+            try:
+                await asyncio.wait({answer, departure}, return_when=asyncio.FIRST_COMPLETED)
+                if answer.done():
+                    answer.result()
+                else:
+                    self._context.telemetry.http_disconnect("stream" if self._is_stream else "whole")
+                    logger.info("the client left")
+            finally:
+                await _stop(answer, departure)
+
+    async def _whole(self, mailboxes: Sequence[Mailbox], scope: Scope, receive: Receive, send: Send) -> None:
+        answers = [Answer() for _ in mailboxes]
+        async for choice, event in self._events(mailboxes):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                answers[choice].finished = event
+            elif event is not None:
+                answers[choice].add(event)
+        await self._replies.whole(answers)(scope, receive, send)
+
+    async def _stream(self, mailboxes: Sequence[Mailbox], send: Send) -> None:
+        has_begun = False
+        try:
+            async for choice, event in self._events(mailboxes):
+                if isinstance(event, Failed) and not has_begun:
+                    raise event.error
+                if not has_begun:
+                    await self._begin(send)
+                    has_begun = True
+                if isinstance(event, Failed):
+                    logger.warning("failed mid-stream: %s", event.error.code)
+                    return await self._send(send, self._replies.failure(event.error), more=False)
+                await self._send(send, self._written(choice, event))
+            await self._send(send, self._replies.end(), more=False)
+        except TimeoutError:
+            self._context.telemetry.http_disconnect("stalled")
+            logger.warning("the client stopped reading")
+
+    def _written(self, choice: int, event: Delta | Finished | None) -> bytes:
+        if event is None:
+            return self._replies.keep_alive
+        if isinstance(event, Finished):
+            return self._replies.finish(choice, event)
+        return self._replies.delta(choice, event)
+
+    async def _events(self, mailboxes: Sequence[Mailbox]) -> AsyncIterator[tuple[int, Event | None]]:
+        """Events of all answers as they come, None in silence, until the last has ended; after a Failed, nothing."""
+        silence_s = self._context.keepalive_interval_s if self._is_stream else None
+        if len(mailboxes) == 1:  # nearly always, and without a task for each token
+            event = None
+            while not isinstance(event, Finished | Failed):
+                event = await mailboxes[0].next(silence_s)
+                yield 0, event
+            return
+        waiting = {asyncio.ensure_future(box.next(silence_s)): i for i, box in enumerate(mailboxes)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=waiting.__getitem__):
+                    choice, event = waiting.pop(task), task.result()
+                    yield choice, event
+                    if isinstance(event, Failed):
+                        return
+                    if not isinstance(event, Finished):
+                        waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s))] = choice
+        finally:
+            await _stop(*waiting)
+
+    async def _begin(self, send: Send) -> None:
+        headers = [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send(send, self._replies.begin())
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        """Raises TimeoutError when the client has not taken earlier bytes for `send_timeout_s`."""
+        if more and not body:
+            return
+        async with asyncio.timeout(self._context.send_timeout_s):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Returns once the client has left, or our response is complete."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _stop(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
