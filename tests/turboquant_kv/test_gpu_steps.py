@@ -5,6 +5,7 @@ Kernels are not compiled: each launch is counted, and its outputs are zeros.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -33,11 +34,15 @@ class Launches:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.fences: list[tuple[mx.array, mx.array]] = []  # what each launch was given, and what it left
 
-    def __call__(self, *, name: str, **options: Any) -> Any:
-        def launch(*, output_shapes: Any, output_dtypes: Any, **arguments: Any) -> list[mx.array]:
+    def __call__(self, *, name: str, input_names: Any, output_names: Any, **options: Any) -> Any:
+        def launch(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **arguments: Any) -> list[mx.array]:
             self.names.append(name)
-            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            made = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            if "fence" in input_names:  # flash attention reads what others made
+                self.fences.append((inputs[input_names.index("fence")], made[output_names.index("fence_out")]))
+            return made
 
         return launch
 
@@ -65,7 +70,7 @@ def step(batches: list[BatchTurboQuantKVCache], num_rows: int, num_new: int = 1)
     return calls
 
 
-def made(num_rows: int, launches: Launches) -> list[BatchTurboQuantKVCache]:
+def made(num_rows: int, launches: Launches, num_layers: int = LAYERS) -> list[BatchTurboQuantKVCache]:
     """Layers of a batch of conversations of 40 tokens, which is a sink and eight rows of a tail."""
     backend = GpuBackend(
         "cuda",
@@ -73,15 +78,15 @@ def made(num_rows: int, launches: Launches) -> list[BatchTurboQuantKVCache]:
         PageKernels("cuda", launches),
         FlashKernels("cuda", launches),
     )
-    pool = PagePool(backend, [SHAPE] * LAYERS, FMT)
-    sources = [LayerSource.of_pool(pool, layer) for layer in range(LAYERS)]
-    conversations = [PagedSequence(pool, range(LAYERS)) for _ in range(num_rows)]
+    pool = PagePool(backend, [SHAPE] * num_layers, FMT)
+    sources = [LayerSource.of_pool(pool, layer) for layer in range(num_layers)]
+    conversations = [PagedSequence(pool, range(num_layers)) for _ in range(num_rows)]
     batches = [
         TurboQuantKVCache.merge([TurboQuantKVCache(source, c.of_layer(source.layer)) for c in conversations])
         for source in sources
     ]
     for conversation in conversations:
-        for layer in range(LAYERS):
+        for layer in range(num_layers):
             conversation.release(layer)
     step(batches, num_rows, 40)
     return batches
@@ -116,3 +121,37 @@ def test_launches_and_calls_do_not_grow_with_rows(num_rows: int) -> None:
     assert alone[closing] == together[closing] == 3 * LAYERS, "pages of all rows are encoded in one launch a side"
     assert np.median(together_calls) == np.median(alone_calls)
     assert together_calls[closing] == alone_calls[closing] > np.median(alone_calls)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_each_launch_on_a_layers_arrays_is_given_the_fence_of_the_one_before(num_rows: int) -> None:
+    """Else a device may run them side by side: MLX knows nothing of what they write."""
+    launches = Launches()
+    batches = made(num_rows, launches, num_layers=1)
+    launches.fences.clear()
+    for num_new in (1, FMT.page_tokens, 1, 5, 200, 1):  # decode, prefill within a page and over several
+        step(batches, num_rows, num_new)
+    assert len(launches.fences) > 20
+    for (_, left), (given, _) in itertools.pairwise(launches.fences):
+        assert given is left
+
+
+def test_operations_that_read_a_layers_arrays_wait_for_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order that only MLX's graph knows of is none on a device."""
+    launches = Launches()
+    batches = made(1, launches, num_layers=1)
+    step(batches, 1, 200)
+    store = batches[0].sequences[0].shared.pool.stores[0]  # type: ignore[union-attr]
+    waited: list[mx.array] = []
+    wait = mx.eval
+
+    def seen(*arrays: Any) -> None:
+        waited.extend(arrays)
+        wait(*arrays)
+
+    monkeypatch.setattr(mx, "eval", seen)
+    pages = np.array([0])
+    for read in (lambda: store.read(pages), lambda: store.get_rows(0, 4), lambda: store.decode(pages, 0)):
+        waited.clear()
+        read()
+        assert any(array is launches.fences[-1][1] for array in waited)

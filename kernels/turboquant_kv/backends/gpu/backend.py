@@ -10,7 +10,6 @@ writes, so every launch on a layer's arrays gets the fence of the one before and
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ LONGEST_PLAIN_MEAN = 48.0
 
 
 class OpenArrays(GrowingArrays):
-    """Page arrays that kernels may read, and write in place; `ordered` puts a fence before whoever else reads them."""
+    """Page arrays that kernels may read, and write in place; whoever else reads them waits first."""
 
     def __init__(self, store: GpuStore, heads: int, dim: int, codec: Codec, page_tokens: int) -> None:
         super().__init__(heads, dim, codec, page_tokens)
@@ -81,9 +80,10 @@ class OpenArrays(GrowingArrays):
                 self._store.put(source.reshape(1, 1, num_pages, -1), target.reshape(1, held, -1), places)
 
     def get(self, page_ids: PageIds) -> tuple[mx.array, mx.array]:
-        ids = mx.array(page_ids)
-        codes, scales = self._store.ordered(self._codes, self._scales)
-        return codes[ids], scales[ids]
+        self._store.settle()
+        pages = super().get(page_ids)
+        mx.eval(*pages)  # before a later launch writes what they are read from
+        return pages
 
 
 class Kernels(NamedTuple):
@@ -139,16 +139,8 @@ class GpuStore(CanonicalStorage, LayerStore):
         """As PageKernels.put, on an array of this layer."""
         self._fence = self._kernels.pages.put(source, target, places, self._fence)
 
-    def ordered(self, *arrays: mx.array) -> list[mx.array]:
-        """The same arrays, for MLX operations: to be read once all launches so far are done."""
-        return list(mx.depends(list(arrays), [self._fence]))
-
-    def _read_by(self, result: mx.array) -> None:
-        """Later launches come after this result, which reads the arrays."""
-        (self._fence,) = mx.depends([self._fence], [result])
-
     def settle(self) -> None:
-        """Wait for all launches so far: the arrays are about to be replaced."""
+        """Wait for all launches so far: the arrays are about to be replaced, or read by others than our kernels."""
         mx.eval(self._fence)
 
     def pending_arrays(self) -> list[mx.array]:
@@ -203,8 +195,9 @@ class GpuStore(CanonicalStorage, LayerStore):
         self.put(rows.v[None], self._v_rows, places)
 
     def get_rows(self, first: int, num_rows: int) -> ExactRows:
+        self.settle()
         index = first + mx.arange(num_rows)
-        rows = ExactRows(*(x[:, index] for x in self.ordered(self._k_rows, self._v_rows)))
+        rows = ExactRows(self._k_rows[:, index], self._v_rows[:, index])
         mx.eval(*rows)
         return rows
 
@@ -245,14 +238,8 @@ class GpuStore(CanonicalStorage, LayerStore):
         """A step's own window of one side, (H, rows, D)."""
         runs = plan.rows.window
         assert runs is not None
-        if len(new) == 1 and len(runs) <= 2:  # one sequence: its kept rows and its new ones, both side by side
-            parts = [
-                (new.squeeze(0) if run.is_new else self.ordered(held)[0])[:, run.first : run.first + run.num_rows]
-                for run in runs
-            ]
-            window = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
-            self._read_by(window)
-            return window
+        if len(new) == 1 and len(runs) == 1 and runs[0].is_new:  # one sequence's new rows as they are
+            return new.squeeze(0)[:, runs[0].first : runs[0].first + runs[0].num_rows]
         held_places, new_places, num_rows = plan.window_places
         window = mx.zeros((held.shape[0], num_rows, held.shape[2]), held.dtype)
         for source, places in ((held[None], held_places), (new, new_places)):
@@ -266,8 +253,11 @@ class GpuStore(CanonicalStorage, LayerStore):
         """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
         num_tokens = len(view.page_ids) * self.fmt.page_tokens
         turns = self._float_turns(len(view.page_ids))
-        k, v = (
-            self._kernels.pages.history(
+        decoded = []
+        for side, arrays, constants, sink, window, turned in zip(
+            self._sides, self._arrays, self._page_constants, exact[:2], exact[2:], (turns, None), strict=True
+        ):
+            rows, self._fence = self._kernels.pages.history(
                 side,
                 (arrays.codes, arrays.scales) if arrays.num_pages else (_NO_CODES, _NO_SCALES),
                 table,
@@ -278,13 +268,8 @@ class GpuStore(CanonicalStorage, LayerStore):
                 self._fence,
                 turned,
             )
-            for side, arrays, constants, sink, window, turned in zip(
-                self._sides, self._arrays, self._page_constants, exact[:2], exact[2:], (turns, None), strict=True
-            )
-        )
-        self._read_by(k)
-        self._read_by(v)
-        return k, v
+            decoded.append(rows)
+        return decoded[0], decoded[1]
 
     def append_and_attend(
         self,
@@ -310,8 +295,9 @@ class GpuStore(CanonicalStorage, LayerStore):
             return self._decode_attention(call)
         if call.mask is None and call.queries.dtype == self.shape.dtype:
             return self._prefill_attention(call)
-        out = attend_by_tiles(self, self.shape, replace(call, exact=ExactBuffers(*self.ordered(*call.exact))))
-        self._read_by(out)
+        self.settle()
+        out = attend_by_tiles(self, self.shape, call)
+        mx.eval(out)  # before a later launch writes what it reads
         return out
 
     def _decode_attention(self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None) -> mx.array:

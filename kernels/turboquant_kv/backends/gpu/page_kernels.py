@@ -105,8 +105,8 @@ def _uploaded(figures: AnyFigures) -> mx.array:
 class PageKernels:
     """The kernels of one kind of GPU, made at the first use of each shape.
 
-    Those that write do it in place, in an array that they are given, and return a fence: an array that is there once
-    they are done. Whoever reads or writes the same array next is given that fence, and so comes later.
+    Those that write pages or rows do it in place, in an array that they are given. All return a fence: an array that
+    is there once they are done. Whoever reads or writes the same arrays next is given that fence, and so comes later.
     """
 
     def __init__(self, dialect: Dialect, factory: KernelFactory | None = None) -> None:
@@ -182,8 +182,8 @@ class PageKernels:
         constants: mx.array,
         fence: mx.array,
         turns: mx.array | None = None,
-    ) -> mx.array:
-        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window.
+    ) -> tuple[mx.array, mx.array]:
+        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. And the launch's fence.
 
         sink, window: an array of rows, the first one and how many. turns: as for `encode`; the pages are a
         conversation's first ones.
@@ -196,18 +196,17 @@ class PageKernels:
             sink_first=sink[1],
             window_first=window[1],
         )
-        history: mx.array
-        (history,) = self._kernel("history", shape)(
+        history, made = self._kernel("history", shape)(
             inputs=[
                 *(*pages, page_ids, sink[0], window[0], _uploaded(figures), constants, fence),
                 *(() if turns is None else (turns,)),
             ],
             grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=[(shape.num_heads, num_columns, shape.dim)],
-            output_dtypes=[shape.dtype],
+            output_shapes=[(shape.num_heads, num_columns, shape.dim), FENCE_SHAPE],
+            output_dtypes=[shape.dtype, mx.float32],
         )
-        return history
+        return history, made
 
 
 def encode_text(dialect: Dialect, shape: SideShape) -> KernelText:
@@ -244,7 +243,7 @@ def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
         f"constants, {_turns(shape)}}}, tq_history_figures(figures), history, shared);\n"
     )
     head = header_text(dialect, constants, tables, "history")
-    return KernelText("history", _with_turns(HISTORY_INPUTS, shape), ("history",), source, head)
+    return KernelText("history", _with_turns(HISTORY_INPUTS, shape), ("history", "fence_out"), source, head)
 
 
 def _constants(shape: SideShape) -> Constants:
