@@ -4,7 +4,7 @@
 
 Sampling alone: B rows over vocabularies of SmolLM and Qwen sizes, greedy and at temperature 1 without and with top-p,
 beside drawing row by row with a sort and a wait each, as it was once. Whole steps: answers of the embedded model in
-float16 caches, with top-p, within masks and with logprobs beside greedy. Medians of interleaved rounds in one run.
+float16 caches, and what top-p, masks and logprobs add to a greedy one. Sampling alone: medians of interleaved rounds.
 """
 
 # ruff: noqa: E402 - OpenBLAS has to be in place before mlx is imported
@@ -175,37 +175,57 @@ def running_loop(batch: int, settings: Settings) -> StepLoop:
 
 
 def ask_for(kind: Kind, loop: StepLoop) -> None:
-    """From the next step on all rows are drawn this way; one step later everything that it needs is there."""
+    """From the next draw on all rows are drawn this way."""
     for row in loop.requests.running:
         assert row.sampling is not None
         params = replace(kind.params, logit_bias=row.sampling.params.logit_bias)
         row.sampling = replace(row.sampling, params=params, num_top=kind.num_top)
         row.rule = AllButTheEnd(-(-loop.vocab_len // 32)) if kind.has_rule else None
     loop.runner._sampler = None
-    loop.step()
 
 
 def step_rows(rounds: int) -> list[Row]:
-    """Whole decode steps of the same rows, a few of each kind in turn."""
+    """Whole decode steps, and what each kind of drawing adds to one: its draws alone, less greedy ones, of a step.
+
+    The least of all rounds, since what is sought is far below the differences between two steps.
+    """
     rows = []
     for batch in BATCHES:
         loop = running_loop(batch, Settings(kv_format="f16", kv_budget="4GiB", max_running=batch))
-        times: dict[Kind, list[float]] = {kind: [] for kind in STEP_KINDS}
-        for i in range(rounds):
-            first = i % len(STEP_KINDS)  # rows grow, and so do steps
-            for kind in (*STEP_KINDS[first:], *STEP_KINDS[:first]):
-                ask_for(kind, loop)
-                for _ in range(STEPS_A_ROUND):
-                    started = time.perf_counter()
-                    loop.step()
-                    times[kind].append(1e3 * (time.perf_counter() - started))
-        greedy = statistics.median(times[STEP_KINDS[0]])
-        for kind in STEP_KINDS:
-            name = f"decode step, embedded model, B={batch}: {kind.name}"
-            target = kind.target and kind.target * greedy
-            rows.append(Row.at_most(name, statistics.median(times[kind]), "ms", target, baseline=greedy))
+        step_ms = least_ms(loop.step, rounds * STEPS_A_ROUND)
+        label = f"decode step, embedded model, B={batch}"
+        rows.append(Row.plain(f"{label}: greedy", step_ms, "ms"))
+        drawn_ms = {kind: draw_ms(kind, loop, rounds * STEPS_A_ROUND) for kind in STEP_KINDS}
+        for kind in STEP_KINDS[1:]:
+            more_ms = drawn_ms[kind] - drawn_ms[STEP_KINDS[0]]
+            target = kind.target and (kind.target - 1) * step_ms
+            rows.append(Row.at_most(f"{label}: added by {kind.name}", more_ms, "ms", target, baseline=step_ms))
         print(f"decode steps, B={batch} done", flush=True)
     return rows
+
+
+def draw_ms(kind: Kind, loop: StepLoop, num: int) -> float:
+    """Filling the masks of all running rows, drawing and reading, from logits like a small model's."""
+    ask_for(kind, loop)
+    logits = mx.random.normal((loop.runner.num_rows, loop.vocab_len)) * 2
+    mx.eval(logits)
+    runner = loop.runner
+
+    def draw() -> None:
+        runner._draw(logits, runner._masks.fill(runner._rows, loop.vocab_len))
+
+    return least_ms(draw, num)
+
+
+def least_ms(call: Callable[[], Any], num: int) -> float:
+    """Of so many calls, after one that warms up."""
+    call()
+    times = []
+    for _ in range(num):
+        started = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - started))
+    return min(times)
 
 
 def main() -> None:
