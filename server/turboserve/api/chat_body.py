@@ -45,7 +45,8 @@ Unlimited = Literal[-1]  # how local servers spell "no limit", and their clients
 Name = Annotated[str, Field(max_length=256)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-NumTokens = Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS)] | Unlimited, Whole]
+NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+TokenLimit = Annotated[NumTokens | Unlimited, Whole]
 NumThoughts = Annotated[Annotated[int, Field(ge=0, le=MAX_TOKENS)] | Unlimited, Whole]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(gt=0, le=10)]
@@ -262,6 +263,15 @@ class Thinking(OpenModel):
     budget_tokens: NumThoughts | None = None
 
 
+class Reasoning(OpenModel):
+    """Whether, and how hard, the model thinks first, as OpenRouter spells it."""
+
+    effort: Effort | None = None
+    max_tokens: NumThoughts | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+
+
 class StreamOptions(OpenModel):
     """What a stream contains beside the answer."""
 
@@ -291,9 +301,9 @@ class ChatBody(OpenModel):
     ) = None
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX), Whole] | None = None
 
-    max_tokens: NumTokens | None = None
-    max_completion_tokens: NumTokens | None = None
-    n_predict: NumTokens | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    n_predict: TokenLimit | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), Whole] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
@@ -328,6 +338,8 @@ class ChatBody(OpenModel):
     reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
     thinking: Thinking | bool | None = None
+    think: bool | Effort | None = None
+    reasoning: Reasoning | None = None
     thinking_token_budget: NumThoughts | None = None
     thinking_budget: NumThoughts | None = None
     thinking_budget_tokens: NumThoughts | None = None

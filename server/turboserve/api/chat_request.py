@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from turboserve.api.chat_body import INT64_MAX, ChatBody, Thinking
+from turboserve.api.chat_body import INT64_MAX, ChatBody, Reasoning, Thinking
 from turboserve.api.chat_messages import plain_messages
 from turboserve.api.chat_tools import constraint, tool_use
 from turboserve.api.parameters import without_unsupported
@@ -57,9 +57,9 @@ class ChatRequest(NamedTuple):
     ignored: tuple[str, ...] = ()  # as the caller spelled them
 
 
-def check_model(name: str, model_id: str) -> None:
-    """Raises ModelNotFoundError unless `name` is the served id."""
-    if name != model_id:
+def check_model(name: str, model_id: str | None) -> None:
+    """Raises ModelNotFoundError unless `name` is the served id; None: any name will do."""
+    if model_id is not None and name != model_id:
         raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
 
 
@@ -68,7 +68,7 @@ def parse_chat(
     *,
     request_id: str,
     tenant: str,
-    model_id: str,
+    model_id: str | None,
     session_headers: Iterable[str] = (),
     defaults: SamplingParams = NO_DEFAULTS,
     rules: ChatRules = USUAL_RULES,
@@ -112,7 +112,7 @@ def parse_chat(
         stream=bool(chat.stream),
         include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
         is_legacy=bool(chat.functions),
-        shows_reasoning=chat.include_reasoning is not False,
+        shows_reasoning=_shows_reasoning(chat),
         shows_logprobs=bool(chat.logprobs),
     )
     return ChatRequest(_choices(request, chat.n or 1, rules.max_choices), delivery, tuple(ignored))
@@ -215,13 +215,20 @@ THINKING_BUDGETS = (
     "reasoning_budget_tokens",
     "max_thinking_tokens",
 )
+NO_REASONING = Reasoning()
 
 
 def _thinking_tokens(chat: ChatBody) -> int | None:
     budget = _limit(chat, *THINKING_BUDGETS)
-    if budget is None and isinstance(chat.thinking, Thinking) and chat.thinking.budget_tokens != -1:
-        return chat.thinking.budget_tokens
-    return budget
+    if budget is None and isinstance(chat.thinking, Thinking):
+        budget = chat.thinking.budget_tokens
+    if budget is None and chat.reasoning is not None:
+        budget = chat.reasoning.max_tokens
+    return None if budget == -1 else budget
+
+
+def _shows_reasoning(chat: ChatBody) -> bool:
+    return chat.include_reasoning is not False and not (chat.reasoning or NO_REASONING).exclude
 
 
 def _template_kwargs(chat: ChatBody, allowed: frozenset[str]) -> dict[str, object]:
@@ -234,20 +241,26 @@ def _template_kwargs(chat: ChatBody, allowed: frozenset[str]) -> dict[str, objec
             param = "chat_template_kwargs" + (f".{name}" if re.fullmatch(r"[A-Za-z0-9_]{1,64}", name) else "")
             raise InvalidRequestError(f"{param}: this server passes {known} to chat templates.", param=param)
     kwargs: dict[str, object] = {}
-    thinks = _thinks(chat)
+    thinks, effort = _thinks(chat), _effort(chat)
     if thinks is not None:
         kwargs |= {"enable_thinking": thinks, "thinking": thinks}  # templates know one of the two names
-    if chat.reasoning_effort not in (None, "none"):
-        kwargs["reasoning_effort"] = chat.reasoning_effort
+    if effort not in (None, "none"):
+        kwargs["reasoning_effort"] = effort
     return kwargs | given
+
+
+def _effort(chat: ChatBody) -> str | None:
+    spelled = (chat.reasoning_effort, (chat.reasoning or NO_REASONING).effort, chat.think)
+    return next((effort for effort in spelled if isinstance(effort, str)), None)
 
 
 def _thinks(chat: ChatBody) -> bool | None:
     """Whether the body asks the model to think before its answer; None: it does not say."""
-    if chat.enable_thinking is not None:
-        return chat.enable_thinking
-    if isinstance(chat.thinking, bool):
-        return chat.thinking
-    if chat.thinking is not None and chat.thinking.type in ("enabled", "disabled"):
-        return chat.thinking.type == "enabled"
-    return None if chat.reasoning_effort is None else chat.reasoning_effort != "none"
+    thinking = chat.thinking
+    if isinstance(thinking, Thinking):
+        thinking = {"enabled": True, "disabled": False}.get(thinking.type)
+    for spelled in (chat.enable_thinking, thinking, chat.think, (chat.reasoning or NO_REASONING).enabled):
+        if isinstance(spelled, bool):
+            return spelled
+    effort = _effort(chat)
+    return None if effort is None else effort != "none"

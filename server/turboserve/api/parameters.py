@@ -37,6 +37,13 @@ class Parameter:
     status: Status
     note: str
     neutral: tuple[object, ...] = ()  # refused or ignored: further values that ask for nothing
+    nothing: tuple[object, ...] = NOTHING
+
+    def asks(self, value: object) -> bool:
+        """Whether this value asks for anything."""
+        # `0 == False` in Python, but not in JSON.
+        passing = (*self.nothing, *self.neutral)
+        return not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in passing)
 
 
 def _honoured(names: str, note: str) -> Parameter:
@@ -107,7 +114,13 @@ PARAMETERS: tuple[Parameter, ...] = (
         "reasoning_effort",
         "passed to the chat template; `none` asks it not to think; models that do not know it are not changed",
     ),
-    _honoured("enable_thinking thinking", "true, or `type` `enabled`: asks the chat template to think; false: not to"),
+    _honoured(
+        "enable_thinking thinking think",
+        "true, or `type` `enabled`: asks the chat template to think; false: not to: Qwen's, DeepSeek's, Ollama's names",
+    ),
+    _honoured(
+        "reasoning", "OpenRouter's: `effort`, `max_tokens`, `enabled`, and `exclude` as a false `include_reasoning`"
+    ),
     _honoured(
         "thinking_token_budget thinking_budget thinking_budget_tokens reasoning_budget_tokens max_thinking_tokens",
         "most tokens of reasoning, -1 for no limit: vLLM's, Qwen's, llama.cpp's and others' names; several only if "
@@ -130,7 +143,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     _ignored("verbosity", "for OpenAI's models; ask for brevity in the messages", "medium"),
     _refused("modalities", "answers are text", ["text"]),
     _refused("audio", "answers are text"),
-    _refused("web_search_options", "nothing is looked up; offer a search as a function"),
+    Parameter(
+        ("web_search_options",),
+        "refused",
+        "nothing is looked up, also where `{}` asks for it; offer a search as a function",
+        nothing=(None,),
+    ),
     _refused("moderation", "nothing is moderated"),
     # vLLM, SGLang, text-generation-inference
     _no_effect("request_id rid priority", "requests are served by age, under ids of the server's"),
@@ -178,13 +196,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     _no_effect("chat_id background_tasks", "Open WebUI's own"),
     _ignored("num_ctx context_length", "the context is as long as the server's setting"),
     _ignored("n_keep num_keep n_discard", "a prompt that is too long is an error", 0),
-    _ignored("repeat_last_n repetition_penalty_range", "penalties look at the whole answer", 64, -1, 0),
+    _ignored("repeat_last_n repetition_penalty_range", "penalties look at the whole answer", 64, -1),
     _ignored("samplers sampler_order sampler_priority", "the order is fixed"),
     _ignored("min_keep t_max_predict_ms", "not here", 0),
     _ignored("timings_per_token return_progress return_tokens response_fields usage", "replies have OpenAI's fields"),
     _ignored("n_probs", "use logprobs", 0),
     _ignored("reasoning_format", "reasoning is in reasoning_content", "auto", "deepseek", "parsed"),
-    _ignored("think reasoning", "use reasoning_effort"),
     _ignored("provider models route transforms plugins", "there is one model and no router"),
     _refused("mirostat mirostat_mode", "not a sampler of this server", 0),
     _refused("typical_p typ_p tfs tfs_z", "not a sampler of this server", 1),
@@ -211,12 +228,6 @@ def names(status: Status) -> frozenset[str]:
 HONOURED = names("honoured")
 
 
-def asks_for_nothing(value: object, neutral: Iterable[object] = ()) -> bool:
-    """Whether a value is one of those that pass where a parameter is not supported."""
-    # `0 == False` in Python, but not in JSON.
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in (*NOTHING, *neutral))
-
-
 def without_unsupported(body: Mapping[str, object], *, is_strict: bool) -> tuple[dict[str, object], list[str]]:
     """The body's honoured parameters, and the names of those that are ignored.
 
@@ -230,7 +241,7 @@ def without_unsupported(body: Mapping[str, object], *, is_strict: bool) -> tuple
             honoured[name] = value
         elif parameter is None:
             ignored.append(name)
-        elif parameter.status != "no effect" and not asks_for_nothing(value, parameter.neutral):
+        elif parameter.status != "no effect" and parameter.asks(value):
             if parameter.status == "refused" or is_strict:
                 raise UnsupportedParameterError(
                     f"{name} is not supported by this server: {parameter.note}.", param=name
@@ -255,7 +266,7 @@ def ignored_header(ignored: Iterable[str]) -> str:
 def undeclared_properties() -> dict[str, dict[str, object]]:
     """JSON schemas of what `ChatBody` does not declare, for `/openapi.json`."""
     return {
-        name: {"enum": [*NOTHING, *parameter.neutral], "description": f"Refused otherwise: {parameter.note}."}
+        name: {"enum": [*parameter.nothing, *parameter.neutral], "description": f"Refused otherwise: {parameter.note}."}
         if parameter.status == "refused"
         else {"description": f"{parameter.status.capitalize()}: {parameter.note}."}
         for name, parameter in _BY_NAME.items()

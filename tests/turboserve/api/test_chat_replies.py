@@ -118,6 +118,7 @@ def test_reasoning_has_both_names_and_is_counted(ask: Ask) -> None:
     hidden = ask("thoughts", include_reasoning=False)
     assert "reasoning_content" not in hidden.text and "hm." not in hidden.text
     assert "hm." not in ask("thoughts", include_reasoning=False, stream=True).text
+    assert "hm." not in ask("thoughts", reasoning={"exclude": True}).text
 
 
 def test_the_fingerprint_follows_what_a_seed_depends_on(ask: Ask, service: Service) -> None:

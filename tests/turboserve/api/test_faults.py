@@ -153,6 +153,7 @@ def test_bad_messages_are_400_with_their_place(client: httpx.Client, messages: o
         ("best_of", 4),
         ("use_beam_search", True),
         ("web_search_options", {"search_context_size": "low"}),
+        ("web_search_options", {}),
         ("mirostat", 2),
         ("typical_p", 0.5),
         ("chat_template", "{{ 1 }}"),
