@@ -283,7 +283,10 @@ TemplateValue = bool | int | float | Annotated[str, Field(max_length=64, pattern
 
 
 class ChatBody(OpenModel):
-    """`POST /v1/chat/completions`. `null` means "not given" everywhere, as clients in many languages send it."""
+    """`POST /v1/chat/completions`. `null` means "not given" everywhere, as clients in many languages send it.
+
+    Fields that are not declared are ignored, and refused where the server's `strict_parameters` is set.
+    """
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]

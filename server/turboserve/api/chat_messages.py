@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import orjson
-
 from turboserve.api.chat_body import (
     AssistantMessage,
-    FunctionCall,
     FunctionMessage,
     Message,
     RefusalPart,
@@ -19,6 +16,7 @@ from turboserve.api.chat_body import (
     ToolCall,
     ToolMessage,
 )
+from turboserve.api.validation import json_text
 from turboserve.errors import InvalidRequestError
 
 
@@ -65,7 +63,7 @@ def _of_an_answer(message: AssistantMessage, index: int) -> dict[str, object]:
     if message.function_call is not None:
         calls.append(ToolCall(id=f"call_{index}", function=message.function_call))
     if calls:
-        more["tool_calls"] = [_plain_call(call, f"call_{index}_{place}") for place, call in enumerate(calls)]
+        more["tool_calls"] = [_plain_call(call, index, place) for place, call in enumerate(calls)]
     reasoning = message.reasoning_content or message.reasoning
     if reasoning:
         more["reasoning_content"] = reasoning
@@ -75,15 +73,12 @@ def _of_an_answer(message: AssistantMessage, index: int) -> dict[str, object]:
     return more
 
 
-def _plain_call(call: ToolCall, default_id: str) -> dict[str, object]:
-    function = {"name": call.function.name, "arguments": _arguments(call.function)}
-    return {"id": call.id or default_id, "type": "function", "function": function}
-
-
-def _arguments(call: FunctionCall) -> str:
-    if isinstance(call.arguments, str):
-        return call.arguments if call.arguments.strip() else "{}"
-    return orjson.dumps(call.arguments).decode()
+def _plain_call(call: ToolCall, index: int, place: int) -> dict[str, object]:
+    arguments = call.function.arguments
+    if not isinstance(arguments, str):
+        arguments = json_text(arguments, f"messages[{index}].tool_calls[{place}].function.arguments")
+    function = {"name": call.function.name, "arguments": arguments if arguments.strip() else "{}"}
+    return {"id": call.id or f"call_{index}_{place}", "type": "function", "function": function}
 
 
 def _text(content: str | list[TextPart | RefusalPart] | None) -> str:

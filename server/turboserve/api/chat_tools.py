@@ -20,6 +20,7 @@ from turboserve.api.chat_body import (
     NamedTool,
     ResponseFormat,
 )
+from turboserve.api.validation import json_text
 from turboserve.errors import InvalidRequestError
 from turboserve.messages import Constraint, ConstraintKind, ToolUse
 
@@ -69,8 +70,9 @@ def _check_functions(functions: Sequence[Function], place: str) -> None:
             param = place.format(index) + ".name"
             raise InvalidRequestError(f"{param}: an earlier function has the same name.", param=param)
         seen.add(function.name)
+        param = place.format(index) + ".parameters"
+        json_text(function.parameters, param)
         if (function.parameters or {}).get("type", "object") != "object":
-            param = place.format(index) + ".parameters"
             raise InvalidRequestError(f'{param}: expected a JSON schema of "type": "object".', param=param)
 
 
@@ -144,7 +146,7 @@ def _constraint(given: _Given) -> Constraint:
         return Constraint("json_object", "", given.param)
     if given.kind == "json_schema" and isinstance(given.value, str):
         return Constraint("json_schema", _schema_text(given.value, given.param), given.param)
-    text = given.value if isinstance(given.value, str) else orjson.dumps(given.value).decode()
+    text = given.value if isinstance(given.value, str) else json_text(given.value, given.param)
     return Constraint(given.kind, text, given.param)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -29,6 +30,14 @@ def validated(model: type[Body], body: Mapping[str, object], *, is_strict: bool 
         raise complaint(errors, body) from None
 
 
+def json_text(value: object, param: str) -> str:
+    """A part of a body as JSON again. Raises InvalidRequestError for what is too deep to be written, though it was read."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        raise InvalidRequestError(f"{param}: nested too deeply.", param=param) from None
+
+
 def complaint(errors: Sequence[ErrorDetails], body: Mapping[str, object]) -> InvalidRequestError:
     """The first error; for a union such as `content`, of the branch that got furthest into the value."""
     same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
@@ -43,9 +52,10 @@ def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequest
         return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
     if error["type"].startswith("union_tag"):  # pydantic's text would quote what was sent
         return InvalidRequestError(f"{param}: its role or type is missing or not a known one.", param=param)
-    if param.endswith(".type"):
-        supported = "text is supported as content" if param.startswith("messages") else "functions are supported"
-        return InvalidRequestError(f"{param}: only {supported}.", param=param)
+    if param.startswith("messages[") and param.endswith("].type"):
+        return InvalidRequestError(f"{param}: only text content is supported.", param=param)
+    if param.startswith("tool") and param.endswith(".type"):
+        return InvalidRequestError(f"{param}: only functions are supported.", param=param)
     return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
 
 

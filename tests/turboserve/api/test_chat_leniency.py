@@ -233,6 +233,11 @@ def test_thinking_reaches_the_engine(
     assert (got.template_kwargs, got.thinking_tokens) == (kwargs, budget)
 
 
+def test_an_unknown_kind_of_thinking_is_400(ask: Ask) -> None:
+    error = error_of(ask(thinking={"type": "deep"}))
+    assert error["param"] == "thinking.type" and "function" not in str(error["message"])
+
+
 def test_template_names_are_the_operators(ask: Ask) -> None:
     reply = ask(chat_template_kwargs={"tools": "x"})
     assert (reply.status_code, error_of(reply)["param"]) == (400, "chat_template_kwargs.tools")

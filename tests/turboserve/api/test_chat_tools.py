@@ -258,6 +258,32 @@ def test_bad_constraints_are_400_with_their_place(ask: Ask, body: dict[str, Any]
     assert (reply.status_code, error_of(reply)["param"]) == (400, param)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(depth):
+        inner = {"properties": inner}
+    return inner
+
+
+def test_what_is_too_deep_to_be_written_again_is_400(client: httpx.Client) -> None:
+    """Bodies are read to a greater depth than JSON is written from."""
+    hi = {"role": "user", "content": "hi"}
+    call = {"function": {"name": "f", "arguments": nested(400)}}
+    bodies: dict[str, dict[str, Any]] = {
+        "guided_json": {"messages": [hi], "guided_json": nested(400)},
+        "tools[0].function.parameters": {
+            "messages": [hi],
+            "tools": [{"function": {"name": "f", "parameters": nested(400)}}],
+        },
+        "messages[1].tool_calls[0].function.arguments": {
+            "messages": [hi, {"role": "assistant", "tool_calls": [call]}, hi]
+        },
+    }
+    for param, body in bodies.items():
+        reply = client.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+
+
 def test_tools_and_a_constraint_go_together(ask: Ask, service: Service) -> None:
     assert ask(tools=[WEATHER], response_format={"type": "json_object"}).status_code == 200
     got = service.engine.received[-1]
