@@ -31,7 +31,7 @@ def validated(model: type[Body], body: Mapping[str, object], *, is_strict: bool 
 
 
 def json_text(value: object, param: str) -> str:
-    """A part of a body as JSON again. Raises InvalidRequestError for what is too deep to be written, though it was read."""
+    """A part of a body as JSON again. Raises InvalidRequestError for what was read, but is too deep to be written."""
     try:
         return orjson.dumps(value).decode()
     except TypeError:
