@@ -24,6 +24,16 @@ GiB = 1 << 30
 
 MIN_CHUNK_TOKENS = 16
 
+# What models' own chat templates ask about reasoning. None of it is text that a template would write into the prompt.
+DEFAULT_TEMPLATE_KWARGS = (
+    "enable_thinking",
+    "thinking",
+    "thinking_budget",
+    "reasoning_effort",
+    "preserve_thinking",
+    "clear_thinking",
+)
+
 
 def _byte_count(value: object) -> object:
     if not isinstance(value, str):
@@ -93,6 +103,8 @@ class Settings(BaseSettings):
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
+    template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then
     keepalive_interval_s: Annotated[float, Field(gt=0)] = 10.0  # silence on a stream before a comment line is sent
     send_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a stream whose reader stalls this long is cancelled

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -119,10 +119,19 @@ class AnswerResponse(Response):
     proper status; only after `keepalive_interval_s` of silence does a stream start with a comment.
     """
 
-    def __init__(self, requests: Sequence[Request], replies: Replies, context: ApiContext, *, stream: bool) -> None:
-        """One answer for each of `requests`, in their order."""
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        replies: Replies,
+        context: ApiContext,
+        *,
+        stream: bool,
+        extra_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """One answer for each of `requests`, in their order. The reply has `extra_headers` unless it fails."""
         super().__init__()
         self._requests, self._replies, self._context, self._is_stream = requests, replies, context, stream
+        self._extra_headers = extra_headers or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
@@ -149,7 +158,9 @@ class AnswerResponse(Response):
                 answers[choice].finished = event
             elif event is not None:
                 answers[choice].add(event)
-        await self._replies.whole(answers)(scope, receive, send)
+        reply = self._replies.whole(answers)
+        reply.headers.update(self._extra_headers)
+        await reply(scope, receive, send)
 
     async def _stream(self, mailboxes: Sequence[Mailbox], send: Send) -> None:
         has_begun = False
@@ -200,7 +211,8 @@ class AnswerResponse(Response):
             await _stop(*waiting)
 
     async def _begin(self, send: Send) -> None:
-        headers = [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS]
+        extra = [(name.lower().encode(), value.encode()) for name, value in self._extra_headers.items()]
+        headers = [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, self._replies.begin())
 

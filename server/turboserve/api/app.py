@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from turboserve import __version__
+from turboserve.api.chat_request import ChatRules
 from turboserve.api.context import ApiContext
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
@@ -37,6 +38,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         max_body_bytes=settings.max_body_bytes,
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
+        chat_rules=ChatRules.of(settings),
     )
     app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""From a parsed JSON object to a `messages.Request`: what we support, what we refuse, and why.
+"""From a parsed JSON object to `messages.Request`s: what we support, what we refuse, and why.
 
 Every refusal names the parameter. Messages never quote the prompt. No file is opened and no
 name looked up anywhere: a model is served if its id is the served one.
@@ -6,44 +6,37 @@ name looked up anywhere: a model is served if its id is the served one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from turboserve.api.chat_body import AssistantMessage, ChatBody, Message, TextPart, ToolMessage
+from turboserve.api.chat_body import INT64_MAX, ChatBody, Reasoning, Thinking
+from turboserve.api.chat_messages import plain_messages
+from turboserve.api.chat_tools import constraint, tool_use
+from turboserve.api.parameters import without_unsupported
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.validation import validated
-from turboserve.errors import (
-    InvalidRequestError,
-    ModelNotFoundError,
-    UnsupportedParameterError,
-)
+from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.messages import Request, SamplingParams
+from turboserve.settings import DEFAULT_TEMPLATE_KWARGS, Settings
 
-# Parameters of OpenAI's (or vLLM's) API that we do not implement, each with the values that
-# ask for nothing and so may pass.
-NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-    "moderation": (None,),
-    "chat_template_kwargs": (None, {}),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "structured_outputs": (None,),
-}
+
+@dataclass(frozen=True, slots=True)
+class ChatRules:
+    """What of a body's acceptance the operator decides."""
+
+    is_strict: bool = False  # what would be ignored is refused
+    template_kwargs: frozenset[str] = frozenset(DEFAULT_TEMPLATE_KWARGS)
+    max_choices: int = 32  # more than run at once would wait for one another
+
+    @classmethod
+    def of(cls, settings: Settings) -> ChatRules:
+        """The rules that these settings say."""
+        return cls(settings.strict_parameters, frozenset(settings.template_kwargs), settings.max_running)
+
+
+NO_DEFAULTS, USUAL_RULES = SamplingParams(), ChatRules()
 
 
 class Delivery(NamedTuple):
@@ -51,66 +44,137 @@ class Delivery(NamedTuple):
 
     stream: bool  # as server-sent events, else whole
     include_usage: bool  # streams only: a last chunk with the token counts
+    is_legacy: bool = False  # a call is a function_call, as OpenAI's first design had it
+    shows_reasoning: bool = True
+    shows_logprobs: bool = False
 
 
-def check_model(name: str, model_id: str) -> None:
-    """Raises ModelNotFoundError unless `name` is the served id."""
-    if name != model_id:
+class ChatRequest(NamedTuple):
+    """What to ask of the engine, how to answer, and which parameters had no say."""
+
+    requests: tuple[Request, ...]  # one for each choice
+    delivery: Delivery
+    ignored: tuple[str, ...] = ()  # as the caller spelled them
+
+
+def check_model(name: str, model_id: str | None) -> None:
+    """Raises ModelNotFoundError unless `name` is the served id; None: any name will do."""
+    if model_id is not None and name != model_id:
         raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
 
 
 def parse_chat(
-    body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
-) -> tuple[Request, Delivery]:
-    """What to ask of the engine, and how to answer.
+    body: Mapping[str, object],
+    *,
+    request_id: str,
+    tenant: str,
+    model_id: str | None,
+    session_headers: Iterable[str] = (),
+    defaults: SamplingParams = NO_DEFAULTS,
+    rules: ChatRules = USUAL_RULES,
+) -> ChatRequest:
+    """What to ask of the engine, and how to answer. `defaults` apply where the body says nothing.
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
-    chat = validated(ChatBody, _without_unsupported(body))
+    known, ignored = without_unsupported(body, is_strict=rules.is_strict)
+    chat = validated(ChatBody, known, is_strict=rules.is_strict)
     if chat.model:
         check_model(chat.model, model_id)
     if chat.stream_options is not None and not chat.stream:
         raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
+    max_tokens = _max_tokens(chat)
+    is_continued = _is_continued(chat)
     request = Request(
         request_id=request_id,
-        messages=tuple(plain_message(message, index) for index, message in enumerate(chat.messages)),
-        sampling=_sampling(chat),
-        max_tokens=_max_tokens(chat),
+        messages=plain_messages(chat.messages),
+        sampling=_sampling(chat, defaults),
+        max_tokens=max_tokens,
+        min_tokens=_min_tokens(chat, max_tokens),
         stop=_stops(chat),
+        stop_token_ids=tuple(chat.stop_token_ids or ()),
+        ignore_eos=bool(chat.ignore_eos),
+        include_stop=bool(chat.include_stop_str_in_output),
+        skip_special_tokens=chat.skip_special_tokens is not False,
+        num_top_logprobs=_num_top_logprobs(chat),
+        tools=tool_use(chat),
+        constraint=constraint(chat),
+        add_generation_prompt=chat.add_generation_prompt is not False and not is_continued,
+        continue_final_message=is_continued,
+        template_kwargs=_template_kwargs(chat, rules.template_kwargs),
+        thinking_tokens=_thinking_tokens(chat),
         tenant=tenant,
         session_id=chosen_session(chat.session_id, session_headers),
         kv_format=normal_kv_format(chat.kv_format),
         cache_key=chat.prompt_cache_key or None,
     )
-    include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-    return request, Delivery(bool(chat.stream), include_usage)
+    delivery = Delivery(
+        stream=bool(chat.stream),
+        include_usage=bool(chat.stream_options and chat.stream_options.include_usage),
+        is_legacy=bool(chat.functions),
+        shows_reasoning=_shows_reasoning(chat),
+        shows_logprobs=bool(chat.logprobs),
+    )
+    return ChatRequest(_choices(request, chat.n or 1, rules.max_choices), delivery, tuple(ignored))
 
 
-def _without_unsupported(body: dict[str, object]) -> dict[str, object]:
-    for name, neutral in NEUTRAL_VALUES.items():
-        # `0 == False` in Python, but not in JSON.
-        if name in body and not any(body[name] == value and type(body[name]) is type(value) for value in neutral):
-            raise UnsupportedParameterError(f"{name} is not supported by this server.", param=name)
-    return {name: value for name, value in body.items() if name not in NEUTRAL_VALUES}
+def _choices(request: Request, num_choices: int, max_choices: int) -> tuple[Request, ...]:
+    """The request once for each choice; with a seed, each has its own, or all would say the same."""
+    if num_choices > max_choices:
+        raise InvalidRequestError(f"n: at most {max_choices} answers of a request run together here.", param="n")
+    if num_choices > 1 and request.session_id is not None:
+        raise InvalidRequestError("n: a session continues with one answer, so n must be 1.", param="n")
+    return (request, *(_sibling(request, index) for index in range(1, num_choices)))
+
+
+def _sibling(request: Request, index: int) -> Request:
+    sampling = request.sampling
+    if sampling.seed is not None:
+        seed = sampling.seed + index
+        sampling = replace(sampling, seed=seed if seed <= INT64_MAX else seed - (1 << 64))
+    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
 
 
 # The body spells these as the engine does: a new one is added to both and is passed on.
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.name != "logit_bias")
 
 
-def _sampling(chat: ChatBody) -> SamplingParams:
+def _sampling(chat: ChatBody, defaults: SamplingParams) -> SamplingParams:
     given = {name: getattr(chat, name) for name in SAMPLING_FIELDS if getattr(chat, name) is not None}
+    repetition = _agreed(chat, "repetition_penalty", "repeat_penalty")
+    if repetition is not None:
+        given["repetition_penalty"] = repetition
+    if chat.top_k == -1:
+        given["top_k"] = 0
+    if chat.seed == -1:
+        given["seed"] = None
     logit_bias = tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items())
-    return SamplingParams(**given, logit_bias=logit_bias)
+    return replace(defaults, **given, logit_bias=logit_bias or defaults.logit_bias)
+
+
+def _agreed(chat: ChatBody, *names: str) -> float | None:
+    """What several names of one parameter say. Raises InvalidRequestError where they say different things."""
+    given = {name: getattr(chat, name) for name in names if getattr(chat, name) is not None}
+    if len(set(given.values())) > 1:
+        raise InvalidRequestError(f"{' and '.join(given)} differ; give one of them.", param=list(given)[-1])
+    return next(iter(given.values()), None)
+
+
+def _limit(chat: ChatBody, *names: str) -> int | None:
+    """A number of tokens; None for none, which clients also spell -1."""
+    number = _agreed(chat, *names)
+    return None if number is None or number < 0 else int(number)
 
 
 def _max_tokens(chat: ChatBody) -> int | None:
-    given = {value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None}
-    if len(given) > 1:
-        raise InvalidRequestError(
-            "max_tokens and max_completion_tokens differ; give one of them.", param="max_completion_tokens"
-        )
-    return given.pop() if given else None
+    return _limit(chat, "max_tokens", "max_completion_tokens", "n_predict")
+
+
+def _min_tokens(chat: ChatBody, max_tokens: int | None) -> int:
+    min_tokens = chat.min_tokens or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
+    return min_tokens
 
 
 def _stops(chat: ChatBody) -> tuple[str, ...]:
@@ -119,23 +183,84 @@ def _stops(chat: ChatBody) -> tuple[str, ...]:
     return tuple(chat.stop or ())
 
 
-def plain_message(message: Message, index: int) -> dict[str, object]:
-    """What the chat template sees: text content, `developer` as `system`, tool calls as plain dicts."""
-    if message.content is None and not message.tool_calls:
-        param = f"messages[{index}].content"
-        raise InvalidRequestError(f"{param}: null needs tool_calls beside it.", param=param)
-    role = "system" if message.role == "developer" else message.role
-    plain: dict[str, object] = {"role": role, "content": _text(message.content)}
-    if message.name is not None:
-        plain["name"] = message.name
-    if isinstance(message, ToolMessage):
-        plain["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
-    return plain
+def _num_top_logprobs(chat: ChatBody) -> int | None:
+    if chat.logprobs:
+        return chat.top_logprobs or 0
+    if chat.top_logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs=true.", param="top_logprobs")
+    return None
 
 
-def _text(content: str | list[TextPart] | None) -> str:
-    if isinstance(content, list):
-        return "\n".join(part.text for part in content)
-    return content or ""
+def _is_continued(chat: ChatBody) -> bool:
+    """Whether the last message is the beginning of the answer: an assistant's text is, unless the body says no."""
+    last = chat.messages[-1]
+    is_answer = last.role == "assistant" and not last.tool_calls and last.function_call is None
+    if chat.continue_final_message:
+        if not is_answer:
+            raise InvalidRequestError(
+                "continue_final_message: the last message is no assistant's text.", param="continue_final_message"
+            )
+        if chat.add_generation_prompt:
+            raise InvalidRequestError(
+                "add_generation_prompt and continue_final_message exclude each other.", param="add_generation_prompt"
+            )
+        return True
+    return is_answer and chat.continue_final_message is None and chat.add_generation_prompt is None
+
+
+THINKING_BUDGETS = (
+    "thinking_token_budget",
+    "thinking_budget",
+    "thinking_budget_tokens",
+    "reasoning_budget_tokens",
+    "max_thinking_tokens",
+)
+NO_REASONING = Reasoning()
+
+
+def _thinking_tokens(chat: ChatBody) -> int | None:
+    budget = _limit(chat, *THINKING_BUDGETS)
+    if budget is None and isinstance(chat.thinking, Thinking):
+        budget = chat.thinking.budget_tokens
+    if budget is None and chat.reasoning is not None:
+        budget = chat.reasoning.max_tokens
+    return None if budget == -1 else budget
+
+
+def _shows_reasoning(chat: ChatBody) -> bool:
+    return chat.include_reasoning is not False and not (chat.reasoning or NO_REASONING).exclude
+
+
+def _template_kwargs(chat: ChatBody, allowed: frozenset[str]) -> dict[str, object]:
+    """What the chat template is told; a template that does not know a name is not changed by it."""
+    given = dict(chat.chat_template_kwargs or {})
+    for name in given:
+        if name not in allowed:
+            known = ", ".join(sorted(allowed)) or "none"
+            # Any other name may be somebody's text.
+            param = "chat_template_kwargs" + (f".{name}" if re.fullmatch(r"[A-Za-z0-9_]{1,64}", name) else "")
+            raise InvalidRequestError(f"{param}: this server passes {known} to chat templates.", param=param)
+    kwargs: dict[str, object] = {}
+    thinks, effort = _thinks(chat), _effort(chat)
+    if thinks is not None:
+        kwargs |= {"enable_thinking": thinks, "thinking": thinks}  # templates know one of the two names
+    if effort not in (None, "none"):
+        kwargs["reasoning_effort"] = effort
+    return kwargs | given
+
+
+def _effort(chat: ChatBody) -> str | None:
+    spelled = (chat.reasoning_effort, (chat.reasoning or NO_REASONING).effort, chat.think)
+    return next((effort for effort in spelled if isinstance(effort, str)), None)
+
+
+def _thinks(chat: ChatBody) -> bool | None:
+    """Whether the body asks the model to think before its answer; None: it does not say."""
+    thinking = chat.thinking
+    if isinstance(thinking, Thinking):
+        thinking = {"enabled": True, "disabled": False}.get(thinking.type)
+    for spelled in (chat.enable_thinking, thinking, chat.think, (chat.reasoning or NO_REASONING).enabled):
+        if isinstance(spelled, bool):
+            return spelled
+    effort = _effort(chat)
+    return None if effort is None else effort != "none"

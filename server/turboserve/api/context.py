@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from turboserve import messages
+from turboserve.api.chat_request import ChatRules
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
 from turboserve.engine.protocol import Engine
@@ -26,6 +27,7 @@ class ApiContext:
     max_body_bytes: int
     send_timeout_s: float
     keepalive_interval_s: float
+    chat_rules: ChatRules
 
     @contextmanager
     def submitted(self, request: messages.Request) -> Iterator[Mailbox]:

@@ -21,9 +21,9 @@ from starlette.routing import BaseRoute
 
 from turboserve import __version__
 from turboserve.api.chat_body import ChatBody
-from turboserve.api.chat_request import NEUTRAL_VALUES
 from turboserve.api.docs_page import docs_page
 from turboserve.api.frontdoor import OPEN_PATHS
+from turboserve.api.parameters import IGNORED_HEADER, undeclared_properties
 from turboserve.api.reply_models import ChatCompletionChunk, ErrorEnvelope
 from turboserve.api.session_request import SESSION_HEADER, SESSION_ID, EmptyBody, ForkBody, UpdateBody
 from turboserve.errors import (
@@ -85,6 +85,13 @@ SESSION_PARAMETER: Json = {
 
 STREAM_OR_WHOLE: Json = {
     "description": "The answer: whole, or as server-sent events when the body says stream.",
+    "headers": {
+        IGNORED_HEADER: {
+            "schema": {"type": "string"},
+            "required": False,
+            "description": "Parameters of the body that had no say, separated by commas.",
+        }
+    },
     "content": {
         "text/event-stream": {
             "schema": {
@@ -149,10 +156,7 @@ def _schemas(replies: Json) -> Json:
     schemas = {**replies, **definitions["$defs"]}
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    note = "Not supported: only values that ask for nothing pass."
-    schemas[ChatBody.__name__]["properties"] |= {
-        name: {"enum": list(values), "description": note} for name, values in NEUTRAL_VALUES.items()
-    }
+    schemas[ChatBody.__name__]["properties"] |= undeclared_properties()
     return dict(sorted(schemas.items()))
 
 

@@ -6,29 +6,41 @@ Pure functions from the engine's messages; shapes are declared in `reply_models.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import orjson
 from starlette.responses import Response
 
+from turboserve import __version__
 from turboserve.api.answering import Answer
+from turboserve.api.chat_request import Delivery
 from turboserve.api.kv_replies import kv_figures
 from turboserve.api.reply_models import (
-    AnswerMessage,
-    CachedTokens,
-    ChatCompletion,
-    Choice,
+    AnswerTokens,
     CompletionUsage,
     ConversationMemory,
     ModelObject,
+    PromptTokens,
 )
 from turboserve.errors import TurboServeError
-from turboserve.messages import Delta, Finished, FinishReason, TextDelta, Usage
+from turboserve.messages import (
+    Delta,
+    EngineStats,
+    Finished,
+    FinishReason,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive
+MIN_LOGPROB = -9999.0  # what OpenAI says for a token out of reach; JSON has no infinity
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
 SSE_DONE = b"data: [DONE]\n\n"
@@ -62,81 +74,155 @@ def sse_error(error: TurboServeError) -> bytes:
     return sse(error.envelope())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatReplies:
-    """Writes the reply to a chat completion; `created` is fixed so that all chunks agree."""
+    """Writes the reply to a chat completion; `created` is fixed so that all chunks agree.
+
+    A chunk is a plain dict, because there is one per token; what all share is made once.
+    """
 
     request_id: str
     model_id: str
-    include_usage: bool = False
+    delivery: Delivery
+    fingerprint: str | None = None
+    num_choices: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
+    _head: Json = field(init=False)
+    _tail: Json = field(init=False)
+    _usages: dict[int, Usage] = field(init=False, default_factory=dict)
 
     media_type: ClassVar[str] = SSE_TYPE
     keep_alive: ClassVar[bytes] = SSE_COMMENT
 
+    def __post_init__(self) -> None:
+        self._head = {
+            "id": self.request_id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model_id,
+            "system_fingerprint": self.fingerprint,
+        }
+        # OpenAI sends a null usage on every chunk once the caller has asked for it.
+        self._tail = {"usage": None} if self.delivery.include_usage else {}
+
     def whole(self, answers: Sequence[Answer]) -> Response:
-        """The answer in one piece."""
-        (answer,) = answers
-        choice = Choice(message=AnswerMessage(content=answer.text), finish_reason=answer.ending.reason)
-        body = ChatCompletion(
-            id=self.request_id,
-            created=self.created,
-            model=self.model_id,
-            choices=[choice],
-            usage=completion_usage(answer.ending.usage),
-        )
-        return Response(body.model_dump_json(), media_type=JSON_TYPE)
+        """All answers in one piece."""
+        usage = summed_usage([answer.ending.usage for answer in answers])
+        body: Json = {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
+            "usage": completion_usage(usage).model_dump(),
+        }
+        return Response(dump(body), media_type=JSON_TYPE)
+
+    def _choice(self, index: int, answer: Answer) -> Json:
+        message: Json = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning and self.delivery.shows_reasoning:
+            message |= reasoning_fields(answer.reasoning)
+        if answer.calls:
+            message["content"] = answer.text or None
+            if self.delivery.is_legacy:
+                call = answer.calls[0]
+                message["function_call"] = {"name": call.name, "arguments": call.arguments}
+            else:
+                message["tool_calls"] = [
+                    {
+                        "id": call.call_id,
+                        "type": "function",
+                        "function": {"name": call.name, "arguments": call.arguments},
+                    }
+                    for call in answer.calls
+                ]
+        logprobs = logprobs_object(answer.logprobs) if self.delivery.shows_logprobs else None
+        reason = self._reason(answer.ending.reason)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def begin(self) -> bytes:
-        """The first chunk has the role."""
-        return sse(self.role_chunk())
+        """The first chunk of each answer has the role."""
+        return b"".join(
+            sse(self._chunk(index, {"role": "assistant", "content": ""})) for index in range(self.num_choices)
+        )
 
     def delta(self, choice: int, delta: Delta) -> bytes:
-        """Newly decoded text."""
-        return sse(self.delta_chunk(delta.text)) if isinstance(delta, TextDelta) else b""
+        """Newly decoded text, reasoning, or a piece of a call."""
+        if isinstance(delta, TextDelta):
+            logprobs = logprobs_object(delta.logprobs) if delta.logprobs else None
+            return sse(self._chunk(choice, {"content": delta.text}, logprobs))
+        if isinstance(delta, ReasoningDelta):
+            return sse(self._chunk(choice, reasoning_fields(delta.text))) if self.delivery.shows_reasoning else b""
+        return self._call_chunks(choice, delta)
+
+    def _call_chunks(self, choice: int, delta: ToolCallDelta) -> bytes:
+        """A call begins with its name and no arguments, as OpenAI's streams do; these follow in chunks of their own."""
+        if self.delivery.is_legacy:
+            if delta.index > 0:
+                return b""  # the caller can take one call only, and has asked for no more
+            pieces = [{"name": delta.name, "arguments": ""}] if delta.call_id else []
+            pieces += [{"arguments": delta.arguments}] if delta.arguments else []
+            return b"".join(sse(self._chunk(choice, {"function_call": piece})) for piece in pieces)
+        calls: list[Json] = []
+        if delta.call_id:
+            function = {"name": delta.name, "arguments": ""}
+            calls.append({"index": delta.index, "id": delta.call_id, "type": "function", "function": function})
+        if delta.arguments:
+            calls.append({"index": delta.index, "function": {"arguments": delta.arguments}})
+        return b"".join(sse(self._chunk(choice, {"tool_calls": [call]})) for call in calls)
 
     def finish(self, choice: int, finished: Finished) -> bytes:
-        """Finish reason, and usage if asked for."""
-        usage = sse(self.usage_chunk(finished.usage)) if self.include_usage else b""
-        return sse(self.final_chunk(finished.reason)) + usage
+        """The finish reason; the token counts wait for those of all answers."""
+        self._usages[choice] = finished.usage
+        return sse(self._chunk(choice, {}, reason=self._reason(finished.reason)))
 
     def end(self) -> bytes:
-        """The mark behind all chunks."""
-        return SSE_DONE
+        """The usage if asked for, without choices as OpenAI sends it, and the mark behind all chunks."""
+        if not self.delivery.include_usage:
+            return SSE_DONE
+        usage = summed_usage([self._usages[index] for index in sorted(self._usages)])
+        return sse({**self._head, "choices": [], "usage": completion_usage(usage).model_dump()}) + SSE_DONE
 
     def failure(self, error: TurboServeError) -> bytes:
         """The error as the last event."""
         return sse_error(error)
 
-    def role_chunk(self) -> Json:
-        """The first chunk of a stream."""
-        return self._chunk({"role": "assistant", "content": ""}, None)
+    def _reason(self, reason: FinishReason) -> str:
+        return "function_call" if reason == "tool_calls" and self.delivery.is_legacy else reason
 
-    def delta_chunk(self, text: str) -> Json:
-        """Newly decoded text."""
-        return self._chunk({"content": text}, None)
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head, "choices": [choice], **self._tail}
 
-    def final_chunk(self, reason: FinishReason) -> Json:
-        """Says why the answer ends; only the usage may follow."""
-        return self._chunk({}, reason)
 
-    def usage_chunk(self, usage: Usage) -> Json:
-        """OpenAI sends it without choices, after the final chunk."""
-        return {**self._head(), "choices": [], "usage": completion_usage(usage).model_dump()}
+def reasoning_fields(text: str) -> Json:
+    """Both names that clients look for: DeepSeek's and OpenRouter's."""
+    return {"reasoning_content": text, "reasoning": text}
 
-    def _head(self) -> Json:
-        return {
-            "id": self.request_id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model_id,
-        }
 
-    def _chunk(self, delta: Json, reason: FinishReason | None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        # OpenAI sends a null usage on every chunk once the caller has asked for it.
-        extra: Json = {"usage": None} if self.include_usage else {}
-        return {**self._head(), "choices": [choice], **extra}
+def logprobs_object(tokens: Sequence[TokenLogprob]) -> Json:
+    """OpenAI's logprobs of these tokens, each with its likeliest others."""
+    return {
+        "content": [{**_token(token), "top_logprobs": [_token(other) for other in token.top]} for token in tokens],
+        "refusal": None,
+    }
+
+
+def _token(token: TokenLogprob) -> Json:
+    return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(token.raw)}
+
+
+def system_fingerprint(stats: EngineStats, kv_format: str | None) -> str:
+    """Changes with whatever would change the answers to one seed: model, KV format, kernels, dtype, version."""
+    parts = (stats.model_id, kv_format or stats.kv_format, stats.kv_backend, stats.model_dtype, __version__)
+    return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def summed_usage(usages: Sequence[Usage]) -> Usage:
+    """The usage of a reply with these answers to one prompt, which is counted once; memory is the first one's."""
+    return replace(
+        usages[0],
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+    )
 
 
 def completion_usage(usage: Usage) -> CompletionUsage:
@@ -146,7 +232,8 @@ def completion_usage(usage: Usage) -> CompletionUsage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=CachedTokens(cached_tokens=usage.cached_tokens),
+        prompt_tokens_details=PromptTokens(cached_tokens=usage.cached_tokens),
+        completion_tokens_details=AnswerTokens(reasoning_tokens=usage.reasoning_tokens),
         turboserve=memory,
     )
 

@@ -25,7 +25,8 @@ from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
-from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object
+from turboserve.api.parameters import IGNORED_HEADER, ignored_header
+from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object, system_fingerprint
 from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
 from turboserve.api.session_request import (
     SESSION_HEADER,
@@ -90,15 +91,20 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
     if context.drain.draining:
         context.telemetry.request_refused("draining")
     context.drain.check()
-    parsed, delivery = parse_chat(
+    engine = context.engine
+    requests, delivery, ignored = parse_chat(
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=context.engine.model_id,
+        model_id=engine.model_id,
         session_headers=request.headers.getlist(SESSION_HEADER),
+        defaults=engine.sampling_defaults,
+        rules=context.chat_rules,
     )
-    replies = ChatReplies(parsed.request_id, context.engine.model_id, delivery.include_usage)
-    return AnswerResponse([parsed], replies, context, stream=delivery.stream)
+    fingerprint = system_fingerprint(engine.stats(), requests[0].kv_format)
+    replies = ChatReplies(requests[0].request_id, engine.model_id, delivery, fingerprint, len(requests))
+    headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
+    return AnswerResponse(requests, replies, context, stream=delivery.stream, extra_headers=headers)
 
 
 # --- models

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -16,14 +17,25 @@ from turboserve.errors import InvalidRequestError, UnknownParameterError
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def validated(model: type[Body], body: Mapping[str, object]) -> Body:
-    """The body as a model. Raises InvalidRequestError or UnknownParameterError, naming the parameter."""
+def validated(model: type[Body], body: Mapping[str, object], *, is_strict: bool = False) -> Body:
+    """The body as a model. Raises InvalidRequestError or UnknownParameterError, naming the parameter.
+
+    With `is_strict` an open model takes no unknown field, at any depth, and no 1.0 for an integer.
+    """
     try:
-        return model.model_validate(body)
+        return model.model_validate(body, extra="forbid" if is_strict else None, context={"is_strict": is_strict})
     except ValidationError as exc:
         # pydantic's text quotes the input; `from None` keeps prompts out of tracebacks.
         errors = exc.errors(include_url=False, include_context=False, include_input=False)
         raise complaint(errors, body) from None
+
+
+def json_text(value: object, param: str) -> str:
+    """A part of a body as JSON again. Raises InvalidRequestError for what was read, but is too deep to be written."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        raise InvalidRequestError(f"{param}: nested too deeply.", param=param) from None
 
 
 def complaint(errors: Sequence[ErrorDetails], body: Mapping[str, object]) -> InvalidRequestError:
@@ -38,10 +50,12 @@ def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequest
         return UnknownParameterError(f"Unknown parameter: {param}.", param=param)
     if error["type"] == "missing":
         return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
-    if param == "n":
-        return InvalidRequestError("n must be 1: one choice per request is supported.", param=param)
-    if param.endswith(".type"):
+    if error["type"].startswith("union_tag"):  # pydantic's text would quote what was sent
+        return InvalidRequestError(f"{param}: its role or type is missing or not a known one.", param=param)
+    if param.startswith("messages[") and param.endswith("].type"):
         return InvalidRequestError(f"{param}: only text content is supported.", param=param)
+    if param.startswith("tool") and param.endswith(".type"):
+        return InvalidRequestError(f"{param}: only functions are supported.", param=param)
     return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
 
 
@@ -49,10 +63,10 @@ def json_path(error: ErrorDetails, body: Mapping[str, object]) -> tuple[int | st
     """The error's place in the caller's JSON, without the union branches that pydantic puts in between."""
     path: list[int | str] = []
     value: object = body
-    for part in error["loc"]:
+    for depth, part in enumerate(error["loc"], start=1):
         if _holds(value, part):
             value = value[part]  # type: ignore[index]
-        elif not (error["type"] == "missing" and part == error["loc"][-1]):
+        elif not (error["type"] == "missing" and depth == len(error["loc"])):
             continue
         path.append(part)
     return tuple(path)

@@ -92,6 +92,11 @@ def serve_command(
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,
+    template_kwargs: Annotated[
+        list[str] | None,
+        Option("--template-kwarg", help="Name that requests may give chat templates; repeatable; replaces the usual."),
+    ] = None,
     request_timeout_s: Annotated[Text, Option(help="Seconds for headers and body to arrive [30].")] = None,
     keepalive_interval_s: Annotated[Text, Option(help="Seconds between signs of life on a quiet stream [10].")] = None,
     send_timeout_s: Annotated[Text, Option(help="Seconds until a stalled reader is cut off [30].")] = None,

@@ -6,6 +6,7 @@ next step), so that the HTTP layer meets the timing of the real one.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -37,12 +38,15 @@ from turboserve.messages import (
     Failed,
     Finished,
     KernelTrial,
+    ReasoningDelta,
     RenderTemplate,
     Request,
     SamplingParams,
     TextDelta,
     TextQuestion,
     Tokenize,
+    TokenLogprob,
+    ToolCallDelta,
     Usage,
 )
 
@@ -63,6 +67,44 @@ def echo(text: str) -> Script:
     """Repeats the caller's words, a few at a time."""
     for word in text.split():
         yield TextDelta(word + " ")
+    yield Finished("stop", USAGE)
+
+
+def calls() -> Script:
+    """Some text, then two calls, the first one's arguments in pieces that are no JSON by themselves."""
+    yield TextDelta("Let me look.")
+    yield ToolCallDelta(0, "call_a", "get_weather")
+    for piece in ('{"city": "Z', "ü", 'rich"}'):
+        yield ToolCallDelta(0, arguments=piece)
+    yield None
+    yield ToolCallDelta(1, "call_b", "get_time", "{}")
+    yield Finished("tool_calls", USAGE)
+
+
+def one_call() -> Script:
+    """Nothing but a call, which arrives at once."""
+    yield ToolCallDelta(0, "call_a", "get_weather", '{"city": "Bern"}')
+    yield Finished("tool_calls", USAGE)
+
+
+def thoughts() -> Script:
+    for word in ("Well, ", "hm."):
+        yield ReasoningDelta(word)
+    yield TextDelta("Yes")
+    yield Finished("stop", replace(USAGE, completion_tokens=5, reasoning_tokens=4))
+
+
+LIKELY = (
+    TokenLogprob("Hé", "Hé".encode(), -0.25, 7, (TokenLogprob("Hé", "Hé".encode(), -0.25, 7),)),
+    TokenLogprob("", b"\xf0\x9f", -1.5, 8, (TokenLogprob("", b"\xf0\x9f", -1.5, 8),)),
+    TokenLogprob("🙂", b"\x99\x82", -math.inf, 9, (TokenLogprob("x", b"x", 0.0, 3),)),
+)
+
+
+def likely() -> Script:
+    """Three tokens, of which two make one character; the last one's logprobs come with the end of the text."""
+    yield TextDelta("Hé", LIKELY[:1])
+    yield TextDelta("🙂", LIKELY[1:])
     yield Finished("stop", USAGE)
 
 
@@ -119,7 +161,10 @@ def fail_midway() -> Script:
 
 SCRIPTS: Mapping[str, Callable[[], Script]] = {
     script.__name__: script
-    for script in (forever, chatter, flood, slow_start, slow_failure, burst, fail_first, fail_full, fail_midway)
+    for script in (
+        *(forever, chatter, flood, slow_start, slow_failure, burst, fail_first, fail_full, fail_midway),
+        *(calls, one_call, thoughts, likely),
+    )
 }
 
 
@@ -179,7 +224,10 @@ class ScriptedEngine(ScriptedSessions):
         self.received.append(request)
         self._submitted += 1
         text = str(request.messages[-1]["content"])
-        script = echo(text) if text.startswith("echo ") else SCRIPTS.get(text, hello)()
+        if text == "seed":
+            script = echo(str(request.sampling.seed))
+        else:
+            script = echo(text) if text.startswith("echo ") else SCRIPTS.get(text, hello)()
         self._inbox.put(Job(request, sink, script))
 
     def cancel(self, request_id: str) -> None:
