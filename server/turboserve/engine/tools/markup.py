@@ -45,6 +45,7 @@ class Markup:
     think_start_ids: tuple[int, ...] = ()
     think_end_ids: tuple[int, ...] = ()
     special: frozenset[str] = frozenset()
+    ids_of_added: dict[str, int] = field(default_factory=dict)  # special or not
     control: tuple[str, ...] = ()
     visible_ids: dict[int, str] = field(default_factory=dict)
     special_ids: frozenset[int] = frozenset()
@@ -83,6 +84,7 @@ def markup_of(tokenizer: Any) -> Markup:
         think_start_ids=_ids(tokenizer, think_start),
         think_end_ids=_ids(tokenizer, think_end),
         special=frozenset(special),
+        ids_of_added={str(token): i for i, token in added.items()},
         control=tuple(sorted((t for t in control if t), key=len, reverse=True)),
         visible_ids={i: str(added[i]) for i in special_ids - hidden if i in added and str(added[i]) in markers},
         special_ids=frozenset(special_ids),

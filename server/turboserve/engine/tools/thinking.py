@@ -15,6 +15,10 @@ import numpy as np
 from turboserve.engine.token_rules import Mask, TokenRule
 from turboserve.engine.tools.markup import Markup
 
+# Of an answer that nothing else rules, as many tokens, such as line breaks, may stand before its reasoning.
+_MAX_BEFORE = 2
+
+
 class _Stage(Enum):
     BEFORE = "before"
     THINKING = "thinking"
@@ -31,7 +35,10 @@ class ThinkingRule:
         assert markup.think_start_ids and markup.think_end_ids
         self._start, self._end = markup.think_start_ids, markup.think_end_ids
         self._budget, self._inner = budget, inner
-        self._stage = _Stage.THINKING if is_thinking else _Stage.BEFORE
+        # A marker of ordinary tokens might be the beginning of what the answer's own rule wants.
+        can_begin = inner is None or len(self._start) == 1 or self._start[0] in markup.special_ids
+        self._stage = _Stage.THINKING if is_thinking else _Stage.BEFORE if can_begin else _Stage.AFTER
+        self._num_before = 0
         self._num_thought = 0
         self._recent: tuple[int, ...] = ()  # the newest tokens of this stage, as many as its marker has
         self._num_forced = 0  # of the end marker's tokens, once the budget is used up
@@ -80,7 +87,9 @@ class ThinkingRule:
             if len(recent) == len(self._start):
                 self._stage, self._recent = _Stage.THINKING, ()
             return
-        self._stage, self._recent = _Stage.AFTER, ()
+        self._num_before += 1
+        is_soon = self._inner is None and self._num_before <= _MAX_BEFORE
+        self._stage, self._recent = _Stage.BEFORE if is_soon else _Stage.AFTER, ()
         for each in recent:
             self._tell(each)
 
