@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from turboserve.cache.memory import Memory
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
+from turboserve.engine.readers import PlainReader
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.text import TextStream
@@ -41,6 +42,7 @@ class Preparer:
             self._memory.check_can_fit(len(prompt) + limit, kv_format)
         generation.sampling = row_sampling(request.sampling, self._vocab_len)
         generation.text = TextStream(self._decode, request.stop)
+        generation.reader = PlainReader()
         generation.max_answer_len = limit
         generation.prompt = prompt
 
