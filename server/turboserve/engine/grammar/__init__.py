@@ -5,5 +5,4 @@ vocabulary.py   a model's tokenizer as llguidance's
 check.py        tries a grammar in a process of its own, check_process.py, which may hang or crash
 rule.py         one answer's rule: masks out, drawn tokens in
 compiler.py     all of these together, with a cache of what was compiled or refused
-jobs.py         runs it beside the engine thread, and keeps the time
 """

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import selectors
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from turboserve.engine.grammar.vocabulary import Vocabulary
-
-log = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).with_name("check_process.py")
 START_TIMEOUT_S = 20.0  # of the process, which imports llguidance alone: only a machine in trouble needs it
@@ -55,7 +51,7 @@ class Checker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with _ignoring_broken_pipes():
+                    with suppress(OSError):
                         pipe.close()
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -88,30 +84,33 @@ class Checkers:
             "end_tokens": vocabulary.end_tokens,
             "limits": dict(limits),
         }
-        self._all = [Checker(setup) for _ in range(count)]
         self._free: queue.LifoQueue[Checker] = queue.LifoQueue()  # the latest again: others need not be started
-        for checker in self._all:
-            self._free.put(checker)
-        self._closing = threading.Event()
+        for _ in range(count):
+            self._free.put(Checker(setup))
+        self._is_closing = False
 
     def trouble_with(self, grammar: str, timeout_s: float) -> str:
         """As `Checker.trouble_with`, once a process is free."""
         checker = self._free.get()
         try:
+            if self._is_closing:
+                raise CheckUnavailableError("the server is shutting down")
             return checker.trouble_with(grammar, timeout_s)
         finally:
-            if self._closing.is_set():
+            if self._is_closing:
                 checker.close()
             self._free.put(checker)
 
     def close(self) -> None:
         """End those that are free now, and the others when they become so."""
-        self._closing.set()
-        while True:
-            try:
-                self._free.get_nowait().close()
-            except queue.Empty:
-                return
+        self._is_closing = True
+        idle = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._free.get_nowait())
+        for checker in idle:
+            checker.close()
+            self._free.put(checker)  # for who waits for one, to hear that it is over
 
 
 def _ask(process: subprocess.Popen[bytes], line: str, deadline_s: float) -> bytes | None:
@@ -137,11 +136,3 @@ def _read_line(pipe: IO[bytes], deadline_s: float) -> bytes | None:
                 return None
             parts += part
     return parts
-
-
-@contextmanager
-def _ignoring_broken_pipes() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from contextlib import suppress
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-MAX_MEMORY_BYTES = 2 << 30
+MAX_MEMORY_BYTES = 1 << 30
+STACK_BYTES = 4 << 20  # half of what the server's threads have on Linux, and less on macOS: what fits here fits there
 
 
 class Bytes:
@@ -30,7 +32,8 @@ class Bytes:
         others = (i for i in range(vocab_len) if i not in set(self.special_token_ids))
         self._ids = dict(zip(range(256), others, strict=False))
         texts |= {i: bytes([byte]) for byte, i in self._ids.items()}
-        self.tokens = [texts.get(i, f"<|{i}|>".encode() if i in self.special_token_ids else b"") for i in range(vocab_len)]
+        texts = {i: f"<|{i}|>".encode() for i in self.special_token_ids} | texts
+        self.tokens = [texts.get(i, b"") for i in range(vocab_len)]
 
     def __call__(self, text: bytes) -> list[int]:
         return [self._ids[byte] for byte in text]
@@ -62,4 +65,5 @@ def trouble_with(grammar: str, tokens: LLTokenizer, limits: LLParserLimits) -> s
 
 
 if __name__ == "__main__":
-    main()
+    threading.stack_size(STACK_BYTES)
+    threading.Thread(target=main).start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ LIMITS: dict[str, Any] = {
 MAX_CACHED = 64
 NUM_CHECKERS = 2
 
-TOO_MUCH_WORK = "to compile it takes too long"
+TOO_MUCH_WORK = "compiling it is too much work"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ class Compiler:
     def compile(self, constraint: Constraint, timeout_s: float) -> GrammarRule:
         """A rule for one answer. Takes milliseconds, and seldom the whole time.
 
-        Raises InvalidRequestError, with the constraint's `param`, for what cannot be enforced, and CheckUnavailableError.
+        Raises InvalidRequestError, with the constraint's `param`, for what cannot be enforced, and
+        CheckUnavailableError where no process to try it in can be had.
         """
         key = (constraint.kind, constraint.text)
         with self._lock:
@@ -76,12 +76,11 @@ class Compiler:
         self._checkers.close()
 
     def _compiled(self, constraint: Constraint, timeout_s: float) -> _Compiled:
-        deadline_s = time.monotonic() + timeout_s
         grammar = grammar_text(constraint)
         try:
             complaint = self._checkers.trouble_with(grammar, timeout_s)
-        except TooMuchWorkError:
-            return _Compiled(None, TOO_MUCH_WORK)
+        except TooMuchWorkError:  # not remembered: the machine may have been busy
+            raise refusal(constraint, TOO_MUCH_WORK) from None
         if complaint:
             return _Compiled(None, reason_of(complaint))
         matcher = LLMatcher(self._vocabulary.tokens, grammar, log_level=0, limits=self._limits)
@@ -90,6 +89,4 @@ class Compiler:
             return _Compiled(None, "nothing can be an answer to it")
         if matcher.is_error() or warnings:
             return _Compiled(None, reason_of(matcher.get_error() or "\n".join(warnings)))
-        if time.monotonic() > deadline_s:
-            return _Compiled(None, TOO_MUCH_WORK)
         return _Compiled(matcher)

@@ -21,10 +21,10 @@ class GrammarRule:
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, constraint: Constraint) -> None:
         self._matcher, self._constraint = matcher, constraint
-        num_words, last_bits = -(-vocabulary.vocab_len // 32), vocabulary.vocab_len % 32
         # llguidance writes a bit for each of the tokenizer's tokens, which may be more than the model's logits.
-        self._own = np.zeros(vocabulary.num_words, np.uint32) if vocabulary.len > vocabulary.vocab_len else None
-        self._num_words, self._last_word = num_words, np.uint32((1 << last_bits) - 1 if last_bits else 0xFFFFFFFF)
+        self._wider = np.zeros(vocabulary.num_words, np.uint32) if vocabulary.len > vocabulary.vocab_len else None
+        num_last = vocabulary.vocab_len % 32 or 32
+        self._last_word = np.uint32((1 << num_last) - 1)
 
     @property
     def is_complete(self) -> bool:
@@ -36,10 +36,11 @@ class GrammarRule:
 
         Raises InvalidRequestError when no token may, or when to find out is too much work.
         """
-        target = mask if self._own is None and mask.flags.c_contiguous else self._scratch()
+        assert mask.dtype == np.uint32 and mask.flags.c_contiguous, "llguidance writes to its address"
+        target = mask if self._wider is None else self._wider
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if target is not mask:
-            mask[:] = target[: self._num_words]
+        if self._wider is not None:
+            mask[:] = self._wider[: len(mask)]
             mask[-1] &= self._last_word
         if self._matcher.is_error():
             raise self._failure()
@@ -54,11 +55,6 @@ class GrammarRule:
         """This token was drawn. Raises InvalidRequestError where the constraint does not allow it."""
         if not self._matcher.consume_token(token):
             raise self._failure()
-
-    def _scratch(self) -> npt.NDArray[np.uint32]:
-        if self._own is None:
-            self._own = np.zeros(self._num_words, np.uint32)
-        return self._own
 
     def _failure(self) -> InvalidRequestError:
         complaint = self._matcher.get_error()

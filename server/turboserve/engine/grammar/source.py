@@ -19,8 +19,7 @@ MAX_TEXT_BYTES = 256 * 1024
 # the answer's limit; this is enough for a line break and an indentation.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
-# Whatever the schema itself says under "x-guidance" gives way to these, so that nobody's schema can ask for keywords
-# to be ignored.
+# llguidance reads them in the schema, where callers could otherwise ask for keywords to be ignored.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
 
 _NAMES = {
@@ -57,10 +56,14 @@ def grammar_text(constraint: Constraint) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
-def embedded_schema(schema: Mapping[str, Any] | bool) -> str:
+def embedded_schema(schema: Mapping[str, Any]) -> str:
     """`%json {...}` for a Lark grammar, enforced as strictly as a schema that stands alone."""
-    own = dict(schema) if isinstance(schema, Mapping) else ({} if schema else {"anyOf": []})
-    return "%json " + json.dumps({**own, "x-guidance": JSON_OPTIONS})
+    return "%json " + json.dumps(with_options(schema))
+
+
+def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with this server's way of enforcing it, in place of what it says about that itself."""
+    return {**schema, "x-guidance": JSON_OPTIONS}
 
 
 def refusal(constraint: Constraint, reason: str) -> InvalidRequestError:
@@ -79,10 +82,14 @@ def reason_of(complaint: str) -> str:
         return "the keyword oneOf is supported only where its alternatives exclude each other visibly; use anyOf"
     if "too many digits" in complaint and "multipleOf" in complaint:
         return "the value of multipleOf has too many digits"
+    if "NoExtension" in complaint:
+        return "nothing can be an answer to it"
+    if "regex is empty" in complaint:
+        return "its conditions on one text cannot be combined"
     if any(word in complaint for word in ("panic", "too big", "too large", "fuel", "too many", "recursion limit")):
         return "it is too large or too deeply nested"
     shown = complaint.split("\n<state>")[0]
-    shown = re.sub(r"\n\s*\d* \| .*", "", shown)  # lines of the grammar, as llguidance quotes them
+    shown = re.sub(r"\n\s*(\d+ )?[|^].*", "", shown)  # lines of the grammar, as llguidance quotes and marks them
     return re.sub(r"\s+", " ", shown).strip().rstrip(".")[:MAX_MESSAGE] or "it is not understood"
 
 
@@ -96,10 +103,7 @@ def _json(constraint: Constraint) -> object:
 
 
 def _of_schema(schema: Mapping[str, Any]) -> str:
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
-    except RecursionError:
-        raise InvalidRequestError("The JSON schema cannot be enforced: it is too deeply nested.") from None
+    return LLMatcher.grammar_from_json_schema(json.dumps(with_options(schema)))
 
 
 def _choice(constraint: Constraint) -> str:

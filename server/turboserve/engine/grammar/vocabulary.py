@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +35,3 @@ class Vocabulary:
             self.tokens = from_tokenizer(fast, n_vocab=self.len, eos_token=list(self.end_tokens) or None)
         except Exception as exc:  # of Rust, without a type of its own
             raise UnsupportedParameterError(f"This model's tokenizer cannot be constrained: {exc}"[:300]) from exc
-
-
-__all__ = ["LLTokenizer", "Vocabulary"]
