@@ -11,18 +11,22 @@ from turboserve.engine.grammar.compiler import Compiler
 from turboserve.engine.grammar.vocabulary import Vocabulary
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.token_rules import TokenRule
+from turboserve.engine.tools.constraint import tool_constraint
+from turboserve.engine.tools.markup import Markup, markup_of
 from turboserve.errors import TurboServeError
 from turboserve.messages import Constraint, Request
 
 
 def needs_rule(request: Request) -> bool:
     """Whether `RuleMaker.rule_of` has anything to do; quick, for the thread that submits."""
-    return request.constraint is not None
+    return request.constraint is not None or request.tools is not None
 
 
-def constraint_of(request: Request, loaded: LoadedModel) -> Constraint | None:
+def constraint_of(request: Request, markup: Markup) -> Constraint | None:
     """What the answer to this request must look like. Raises InvalidRequestError."""
-    return request.constraint
+    if request.tools is None:
+        return request.constraint
+    return tool_constraint(request.tools, markup, request.constraint)
 
 
 class RuleMaker:
@@ -30,6 +34,7 @@ class RuleMaker:
 
     def __init__(self, loaded: LoadedModel, vocab_len: int) -> None:
         self._loaded, self._vocab_len = loaded, vocab_len
+        self._markup = markup_of(loaded.tokenizer)
         self._compiler: Future[Compiler] = Future()
 
     def prepare(self) -> None:
@@ -45,7 +50,7 @@ class RuleMaker:
 
     def rule_of(self, request: Request, timeout_s: float) -> TokenRule | None:
         """The answer's rule, if it needs one. Raises InvalidRequestError for what cannot be enforced."""
-        constraint = constraint_of(request, self._loaded)
+        constraint = constraint_of(request, self._markup)
         return None if constraint is None else self._ready_compiler(constraint).compile(constraint, timeout_s)
 
     def close(self) -> None:

@@ -36,32 +36,51 @@ class _Syntax(NamedTuple):
     call: Callable[[str, str], str]  # a function's name and its arguments' rule
 
 
-def tool_constraint(use: ToolUse, markup: Markup) -> Constraint | None:
-    """What the answer must look like for this use of functions; None: anything.
+def tool_constraint(use: ToolUse, markup: Markup, answer: Constraint | None = None) -> Constraint | None:
+    """What the answer must look like for this use of functions; None: anything. `answer`: what its text must be.
 
     required  calls alone, their arguments valid
-    auto      with a function that is `strict`, and markers of the model's own around JSON: any text, and in it calls
-              whose arguments are valid. Without such markers a call is not told from text before it is whole, and
-              `strict` stays a promise of the model's.
+    auto      with an `answer` of JSON: either that or calls. With a function that is `strict`, and markers of the
+              model's own around JSON: any text, and in it calls whose arguments are valid. Without such markers a call
+              is not told from text before it is whole, and `strict` stays a promise of the model's.
     Whether llguidance can enforce the functions' schemas is found out when it compiles the grammar.
     """
-    functions = [tool["function"] for tool in use.functions]
+    functions = [function for tool in use.functions if isinstance(function := tool.get("function"), Mapping)]
+    syntax = _syntax(markup)
     if use.choice == "required":
-        chosen = [f for f in functions if isinstance(f, Mapping) and use.name in (None, f["name"])]
-        return Constraint("lark", _required(chosen, use, _syntax(markup)), param="tools")
-    is_strict = any(isinstance(f, Mapping) and f.get("strict") is True for f in functions)
-    if use.choice != "auto" or not is_strict or not _writes_json(markup):
-        return None
-    known = [f for f in functions if isinstance(f, Mapping)]
-    return Constraint("lark", _lazy(known, use, _syntax(markup), markup), param="tools")
+        chosen = [function for function in functions if use.name in (None, function["name"])]
+        return Constraint("lark", _grammar("calls", chosen, use, syntax), param="tools")
+    if use.choice == "none" or not functions:
+        return answer
+    if answer is not None:
+        schema = _answer_schema(answer)
+        if schema is None:
+            return answer
+        whole = _grammar("answer | calls", functions, use, syntax)
+        return Constraint("lark", f"{whole}\nanswer: %json {json.dumps(schema)}", param=answer.param)
+    if any(function.get("strict") is True for function in functions) and _writes_json(markup):
+        return Constraint("lark", _among_text(functions, use, syntax, markup), param="tools")
+    return None
 
 
-def _required(functions: list[Mapping[str, Any]], use: ToolUse, syntax: _Syntax) -> str:
+def _grammar(start: str, functions: list[Mapping[str, Any]], use: ToolUse, syntax: _Syntax) -> str:
     more = f"({syntax.between} call)*" if use.is_parallel else ""
-    return "\n".join([f"start: {syntax.open} call {more} {syntax.close}", *_calls(functions, syntax)])
+    rules = [f"start: {start}", f"calls: {syntax.open} call {more} {syntax.close}"]
+    return "\n".join([*rules, *_calls(functions, syntax)])
 
 
-def _lazy(functions: list[Mapping[str, Any]], use: ToolUse, syntax: _Syntax, markup: Markup) -> str:
+def _answer_schema(answer: Constraint) -> dict[str, Any] | None:
+    """Of an answer that is a JSON object; None: of any other, which stands alone."""
+    if answer.kind == "json_object":
+        return {"type": "object", "x-guidance": _JSON_OPTIONS}
+    try:
+        schema = json.loads(answer.text) if answer.kind == "json_schema" else None
+    except (ValueError, RecursionError):  # for the grammar's compiler to complain of
+        return None
+    return {**schema, "x-guidance": _JSON_OPTIONS} if isinstance(schema, dict) else None
+
+
+def _among_text(functions: list[Mapping[str, Any]], use: ToolUse, syntax: _Syntax, markup: Markup) -> str:
     """Text without a start marker, then, once there is one, a call as it must be."""
     text = rf"TEXT: /(?s:.*)/ & ~/(?s:.*){re.escape(markup.call_start)}(?s:.*)/"
     more = "*" if use.is_parallel else "?"

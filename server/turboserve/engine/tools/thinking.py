@@ -8,6 +8,7 @@ Reasoning is free text, whatever the answer must look like; the answer's own rul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import numpy as np
@@ -111,3 +112,25 @@ class ThinkingRule:
 
 def _allow(mask: Mask, token: int) -> None:
     mask[token // 32] |= np.uint32(1 << (token % 32))
+
+
+class OneCallRule:
+    """Implements token_rules.TokenRule: the answer ends behind its first call."""
+
+    def __init__(self, is_over: Callable[[], bool], inner: TokenRule | None) -> None:
+        """is_over: whether that call is whole."""
+        self._is_over, self._inner = is_over, inner
+
+    @property
+    def is_complete(self) -> bool:
+        """As token_rules.TokenRule says."""
+        return self._is_over() or (self._inner is not None and self._inner.is_complete)
+
+    def fill(self, mask: Mask) -> bool:
+        """As token_rules.TokenRule says."""
+        return self._inner.fill(mask) if self._inner is not None else False
+
+    def accept(self, token: int) -> None:
+        """As token_rules.TokenRule says."""
+        if self._inner is not None:
+            self._inner.accept(token)
