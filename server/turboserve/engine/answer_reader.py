@@ -67,6 +67,8 @@ class MarkupReader:
         self._may_think = markup.has_thinking
         self._has_reasoned = False
         self._num_calls = 0
+        self._call_ids: set[str] = set()
+        self._passed_marker = False  # with the newest text
         # of a call
         self._opening = ""  # what comes before its JSON, given back when it is none
         self._is_bare = False
@@ -82,6 +84,7 @@ class MarkupReader:
         was_thinking = self._state is _State.THINKING
         out: list[Delta] = []
         self._logprobs += logprobs
+        self._passed_marker = False
         self._read(text, out)
         if was_thinking or self._state is _State.THINKING:
             self.num_reasoning_tokens += num_tokens
@@ -150,6 +153,13 @@ class MarkupReader:
             return ""
         marker = text.find(self._markup.call_start)
         bare = find_start(text, self._is_line_blank)
+        if bare is not None and self._markup.call_start.startswith(text[bare.end :][: len(self._markup.call_start)]):
+            if marker < 0:  # such as [TOOL_CALLS], which begins like a list
+                keep = _with_blanks(text, len(text) - bare.at)
+                self._held = text[len(text) - keep :]
+                self._say(text[: len(text) - keep], out)
+                return ""
+            bare = None
         if bare is not None and (marker < 0 or bare.at < marker):
             return self._enter_call(text, bare.at, bare.end, out, is_bare=True)
         if marker >= 0:
@@ -183,8 +193,10 @@ class MarkupReader:
             self._state, self._may_think = _State.AFTER, self._markup.has_thinking
         elif self._stream.is_bad:
             if self._stream.has_begun:
+                unread = self._stream.unread
                 self._enter_text()
-            elif self._is_bare:
+                return unread + text[took:]
+            if self._is_bare:
                 self._give_up_call(out)
             else:
                 body, self._body, self._stream = "".join(self._body), [], None
@@ -246,9 +258,6 @@ class MarkupReader:
         if not rest:
             self._held = gap
             return ""
-        if rest[0] in "{[":
-            self._begin_call(gap, self._is_bare)
-            return rest
         for marker in (*closers, self._markup.call_start):
             if rest.startswith(marker):
                 self._enter_text()
@@ -256,11 +265,15 @@ class MarkupReader:
         if any(marker.startswith(rest) for marker in (*closers, self._markup.call_start)):
             self._held = gap + rest
             return ""
+        if rest[0] in "{[":
+            self._begin_call(gap, self._is_bare)
+            return rest
         self._enter_text()
-        return gap.lstrip() + rest
+        return gap.lstrip(" \t\r\n}]") + rest
 
     def _enter_text(self, *, is_fresh: bool = True) -> None:
         self._state, self._is_fresh, self._is_line_blank = _State.TEXT, is_fresh, is_fresh
+        self._passed_marker |= is_fresh
         self._stream, self._body, self._may_think = None, [], is_fresh and self._may_think
 
     # --- deltas
@@ -300,7 +313,10 @@ class MarkupReader:
 
     def _begin(self, name: str, call_id: str, out: list[Delta]) -> None:
         self.has_tool_calls = True
-        out.append(ToolCallDelta(self._num_calls, call_id or f"call_{secrets.token_hex(12)}", name))
+        if not call_id or call_id in self._call_ids:
+            call_id = f"call_{secrets.token_hex(12)}"
+        self._call_ids.add(call_id)
+        out.append(ToolCallDelta(self._num_calls, call_id, name))
         self._num_calls += 1
 
     def _end(self) -> None:
@@ -314,7 +330,8 @@ class MarkupReader:
                 out[index] = replace(delta, logprobs=tuple(self._logprobs))
                 self._logprobs.clear()
                 return
-        if self._state in (_State.THINKING, _State.AFTER) or self._has_begun or self.is_over:
+        is_markup = self._state in (_State.THINKING, _State.AFTER) or self._has_begun or self._passed_marker
+        if is_markup or self.is_over:
             self._logprobs.clear()
 
 

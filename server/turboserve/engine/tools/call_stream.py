@@ -69,6 +69,7 @@ class _CallObject:
         self.is_done = False
         self.is_bad = False
         self.has_begun = False
+        self.unread = ""
         self._policy = policy
         self._next = _Next.OPEN
         self._key = ""
@@ -141,6 +142,7 @@ class _CallObject:
         elif piece and self._key in _ARGUMENTS:
             self._pass_on(piece, out)
         self.is_bad |= value.is_bad
+        self.unread = value.unread
         if not value.is_done or self.is_bad:
             return at
         self._value = None
@@ -196,6 +198,7 @@ class CallStream:
     """One object or one list of objects. Feed until `is_done` or `is_bad`.
 
     has_begun  a call has: what was fed is then no text any more, whatever follows
+    unread     once `is_bad`: text that was taken, and not passed on
     """
 
     def __init__(self, policy: CallPolicy) -> None:
@@ -206,6 +209,10 @@ class CallStream:
         self._is_list = False
         self._needs = "object or list"
         self._object = _CallObject(policy)
+
+    @property
+    def unread(self) -> str:
+        return self._object.unread
 
     def feed(self, text: str, out: list[CallPiece]) -> int:
         """Reads on, appends what it found to `out`, and returns how much of `text` it took."""

@@ -20,7 +20,7 @@ class Dialect:
     """How history must be given to one template.
 
     wants_strings      arguments as JSON text, not as objects
-    takes_null         content None beside calls; else ""
+    takes_null         content None beside calls, which transformers leaves out of the message; else ""
     wants_short_ids    ids of nine letters and digits, which Mistral's templates insist on
     describes          the prompt names the functions; where a template ignores them, we describe them
     shows_calls        the prompt names earlier calls; likewise

@@ -42,6 +42,7 @@ class JsonReader:
         self._in_string = False
         self._is_key = False
         self._held = ""  # an unfinished escape, number or word
+        self.unread = ""  # of a bad value: what was taken and not passed on
 
     def feed(self, text: str, at: int = 0) -> tuple[int, str]:
         """Reads on at `text[at]`. Returns where it stopped and what may be passed on.
@@ -99,15 +100,15 @@ class JsonReader:
         match = _WORD.match(text, at)
         assert match is not None
         self._held += match.group()
-        if len(self._held) > _WORD_LEN or (match.end() == at and not self._held):
-            self.is_bad = True
+        if len(self._held) > _WORD_LEN:
+            self.is_bad, self.unread = True, self._held
         elif match.end() < len(text):
             if self._held in ("true", "false", "null") or _NUMBER.fullmatch(self._held):
                 out.append(self._held)
                 self._held = ""
                 self._value_ended()
             else:
-                self.is_bad = True
+                self.is_bad, self.unread = True, self._held
         return match.end()
 
     def _string(self, text: str, at: int, out: list[str]) -> int:
@@ -143,4 +144,6 @@ class JsonReader:
             self._held = text
             return at + len(text)
         self.is_bad = True
-        return at
+        if at < 0:
+            self.unread = text[:-at]
+        return max(at, 0)
