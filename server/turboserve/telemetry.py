@@ -96,7 +96,7 @@ class Telemetry:
         self._e2e.observe(seconds)
 
     def request_finished(self, reason: str) -> None:
-        """A request ended with `stop` or `length`."""
+        """A request ended with `stop`, `length` or `tool_calls`."""
         self._success.labels(reason).inc()
 
     def request_failed(self, code: str) -> None:

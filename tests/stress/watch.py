@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from turboserve.engine import engine as engine_module
+from turboserve.engine.generation import Drawn
+from turboserve.engine.row_masks import StepMasks
 from turboserve.engine.runner import Runner
 from turboserve.engine.step_loop import StepLoop
 
@@ -31,15 +33,15 @@ WATCH = Watch()
 LEADS: dict[tuple[str, int], tuple[int, float]] = {}
 
 
-def draw_and_note(runner: Runner, logits: mx.array) -> list[int | Exception]:
+def draw_and_note(runner: Runner, logits: mx.array, masks: StepMasks | None) -> list[Drawn | Exception]:
     """The runner's own drawing, whose leads are noted."""
-    drawn = ORIGINAL_DRAW(runner, logits)
+    drawn = ORIGINAL_DRAW(runner, logits, masks)
     values = np.array(logits.astype(mx.float32))  # (B, V)
     best = np.partition(values, -2, axis=-1)[:, -2:]
     leads = (best[:, 1] - best[:, 0]) / values.std(axis=-1)
-    for row, token, lead in zip(runner._rows, drawn, leads.tolist(), strict=True):
-        if isinstance(token, int):
-            LEADS[row.request_id, len(row.answer)] = (token, lead)
+    for row, outcome, lead in zip(runner._rows, drawn, leads.tolist(), strict=True):
+        if isinstance(outcome, Drawn):
+            LEADS[row.request_id, len(row.answer)] = (outcome.token, lead)
     return drawn
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
-from turboserve.engine.generation import Generation
-from turboserve.engine.sampling import BatchSampler, Draws
+from turboserve.engine.generation import Drawn, DrawnLogprobs, Generation
+from turboserve.engine.row_masks import RowMasks, StepMasks
+from turboserve.engine.sampling import BatchSampler, Draws, Logprobs
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +45,15 @@ class Flight:
 
     def start(self) -> None:
         """Let the device begin; returns at once."""
-        results = [self.logits] if self.draws is None else [self.draws.tokens, self.draws.is_broken]
+        results = [self.logits] if self.draws is None else self.draws.arrays()
         mx.async_eval(*results)  # type: ignore[no-untyped-call]  # its stubs leave types out
 
-    def land(self) -> list[int | Exception]:
+    def land(self) -> list[Drawn | Exception]:
         """Wait for the tokens, one for each of `rows`. Raises what the device does."""
         if self.draws is not None:
             return read(self.draws)
         assert self.logits is not None
-        drawn: list[int | Exception] = [0] * len(self.rows)
+        drawn: list[Drawn | Exception] = [Drawn(0)] * len(self.rows)
         mx.eval(self.logits)
         for i, row in enumerate(self.rows):
             if row is not None:
@@ -70,23 +72,46 @@ def sampler_of(rows: Sequence[Generation]) -> BatchSampler:
 def add_row(sampler: BatchSampler, row: Generation) -> None:
     """Let a row draw with the others; of its answer nothing may be on its way."""
     assert row.sampling is not None
-    sampler.join(row.sampling, row.prompt, row.answer)
+    sampling = row.sampling if row.rule is None else replace(row.sampling, barred_until=0)  # its mask sees to that
+    sampler.join(sampling, row.prompt, row.answer)
 
 
-def read(draws: Draws) -> list[int | Exception]:
+def sample(sampler: BatchSampler, logits: mx.array, masks: StepMasks | None) -> Draws:
+    """Draws of all rows from logits (B, V), within the masks of those that have one."""
+    if masks is None:
+        return sampler.sample(logits)
+    return sampler.sample(logits, mask=masks.bits, masked=masks.places)
+
+
+def read(draws: Draws) -> list[Drawn | Exception]:
     """Each row's token, waiting once for all of them."""
-    mx.eval(draws.tokens, draws.is_broken)
+    mx.eval(*draws.arrays())
     tokens, is_broken = np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()
-    return [
-        NonFiniteLogitsError("the model's logits are not finite") if broken else token
+    drawn: list[Drawn | Exception] = [
+        NonFiniteLogitsError("the model's logits are not finite") if broken else Drawn(token)
         for token, broken in zip(tokens, is_broken, strict=True)
     ]
+    if draws.logprobs is not None:
+        _add_logprobs(drawn, draws.logprobs)
+    return drawn
 
 
-def draw_alone(logits: mx.array, row: Generation) -> int | Exception:
-    """One row's token from its logits (1, V), the same as in a batch, or what its sampling raised."""
+def _add_logprobs(drawn: list[Drawn | Exception], logprobs: Logprobs) -> None:
+    values, ids, top = (np.array(x).tolist() for x in (logprobs.drawn, logprobs.top_ids, logprobs.top))
+    for i, (place, num_top) in enumerate(zip(logprobs.places, logprobs.num_top, strict=True)):
+        row = drawn[place]
+        if isinstance(row, Drawn):
+            likeliest = list(zip(ids[i][:num_top], top[i][:num_top], strict=True))
+            drawn[place] = Drawn(row.token, DrawnLogprobs(values[i], likeliest))
+
+
+def draw_alone(logits: mx.array, row: Generation) -> Drawn | Exception:
+    """One row's token from its logits (1, V), the same as in a batch, or what its sampling or its rule raised."""
     try:
-        return read(sampler_of([row]).sample(logits))[0]
+        masks = RowMasks().fill([row], logits.shape[-1])
+        if masks is not None and masks.failed:
+            return masks.failed[0]
+        return read(sample(sampler_of([row]), logits, masks))[0]
     except Exception as exc:
         log.exception("sampling failed for request %s", row.request_id)
         return exc

@@ -1,7 +1,7 @@
 """One request's state while the engine works on it. Plain data, and each field has its writer.
 
 whoever makes it                 rule, before it is prepared
-prepare.py                       prompt, max_answer_len, sampling, text and reader, once
+prepare.py                       prompt, max_answer_len, sampling, text, reader and eos_ids, once
 runner.py                        caches and cache_len, as it computes and as rows join and leave the batch
 step_loop.py, open_requests.py   all others; they alone move `stage`, and take caches away when it changes
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from turboserve.cache.memory import Ask, Lease
 from turboserve.engine.protocol import EventSink
@@ -51,6 +51,7 @@ class Generation:
     rule: TokenRule | None = None  # what its answer must look like
     text: TextStream | None = None
     reader: AnswerReader = field(default_factory=PlainReader)
+    eos_ids: frozenset[int] = frozenset()  # the model's own end tokens
     lease: Lease | None = None
     caches: list[Any] | None = None
     cache_len: int = 0
@@ -81,6 +82,12 @@ class Generation:
         """Tokens that its answer may still get."""
         return self.max_answer_len - len(self.answer)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end its answer. What must have a certain form ends where it is complete, whatever is ignored."""
+        own = frozenset[int]() if self.request.ignore_eos and self.rule is None else self.eos_ids
+        return own.union(self.request.stop_token_ids)
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and answer."""
         num_prompt = len(self.prompt)
@@ -97,5 +104,19 @@ class Generation:
         return Ask(self.request, self.tokens(0, self.num_tokens), num_tokens, self.order)
 
 
-Outcomes = Mapping[Generation, "int | Exception | None"]
+class DrawnLogprobs(NamedTuple):
+    """Natural logarithms of the model's own probabilities: of the drawn token, and of the likeliest, falling."""
+
+    drawn: float
+    top: list[tuple[int, float]]  # token, logprob
+
+
+class Drawn(NamedTuple):
+    """A row's next token, with logprobs where it asks for them."""
+
+    token: int
+    logprobs: DrawnLogprobs | None = None
+
+
+Outcomes = Mapping[Generation, "Drawn | Exception | None"]
 """Per row of a decode step: its next token, what failed, or None when its cache was lost."""

@@ -19,7 +19,7 @@ from turboserve.engine.generation import Generation, Stage
 from turboserve.engine.protocol import EngineTelemetry
 from turboserve.engine.runner import Runner
 from turboserve.errors import RequestCancelledError, TurboServeError
-from turboserve.messages import Event, Failed, Finished, FinishReason, TextDelta, Usage
+from turboserve.messages import Delta, Event, Failed, Finished, FinishReason, Usage
 
 log = logging.getLogger(__name__)
 
@@ -73,18 +73,29 @@ class OpenRequests:
         self._end_keeping(generation)
         self.send(generation, Failed(RequestCancelledError("The request was cancelled.")))
 
-    def finish(self, generation: Generation, reason: FinishReason, *, flush: bool = True) -> None:
-        """Its answer is complete; flush: text that was held back comes first, in which a stop string may be found."""
+    def finish(
+        self, generation: Generation, reason: FinishReason, *, flush: bool = True, stopped_by: str | int | None = None
+    ) -> None:
+        """Its answer is complete.
+
+        flush: text that was held back comes first, in which a stop string may be found. stopped_by: what of the
+        request ended it.
+        """
         assert generation.text is not None and generation.lease is not None
-        rest = ""
-        if flush:
-            try:
+        reader, rest = generation.reader, list[Delta]()
+        try:
+            if flush:
                 result = generation.text.flush()
-            except Exception as exc:
-                log.exception("text of request %s failed", generation.request_id)
-                self.fail(generation, exc)
-                return
-            rest, reason = result.text, "stop" if result.stopped else reason
+                rest = reader.add(result.text, result.logprobs, num_tokens=0)
+                if result.stop is not None:
+                    reason, stopped_by = "stop", result.stop
+            rest += reader.finish()
+        except Exception as exc:
+            log.exception("text of request %s failed", generation.request_id)
+            self.fail(generation, exc)
+            return
+        if reason == "stop" and reader.has_tool_calls:
+            reason = "tool_calls"
         if self._runner.has(generation):
             self._runner.leave([generation])  # without the token that a step ahead may have fed
         kv, kv_format = self._runner.measure(generation), generation.lease.kv_format
@@ -95,12 +106,13 @@ class OpenRequests:
             kv=kv,
             kv_format=kv_format,
             session_id=self._end_keeping(generation),
+            reasoning_tokens=reader.num_reasoning_tokens,
         )
         self._telemetry.request_finished(reason)
         self._telemetry.observe_e2e(self._clock() - generation.submitted_s)
-        if rest:
-            self.send(generation, TextDelta(rest))
-        self.send(generation, Finished(reason, usage))
+        for delta in rest:
+            self.send(generation, delta)
+        self.send(generation, Finished(reason, usage, stopped_by))
 
     def fail(self, generation: Generation, cause: Exception) -> None:
         """End a request with an error; its caches are not trusted any more."""

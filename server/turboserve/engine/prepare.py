@@ -6,6 +6,7 @@ All refusals that depend on the request alone happen here, before any memory or 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from turboserve.cache.memory import Memory
 from turboserve.engine.generation import Generation
@@ -14,7 +15,7 @@ from turboserve.engine.readers import PlainReader
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.text import TextStream
-from turboserve.errors import ContextLengthError
+from turboserve.errors import ContextLengthError, InvalidRequestError
 from turboserve.messages import Request
 
 # Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
@@ -40,8 +41,16 @@ class Preparer:
             limit = min(limit, self._memory.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
         else:
             self._memory.check_can_fit(len(prompt) + limit, kv_format)
-        generation.sampling = row_sampling(request.sampling, self._vocab_len)
-        generation.text = TextStream(self._decode, request.stop)
+        generation.eos_ids = self._loaded.eos_ids
+        generation.sampling = row_sampling(
+            request.sampling,
+            self._vocab_len,
+            num_top=request.num_top_logprobs,
+            barred=self._checked_end_ids(generation),
+            barred_until=request.min_tokens,
+        )
+        decode = partial(self._decode, skip_special_tokens=request.skip_special_tokens)
+        generation.text = TextStream(decode, request.stop, include_stop=request.include_stop)
         generation.reader = PlainReader()
         generation.max_answer_len = limit
         generation.prompt = prompt
@@ -50,9 +59,19 @@ class Preparer:
         """Token ids of the request's prompt. Raises InvalidRequestError when there are none."""
         return self._template.encode(request.messages)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _checked_end_ids(self, generation: Generation) -> list[int]:
+        """Tokens that end its answer. Raises InvalidRequestError when the request names one that the model lacks."""
+        for token in generation.request.stop_token_ids:
+            if not 0 <= token < self._vocab_len:
+                raise InvalidRequestError(
+                    f"stop_token_ids names token {token}, but this model's tokens go from 0 to {self._vocab_len - 1}.",
+                    param="stop_token_ids",
+                )
+        return sorted(token for token in generation.end_ids if token < self._vocab_len)
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         text: str = self._loaded.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
 

@@ -94,7 +94,7 @@ class EngineTelemetry(Protocol):
     """Counters the engine feeds; thread-safe, quick, never raising. Times are seconds."""
 
     def request_finished(self, reason: str, /) -> None:
-        """A request was answered in full; `reason` is `stop` or `length`."""
+        """A request was answered in full; `reason` is `stop`, `length` or `tool_calls`."""
         ...
 
     def request_failed(self, code: str, /) -> None:

@@ -7,6 +7,9 @@ these: the device computes while the host delivers. A row that ends by a token t
 caches that it was not meant to have, and is cut back by it when it leaves; one whose last token is on its way is left
 out of the next step. `cache_len` never counts the token in flight.
 
+Rules. A mask depends on all tokens before it, so while a row has a token rule nothing is enqueued ahead: what is in
+flight lands, and steps are computed at once, their masks being filled while the device computes the logits.
+
 Failure isolation. Logits that are not finite cost their own row only. When sampling the batch raises, each row is drawn
 alone, which gives the same token, and rows that raise alone are reported. When the batched forward pass raises, every
 row is cut back to its length before the step and tried alone: rows that work keep their token, rows that raise are
@@ -26,8 +29,9 @@ import mlx.core as mx
 from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
-from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sampler_of
-from turboserve.engine.generation import Generation, Outcomes
+from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
+from turboserve.engine.generation import Drawn, Generation, Outcomes
+from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.errors import StartupError
 
@@ -69,6 +73,7 @@ class Runner:
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
         self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
+        self._masks = RowMasks()
         self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
@@ -95,7 +100,7 @@ class Runner:
             )
         batch = self._merge([caches])
         self.can_prefill_together = all(isinstance(cache, BatchRows) for cache in batch)
-        logits = self._forward([[0]], batch)
+        logits, _ = self._forward([[0]], batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
 
@@ -233,9 +238,10 @@ class Runner:
         have just joined there is none yet.
         """
         flight = self._flight
-        if flight is None and (not self.overlaps or self._must_be_wary() or self._is_awaited):
+        must_know = self._must_be_wary() or any(row.rule is not None for row in self._rows)
+        if flight is None and (not self.overlaps or must_know or self._is_awaited):
             return self._step_at_once()
-        if flight is not None and (flight.draws is None or self._sampler is None or self._must_be_wary()):
+        if flight is not None and (flight.draws is None or self._sampler is None or must_know):
             return self.land()  # nothing can be built on it
         ending = [row for row in self._rows if flight is not None and row in flight and row.num_answer_left <= 1]
         for row in ending:
@@ -298,11 +304,11 @@ class Runner:
             rows += [row for row in self._rows if row not in rows]  # a step that was built on it is lost with it
             log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
             return self._lose_all(rows)
-        outcomes: dict[Generation, int | Exception | None] = {}
-        for row, token in zip(flight.rows, drawn, strict=True):
+        outcomes: dict[Generation, Drawn | Exception | None] = {}
+        for row, outcome in zip(flight.rows, drawn, strict=True):
             if row is not None:
                 row.cache_len += 1
-                outcomes[row] = token
+                outcomes[row] = outcome
         return outcomes
 
     def _take_back(self, rows: list[Generation], flight: Flight | None) -> list[Generation]:
@@ -328,7 +334,7 @@ class Runner:
             return {}
         rows = list(self._rows)
         try:
-            logits = self._forward([[row.newest_token()] for row in rows], self._batch())
+            logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows)
         except _DeviceError:
             log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
             return self._lose_all(rows)
@@ -337,33 +343,42 @@ class Runner:
             return self._step_alone(rows)
         for row in rows:
             row.cache_len += 1
-        return dict(zip(rows, self._draw(logits), strict=True))
+        return dict(zip(rows, self._draw(logits, masks), strict=True))
 
-    def _forward(self, tokens: list[list[int]], caches: list[Any]) -> mx.array:
-        """Logits (B, V) after the last of `tokens` (B, T). Raises _DeviceError when evaluation fails."""
+    def _forward(
+        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = ()
+    ) -> tuple[mx.array, StepMasks | None]:
+        """Logits (B, V) after the last of `tokens` (B, T), and the masks of `rows`, filled while the device computes.
+
+        Raises _DeviceError when evaluation fails.
+        """
         logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
+        masks = None
         try:
+            if any(row.rule is not None for row in rows):
+                mx.async_eval(logits)  # type: ignore[no-untyped-call]  # its stubs leave types out
+                masks = self._masks.fill(rows, logits.shape[-1])
             mx.eval(logits)
             self._runtime.evaluate(caches)
         except Exception as exc:
             raise _DeviceError from exc
-        return logits
+        return logits, masks
 
     def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
         singles = [self._roll_back(i, row, row.cache_len) for i, row in enumerate(rows)]
         self._forget_rows()
         self._forget_batch()
-        outcomes: dict[Generation, int | Exception | None] = {}
+        outcomes: dict[Generation, Drawn | Exception | None] = {}
         for row, caches in zip(rows, singles, strict=True):
             outcomes[row] = None if caches is None else self._try_row(row, caches)
         return outcomes
 
-    def _try_row(self, row: Generation, caches: list[Any]) -> int | Exception | None:
+    def _try_row(self, row: Generation, caches: list[Any]) -> Drawn | Exception | None:
         """One decode step of one row, which joins the new batch when it works."""
         batch = self._merge([caches])
         try:
-            logits = self._forward([[row.newest_token()]], batch)
+            logits, _ = self._forward([[row.newest_token()]], batch)
             row.caches = [cache.extract(0) for cache in batch]
         except _DeviceError:
             self._runtime.release(caches)
@@ -376,9 +391,9 @@ class Runner:
             self._runtime.release(batch)
         self._runtime.release(caches)
         row.cache_len += 1
-        token = draw_alone(logits, row)
+        outcome = draw_alone(logits, row)
         self.join(row)
-        return token
+        return outcome
 
     def _lose_all(self, rows: list[Generation]) -> Outcomes:
         for row in rows:
@@ -402,19 +417,22 @@ class Runner:
             log.exception("the cache of request %s cannot be cut back", row.request_id)
             return None
 
-    def _draw(self, logits: mx.array) -> list[int | Exception]:
+    def _draw(self, logits: mx.array, masks: StepMasks | None) -> list[Drawn | Exception]:
         """Each row's next token from logits (B, V), or what went wrong with it."""
         try:
-            return read(self._sample(logits))
+            drawn = read(self._sample(logits, masks))
         except Exception:
             log.exception("sampling failed for a batch of %d rows; each row is drawn alone", len(self._rows))
             self._sampler = None
-        return [draw_alone(logits[i : i + 1], row) for i, row in enumerate(self._rows)]
+            return [draw_alone(logits[i : i + 1], row) for i, row in enumerate(self._rows)]
+        for place, failure in masks.failed.items() if masks is not None else ():
+            drawn[place] = failure
+        return drawn
 
-    def _sample(self, logits: mx.array) -> Draws:
+    def _sample(self, logits: mx.array, masks: StepMasks | None = None) -> Draws:
         if self._sampler is None:
             self._sampler = sampler_of(self._rows)
-        return self._sampler.sample(logits)
+        return sample(self._sampler, logits, masks)
 
     def _forget_rows(self) -> None:
         self._rows = []

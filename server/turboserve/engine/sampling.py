@@ -1,7 +1,8 @@
 """From a batch of logits to its next tokens, in one lazy computation; a row draws the same alone and in any batch.
 
 Order of operations: logit bias, repetition penalty (prompt and answer), presence and frequency penalties (answer only),
-mask, temperature, min-p, top-k, top-p. The likeliest token always stays; of equally likely ones the lowest id is first.
+tokens that would come too early, mask, temperature, min-p, top-k, top-p. The likeliest token always stays; of equally
+likely ones the lowest id is first.
 
 A draw depends on the row's logits, its seed and the token's place in the answer, and on nothing else:
 one number of 32 bits is hashed from seed and place on the host, and finds the token in the running sum of the row's
@@ -48,6 +49,9 @@ class RowSampling:
     seed: int  # 64 bits, unsigned
     vocab_len: int
     bias: tuple[tuple[int, float], ...]  # at most one value a token
+    num_top: int | None = None  # logprobs: None: none; n: of the drawn token and of the n likeliest
+    barred: tuple[int, ...] = ()  # tokens that are not drawn...
+    barred_until: int = 0  # ...before this place in the answer
 
     @property
     def has_penalties(self) -> bool:
@@ -55,8 +59,15 @@ class RowSampling:
         return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
 
 
-def row_sampling(params: SamplingParams, vocab_len: int) -> RowSampling:
-    """Raises InvalidRequestError when logit_bias names a token the model does not have."""
+def row_sampling(
+    params: SamplingParams,
+    vocab_len: int,
+    *,
+    num_top: int | None = None,
+    barred: Sequence[int] = (),
+    barred_until: int = 0,
+) -> RowSampling:
+    """See RowSampling. Raises InvalidRequestError when logit_bias names a token the model does not have."""
     for token, _ in params.logit_bias:
         if not 0 <= token < vocab_len:
             raise InvalidRequestError(
@@ -64,17 +75,20 @@ def row_sampling(params: SamplingParams, vocab_len: int) -> RowSampling:
                 param="logit_bias",
             )
     seed = params.seed if params.seed is not None else secrets.randbits(64)
-    return RowSampling(params, seed & _SEED_MASK, vocab_len, tuple(dict(params.logit_bias).items()))
+    bias = tuple(dict(params.logit_bias).items())
+    return RowSampling(params, seed & _SEED_MASK, vocab_len, bias, num_top, tuple(barred), barred_until)
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithms of the model's own probabilities: softmax of the logits as the model gave them,
-    before bias, penalties, mask and temperature, so they do not depend on how a token was drawn."""
+    """Of R rows that ask for them: natural logarithms of the model's own probabilities, softmax of the logits as the
+    model gave them, before bias, penalties, mask and temperature, so they do not depend on how a token was drawn."""
 
-    drawn: mx.array  # (B,) float32, of the drawn tokens
-    top_ids: mx.array  # (B, n) uint32, likeliest first
-    top: mx.array  # (B, n) float32
+    places: Sequence[int]  # (R,) of the batch's rows
+    num_top: Sequence[int]  # (R,): how many each of them asks for, of the n that are here
+    drawn: mx.array  # (R,) float32, of the drawn tokens
+    top_ids: mx.array  # (R, n) uint32, likeliest first
+    top: mx.array  # (R, n) float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +97,12 @@ class Draws:
 
     tokens: mx.array  # (B,) uint32
     is_broken: mx.array  # (B,) bool: the token means nothing, for NaN or +inf among the logits, or none was possible
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None  # None where no row asks for them
+
+    def arrays(self) -> list[mx.array]:
+        """All that is to be evaluated."""
+        more = [] if self.logprobs is None else [self.logprobs.drawn, self.logprobs.top_ids, self.logprobs.top]
+        return [self.tokens, self.is_broken, *more]
 
 
 class BatchSampler:
@@ -121,12 +140,12 @@ class BatchSampler:
         self._places = self._places[list(indices)]
         self._plan = None
 
-    def sample(self, logits: mx.array, *, mask: mx.array | None = None, num_top: int | None = None) -> Draws:
+    def sample(self, logits: mx.array, *, mask: mx.array | None = None, masked: Sequence[int] | None = None) -> Draws:
         """The next token of every row, not evaluated: the next step can be built on it at once.
 
         logits   (B, V) of any floating dtype; left alone
-        mask     (B, ceil(V / 32)) uint32: bit i of word w allows token 32 w + i; rows that need none have all bits set
-        num_top  when given, also the logprobs of the drawn tokens and of the `num_top` likeliest ones
+        mask     (B, ceil(V / 32)) uint32: bit i of word w allows token 32 w + i
+        masked   when given, the mask is (R, ceil(V / 32)), of these R rows alone, in rising order
 
         The drawn tokens are counted for the penalties of the following step.
         """
@@ -136,8 +155,11 @@ class BatchSampler:
         plan = self._plan
         raw = logits.astype(mx.float32)
         adjusted = self._adjusted(raw, plan)
-        if mask is not None:
-            adjusted = mx.where(_unpacked(mask, raw.shape[-1]), adjusted, MASKED)
+        early = plan.early(self._places)
+        if early is not None:
+            adjusted = adjusted.at[early].add(MASKED)
+        if mask is not None and mask.size:
+            adjusted = _masked(adjusted, mask, masked)
         best = mx.argmax(adjusted, axis=-1, keepdims=True)  # (B, 1)
         best_logit = mx.take_along_axis(adjusted, best, axis=-1)
         has_nan = mx.sum(raw != raw, axis=-1) > 0
@@ -148,7 +170,18 @@ class BatchSampler:
             drawn = tokens[plan.penalised]
             self._counts = self._counts.at[mx.arange(drawn.size), drawn].add(1.0)
         is_broken = has_nan | ~(mx.abs(best_logit[:, 0]) < float("inf"))
-        return Draws(tokens, is_broken, None if num_top is None else _logprobs(raw, tokens, num_top))
+        return Draws(tokens, is_broken, self._logprobs(raw, tokens, plan) if plan.asking else None)
+
+    def _logprobs(self, raw: mx.array, tokens: mx.array, plan: _Plan) -> Logprobs:
+        """Of the rows that ask for them, from all rows' logits (B, V) and drawn tokens (B,)."""
+        if len(plan.asking) < len(self._rows):
+            asking = mx.array(plan.asking, dtype=mx.uint32)
+            raw, tokens = raw[asking], tokens[asking]
+        norm = mx.logsumexp(raw, axis=-1, keepdims=True)
+        drawn = mx.take_along_axis(raw, tokens[:, None], axis=-1) - norm
+        most = min(max(plan.num_top), raw.shape[-1])
+        ids, values = likeliest(raw, most) if most else (mx.zeros((tokens.size, 0), mx.uint32), norm[:, :0])
+        return Logprobs(plan.asking, plan.num_top, drawn[:, 0], ids, values - norm)
 
     def _adjusted(self, logits: mx.array, plan: _Plan) -> mx.array:
         """Logits (B, V) after bias and penalties."""
@@ -177,6 +210,9 @@ class _Plan:
     def __init__(self, rows: Sequence[RowSampling]) -> None:
         self.seeds = np.array([row.seed for row in rows], np.uint64)
         self.bias = _bias_arrays(rows)
+        self.asking = _where(rows, lambda row: row.num_top is not None)
+        self.num_top = [rows[i].num_top or 0 for i in self.asking]
+        self._barred = _barred_arrays(rows)
         penalised = _where(rows, lambda row: row.has_penalties)
         self.penalised = mx.array(penalised, dtype=mx.uint32)
         params = [rows[i].params for i in penalised]
@@ -194,6 +230,17 @@ class _Plan:
         self._parts = [part for group in sampled for part in _chunks(group, rows)]
         order = self._greedy + [i for part in self._parts for i in part.rows]
         self._back = mx.array(np.argsort(order), dtype=mx.uint32)  # from the parts' order to the batch's
+
+    def early(self, places: npt.NDArray[np.uint64]) -> tuple[mx.array, mx.array] | None:
+        """Rows and ids of what may not be drawn yet, at these places (B,) of the rows' answers."""
+        if self._barred is None:
+            return None
+        rows, ids, until = self._barred
+        is_early = places[rows] < until
+        if not is_early.any():
+            self._barred = None  # places only grow while rows stay
+            return None
+        return mx.array(rows[is_early], dtype=mx.uint32), mx.array(ids[is_early], dtype=mx.uint32)
 
     def draw(self, logits: mx.array, best: mx.array, best_logit: mx.array, numbers: npt.NDArray[np.uint32]) -> mx.array:
         """Tokens (B,) from adjusted logits (B, V), their argmax (B, 1) and largest (B, 1), and random numbers (B,)."""
@@ -361,11 +408,15 @@ def _exp2(x: mx.array) -> mx.array:
     return (power.view(mx.int32) + (shifted.view(mx.int32) << 23)).view(mx.float32)
 
 
-def _logprobs(logits: mx.array, tokens: mx.array, num_top: int) -> Logprobs:
-    norm = mx.logsumexp(logits, axis=-1, keepdims=True)
-    drawn = mx.take_along_axis(logits, tokens[:, None], axis=-1) - norm
-    ids, values = likeliest(logits, num_top) if num_top else (mx.zeros((tokens.size, 0), mx.uint32), norm[:, :0])
-    return Logprobs(drawn[:, 0], ids, values - norm)
+def _masked(logits: mx.array, mask: mx.array, masked: Sequence[int] | None) -> mx.array:
+    """Logits (B, V) of what the mask allows; see `BatchSampler.sample`."""
+    allowed = _unpacked(mask, logits.shape[-1])
+    if masked is None or len(masked) == logits.shape[0]:
+        return mx.where(allowed, logits, MASKED)
+    rows = mx.array(list(masked), dtype=mx.uint32)
+    out = mx.array(logits)  # a new array: assigning to rows leaves the caller's alone
+    out[rows] = mx.where(allowed, logits[rows], MASKED)
+    return out
 
 
 def _unpacked(mask: mx.array, vocab_len: int) -> mx.array:
@@ -408,6 +459,18 @@ def _bias_arrays(rows: Sequence[RowSampling]) -> tuple[mx.array, mx.array, mx.ar
         return None
     places, ids, values = zip(*entries, strict=True)
     return mx.array(places, dtype=mx.uint32), mx.array(ids, dtype=mx.uint32), mx.array(values, dtype=mx.float32)
+
+
+_Barred = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint64]]
+
+
+def _barred_arrays(rows: Sequence[RowSampling]) -> _Barred | None:
+    """Row, id and first allowed place of every token that is not drawn at first."""
+    entries = [(i, token, row.barred_until) for i, row in enumerate(rows) if row.barred_until for token in row.barred]
+    if not entries:
+        return None
+    places, ids, until = zip(*entries, strict=True)
+    return np.array(places, np.int64), np.array(ids, np.int64), np.array(until, np.uint64)
 
 
 def _occurrences(tokens: Sequence[int], vocab_len: int) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
-from turboserve.engine.generation import Generation, Outcomes, Stage
+from turboserve.engine.generation import Drawn, Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.open_requests import OpenRequests
 from turboserve.engine.overlap import choose_overlap
@@ -25,8 +25,9 @@ from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
+from turboserve.engine.token_texts import TokenTexts
 from turboserve.errors import EngineFailureError, TurboServeError
-from turboserve.messages import EngineStats, SessionCommand, TextDelta, TextQuestion
+from turboserve.messages import EngineStats, SessionCommand, TextQuestion
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class StepLoop:
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self.vocab_len = self.runner.warm_up()
         self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len)
+        self._token_texts = TokenTexts(parts.loaded.tokenizer)
         self._questions = Questions(parts.loaded, self._preparer)
         self.overlap = choose_overlap(
             settings.overlap,
@@ -351,7 +353,7 @@ class StepLoop:
         if not outcomes:
             return
         now_s = self._clock()
-        self._telemetry.add_generation_tokens(sum(isinstance(outcome, int) for outcome in outcomes.values()))
+        self._telemetry.add_generation_tokens(sum(isinstance(outcome, Drawn) for outcome in outcomes.values()))
         for generation, outcome in outcomes.items():
             if outcome is None:
                 self._recover(generation)
@@ -375,26 +377,36 @@ class StepLoop:
 
     # --- one answer's tokens, and its end
 
-    def _accept(self, generation: Generation, token: int, now_s: float) -> None:
+    def _accept(self, generation: Generation, drawn: Drawn, now_s: float) -> None:
         """One new token: into the answer, the text, and out to the reader."""
         assert generation.text is not None
         self._observe_token(generation, now_s)
+        token, request, rule = drawn.token, generation.request, generation.rule
         generation.answer.append(token)
-        if token in self._parts.loaded.eos_ids:
-            self.requests.finish(generation, "stop")
+        end_ids = generation.end_ids
+        if token in end_ids:
+            stopped_by = token if token in request.stop_token_ids else None
+            self.requests.finish(generation, "stop", stopped_by=stopped_by)
             return
         try:
-            result = generation.text.add(token)
+            if rule is not None:
+                rule.accept(token)
+            logprobs = drawn.logprobs
+            result = generation.text.add(token, self._token_texts.logprob(token, logprobs) if logprobs else None)
+            deltas = generation.reader.add(result.text, result.logprobs)
+            has_ended = rule is not None and not end_ids and rule.is_complete  # no token could end it
         except Exception as exc:
             log.exception("text of request %s failed", generation.request_id)
             self.requests.fail(generation, exc)
             return
-        if result.text:
-            self.requests.send(generation, TextDelta(result.text))
-        if generation.stage is Stage.ENDED:  # its reader failed
-            return
-        if result.stopped:
-            self.requests.finish(generation, "stop", flush=False)
+        for delta in deltas:
+            self.requests.send(generation, delta)
+            if generation.stage is Stage.ENDED:  # its reader failed
+                return
+        if result.stop is not None:
+            self.requests.finish(generation, "stop", flush=False, stopped_by=result.stop)
+        elif has_ended:
+            self.requests.finish(generation, "stop")
         elif len(generation.answer) >= generation.max_answer_len:
             self.requests.finish(generation, "length")
 

@@ -1,15 +1,19 @@
 """Token ids to text that may be sent at once: whole characters, never a piece of a stop string.
 
-Owns incremental decoding and the search for stop strings. Knows no model and no request.
+Owns incremental decoding, the search for stop strings, and which tokens' logprobs go with which text. Knows no model
+and no request.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from turboserve.messages import TokenLogprob
+
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, with control tokens left out; broken bytes become U+FFFD."""
+"""Token ids to text, with or without control tokens; broken bytes become U+FFFD."""
 
 REPLACEMENT = "\ufffd"
 
@@ -32,13 +36,16 @@ class IncrementalDecoder:
         self._window_start = 0
         self._given_end = 0
         self._window_text = ""
+        self.num_held = 0  # whole characters that were held back, before the one whose bytes are missing
 
     def add(self, token: int) -> str:
         """The text that became complete with this token; often empty."""
         self._ids.append(token)
         text = self._decode(self._ids[self._window_start :])
         if text.endswith(REPLACEMENT) or len(text) <= len(self._window_text):
+            self.num_held = max(0, len(text.rstrip(REPLACEMENT)) - len(self._window_text))
             return ""
+        self.num_held = 0
         new = text[len(self._window_text) :]
         self._window_start, self._given_end = self._given_end, len(self._ids)
         self._window_text = self._decode(self._ids[self._window_start :])
@@ -55,31 +62,40 @@ class IncrementalDecoder:
 
 
 class StopResult(NamedTuple):
-    """Text that may be sent, and whether a stop string followed it."""
+    """Text that may be sent, the stop string that followed it, and the logprobs of tokens whose text begins in it."""
 
     text: str
-    stopped: bool
+    stop: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stop is not None
 
 
 class StopMatcher:
     """Lets text through up to the first stop string, holding back only what could begin one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        """include_stop: the stop string that is found is let through as well."""
         self._stops = tuple(s for s in stops if s)
+        self._include_stop = include_stop
         self._held = ""
 
     def add(self, text: str) -> StopResult:
         """Text that may be sent now. Once `stopped`, nothing more may be added."""
         if not self._stops:
-            return StopResult(text, False)
+            return StopResult(text)
         held = self._held + text
-        cut = _first_occurrence(held, self._stops)
-        if cut is not None:
+        found = _first_occurrence(held, self._stops)
+        if found is not None:
             self._held = ""
-            return StopResult(held[:cut], True)
+            at, stop = found
+            return StopResult(held[: at + len(stop)] if self._include_stop else held[:at], stop)
         keep = _possible_stop_len(held, self._stops)
         self._held = held[len(held) - keep :]
-        return StopResult(held[: len(held) - keep], False)
+        return StopResult(held[: len(held) - keep])
 
     def flush(self) -> str:
         """The held-back text, when no more can follow."""
@@ -87,9 +103,10 @@ class StopMatcher:
         return held
 
 
-def _first_occurrence(text: str, stops: Sequence[str]) -> int | None:
-    found = [at for at in (text.find(s) for s in stops) if at >= 0]
-    return min(found, default=None)
+def _first_occurrence(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    """Where a stop string begins, and which; of several at the same place the first in their order."""
+    found = [(text.find(stop), stop) for stop in stops]
+    return min(((at, stop) for at, stop in found if at >= 0), key=lambda one: one[0], default=None)
 
 
 def _possible_stop_len(text: str, stops: Sequence[str]) -> int:
@@ -103,17 +120,41 @@ def _possible_stop_len(text: str, stops: Sequence[str]) -> int:
 
 
 class TextStream:
-    """One answer's text: decoding and stop strings together."""
+    """One answer's text: decoding and stop strings together, and the logprobs of its tokens.
 
-    def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
+    A token's logprobs are let through with the first character of its text; without text, with the text after it.
+    """
+
+    def __init__(self, decode: Decode, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._decoder = IncrementalDecoder(decode)
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include_stop=include_stop)
+        self._num_decoded = 0  # characters, with those that the matcher holds back
+        self._num_sent = 0
+        self._held_logprobs: deque[tuple[int, TokenLogprob]] = deque()  # behind so many characters of decoded text
 
-    def add(self, token: int) -> StopResult:
+    def add(self, token: int, logprob: TokenLogprob | None = None) -> StopResult:
         """Text that may be sent once this token is known. Once `stopped`, nothing more may be added."""
-        return self._matcher.add(self._decoder.add(token))
+        if logprob is not None:
+            self._held_logprobs.append((self._num_decoded + self._decoder.num_held, logprob))
+        text = self._decoder.add(token)
+        self._num_decoded += len(text)
+        return self._with_logprobs(self._matcher.add(text))
 
     def flush(self) -> StopResult:
         """The rest of the answer; a stop string may still complete in it."""
         result = self._matcher.add(self._decoder.flush())
-        return result if result.stopped else StopResult(result.text + self._matcher.flush(), False)
+        if result.stopped:
+            return self._with_logprobs(result)
+        rest = tuple(logprob for _, logprob in self._held_logprobs)
+        self._held_logprobs.clear()
+        return StopResult(result.text + self._matcher.flush(), None, rest)
+
+    def _with_logprobs(self, result: StopResult) -> StopResult:
+        self._num_sent += len(result.text)
+        held = self._held_logprobs
+        if not held:
+            return result
+        let_through = []
+        while held and held[0][0] < self._num_sent:
+            let_through.append(held.popleft()[1])
+        return result._replace(logprobs=tuple(let_through))

@@ -16,6 +16,7 @@ from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import row_sampling
+from turboserve.engine.token_rules import Mask
 from turboserve.messages import Event, Request, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ DRAWS = (
 # there was a warm-up. What mx.compile makes there and the weights' first reading are had for less than a second.
 CPU_CHUNKS = (16, 8)
 CPU_ROWS = 2
+MOST_LOGPROBS = 20  # that a request may ask for
 ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ragged ones differ
 
 
@@ -83,7 +85,7 @@ def warm_up(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan) -> f
 
 
 def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> None:
-    """Prefill, then decode one row in each way of drawing, then more and more of them.
+    """Prefill, then decode one row in each way of drawing, then by a mask and with logprobs, then more and more rows.
 
     `rows` gets all whose caches have to be given back, whatever happens.
     """
@@ -99,6 +101,11 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
         first.sampling = row_sampling(params, vocab_len)
         runner.join(first)
         _decode(runner, plan.num_tokens)
+    runner.leave([row for row in rows if runner.has(row)])
+    first.sampling, first.rule = row_sampling(SamplingParams(), vocab_len, num_top=MOST_LOGPROBS), _Everything()
+    runner.join(first)
+    _decode(runner, 1)
+    first.rule = None
     for num_rows in plan.row_counts:
         while len(rows) < num_rows:
             length = runner.usable_prefix(first, len(prompt) - 1)
@@ -115,11 +122,24 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
 
 def _decode(runner: Runner, num_tokens: int) -> None:
     for _ in range(num_tokens):
-        for row, token in runner.step().items():
-            if isinstance(token, Exception):
-                raise token
-            if token is not None:
-                row.answer.append(token)
+        for row, outcome in runner.step().items():
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is not None:
+                row.answer.append(outcome.token)
+
+
+class _Everything:
+    """A rule that allows all tokens, by a mask."""
+
+    is_complete = False
+
+    def fill(self, mask: Mask) -> bool:
+        mask[:] = 0xFFFFFFFF
+        return True
+
+    def accept(self, token: int) -> None:
+        """Nothing."""
 
 
 class _Nobody:

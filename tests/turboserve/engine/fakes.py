@@ -21,8 +21,9 @@ from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.step_loop import StepLoop
+from turboserve.engine.token_rules import TokenRule
 from turboserve.errors import TurboServeError
-from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta
+from turboserve.messages import Event, Failed, Finished, Request, SamplingParams, TextDelta, TokenLogprob
 from turboserve.settings import Settings
 
 VOCAB = 256
@@ -66,7 +67,7 @@ class Sink:
     def put(self, event: Event) -> None:
         assert not self.ended.is_set(), f"{event} after the last event"
         self.events.append(event)
-        if not isinstance(event, TextDelta):
+        if isinstance(event, Finished | Failed):
             self.ended.set()
 
     @property
@@ -76,6 +77,10 @@ class Sink:
     @property
     def tokens(self) -> list[int]:
         return tokens_of(self.text)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [one for e in self.events if isinstance(e, TextDelta) for one in e.logprobs]
 
     @property
     def finished(self) -> Finished:
@@ -204,10 +209,10 @@ def request(
     )
 
 
-def add(loop: StepLoop, *requests: Request) -> list[Sink]:
+def add(loop: StepLoop, *requests: Request, rules: Sequence[TokenRule | None] | None = None) -> list[Sink]:
     sinks = [Sink() for _ in requests]
-    for one, sink in zip(requests, sinks, strict=True):
-        loop.add(Generation(one, sink, 1000.0))
+    for one, sink, rule in zip(requests, sinks, rules or [None] * len(requests), strict=True):
+        loop.add(Generation(one, sink, 1000.0, rule=rule))
     return sinks
 
 

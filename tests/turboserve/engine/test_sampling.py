@@ -317,20 +317,68 @@ def test_a_row_with_nothing_allowed_is_broken(rng: np.random.Generator) -> None:
     assert np.array(draws.is_broken).tolist() == [True, False] and int(draws.tokens[1]) == 34
 
 
-def test_logprobs_are_the_models_own(rng: np.random.Generator) -> None:
-    logits = rng.normal(scale=2.0, size=(len(MIXED), VOCAB)).astype(np.float32)
-    draws = sampler_of(*MIXED).sample(mx.array(logits), num_top=4)
-    assert draws.logprobs is not None
-    x = logits.astype(np.float64)
+@pytest.mark.parametrize("num_top", [(4, 4, 4), (None, 4, None), (0, None, 7), (VOCAB + 5, 0, 1), (0, 0, 0)])
+def test_logprobs_are_the_models_own_and_of_rows_that_ask_for_them(
+    num_top: tuple[int | None, ...], rng: np.random.Generator
+) -> None:
+    params = [MIXED[i % len(MIXED)] for i in range(3)]
+    logits = rng.normal(scale=2.0, size=(3, VOCAB)).astype(np.float32)
+    sampler, plain = BatchSampler(), BatchSampler()
+    for i, (one, n) in enumerate(zip(params, num_top, strict=True)):
+        sampler.join(row_sampling(replace(one, seed=i), VOCAB, num_top=n), [], [])
+        plain.join(row_sampling(replace(one, seed=i), VOCAB), [], [])
+    draws = sampler.sample(mx.array(logits))
+    without = plain.sample(mx.array(logits))
+    assert without.logprobs is None and np.array(without.tokens).tolist() == np.array(draws.tokens).tolist()
+    got = draws.logprobs
+    asking = [i for i, n in enumerate(num_top) if n is not None]
+    assert got is not None and list(got.places) == asking and list(got.num_top) == [num_top[i] for i in asking]
+    x = logits.astype(np.float64)[asking]
     expected = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    drawn = np.take_along_axis(expected, np.array(draws.tokens)[:, None].astype(int), axis=-1)[:, 0]
-    np.testing.assert_allclose(np.array(draws.logprobs.drawn), drawn, atol=1e-5)
-    order = np.argsort(-x, axis=-1)[:, :4]
-    np.testing.assert_array_equal(np.array(draws.logprobs.top_ids), order)
-    np.testing.assert_allclose(np.array(draws.logprobs.top), np.take_along_axis(expected, order, axis=-1), atol=1e-5)
-    assert sampler_of(*MIXED).sample(mx.array(logits)).logprobs is None
-    none = sampler_of(*MIXED).sample(mx.array(logits), num_top=0).logprobs
-    assert none is not None and none.top.shape == none.top_ids.shape == (len(MIXED), 0)
+    drawn = np.take_along_axis(expected, np.array(draws.tokens)[asking, None].astype(int), axis=-1)[:, 0]
+    np.testing.assert_allclose(np.array(got.drawn), drawn, atol=1e-5)
+    most = min(VOCAB, max(got.num_top))
+    order = np.argsort(-x, axis=-1)[:, :most]
+    np.testing.assert_array_equal(np.array(got.top_ids), order)
+    np.testing.assert_allclose(np.array(got.top), np.take_along_axis(expected, order, axis=-1), atol=1e-5)
+
+
+def test_barred_tokens_are_not_drawn_before_their_place(rng: np.random.Generator) -> None:
+    """Each row from its own place, also when rows join in the middle of their answers and others leave."""
+    barred, favourite = (3, 17), 17
+    logits = rng.normal(size=(1, VOCAB)).astype(np.float32)
+    logits[0, favourite] += 30
+    sampler, until = BatchSampler(), (0, 2, 4)
+    for n in until:
+        greedy = SamplingParams(temperature=0.0)
+        sampler.join(row_sampling(greedy, VOCAB, barred=barred, barred_until=n), [], [])
+    sampler.join(row_sampling(SamplingParams(seed=1), VOCAB, barred=barred, barred_until=4), [], [5, 5, 5])
+    rows = [(n, 0) for n in until] + [(4, 3)]
+    for step in range(6):
+        if step == 3:
+            sampler.keep([3, 2])
+            rows = [rows[3], rows[2]]
+        drawn = np.array(sampler.sample(mx.array(np.repeat(logits, len(rows), axis=0))).tokens).tolist()
+        assert [token == favourite for token in drawn] == [start + step >= n for n, start in rows]
+        assert 3 not in drawn
+
+
+@pytest.mark.parametrize("masked", [[0], [1, 3], [0, 1, 2, 3]])
+def test_a_mask_of_some_rows_leaves_the_others_alone(masked: list[int], rng: np.random.Generator) -> None:
+    logits = rng.normal(size=(4, VOCAB)).astype(np.float32)
+    params = [SamplingParams(temperature=t, seed=i) for i, t in enumerate((1.0, 0.0, 0.7, 2.0))]
+    sampler, plain, alone = sampler_of(*params), sampler_of(*params), [sampler_of(one) for one in params]
+    for _ in range(20):
+        mask = rng.integers(0, 2**32, size=(len(masked), 2), dtype=np.uint64).astype(np.uint32)
+        got = np.array(sampler.sample(mx.array(logits), mask=mx.array(mask), masked=masked).tokens).tolist()
+        free = np.array(plain.sample(mx.array(logits)).tokens).tolist()
+        for i, row in enumerate(alone):
+            mine = mx.array(mask[masked.index(i)][None]) if i in masked else None
+            assert got[i] == int(row.sample(mx.array(logits[i : i + 1]), mask=mine).tokens[0])
+            if i in masked:
+                assert mask[masked.index(i), got[i] // 32] >> (got[i] % 32) & 1
+            else:
+                assert got[i] == free[i]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

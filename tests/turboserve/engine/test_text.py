@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboserve.engine.text import IncrementalDecoder, StopMatcher, TextStream
+from turboserve.messages import TokenLogprob
 
 
 def decode_bytes(ids: Sequence[int]) -> str:
@@ -109,3 +110,47 @@ def test_what_looked_like_a_stop_is_sent_at_the_end() -> None:
 
 def test_empty_stop_strings_stop_nothing() -> None:
     assert stream(list(b"abc"), ["", ""]) == (["a", "b", "c", ""], False)
+
+
+@given(alphabet, stop_lists)
+def test_the_stop_is_named_and_let_through_when_asked(text: str, stops: list[str]) -> None:
+    without, including = TextStream(decode_bytes, stops), TextStream(decode_bytes, stops, include_stop=True)
+    sent = [""] * 2
+    for token in text.encode():
+        results = without.add(token), including.add(token)
+        sent = [before + result.text for before, result in zip(sent, results, strict=True)]
+        assert results[0].stop == results[1].stop
+        if results[0].stop is not None:
+            assert results[0].stop in stops and sent[1] == sent[0] + results[0].stop
+            return
+    assert not any(stop in text for stop in stops)
+
+
+# Tokens of several bytes each, cut anywhere; 256 has no text.
+token_lists = st.lists(st.one_of(st.text("abé😀", min_size=1, max_size=3).map(str.encode), st.just(b"")), max_size=12)
+
+
+@given(token_lists, st.lists(st.text(alphabet="abé😀", min_size=1, max_size=4), max_size=3), st.integers(1, 3))
+def test_logprobs_go_with_the_first_character_of_their_tokens_text(
+    pieces: list[bytes], stops: list[str], num_cut: int
+) -> None:
+    """In order, none twice, none of text that is not sent; with the last text, all of a text that is sent in full."""
+    tokens = [part for piece in pieces for part in (piece[:num_cut], piece[num_cut:]) if part or not piece]
+
+    def decode(ids: Sequence[int]) -> str:
+        return b"".join(tokens[i] for i in ids).decode("utf-8", errors="replace")
+
+    stream, sent, got = TextStream(decode, stops), "", list[int]()
+    begins_at = []  # characters that are complete before each token
+    for i in range(len(tokens)):
+        begins_at.append(len(b"".join(tokens[:i]).decode("utf-8", errors="ignore")))
+        result = stream.add(i, TokenLogprob("", b"", 0.0, i))
+        sent += result.text
+        got += [p.token_id for p in result.logprobs]
+        assert got == [t for t in range(i + 1) if begins_at[t] < len(sent)]
+        if result.stopped:
+            return
+    result = stream.flush()
+    got += [p.token_id for p in result.logprobs]
+    if not result.stopped:
+        assert got == list(range(len(tokens)))

@@ -11,6 +11,7 @@ from tests.turboserve.engine.fakes import MAX_CONTEXT, VOCAB, make_parts
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.runner import Runner
+from turboserve.engine.sampling import Draws
 from turboserve.engine.warm_up import DRAWS, Plan, warm_up
 
 PLAN = Plan(chunks=(100, 37), row_counts=(2, 4, 5), num_tokens=2)
@@ -32,11 +33,22 @@ class Watched:
 
 
 @pytest.mark.parametrize("fmt", [None, KVFormat.parse("4t/3t")])
-def test_everything_that_requests_bring_is_done_once(model: Any, fmt: KVFormat | None) -> None:
+def test_everything_that_requests_bring_is_done_once(
+    model: Any, fmt: KVFormat | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts, watched = make_parts(model, fmt=fmt), Watched(model)
     runner = Runner(watched, parts.runtime)
+    masks, ask = [], runner._sample
+
+    def noted(logits: mx.array, masks_of_step: Any = None) -> Draws:
+        draws = ask(logits, masks_of_step)
+        masks.append((masks_of_step is not None, draws.logprobs is not None))
+        return draws
+
+    monkeypatch.setattr(runner, "_sample", noted)
     seconds = warm_up(runner, parts, VOCAB, PLAN)
-    decoded = [(1, 1)] * (2 * len(DRAWS)) + [(rows, 1) for rows in PLAN.row_counts for _ in range(2)]
+    assert (True, True) in masks and (False, False) in masks
+    decoded = [(1, 1)] * (2 * len(DRAWS) + 1) + [(rows, 1) for rows in PLAN.row_counts for _ in range(2)]
     assert watched.fed == [(1, 100), (1, 37), *decoded]
     assert seconds > 0 and runner.num_rows == 0
     family = parts.memory.family
