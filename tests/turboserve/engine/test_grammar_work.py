@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from tests.turboserve.engine.hard_grammars import hard_constraints
-from tests.turboserve.engine.test_grammar import VOCAB, compiler
+from tests.turboserve.engine.test_grammar import VOCAB, compiler, nothing
 
 from turboserve.engine.grammar.check import Checker, Checkers, CheckUnavailableError, TooMuchWorkError
 from turboserve.engine.grammar.compiler import LIMITS
@@ -22,13 +22,14 @@ SETUP = {"vocab_len": 300, "control_tokens": {"<a>": 299}, "end_tokens": [298], 
 
 @pytest.mark.parametrize("name", HARD)
 def test_hard_constraints_are_refused_or_compiled(name: str) -> None:
+    mask = np.zeros(VOCAB // 32, np.uint32)
     try:
-        rule = compiler().compile(HARD[name], TIMEOUT_S)
+        rule = compiler().compile(HARD[name], TIMEOUT_S, nothing)
     except InvalidRequestError as error:
         assert "cannot be enforced" in error.message and error.param == "response_format"
     else:
-        assert rule.fill(np.zeros(VOCAB // 32, np.uint32))
-    assert compiler().compile(Constraint("choice", '["fine"]'), TIMEOUT_S).fill(np.zeros(VOCAB // 32, np.uint32))
+        assert rule.fill(mask)
+    assert compiler().compile(Constraint("choice", '["fine"]'), TIMEOUT_S, nothing).fill(mask)
 
 
 def test_other_threads_go_on_while_a_grammar_compiles() -> None:
@@ -50,7 +51,7 @@ def test_other_threads_go_on_while_a_grammar_compiles() -> None:
     try:
         for i in range(3):  # with a name of its own each, or it would come out of the cache
             text = HARD["unions in unions, 2^10 objects"].text.replace("integer", ("integer", "number", "null")[i])
-            compiler().compile(Constraint("json_schema", text), 10.0)
+            compiler().compile(Constraint("json_schema", text), 10.0, nothing)
     finally:
         took_s = time.perf_counter() - began_s
         is_over.set()

@@ -39,7 +39,8 @@ class Maker:
 
     def prepare(self) -> None: ...
 
-    def rule_of(self, request: Request, timeout_s: float) -> None:
+    def rule_of(self, request: Request, timeout_s: float, began: Callable[[], None]) -> None:
+        began()
         self.began.append(request.request_id)
         try:
             if not request.request_id.startswith("easy"):

@@ -16,9 +16,9 @@ from turboserve.messages import Constraint
 # Compiling takes time by length; these many bytes of an enum take about a tenth of a second.
 MAX_TEXT_BYTES = 256 * 1024
 
-# Between the parts of a JSON text. Longer runs only ever come from a model that has lost its way, and would go on to
-# the answer's limit; this is enough for a line break and an indentation.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+# Between the parts of a JSON text: nothing, a space, or a line break and an indentation. Longer runs only ever come
+# from a model that has lost its way, and would go on to the answer's limit.
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,20}"
 
 # llguidance reads them in the schema, where callers could otherwise ask for keywords to be ignored.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
