@@ -5,6 +5,7 @@ Runs on the threads of rule_jobs.py, never on the engine's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from turboserve.engine.grammar.compiler import Compiler
@@ -48,10 +49,13 @@ class RuleMaker:
         except Exception as exc:  # such as a tokenizer that cannot be read: others' requests are answered all the same
             self._compiler.set_exception(exc)
 
-    def rule_of(self, request: Request, timeout_s: float) -> TokenRule | None:
-        """The answer's rule, if it needs one. Raises InvalidRequestError for what cannot be enforced."""
+    def rule_of(self, request: Request, timeout_s: float, began: Callable[[], None]) -> TokenRule | None:
+        """The answer's rule, if it needs one. Its time begins when `began` is called.
+
+        Raises InvalidRequestError for what cannot be enforced.
+        """
         constraint = constraint_of(request, self._markup)
-        return None if constraint is None else self._ready_compiler(constraint).compile(constraint, timeout_s)
+        return None if constraint is None else self._ready_compiler(constraint).compile(constraint, timeout_s, began)
 
     def close(self) -> None:
         """End the processes that grammars are tried in."""

@@ -23,7 +23,7 @@ from turboserve.messages import Request
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 2  # one that is at a hard constraint leaves the other to easy ones
-MAX_QUEUED_S = 10.0  # behind others' constraints
+MAX_QUEUED_S = 10.0  # behind others' constraints, or until a process to try them in has started
 
 
 class MakesRules(Protocol):
@@ -33,8 +33,8 @@ class MakesRules(Protocol):
         """Whatever has to be there before the first rule."""
         ...
 
-    def rule_of(self, request: Request, timeout_s: float) -> TokenRule | None:
-        """The answer's rule."""
+    def rule_of(self, request: Request, timeout_s: float, began: Callable[[], None]) -> TokenRule | None:
+        """The answer's rule; `began` is called when the work on it begins."""
         ...
 
     def close(self) -> None:
@@ -131,11 +131,14 @@ class RuleJobs:
     def _work(self, generation: Generation, job: _Job) -> None:
         """On a thread of the pool."""
         assert self._maker is not None
-        with self._changed:
-            job.started_s = self._clock()
-            self._changed.notify()  # its time runs from now
+
+        def began() -> None:
+            with self._changed:
+                job.started_s = self._clock()
+                self._changed.notify()  # for the engine to see its deadline
+
         try:
-            rule, error = self._maker.rule_of(generation.request, self._timeout_s), None
+            rule, error = self._maker.rule_of(generation.request, self._timeout_s, began), None
         except Exception as exc:
             if not isinstance(exc, TurboServeError):
                 log.exception("the rule of request %s could not be made", generation.request_id)

@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,12 @@ from turboserve.engine.grammar.vocabulary import Vocabulary
 
 SCRIPT = Path(__file__).with_name("check_process.py")
 START_TIMEOUT_S = 20.0  # of the process, which imports llguidance alone: only a machine in trouble needs it
+
+
+Began = Callable[[], None]
+
+
+def _nobody() -> None: ...
 
 
 class TooMuchWorkError(Exception):
@@ -28,18 +34,24 @@ class CheckUnavailableError(Exception):
 
 
 class Checker:
-    """One process, started when it is first needed and again after it was ended. Used by one thread at a time."""
+    """One process, started when it is first needed, and again when it had to be ended. Used by one thread at a time."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self._setup = json.dumps(setup)
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
 
-    def trouble_with(self, grammar: str, timeout_s: float) -> str:
-        """What is wrong with the grammar, or "". Raises TooMuchWorkError, CheckUnavailableError."""
-        process = self._started()
+    def trouble_with(self, grammar: str, timeout_s: float, began: Began = _nobody) -> str:
+        """What is wrong with the grammar, or "". `began` is called when its time begins, once the process is there.
+
+        Raises TooMuchWorkError, CheckUnavailableError.
+        """
+        process = self._ready()
+        began()
         answer = _ask(process, json.dumps(grammar), time.monotonic() + timeout_s)
         if answer is None:
             self.close()
+            self._start()  # for the next one, which need not wait for all of that
             raise TooMuchWorkError
         return str(json.loads(answer))
 
@@ -54,13 +66,10 @@ class Checker:
                     with suppress(OSError):
                         pipe.close()
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self.close()
+    def _start(self) -> subprocess.Popen[bytes]:
         try:
             # -P: the script's folder is no place to import from.
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", str(SCRIPT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -68,10 +77,20 @@ class Checker:
             )
         except OSError as exc:
             raise CheckUnavailableError(str(exc)) from exc
-        if _ask(self._process, self._setup, time.monotonic() + START_TIMEOUT_S) != b"ready\n":
+        self._process, self._is_ready = process, False
+        return process
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        process = self._process
+        if process is None or process.poll() is not None:
             self.close()
-            raise CheckUnavailableError("the process that tries grammars did not start")
-        return self._process
+            process = self._start()
+        if not self._is_ready:
+            if _ask(process, self._setup, time.monotonic() + START_TIMEOUT_S) != b"ready\n":
+                self.close()
+                raise CheckUnavailableError("the process that tries grammars did not start")
+            self._is_ready = True
+        return process
 
 
 class Checkers:
@@ -89,13 +108,13 @@ class Checkers:
             self._free.put(Checker(setup))
         self._is_closing = False
 
-    def trouble_with(self, grammar: str, timeout_s: float) -> str:
+    def trouble_with(self, grammar: str, timeout_s: float, began: Began = _nobody) -> str:
         """As `Checker.trouble_with`, once a process is free."""
         checker = self._free.get()
         try:
             if self._is_closing:
                 raise CheckUnavailableError("the server is shutting down")
-            return checker.trouble_with(grammar, timeout_s)
+            return checker.trouble_with(grammar, timeout_s, began)
         finally:
             if self._is_closing:
                 checker.close()

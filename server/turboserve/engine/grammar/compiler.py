@@ -9,7 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
 
-from turboserve.engine.grammar.check import Checkers, TooMuchWorkError
+from turboserve.engine.grammar.check import Began, Checkers, TooMuchWorkError
 from turboserve.engine.grammar.rule import GrammarRule
 from turboserve.engine.grammar.source import grammar_text, reason_of, refusal
 from turboserve.engine.grammar.vocabulary import Vocabulary
@@ -50,8 +50,8 @@ class Compiler:
         self._lock = threading.Lock()
         self._cached: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()  # the latest used last
 
-    def compile(self, constraint: Constraint, timeout_s: float) -> GrammarRule:
-        """A rule for one answer. Takes milliseconds, and seldom the whole time.
+    def compile(self, constraint: Constraint, timeout_s: float, began: Began) -> GrammarRule:
+        """A rule for one answer. Takes milliseconds, and seldom the whole time, which begins when `began` is called.
 
         Raises InvalidRequestError, with the constraint's `param`, for what cannot be enforced, and
         CheckUnavailableError where no process to try it in can be had.
@@ -60,7 +60,7 @@ class Compiler:
         with self._lock:
             compiled = self._cached.get(key)
         if compiled is None:
-            compiled = self._compiled(constraint, timeout_s)
+            compiled = self._compiled(constraint, timeout_s, began)
         with self._lock:
             self._cached[key] = compiled
             self._cached.move_to_end(key)
@@ -75,10 +75,10 @@ class Compiler:
         """End the processes that grammars are tried in."""
         self._checkers.close()
 
-    def _compiled(self, constraint: Constraint, timeout_s: float) -> _Compiled:
+    def _compiled(self, constraint: Constraint, timeout_s: float, began: Began) -> _Compiled:
         grammar = grammar_text(constraint)
         try:
-            complaint = self._checkers.trouble_with(grammar, timeout_s)
+            complaint = self._checkers.trouble_with(grammar, timeout_s, began)
         except TooMuchWorkError:  # not remembered: the machine may have been busy
             raise refusal(constraint, TOO_MUCH_WORK) from None
         if complaint:

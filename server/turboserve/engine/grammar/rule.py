@@ -57,8 +57,8 @@ class GrammarRule:
             raise self._failure()
 
     def _failure(self) -> InvalidRequestError:
-        complaint = self._matcher.get_error()
-        log.info("a constraint of kind %s failed within its answer: %s", self._constraint.kind, complaint[:300])
+        complaint = self._matcher.get_error()  # may quote the answer: not for the log
+        log.info("a constraint of kind %s failed within its answer", self._constraint.kind)
         return InvalidRequestError(
             f"The constraint could not be enforced any further: {reason_of(complaint)}. Simplify it.",
             param=self._constraint.param,

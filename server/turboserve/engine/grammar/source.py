@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 
 from turboserve.errors import InvalidRequestError
 from turboserve.messages import Constraint
@@ -15,9 +16,9 @@ from turboserve.messages import Constraint
 # Compiling takes time by length; these many bytes of an enum take about a tenth of a second.
 MAX_TEXT_BYTES = 256 * 1024
 
-# Between the parts of a JSON text. Longer runs only ever come from a model that has lost its way, and would go on to
-# the answer's limit; this is enough for a line break and an indentation.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+# Between the parts of a JSON text: nothing, a space, or a line break and an indentation. Longer runs only ever come
+# from a model that has lost its way, and would go on to the answer's limit.
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,20}"
 
 # llguidance reads them in the schema, where callers could otherwise ask for keywords to be ignored.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
@@ -31,6 +32,8 @@ _NAMES = {
 }
 
 MAX_MESSAGE = 300
+
+_VALUE_KEYWORDS = frozenset({"const", "enum", "default", "examples"})  # below them are values, not schemas
 
 
 def grammar_text(constraint: Constraint) -> str:
@@ -48,22 +51,58 @@ def grammar_text(constraint: Constraint) -> str:
         schema = _json(constraint)
         if not isinstance(schema, (dict, bool)):
             raise refusal(constraint, "a schema is a JSON object")
-        return _of_schema(schema if isinstance(schema, dict) else ({} if schema else {"anyOf": []}))
+        schema = schema if isinstance(schema, dict) else ({} if schema else {"anyOf": []})
+        if reason := misread_bounds(schema):
+            raise refusal(constraint, reason)
+        return _of_schema(schema)
     if constraint.kind == "choice":
         return LLMatcher.grammar_from_lark(_choice(constraint))
     if constraint.kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
+        # As in a schema's patterns, digits and letters are ASCII: who asks for \d{4} does not mean other scripts'.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, 'dw')}/")
     return LLMatcher.grammar_from_lark(text)
 
 
-def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """`%json {...}` for a Lark grammar, enforced as strictly as a schema that stands alone."""
+def embedded_schema(schema: Mapping[str, Any], param: str) -> str:
+    """`%json {...}` for a Lark grammar, enforced as strictly as a schema that stands alone.
+
+    Raises InvalidRequestError with this `param` for what llguidance would not complain about itself.
+    """
+    if reason := misread_bounds(schema):
+        raise InvalidRequestError(f"The JSON schema cannot be enforced: {reason}.", param=param)
     return "%json " + json.dumps(with_options(schema))
 
 
 def with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with this server's way of enforcing it, in place of what it says about that itself."""
     return {**schema, "x-guidance": JSON_OPTIONS}
+
+
+def misread_bounds(node: object) -> str:
+    """Why llguidance (1.9) would let the bound itself pass, anywhere in the schema; "" if it would not.
+
+    It does so where a number is bounded by a whole number, exclusively, and by another within 1 of it.
+    """
+    if isinstance(node, list):
+        return next((reason for item in node if (reason := misread_bounds(item))), "")
+    if not isinstance(node, Mapping):
+        return ""
+    for exclusive, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = node.get(exclusive)
+        if not _is_number(bound) or bound != round(bound) or node.get("type") == "integer":
+            continue
+        for other in others:
+            if _is_number(node.get(other)) and abs(node[other] - bound) < 1:
+                return f"{exclusive} {bound} with {other} {node[other]} is not supported, but an inclusive bound is"
+    parts = (value for key, value in node.items() if key not in _VALUE_KEYWORDS)
+    return next((reason for part in parts if (reason := misread_bounds(part))), "")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def refusal(constraint: Constraint, reason: str) -> InvalidRequestError:
