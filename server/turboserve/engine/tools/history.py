@@ -19,7 +19,7 @@ You may call the functions below, where they help. To call one, answer with noth
 
 
 def described_functions(use: ToolUse | None) -> list[dict[str, Any]]:
-    """What the template is told of: with choice `none` nothing, as vLLM does, since a model calls what it knows of.
+    """What the template is told of: with choice `none` nothing, since a model calls what it knows of.
 
     `strict` is between caller and server, and no model has learned it.
     """

@@ -12,8 +12,16 @@ from typing import Any, NamedTuple
 
 from turboserve.engine.tools.markup import Markup
 
-# Some parsers' patterns take the square of a text's length when it never closes what it opens: a second at this length.
 MAX_PARSED_CHARS = 256 * 1024
+
+# Patterns of some parsers read the whole text again from each of these on, when what it opens is never closed. The
+# product of their number and the text's length is bounded, so that no text takes much more than a second.
+_STARTS = {
+    "function_gemma": ("call:", 200_000_000),
+    "gemma4": ("call:", 5_000_000),
+    "kimi_k3": ("<|open|>", 10_000_000),
+    "pythonic": ("=", 500_000_000),
+}
 
 # Between a name and its arguments Mistral's models may put the call's id, which the parser takes for the name.
 _MISTRAL_ID = re.compile(r"\[CALL_ID\]\s*[\w-]*\s*(?=\[ARGS\])")
@@ -29,7 +37,8 @@ class Call(NamedTuple):
 
 def parse_calls(body: str, markup: Markup, functions: Sequence[Mapping[str, Any]]) -> list[Call]:
     """The calls between a start and an end marker, at least one. Raises ValueError when it holds anything else."""
-    if len(body) > MAX_PARSED_CHARS:
+    start, most = _STARTS.get(markup.parser_name, (body, len(body)))
+    if len(body) > MAX_PARSED_CHARS or (body and body.count(start) * len(body) > most):
         raise ValueError("A call of this length is not read.")
     if markup.parser_name == "mistral":
         body = _MISTRAL_ID.sub("", body)

@@ -326,6 +326,17 @@ def test_reading_takes_time_in_proportion(kind: str) -> None:
     assert whole < 10 * part + 0.1
 
 
+@pytest.mark.parametrize("parser", sorted(CALLS))
+def test_no_text_keeps_a_parser_for_long(parser: str) -> None:
+    """Openings that nothing closes: without a bound on them, gemma4's pattern takes two minutes for this length."""
+    markup = markup_for(parser)
+    for opening in ("call:f{", 'call:f{<|"|>', "<|open|>call ", "[f(", "f<arg_key>", "<function=f>", "[ARGS]"):
+        body = opening * (100_000 // len(opening))
+        begun = time.perf_counter()
+        deltas_of([f"{markup.call_start}{body}{markup.call_end}"], MarkupReader(markup, TOOLS))
+        assert time.perf_counter() - begun < 10.0
+
+
 def test_a_megabyte_of_arguments_arrives_whole() -> None:
     arguments = {"text": 'abc\n dé"f\\ ' * 100_000, "deep": [[[{}]]] * 10}
     call = json.dumps({"name": "ping", "arguments": arguments}, ensure_ascii=False)
