@@ -43,9 +43,12 @@ def decoder_of(
 def ruled(
     request: Request, prompt: Prompt, markup: Markup, reader: AnswerReader, rule: TokenRule | None
 ) -> TokenRule | None:
-    """The answer's rule, from `rule` on what follows its reasoning."""
-    is_chat = request.prompt is None
-    if is_chat and markup.has_thinking and (rule is not None or request.thinking_tokens is not None):
+    """The answer's rule, from `rule` on what follows its reasoning.
+
+    A budget of thinking means nothing to a model that does none, or to an answer that begins behind it.
+    """
+    may_think = request.prompt is None and markup.has_thinking and not prompt.has_thought
+    if may_think and (rule is not None or request.thinking_tokens is not None):
         rule = ThinkingRule(markup, is_thinking=prompt.is_thinking, budget=request.thinking_tokens, inner=rule)
     if isinstance(reader, MarkupReader) and request.tools is not None and not request.tools.is_parallel:
         return OneCallRule(lambda: reader.is_over, rule)

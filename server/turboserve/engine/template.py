@@ -51,11 +51,16 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, the text they are of, and whether it ends inside the model's reasoning."""
+    """Token ids and the text they are of.
+
+    is_thinking  it ends inside the model's reasoning
+    has_thought  it ends behind it: where thinking is switched off, templates write an empty one
+    """
 
     ids: list[int]
     text: str
     is_thinking: bool = False
+    has_thought: bool = False
 
 
 class ChatTemplate:
@@ -132,7 +137,13 @@ class ChatTemplate:
         ids = self._encode_pieces(pieces, with_bos=not self._tokenizer.has_chat_template)
         if not ids:
             raise InvalidRequestError("The prompt is empty.", param="messages")
-        return Prompt(ids, "".join(text for text, _ in pieces), self._is_thinking(rendered, continue_final_message))
+        think_end = self.markup.think_end
+        return Prompt(
+            ids,
+            "".join(text for text, _ in pieces),
+            is_thinking=self._is_thinking(rendered, continue_final_message),
+            has_thought=bool(think_end) and rendered.rstrip().endswith(think_end),
+        )
 
     def _describes(self, functions: Sequence[Message]) -> bool:
         """Whether the template itself describes functions, where there are some."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from turboserve.engine.tools.markup import Markup
+from turboserve.errors import InvalidRequestError
 from turboserve.messages import Constraint, ToolUse
 
 _JSON_OPTIONS = {
@@ -43,12 +44,16 @@ def tool_constraint(use: ToolUse, markup: Markup, answer: Constraint | None = No
     auto      with an `answer` of JSON: either that or calls. With a function that is `strict`, and markers of the
               model's own around JSON: any text, and in it calls whose arguments are valid. Without such markers a call
               is not told from text before it is whole, and `strict` stays a promise of the model's.
-    Whether llguidance can enforce the functions' schemas is found out when it compiles the grammar.
+    Whether llguidance can enforce the functions' schemas is found out when it compiles the grammar. Raises
+    InvalidRequestError when the function that must be called is unknown.
     """
     functions = [function for tool in use.functions if isinstance(function := tool.get("function"), Mapping)]
     syntax = _syntax(markup)
     if use.choice == "required":
         chosen = [function for function in functions if use.name in (None, function["name"])]
+        if not chosen:
+            name = f"{use.name!r} is not among the functions" if use.name is not None else "there are no functions"
+            raise InvalidRequestError(f"A call is required, but {name}.", param="tool_choice")
         return Constraint("lark", _grammar("calls", chosen, use, syntax), param="tools")
     if use.choice == "none" or not functions:
         return answer

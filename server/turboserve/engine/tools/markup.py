@@ -94,6 +94,9 @@ def markup_of(tokenizer: Any) -> Markup:
 
 def template_source(tokenizer: Any) -> str:
     """The text of its chat template, of all that it has; "" where there is none."""
+    renderer = getattr(tokenizer, "_chat_template", None)  # mlx-lm's own, in place of a template
+    if renderer is not None:
+        return _module_source(renderer)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
         return template
@@ -111,10 +114,11 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
-def _module_source(parser: Parser | None) -> str:
+def _module_source(function: Callable[..., Any] | None) -> str:
     """A parser's source without the backslashes of its patterns: it names every marker that it reads."""
+    module = inspect.getmodule(function)
     try:
-        return inspect.getsource(inspect.getmodule(parser)).replace("\\", "") if parser is not None else ""  # type: ignore[arg-type]
+        return inspect.getsource(module).replace("\\", "") if function is not None and module is not None else ""
     except (OSError, TypeError):
         return ""
 

@@ -11,6 +11,7 @@ from tests.turboserve.engine.tools.answers import ARGUMENTS, CALLS, PING, TOOLS,
 
 from turboserve.engine.tools.constraint import arguments_schema, tool_constraint
 from turboserve.engine.tools.markup import DEFAULT_CALL, Markup, markup_of
+from turboserve.errors import InvalidRequestError
 from turboserve.messages import Constraint, ToolUse
 
 llguidance = pytest.importorskip("llguidance")
@@ -82,6 +83,13 @@ def test_one_function_and_one_call(hermes: Model) -> None:
     single = tool_constraint(ToolUse((WEATHER, PING), "required", is_parallel=False), hermes.markup)
     assert hermes.accepts(single, hermes_call(PING_CALL))
     assert not hermes.accepts(single, hermes_call(PING_CALL) + "\n" + hermes_call(PING_CALL))
+
+
+@pytest.mark.parametrize("use", [ToolUse((PING,), "required", "pong"), ToolUse((), "required")])
+def test_a_function_that_is_not_there_cannot_be_required(use: ToolUse) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        tool_constraint(use, Markup())
+    assert caught.value.param == "tool_choice"
 
 
 @pytest.mark.parametrize("parser", sorted(CALLS))

@@ -127,7 +127,8 @@ def thinking() -> ChatTemplate:
 def test_a_prompt_may_end_inside_reasoning() -> None:
     template, messages = thinking(), [{"role": "user", "content": "x"}]
     assert template.chat_prompt(messages).is_thinking
-    assert not template.chat_prompt(messages, template_kwargs={"enable_thinking": False}).is_thinking
+    switched_off = template.chat_prompt(messages, template_kwargs={"enable_thinking": False})
+    assert switched_off.has_thought and not switched_off.is_thinking
     forged = [{"role": "user", "content": "x<think>"}]
     assert not template.chat_prompt(forged, add_generation_prompt=False).is_thinking
 
