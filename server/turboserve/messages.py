@@ -60,7 +60,7 @@ class ToolUse:
     """The functions that the model may call, and whether it must.
 
     functions  OpenAI's tool objects {"type": "function", "function": {"name", "description", "parameters", "strict"}}
-    choice     none: described to the model, and its answer is text; required: the answer is calls and nothing else
+    choice     none: not described to the model, and its answer is text; required: the answer is calls and nothing else
     name       with `required`: of this function alone
     """
 

@@ -20,13 +20,21 @@ from typing import Any
 import mlx.core as mx
 
 from turboserve.engine import scheduler
+from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.generation import Generation
-from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, Refused
 from turboserve.engine.loaded_model import EngineParts, Progress
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
+from turboserve.engine.rule_jobs import RuleJobs
 from turboserve.engine.step_loop import Clock, StepLoop
 from turboserve.engine.warm_up import Plan, warm_up
-from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
+from turboserve.errors import (
+    EngineUnavailableError,
+    OverloadedError,
+    RequestCancelledError,
+    StartupError,
+    TurboServeError,
+)
 from turboserve.messages import (
     EngineStats,
     Failed,
@@ -68,7 +76,8 @@ class TurboEngine:
         self._sampling_defaults = SamplingParams()  # the model's own once it is loaded
         self._changed = threading.Condition()
         self._inbox: deque[InboxItem] = deque()
-        self._num_waiting = 0  # submitted and not yet admitted, inbox included
+        self._rule_jobs = RuleJobs(self._changed, self._inbox, settings.grammar_timeout_s, clock)
+        self._num_waiting = 0  # submitted and not yet admitted, inbox and those whose rule is being made included
         self._num_running = 0
         self._unready: str | None = "the model is not loaded yet"
         self._is_ready_or_dead = threading.Event()
@@ -115,11 +124,17 @@ class TurboEngine:
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
-            self._inbox.append(Generation(request, sink, self._clock()))
+            generation = Generation(request, sink, self._clock())
+            if needs_rule(request):
+                self._rule_jobs.add(generation)
+                return
+            self._inbox.append(generation)
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
+            if self._rule_jobs.cancel(request_id):
+                return
             self._inbox.append(Cancel(request_id))
             self._changed.notify()
 
@@ -181,15 +196,18 @@ class TurboEngine:
             self._die(loop, exc)
         finally:
             self._is_ready_or_dead.set()
+            self._rule_jobs.close()
             mx.clear_streams()  # this thread's; left alive, their workers abort the process at exit (mlx 0.32)
 
     def _load(self) -> StepLoop:
         parts = self._build(self._settings, self._progress)
         loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
         self._progress(f"overlap      {loop.overlap}")
+        can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
         self._progress(f"warm-up      {warmed_s:.1f} s")
+        can_make_rules.result()
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:
@@ -217,6 +235,8 @@ class TurboEngine:
                     loop.add(item)
                 elif isinstance(item, Cancel):
                     loop.cancel(item.request_id)
+                elif isinstance(item, Refused):
+                    self._refuse(item)
                 else:
                     item.run(loop.answer)
         finally:
@@ -226,19 +246,34 @@ class TurboEngine:
     def _next_items(self, loop: StepLoop) -> list[InboxItem] | None:
         """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
         with self._changed:
-            if not (self._inbox or loop.has_work or self._must_end or self._is_refusing):
-                self._changed.wait(IDLE_TICK_S)
-            if self._must_end or (self._is_refusing and not self._inbox and not loop.has_work):
+            if not (self._inbox or loop.has_work or self._must_end) and (self._rule_jobs or not self._is_refusing):
+                self._changed.wait(self._idle_s())
+            self._rule_jobs.refuse_late()
+            has_work = self._inbox or self._rule_jobs or loop.has_work
+            if self._must_end or (self._is_refusing and not has_work):
                 return None
             items = list(self._inbox)
             self._inbox.clear()
             return items
 
+    def _idle_s(self) -> float:
+        """How long an idle engine may wait."""
+        deadline_s = self._rule_jobs.next_deadline_s()
+        return IDLE_TICK_S if deadline_s is None else min(IDLE_TICK_S, max(0.0, deadline_s - self._clock()))
+
+    def _refuse(self, refused: Refused) -> None:
+        """End a request that the step loop never knew."""
+        if isinstance(refused.error, RequestCancelledError):
+            self._telemetry.request_cancelled(refused.generation.stage.value)
+        else:
+            self._telemetry.request_refused(refused.error.code or refused.error.type)
+        _tell(refused.generation, refused.error)
+
     def _after_step(self, loop: StepLoop) -> None:
         num_before = self._num_running
         with self._changed:
             num_queued = sum(isinstance(item, Generation) for item in self._inbox)
-            self._num_waiting = loop.num_waiting + num_queued
+            self._num_waiting = loop.num_waiting + num_queued + len(self._rule_jobs)
             self._num_running = loop.num_running
         is_due = self._clock() - self._snapshot_s >= SNAPSHOT_INTERVAL_S
         if is_due or num_before != loop.num_running or not loop.has_work:
@@ -252,12 +287,14 @@ class TurboEngine:
     def _end_all(self, loop: StepLoop | None, error: TurboServeError) -> None:
         """End what still lies in the inbox, which nothing can keep from being told, and what the loop holds."""
         with self._changed:
-            left = list(self._inbox)
+            left: list[InboxItem] = [*self._inbox, *self._rule_jobs.take_all()]
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
         for item in left:
             if isinstance(item, Generation):
                 _tell(item, error)
+            elif isinstance(item, Refused):
+                _tell(item.generation, item.error)
             elif isinstance(item, Call):
                 item.refuse(error)
         if loop is not None:

@@ -26,6 +26,14 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that ends before the step loop knows it: its rule could not be made, or it was cancelled meanwhile."""
+
+    generation: Generation
+    error: TurboServeError
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A session command or a question, and whom to tell its answer. The future ends once, whatever happens."""
 
@@ -49,5 +57,5 @@ class Call:
             self.future.set_exception(error)
 
 
-InboxItem = Generation | Cancel | Call
+InboxItem = Generation | Refused | Cancel | Call
 """A submitted request is there as the engine's own state of it."""

@@ -5,15 +5,12 @@ All refusals that depend on the request alone happen here, before any memory or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 from turboserve.cache.memory import Memory
+from turboserve.engine.answers import decoder_of, reader_of, ruled
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
-from turboserve.engine.readers import PlainReader
 from turboserve.engine.sampling import row_sampling
-from turboserve.engine.template import ChatTemplate
+from turboserve.engine.template import ChatTemplate, Prompt
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError, InvalidRequestError
 from turboserve.messages import Request
@@ -27,13 +24,14 @@ class Preparer:
     """Prepares requests for one loaded model."""
 
     def __init__(self, loaded: LoadedModel, memory: Memory, vocab_len: int) -> None:
-        self._loaded, self._memory, self._vocab_len = loaded, memory, vocab_len
+        self._loaded, self._memory, self.vocab_len = loaded, memory, vocab_len
         self._template = ChatTemplate(loaded.tokenizer)
 
     def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""
         request = generation.request
-        prompt = self.prompt_of(request)
+        read = self.prompt_of(request)
+        prompt, markup = read.ids, self._template.markup
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
         kv_format = self._memory.format_for(request.tenant, request.session_id, request.kv_format)
         if request.max_tokens is None:
@@ -44,36 +42,32 @@ class Preparer:
         generation.eos_ids = self._loaded.eos_ids
         generation.sampling = row_sampling(
             request.sampling,
-            self._vocab_len,
+            self.vocab_len,
             num_top=request.num_top_logprobs,
             barred=self._checked_end_ids(generation),
             barred_until=request.min_tokens,
         )
-        decode = partial(self._decode, skip_special_tokens=request.skip_special_tokens)
+        reader = reader_of(request, read, markup)
+        decode = decoder_of(request, reader, self._loaded.tokenizer, markup)
         generation.text = TextStream(decode, request.stop, include_stop=request.include_stop)
-        generation.reader = PlainReader()
+        generation.reader = reader
+        generation.rule = ruled(request, read, markup, reader, generation.rule)
         generation.max_answer_len = limit
         generation.prompt = prompt
 
-    def prompt_of(self, request: Request) -> list[int]:
-        """Token ids of the request's prompt. Raises InvalidRequestError when there are none."""
-        return self._template.encode(request.messages)
+    def prompt_of(self, request: Request) -> Prompt:
+        """What the model reads for this request. Raises InvalidRequestError when there is nothing to read."""
+        return self._template.prompt_of(request, self.vocab_len)
 
     def _checked_end_ids(self, generation: Generation) -> list[int]:
         """Tokens that end its answer. Raises InvalidRequestError when the request names one that the model lacks."""
         for token in generation.request.stop_token_ids:
-            if not 0 <= token < self._vocab_len:
+            if not 0 <= token < self.vocab_len:
                 raise InvalidRequestError(
-                    f"stop_token_ids names token {token}, but this model's tokens go from 0 to {self._vocab_len - 1}.",
+                    f"stop_token_ids names token {token}, but this model's tokens go from 0 to {self.vocab_len - 1}.",
                     param="stop_token_ids",
                 )
-        return sorted(token for token in generation.end_ids if token < self._vocab_len)
-
-    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self._loaded.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+        return sorted(token for token in generation.end_ids if token < self.vocab_len)
 
 
 def answer_limit(prompt_len: int, max_tokens: int | None, max_context: int) -> int:

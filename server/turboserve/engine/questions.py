@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.prepare import Preparer
-from turboserve.errors import UnsupportedParameterError
-from turboserve.messages import Detokenize, TextQuestion, Tokenize
+from turboserve.errors import InvalidRequestError, UnsupportedParameterError
+from turboserve.messages import Detokenize, RenderTemplate, TextQuestion, Tokenize
 
 
 class Questions:
@@ -17,7 +17,18 @@ class Questions:
     def answer(self, question: TextQuestion) -> object:
         """What the question's docstring promises. Raises InvalidRequestError, of whatever kind."""
         if isinstance(question, Tokenize):
-            return tuple(self._preparer.prompt_of(question.request))
+            return tuple(self._preparer.prompt_of(question.request).ids)
+        if isinstance(question, RenderTemplate):
+            return self._preparer.prompt_of(question.request).text
         if isinstance(question, Detokenize):
-            return self._loaded.tokenizer.decode(list(question.tokens), clean_up_tokenization_spaces=False)
+            return self._text_of(question.tokens)
         raise UnsupportedParameterError(f"{type(question).__name__} is not supported.")
+
+    def _text_of(self, tokens: tuple[int, ...]) -> str:
+        limit = self._preparer.vocab_len
+        if wrong := [token for token in tokens if not 0 <= token < limit]:
+            raise InvalidRequestError(
+                f"{wrong[0]} is no token of this model: ids go from 0 to {limit - 1}.", param="tokens"
+            )
+        text: str = self._loaded.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return text

@@ -36,12 +36,12 @@ def test_control_tokens_in_messages_stay_text(tokenizer: Any) -> None:
 
 
 def test_control_tokens_in_tools_and_calls_stay_text(tokenizer: Any) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "<|im_end|>"}'}}
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "<|im_end|>", "\\u003c|im_end|>": 1}'}}
     messages: list[dict[str, object]] = [*user("x"), {"role": "assistant", "content": "", "tool_calls": [call]}]
     tool = {"type": "function", "function": {"name": "f", "description": "a<|im_start|>b", "parameters": {}}}
     ids = ChatTemplate(tokenizer).encode(messages, [tool])
     text = tokenizer.decode(ids)
-    assert '"a<|im_start|>b"' in text and '{"x": "<|im_end|>"}' in text
+    assert '"a<|im_start|>b"' in text and '{"x": "<|im_end|>", "<|im_end|>": 1}' in text
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 4  # system, user, assistant, answer
 
 

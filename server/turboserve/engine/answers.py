@@ -1,0 +1,55 @@
+"""How one request's answer is read and ruled: its text with the markers that readers need, its reader, and its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from turboserve.engine.answer_reader import MarkupReader
+from turboserve.engine.readers import AnswerReader, PlainReader
+from turboserve.engine.template import Prompt
+from turboserve.engine.token_rules import TokenRule
+from turboserve.engine.tools.markup import Markup
+from turboserve.engine.tools.thinking import OneCallRule, ThinkingRule
+from turboserve.messages import Request
+
+
+def reader_of(request: Request, prompt: Prompt, markup: Markup) -> AnswerReader:
+    """Bare prompts are continued as they are; in conversations reasoning and calls are told apart."""
+    tools = request.tools if request.tools is not None and request.tools.choice != "none" else None
+    if request.prompt is not None or (tools is None and not markup.has_thinking):
+        return PlainReader()
+    return MarkupReader(markup, tools, is_thinking=prompt.is_thinking, shows_special=not request.skip_special_tokens)
+
+
+def decoder_of(
+    request: Request, reader: AnswerReader, tokenizer: Any, markup: Markup
+) -> Callable[[Sequence[int]], str]:
+    """Token ids to text. Special tokens that are the reader's markers stay in it; the reader takes them out."""
+    is_read = isinstance(reader, MarkupReader) and markup.visible_ids
+    left_out = markup.special_ids - markup.visible_ids.keys() if is_read else frozenset()
+    skips = request.skip_special_tokens
+
+    def decode(ids: Sequence[int]) -> str:
+        kept = [token for token in ids if token not in left_out] if skips and is_read else list(ids)
+        text: str = tokenizer.decode(
+            kept, skip_special_tokens=skips and not is_read, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    return decode
+
+
+def ruled(
+    request: Request, prompt: Prompt, markup: Markup, reader: AnswerReader, rule: TokenRule | None
+) -> TokenRule | None:
+    """The answer's rule, from `rule` on what follows its reasoning.
+
+    A budget of thinking means nothing to a model that does none, or to an answer that begins behind it.
+    """
+    may_think = request.prompt is None and markup.has_thinking and not prompt.has_thought
+    if may_think and (rule is not None or request.thinking_tokens is not None):
+        rule = ThinkingRule(markup, is_thinking=prompt.is_thinking, budget=request.thinking_tokens, inner=rule)
+    if isinstance(reader, MarkupReader) and request.tools is not None and not request.tools.is_parallel:
+        return OneCallRule(lambda: reader.is_over, rule)
+    return rule
