@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from turboserve import __version__
+from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.context import ApiContext
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
@@ -38,7 +39,8 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
     )
-    app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
+    needs_key = bool(settings.api_key or settings.api_keys)
+    app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=anthropic.SHAPES)
     app.include_router(router)
     app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
     for kind in EXPECTED:

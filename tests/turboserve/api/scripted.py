@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.turboserve.api.scripted_answers import ANSWERS
 from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
 
 from turboserve.engine.protocol import EventSink
@@ -119,7 +120,18 @@ def fail_midway() -> Script:
 
 SCRIPTS: Mapping[str, Callable[[], Script]] = {
     script.__name__: script
-    for script in (forever, chatter, flood, slow_start, slow_failure, burst, fail_first, fail_full, fail_midway)
+    for script in (
+        forever,
+        chatter,
+        flood,
+        slow_start,
+        slow_failure,
+        burst,
+        fail_first,
+        fail_full,
+        fail_midway,
+        *ANSWERS,
+    )
 }
 
 
