@@ -26,6 +26,7 @@ from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, Session
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
 from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object
 from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
+from turboserve.api.responses import routes as responses
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,
@@ -98,7 +99,9 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
 
 # --- other APIs
 
-router.routes.extend(anthropic.router.routes)  # including a router would hide its routes behind one
+router.routes.extend(
+    (*anthropic.router.routes, *responses.router.routes)
+)  # including a router would hide its routes behind one
 
 # --- models
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from anthropic.types import ErrorResponse, Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
-from tests.turboserve.api.conftest import Service, connect_client, running
+from tests.turboserve.api.conftest import Service, connect_client, read_all, running
 from tests.turboserve.api.scripted import MODEL_ID
 from tests.turboserve.api.scripted_answers import THINKING_USAGE
 
@@ -281,7 +281,7 @@ def test_parameters_reach_the_engine(client: httpx.Client, service: Service) -> 
     assert request.messages[0] == {"role": "system", "content": "Be brief.\n\nBe kind."}
     assert request.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=7)
     assert (request.max_tokens, request.stop, request.thinking_tokens) == (77, ("END", "."), 1024)
-    assert request.template_kwargs == {"enable_thinking": True, "reasoning_effort": "low"}
+    assert request.template_kwargs == {"enable_thinking": True, "thinking": True, "reasoning_effort": "low"}
     assert request.constraint == Constraint("json_schema", json.dumps(schema), "output_config.format.schema")
     assert (request.session_id, request.kv_format, request.cache_key) == ("s1", "4/4", "u1")
     assert request.add_generation_prompt and not request.continue_final_message
@@ -481,3 +481,14 @@ def test_the_key_comes_in_either_header() -> None:
 def test_usage_of_a_prompt_that_was_all_cached() -> None:
     usage = message_usage(replace(THINKING_USAGE, cached_tokens=20))
     assert (usage.input_tokens, usage.cache_read_input_tokens) == (0, 20)
+
+
+def test_a_body_that_never_comes_is_refused_in_the_shape(service: Service) -> None:
+    """The connection answers that, and no route."""
+    with service.connect() as sock:
+        lines = ["POST /v1/messages HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 9"]
+        sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n{")
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    error = ErrorResponse.model_validate_json(body)
+    assert error.error.type == "invalid_request_error"

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_STOPS, MAX_TOP_K, Name, NumTokens, StopText
+from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_STOPS, MAX_TOKENS, MAX_TOP_K, Name, StopText
 
 MAX_TOOLS = 1024
+NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 class LenientModel(BaseModel):

@@ -28,6 +28,7 @@ from turboserve.api.anthropic.body import (
 )
 from turboserve.api.chat_request import check_model
 from turboserve.api.session_request import chosen_session, normal_kv_format
+from turboserve.api.thinking import thinking_kwargs
 from turboserve.api.validation import validated
 from turboserve.errors import InvalidRequestError, UnsupportedParameterError
 from turboserve.messages import Constraint, Request, SamplingParams, ToolUse
@@ -247,9 +248,5 @@ def _constraint(body: PromptBody) -> Constraint | None:
 
 
 def _template_kwargs(body: PromptBody) -> dict[str, object]:
-    kwargs: dict[str, object] = {}
-    if body.thinking is not None:
-        kwargs["enable_thinking"] = not isinstance(body.thinking, ThinkingOff)
-    if body.output_config and body.output_config.effort:
-        kwargs["reasoning_effort"] = body.output_config.effort
-    return kwargs
+    thinks = None if body.thinking is None else not isinstance(body.thinking, ThinkingOff)
+    return thinking_kwargs(thinks, body.output_config.effort if body.output_config else None)
