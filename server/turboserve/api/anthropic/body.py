@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_STOPS, MAX_TOKENS, MAX_TOP_K, Name, StopText
 
@@ -56,15 +56,24 @@ class ToolUseBlock(LenientModel):
     input: dict[str, Any]
 
 
+KINDS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+
+
 class OtherBlock(LenientModel):
     """An image, a document, or what a server of Anthropic's did: refused by its name."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"type": "string", "not": {"enum": list(KINDS)}})]
+
+
+class OtherResultPart(LenientModel):
+    """Anything but text: refused by its name."""
+
+    type: Annotated[str, WithJsonSchema({"type": "string", "not": {"const": "text"}})]
 
 
 def _kind(value: object) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if kind in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result") else "<other>"
+    return f"<{kind}>" if kind in KINDS else "<other>"
 
 
 def _kind_of_result(value: object) -> str:
@@ -73,7 +82,7 @@ def _kind_of_result(value: object) -> str:
 
 # Tags in brackets, so that no path of a complaint can take one for a field.
 ResultPart = Annotated[
-    Annotated[TextBlock, Tag("<text>")] | Annotated[OtherBlock, Tag("<other>")], Discriminator(_kind_of_result)
+    Annotated[TextBlock, Tag("<text>")] | Annotated[OtherResultPart, Tag("<other>")], Discriminator(_kind_of_result)
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, Name
 
@@ -39,15 +39,18 @@ class RefusalPart(LenientModel):
     refusal: str
 
 
+TEXT_KINDS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+
 class OtherPart(LenientModel):
     """An image, a file or audio: refused by its name."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"type": "string", "not": {"enum": [*TEXT_KINDS, "refusal"]}})]
 
 
 def _kind_of_part(value: object) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
+    if kind in TEXT_KINDS:
         return "<text>"
     return "<refusal>" if kind == "refusal" else "<other>"
 
@@ -99,18 +102,20 @@ class ReasoningItem(LenientModel):
     id: Name | None = None
 
 
+ITEM_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+
+
 class OtherItem(LenientModel):
     """What a tool of OpenAI's own did, or a reference: refused by its name."""
 
-    type: str
+    type: Annotated[str, WithJsonSchema({"type": "string", "not": {"enum": list(ITEM_KINDS)}})]
 
 
 def _kind_of_item(value: object) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if kind is None:
+    if isinstance(value, dict) and "type" not in value:
         return "<message>"
-    known = ("message", "function_call", "function_call_output", "reasoning")
-    return f"<{kind}>" if kind in known else "<other>"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if kind in ITEM_KINDS else "<other>"
 
 
 Item = Annotated[
