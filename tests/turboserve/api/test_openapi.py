@@ -154,6 +154,7 @@ def test_bodies_header_and_stream_are_declared(document: dict[str, Any]) -> None
         "/v1/messages": "MessagesBody",
         "/v1/messages/count_tokens": "CountTokensBody",
         "/v1/responses": "ResponsesBody",
+        "/v1/responses/input_tokens": "ResponsesBody",
         "/v1/sessions/{session_id}": "UpdateBody",
         "/v1/sessions/{session_id}/fork": "ForkBody",
         "/v1/sessions/{session_id}/pin": "EmptyBody",

@@ -44,6 +44,31 @@ TURN = st.builds(
     st.sampled_from(["user", "assistant", "system", "developer"]),
     TEXT | PIECES | JSON,
 )
+RIGHT_PARTS = {
+    kind: st.builds(lambda text, kind=kind: {"type": kind, "text": text}, TEXT) for kind in ("text", "input_text")
+}
+RIGHT_BLOCKS = st.lists(
+    RIGHT_PARTS["text"]
+    | st.builds(lambda text: {"type": "thinking", "thinking": text}, TEXT)
+    | st.builds(lambda name, value: {"type": "tool_use", "id": name, "name": name, "input": {name: value}}, TEXT, JSON),
+    max_size=3,
+)
+RIGHT_TURNS = st.lists(
+    st.builds(lambda content: {"role": "user", "content": content}, TEXT | st.lists(RIGHT_PARTS["text"], max_size=2))
+    | st.builds(lambda content: {"role": "assistant", "content": content}, TEXT | RIGHT_BLOCKS)
+    | st.builds(
+        lambda text: {"role": "user", "content": [{"type": "tool_result", "tool_use_id": text, "content": text}]}, TEXT
+    ),
+    min_size=1,
+    max_size=4,
+)
+RIGHT_ITEMS = st.lists(
+    st.builds(lambda content: {"role": "user", "content": content}, TEXT | st.lists(RIGHT_PARTS["input_text"]))
+    | st.builds(lambda text: {"type": "function_call", "call_id": text, "name": text, "arguments": text}, TEXT)
+    | st.builds(lambda text: {"type": "function_call_output", "call_id": text, "output": text}, TEXT)
+    | st.builds(lambda text: {"type": "reasoning", "summary": [{"type": "summary_text", "text": text}]}, TEXT),
+    max_size=4,
+)
 INPUTS = st.lists(TURN | PIECE, max_size=3) | JSON
 VALUES = JSON | PIECE | PIECES | st.integers(0, 3) | st.booleans()
 
@@ -71,29 +96,35 @@ def refused(error: InvalidRequestError | ModelNotFoundError) -> None:
     assert error.param and error.message and len(error.message) < 1000
 
 
-@given(fields(MessagesBody), INPUTS)
+@given(fields(MessagesBody), RIGHT_TURNS | INPUTS)
 @QUICK
 def test_any_body_of_anthropics_is_parsed_or_refused(parameters: dict[str, object], messages: object) -> None:
     body = {"max_tokens": 5, **parameters, "messages": messages}
     try:
         request, _ = parse_messages(
-            body, request_id="msg_1", tenant="", model_id=MODEL_ID, sampling_defaults=SamplingParams()
+            body, request_id="msg_1", tenant="", required_model=MODEL_ID, sampling_defaults=SamplingParams()
         )
     except (InvalidRequestError, ModelNotFoundError) as error:
         return refused(error)
     check(request)
     assert fits(MessagesBody, body)
-    assert parse_count(body, request_id="r", tenant="", model_id=MODEL_ID).messages == request.messages
+    assert parse_count(body, request_id="r", tenant="", required_model=None).messages == request.messages
     assert fits(CountTokensBody, body)
 
 
-@given(fields(ResponsesBody), INPUTS)
+@given(fields(ResponsesBody) | st.just({}), RIGHT_ITEMS | INPUTS)
 @QUICK
 def test_any_body_of_the_responses_api_is_parsed_or_refused(parameters: dict[str, object], items: object) -> None:
     body = {**parameters, "input": items}
     try:
         parsed = parse_response(
-            body, STORE, request_id="resp_1", tenant="", model_id=MODEL_ID, sampling_defaults=SamplingParams()
+            body,
+            STORE,
+            request_id="resp_1",
+            tenant="",
+            model_id=MODEL_ID,
+            required_model=MODEL_ID,
+            sampling_defaults=SamplingParams(),
         )
     except (InvalidRequestError, ModelNotFoundError) as error:
         return refused(error)

@@ -256,6 +256,7 @@ def test_the_client_asks_lists_and_forgets(openai_client: openai.OpenAI) -> None
     assert [item.to_dict()["content"] for item in listed.data] == [[{"type": "input_text", "text": t}] for t in "ab"]
     pages = openai_client.responses.input_items.list(made.id, limit=1)
     assert [item.role for item in pages] == ["developer", "user"]  # type: ignore[union-attr]
+    assert openai_client.responses.input_tokens.count(model=MODEL_ID, input="a b", instructions="c").input_tokens > 0
     openai_client.responses.delete(made.id)
     for ask in (
         openai_client.responses.retrieve,

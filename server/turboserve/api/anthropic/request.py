@@ -16,6 +16,7 @@ from turboserve.api.anthropic.body import (
     InputMessage,
     MessagesBody,
     NoneChoice,
+    OtherResultPart,
     PromptBody,
     RedactedThinkingBlock,
     TextBlock,
@@ -51,11 +52,11 @@ def parse_messages(
     *,
     request_id: str,
     tenant: str,
-    model_id: str,
+    required_model: str | None,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
 ) -> tuple[Request, Delivery]:
-    """What to ask of the engine, and how to answer.
+    """What to ask of the engine, and how to answer. A `required_model` of None lets any name pass.
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
@@ -63,7 +64,7 @@ def parse_messages(
     given = {name: getattr(wanted, name) for name in ("temperature", "top_p", "top_k")}
     user = wanted.metadata.user_id if wanted.metadata else None
     request = replace(
-        _prompt(wanted, request_id, tenant, model_id),
+        _prompt(wanted, request_id, tenant, required_model),
         sampling=replace(sampling_defaults, **{name: value for name, value in given.items() if value is not None}),
         max_tokens=wanted.max_tokens,
         stop=tuple(wanted.stop_sequences or ()),
@@ -75,14 +76,14 @@ def parse_messages(
     return request, Delivery(bool(wanted.stream), display == "omitted")
 
 
-def parse_count(body: Mapping[str, object], *, request_id: str, tenant: str, model_id: str) -> Request:
+def parse_count(body: Mapping[str, object], *, request_id: str, tenant: str, required_model: str | None) -> Request:
     """The request whose prompt is to be counted. Raises as `parse_messages`."""
-    return _prompt(validated(CountTokensBody, body), request_id, tenant, model_id)
+    return _prompt(validated(CountTokensBody, body), request_id, tenant, required_model)
 
 
-def _prompt(body: PromptBody, request_id: str, tenant: str, model_id: str) -> Request:
-    if body.model:
-        check_model(body.model, model_id)
+def _prompt(body: PromptBody, request_id: str, tenant: str, required_model: str | None) -> Request:
+    if body.model and required_model is not None:
+        check_model(body.model, required_model)
     for name in ("mcp_servers", "container"):
         if getattr(body, name):
             raise UnsupportedParameterError(f"{name} is not supported: this server runs no tools itself.", param=name)
@@ -198,7 +199,7 @@ def _calls(message: Message) -> list[object]:
     return calls
 
 
-def _refusal(block: Block, path: str, role: str) -> InvalidRequestError:
+def _refusal(block: Block | OtherResultPart, path: str, role: str) -> InvalidRequestError:
     kind = block.type[:64]
     if kind in ("image", "document", "search_result"):
         return InvalidRequestError(f"{path}: {kind} blocks are not supported; this server reads text only.", param=path)

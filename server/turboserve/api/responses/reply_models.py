@@ -223,6 +223,13 @@ class DeletedResponse(Reply):
     deleted: Literal[True] = True
 
 
+class InputTokens(Reply):
+    """How many tokens a prompt would have."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class InputItemList(Reply):
     """Items of one response's own input."""
 

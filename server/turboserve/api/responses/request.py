@@ -60,13 +60,17 @@ def parse_response(
     request_id: str,
     tenant: str,
     model_id: str,
+    required_model: str | None,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
 ) -> ParsedResponse:
-    """Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter."""
+    """`model_id` is the served model's name. A `required_model` of None lets any name pass.
+
+    Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
+    """
     body = validated(ResponsesBody, raw)
-    if body.model:
-        check_model(body.model, model_id)
+    if body.model and required_model is not None:
+        check_model(body.model, required_model)
     _refuse_unsupported(body)
     previous = _previous(body, store, tenant)
     history = previous.conversation if previous else ()

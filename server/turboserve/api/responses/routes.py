@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import check_media_type, read_json_object
-from turboserve.api.context import ApiContext, Context, Tenant
+from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.mailbox import Mailbox
 from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, failures, json_body
 from turboserve.api.replies import JSON_TYPE
@@ -22,6 +22,7 @@ from turboserve.api.responses.replies import ResponseReplies, ResponseWriter
 from turboserve.api.responses.reply_models import (
     DeletedResponse,
     InputItemList,
+    InputTokens,
     ResponseObject,
     ResponseStreamEvent,
 )
@@ -43,11 +44,20 @@ from turboserve.errors import (
     ResponseNotFoundError,
     UnsupportedParameterError,
 )
-from turboserve.messages import Failed, Finished
+from turboserve.messages import Failed, Finished, Tokenize
 
 logger = logging.getLogger("turboserve.api")
 
 SHAPES: tuple[Shape, ...] = ((ResponsesBody, "validation"), (ResponseStreamEvent, "serialization"))
+
+OF_A_BODY = (
+    MediaTypeError,
+    BodyTooLargeError,
+    UnsupportedParameterError,
+    KVFormatError,
+    PreviousResponseError,
+    ModelNotFoundError,
+)
 
 STREAM_OR_WHOLE: Json = {
     "description": "The response: whole, or as server-sent events when the body says stream.",
@@ -96,13 +106,8 @@ class ItemsQuery(BaseModel):
     "/v1/responses",
     response_model=ResponseObject,
     responses=failures(
-        MediaTypeError,
-        BodyTooLargeError,
-        UnsupportedParameterError,
+        *OF_A_BODY,
         ContextLengthError,
-        KVFormatError,
-        PreviousResponseError,
-        ModelNotFoundError,
         QuotaExceededError,
         OverloadedError,
         EngineUnavailableError,
@@ -115,15 +120,7 @@ async def create_response(request: Request, context: Context, tenant: Tenant, st
     if context.drain.draining:
         context.telemetry.request_refused("draining")
     context.drain.check()
-    parsed = parse_response(
-        await read_json_object(request, context.max_body_bytes),
-        store,
-        request_id=request.scope["state"]["request_id"],
-        tenant=tenant,
-        model_id=context.engine.model_id,
-        sampling_defaults=context.engine.sampling_defaults,
-        session_headers=request.headers.getlist(SESSION_HEADER),
-    )
+    parsed = await _parsed(request, context, tenant, store)
     stored = _to_store(parsed)
     if parsed.head.is_background:
         run_in_background(stored, parsed, context, store)
@@ -134,6 +131,18 @@ async def create_response(request: Request, context: Context, tenant: Tenant, st
             store.put(stored)
 
     return AnswerResponse([parsed.request], ResponseReplies(stored.writer, keep), context, stream=parsed.stream)
+
+
+@router.post(
+    "/v1/responses/input_tokens",
+    responses=failures(*OF_A_BODY, ContextLengthError, OverloadedError, EngineUnavailableError),
+    openapi_extra=json_body(ResponsesBody),
+)
+async def count_input_tokens(request: Request, context: Context, tenant: Tenant, store: Store) -> InputTokens:
+    """How many tokens the prompt of this response would have."""
+    context.drain.check()
+    parsed = await _parsed(request, context, tenant, store)
+    return InputTokens(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed.request)))))
 
 
 @router.get("/v1/responses/{response_id}", responses=failures(ResponseNotFoundError, UnsupportedParameterError))
@@ -186,6 +195,19 @@ async def input_items(
         first_id=shown[0] if shown else None,
         last_id=shown[-1] if shown else None,
         has_more=len(ids) > query.limit,
+    )
+
+
+async def _parsed(request: Request, context: ApiContext, tenant: str, store: ResponseStore) -> ParsedResponse:
+    return parse_response(
+        await read_json_object(request, context.max_body_bytes),
+        store,
+        request_id=request.scope["state"]["request_id"],
+        tenant=tenant,
+        model_id=context.engine.model_id,
+        required_model=context.engine.model_id,
+        sampling_defaults=context.engine.sampling_defaults,
+        session_headers=request.headers.getlist(SESSION_HEADER),
     )
 
 
