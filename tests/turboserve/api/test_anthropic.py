@@ -410,6 +410,7 @@ def test_errors_of_every_stage_have_the_shape(client: httpx.Client, service: Ser
     [
         (errors.ContextLengthError("long"), 400, "invalid_request_error"),
         (errors.QuotaExceededError("full"), 429, "rate_limit_error"),
+        (errors.RequestCancelledError("cancelled"), 499, "invalid_request_error"),
         (errors.OverloadedError("busy"), 529, "overloaded_error"),
         (errors.EngineUnavailableError("dead"), 503, "api_error"),
         (errors.EngineFailureError("a bug"), 500, "api_error"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -301,6 +302,20 @@ def test_a_deleted_background_response_runs_no_more(client: httpx.Client, servic
     }
     service.wait_quiet()
     assert error_of(client.get(f"/v1/responses/{started.id}"))["code"] == "response_not_found"
+
+
+def test_requests_that_the_engine_cancels_are_cancelled_responses(client: httpx.Client, service: Service) -> None:
+    started = response_of(create(client, "chatter", background=True))
+    service.engine.wait_live()
+    service.engine.cancel(started.id)
+    assert ended(client, started.id).status == "cancelled"
+    # Whoever waits for the answer is told.
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(create, client, "chatter")
+        service.engine.wait_live()
+        service.engine.cancel(service.engine.received[-1].request_id)
+        reply = waiting.result(timeout=5)
+    assert (reply.status_code, error_of(reply)["code"]) == (499, "request_cancelled")
 
 
 def test_a_full_queue_refuses_the_background_too(

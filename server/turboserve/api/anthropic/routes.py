@@ -23,6 +23,7 @@ from turboserve.errors import (
     ModelNotFoundError,
     OverloadedError,
     QuotaExceededError,
+    RequestCancelledError,
     UnsupportedParameterError,
 )
 from turboserve.messages import Tokenize
@@ -63,7 +64,8 @@ router = APIRouter(redirect_slashes=False)
 @router.post(
     "/v1/messages",
     response_model=MessageReply,
-    responses=anthropic_failures(*OF_A_PROMPT, KVFormatError, QuotaExceededError) | {200: STREAM_OR_WHOLE},
+    responses=anthropic_failures(*OF_A_PROMPT, KVFormatError, QuotaExceededError, RequestCancelledError)
+    | {200: STREAM_OR_WHOLE},
     openapi_extra=json_body(MessagesBody) | {"parameters": [SESSION_PARAMETER]},
 )
 async def messages(request: Request, context: Context, tenant: Tenant) -> Response:

@@ -41,6 +41,7 @@ from turboserve.errors import (
     OverloadedError,
     PreviousResponseError,
     QuotaExceededError,
+    RequestCancelledError,
     ResponseNotFoundError,
     UnsupportedParameterError,
 )
@@ -109,6 +110,7 @@ class ItemsQuery(BaseModel):
         *OF_A_BODY,
         ContextLengthError,
         QuotaExceededError,
+        RequestCancelledError,
         OverloadedError,
         EngineUnavailableError,
     )
@@ -256,7 +258,9 @@ async def _collect(writer: ResponseWriter, mailbox: Mailbox) -> None:
     while not writer.has_ended:
         event = await mailbox.next()
         assert event is not None, "without a time limit there is no silence"
-        if isinstance(event, Failed):
+        if isinstance(event, Failed) and isinstance(event.error, RequestCancelledError):
+            writer.cancel()
+        elif isinstance(event, Failed):
             logger.warning("failed in the background: %s", event.error.code)
             writer.fail(event.error)
         elif isinstance(event, Finished):
