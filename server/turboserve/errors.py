@@ -6,12 +6,14 @@ TurboServeError
 │   ├── UnsupportedParameterError
 │   │                            400  unsupported_parameter
 │   ├── UnknownParameterError    400  unknown_parameter
+│   ├── PreviousResponseError    400  previous_response_not_found
 │   ├── KVFormatError            400  kv_format_not_supported
 │   └── ForeignHostError         400  host_not_allowed
 ├── AuthenticationError          401  invalid_api_key
 ├── ModelNotFoundError           404  model_not_found
 ├── RouteNotFoundError           404  not_found
 ├── SessionNotFoundError         404  session_not_found
+├── ResponseNotFoundError        404  response_not_found
 ├── MethodNotAllowedError        405  method_not_allowed
 ├── SlowRequestError             408  request_timeout
 ├── SessionBusyError             409  session_busy
@@ -76,6 +78,12 @@ class UnknownParameterError(InvalidRequestError):
     code = "unknown_parameter"
 
 
+class PreviousResponseError(InvalidRequestError):
+    """The response to continue is not kept, or is not complete."""
+
+    code = "previous_response_not_found"
+
+
 class KVFormatError(InvalidRequestError):
     """A format that this server, this model or an existing session cannot take."""
 
@@ -124,6 +132,17 @@ class SessionNotFoundError(TurboServeError):
 
     def __init__(self, session_id: str, *, param: str | None = "session_id") -> None:
         super().__init__(f"There is no session {session_id[:128]!r}; it may have expired.", param=param)
+
+
+class ResponseNotFoundError(TurboServeError):
+    """Also for a response of another caller."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"There is no response {response_id[:128]!r}; it may have expired, or was not stored.")
 
 
 class MethodNotAllowedError(TurboServeError):

@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never
     max_sessions_per_caller: Annotated[int, Field(ge=0)] = 1000  # explicit sessions of one key; 0: no limit
     max_session_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 0  # KV bytes of one key's sessions; 0: no limit
+    max_responses_per_caller: Annotated[int, Field(ge=0)] = 1000  # stored by /v1/responses for one key; 0: none
+    max_response_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 64 * MiB  # their size in memory
+    response_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # they are forgotten after this; 0: never
     kv_store_dir: OptionalPath = None  # folder in which conversations survive a restart; none: off
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from turboserve import __version__
+from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.context import ApiContext
 from turboserve.api.drain import Drain
@@ -15,6 +16,8 @@ from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
 from turboserve.api.metrics import EngineCollector
 from turboserve.api.openapi import ApiDescription
+from turboserve.api.responses import routes as responses
+from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
 from turboserve.engine.protocol import Engine
@@ -40,7 +43,13 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         keepalive_interval_s=settings.keepalive_interval_s,
         chat_rules=ChatRules.of(settings),
     )
-    app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
+    app.state.responses = ResponseStore(
+        settings.max_responses_per_caller, settings.max_response_bytes_per_caller, settings.response_ttl_s
+    )
+    needs_key = bool(settings.api_key or settings.api_keys)
+    app.state.description = ApiDescription(
+        router.routes, needs_key=needs_key, shapes=(*anthropic.SHAPES, *responses.SHAPES)
+    )
     app.include_router(router)
     app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
     for kind in EXPECTED:

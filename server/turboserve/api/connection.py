@@ -19,6 +19,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
 from turboserve.api.replies import dump
 from turboserve.errors import HeadersTooLargeError, InvalidRequestError, SlowRequestError, TurboServeError
@@ -133,7 +134,9 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _write(self, error: TurboServeError) -> None:
-        body = dump(error.envelope())
+        has_path = self.conn.their_state is h11.SEND_BODY  # else `scope` is of an earlier request, or missing
+        is_anthropic = has_path and speaks_anthropic(self.scope["path"])
+        body = dump(anthropic_envelope(error, None) if is_anthropic else error.envelope())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -14,7 +16,13 @@ from turboserve.api.chat_request import ChatRules
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
 from turboserve.engine.protocol import Engine
+from turboserve.errors import OverloadedError
 from turboserve.telemetry import Telemetry
+
+# The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
+ENGINE_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,18 @@ class ApiContext:
             self.drain.leave(mailbox)
             if not mailbox.finished:
                 self.engine.cancel(request.request_id)
+
+
+async def engine_answer(future: Future[T]) -> T:
+    """What the engine answered. Raises what it raised, or OverloadedError when it does not get to it.
+
+    The future is never cancelled: it belongs to the engine thread.
+    """
+    waiting = asyncio.wrap_future(future)
+    done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
+    if not done:
+        raise OverloadedError("The engine is busy and did not answer in time; try again.")
+    return waiting.result()
 
 
 # Coroutines, because FastAPI sends plain functions through a thread pool.

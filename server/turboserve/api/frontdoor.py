@@ -13,6 +13,7 @@ import uuid
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from turboserve.api.anthropic_errors import speaks_anthropic
 from turboserve.api.exception_replies import answer_exception
 from turboserve.api.security import HostGuard, KeyGuard, header
 from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
@@ -23,6 +24,8 @@ from turboserve.telemetry import Telemetry
 logger = logging.getLogger("turboserve.api")
 
 MAX_HEADER_BYTES = 64 * 1024  # ample for any client; a giant header costs us memory before we know who asks
+# The id of a request that makes an answer is the answer's.
+ID_PREFIXES = {"/chat/completions": "chatcmpl-", "/messages": "msg_", "/responses": "resp_"}
 OPEN_PATHS = frozenset({"/health"})  # answers without a key, so that a supervisor needs no secret
 
 
@@ -78,7 +81,7 @@ class Visit:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         scope.setdefault("state", {})
-        prefix = "chatcmpl-" if scope["path"] == "/v1/chat/completions" else "req-"
+        prefix = ID_PREFIXES.get(scope["path"].removeprefix("/v1").rstrip("/"), "req-")
         self.request_id: str = prefix + uuid.uuid4().hex
         scope["state"]["request_id"] = self.request_id
         self.status: int | None = None
@@ -89,7 +92,8 @@ class Visit:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            names = [b"x-request-id", *([b"request-id"] if speaks_anthropic(self._scope["path"]) else ())]
+            message["headers"] = [*message.get("headers", ()), *((name, self.request_id.encode()) for name in names)]
         await self._send(message)
 
     @property

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi.openapi.utils import get_openapi
@@ -20,11 +20,12 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from turboserve import __version__
+from turboserve.api.anthropic_errors import OVERLOADED_STATUS, anthropic_status, speaks_anthropic
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.docs_page import docs_page
 from turboserve.api.frontdoor import OPEN_PATHS
 from turboserve.api.parameters import IGNORED_HEADER, undeclared_properties
-from turboserve.api.reply_models import ChatCompletionChunk, ErrorEnvelope
+from turboserve.api.reply_models import AnthropicError, ChatCompletionChunk, ErrorEnvelope
 from turboserve.api.session_request import SESSION_HEADER, SESSION_ID, EmptyBody, ForkBody, UpdateBody
 from turboserve.errors import (
     AuthenticationError,
@@ -50,11 +51,13 @@ EVERYWHERE: tuple[type[TurboServeError], ...] = (
 )
 
 Json = dict[str, Any]
+Shape = tuple[type[BaseModel], Literal["validation", "serialization"]]
 
 HEADERS: dict[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
     429: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
     503: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    OVERLOADED_STATUS: {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
 }
 
 
@@ -69,9 +72,22 @@ def failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
     }
 
 
+def anthropic_failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
+    """The same for a route that speaks Anthropic's API: its own envelope, and 529 for an overload."""
+    by_status: defaultdict[int, list[str]] = defaultdict(list)
+    for error in (*EVERYWHERE, *errors):
+        by_status[anthropic_status(error)].append(error.__name__.removesuffix("Error"))
+    return {
+        status: {"model": AnthropicError, "description": ", ".join(names), "headers": HEADERS.get(status, {})}
+        for status, names in sorted(by_status.items())
+    }
+
+
 def json_body(model: type[BaseModel], *, may_be_empty: bool = False) -> Json:
-    """`openapi_extra` of a route whose body `body.py` reads and `validation.py` holds to one of BODIES."""
-    assert model in BODIES
+    """`openapi_extra` of a route whose body `body.py` reads and `validation.py` holds to a model.
+
+    That is one of BODIES, or of the `shapes` that the application hands to `ApiDescription`.
+    """
     schema = {"$ref": REF.format(model=model.__name__)}
     return {"requestBody": {"required": not may_be_empty, "content": {"application/json": {"schema": schema}}}}
 
@@ -108,8 +124,9 @@ STREAM_OR_WHOLE: Json = {
 class ApiDescription:
     """What one application says of its routes, made when it is first asked for."""
 
-    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool) -> None:
-        self._routes, self._needs_key = tuple(routes), needs_key
+    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool, shapes: Iterable[Shape] = ()) -> None:
+        """`shapes`: bodies and stream events beside those of chat completions and sessions."""
+        self._routes, self._needs_key, self._shapes = tuple(routes), needs_key, tuple(shapes)
 
     @cached_property
     def document(self) -> Json:
@@ -117,14 +134,17 @@ class ApiDescription:
         routes = list(_one_method_each(self._routes))
         document = get_openapi(title="TurboServe", version=__version__, description=DESCRIPTION, routes=routes)
         components: Json = document.setdefault("components", {})
-        components["schemas"] = _schemas(components.get("schemas", {}))
+        components["schemas"] = _schemas(components.get("schemas", {}), self._shapes)
         if self._needs_key:
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            components["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            }
         for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # FastAPI's own; `failures` says what a bad query gets
                 if self._needs_key and path not in OPEN_PATHS:
-                    _ask_for_key(operation)
+                    _ask_for_key(operation, AnthropicError if speaks_anthropic(path) else ErrorEnvelope)
         return document
 
     @cached_property
@@ -149,9 +169,9 @@ def _one_method_each(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
                 yield one
 
 
-def _schemas(replies: Json) -> Json:
+def _schemas(replies: Json, shapes: Iterable[Shape]) -> Json:
     """Shapes of replies, as FastAPI collected them, with those of bodies and stream events."""
-    models = [*((model, "validation") for model in BODIES), (ChatCompletionChunk, "serialization")]
+    models = [*((model, "validation") for model in BODIES), (ChatCompletionChunk, "serialization"), *shapes]
     _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]  # it wants literals
     schemas = {**replies, **definitions["$defs"]}
     for name in ("HTTPValidationError", "ValidationError"):
@@ -160,10 +180,10 @@ def _schemas(replies: Json) -> Json:
     return dict(sorted(schemas.items()))
 
 
-def _ask_for_key(operation: Json) -> None:
+def _ask_for_key(operation: Json, error: type[BaseModel]) -> None:
     status = AuthenticationError.status
-    envelope = {"schema": {"$ref": REF.format(model=ErrorEnvelope.__name__)}}
-    operation["security"] = [{"key": []}]
+    envelope = {"schema": {"$ref": REF.format(model=error.__name__)}}
+    operation["security"] = [{"key": []}, {"header": []}]
     operation["responses"][str(status)] = {
         "description": f"`{AuthenticationError.code}`",
         "headers": HEADERS[status],

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from turboserve.api.anthropic_errors import ErrorType
 from turboserve.api.kv_reply_models import KVFormatName, KVKinds, NumTokens, Ratio, RawBytes, Reply, UnixSeconds
 from turboserve.messages import FinishReason
 
@@ -29,6 +30,21 @@ class ErrorEnvelope(Reply):
     """Every error, whatever its status."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(Reply):
+    """What went wrong, in the words of Anthropic's API."""
+
+    type: ErrorType
+    message: str
+
+
+class AnthropicError(Reply):
+    """Every error of the routes that speak Anthropic's API; also an event of a stream."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetail
+    request_id: Annotated[str | None, Field(description="As the log has it.")] = None
 
 
 # --- status

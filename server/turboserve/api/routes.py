@@ -6,9 +6,7 @@ caller sees its own sessions only. Nothing is remembered here.
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Future
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -17,10 +15,11 @@ from starlette.responses import Response
 
 from turboserve import __version__
 from turboserve.api.answering import AnswerResponse
+from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import check_model, parse_chat
-from turboserve.api.context import ApiContext, Context, Tenant
+from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
@@ -28,6 +27,7 @@ from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures,
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header
 from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object, system_fingerprint
 from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
+from turboserve.api.responses import routes as responses
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,
@@ -56,15 +56,11 @@ from turboserve.errors import (
 from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
 from turboserve.telemetry import CONTENT_TYPE
 
-# The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
-ENGINE_TIMEOUT_S = 60.0
 MAX_SESSION_BODY_BYTES = 4096
 
 OF_A_BODY = (MediaTypeError, BodyTooLargeError, UnknownParameterError)
 OF_THE_ENGINE = (OverloadedError, EngineUnavailableError)
 OF_A_SESSION = (SessionNotFoundError, *OF_THE_ENGINE)
-
-T = TypeVar("T")
 
 router = APIRouter(redirect_slashes=False)
 
@@ -106,6 +102,12 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
     return AnswerResponse(requests, replies, context, stream=delivery.stream, extra_headers=headers)
 
+
+# --- other APIs
+
+router.routes.extend(
+    (*anthropic.router.routes, *responses.router.routes)
+)  # including a router would hide its routes behind one
 
 # --- models
 
@@ -206,18 +208,6 @@ async def delete_session(session_id: str, context: Context, tenant: Tenant) -> D
     command = DeleteSession(tenant, existing_session_id(session_id))
     await engine_answer(context.engine.session(command))
     return DeletedSession(id=session_id)
-
-
-async def engine_answer(future: Future[T]) -> T:
-    """What the engine answered. Raises what it raised, or OverloadedError when it does not get to it.
-
-    The future is never cancelled: it belongs to the engine thread.
-    """
-    waiting = asyncio.wrap_future(future)
-    done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
-    if not done:
-        raise OverloadedError("The engine is busy and did not answer in time; try again.")
-    return waiting.result()
 
 
 async def _session_body(request: Request) -> dict[str, object]:

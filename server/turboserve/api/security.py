@@ -72,7 +72,7 @@ def _host_name(host_header: str) -> str:
 
 
 class KeyGuard:
-    """Checks `Authorization: Bearer KEY` and names the caller: every key is a caller of its own."""
+    """Checks `Authorization: Bearer KEY` or `X-Api-Key: KEY` and names the caller: every key is a caller of its own."""
 
     def __init__(self, api_keys: Iterable[str]) -> None:
         keys = [key.encode() for key in api_keys if key]
@@ -81,14 +81,19 @@ class KeyGuard:
     def tenant(self, headers: RawHeaders) -> str:
         """The caller's identity, "" when no key is configured. Raises AuthenticationError.
 
-        Works on raw bytes: a key outside ASCII must fail or pass, never crash.
+        Works on raw bytes: a key outside ASCII must fail or pass, never crash. Anthropic's clients send X-Api-Key,
+        some of them beside an Authorization header; where both hold a key of ours, Authorization decides.
         """
         if not self._tenants:
             return ""
         scheme, _, key = header(headers, b"authorization").partition(b" ")
+        matches = self._matches(key) if scheme.lower() == b"bearer" else []
+        matches += self._matches(header(headers, b"x-api-key"))
+        if not matches:
+            raise AuthenticationError("Missing or wrong API key: send 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'.")
+        return matches[0]
+
+    def _matches(self, key: bytes) -> list[str]:
         given = hashlib.sha256(key.strip()).digest()
         # All are compared, and digests have one length: the time taken reveals nothing about any key.
-        matches = [name for digest, name in self._tenants.items() if hmac.compare_digest(given, digest)]
-        if scheme.lower() != b"bearer" or not matches:
-            raise AuthenticationError("Missing or wrong API key: send 'Authorization: Bearer KEY'.")
-        return matches[0]
+        return [name for digest, name in self._tenants.items() if hmac.compare_digest(given, digest)]

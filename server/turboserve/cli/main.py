@@ -77,6 +77,11 @@ def serve_command(
     max_session_bytes_per_caller: Annotated[
         Text, Option(help="KV bytes of one key's sessions; 0: no limit [0].")
     ] = None,
+    max_responses_per_caller: Annotated[
+        Text, Option(help="Responses of /v1/responses stored for one key; 0: none [1000].")
+    ] = None,
+    max_response_bytes_per_caller: Annotated[Text, Option(help="Their bytes in memory [64MiB].")] = None,
+    response_ttl_s: Annotated[Text, Option(help="Seconds until they are forgotten; 0: never [86400].")] = None,
     kv_store_dir: Annotated[Text, Option(help="Folder in which conversations survive a restart [off].")] = None,
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,

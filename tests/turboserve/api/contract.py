@@ -43,7 +43,7 @@ class Contract:
     def operation(self, method: str, path: str) -> Json | None:
         """What the document says about a request; None when it names no such route."""
         for template, operations in self._paths.items():
-            pattern = re.escape(template).replace(r"\{model_id\}", ".*").replace(r"\{session_id\}", "[^/]+")
+            pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template).replace(r"\{model_id\}", ".*"))
             if method.lower() in operations and re.fullmatch(pattern, path, re.DOTALL):
                 operation: Json = operations[method.lower()]
                 return operation
@@ -57,7 +57,8 @@ class Contract:
             self.validate(declared["schema"], reply.json())
         elif media_type == "text/event-stream":
             for event in _events(reply.text):
-                self.validate(ENVELOPE if "error" in event else declared["x-event-schema"], event)
+                is_envelope = "error" in event and "type" not in event  # other streams declare their error events
+                self.validate(ENVELOPE if is_envelope else declared["x-event-schema"], event)
 
     def validate(self, schema: Json, value: object) -> None:
         """Raises jsonschema's ValidationError."""
@@ -68,6 +69,6 @@ class Contract:
 
 
 def _events(text: str) -> Iterator[Json]:
-    for line in text.split("\n\n"):
+    for line in text.split("\n"):
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.turboserve.api.scripted_answers import ANSWERS
 from tests.turboserve.api.scripted_sessions import KV, ScriptedSessions
 
 from turboserve.engine.protocol import EventSink
@@ -164,6 +165,7 @@ SCRIPTS: Mapping[str, Callable[[], Script]] = {
     for script in (
         *(forever, chatter, flood, slow_start, slow_failure, burst, fail_first, fail_full, fail_midway),
         *(calls, one_call, thoughts, likely),
+        *ANSWERS,
     )
 }
 

@@ -132,7 +132,10 @@ def test_keys_are_asked_for_where_they_are(document: dict[str, Any], keyed: dict
     assert "securitySchemes" not in document["components"]
     for _, _, operation in operations(document):
         assert "security" not in operation and "401" not in operation["responses"]
-    assert keyed["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    assert keyed["components"]["securitySchemes"] == {
+        "key": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+    }
     for _, path, operation in operations(keyed):
         assert (path in OPEN_PATHS) == ("security" not in operation) == ("401" not in operation["responses"])
 
@@ -144,10 +147,14 @@ def test_bodies_header_and_stream_are_declared(document: dict[str, Any]) -> None
     with_body = {
         path: operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         for method, path, operation in operations(document)
-        if method == "POST"
+        if method == "POST" and "requestBody" in operation
     }
     assert with_body == {
         "/v1/chat/completions": "ChatBody",
+        "/v1/messages": "MessagesBody",
+        "/v1/messages/count_tokens": "CountTokensBody",
+        "/v1/responses": "ResponsesBody",
+        "/v1/responses/input_tokens": "ResponsesBody",
         "/v1/sessions/{session_id}": "UpdateBody",
         "/v1/sessions/{session_id}/fork": "ForkBody",
         "/v1/sessions/{session_id}/pin": "EmptyBody",

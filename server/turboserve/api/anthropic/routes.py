@@ -1,0 +1,108 @@
+"""Anthropic's routes: messages, and how many tokens they have."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from turboserve.api.answering import AnswerResponse
+from turboserve.api.anthropic.body import CountTokensBody, MessagesBody
+from turboserve.api.anthropic.replies import MessageReplies
+from turboserve.api.anthropic.reply_models import MessageEvent, MessageReply, TokenCount
+from turboserve.api.anthropic.request import parse_count, parse_messages
+from turboserve.api.body import read_json_object
+from turboserve.api.context import Context, Tenant, engine_answer
+from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, anthropic_failures, json_body
+from turboserve.api.session_request import SESSION_HEADER
+from turboserve.errors import (
+    BodyTooLargeError,
+    ContextLengthError,
+    EngineUnavailableError,
+    KVFormatError,
+    MediaTypeError,
+    ModelNotFoundError,
+    OverloadedError,
+    QuotaExceededError,
+    RequestCancelledError,
+    UnsupportedParameterError,
+)
+from turboserve.messages import Tokenize
+
+SHAPES: tuple[Shape, ...] = (
+    (MessagesBody, "validation"),
+    (CountTokensBody, "validation"),
+    (MessageEvent, "serialization"),
+)
+
+OF_A_PROMPT = (
+    MediaTypeError,
+    BodyTooLargeError,
+    UnsupportedParameterError,
+    ModelNotFoundError,
+    ContextLengthError,
+    OverloadedError,
+    EngineUnavailableError,
+)
+
+STREAM_OR_WHOLE: Json = {
+    "description": "The answer: whole, or as server-sent events when the body says stream.",
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "string",
+                "description": "Events `event: TYPE`, `data: {...}`, each a MessageEvent, from message_start to "
+                "message_stop. An error after the first byte is the last event instead.",
+            },
+            "x-event-schema": {"$ref": REF.format(model=MessageEvent.__name__)},
+        }
+    },
+}
+
+router = APIRouter(redirect_slashes=False)
+
+
+@router.post(
+    "/v1/messages",
+    response_model=MessageReply,
+    responses=anthropic_failures(*OF_A_PROMPT, KVFormatError, QuotaExceededError, RequestCancelledError)
+    | {200: STREAM_OR_WHOLE},
+    openapi_extra=json_body(MessagesBody) | {"parameters": [SESSION_PARAMETER]},
+)
+async def messages(request: Request, context: Context, tenant: Tenant) -> Response:
+    """Answer a conversation in Anthropic's shapes, whole or as a stream of server-sent events."""
+    if context.drain.draining:
+        context.telemetry.request_refused("draining")
+    context.drain.check()
+    parsed, delivery = parse_messages(
+        await read_json_object(request, context.max_body_bytes),
+        request_id=request.scope["state"]["request_id"],
+        tenant=tenant,
+        required_model=context.engine.model_id,
+        sampling_defaults=context.engine.sampling_defaults,
+        session_headers=request.headers.getlist(SESSION_HEADER),
+    )
+    replies = MessageReplies(
+        parsed.request_id,
+        context.engine.model_id,
+        hides_thinking=delivery.hides_thinking,
+        # The first event of a stream has the prompt's tokens. The engine counts them before it reads the prompt.
+        num_prompt_tokens=context.engine.ask(Tokenize(parsed)) if delivery.stream else None,
+    )
+    return AnswerResponse([parsed], replies, context, stream=delivery.stream)
+
+
+@router.post(
+    "/v1/messages/count_tokens",
+    responses=anthropic_failures(*OF_A_PROMPT),
+    openapi_extra=json_body(CountTokensBody),
+)
+async def count_tokens(request: Request, context: Context, tenant: Tenant) -> TokenCount:
+    """How many tokens the prompt of these messages and tools has."""
+    context.drain.check()
+    parsed = parse_count(
+        await read_json_object(request, context.max_body_bytes),
+        request_id=request.scope["state"]["request_id"],
+        tenant=tenant,
+        required_model=context.engine.model_id,
+    )
+    return TokenCount(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed)))))
