@@ -44,7 +44,7 @@ def held_in_batch(cache: Any, index: int) -> Held:
         return held_alone(cache.rows[index])
     if isinstance(cache, BatchTurboQuantKVCache):
         sequence = cache.sequences[index]
-        return Held(cache.lengths[index], sequence=sequence, is_cuttable=sequence is None)
+        return Held(cache.length_of(index), sequence=sequence, is_cuttable=sequence is None)
     num_tokens = _row_tokens(cache, index)
     return Held(num_tokens, _row_bytes(cache, num_tokens), is_cuttable=type(cache) is BatchKVCache)
 

@@ -121,6 +121,10 @@ class BatchRows(AttendingCache):
         held = self._held_lengths
         return [n + new for n, new in zip(held, self._valid(self._num_pending, len(held)), strict=True)]
 
+    def length_of(self, idx: int) -> int:
+        """Of `lengths`, one row's; its cost does not grow with the number of rows."""
+        return self.lengths[idx] if self._num_pending else self._held_lengths[idx]
+
     def _valid(self, num_new: int, num_rows: int) -> list[int]:
         """How many of a step's tokens belong to each row; the rest is padding."""
         if self._remaining is None:

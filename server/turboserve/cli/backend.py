@@ -26,6 +26,8 @@ CUDA13_DRIVER_MAJOR = 580  # the first driver branch that runs CUDA 13
 
 def load_backend() -> blas.BlasStatus:
     """Interpose the BLAS and import MLX. Raises StartupError naming the command that installs what is missing."""
+    # One prompt at a time is tokenised; handing it to a pool of threads, one for each core, costs more than the work.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     status = blas.interpose()
     try:
         import mlx.core  # noqa: F401  here and not above: the order is the point

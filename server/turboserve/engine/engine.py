@@ -51,6 +51,7 @@ Build = Callable[[Settings, Progress], EngineParts]
 
 # Measuring running conversations costs a few hundred microseconds each; dashboards do not need more.
 SNAPSHOT_INTERVAL_S = 0.25
+SNAPSHOT_SHARE = 0.05  # of the time, at most, while there is work
 
 IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
 
@@ -85,7 +86,7 @@ class TurboEngine:
         self._is_refusing = False  # shutting down: finish what runs, take nothing new
         self._must_end = False
         self._snapshot = EngineStats(model_id, settings.kv_format, kv_backend="", model_dtype="")
-        self._snapshot_s = 0.0
+        self._snapshot_s = self._snapshot_cost_s = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -275,12 +276,15 @@ class TurboEngine:
             num_queued = sum(isinstance(item, Generation) for item in self._inbox)
             self._num_waiting = loop.num_waiting + num_queued + len(self._rule_jobs)
             self._num_running = loop.num_running
-        is_due = self._clock() - self._snapshot_s >= SNAPSHOT_INTERVAL_S
-        if is_due or num_before != loop.num_running or not loop.has_work:
+        age_s = self._clock() - self._snapshot_s
+        is_wanted = age_s >= SNAPSHOT_INTERVAL_S or num_before != loop.num_running
+        if not loop.has_work or (is_wanted and age_s * SNAPSHOT_SHARE >= self._snapshot_cost_s):
             self._publish(loop)
 
     def _publish(self, loop: StepLoop) -> None:
+        began_s = self._clock()
         snapshot = loop.snapshot()
+        self._snapshot_cost_s = self._clock() - began_s
         with self._changed:
             self._snapshot, self._snapshot_s = snapshot, self._clock()
 
