@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from turboserve import __version__
+from turboserve.api.aliases import PathAliases
 from turboserve.api.context import ApiContext
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
@@ -40,7 +41,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
     )
     app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
     app.include_router(router)
-    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
+    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes))
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)
     return app
