@@ -12,6 +12,7 @@ TurboServeError
 ├── ModelNotFoundError           404  model_not_found
 ├── RouteNotFoundError           404  not_found
 ├── SessionNotFoundError         404  session_not_found
+├── RequestNotFoundError         404  request_not_found
 ├── MethodNotAllowedError        405  method_not_allowed
 ├── SlowRequestError             408  request_timeout
 ├── SessionBusyError             409  session_busy
@@ -124,6 +125,14 @@ class SessionNotFoundError(TurboServeError):
 
     def __init__(self, session_id: str, *, param: str | None = "session_id") -> None:
         super().__init__(f"There is no session {session_id[:128]!r}; it may have expired.", param=param)
+
+
+class RequestNotFoundError(TurboServeError):
+    """Also for a request of another caller, and for one that has ended."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
 
 
 class MethodNotAllowedError(TurboServeError):

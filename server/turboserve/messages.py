@@ -188,7 +188,26 @@ class Embeddings:
     num_tokens: int
 
 
-TextQuestion = Tokenize | Detokenize | RenderTemplate | Embed
+@dataclass(frozen=True, slots=True)
+class FillInMiddle:
+    """The prompt that has the model write what lies between two texts. Answered with a MiddlePrompt.
+
+    The future's exception is an UnsupportedParameterError where the tokenizer has no tokens for that.
+    """
+
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class MiddlePrompt:
+    """Token ids to continue, and those that end the continuation beside the model's own end tokens."""
+
+    tokens: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()
+
+
+TextQuestion = Tokenize | Detokenize | RenderTemplate | Embed | FillInMiddle
 
 # --- events of one request
 

@@ -17,6 +17,7 @@ from turboserve.api.metrics import EngineCollector
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
+from turboserve.api.shapes import SHAPES
 from turboserve.engine.protocol import Engine
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -38,8 +39,10 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         max_body_bytes=settings.max_body_bytes,
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
+        any_model_name=settings.any_model_name,
     )
-    app.state.description = ApiDescription(router.routes, needs_key=bool(settings.api_key or settings.api_keys))
+    needs_key = bool(settings.api_key or settings.api_keys)
+    app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=SHAPES)
     app.include_router(router)
     app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes))
     for kind in EXPECTED:

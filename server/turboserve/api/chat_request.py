@@ -53,14 +53,14 @@ class Delivery(NamedTuple):
     include_usage: bool  # streams only: a last chunk with the token counts
 
 
-def check_model(name: str, model_id: str) -> None:
-    """Raises ModelNotFoundError unless `name` is the served id."""
-    if name != model_id:
+def check_model(name: str, model_id: str | None) -> None:
+    """Raises ModelNotFoundError unless `name` is the served id; None: any name will do."""
+    if model_id is not None and name != model_id:
         raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
 
 
 def parse_chat(
-    body: dict[str, object], *, request_id: str, tenant: str, model_id: str, session_headers: Iterable[str] = ()
+    body: dict[str, object], *, request_id: str, tenant: str, model_id: str | None, session_headers: Iterable[str] = ()
 ) -> tuple[Request, Delivery]:
     """What to ask of the engine, and how to answer.
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
 from turboserve import messages
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
+from turboserve.api.running import RunningRequests
 from turboserve.engine.protocol import Engine
+from turboserve.errors import ModelNotFoundError, OverloadedError
 from turboserve.telemetry import Telemetry
+
+# The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
+ENGINE_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,26 @@ class ApiContext:
     max_body_bytes: int
     send_timeout_s: float
     keepalive_interval_s: float
+    any_model_name: bool = False
+    running: RunningRequests = field(default_factory=RunningRequests)
+
+    @property
+    def required_model(self) -> str | None:
+        """The only model that a request may name; None: any name will do."""
+        return None if self.any_model_name else self.engine.model_id
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError for a name that is neither the served one nor absent, where names matter."""
+        if name and self.required_model not in (None, name):
+            raise ModelNotFoundError(
+                f"The model {name[:100]!r} is not served here; use {self.required_model!r}.", param="model"
+            )
+
+    def admit(self) -> None:
+        """Raises EngineUnavailableError once the server is shutting down, and counts that."""
+        if self.drain.draining:
+            self.telemetry.request_refused("draining")
+        self.drain.check()
 
     @contextmanager
     def submitted(self, request: messages.Request) -> Iterator[Mailbox]:
@@ -36,12 +65,26 @@ class ApiContext:
         mailbox = Mailbox()
         self.engine.submit(request, mailbox)
         self.drain.enter(mailbox)
+        self.running.enter(request)
         try:
             yield mailbox
         finally:
             self.drain.leave(mailbox)
+            self.running.leave(request)
             if not mailbox.finished:
                 self.engine.cancel(request.request_id)
+
+
+async def engine_answer(future: Future[T]) -> T:
+    """What the engine answered. Raises what it raised, or OverloadedError when it does not get to it.
+
+    The future is never cancelled: it belongs to the engine thread.
+    """
+    waiting = asyncio.wrap_future(future)
+    done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
+    if not done:
+        raise OverloadedError("The engine is busy and did not answer in time; try again.")
+    return waiting.result()
 
 
 # Coroutines, because FastAPI sends plain functions through a thread pool.

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from fastapi.openapi.utils import get_openapi
@@ -50,6 +50,7 @@ EVERYWHERE: tuple[type[TurboServeError], ...] = (
 )
 
 Json = dict[str, Any]
+Shape = tuple[type[BaseModel], Literal["validation", "serialization"]]
 
 HEADERS: dict[int, Json] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string", "const": "Bearer"}}},
@@ -70,8 +71,10 @@ def failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
 
 
 def json_body(model: type[BaseModel], *, may_be_empty: bool = False) -> Json:
-    """`openapi_extra` of a route whose body `body.py` reads and `validation.py` holds to one of BODIES."""
-    assert model in BODIES
+    """`openapi_extra` of a route whose body `body.py` reads and `validation.py` holds to a model.
+
+    That is one of BODIES, or of the `shapes` that the application hands to `ApiDescription`.
+    """
     schema = {"$ref": REF.format(model=model.__name__)}
     return {"requestBody": {"required": not may_be_empty, "content": {"application/json": {"schema": schema}}}}
 
@@ -98,11 +101,21 @@ STREAM_OR_WHOLE: Json = {
 }
 
 
+def stream_or_whole(event: type[BaseModel], media_type: str, words: str) -> Json:
+    """The same for another kind of stream, whose events have this shape."""
+    stream = {
+        "schema": {"type": "string", "description": words},
+        "x-event-schema": {"$ref": REF.format(model=event.__name__)},
+    }
+    return {"description": "The answer: whole, or as a stream.", "content": {media_type: stream}}
+
+
 class ApiDescription:
     """What one application says of its routes, made when it is first asked for."""
 
-    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool) -> None:
-        self._routes, self._needs_key = tuple(routes), needs_key
+    def __init__(self, routes: Iterable[BaseRoute], *, needs_key: bool, shapes: Iterable[Shape] = ()) -> None:
+        """`shapes`: bodies and stream events beside those of chat completions and sessions."""
+        self._routes, self._needs_key, self._shapes = tuple(routes), needs_key, tuple(shapes)
 
     @cached_property
     def document(self) -> Json:
@@ -110,7 +123,7 @@ class ApiDescription:
         routes = list(_one_method_each(self._routes))
         document = get_openapi(title="TurboServe", version=__version__, description=DESCRIPTION, routes=routes)
         components: Json = document.setdefault("components", {})
-        components["schemas"] = _schemas(components.get("schemas", {}))
+        components["schemas"] = _schemas(components.get("schemas", {}), self._shapes)
         if self._needs_key:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
@@ -142,9 +155,9 @@ def _one_method_each(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
                 yield one
 
 
-def _schemas(replies: Json) -> Json:
+def _schemas(replies: Json, shapes: Iterable[Shape]) -> Json:
     """Shapes of replies, as FastAPI collected them, with those of bodies and stream events."""
-    models = [*((model, "validation") for model in BODIES), (ChatCompletionChunk, "serialization")]
+    models = [*((model, "validation") for model in BODIES), (ChatCompletionChunk, "serialization"), *shapes]
     _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type]  # it wants literals
     schemas = {**replies, **definitions["$defs"]}
     for name in ("HTTPValidationError", "ValidationError"):

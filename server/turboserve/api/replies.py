@@ -23,7 +23,6 @@ from turboserve.api.reply_models import (
     Choice,
     CompletionUsage,
     ConversationMemory,
-    ModelObject,
 )
 from turboserve.errors import TurboServeError
 from turboserve.messages import Delta, Finished, FinishReason, TextDelta, Usage
@@ -149,8 +148,3 @@ def completion_usage(usage: Usage) -> CompletionUsage:
         prompt_tokens_details=CachedTokens(cached_tokens=usage.cached_tokens),
         turboserve=memory,
     )
-
-
-def model_object(model_id: str, created: int) -> ModelObject:
-    """The served model as OpenAI lists one; `created` is Unix seconds."""
-    return ModelObject(id=model_id, created=created)

@@ -6,9 +6,7 @@ caller sees its own sessions only. Nothing is remembered here.
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import Future
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -19,14 +17,16 @@ from turboserve import __version__
 from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_body import ChatBody
-from turboserve.api.chat_request import check_model, parse_chat
-from turboserve.api.context import ApiContext, Context, Tenant
+from turboserve.api.chat_request import parse_chat
+from turboserve.api.context import Context, Tenant, engine_answer
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
+from turboserve.api.model_routes import models_router
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
-from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object
-from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
+from turboserve.api.replies import JSON_TYPE, ChatReplies
+from turboserve.api.reply_models import ChatCompletion, Health, Readiness, ServerInfo
+from turboserve.api.route_errors import OF_A_BODY, OF_A_SESSION, OF_THE_ENGINE
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,
@@ -36,34 +36,24 @@ from turboserve.api.session_request import (
     check_session_id,
     existing_session_id,
 )
+from turboserve.api.text_routes import text_router
 from turboserve.api.validation import validated
 from turboserve.errors import (
-    BodyTooLargeError,
     ContextLengthError,
     EngineUnavailableError,
     KVFormatError,
-    MediaTypeError,
     ModelNotFoundError,
-    OverloadedError,
     QuotaExceededError,
+    RequestCancelledError,
     SessionBusyError,
     SessionExistsError,
-    SessionNotFoundError,
     UnknownParameterError,
     UnsupportedParameterError,
 )
 from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
 from turboserve.telemetry import CONTENT_TYPE
 
-# The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
-ENGINE_TIMEOUT_S = 60.0
 MAX_SESSION_BODY_BYTES = 4096
-
-OF_A_BODY = (MediaTypeError, BodyTooLargeError, UnknownParameterError)
-OF_THE_ENGINE = (OverloadedError, EngineUnavailableError)
-OF_A_SESSION = (SessionNotFoundError, *OF_THE_ENGINE)
-
-T = TypeVar("T")
 
 router = APIRouter(redirect_slashes=False)
 
@@ -79,6 +69,7 @@ router = APIRouter(redirect_slashes=False)
         KVFormatError,
         ModelNotFoundError,
         QuotaExceededError,
+        RequestCancelledError,
         *OF_A_BODY,
         *OF_THE_ENGINE,
     )
@@ -94,32 +85,11 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=context.engine.model_id,
+        model_id=context.required_model,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
     replies = ChatReplies(parsed.request_id, context.engine.model_id, delivery.include_usage)
     return AnswerResponse([parsed], replies, context, stream=delivery.stream)
-
-
-# --- models
-
-
-@router.get("/v1/models", responses=failures())
-async def models(context: Context) -> ModelList:
-    """The one served model."""
-    return ModelList(data=[_served_model(context)])
-
-
-# `:path`, because hub names contain a slash.
-@router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
-async def model(model_id: str, context: Context) -> ModelObject:
-    """The served model, by its name."""
-    check_model(model_id, context.engine.model_id)
-    return _served_model(context)
-
-
-def _served_model(context: ApiContext) -> ModelObject:
-    return model_object(context.engine.model_id, context.engine.created)
 
 
 # --- KV memory and sessions
@@ -202,18 +172,6 @@ async def delete_session(session_id: str, context: Context, tenant: Tenant) -> D
     return DeletedSession(id=session_id)
 
 
-async def engine_answer(future: Future[T]) -> T:
-    """What the engine answered. Raises what it raised, or OverloadedError when it does not get to it.
-
-    The future is never cancelled: it belongs to the engine thread.
-    """
-    waiting = asyncio.wrap_future(future)
-    done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
-    if not done:
-        raise OverloadedError("The engine is busy and did not answer in time; try again.")
-    return waiting.result()
-
-
 async def _session_body(request: Request) -> dict[str, object]:
     """The JSON object sent, {} for an empty body; the media type is asked for even then (CSRF)."""
     return await read_json_object(request, MAX_SESSION_BODY_BYTES, may_be_empty=True)
@@ -262,6 +220,9 @@ async def docs(request: Request) -> Response:
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     return HTMLResponse(request.app.state.description.page, headers=headers)
 
+
+for further in (text_router, models_router):
+    router.routes.extend(further.routes)
 
 ROUTES = [
     f"{method} {route.path_format}"

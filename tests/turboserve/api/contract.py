@@ -69,6 +69,6 @@ class Contract:
 
 
 def _events(text: str) -> Iterator[Json]:
-    for line in text.split("\n\n"):
+    for line in text.split("\n"):
         if line.startswith("data: {"):
             yield json.loads(line.removeprefix("data: "))

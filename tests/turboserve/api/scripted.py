@@ -35,8 +35,10 @@ from turboserve.messages import (
     EngineStats,
     Event,
     Failed,
+    FillInMiddle,
     Finished,
     KernelTrial,
+    MiddlePrompt,
     RenderTemplate,
     Request,
     SamplingParams,
@@ -167,6 +169,8 @@ class ScriptedEngine(ScriptedSessions):
                 future.set_result(" ".join("x" * token for token in tokens))
             case RenderTemplate(request):
                 future.set_result("".join(f"<{m['role']}>{m['content']}" for m in request.messages))
+            case FillInMiddle(prefix, suffix):
+                future.set_result(MiddlePrompt((1, len(prefix), 2, len(suffix), 3), (9,)))
             case Embed(inputs):
                 future.set_result(Embeddings(tuple((0.6, 0.8) for _ in inputs), num_tokens=len(inputs)))
         return future
@@ -178,7 +182,7 @@ class ScriptedEngine(ScriptedSessions):
             raise OverloadedError("The queue is full.", retry_after_s=3)
         self.received.append(request)
         self._submitted += 1
-        text = str(request.messages[-1]["content"])
+        text = str(request.messages[-1]["content"] if request.messages else request.prompt)
         script = echo(text) if text.startswith("echo ") else SCRIPTS.get(text, hello)()
         self._inbox.put(Job(request, sink, script))
 
