@@ -205,7 +205,7 @@ LEGACY = {
 
 
 def test_logprobs_have_the_first_design(complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scripted.SCRIPTS, "scored", scored)  # type: ignore[arg-type]  # a dict that nobody else changes
+    monkeypatch.setitem(scripted.SCRIPTS, "scored", scored)
     choice = complete("scored", logprobs=1).json()["choices"][0]
     assert choice["logprobs"] == LEGACY and (choice["finish_reason"], choice["stop_reason"]) == ("length", 9)
     pieces = [event["choices"][0]["logprobs"] for event in events(complete("scored", logprobs=1, stream=True))]
