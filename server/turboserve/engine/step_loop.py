@@ -45,7 +45,7 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self.vocab_len = self.runner.warm_up()
-        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len)
+        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens)
         self._questions = Questions(parts.loaded, self._preparer)
         self.overlap = choose_overlap(
             settings.overlap,
