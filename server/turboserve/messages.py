@@ -8,6 +8,7 @@ library's record of bytes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -182,9 +183,9 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """One vector of unit length for each input: the mean of the model's last hidden states."""
+    """One vector of unit length for each input: the mean of the model's last hidden states. In float32."""
 
-    vectors: tuple[tuple[float, ...], ...]
+    vectors: tuple[array[float], ...]
     num_tokens: int
 
 

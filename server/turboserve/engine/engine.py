@@ -28,6 +28,7 @@ from turboserve.engine.step_loop import Clock, StepLoop
 from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.errors import EngineUnavailableError, OverloadedError, StartupError, TurboServeError
 from turboserve.messages import (
+    Embed,
     EngineStats,
     Failed,
     Request,
@@ -217,6 +218,8 @@ class TurboEngine:
                     loop.add(item)
                 elif isinstance(item, Cancel):
                     loop.cancel(item.request_id)
+                elif isinstance(item.asked, Embed):
+                    loop.embeddings.add(item)
                 else:
                     item.run(loop.answer)
         finally:
