@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -32,3 +33,13 @@ class CompletionBody(SamplingBody):
         int | None, Field(ge=0, le=MAX_LOGPROBS, description="Likeliest tokens beside each drawn one.")
     ] = None
     best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES, description="Only equal to `n`.")] = None
+
+
+def texts_or_ids(value: str | Sequence[int | str | Sequence[int]]) -> tuple[str | tuple[int, ...], ...]:
+    """The prompts or inputs of a body, each a text or token ids."""
+    if isinstance(value, str):
+        return (value,)
+    ids = tuple(item for item in value if isinstance(item, int))
+    if ids:
+        return (ids,)
+    return tuple(item if isinstance(item, str) else tuple(item) for item in value if not isinstance(item, int))

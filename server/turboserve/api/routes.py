@@ -20,6 +20,7 @@ from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
 from turboserve.api.context import Context, Tenant, engine_answer
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
+from turboserve.api.embedding_routes import embedding_router
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
 from turboserve.api.model_routes import models_router
@@ -221,7 +222,7 @@ async def docs(request: Request) -> Response:
     return HTMLResponse(request.app.state.description.page, headers=headers)
 
 
-for further in (text_router, models_router):
+for further in (text_router, models_router, embedding_router):
     router.routes.extend(further.routes)
 
 ROUTES = [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from turboserve.api.completion_body import CompletionBody
 from turboserve.api.completion_models import CompletionChunk
+from turboserve.api.embedding_routes import EmbeddingBody
 from turboserve.api.openapi import Shape
 from turboserve.api.text_bodies import DetokenizeBody, TokenizeBody
 
 SHAPES: tuple[Shape, ...] = (
     (CompletionBody, "validation"),
     (CompletionChunk, "serialization"),
+    (EmbeddingBody, "validation"),
     (TokenizeBody, "validation"),
     (DetokenizeBody, "validation"),
 )

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_body import ChatBody
-from turboserve.api.completion_body import CompletionBody
+from turboserve.api.completion_body import CompletionBody, texts_or_ids
 from turboserve.api.completion_models import Completion, CompletionChunk
 from turboserve.api.completion_replies import CompletionReplies
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
@@ -79,9 +79,9 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
 Prompt = str | tuple[int, ...]
 
 
-def _prompts(body: CompletionBody, n: int) -> list[Prompt]:
+def _prompts(body: CompletionBody, n: int) -> Sequence[Prompt]:
     """All prompts of a body. Raises InvalidRequestError for what cannot be asked together."""
-    prompts = _prompt_list(body.prompt)
+    prompts = texts_or_ids(body.prompt)
     if len(prompts) * n > MAX_CHOICES:
         raise InvalidRequestError(f"prompt times n: at most {MAX_CHOICES} answers at once.", param="n")
     if body.best_of not in (None, n):
@@ -97,13 +97,6 @@ def _prompts(body: CompletionBody, n: int) -> list[Prompt]:
     if body.suffix and not all(isinstance(prompt, str) for prompt in prompts):
         raise InvalidRequestError("suffix needs a prompt of text.", param="suffix")
     return prompts
-
-
-def _prompt_list(prompt: str | Sequence[int | str | Sequence[int]]) -> list[Prompt]:
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = tuple(item for item in prompt if isinstance(item, int))
-    return [ids] if ids else [item if isinstance(item, str) else tuple(item) for item in prompt]  # type: ignore[arg-type]  # no numbers are left
 
 
 async def _with_prompt(asked: EngineRequest, prompt: Prompt, suffix: str | None, context: ApiContext) -> EngineRequest:

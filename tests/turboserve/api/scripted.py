@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -172,7 +173,9 @@ class ScriptedEngine(ScriptedSessions):
             case FillInMiddle(prefix, suffix):
                 future.set_result(MiddlePrompt((1, len(prefix), 2, len(suffix), 3), (9,)))
             case Embed(inputs):
-                future.set_result(Embeddings(tuple((0.6, 0.8) for _ in inputs), num_tokens=len(inputs)))
+                future.set_result(
+                    Embeddings(tuple(array("f", (0.48, 0.64, 0.6)) for _ in inputs), num_tokens=len(inputs))
+                )
         return future
 
     def submit(self, request: Request, sink: EventSink) -> None:

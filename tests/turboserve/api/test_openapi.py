@@ -150,6 +150,7 @@ def test_bodies_header_and_stream_are_declared(document: dict[str, Any]) -> None
         "/v1/chat/completions": "ChatBody",
         "/v1/completions": "CompletionBody",
         "/v1/requests/{request_id}/cancel": "EmptyBody",
+        "/v1/embeddings": "EmbeddingBody",
         "/tokenize": "TokenizeBody ChatBody",
         "/detokenize": "DetokenizeBody",
         "/apply-template": "ChatBody",
