@@ -14,6 +14,7 @@ TurboServeError
 ├── RouteNotFoundError           404  not_found
 ├── SessionNotFoundError         404  session_not_found
 ├── ResponseNotFoundError        404  response_not_found
+├── RequestNotFoundError         404  request_not_found
 ├── MethodNotAllowedError        405  method_not_allowed
 ├── SlowRequestError             408  request_timeout
 ├── SessionBusyError             409  session_busy
@@ -143,6 +144,14 @@ class ResponseNotFoundError(TurboServeError):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(f"There is no response {response_id[:128]!r}; it may have expired, or was not stored.")
+
+
+class RequestNotFoundError(TurboServeError):
+    """Also for a request of another caller, and for one that has ended."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "request_not_found"
 
 
 class MethodNotAllowedError(TurboServeError):

@@ -8,6 +8,7 @@ library's record of bytes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -182,13 +183,32 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """One vector of unit length for each input: the mean of the model's last hidden states."""
+    """One vector of unit length for each input: the mean of the model's last hidden states. In float32."""
 
-    vectors: tuple[tuple[float, ...], ...]
+    vectors: tuple[array[float], ...]
     num_tokens: int
 
 
-TextQuestion = Tokenize | Detokenize | RenderTemplate | Embed
+@dataclass(frozen=True, slots=True)
+class FillInMiddle:
+    """The prompt that has the model write what lies between two texts. Answered with a MiddlePrompt.
+
+    The future's exception is an UnsupportedParameterError where the tokenizer has no tokens for that.
+    """
+
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
+class MiddlePrompt:
+    """Token ids to continue, and those that end the continuation beside the model's own end tokens."""
+
+    tokens: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()
+
+
+TextQuestion = Tokenize | Detokenize | RenderTemplate | Embed | FillInMiddle
 
 # --- events of one request
 

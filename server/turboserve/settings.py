@@ -5,6 +5,7 @@ Parsed once at start-up; every complaint names the key, the value and what was e
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,6 +63,16 @@ def _chunk_tokens(value: int) -> int:
     return value
 
 
+def _origin(value: str) -> str:
+    """The spelling that browsers send: lower case, no path."""
+    origin = value.strip().lower().removesuffix("/")
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        raise ValueError('origins such as "https://chat.example" or "http://localhost:3000", or "*"')
+    return origin
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
+
 # TOML knows no null and a variable cannot be absent and present: empty text means "none".
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 ByteCount = Annotated[int, BeforeValidator(_byte_count)]
@@ -82,6 +93,9 @@ class Settings(BaseSettings):
     ] = ()  # further keys; each is a caller of its own, whose conversations no other reaches
     allow_anonymous: bool = False  # serve without a key on a non-loopback address
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
+    # web pages that may call the API, such as "http://localhost:3000"; "*": any. The key is asked for all the same
+    cors_allowed_origins: tuple[Origin, ...] = ()
+    any_model_name: bool = False  # whatever model a request names, the served one answers
 
     # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, f16 for mlx-lm's uncompressed cache, or auto: the smallest that
     # costs at most kv_auto_limit on this model
@@ -103,6 +117,8 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: Annotated[int, Field(ge=0, le=16384), AfterValidator(_chunk_tokens)] = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Literal["auto", "on", "off"] = "auto"  # enqueue a step before the last one's tokens are read
+    default_max_tokens: Annotated[int, Field(ge=0)] = 4096  # of an answer, where none is asked; 0: up to the context
+    sampling_defaults: Literal["model", "openai"] = "model"  # where a request says nothing: generation_config.json's
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
     grammar_timeout_s: Annotated[float, Field(gt=0)] = (

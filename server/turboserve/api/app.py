@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from turboserve import __version__
+from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.context import ApiContext
@@ -20,6 +21,7 @@ from turboserve.api.responses import routes as responses
 from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
+from turboserve.api.shapes import SHAPES
 from turboserve.engine.protocol import Engine
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -42,16 +44,16 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
         chat_rules=ChatRules.of(settings),
+        any_model_name=settings.any_model_name,
     )
     app.state.responses = ResponseStore(
         settings.max_responses_per_caller, settings.max_response_bytes_per_caller, settings.response_ttl_s
     )
     needs_key = bool(settings.api_key or settings.api_keys)
-    app.state.description = ApiDescription(
-        router.routes, needs_key=needs_key, shapes=(*anthropic.SHAPES, *responses.SHAPES)
-    )
+    shapes = (*SHAPES, *anthropic.SHAPES, *responses.SHAPES)
+    app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=shapes)
     app.include_router(router)
-    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry)
+    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes))
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)
     return app

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -15,8 +15,9 @@ from turboserve import messages
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
+from turboserve.api.running import RunningRequests
 from turboserve.engine.protocol import Engine
-from turboserve.errors import OverloadedError
+from turboserve.errors import ModelNotFoundError, OverloadedError
 from turboserve.telemetry import Telemetry
 
 # The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
@@ -36,6 +37,26 @@ class ApiContext:
     send_timeout_s: float
     keepalive_interval_s: float
     chat_rules: ChatRules
+    any_model_name: bool = False
+    running: RunningRequests = field(default_factory=RunningRequests)
+
+    @property
+    def required_model(self) -> str | None:
+        """The only model that a request may name; None: any name will do."""
+        return None if self.any_model_name else self.engine.model_id
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError for a name that is neither the served one nor absent, where names matter."""
+        if name and self.required_model not in (None, name):
+            raise ModelNotFoundError(
+                f"The model {name[:100]!r} is not served here; use {self.required_model!r}.", param="model"
+            )
+
+    def admit(self) -> None:
+        """Raises EngineUnavailableError once the server is shutting down, and counts that."""
+        if self.drain.draining:
+            self.telemetry.request_refused("draining")
+        self.drain.check()
 
     @contextmanager
     def submitted(self, request: messages.Request) -> Iterator[Mailbox]:
@@ -46,10 +67,12 @@ class ApiContext:
         mailbox = Mailbox()
         self.engine.submit(request, mailbox)
         self.drain.enter(mailbox)
+        self.running.enter(request)
         try:
             yield mailbox
         finally:
             self.drain.leave(mailbox)
+            self.running.leave(request)
             if not mailbox.finished:
                 self.engine.cancel(request.request_id)
 

@@ -1,7 +1,8 @@
 """The outermost ASGI layer: every request passes here before any route is chosen.
 
-Gives the request its id, refuses oversized headers, ambiguous framing, foreign hosts and callers
-without the key, counts and logs the outcome, and has bugs below answered with a plain 500.
+Gives the request its id and its path's one spelling, refuses oversized headers, ambiguous framing, foreign hosts
+and callers without the key, answers browsers that ask what a page may send, counts and logs the outcome, and has bugs
+below answered with a plain 500.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import uuid
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic_errors import speaks_anthropic
+from turboserve.api.cors import CorsGuard
 from turboserve.api.exception_replies import answer_exception
 from turboserve.api.security import HostGuard, KeyGuard, header
 from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
@@ -24,16 +27,24 @@ from turboserve.telemetry import Telemetry
 logger = logging.getLogger("turboserve.api")
 
 MAX_HEADER_BYTES = 64 * 1024  # ample for any client; a giant header costs us memory before we know who asks
+# Answer without a key: a supervisor needs no secret, and a browser cannot send one for a page that a person opens.
+# The description of the routes is the same on every server of this version and holds nothing of this one's.
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
 # The id of a request that makes an answer is the answer's.
-ID_PREFIXES = {"/chat/completions": "chatcmpl-", "/messages": "msg_", "/responses": "resp_"}
-OPEN_PATHS = frozenset({"/health"})  # answers without a key, so that a supervisor needs no secret
+ID_PREFIXES = {
+    "/v1/chat/completions": "chatcmpl-",
+    "/v1/completions": "cmpl-",
+    "/v1/messages": "msg_",
+    "/v1/responses": "resp_",
+}
 
 
 class Frontdoor:
     """Sets `scope["state"]["request_id"]` and `["tenant"]` for the routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, aliases: PathAliases) -> None:
+        self._app, self._aliases = app, aliases
+        self._cors = CorsGuard(settings.cors_allowed_origins)
         self._hosts = HostGuard(settings)
         self._keys = KeyGuard((settings.api_key, *settings.api_keys))
         self._telemetry = telemetry
@@ -41,10 +52,15 @@ class Frontdoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        visit = Visit(scope, send)
+        scope["path"] = self._aliases.canonical(scope["path"])
+        visit = Visit(scope, send, self._cors.grants(scope["headers"]))
         log_context = log_request_id.set(visit.request_id)
         try:
-            self._admit(scope)
+            self._check_headers(scope)
+            preflight = self._cors.preflight(scope["method"], scope["headers"])
+            if preflight is not None:
+                return await _send_empty(visit, preflight)
+            self._check_key(scope)
             await self._app(scope, receive, visit.send)
         except Exception as exc:
             answer = await answer_exception(Request(scope), exc)
@@ -56,15 +72,17 @@ class Frontdoor:
             self._record(visit)
             log_request_id.reset(log_context)
 
-    def _admit(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(key) + len(value) + 4 for key, value in headers) > MAX_HEADER_BYTES:
             raise HeadersTooLargeError(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
         if header(headers, b"content-length") and header(headers, b"transfer-encoding"):
             raise InvalidRequestError("Content-Length and Transfer-Encoding exclude each other.")
         self._hosts.check(headers)
+
+    def _check_key(self, scope: Scope) -> None:
         try:
-            scope["state"]["tenant"] = self._keys.tenant(headers)
+            scope["state"]["tenant"] = self._keys.tenant(scope["headers"])
         except AuthenticationError:
             if scope["path"] not in OPEN_PATHS:
                 raise
@@ -76,24 +94,29 @@ class Frontdoor:
         logger.info("%s %s %d %.1f ms", visit.method, visit.route, status, visit.elapsed_ms)
 
 
+async def _send_empty(visit: Visit, headers: list[tuple[bytes, bytes]]) -> None:
+    await visit.send({"type": "http.response.start", "status": 204, "headers": headers})
+    await visit.send({"type": "http.response.body", "body": b""})
+
+
 class Visit:
     """One request as the log sees it: never its path as typed, its query or its body."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, more_headers: list[tuple[bytes, bytes]]) -> None:
         scope.setdefault("state", {})
-        prefix = ID_PREFIXES.get(scope["path"].removeprefix("/v1").rstrip("/"), "req-")
-        self.request_id: str = prefix + uuid.uuid4().hex
+        self.request_id: str = ID_PREFIXES.get(scope["path"], "req-") + uuid.uuid4().hex
         scope["state"]["request_id"] = self.request_id
         self.status: int | None = None
         self._scope = scope
         self._send = send
+        names = [b"x-request-id", *([b"request-id"] if speaks_anthropic(scope["path"]) else ())]
+        self._headers = [*((name, self.request_id.encode()) for name in names), *more_headers]
         self._start = time.perf_counter()
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            names = [b"x-request-id", *([b"request-id"] if speaks_anthropic(self._scope["path"]) else ())]
-            message["headers"] = [*message.get("headers", ()), *((name, self.request_id.encode()) for name in names)]
+            message["headers"] = [*message.get("headers", ()), *self._headers]
         await self._send(message)
 
     @property

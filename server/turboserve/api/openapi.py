@@ -121,6 +121,15 @@ STREAM_OR_WHOLE: Json = {
 }
 
 
+def stream_or_whole(event: type[BaseModel], media_type: str, words: str) -> Json:
+    """The same for another kind of stream, whose events have this shape."""
+    stream = {
+        "schema": {"type": "string", "description": words},
+        "x-event-schema": {"$ref": REF.format(model=event.__name__)},
+    }
+    return {"description": "The answer: whole, or as a stream.", "content": {media_type: stream}}
+
+
 class ApiDescription:
     """What one application says of its routes, made when it is first asked for."""
 

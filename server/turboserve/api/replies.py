@@ -23,7 +23,6 @@ from turboserve.api.reply_models import (
     AnswerTokens,
     CompletionUsage,
     ConversationMemory,
-    ModelObject,
     PromptTokens,
 )
 from turboserve.errors import TurboServeError
@@ -236,8 +235,3 @@ def completion_usage(usage: Usage) -> CompletionUsage:
         completion_tokens_details=AnswerTokens(reasoning_tokens=usage.reasoning_tokens),
         turboserve=memory,
     )
-
-
-def model_object(model_id: str, created: int) -> ModelObject:
-    """The served model as OpenAI lists one; `created` is Unix seconds."""
-    return ModelObject(id=model_id, created=created)

@@ -71,22 +71,6 @@ class Readiness(Reply):
     model: str
 
 
-class ModelObject(Reply):
-    """A served model, as OpenAI lists one."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: UnixSeconds
-    owned_by: Literal["turboserve"] = "turboserve"
-
-
-class ModelList(Reply):
-    """The served models: exactly one."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
-
-
 # --- completions
 
 Fingerprint = Annotated[

@@ -18,16 +18,19 @@ from turboserve.api.answering import AnswerResponse
 from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.body import read_json_object
 from turboserve.api.chat_body import ChatBody
-from turboserve.api.chat_request import check_model, parse_chat
-from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
+from turboserve.api.chat_request import parse_chat
+from turboserve.api.context import Context, Tenant, engine_answer
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
+from turboserve.api.embedding_routes import embedding_router
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
+from turboserve.api.model_routes import models_router
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header
-from turboserve.api.replies import JSON_TYPE, ChatReplies, model_object, system_fingerprint
-from turboserve.api.reply_models import ChatCompletion, Health, ModelList, ModelObject, Readiness, ServerInfo
+from turboserve.api.replies import JSON_TYPE, ChatReplies, system_fingerprint
+from turboserve.api.reply_models import ChatCompletion, Health, Readiness, ServerInfo
 from turboserve.api.responses import routes as responses
+from turboserve.api.route_errors import OF_A_BODY, OF_A_SESSION, OF_THE_ENGINE
 from turboserve.api.session_request import (
     SESSION_HEADER,
     EmptyBody,
@@ -37,19 +40,17 @@ from turboserve.api.session_request import (
     check_session_id,
     existing_session_id,
 )
+from turboserve.api.text_routes import text_router
 from turboserve.api.validation import validated
 from turboserve.errors import (
-    BodyTooLargeError,
     ContextLengthError,
     EngineUnavailableError,
     KVFormatError,
-    MediaTypeError,
     ModelNotFoundError,
-    OverloadedError,
     QuotaExceededError,
+    RequestCancelledError,
     SessionBusyError,
     SessionExistsError,
-    SessionNotFoundError,
     UnknownParameterError,
     UnsupportedParameterError,
 )
@@ -57,10 +58,6 @@ from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSess
 from turboserve.telemetry import CONTENT_TYPE
 
 MAX_SESSION_BODY_BYTES = 4096
-
-OF_A_BODY = (MediaTypeError, BodyTooLargeError, UnknownParameterError)
-OF_THE_ENGINE = (OverloadedError, EngineUnavailableError)
-OF_A_SESSION = (SessionNotFoundError, *OF_THE_ENGINE)
 
 router = APIRouter(redirect_slashes=False)
 
@@ -76,6 +73,7 @@ router = APIRouter(redirect_slashes=False)
         KVFormatError,
         ModelNotFoundError,
         QuotaExceededError,
+        RequestCancelledError,
         *OF_A_BODY,
         *OF_THE_ENGINE,
     )
@@ -92,7 +90,7 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=engine.model_id,
+        model_id=context.required_model,
         session_headers=request.headers.getlist(SESSION_HEADER),
         defaults=engine.sampling_defaults,
         rules=context.chat_rules,
@@ -105,30 +103,8 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
 
 # --- other APIs
 
-router.routes.extend(
-    (*anthropic.router.routes, *responses.router.routes)
-)  # including a router would hide its routes behind one
-
-# --- models
-
-
-@router.get("/v1/models", responses=failures())
-async def models(context: Context) -> ModelList:
-    """The one served model."""
-    return ModelList(data=[_served_model(context)])
-
-
-# `:path`, because hub names contain a slash.
-@router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
-async def model(model_id: str, context: Context) -> ModelObject:
-    """The served model, by its name."""
-    check_model(model_id, context.engine.model_id)
-    return _served_model(context)
-
-
-def _served_model(context: ApiContext) -> ModelObject:
-    return model_object(context.engine.model_id, context.engine.created)
-
+# including a router would hide its routes behind one
+router.routes.extend((*anthropic.router.routes, *responses.router.routes))
 
 # --- KV memory and sessions
 
@@ -258,6 +234,9 @@ async def docs(request: Request) -> Response:
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     return HTMLResponse(request.app.state.description.page, headers=headers)
 
+
+for further in (text_router, models_router, embedding_router):
+    router.routes.extend(further.routes)
 
 ROUTES = [
     f"{method} {route.path_format}"

@@ -1,7 +1,7 @@
 """Who may talk to us: exposure at start-up, the Host header, the API key, the tenant.
 
-Compares bytes in constant time and keeps no key in clear beyond the settings object.
-No CORS header is ever sent: web pages of other origins get nothing.
+Compares bytes in constant time and keeps no key in clear beyond the settings object. Which web pages may
+read answers is `cors.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 from turboserve.errors import AuthenticationError, ForeignHostError, StartupError
 from turboserve.settings import Settings
+
+# How containers call the machine they run on. Nobody can register names under .internal, so no foreign page has them.
+HOST_OF_CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -48,8 +51,8 @@ class HostGuard:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._allowed = {name.lower() for name in settings.allowed_hosts}
-        restricted = is_loopback(settings.host) or bool(self._allowed)
+        self._allowed = {name.lower() for name in settings.allowed_hosts} | HOST_OF_CONTAINERS
+        restricted = is_loopback(settings.host) or bool(settings.allowed_hosts)
         self._active = restricted and "*" not in self._allowed
 
     def check(self, headers: RawHeaders) -> None:

@@ -58,6 +58,10 @@ def serve_command(
     allowed_hosts: Annotated[
         list[str] | None, Option("--allowed-host", help="Further Host header; repeatable.")
     ] = None,
+    cors_allowed_origins: Annotated[
+        list[str] | None, Option("--cors-allowed-origin", help="Web page that may call the API; repeatable; *: any.")
+    ] = None,
+    any_model_name: Annotated[Switch, Option(help="Answer whatever model a request names.")] = None,
     served_model_name: Annotated[Text, Option(help="Name under which clients ask for the model.")] = None,
     max_context_tokens: Annotated[
         Text, Option("--max-model-len", "--max-context-tokens", help="Longest prompt plus answer [model's own].")
@@ -93,6 +97,12 @@ def serve_command(
     ] = None,
     overlap: Annotated[
         Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
+    ] = None,
+    default_max_tokens: Annotated[
+        Text, Option(help="Tokens of an answer where none are asked; 0: up to the context [4096].")
+    ] = None,
+    sampling_defaults: Annotated[
+        Text, Option(help="Sampling where a request says nothing: model (generation_config.json) or openai [model].")
     ] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,

@@ -36,6 +36,7 @@ from turboserve.errors import (
     TurboServeError,
 )
 from turboserve.messages import (
+    Embed,
     EngineStats,
     Failed,
     Request,
@@ -238,6 +239,8 @@ class TurboEngine:
                     loop.cancel(item.request_id)
                 elif isinstance(item, Refused):
                     self._refuse(item)
+                elif isinstance(item.asked, Embed):
+                    loop.embeddings.add(item)
                 else:
                     item.run(loop.answer)
         finally:

@@ -27,6 +27,7 @@ from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
@@ -85,6 +86,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
     dtype = weights.activation_dtype(model)
+    defaults = chosen_defaults(settings.sampling_defaults, folder)
+    progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -95,6 +98,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         weights_fingerprint=weights.fingerprint(folder, dtype),
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
+        sampling_defaults=defaults,
         details={"weights": note or "as stored"},
     )
 

@@ -23,7 +23,9 @@ OPEN_ANSWER_BLOCK = 1024
 class Preparer:
     """Prepares requests for one loaded model."""
 
-    def __init__(self, loaded: LoadedModel, memory: Memory, vocab_len: int) -> None:
+    def __init__(self, loaded: LoadedModel, memory: Memory, vocab_len: int, default_max_tokens: int = 0) -> None:
+        """`default_max_tokens`: of an answer where a request asks for none; 0: up to the context."""
+        self._default_max_tokens = default_max_tokens
         self._loaded, self._memory, self.vocab_len = loaded, memory, vocab_len
         self._template = ChatTemplate(loaded.tokenizer)
 
@@ -37,6 +39,7 @@ class Preparer:
         if request.max_tokens is None:
             self._memory.check_can_fit(len(prompt) + 1, kv_format)
             limit = min(limit, self._memory.largest_sequence(self._loaded.max_context, kv_format) - len(prompt))
+            limit = min(limit, self._default_max_tokens or limit)
         else:
             self._memory.check_can_fit(len(prompt) + limit, kv_format)
         generation.eos_ids = self._loaded.eos_ids

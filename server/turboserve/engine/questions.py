@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from turboserve.engine.fill_in_middle import MiddleFiller
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.prepare import Preparer
 from turboserve.errors import InvalidRequestError, UnsupportedParameterError
-from turboserve.messages import Detokenize, RenderTemplate, TextQuestion, Tokenize
+from turboserve.messages import Detokenize, FillInMiddle, RenderTemplate, TextQuestion, Tokenize
 
 
 class Questions:
@@ -13,6 +14,7 @@ class Questions:
 
     def __init__(self, loaded: LoadedModel, preparer: Preparer) -> None:
         self._loaded, self._preparer = loaded, preparer
+        self._middle = MiddleFiller(loaded.tokenizer)
 
     def answer(self, question: TextQuestion) -> object:
         """What the question's docstring promises. Raises InvalidRequestError, of whatever kind."""
@@ -22,6 +24,8 @@ class Questions:
             return self._preparer.prompt_of(question.request).text
         if isinstance(question, Detokenize):
             return self._text_of(question.tokens)
+        if isinstance(question, FillInMiddle):
+            return self._middle.prompt(question)
         raise UnsupportedParameterError(f"{type(question).__name__} is not supported.")
 
     def _text_of(self, tokens: tuple[int, ...]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
+from turboserve.engine.embeddings import EmbeddingJobs
 from turboserve.engine.generation import Drawn, Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.open_requests import OpenRequests
@@ -46,8 +47,9 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self.vocab_len = self.runner.warm_up()
-        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len)
+        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens)
         self._token_texts = TokenTexts(parts.loaded.tokenizer)
+        self.embeddings = EmbeddingJobs(parts.loaded, self.vocab_len)
         self._questions = Questions(parts.loaded, self._preparer)
         self.overlap = choose_overlap(
             settings.overlap,
@@ -73,7 +75,7 @@ class StepLoop:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests.waiting or self.requests.running)
+        return bool(self.requests.waiting or self.requests.running or self.embeddings.has_work)
 
     def add(self, generation: Generation) -> None:
         """Queue a new request behind all others."""
@@ -89,10 +91,12 @@ class StepLoop:
         """End every request with the same error."""
         for generation in self.requests.everyone():
             self.requests.fail(generation, error)
+        self.embeddings.fail_all(error)
 
     def abandon(self, error: TurboServeError) -> None:
         """Tell every reader that it is over, without touching caches: for an engine beyond repair."""
         self.requests.abandon(error)
+        self.embeddings.fail_all(error)
 
     def answer(self, asked: SessionCommand | TextQuestion) -> object:
         """A caller's command on a session of theirs, or a question. Raises the TurboServeErrors that HTTP shows."""
@@ -118,6 +122,7 @@ class StepLoop:
     def scratch_bytes(self) -> int:
         """The most that one step may hold beside the budget: chunks of prompts, exact, and what is being written."""
         chunk = self.prefill_tokens * self._parts.runtime.chunk_token_bytes
+        chunk += self.embeddings.num_cached_tokens * self._parts.runtime.token_raw_bytes
         return int(chunk) + (DEFAULT_PENDING_BYTES if self._memory.has_disk else 0)
 
     def check_integrity(self) -> None:
@@ -138,6 +143,8 @@ class StepLoop:
         if self._prefill():
             self._deliver(self.runner.land())  # they are there: the chunk was waited for, and came after them
             self._memory.give_back_slack()  # of a pass over several prompts: their exact rows were there twice
+        if self.embeddings.has_work and self.embeddings.step(self._prefill_budget()):
+            self._deliver(self.runner.land())
         self._grow()
         self._decode()
 
@@ -265,14 +272,18 @@ class StepLoop:
             log.exception("request %s could not join the batch", generation.request_id)
             self.requests.fail(generation, exc)
 
-    def _choose_prefill(self, prefilling: list[Generation]) -> list[tuple[Generation, int]]:
-        """Who is read in this step and how far, each from the longest beginning that there is by now."""
-        budget = scheduler.prefill_budget(
+    def _prefill_budget(self) -> int:
+        """Tokens that a step may read at once."""
+        return scheduler.prefill_budget(
             self.prefill_tokens,
             streams_run=self.runner.num_rows > 0,
             tokens_per_s=self._speed.tokens_per_s,
             max_wait_s=self._settings.max_inter_token_ms / 1000,
         )
+
+    def _choose_prefill(self, prefilling: list[Generation]) -> list[tuple[Generation, int]]:
+        """Who is read in this step and how far, each from the longest beginning that there is by now."""
+        budget = self._prefill_budget()
         may_group = self.runner.can_prefill_together and len(prefilling) > 1
         asked: set[Generation] = set()
         while True:

@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -37,8 +38,10 @@ from turboserve.messages import (
     EngineStats,
     Event,
     Failed,
+    FillInMiddle,
     Finished,
     KernelTrial,
+    MiddlePrompt,
     ReasoningDelta,
     RenderTemplate,
     Request,
@@ -214,8 +217,12 @@ class ScriptedEngine(ScriptedSessions):
                 future.set_result(" ".join("x" * token for token in tokens))
             case RenderTemplate(request):
                 future.set_result("".join(f"<{m['role']}>{m['content']}" for m in request.messages))
+            case FillInMiddle(prefix, suffix):
+                future.set_result(MiddlePrompt((1, len(prefix), 2, len(suffix), 3), (9,)))
             case Embed(inputs):
-                future.set_result(Embeddings(tuple((0.6, 0.8) for _ in inputs), num_tokens=len(inputs)))
+                future.set_result(
+                    Embeddings(tuple(array("f", (0.48, 0.64, 0.6)) for _ in inputs), num_tokens=len(inputs))
+                )
         return future
 
     def submit(self, request: Request, sink: EventSink) -> None:
@@ -225,7 +232,7 @@ class ScriptedEngine(ScriptedSessions):
             raise OverloadedError("The queue is full.", retry_after_s=3)
         self.received.append(request)
         self._submitted += 1
-        text = str(request.messages[-1]["content"])
+        text = str(request.messages[-1]["content"] if request.messages else request.prompt)
         if text == "seed":
             script = echo(str(request.sampling.seed))
         else:

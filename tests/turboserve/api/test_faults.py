@@ -248,8 +248,6 @@ def test_unknown_model_is_404_without_a_look_at_files(
     ("method", "path", "status", "code"),
     [
         ("GET", "/nothing", 404, "not_found"),
-        ("POST", "/v1/completions", 404, "not_found"),
-        ("GET", "/v1/models/", 404, "model_not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("OPTIONS", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),

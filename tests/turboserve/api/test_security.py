@@ -22,8 +22,6 @@ ROUTES = [
     ("GET", "/"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
-    ("GET", "/openapi.json"),
-    ("GET", "/docs"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/scripted/model"),
     ("GET", "/v1/kv/stats"),
@@ -32,6 +30,7 @@ ROUTES = [
     ("DELETE", "/v1/sessions/any"),
     ("GET", "/nothing"),
     ("OPTIONS", "/v1/chat/completions"),
+    ("GET", "/models/"),
 ]
 
 
@@ -52,7 +51,7 @@ def guarded_client(guarded: Service) -> Iterator[httpx.Client]:
     "authorization",
     [None, b"Bearer wrong", b"Bearer \xff\xfe", b"bearer", b"Basic " + KEY.encode(), KEY.encode()],
 )
-def test_every_route_but_health_wants_the_key(
+def test_every_route_that_holds_anything_wants_the_key(
     guarded_client: httpx.Client, method: str, path: str, authorization: bytes | None
 ) -> None:
     headers = [(b"authorization", authorization)] if authorization is not None else []
@@ -61,8 +60,10 @@ def test_every_route_but_health_wants_the_key(
     assert reply.headers["www-authenticate"] == "Bearer"
 
 
-def test_health_is_open(guarded_client: httpx.Client) -> None:
-    assert guarded_client.get("/health").status_code == 200
+@pytest.mark.parametrize("path", ["/health", "/docs", "/openapi.json", "/docs/"])
+def test_what_holds_no_data_is_open(guarded_client: httpx.Client, path: str) -> None:
+    reply = guarded_client.get(path)
+    assert reply.status_code == 200 and "scripted/model" not in reply.text and KEY not in reply.text
 
 
 def test_the_right_key_passes_and_names_a_tenant(guarded: Service, guarded_client: httpx.Client) -> None:
@@ -98,7 +99,11 @@ def test_foreign_hosts_are_refused_on_loopback(client: httpx.Client, host: str) 
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:9", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", "localhost."]
+    "host",
+    [
+        *("localhost", "LOCALHOST:9", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", "localhost."),
+        *("host.docker.internal:8000", "host.containers.internal"),
+    ],
 )
 def test_loopback_hosts_are_served(client: httpx.Client, host: str) -> None:
     assert client.get("/v1/models", headers={"host": host}).status_code == 200

@@ -77,7 +77,7 @@ async def messages(request: Request, context: Context, tenant: Tenant) -> Respon
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.engine.model_id,
+        required_model=context.required_model,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
@@ -103,6 +103,6 @@ async def count_tokens(request: Request, context: Context, tenant: Tenant) -> To
         await read_json_object(request, context.max_body_bytes),
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.engine.model_id,
+        required_model=context.required_model,
     )
     return TokenCount(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed)))))

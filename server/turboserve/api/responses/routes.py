@@ -207,7 +207,7 @@ async def _parsed(request: Request, context: ApiContext, tenant: str, store: Res
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
         model_id=context.engine.model_id,
-        required_model=context.engine.model_id,
+        required_model=context.required_model,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
