@@ -80,7 +80,7 @@ def sample(sampler: BatchSampler, logits: mx.array, masks: StepMasks | None) -> 
     """Draws of all rows from logits (B, V), within the masks of those that have one."""
     if masks is None:
         return sampler.sample(logits)
-    return sampler.sample(logits, mask=masks.bits, masked=masks.places)
+    return sampler.sample(logits, mask=masks.mask, masked=masks.places)
 
 
 def read(draws: Draws) -> list[Drawn | Exception]:

@@ -144,8 +144,9 @@ class BatchSampler:
         """The next token of every row, not evaluated: the next step can be built on it at once.
 
         logits   (B, V) of any floating dtype; left alone
-        mask     (B, ceil(V / 32)) uint32: bit i of word w allows token 32 w + i
-        masked   when given, the mask is (R, ceil(V / 32)), of these R rows alone, in rising order
+        mask     (B, ceil(V / 32)) uint32: bit i of word w allows token 32 w + i; or (B, V) float32 that is added to the
+                 logits: 0 allows a token, minus infinity does not
+        masked   when given, the mask is of these R rows alone, in rising order
 
         The drawn tokens are counted for the penalties of the following step.
         """
@@ -410,13 +411,18 @@ def _exp2(x: mx.array) -> mx.array:
 
 def _masked(logits: mx.array, mask: mx.array, masked: Sequence[int] | None) -> mx.array:
     """Logits (B, V) of what the mask allows; see `BatchSampler.sample`."""
-    allowed = _unpacked(mask, logits.shape[-1])
     if masked is None or len(masked) == logits.shape[0]:
-        return mx.where(allowed, logits, MASKED)
+        return _within(logits, mask)
     rows = mx.array(list(masked), dtype=mx.uint32)
     out = mx.array(logits)  # a new array: assigning to rows leaves the caller's alone
-    out[rows] = mx.where(allowed, logits[rows], MASKED)
+    out[rows] = _within(logits[rows], mask)
     return out
+
+
+def _within(logits: mx.array, mask: mx.array) -> mx.array:
+    if mask.dtype == mx.float32:
+        return logits + mask
+    return mx.where(_unpacked(mask, logits.shape[-1]), logits, MASKED)
 
 
 def _unpacked(mask: mx.array, vocab_len: int) -> mx.array:

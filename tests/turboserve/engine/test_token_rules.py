@@ -12,6 +12,8 @@ import pytest
 from tests.turboserve.engine.fakes import VOCAB, Sink, add, make_loop, make_parts, request, text_of
 
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.row_masks import _as_addends
+from turboserve.engine.sampling import BatchSampler, row_sampling
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.token_rules import Mask
 from turboserve.errors import EngineFailureError
@@ -291,3 +293,24 @@ def test_a_rule_with_nothing_but_its_end_left_ends_before_min_tokens_and_else_go
     sinks = add(loop, *requests, rules=[Ending(10), Ending(10), Ending(10)])
     finish(loop)
     assert [len(s.tokens) for s in sinks] == [0, 6, 10]
+
+
+@pytest.mark.parametrize("vocab_len", [VOCAB, 33, 8, 1])
+def test_both_forms_of_a_mask_allow_the_same(rng: np.random.Generator, vocab_len: int) -> None:
+    bits = rng.integers(0, 2**32, size=(3, -(-vocab_len // 32)), dtype=np.uint64).astype(np.uint32)
+    addends = _as_addends(bits, vocab_len)
+    assert addends.shape == (3, vocab_len) and addends.dtype == np.float32
+    for row, words in zip(addends.tolist(), bits.tolist(), strict=True):
+        assert row == [0.0 if words[t // 32] >> t % 32 & 1 else -np.inf for t in range(vocab_len)]
+    logits = mx.array(rng.normal(size=(4, vocab_len)).astype(np.float32))
+    tokens = []
+    for mask in (bits, addends):
+        sampler = BatchSampler()
+        for seed in range(4):
+            sampler.join(row_sampling(SamplingParams(seed=seed), vocab_len), [], [])
+        draws = sampler.sample(logits, mask=mx.array(mask), masked=[0, 2, 3])
+        tokens.append((np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()))
+    is_empty = [not np.isfinite(row).any() for row in addends]
+    assert tokens[0][1] == tokens[1][1] == [is_empty[0], False, is_empty[1], is_empty[2]]
+    for a, b, broken in zip(tokens[0][0], tokens[1][0], tokens[0][1], strict=True):
+        assert a == b or broken
