@@ -92,9 +92,7 @@ class Settings(BaseSettings):
     overlap: Literal["auto", "on", "off"] = "auto"  # enqueue a step before the last one's tokens are read
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
-    grammar_timeout_s: Annotated[float, Field(gt=0)] = (
-        0.8  # a schema or grammar that takes longer to compile is refused
-    )
+    grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then
     keepalive_interval_s: Annotated[float, Field(gt=0)] = 10.0  # silence on a stream before a comment line is sent

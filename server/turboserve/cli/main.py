@@ -91,7 +91,7 @@ def serve_command(
     ] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
-    grammar_timeout_s: Annotated[Text, Option(help="Seconds a constraint may take to compile [0.8].")] = None,
+    grammar_timeout_s: Annotated[Text, Option(help="Seconds a constraint may take to compile [0.7].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
     request_timeout_s: Annotated[Text, Option(help="Seconds for headers and body to arrive [30].")] = None,
     keepalive_interval_s: Annotated[Text, Option(help="Seconds between signs of life on a quiet stream [10].")] = None,

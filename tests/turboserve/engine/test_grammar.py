@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -47,7 +48,9 @@ def tokenizer() -> Any:
 
 @cache
 def compiler() -> Compiler:
-    return Compiler(Vocabulary(tokenizer(), VOCAB, {END}))
+    one = Compiler(Vocabulary(tokenizer(), VOCAB, {END}))
+    atexit.register(one.close)
+    return one
 
 
 @cache
