@@ -147,8 +147,14 @@ def hard_rows(settings: Settings) -> list[Row]:
 
     def submit(request_id: str, constraint: Constraint | None, max_tokens: int) -> Sink:
         sink = Sink()
+        is_free = constraint is None  # goes on after the model's own end, and every token has text
         request = Request(
-            request_id, messages, constraint=constraint, max_tokens=max_tokens, ignore_eos=constraint is None
+            request_id,
+            messages,
+            constraint=constraint,
+            max_tokens=max_tokens,
+            ignore_eos=is_free,
+            skip_special_tokens=not is_free,
         )
         engine.submit(request, sink)
         return sink

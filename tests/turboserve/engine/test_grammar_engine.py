@@ -100,7 +100,7 @@ def test_an_answer_without_room_ends_by_length(engine: TurboEngine) -> None:
 
 def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
     """Each is refused in time, or begins to be answered, while a free stream's tokens keep coming."""
-    free = submit(engine, None, max_tokens=3000, ignore_eos=True)
+    free = submit(engine, None, max_tokens=3000, ignore_eos=True, skip_special_tokens=False)
     hard = hard_constraints()
     num_refused = 0
     for name in (
