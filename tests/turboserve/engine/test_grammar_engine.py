@@ -100,7 +100,7 @@ def test_an_answer_without_room_ends_by_length(engine: TurboEngine) -> None:
 
 def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
     """Each is refused in time, or begins to be answered, while a free stream's tokens keep coming."""
-    free = submit(engine, None, max_tokens=3000, ignore_eos=True)
+    free = submit(engine, None, max_tokens=3000, ignore_eos=True, skip_special_tokens=False)
     hard = hard_constraints()
     num_refused = 0
     for name in (
@@ -115,7 +115,7 @@ def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
         if isinstance(sink.events[-1], Failed):
             num_refused += 1
             assert isinstance(sink.error, InvalidRequestError) and sink.error.param == "response_format"
-            assert time.monotonic() - began_s < 5.0  # of 0.8; bench/structured.py measures it on a quiet machine
+            assert time.monotonic() - began_s < 5.0  # of 0.7; bench/structured.py measures it on a quiet machine
     gaps = [later - earlier for earlier, later in pairwise(free.times_s)]
     engine.cancel(free.request_id)
     assert free.ended.wait(TIMEOUT_S)
