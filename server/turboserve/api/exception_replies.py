@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import ErrorDetails
@@ -10,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from turboserve.api.replies import error_response
+from turboserve.api.replies import JSON_TYPE, dump, error_response
 from turboserve.api.validation import complaint
 from turboserve.errors import (
     EngineFailureError,
@@ -27,23 +28,37 @@ EXPECTED = (TurboServeError, HTTPException, RequestValidationError, ClientDiscon
 
 
 async def answer_exception(request: Request, exc: Exception) -> Response:
-    """OpenAI's envelope for any exception.
+    """The envelope for any exception: Ollama's on its routes, else OpenAI's.
 
     A client that left while it was sending gets 499, which only the log and the metrics read. Of a bug the
     caller is told where to look, and nothing else; the log has its traceback.
     """
     match exc:
         case TurboServeError():
-            return error_response(exc)
+            return _written(exc, request)
         case ClientDisconnect():
             return Response(status_code=499)
         case HTTPException():
-            return error_response(_of_the_router(exc, request.method), exc.headers)
+            return _written(_of_the_router(exc, request.method), request, exc.headers)
         case RequestValidationError():
-            return error_response(_of_the_query(exc, request))
+            return _written(_of_the_query(exc, request), request)
     logger.error("unexpected failure", exc_info=exc)
     request_id = request.scope["state"]["request_id"]
-    return error_response(EngineFailureError(f"Internal error; the server's log has details under {request_id}."))
+    error = EngineFailureError(f"Internal error; the server's log has details under {request_id}.")
+    return _written(error, request)
+
+
+def speaks_ollama(path: str) -> bool:
+    """Whether the routes at this path, known or not, are Ollama's."""
+    return path.startswith("/api/")
+
+
+def _written(error: TurboServeError, request: Request, headers: Mapping[str, str] | None = None) -> Response:
+    response = error_response(error, headers)
+    if not speaks_ollama(request.scope["path"]):
+        return response
+    kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    return Response(dump({"error": error.message}), error.status, kept, JSON_TYPE)
 
 
 def _of_the_router(exc: HTTPException, method: str) -> TurboServeError:

@@ -23,6 +23,7 @@ from turboserve import __version__
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import NEUTRAL_VALUES
 from turboserve.api.docs_page import docs_page
+from turboserve.api.exception_replies import speaks_ollama
 from turboserve.api.frontdoor import OPEN_PATHS
 from turboserve.api.reply_models import ChatCompletionChunk, ErrorEnvelope
 from turboserve.api.session_request import SESSION_HEADER, SESSION_ID, EmptyBody, ForkBody, UpdateBody
@@ -59,13 +60,16 @@ HEADERS: dict[int, Json] = {
 }
 
 
-def failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
-    """`responses` of a route that raises these errors beside those that any route can give."""
+def failures(*errors: type[TurboServeError], shape: type[BaseModel] = ErrorEnvelope) -> dict[int | str, Json]:
+    """`responses` of a route that raises these errors beside those that any route can give; `shape`: as it writes them.
+
+    `exception_replies.py` writes them so.
+    """
     by_status: defaultdict[int, list[str]] = defaultdict(list)
     for error in (*EVERYWHERE, *errors):
         by_status[error.status].append(f"`{error.code}`")
     return {
-        status: {"model": ErrorEnvelope, "description": ", ".join(codes), "headers": HEADERS.get(status, {})}
+        status: {"model": shape, "description": ", ".join(codes), "headers": HEADERS.get(status, {})}
         for status, codes in sorted(by_status.items())
     }
 
@@ -130,7 +134,7 @@ class ApiDescription:
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # FastAPI's own; `failures` says what a bad query gets
                 if self._needs_key and path not in OPEN_PATHS:
-                    _ask_for_key(operation)
+                    _ask_for_key(operation, REF.format(model="OllamaError" if speaks_ollama(path) else "ErrorEnvelope"))
         return document
 
     @cached_property
@@ -169,9 +173,9 @@ def _schemas(replies: Json, shapes: Iterable[Shape]) -> Json:
     return dict(sorted(schemas.items()))
 
 
-def _ask_for_key(operation: Json) -> None:
+def _ask_for_key(operation: Json, error_ref: str) -> None:
     status = AuthenticationError.status
-    envelope = {"schema": {"$ref": REF.format(model=ErrorEnvelope.__name__)}}
+    envelope = {"schema": {"$ref": error_ref}}
     operation["security"] = [{"key": []}]
     operation["responses"][str(status)] = {
         "description": f"`{AuthenticationError.code}`",
