@@ -1,5 +1,5 @@
 # make serve   install into .venv when needed, then serve (PORT, MODEL, EXTRA, ARGS)
-# make test    install with the test tools, then run the tests (ARGS)
+# make test    install with the test tools, then run the tests (ARGS; JOBS=0 in one process)
 # make lint    ruff, mypy --strict and the import contracts
 # make sanitize  the native kernels' tests under the address, undefined-behaviour and thread sanitizers
 # make emulate   the NEON kernels against the portable ones under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
@@ -8,6 +8,8 @@
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Processes that run tests: one for each core that may be used, but at most four, for each may load models.
+JOBS ?= logical
 # The MLX backend on Linux: cpu, cuda12 or cuda13. macOS brings its own and installs the same extra as nothing.
 EXTRA ?= cpu
 
@@ -25,8 +27,10 @@ DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 serve: $(BASE_STAMP)
 	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
 
+# Whole files, in the usual order: what a file's tests share is made once, and the long files are not the last.
+SPREAD := --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test: $(DEV_STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -7,29 +7,31 @@ and that nothing is read before it was written or past an input's end; not how f
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import mmap
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tests.metal.emulator.build import cache_folder
 
 from turboquant_kv.backends.gpu.source import expanded
 
 SHIM = Path(__file__).with_name("shim.h")
+RUNTIME = Path(__file__).with_name("runtime.cpp")
 CTYPES = {
     **{mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"},
     **{mx.int32: "int32_t", mx.uint8: "uint8_t", mx.uint32: "uint32_t"},
 }
 INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
 # Without -fno-gnu-unique kernels share the first one's shared memory of the same name, whatever its size.
-COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-shared", "-fPIC")
+COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-fPIC")
 # Inputs that kernels write in place (TQ_WRITABLE); whatever else one writes to is a fault.
 IN_PLACE = frozenset({"codes", "scales", "target", "rows_k", "rows_v"})
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
@@ -153,7 +155,7 @@ def kernel_text(
     header = INCLUDE.sub("", expanded(header, without=("instructions_cuda",)))
     header = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", header)
     return (
-        f"{SHIM.read_text()}{header}void {name}({', '.join(declared)}) {{\n{source}\n}}\n"
+        f'#include "{SHIM.name}"\n{header}void {name}({", ".join(declared)}) {{\n{source}\n}}\n'
         f'extern "C" const char* launch(unsigned x, unsigned y, unsigned z, unsigned threads, '
         f"{', '.join(p for p, _ in passed)}) {{\n"
         f"return run_grid({{x, y, z}}, threads, [&] {{ {name}({', '.join(a for _, a in passed)}); }});\n}}\n"
@@ -162,23 +164,39 @@ def kernel_text(
 
 def compiled(text: str) -> Any:
     """The program's entry point; libraries are kept by content, as the Metal emulator's are."""
-    folder = Path(os.environ.get("METAL_EMULATOR_CACHE", tempfile.gettempdir()))
-    library = folder / f"cuda-{hashlib.sha256(' '.join([*COMPILER, text]).encode()).hexdigest()[:24]}.so"
+    library = cache_folder() / f"cuda-{_key(text)}.so"
     if not library.exists():
         program = library.with_suffix(f".{os.getpid()}.cpp")
         program.write_text(text)
-        made = library.with_suffix(f".{os.getpid()}.so")
-        command: list[str | Path] = [
-            *COMPILER,
-            "-o",
-            made,
-            program,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        _compile(library, "-shared", program, _runtime())
         program.unlink()
-        if done.returncode:
-            raise LaunchError(f"g++ refused the kernel:\n{done.stderr[:4000]}")
-        made.rename(library)
     entry = ctypes.CDLL(str(library)).launch
     entry.restype = ctypes.c_char_p
     return entry
+
+
+@functools.cache
+def _runtime() -> Path:
+    made = cache_folder() / f"cuda-{_key('')}.o"
+    if not made.exists():
+        _compile(made, "-c", RUNTIME)
+    return made
+
+
+def _compile(target: Path, *arguments: str | Path) -> None:
+    # Written under another name and renamed, so that two test processes cannot meet half a file.
+    made = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    command: list[str | Path] = [*COMPILER, "-I", SHIM.parent, "-o", made, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"g++ refused the kernel:\n{done.stderr[:4000]}")
+    made.rename(target)
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256("\0".join([*COMPILER, _common_text(), text]).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def _common_text() -> str:
+    return SHIM.read_text() + RUNTIME.read_text()

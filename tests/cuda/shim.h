@@ -1,18 +1,14 @@
 // CUDA's vocabulary on a CPU: the threads of a block are fibres of one OS thread and meet at barriers, shuffles and
-// tensor-core products. Owns everything that src/*.h of the kernels takes from CUDA; emulator.py owns text and memory.
-// Asynchronous copies happen only when they are waited for, and shared memory begins as NaN, so what is read too early
-// is wrong. Lanes that do not meet end the launch with a message.
-#include <ucontext.h>
+// tensor-core products. Owns everything that src/*.h of the kernels takes from CUDA; runtime.cpp owns fibres and copies,
+// emulator.py text and memory. Asynchronous copies happen only when they are waited for, and shared memory begins as
+// NaN, so what is read too early is wrong. Lanes that do not meet end the launch with a message.
+// Every kernel is compiled with this text, so it includes no part of C++'s library: that took longer than all the rest.
+#pragma once
+#include <stdint.h>
+#include <string.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <vector>
+// Beside them what kernels take from <math.h>, which C++ replaces with a large one of its own.
+extern "C" float exp2f(float), fmaxf(float, float), sqrtf(float);
 
 struct dim3 {
   unsigned x, y, z;
@@ -53,29 +49,18 @@ struct Strides {
   int64_t operator[](int i) const { return at[i]; }
 };
 
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
+// What a kernel's text sees of a thread; runtime.cpp keeps its stack and copies.
 struct Fibre {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;  // not filled: pages that a thread never reaches take no memory
   dim3 thread;
-  bool done = false, waiting = false;
-  int site = 0;
+  bool done, waiting;
+  int site;
   unsigned char given[40], taken[40];
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open;
 };
-constexpr size_t STACK_BYTES = 256 << 10;
-inline std::vector<Fibre> fibres;
-inline Fibre* self;
-inline ucontext_t scheduler;
-inline dim3 blockIdx, gridDim, blockDim;
-inline uint64_t progress;
-inline const char* failure;
-alignas(128) inline unsigned char cuda_arena[232448];
+extern Fibre* fibres;
+extern Fibre* self;
+extern dim3 blockIdx, gridDim, blockDim;
+extern const char* failure;
+alignas(128) extern unsigned char cuda_arena[232448];
 #define threadIdx (self->thread)
 #define __device__
 #define __global__
@@ -84,43 +69,32 @@ alignas(128) inline unsigned char cuda_arena[232448];
 #define __align__(n) alignas(n)
 #define __grid_constant__
 
-inline void pause_fibre() { swapcontext(&self->context, &scheduler); }
-
 // All of `count` fibres from `first` on meet at one place of the text; the last one runs `act` for all.
-inline void meet(int first, int count, int site, const std::function<void()>& act) {
-  self->waiting = true;
-  self->site = site;
-  bool all = true;
-  for (int i = first; i < first + count; i++) {
-    all = all && fibres[i].waiting && fibres[i].site == site;
-  }
-  progress++;
-  if (all) {
-    act();
-    for (int i = first; i < first + count; i++) fibres[i].waiting = false;
-    return;
-  }
-  while (self->waiting && !failure) pause_fibre();
-  if (failure) pause_fibre();
-}
+void meet(int first, int count, int site, void (*act)(const void*), const void* given);
 template <typename In, typename Out>
 Out together(int site, const In& given, void (*act)(const In*, Out*)) {
   static_assert(sizeof(In) <= 40 && sizeof(Out) <= 40);
   memcpy(self->given, &given, sizeof(In));
-  const int first = int(self->thread.x) / 32 * 32;
-  meet(first, 32, site, [&] {
+  struct Meeting {
+    int first;
+    void (*act)(const In*, Out*);
+  };
+  const Meeting meeting{int(self->thread.x) / 32 * 32, act};
+  auto exchange = [](const void* of) {
+    const Meeting& all = *static_cast<const Meeting*>(of);
     In in[32];
     Out out[32];
-    for (int i = 0; i < 32; i++) memcpy(&in[i], fibres[first + i].given, sizeof(In));
-    act(in, out);
-    for (int i = 0; i < 32; i++) memcpy(fibres[first + i].taken, &out[i], sizeof(Out));
-  });
+    for (int i = 0; i < 32; i++) memcpy(&in[i], fibres[all.first + i].given, sizeof(In));
+    all.act(in, out);
+    for (int i = 0; i < 32; i++) memcpy(fibres[all.first + i].taken, &out[i], sizeof(Out));
+  };
+  meet(meeting.first, 32, site, exchange, &meeting);
   Out out;
   memcpy(&out, self->taken, sizeof(Out));
   return out;
 }
-#define __syncthreads() meet(0, int(blockDim.x), __LINE__, [] {})
-#define __syncwarp() meet(int(threadIdx.x) / 32 * 32, 32, __LINE__, [] {})
+#define __syncthreads() meet(0, int(blockDim.x), __LINE__, nullptr, nullptr)
+#define __syncwarp() meet(int(threadIdx.x) / 32 * 32, 32, __LINE__, nullptr, nullptr)
 
 inline unsigned lane_of(const Fibre* fibre) { return fibre->thread.x & 31; }
 template <typename T>
@@ -138,7 +112,8 @@ T shuffled(T x, unsigned lane) {
 #define __shfl_xor_sync(mask, value, with) shuffled(value, lane_of(self) ^ (with))
 inline bool any_lane(bool x) {
   return together<bool, bool>(-2, x, [](const bool* in, bool* out) {
-    const bool any = std::any_of(in, in + 32, [](bool b) { return b; });
+    bool any = false;
+    for (int i = 0; i < 32; i++) any = any || in[i];
     for (int i = 0; i < 32; i++) out[i] = any;
   });
 }
@@ -255,103 +230,29 @@ inline void tq_load_matrices_transposed(unsigned* out, const void* row) {
   const Matrices loaded = together<uintptr_t, Matrices>(-7, uintptr_t(row), matrices<true>);
   memcpy(out, loaded.of, sizeof(loaded.of));
 }
+void copy_later(void* to, const void* from, int bytes);
+void copies_wait(int num_pending);
 template <int BYTES>
 void tq_copy(void* to, const void* from) {
-  if ((uintptr_t(to) | uintptr_t(from)) % BYTES) failure = "an asynchronous copy is not aligned";
-  self->open.push_back({to, from, BYTES});
+  copy_later(to, from, BYTES);
 }
-inline void tq_copies_end() {
-  self->groups.push_back(self->open);
-  self->open.clear();
-}
+void tq_copies_end();
 template <int PENDING>
 void tq_copies_wait() {
-  while (self->groups.size() > PENDING) {
-    for (const Copy& copy : self->groups.front()) memcpy(copy.to, copy.from, copy.bytes);
-    self->groups.erase(self->groups.begin());
-  }
+  copies_wait(PENDING);
 }
 
 inline unsigned tq_count(unsigned* counter) { return (*counter)++; }
 
-// Barriers of bulk copies: a word that counts completed phases; what was announced and what is under way beside it.
-struct Announced {
-  int expected = 0;
-  std::vector<Copy> copies;
-};
-inline std::map<uint64_t*, Announced> announced;
-inline void tq_barrier_open(uint64_t* barrier) {
-  *barrier = 0;
-  announced[barrier] = {};
-}
+void tq_barrier_open(uint64_t* barrier);
 inline void tq_barriers_opened() {}
-inline void tq_barrier_expect(uint64_t* barrier, unsigned bytes) {
-  if (!announced.count(barrier)) failure = "a barrier is used before it is opened";
-  if (announced[barrier].expected) failure = "a barrier's phase is announced twice";
-  announced[barrier].expected = int(bytes);
-}
-inline void tq_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
-  if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) failure = "a bulk copy is not aligned";
-  announced[barrier].copies.push_back({to, from, int(bytes)});
-}
-// Copies happen when a thread waits for their phase: earlier readers find what was there before.
-inline void tq_barrier_wait(uint64_t* barrier, int phase) {
-  for (int turns = 0; int(*barrier & 1) == phase; turns++) {
-    Announced& mine = announced[barrier];
-    int bytes = 0;
-    for (const Copy& copy : mine.copies) bytes += copy.bytes;
-    if (bytes && bytes == mine.expected) {
-      for (const Copy& copy : mine.copies) memcpy(copy.to, copy.from, copy.bytes);
-      mine = {};
-      ++*barrier;
-    } else {
-      if (turns > 1000) failure = "a barrier waits for other bytes than are copied";
-      pause_fibre();
-    }
-  }
-}
+void tq_barrier_expect(uint64_t* barrier, unsigned bytes);
+void tq_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
+void tq_barrier_wait(uint64_t* barrier, int phase);
 
 // Runs one block after the other; returns what went wrong, or null.
-inline const char* run_grid(dim3 grid, unsigned num_threads, const std::function<void()>& kernel) {
-  static std::function<void()> body;
-  body = kernel;
-  failure = nullptr;
-  gridDim = grid;
-  blockDim = {num_threads, 1, 1};
-  fibres = std::vector<Fibre>(num_threads);
-  struct Stacks {  // libraries stay loaded: what one keeps is kept for as long as the tests run
-    ~Stacks() { fibres = std::vector<Fibre>(); }
-  } stacks;
-  for (auto& fibre : fibres) fibre.stack.reset(new char[STACK_BYTES]);
-  for (unsigned block = 0; block < grid.x * grid.y * grid.z; block++) {
-    blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
-    memset(cuda_arena, 0xff, sizeof(cuda_arena));
-    announced.clear();
-    for (unsigned i = 0; i < num_threads; i++) {
-      Fibre& fibre = fibres[i];
-      fibre.thread = {i, 0, 0};
-      fibre.done = fibre.waiting = false;
-      fibre.groups.clear();
-      fibre.open.clear();
-      getcontext(&fibre.context);
-      fibre.context.uc_stack = {fibre.stack.get(), 0, STACK_BYTES};
-      fibre.context.uc_link = &scheduler;
-      makecontext(&fibre.context, [] { body(); self->done = true; progress++; }, 0);
-    }
-    for (bool busy = true; busy && !failure;) {
-      const uint64_t before = progress;
-      busy = false;
-      for (auto& fibre : fibres) {
-        if (fibre.done) continue;
-        busy = true;
-        self = &fibre;
-        swapcontext(&scheduler, &fibre.context);
-      }
-      bool moved = progress != before;
-      for (auto& fibre : fibres) moved = moved || (!fibre.done && !fibre.waiting);
-      if (busy && !moved && !failure) failure = "threads wait for others that never come";
-    }
-    if (failure) return failure;
-  }
-  return nullptr;
+const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*), const void* kernel);
+template <typename Kernel>
+const char* run_grid(dim3 grid, unsigned num_threads, const Kernel& kernel) {
+  return run_blocks(grid, num_threads, [](const void* of) { (*static_cast<const Kernel*>(of))(); }, &kernel);
 }

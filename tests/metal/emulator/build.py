@@ -84,6 +84,7 @@ def cpp_text(kernel: KernelText, folder: Path) -> str:
     return f'#include "metal_shim.h"\n{text}\n{_entry(kernel)}'
 
 
+@functools.lru_cache(maxsize=4)  # g++ and clang are given the same text, one right after the other
 def expanded_text(kernel: KernelText, folder: Path) -> str:
     """Header, signature and body after the preprocessor, with line marks, without attributes in brackets."""
     signature = kernel.full_source()[len(kernel.header) :]

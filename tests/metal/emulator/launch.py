@@ -179,7 +179,7 @@ def _given(value: Any, ensure_row_contiguous: bool) -> Given:
         data = np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,)).copy()
     else:
         data = np.ascontiguousarray(array).reshape(-1)
-    return Given(InputType(name, array.ndim, array.size), data, array.shape, strides)
+    return Given(InputType.of(name, array.ndim, array.size), data, array.shape, strides)
 
 
 def _check_counts(given: dict[str, Sequence[Any]], wanted: int) -> None:

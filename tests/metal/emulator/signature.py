@@ -56,15 +56,15 @@ TemplateValue = int | bool | str
 
 @dataclass(frozen=True)
 class InputType:
-    """What the signature depends on: an input's dtype name, its rank and its number of elements."""
+    """All of an input that the signature depends on, so that one text is compiled once, whatever its inputs' shapes."""
 
     dtype: str
-    ndim: int
-    num_elements: int
+    is_scalar: bool
+    is_constant: bool
 
-    @property
-    def is_constant(self) -> bool:
-        return self.num_elements < CONSTANT_BELOW
+    @classmethod
+    def of(cls, dtype: str, ndim: int, num_elements: int) -> "InputType":
+        return cls(dtype, ndim == 0, num_elements < CONSTANT_BELOW)
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class KernelText:
                 written = written.replace(unwanted, "_")
             name += "_" + written[:-1]
         for given in self.inputs:
-            mark = "s" if given.ndim == 0 else "c" if given.is_constant else ""
+            mark = "s" if given.is_scalar else "c" if given.is_constant else ""
             name += f"_{METAL_TYPES[given.dtype]}{mark}"
         return name + "".join(f"_{METAL_TYPES[dtype]}" for dtype in self.output_dtypes)
 
     def shape_parameters(self, index: int) -> list[tuple[str, str]]:
         """(suffix, parameter type) of what follows input `index` in the signature; nothing for 0-d inputs."""
-        if self.inputs[index].ndim == 0:
+        if self.inputs[index].is_scalar:
             return []
         name = self.input_names[index]
         kinds = {"shape": "int*", "strides": "int64_t*", "ndim": "int&"}
@@ -110,7 +110,7 @@ class KernelText:
         found = []
         for index, (name, given) in enumerate(zip(self.input_names, self.inputs, strict=True)):
             space = "constant" if given.is_constant else "device"
-            found.append(f"const {space} {METAL_TYPES[given.dtype]}{'&' if given.ndim == 0 else '*'} {name}")
+            found.append(f"const {space} {METAL_TYPES[given.dtype]}{'&' if given.is_scalar else '*'} {name}")
             found += [f"{kind} {name}_{suffix}" for suffix, kind in self.shape_parameters(index)]
         for name, dtype in zip(self.output_names, self.output_dtypes, strict=True):
             kind = f"atomic<{METAL_TYPES[dtype]}>" if self.atomic_outputs else METAL_TYPES[dtype]

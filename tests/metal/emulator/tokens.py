@@ -21,7 +21,7 @@ _PATTERN = re.compile(
 _MARKER = re.compile(r'#(?:line)? ?(\d+) "([^"]*)"')
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
     """`kind` is a group name of the pattern; `text` may be replaced, `file` and `line` say where it stood."""
 
@@ -40,16 +40,17 @@ class TokenText:
 
     def __post_init__(self) -> None:
         self.solid = [i for i, token in enumerate(self.tokens) if token.kind not in ("blank", "marker")]
+        self._solid_tokens = [self.tokens[i] for i in self.solid]
 
     def __len__(self) -> int:
         return len(self.solid)
 
     def __getitem__(self, index: int) -> Token:
-        return self.tokens[self.solid[index]]
+        return self._solid_tokens[index]
 
     def word(self, index: int) -> str:
         """The text of significant token `index`, "" beyond either end."""
-        return self[index].text if 0 <= index < len(self.solid) else ""
+        return self._solid_tokens[index].text if 0 <= index < len(self._solid_tokens) else ""
 
     def join(self) -> str:
         return "".join(token.text for token in self.tokens)
@@ -64,9 +65,8 @@ def _tokens(text: str) -> Iterator[Token]:
     for found in _PATTERN.finditer(text):
         kind, piece = str(found.lastgroup), found.group()
         yield Token(kind, piece, file, line)
-        marker = _MARKER.match(piece) if kind == "marker" else None
-        if marker:
+        if kind == "marker" and (marker := _MARKER.match(piece)):
             # The marker names the line that follows its own line end.
             file, line = marker.group(2), int(marker.group(1)) - 1
-        else:
+        elif kind in ("blank", "text"):
             line += piece.count("\n")
