@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.gpu import prefill_plan
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.flash import FlashKernels
@@ -121,6 +122,38 @@ def test_launches_and_calls_do_not_grow_with_rows(num_rows: int) -> None:
     assert alone[closing] == together[closing] == 3 * LAYERS, "pages of all rows are encoded in one launch a side"
     assert np.median(together_calls) == np.median(alone_calls)
     assert together_calls[closing] == alone_calls[closing] > np.median(alone_calls)
+
+
+def prefill_launches(lengths: list[int], *, begun: int = 0) -> list[str]:
+    """What a layer launches for a pass over so many tokens of each prompt, right-padded, after `begun` of them."""
+    launches = Launches()
+    (batch,) = made(len(lengths), launches, num_layers=1)
+    if begun:
+        step([batch], len(lengths), begun)
+    batch.prepare(lengths=lengths, right_padding=[max(lengths) - n for n in lengths])
+    launches.names.clear()
+    step([batch], len(lengths), max(lengths))
+    return [name.removeprefix("turboquant_").partition("_")[0] for name in launches.names]
+
+
+@pytest.mark.parametrize("begun", [0, 500])
+def test_launches_of_a_prefill_pass_do_not_grow_with_its_prompts(begun: int) -> None:
+    """Keys' histories, values' histories and attention are a launch each, whatever the prompts' lengths."""
+    alone = prefill_launches([240], begun=begun)
+    several = prefill_launches([240, 17], begun=begun)
+    many = prefill_launches([240, 17, 0, 300, 96, 1, 240, 200, 33], begun=begun)
+    assert many == several
+    assert many[-3:] == alone[-3:] == ["history", "history", "prefill"]
+    assert len(many) <= len(alone) + 4, "what of the windows is new and what was held, a launch a side each"
+
+
+def test_histories_of_one_pass_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that together are longer take launches of their own, as few as neighbours allow."""
+    monkeypatch.setattr(prefill_plan, "MAX_COLUMNS", 2000)
+    # a history has a sink, and the pass's own tokens twice: exact and, but for the last page's, decoded
+    attention = prefill_launches([240, 17, 0, 300, 900, 40, 0, 240, 200, 33])
+    assert attention.count("history") == 3 * 2, "240 .. 300, then 900 .. 0, then 240 .. 33"
+    assert attention.count("prefill") == 3
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

@@ -26,8 +26,6 @@ from turboquant_kv.backends.base import (
     Means,
     PageIds,
     PageWrites,
-    RowSpan,
-    SequenceView,
     StepPlan,
     StepRows,
 )
@@ -37,6 +35,7 @@ from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.gpu.step_plan import GpuStepPlan
@@ -249,10 +248,12 @@ class GpuStore(CanonicalStorage, LayerStore):
 
     # --- attention
 
-    def history(self, view: SequenceView, exact: ExactBuffers, table: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
-        num_tokens = len(view.page_ids) * self.fmt.page_tokens
-        turns = self._float_turns(len(view.page_ids))
+    def histories(self, group: PrefillGroup, exact: ExactBuffers, page_table: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys (rows, D) and values (rows, Dv) of the group's sequences, as PageKernels.history has them.
+
+        page_table (B, width) int32 of the whole step.
+        """
+        turns = self._float_turns(group.most_pages)
         decoded = []
         for side, arrays, constants, sink, window, turned in zip(
             self._sides, self._arrays, self._page_constants, exact[:2], exact[2:], (turns, None), strict=True
@@ -260,10 +261,10 @@ class GpuStore(CanonicalStorage, LayerStore):
             rows, self._fence = self._kernels.pages.history(
                 side,
                 (arrays.codes, arrays.scales) if arrays.num_pages else (_NO_CODES, _NO_SCALES),
-                table,
-                num_tokens,
-                _rows_of(view.sink, sink),
-                _rows_of(view.window, window),
+                page_table,
+                group,
+                sink,
+                window,
                 constants,
                 self._fence,
                 turned,
@@ -328,25 +329,30 @@ class GpuStore(CanonicalStorage, LayerStore):
         return (self._turns.floats(num_blocks),)
 
     def _prefill_attention(self, call: AttentionCall) -> mx.array:
-        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
-        outputs, shape, queries, plan = [], self.shape, call.queries, call.plan
+        """Histories in the model's dtype, for the time of one layer's attention, of all sequences that fit at once."""
+        shape, queries, plan = self.shape, call.queries, call.plan
         assert isinstance(plan, GpuStepPlan)
+        groups = plan.groups_for(self.fmt.page_tokens, shape.num_kv_heads)
+        if len(groups) == 1:
+            return self._attend_group(groups[0], queries, call, plan.page_table)
+        parts = [self._attend_group(one, queries[one.first : one.last], call, plan.page_table) for one in groups]
+        return mx.concatenate(parts)
+
+    def _attend_group(
+        self, group: PrefillGroup, queries: mx.array, call: AttentionCall, page_table: mx.array
+    ) -> mx.array:
+        """queries: the group's."""
+        shape = self.shape
+        if not group.num_columns:  # none of these prompts has tokens left
+            return mx.zeros((*queries.shape[:3], shape.v_dim), queries.dtype)
+        history = self.histories(group, call.exact, page_table)
         flash = FlashShape(
             *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
             *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype),
         )
-        for b, view in enumerate(call.views):
-            if view.num_queries == 0:
-                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
-                continue
-            table = plan.page_table if len(call.views) == 1 else plan.page_table[b : b + 1]
-            q, history = queries[b : b + 1], self.history(view, call.exact, table)
-            if self._kernels.flash.has_kernel(flash):
-                out = self._kernels.flash.attend(flash, q, history, view, scale=call.scale, sinks=call.sinks)
-            else:
-                out = masked_attention(q, history, view, self.fmt, scale=call.scale, sinks=call.sinks)
-            outputs.append(out)
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        if self._kernels.flash.has_kernel(flash):
+            return self._kernels.flash.attend(flash, queries, history, group, scale=call.scale, sinks=call.sinks)
+        return masked_attention(queries, history, group, self.fmt, scale=call.scale, sinks=call.sinks)
 
     def launch_for(self, queries: mx.array) -> DecodeLaunch:
         """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
@@ -364,11 +370,6 @@ PREFILL: dict[Dialect, str] = {
     "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
     "metal": "MLX's attention with a mask",
 }
-
-
-def _rows_of(span: RowSpan | None, rows: mx.array) -> tuple[mx.array, int, int]:
-    """The array, the first row in it and how many."""
-    return (rows, 0, 0) if span is None else (rows, span.first, span.num_rows)
 
 
 class GpuBackend(MlxBackend):
@@ -403,7 +404,7 @@ class GpuBackend(MlxBackend):
         dialect = self.kernels.dialect
         return (
             f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {dialect} kernels; "
-            f"prefill over one layer's decoded history at a time: {PREFILL[dialect]}; array masks: MLX operations"
+            f"prefill over one layer's decoded histories at a time: {PREFILL[dialect]}; array masks: MLX operations"
         )
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
