@@ -59,7 +59,7 @@ def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
         if variant == "simd" and not shape.has_simd:
             continue
         tuning = tuning_for(shape, variant, HOPPER)
-        text = decode_text("metal", shape, variant, tuning, False, num_rows == 1, None)
+        text = decode_text("metal", shape, variant, tuning, False, num_rows == 1, None, num_rows == 1)
         yield str(shape), text, tuning.threads, MAX_ESTIMATE.get(("decode", v_dim), MAX_REGISTERS)
 
 

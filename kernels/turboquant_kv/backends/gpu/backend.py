@@ -10,6 +10,7 @@ writes, so every launch on a layer's arrays gets the fence of the one before and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -121,10 +122,12 @@ class GpuStore(CanonicalStorage, LayerStore):
         if centred is not None and centred.rotary is not None:
             k_mean = centred.rotary.averaged(k_mean).astype(np.float32)
         self._turns, self._turning = turns, _turning(means, fmt)
+        self._is_balanced = means is not None and means.key_factors is not None
         v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
-        self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
+        balance = _balance(means, shape.dtype)
+        self._constants = _constants(k_rotation, True, k_mean, balance), _constants(v_rotation, False, v_mean)
         self._page_constants = (
             self._constants[0] if is_power_of_two(shape.k_dim) else _page_constants("k", fmt, k_mean),
             self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
@@ -272,6 +275,14 @@ class GpuStore(CanonicalStorage, LayerStore):
             decoded.append(rows)
         return decoded[0], decoded[1]
 
+    def balances(self, plan: StepPlan, queries: mx.array, mask: mx.array | None) -> bool:
+        """Where the attention kernel writes the new rows."""
+        return self._is_balanced and self._appends(plan, queries, mask)
+
+    def _appends(self, plan: StepPlan, queries: mx.array, mask: mx.array | None) -> bool:
+        """Whether a step's attention writes the new rows itself."""
+        return mask is None and plan.rows.is_decode and self.launch_for(queries).can_append
+
     def append_and_attend(
         self,
         plan: StepPlan,
@@ -284,12 +295,13 @@ class GpuStore(CanonicalStorage, LayerStore):
         sinks: mx.array | None,
     ) -> mx.array:
         """A decode step's attention writes the new rows itself."""
-        if mask is not None or not plan.rows.is_decode or not self.launch_for(queries).can_append:
+        if not self._appends(plan, queries, mask):
             return super().append_and_attend(plan, keys, values, queries, scale=scale, mask=mask, sinks=sinks)
         assert isinstance(plan, GpuStepPlan)
         if plan.rows.copies is not None or plan.rows.closed is not None:
             self._move(plan)
-        return self._decode_attention(AttentionCall(queries, plan, self.exact(), scale, None, sinks), (keys, values))
+        call = AttentionCall(queries, plan, self.exact(), scale, None, sinks)
+        return self._decode_attention(call, (keys, values), self.balances(plan, queries, mask))
 
     def attend(self, call: AttentionCall) -> mx.array:
         if call.mask is None and call.queries.shape[2] <= MAX_QUERY_ROWS:
@@ -301,13 +313,18 @@ class GpuStore(CanonicalStorage, LayerStore):
         mx.eval(out)  # before a later launch writes what it reads
         return out
 
-    def _decode_attention(self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None) -> mx.array:
-        """All sequences in one launch, codes read where they lie."""
+    def _decode_attention(
+        self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None, balanced: bool = False
+    ) -> mx.array:
+        """All sequences in one launch, codes read where they lie. new_rows, balanced: as DecodeLaunch.run has them."""
         launch, plan = self.launch_for(call.queries), call.plan
         assert isinstance(plan, GpuStepPlan)
         layer, launch_plan = self.layer_inputs(call.exact, plan, launch), plan.plan_for(launch, call.scale)
         out, self._fence = launch.run(
-            layer, call.queries, launch_plan, plan.page_table, new_rows=new_rows, sinks=call.sinks
+            *(layer, call.queries, launch_plan, plan.page_table),
+            new_rows=new_rows,
+            sinks=call.sinks,
+            balanced=balanced,
         )
         return out
 
@@ -437,8 +454,13 @@ class GpuBackend(MlxBackend):
         return self._table
 
 
-def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.NDArray[np.float32]) -> mx.array:
-    """A rotation as the kernels read it and a layer's means (H, D), flat.
+def _constants(
+    rotation: npt.NDArray[np.float32],
+    transpose: bool,
+    means: npt.NDArray[np.float32],
+    balance: Sequence[npt.NDArray[np.float32]] = (),
+) -> mx.array:
+    """A rotation as the kernels read it, a layer's means (H, D), and what keys and queries are multiplied by, flat.
 
     Of a power of two dims the first row is enough, sign / sqrt(D): a Sylvester matrix begins with ones.
     """
@@ -446,7 +468,15 @@ def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.ND
         rotation = rotation[0]
     elif transpose:
         rotation = rotation.T
-    return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
+    return mx.array(np.concatenate([x.reshape(-1) for x in (rotation, means, *balance)]).astype(np.float32))
+
+
+def _balance(means: Means | None, dtype: mx.Dtype) -> tuple[npt.NDArray[np.float32], ...]:
+    """What keys (H, D) and queries (H, D) of a balanced layer are multiplied by, rounded to the keys' type."""
+    if means is None or means.key_factors is None:
+        return ()
+    both = means.key_factors, 1 / means.key_factors
+    return tuple(np.array(mx.array(x.astype(np.float32)).astype(dtype).astype(mx.float32)) for x in both)
 
 
 def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32]) -> mx.array:
