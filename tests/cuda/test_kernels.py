@@ -11,6 +11,7 @@ import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.turboquant_kv.histories import (
     History,
+    check_balanced_decode,
     expected,
     feed,
     key_means,
@@ -225,6 +226,33 @@ def test_a_ragged_batch_is_the_references(rng: np.random.Generator) -> None:
     for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
         want = expected(history, q[b : b + 1], fmt, n, 0.125, None)
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
+
+
+BALANCED = [  # query heads, dims, codecs, page, dtype; on tensor cores but for 8 bits
+    (4, (128, 64), (4, 3), 64, mx.float16),
+    (16, (64, 64), ("4t", "3t"), 32, mx.bfloat16),
+    (2, (96, 80), (4, 4), 32, mx.bfloat16),
+    (6, (64, 128), (3, 4), 48, mx.float32),
+    (2, (64, 64), (8, 3), 16, mx.float16),
+]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("case", BALANCED)
+def test_keys_are_balanced_where_they_are_appended(
+    case: Any, turns: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_q, dims, bits, page, dtype = case
+    fmt = KVFormat(bits[0], bits[1], page_tokens=page, sink_tokens=4)
+    check_balanced_decode(rng, monkeypatch, fmt, num_q, dims, dtype, turns, 2 * TOLERANCE[dtype])
+
+
+def test_keys_are_balanced_in_two_launches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = DecodeKernels("cuda", cuda_kernel, Tuning(4, 16, 2, 128, blocks=20, fused=False))
+    backend = GpuBackend("cuda", kernels, BACKEND.kernels.pages, NO_FLASH)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=4)
+    check_balanced_decode(rng, monkeypatch, fmt, 4, (64, 64), mx.float16, False, 2 * TOLERANCE[mx.float16])
 
 
 CHUNKED = [(4, 3), (2, 8), ("3t", "2t"), ("4t", "3t")]  # codecs

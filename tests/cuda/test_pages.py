@@ -12,6 +12,7 @@ from tests.metal.emulator import metal_kernel
 from tests.turboquant_kv.histories import as_float64, random_rotary
 
 from turboquant_kv.backends.base import (
+    NO_SPAN,
     ExactBuffers,
     ExactRows,
     LayerShape,
@@ -59,7 +60,10 @@ def check_history(
     rng: np.random.Generator,
     turns: bool = False,
 ) -> None:
-    """Random pages between random exact rows: decoded as MLX operations do it, exact ones copied."""
+    """Random pages between random exact rows of several sequences: decoded as MLX operations do it, exact ones copied.
+
+    One has num_pages pages; the others have less or none, and one no query, and so no history.
+    """
     k_mean, v_mean = (rng.standard_normal((2, d)).astype(np.float32) for d in dims)
     means = Means(k_mean, v_mean, random_rotary(rng, dims[0]) if turns else None)
     storage: Any = backend.new_store(LayerShape(2, *dims, dtype), fmt, means)
@@ -67,23 +71,45 @@ def check_history(
     for arrays in storage._arrays:
         arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
         arrays._scales = mx.array(rng.uniform(0.05, 0.15, arrays.scales.shape).astype(np.float16))
-    page_ids = rng.permutation(num_pages + 2)[:num_pages]
-    num_sink, num_window, surplus = fmt.sink_tokens, int(rng.integers(0, 40)), int(rng.integers(1, 5))
-    held = exact_rows(rng, surplus + num_sink + num_window + surplus, dims, dtype)
-    sink = RowSpan(0, surplus, num_sink) if num_sink else None
-    window = RowSpan(0, surplus + num_sink, num_window) if num_window else None
-    view = SequenceView(0, 0, page_ids, sink, window)
-    plan = backend.prepare_step(StepRows([view]))
-    got = storage.history(view, ExactBuffers(*held, *held), plan.page_table)
-    rotated = CanonicalStorage.decode(storage, page_ids, 0)
-    for side, x, decoded in zip("kv", got, rotated, strict=True):
-        rows, behind = getattr(held, side), surplus + num_sink
-        want = mx.concatenate([rows[:, surplus:behind], decoded, rows[:, behind : behind + num_window]], axis=1)
-        assert (x.shape, x.dtype) == (want.shape, want.dtype)
-        tolerance = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
+    views, num_rows = [], int(rng.integers(1, 5))
+    for pages, num_queries in ((num_pages, 1), (int(rng.integers(0, num_pages + 1)), 3), (num_pages, 0), (0, 2)):
+        num_sink = fmt.sink_tokens if pages else int(rng.integers(0, fmt.sink_tokens + 1))
+        num_window = int(rng.integers(0, 40)) if pages else 1
+        sink = RowSpan(0, num_rows, num_sink) if num_sink else None
+        num_rows += num_sink + int(rng.integers(0, 3))
+        window = RowSpan(0, num_rows, num_window) if num_window else None
+        num_rows += num_window + int(rng.integers(0, 3))
+        views.append(SequenceView(0, num_queries, rng.permutation(num_pages + 2)[:pages], sink, window))
+    held = exact_rows(rng, num_rows, dims, dtype)
+    plan = backend.prepare_step(StepRows(views))
+    (group,) = plan.groups_for(fmt.page_tokens, 2)
+    got = storage.histories(group, ExactBuffers(*held, *held), plan.page_table)
+    first_row = 0
+    for view in views:
+        if view.num_queries:
+            first_row = check_rows(storage, view, held, got, first_row)
+    assert got[0].shape[0] == got[1].shape[0] == first_row
+
+
+def check_rows(
+    storage: Any, view: SequenceView, held: ExactRows, got: tuple[mx.array, mx.array], first_row: int
+) -> int:
+    """A sequence's history, of both heads, among all rows; where it ends."""
+    sink, window = view.sink or NO_SPAN, view.window or NO_SPAN
+    for i, (rows, all_rows) in enumerate(zip(held, got, strict=True)):
+        decoded = rows[:, :0]
+        if len(view.page_ids):
+            decoded = CanonicalStorage.decode(storage, view.page_ids, 0)[i]
+        first, last = (rows[:, span.first : span.first + span.num_rows] for span in (sink, window))
+        want = mx.concatenate([first, decoded, last], axis=1)
+        end = first_row + 2 * want.shape[1]
+        x = all_rows[first_row:end].reshape(want.shape)
+        assert x.dtype == want.dtype
+        tolerance = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}[want.dtype]
         np.testing.assert_allclose(as_float64(x), as_float64(want), rtol=tolerance, atol=tolerance)
-        exact = np.r_[:num_sink, num_sink + num_pages * fmt.page_tokens : want.shape[1]]
+        exact = np.r_[: sink.num_rows, sink.num_rows + decoded.shape[1] : want.shape[1]]
         assert np.array_equal(as_float64(x)[:, exact], as_float64(want)[:, exact])
+    return end
 
 
 DECODED = [  # dims of keys and values, bits, sink, pages, dtype; every dim and width is there

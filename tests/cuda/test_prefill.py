@@ -21,9 +21,10 @@ from tests.turboquant_kv.histories import (
     relative_error,
 )
 
-from turboquant_kv.backends.base import RowSpan, SequenceView
+from turboquant_kv.backends.base import RowSpan, SequenceView, StepRows
 from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu import flash as gpu_flash
+from turboquant_kv.backends.gpu import prefill_plan
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.cache import layer_cache as caches
@@ -105,6 +106,12 @@ def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queri
     )
 
 
+def alone(view: SequenceView, fmt: KVFormat, num_kv_heads: int) -> prefill_plan.PrefillGroup:
+    """A pass of this sequence only."""
+    (group,) = kernels.BACKEND.prepare_step(StepRows([view])).groups_for(fmt.page_tokens, num_kv_heads)
+    return group
+
+
 @pytest.mark.parametrize(
     ("sink", "page", "dim"), [(32, 64, 64), (32, 96, 128), (7, 16, 80), (70, 48, 64), (0, 64, 256)]
 )
@@ -134,7 +141,8 @@ def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: in
         num_rows = num_queries + 3
         shape = FlashShape(num_heads, num_heads, dim, dim, page, sink, mx.float16)
         q = mx.ones((1, num_heads, num_rows, dim), mx.float16)
-        out = FLASH.attend(shape, q, (mx.zeros_like(v), v), view, scale=0.5, sinks=None)
+        rows, group = v.reshape(-1, dim), alone(view, fmt, num_heads)
+        out = FLASH.attend(shape, q, (mx.zeros_like(rows), rows), group, scale=0.5, sinks=None)
         weights = as_float64(out)[0].transpose(1, 0, 2).reshape(num_rows, -1)
         assert not weights[:, len(position) :].any() and not weights[num_queries:].any()
         want = seen / seen.sum(axis=1, keepdims=True)
@@ -179,6 +187,39 @@ def test_rows_of_a_batch_past_their_queries_are_zeros(rng: np.random.Generator) 
         assert not mx.any(out[b, :, n:]).item()
 
 
+@pytest.mark.parametrize("bound", [60, 1 << 30])
+@pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[6], CASES[9], CASES[11], CASES[13]])
+def test_ragged_passes_are_the_references(
+    case: Any, bound: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of any lengths, some of none, in one launch or in several, over what earlier passes have left of each."""
+    num_q, num_kv, k_dim, v_dim, sink, page, codecs, dtype, _ = case
+    monkeypatch.setattr(prefill_plan, "MAX_COLUMNS", bound)
+    fmt = KVFormat(codecs[0], codecs[1], page_tokens=page, sink_tokens=sink)
+    histories = [History.random(rng, num_kv, 400, k_dim, v_dim, dtype) for _ in range(4)]
+    means = histories[0].means(rng, random_rotary(rng, k_dim))
+    source = new_cache(fmt, "gpu", means).source
+    batch = TurboQuantKVCache.merge([TurboQuantKVCache(source) for _ in histories])
+    begun = np.zeros(4, int)
+    for most in (30, 150, 40):
+        lengths = rng.integers(9, most, 4)
+        lengths[rng.integers(4)] = 0
+        longest = int(lengths.max())
+        batch.prepare(lengths=lengths.tolist(), right_padding=(longest - lengths).tolist())
+        q = mx.concatenate([random_queries(rng, num_q, longest, k_dim, dtype) for _ in histories])
+        news = [h.slice(n, n + longest) for h, n in zip(histories, begun.tolist(), strict=True)]
+        batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*news, strict=True)))
+        sinks = (rng.standard_normal(num_q) + 2).astype(np.float32) if rng.random() < 0.5 else None
+        out = batch.attend(q, scale=0.1, mask="causal", sinks=None if sinks is None else mx.array(sinks))
+        for b, (start, n) in enumerate(zip(begun.tolist(), lengths.tolist(), strict=True)):
+            seen = History(histories[b].k[:, : start + n], histories[b].v[:, : start + n], dtype)
+            if n:
+                want = expected(seen, q[b : b + 1, :, :n], fmt, start, 0.1, means, sinks=sinks)
+                assert relative_error(out[b : b + 1, :, :n], want) < TURNING_TOLERANCE[dtype]
+            assert not mx.any(out[b, :, n:]).item()
+        begun += lengths
+
+
 def test_large_scores_neither_overflow_nor_vanish(rng: np.random.Generator) -> None:
     """Peaks that rise from tile to tile by more than float32's exponent holds."""
     fmt = KVFormat(8, 8, page_tokens=64, sink_tokens=32)
@@ -198,9 +239,9 @@ def test_what_has_no_kernel_is_refused(rng: np.random.Generator) -> None:
     assert not FlashKernels("metal", cuda_kernel).has_kernel(shape)
     assert not FLASH.has_kernel(FlashShape(2, 1, 64, 64, 64, 32, mx.float32))
     assert not FLASH.has_kernel(FlashShape(2, 1, 512, 512, 64, 32, mx.float16))
-    view = random_view(rng, KVFormat(), 50, 20)
-    q, rows = mx.zeros((1, 2, 20, 64), mx.float16), mx.zeros((1, 70, 64), mx.float16)  # 32 and 38 exact rows
-    assert FLASH.attend(shape, q, (rows, rows), view, scale=1.0, sinks=None).shape == q.shape
-    for keys, scale in ((rows[:, 1:], 1.0), (rows.astype(mx.bfloat16), 1.0), (rows, -1.0)):
+    group = alone(random_view(rng, KVFormat(), 50, 20), KVFormat(), 1)
+    q, rows = mx.zeros((1, 2, 20, 64), mx.float16), mx.zeros((70, 64), mx.float16)  # 32 and 38 exact rows
+    assert FLASH.attend(shape, q, (rows, rows), group, scale=1.0, sinks=None).shape == q.shape
+    for keys, scale in ((rows[1:], 1.0), (rows.astype(mx.bfloat16), 1.0), (rows, -1.0)):
         with pytest.raises(UnsupportedFormatError):
-            FLASH.attend(shape, q, (keys, rows), view, scale=scale, sinks=None)
+            FLASH.attend(shape, q, (keys, rows), group, scale=scale, sinks=None)

@@ -11,6 +11,7 @@ import pytest
 from tests.metal.emulator import metal_kernel, run_metal
 from tests.turboquant_kv.histories import (
     History,
+    check_balanced_decode,
     expected,
     new_cache,
     random_queries,
@@ -179,6 +180,19 @@ def test_a_ragged_batch_equals_each_row_alone(num_q: int, rng: np.random.Generat
     for b, (history, n) in enumerate(zip(histories, lengths, strict=True)):
         want = expected(history, q[b : b + 1], fmt, n, 0.125, None)
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("dims", [(64, 128), (80, 64)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_are_balanced_where_they_are_appended(
+    variant: Variant, dims: tuple[int, int], turns: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = GpuBackend("metal", kernels(variant), BACKEND.kernels.pages)
+    monkeypatch.setattr(caches, "choose_backend", lambda name: backend)
+    fmt, dtype = KVFormat("4t", 3, page_tokens=32, sink_tokens=4), mx.bfloat16 if turns else mx.float16
+    # a code that rounding moves to its neighbour costs as much as on other devices
+    check_balanced_decode(rng, monkeypatch, fmt, 8, dims, dtype, turns, 2e-2)
 
 
 def test_wide_groups_take_matrices() -> None:

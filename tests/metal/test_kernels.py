@@ -126,6 +126,28 @@ def test_a_ragged_batch_equals_each_row_alone(rng: np.random.Generator) -> None:
         assert relative_error(out[b : b + 1], want) < TOLERANCE[mx.float16]
 
 
+def test_ragged_prompts_are_prefilled_in_one_pass(rng: np.random.Generator) -> None:
+    """Right-padded, one of them empty, over what each has: rows past a prompt's tokens are zeros."""
+    fmt = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
+    lengths = rng.permutation([[11, 40], [0, 75], [33, 0], [60, 30]])
+    histories = [History.random(rng, 2, 200, 64, dtype=mx.float16).steady(rng, fmt) for _ in lengths]
+    source = new_cache(fmt, "gpu").source
+    batch = TurboQuantKVCache.merge([TurboQuantKVCache(source) for _ in lengths])
+    for starts, news in zip((np.zeros(4, int), lengths[:, 0]), lengths.T, strict=True):
+        longest = int(news.max())
+        batch.prepare(lengths=news.tolist(), right_padding=(longest - news).tolist())
+        rows = [h.slice(n, n + longest) for h, n in zip(histories, starts.tolist(), strict=True)]
+        batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*rows, strict=True)))
+        q = mx.concatenate([random_queries(rng, 4, longest, 64, mx.float16) for _ in rows])
+        out = batch.attend(q, scale=0.125, mask="causal", sinks=None)
+        for b, (start, n) in enumerate(zip(starts.tolist(), news.tolist(), strict=True)):
+            seen = History(histories[b].k[:, : start + n], histories[b].v[:, : start + n], mx.float16)
+            if n:
+                want = expected(seen, q[b : b + 1, :, :n], fmt, start, 0.125, None)
+                assert relative_error(out[b : b + 1, :, :n], want) < TOLERANCE[mx.float16]
+            assert not mx.any(out[b, :, n:]).item()
+
+
 def test_long_histories_are_split_over_blocks(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """More parts than one, the last one short; many lanes of the combine kernel take part."""
     fmt = KVFormat(3, 4, page_tokens=16, sink_tokens=0)

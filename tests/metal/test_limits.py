@@ -19,6 +19,7 @@ from turboquant_kv.backends.gpu.figures import SequenceFigures, StepFigures, arr
 from turboquant_kv.backends.gpu.launch import FENCE, FENCE_SHAPE
 from turboquant_kv.backends.gpu.page_kernels import THREADS, PageKernels, Places, SideShape, encode_text, history_text
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
+from turboquant_kv.backends.gpu.prefill_plan import prefill_groups
 from turboquant_kv.backends.gpu.shape import DecodeShape, Variant
 from turboquant_kv.backends.gpu.source import KernelText
 from turboquant_kv.backends.gpu.variants import tuning_for
@@ -58,7 +59,7 @@ def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:
         if variant == "simd" and not shape.has_simd:
             continue
         tuning = tuning_for(shape, variant, HOPPER)
-        text = decode_text("metal", shape, variant, tuning, False, num_rows == 1, None)
+        text = decode_text("metal", shape, variant, tuning, False, num_rows == 1, None, num_rows == 1)
         yield str(shape), text, tuning.threads, MAX_ESTIMATE.get(("decode", v_dim), MAX_REGISTERS)
 
 
@@ -135,8 +136,10 @@ def test_the_reader_agrees_on_page_kernels(dim: int, trellis: bool) -> None:
     pages = Places.of(np.zeros((3, 1), np.int64))
     mx.eval(kernels.encode(side, mx.zeros((1, 16, dim)), pages, arrays, constants, FENCE))
     assert sizes(encode_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
-    none = mx.zeros((1, 8, dim)), 0, 0
-    mx.eval(kernels.history(side, arrays, mx.zeros((8,), mx.int32), 16, none, none, constants, FENCE))
+    words = np.array([SequenceFigures(0, 1, 1, 0, 0, 0, 0, 0)])
+    (group,) = prefill_groups(words, page_tokens=16, num_kv_heads=1, table_width=8)
+    none = mx.zeros((1, 8, dim))
+    mx.eval(kernels.history(side, arrays, mx.zeros((1, 8), mx.int32), group, none, none, constants, FENCE))
     assert sizes(history_text("metal", side)).threadgroup_bytes == last_report().threadgroup_bytes
 
 

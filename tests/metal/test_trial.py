@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,18 @@ def test_means_that_turn_are_judged_like_any_others(bias: float, rng: np.random.
     assert tried(emulated(decode=clock.watched), clock, case).outcome == "faster"
 
 
-def test_factors_of_keys_change_nothing_about_kernels(rng: np.random.Generator) -> None:
-    """Stores see keys that are multiplied already, and so do the means: long ones would else be off by far."""
+def test_balanced_keys_are_judged_as_the_kernels_see_them(rng: np.random.Generator) -> None:
+    """Means are of keys multiplied already: long ones would else be off by far. Forgotten factors are wrong."""
     rotary = Rotary(10000.0 ** (-np.arange(32) / 32), 1, 32, 1.0)
     k, v = (rng.standard_normal((1, 64)).astype(np.float32) for _ in "kv")
     factors = np.exp(rng.uniform(-3, 3, (1, 64))).astype(np.float32)
-    plain = Means(k * np.float32(300), v, rotary)
-    clocks = [Clock(-2e-5), Clock(-2e-5)]
-    verdicts = [
-        tried(emulated(decode=clock.watched), clock, Case(CASE.shape, SMALL, 2, means))
-        for clock, means in zip(clocks, (plain, replace(plain, key_factors=factors)), strict=True)
-    ]
-    assert verdicts[0].outcome == "faster" and verdicts[0].error == verdicts[1].error
+    clock, case = Clock(-2e-5), Case(CASE.shape, SMALL, 2, Means(k * np.float32(300), v, rotary, factors))
+    assert tried(emulated(decode=clock.watched), clock, case).outcome == "faster"
+
+    def forgetful(**text: Any) -> Any:
+        return metal_kernel(**{**text, "header": re.sub(r"\bBALANCED = (1|true)", "BALANCED = 0", text["header"])})
+
+    assert tried(emulated(decode=forgetful), case=case).outcome == "wrong"
 
 
 @pytest.mark.parametrize("factory", [broken_on_the_device, replacing("exp2", "exp2_of_nobody")])

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from turboquant_kv.backends.base import (
     Array,
     AttentionCall,
     Backend,
     ExactBuffers,
+    ExactRows,
     LayerStore,
     Means,
     PageWrites,
     SequenceView,
     StepRows,
 )
+from turboquant_kv.backends.gpu.backend import GpuStore
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import trellis_reference
 from turboquant_kv.codec.codebook import thresholds
@@ -206,6 +209,56 @@ def feed(
     cache.update_and_fetch(*history.slice(start, stop))
     mask = options.pop("mask", None if stop - start == 1 else "causal")
     return cache.attend(q, scale=scale, mask=mask, sinks=options.pop("sinks", None))
+
+
+def check_balanced_decode(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    fmt: KVFormat,
+    num_q_heads: int,
+    dims: tuple[int, int],
+    dtype: Any,
+    turns: bool,
+    tolerance: float,
+) -> None:
+    """Decode steps of two conversations whose keys are balanced, two KV heads, one of a page's end within them.
+
+    The kernel's multiplication gives the very outputs and exact rows that MLX's before the launch does.
+    """
+    factors = np.exp(rng.uniform(-1.5, 1.5, (2, dims[0])))
+    lengths = [fmt.page_start(1) - 2, int(rng.integers(1, fmt.page_start(2)))]
+    drawn = History.random(rng, 2, max(lengths) + 3, *dims, dtype)
+    means = drawn.means(rng, random_rotary(rng, dims[0]) if turns else None)
+    given = History(rounded(drawn.k / factors[:, None], dtype), drawn.v, dtype)
+    held = History(rounded(given.k * rounded(factors, dtype)[:, None], dtype), drawn.v, dtype)
+    queries = [mx.concatenate([random_queries(rng, num_q_heads, 1, dims[0], dtype) for _ in lengths]) for _ in range(3)]
+
+    def decoded() -> tuple[list[mx.array], ExactRows]:
+        source = new_cache(fmt, "gpu", replace(means, key_factors=factors.astype(np.float32))).source
+        rows = [TurboQuantKVCache(source) for _ in lengths]
+        for row, n in zip(rows, lengths, strict=True):
+            row.append(*given.slice(0, n))
+        batch, outputs = TurboQuantKVCache.merge(rows), []
+        for i, q in enumerate(queries):
+            news = [given.slice(n + i, n + i + 1) for n in lengths]
+            batch.update_and_fetch(*(mx.concatenate(list(side)) for side in zip(*news, strict=True)))
+            outputs.append(batch.attend(q, scale=0.1, mask=None, sinks=None))
+        assert source.pool is not None
+        return outputs, source.pool.stores[0].get_rows(0, source.pool.exact.num_rows)
+
+    by_kernel, rows = decoded()
+    with monkeypatch.context() as patched:
+        patched.setattr(GpuStore, "balances", lambda *_: False)
+        by_operations, known_rows = decoded()
+    for out, known in zip((*by_kernel, *rows), (*by_operations, *known_rows), strict=True):
+        assert mx.array_equal(out, known)
+    inverse: Floats = np.repeat(rounded(1 / factors, dtype), num_q_heads // 2, axis=0)[:, None]
+    for i, (out, q) in enumerate(zip(by_kernel, queries, strict=True)):
+        divided = mx.array((as_float64(q) * inverse).astype(np.float32)).astype(dtype)
+        for b, n in enumerate(lengths):
+            seen = History(held.k[:, : n + i + 1], held.v[:, : n + i + 1], dtype)
+            want = expected(seen, divided[b : b + 1], fmt, n + i, 0.1, means)
+            assert relative_error(out[b : b + 1], want) < tolerance
 
 
 def random_cuts(rng: np.random.Generator, num_tokens: int, num_chunks: int) -> list[int]:

@@ -13,14 +13,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.gpu import prefill_plan
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.flash import FlashKernels
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
+from turboquant_kv.cache.key_balance import KeyBalance
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
+from turboquant_kv.cache.protocol import LayerInput
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.codec.format import KVFormat
 
@@ -70,7 +73,9 @@ def step(batches: list[BatchTurboQuantKVCache], num_rows: int, num_new: int = 1)
     return calls
 
 
-def made(num_rows: int, launches: Launches, num_layers: int = LAYERS) -> list[BatchTurboQuantKVCache]:
+def made(
+    num_rows: int, launches: Launches, num_layers: int = LAYERS, means: Means | None = None
+) -> list[BatchTurboQuantKVCache]:
     """Layers of a batch of conversations of 40 tokens, which is a sink and eight rows of a tail."""
     backend = GpuBackend(
         "cuda",
@@ -78,7 +83,7 @@ def made(num_rows: int, launches: Launches, num_layers: int = LAYERS) -> list[Ba
         PageKernels("cuda", launches),
         FlashKernels("cuda", launches),
     )
-    pool = PagePool(backend, [SHAPE] * num_layers, FMT)
+    pool = PagePool(backend, [SHAPE] * num_layers, FMT, [means] * num_layers)
     sources = [LayerSource.of_pool(pool, layer) for layer in range(num_layers)]
     conversations = [PagedSequence(pool, range(num_layers)) for _ in range(num_rows)]
     batches = [
@@ -121,6 +126,56 @@ def test_launches_and_calls_do_not_grow_with_rows(num_rows: int) -> None:
     assert alone[closing] == together[closing] == 3 * LAYERS, "pages of all rows are encoded in one launch a side"
     assert np.median(together_calls) == np.median(alone_calls)
     assert together_calls[closing] == alone_calls[closing] > np.median(alone_calls)
+
+
+def prefill_launches(lengths: list[int], *, begun: int = 0) -> list[str]:
+    """What a layer launches for a pass over so many tokens of each prompt, right-padded, after `begun` of them."""
+    launches = Launches()
+    (batch,) = made(len(lengths), launches, num_layers=1)
+    if begun:
+        step([batch], len(lengths), begun)
+    batch.prepare(lengths=lengths, right_padding=[max(lengths) - n for n in lengths])
+    launches.names.clear()
+    step([batch], len(lengths), max(lengths))
+    return [name.removeprefix("turboquant_").partition("_")[0] for name in launches.names]
+
+
+@pytest.mark.parametrize("begun", [0, 500])
+def test_launches_of_a_prefill_pass_do_not_grow_with_its_prompts(begun: int) -> None:
+    """Keys' histories, values' histories and attention are a launch each, whatever the prompts' lengths."""
+    alone = prefill_launches([240], begun=begun)
+    several = prefill_launches([240, 17], begun=begun)
+    many = prefill_launches([240, 17, 0, 300, 96, 1, 240, 200, 33], begun=begun)
+    assert many == several
+    assert many[-3:] == alone[-3:] == ["history", "history", "prefill"]
+    assert len(many) <= len(alone) + 4, "what of the windows is new and what was held, a launch a side each"
+
+
+def test_histories_of_one_pass_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that together are longer take launches of their own, as few as neighbours allow."""
+    monkeypatch.setattr(prefill_plan, "MAX_COLUMNS", 2000)
+    # a history has a sink, and the pass's own tokens twice: exact and, but for the last page's, decoded
+    attention = prefill_launches([240, 17, 0, 300, 900, 40, 0, 240, 200, 33])
+    assert attention.count("history") == 3 * 2, "240 .. 300, then 900 .. 0, then 240 .. 33"
+    assert attention.count("prefill") == 3
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_decode_steps_balance_keys_within_their_launch(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other steps multiply before it: prompts, and steps of several tokens."""
+    multiplied: list[int] = []
+    multiply = KeyBalance.to_store
+
+    def seen(self: KeyBalance, step: LayerInput) -> LayerInput:
+        multiplied.append(step.keys.shape[2])
+        return multiply(self, step)
+
+    monkeypatch.setattr(KeyBalance, "to_store", seen)
+    nothing, factors = np.zeros((2, 64), np.float32), np.full((2, 64), 2, np.float32)
+    batches = made(num_rows, Launches(), num_layers=1, means=Means(nothing, nothing, None, factors))
+    for num_new in (1, 240, 1, 5, *[1] * 90):
+        step(batches, num_rows, num_new)
+    assert multiplied == [40, 240, 5]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

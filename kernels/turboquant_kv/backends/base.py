@@ -50,7 +50,8 @@ class Means:
 
     rotary: how keys turn with position; k is then the mean before that turn. None: k is the mean of keys as they are.
     key_factors: (H, D), what keys are multiplied by before a store sees them, and queries divided by
-    (cache/key_balance.py); k is of keys so multiplied, so backends need not know. None: as the model gives them.
+    (cache/key_balance.py); k is of keys so multiplied, so backends need not know, unless their stores do it themselves
+    (`LayerStore.balances`). None: as the model gives them.
     """
 
     k: npt.NDArray[np.float32]
@@ -323,6 +324,13 @@ class LayerStore(ABC):
     @abstractmethod
     def exact(self) -> ExactBuffers:
         """The layer's exact rows, for a step that appended nothing."""
+
+    def balances(self, plan: StepPlan, queries: mx.array, mask: mx.array | None) -> bool:
+        """Whether `append_and_attend` applies the layer's key factors to keys and queries itself in this step.
+
+        Else whoever calls it has applied them (cache/key_balance.py). queries (B, Hq, T, D).
+        """
+        return False
 
     def append_and_attend(
         self,

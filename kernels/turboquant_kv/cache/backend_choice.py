@@ -102,7 +102,8 @@ def cases_of(
     kinds: dict[_Kind, list[Means | None]] = {}
     for shape, fmt, mean, num_heads in zip(shapes, formats, means, num_q_heads, strict=True):
         turn = None if mean is None or mean.rotary is None else mean.rotary.fingerprint()
-        kind = _Kind(shape, fmt, num_heads or shape.num_kv_heads, mean is not None, turn)
+        is_balanced = mean is not None and mean.key_factors is not None
+        kind = _Kind(shape, fmt, num_heads or shape.num_kv_heads, mean is not None, turn, is_balanced)
         kinds.setdefault(kind, []).append(mean)
     cases = []
     for kind, found in kinds.items():
@@ -121,6 +122,7 @@ class _Kind(NamedTuple):
     num_q_heads: int
     has_means: bool
     turn: str | None  # fingerprint of how key means turn with position
+    is_balanced: bool  # keys against queries
 
 
 def _longest(means: Means | None) -> float:
@@ -162,6 +164,8 @@ def fingerprint_of(fused_name: str, cases: Sequence[Case], plan: Plan | None = N
         if case.means is not None:
             turn = "" if case.means.rotary is None else case.means.rotary.fingerprint()
             digest.update(turn.encode() + case.means.k.tobytes() + case.means.v.tobytes())
+            if case.means.key_factors is not None:
+                digest.update(b"balanced" + case.means.key_factors.tobytes())
     return digest.hexdigest()[:32]
 
 

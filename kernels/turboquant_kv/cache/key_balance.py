@@ -7,8 +7,8 @@ is least at f = sqrt(query size / key size). Both are averages over the pairs th
 p in attention counts p (1 - p), so neither tokens that nobody reads nor queries that stare at one token matter. Dims
 that turn together have one factor, so that factors and turns commute and hold at every position.
 
-Owns how factors are found and applied. Caches hold keys and exact rows so multiplied, and means do as well; backends
-know nothing of it.
+Owns how factors are found and applied. Caches hold keys and exact rows so multiplied, and means do as well. Backends
+know nothing of it, but for stores whose decode kernel does the multiplying (`LayerStore.balances`).
 """
 
 from __future__ import annotations

@@ -76,14 +76,14 @@ class CompressedCache(AttendingCache):
         if shape is None or not shape.fits(step.keys, step.values):
             shape = _geometry(step.keys, step.values)
         pool = self.source.get(shape)
-        balance = pool.balances[self.source.layer]
-        if balance is not None:
-            step = balance.to_store(step)
-        pool.backend.wait_for([step.queries, step.keys, step.values])
-        current = self._step(pool, shape, step.keys.shape[2])
         layer = self.source.layer
+        current = self._step(pool, shape, step.keys.shape[2])
+        store, balance = pool.stores[layer], pool.balances[layer]
         try:
-            out = pool.stores[layer].append_and_attend(
+            if balance is not None and not store.balances(current.plan, step.queries, step.array_mask):
+                step = balance.to_store(step)
+            pool.backend.wait_for([step.queries, step.keys, step.values])
+            out = store.append_and_attend(
                 current.plan,
                 step.keys,
                 step.values,

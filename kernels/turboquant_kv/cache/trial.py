@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -253,18 +253,38 @@ def _step_seconds(
 
 
 class _Drawn:
-    """Random tokens of a layer: keys and values with the layer's means, as its model's have them."""
+    """Random tokens of a layer: keys and values with the layer's means, as its model's have them.
+
+    What stores see of keys and queries is the same whether they are balanced or not.
+    """
 
     def __init__(self, case: Case, rng: np.random.Generator) -> None:
         self.case, self.rng = case, rng
-        longest = 0.0
+        longest, factors = 0.0, None
         if case.means is not None:
             longest = float(np.linalg.norm(case.means.k, axis=1).max())
+            factors = case.means.key_factors
+        self._factors = np.ones((case.shape.num_kv_heads, 1), np.float32) if factors is None else factors
         # Scores get a deviation of about 1, however long the mean is: a softmax of one key would hide all others.
         self.scale = 1 / float(np.sqrt(case.shape.k_dim + longest**2))
 
     def tokens(self, start: int, num_tokens: int, num_rows: int = 1) -> tuple[mx.array, mx.array, mx.array]:
-        """Keys (B, H, n, D), values (B, H, n, Dv) and queries (B, Hq, n, D) of the tokens at `start`."""
+        """The model's keys (B, H, n, D), values (B, H, n, Dv) and queries (B, Hq, n, D) of the tokens at `start`."""
+        k, v, q = self._as_stored(start, num_tokens, num_rows)
+        k /= self._factors[:, None]
+        q *= np.repeat(self._factors, q.shape[1] // k.shape[1], axis=0)[:, None]
+        keys, values, queries = (mx.array(x).astype(self.case.shape.dtype) for x in (k, v, q))
+        mx.eval(keys, values, queries)
+        return keys, values, queries
+
+    def rows(self, start: int, num_tokens: int) -> tuple[mx.array, mx.array]:
+        """Keys (H, n, D) and values (H, n, Dv) of the tokens at `start` as stores have them."""
+        k, v = (mx.array(x[0]).astype(self.case.shape.dtype) for x in self._as_stored(start, num_tokens)[:2])
+        mx.eval(k, v)
+        return k, v
+
+    def _as_stored(self, start: int, num_tokens: int, num_rows: int = 1) -> tuple[Any, Any, Any]:
+        """Keys, values and queries as stores see them, float32."""
         shape, means = self.case.shape, self.case.means
         k = self._normal(num_rows, shape.num_kv_heads, num_tokens, shape.k_dim)
         v = self._normal(num_rows, shape.num_kv_heads, num_tokens, shape.v_dim)
@@ -275,9 +295,7 @@ class _Drawn:
             k = k + rows[:, start - first * BLOCK_TOKENS :][:, :num_tokens]
             v = v + means.v[:, None]
         q = self._normal(num_rows, self.case.num_q_heads, num_tokens, shape.k_dim)
-        keys, values, queries = (mx.array(x).astype(shape.dtype) for x in (k, v, q))
-        mx.eval(keys, values, queries)
-        return keys, values, queries
+        return k, v, q
 
     def _normal(self, *shape: int) -> Any:
         return self.rng.standard_normal(shape, dtype=np.float32)
@@ -300,14 +318,12 @@ class _RandomHistory:
             return codes.reshape(-1, codes.shape[-1])[chosen], scales.reshape(-1)[chosen]
 
         keys, values = shuffled(pages.k_codes, pages.k_scales), shuffled(pages.v_codes, pages.v_scales)
-        tail_k, tail_v, _ = self.drawn.tokens(fmt.page_start(num_pages), TAIL_TOKENS)
-        return LayerContents(shape, self._short.sink, CanonicalPages(*keys, *values), (tail_k[0], tail_v[0]))
+        tail = self.drawn.rows(fmt.page_start(num_pages), TAIL_TOKENS)
+        return LayerContents(shape, self._short.sink, CanonicalPages(*keys, *values), tail)
 
 
 def _pool(case: Case, backend: Backend, num_layers: int) -> PagePool:
-    """Of keys as stores see them: their factors are the caches' business, and means are of keys multiplied already."""
-    means = None if case.means is None else replace(case.means, key_factors=None)
-    return PagePool(backend, [case.shape] * num_layers, case.fmt, [means] * num_layers)
+    return PagePool(backend, [case.shape] * num_layers, case.fmt, [case.means] * num_layers)
 
 
 def _layers(pool: PagePool, contents: LayerContents) -> list[TurboQuantKVCache]:

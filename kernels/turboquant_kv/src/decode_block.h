@@ -47,7 +47,9 @@ TQ_FN void tq_load_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ
   for (int i = int(place.tid); i < ROWS * D; i += THREADS) {
     const int row = i / D;
     float x = 0.0f;
-    if (tq_lives(work, row)) x = float(tq_query_row(inputs, work, row)[(i % D) * inputs.dim_stride]) * work.step.scale;
+    if (tq_lives(work, row)) {
+      x = float(tq_query_dim(inputs, work, tq_query_row(inputs, work, row), i % D)) * work.step.scale;
+    }
     q[i] = x;
   }
   TQ_BARRIER();

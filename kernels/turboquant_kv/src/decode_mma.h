@@ -11,7 +11,7 @@ TQ_FN void tq_mma_part(TqPlace place, TqDecodeInputs inputs, TqWork work, TqExac
   tq_start(rows);
   int num_busy;
   if (place.block_x == 0) {
-    if (APPENDS) tq_append(place, work, exact, given, THREADS);
+    if (APPENDS) tq_append(place, inputs, work, exact, given, THREADS);
     num_busy = tq_num_busy_exact(work);
     if (EXACT_MMA) tq_attend_exact(place, inputs, work, exact, arena, rows);
     else tq_attend_exact_plainly(place, inputs, work, exact, arena, rows);

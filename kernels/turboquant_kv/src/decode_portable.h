@@ -104,7 +104,7 @@ TQ_FN void tq_decode_portable(TqPlace place, TqDecodeInputs inputs, TqExactRows 
   TqRunning running;
   tq_start(running);
   if (place.block_x == 0) {
-    if (APPENDS) tq_append(place, work, exact, given, THREADS);
+    if (APPENDS) tq_append(place, inputs, work, exact, given, THREADS);
     tq_attend_exact(place, work, exact, shared.q, running);
   } else {
     tq_rotate_queries(place, inputs.k_constants, work.head, shared.q, shared.rows);

@@ -248,7 +248,7 @@ TQ_FN void tq_decode_simd(TqPlace place, TqDecodeInputs inputs, TqExactRows exac
   if (!tq_has_work(place, work)) return;
   tq_fill_pairs(place, shared);
   tq_load_queries(place, inputs, work, shared.q);
-  if (APPENDS && place.block_x == 0) tq_append(place, work, exact, given, THREADS);
+  if (APPENDS && place.block_x == 0) tq_append(place, inputs, work, exact, given, THREADS);
   if (place.block_x == 0) tq_exact_block(place, work, exact, shared);
   else tq_codes_block(place, inputs, work, shared);
   tq_write_part(place, work, shared.rows, parts);

@@ -49,18 +49,21 @@ TQ_FN TqPutFigures tq_put_figures(const TQ_DEVICE int* at) {
 }
 
 struct TqHistoryFigures {
+  int first_row;
+  int first_page_id;
   int num_columns;
   int num_sink;
   int num_tokens;
   int sink_first;
   int window_first;
 };
-TQ_CONSTANT int HISTORY_WORDS = 5;
+TQ_CONSTANT int HISTORY_WORDS = 7;
 TQ_FN TqHistoryFigures tq_history_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1], at[2], at[3], at[4]};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6]};
 }
 
 struct TqPrefillFigures {
+  int first_row;
   int q_start;
   int num_queries;
   int num_rows;
@@ -70,7 +73,7 @@ struct TqPrefillFigures {
   int num_window;
   float scale;
 };
-TQ_CONSTANT int PREFILL_WORDS = 8;
+TQ_CONSTANT int PREFILL_WORDS = 9;
 TQ_FN TqPrefillFigures tq_prefill_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], tq_as_float(at[7])};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], tq_as_float(at[8])};
 }

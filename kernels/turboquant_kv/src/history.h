@@ -1,13 +1,13 @@
-// One side of a sequence's history in the model's basis and dtype: sink rows as they are, pages decoded, window rows as
-// they are. Blocks: x ROUNDS times as many columns as PAGE_THREADS threads have vectors, y a head.
+// One side of sequences' histories in the model's basis and dtype: sink rows as they are, pages decoded, window rows as
+// they are. Blocks: x ROUNDS times as many columns as PAGE_THREADS threads have vectors, y a head, z a sequence.
 //
 //   columns  0 .. num_sink | .. + num_tokens | .. num_columns
 //   hold     sink          | pages, decoded  | window
 #pragma once
 #include "pages.h"
 
-// codes and scales of all pages; exact rows (HEADS, rows, D), strided; constants: signs / sqrt(D) (D,), then means
-// (HEADS, D).
+// codes and scales of all pages; page_ids: of all sequences, where TqHistoryFigures says; exact rows (HEADS, rows, D),
+// strided; constants: signs / sqrt(D) (D,), then means (HEADS, D).
 struct TqHistoryInputs {
   const TQ_DEVICE uchar* codes;
   const TQ_DEVICE Half* scales;
@@ -141,10 +141,15 @@ TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures 
   }
 }
 
-// history (HEADS, num_columns, D).
-TQ_FN void tq_history(TqPlace place, TqHistoryInputs inputs, TqHistoryFigures figures, TQ_DEVICE Exact* history,
+// all_figures: TqHistoryFigures of each sequence. history: rows of D, of each sequence (HEADS, num_columns) from its
+// first_row on.
+TQ_FN void tq_history(TqPlace place, TqHistoryInputs inputs, const TQ_DEVICE int* all_figures, TQ_DEVICE Exact* history,
                       TQ_SHARED TqHistoryShared& shared) {
+  const TqHistoryFigures figures = tq_history_figures(all_figures + place.block_z * HISTORY_WORDS);
   const int first = int(place.block_x) * VECTORS * ROUNDS;
+  if (first >= figures.num_columns) return;  // of a shorter sequence than the longest
+  inputs.page_ids += figures.first_page_id;
+  history += ulong(figures.first_row) * D;
   for (int i = int(place.tid); i < LEVELS; i += PAGE_THREADS) shared.book[i] = tq_book[i];
   TQ_BARRIER();
   if (first < figures.num_sink + figures.num_tokens && first + VECTORS * ROUNDS > figures.num_sink) {

@@ -14,7 +14,7 @@ TQ_FN void tq_load_raw_queries(TqPlace place, TqDecodeInputs inputs, TqWork work
   for (int i = int(place.tid); i < 8 * D; i += THREADS) {
     const int row = i / D, d = i % D;
     const bool lives = tq_lives(work, row);
-    out[row * Q_PITCH + d] = lives ? Exact(tq_query_row(inputs, work, row)[d * inputs.dim_stride]) : Exact(0.0f);
+    out[row * Q_PITCH + d] = lives ? Exact(tq_query_dim(inputs, work, tq_query_row(inputs, work, row), d)) : Exact(0.0f);
   }
   __syncthreads();
 }
@@ -100,7 +100,9 @@ TQ_FN void tq_score_plainly(TqPlace place, TqDecodeInputs inputs, TqWork work, T
       const Exact* key = tq_exact_row(exact.sink_k, exact.window_k, work, min(start + t, last));
       float dot = 0.0f;
       if (lives) {
-        for (int d = int(place.lane); d < D; d += 32) dot += float(key[d]) * float(query[d * inputs.dim_stride]);
+        for (int d = int(place.lane); d < D; d += 32) {
+          dot += float(key[d]) * float(tq_query_dim(inputs, work, query, d));
+        }
       }
       dot = tq_lane_sum(dot);
       const bool seen = lives && tq_sees_exact(work, tq_position_of(work, row), start + t);

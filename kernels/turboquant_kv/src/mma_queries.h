@@ -21,7 +21,7 @@ TQ_FN void tq_rotate_by_lanes(TqPlace place, TqDecodeInputs inputs, TqWork work,
     // Read before the plan is known; what does not live is dropped afterwards.
     const In* p = tq_query_row(inputs, work, row);
 #pragma unroll
-    for (int i = 0; i < PER; i++) x[i] = float(p[(place.lane * PER + i) * inputs.dim_stride]);
+    for (int i = 0; i < PER; i++) x[i] = float(tq_query_dim(inputs, work, p, int(place.lane) * PER + i));
     const bool lives = tq_lives(work, row);
 #pragma unroll
     for (int i = 0; i < PER; i++) x[i] = lives ? x[i] * work.step.scale : 0.0f;
@@ -48,7 +48,7 @@ TQ_FN void tq_rotate_by_matrix(TqPlace place, TqDecodeInputs inputs, TqWork work
   for (int i = int(place.tid); i < 8 * D; i += THREADS) {
     float x = 0.0f;
     if (tq_lives(work, i / D)) {
-      x = float(tq_query_row(inputs, work, i / D)[(i % D) * inputs.dim_stride]) * work.step.scale;
+      x = float(tq_query_dim(inputs, work, tq_query_row(inputs, work, i / D), i % D)) * work.step.scale;
     }
     plain[i] = x;
   }
@@ -87,8 +87,8 @@ TQ_FN void tq_turn_queries(TqPlace place, TqDecodeInputs inputs, TqWork work, uc
     if (pair < TURN_PAIRS && tq_lives(work, row)) {
       const In* q = tq_query_row(inputs, work, row);
       const int first = tq_first_dim(pair), second = tq_second_dim(pair);
-      made = tq_turned_pair(float(q[first * inputs.dim_stride]) * work.step.scale,
-                            float(q[second * inputs.dim_stride]) * work.step.scale, mean[first], mean[second]);
+      made = tq_turned_pair(float(tq_query_dim(inputs, work, q, first)) * work.step.scale,
+                            float(tq_query_dim(inputs, work, q, second)) * work.step.scale, mean[first], mean[second]);
     }
     __half* out = tq_shared_turned(arena) + row * TURN_PITCH + pair;
     tq_split_half(made.u, out);

@@ -11,8 +11,8 @@ constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_CHUNKS = D / 8, V_CHUNKS = DV / 8;  // pieces that a row has in memory
 
-// queries (heads, num_rows, D); keys (HEADS, num_columns, D) and values (HEADS, num_columns, DV) of the history; figures:
-// TqPrefillFigures; sinks (heads,).
+// queries (sequences, HEADS * G, num_rows, D); keys (rows, D) and values (rows, DV) of all histories, of each sequence
+// (HEADS, num_columns) from its first_row on; figures: TqPrefillFigures of each sequence; sinks (HEADS * G,).
 struct TqPrefillInputs {
   const In *queries, *keys, *values;
   const int* figures;
@@ -207,19 +207,22 @@ TQ_FN void tq_write(const TqSums& sums, TqLane at, int first, int num_queries, i
   }
 }
 
-// out (heads, num_rows, DV).
+// out (sequences, HEADS * G, num_rows, DV).
 TQ_FN void tq_prefill(TqPlace place, TqPrefillInputs inputs, In* out) {
   __shared__ TqWalk walk;  // here, because registers are scarce
   __shared__ int plain_until[WARPS];
   uchar* arena = tq_arena();
+  inputs.figures += place.block_z * PREFILL_WORDS;
   const TqPrefillFigures figures = tq_prefill_figures(inputs.figures);
   const int q_start = figures.q_start - SINK, head = int(place.block_y);
   const TqRun run = tq_run(place, q_start);
+  if (run.block_start - q_start >= figures.num_rows) return;  // another sequence's first run begins longer before its queries
+  const ulong first_row = (ulong(place.block_z) * (HEADS * G) + head) * figures.num_rows;  // of queries and output
   if (place.tid == 0) walk = tq_walk(inputs.figures, head, run.block_start);
   __syncthreads();
   if (place.lane == 0) plain_until[place.warp] = tq_plain_until(walk, inputs.figures, run.warp_start);
   __syncwarp();
-  tq_copy_queries(place, inputs.queries + head * figures.num_rows * D, run.block_start - q_start, figures.num_queries, arena);
+  tq_copy_queries(place, inputs.queries + first_row * D, run.block_start - q_start, figures.num_queries, arena);
 #pragma unroll
   for (int tile = 0; tile < STAGES - 1; tile++) {
     if (tile < walk.num_tiles) tq_copy_tile(inputs, walk, arena, tile, int(place.tid));
@@ -245,5 +248,5 @@ TQ_FN void tq_prefill(TqPlace place, TqPrefillInputs inputs, In* out) {
     tq_add_values(sums, p, tq_value_tile(arena, tile), addresses, place.lane);
   }
   tq_write(sums, at, run.warp_start - q_start, figures.num_queries, figures.num_rows, figures.scale,
-           inputs.sinks[head] * 1.4426950408889634f, out + head * figures.num_rows * DV);
+           inputs.sinks[head] * 1.4426950408889634f, out + first_row * DV);
 }

@@ -1,8 +1,8 @@
 // Which queries a prefill block has, which columns of the history they see, and in which tiles a block walks over them.
 //
-// Blocks: x a run of BLOCK_ROWS queries of one head, the last ones first because they see most; y a query head. Each warp
-// has WARP_ROWS of them, and a run begins at a multiple of WARP_ROWS behind the sink: a warp's lie in one page of 64, and
-// most tiles are seen by all of them or by none. Columns are walked in three sections:
+// Blocks: x a run of BLOCK_ROWS queries of one head, the last ones first because they see most; y a query head; z a
+// sequence. Each warp has WARP_ROWS of them, and a run begins at a multiple of WARP_ROWS behind the sink: a warp's lie in
+// one page of 64, and most tiles are seen by all of them or by none. Columns are walked in three sections:
 //
 //   columns  0 .. num_sink | .. + num_tokens   | .. num_columns
 //   hold     sink rows     | pages, decoded    | window, exact
@@ -56,7 +56,7 @@ TQ_FN int tq_last_of(const int* figures, int start, int rows) {
 }
 
 // Tiles of COLUMNS columns that the block walks: up to tokens_from in the sink, up to exact_from in pages, then in the
-// window. Sections begin at a tile: what one reads of the next is masked. first_row: of the KV head, in all heads' rows.
+// window. Sections begin at a tile: what one reads of the next is masked. first_row: of the KV head, in all rows.
 struct TqWalk {
   int tokens_from, exact_from, num_tiles, token_column, exact_column, num_columns, first_row;
 };
@@ -65,7 +65,7 @@ TQ_FN TqWalk tq_walk(const int* figures, int head, int block_start) {
   const int first = tq_first_of(figures, block_start), last = tq_last_of(figures, block_start, BLOCK_ROWS);
   const int num_columns = at.num_sink + at.num_tokens + at.num_window;
   const int exact_column = tq_window_column(figures, tq_page_start(max(0, first)));
-  TqWalk walk = {0, 0, 0, at.num_sink, exact_column, num_columns, head / G * num_columns};
+  TqWalk walk = {0, 0, 0, at.num_sink, exact_column, num_columns, at.first_row + head / G * num_columns};
   if (first <= last) {
     walk.tokens_from = (tq_high_of(figures, TQ_SINK, last) + COLUMNS - 1) / COLUMNS;
     walk.exact_from =

@@ -96,7 +96,7 @@ TQ_FN ulong tq_stats_of(TqWork work, ulong part) { return ulong(work.step.num_pa
 
 // What a decode kernel reads: queries (B, HEADS * G, QROWS, D), strided; page_table (B, table_width); pages
 // (P, HEADS, PAGE) of codes and scales; k_constants: what rotates queries, K_ROTATION values, then the keys' means
-// (HEADS, D); turns: of turning.h.
+// (HEADS, D), then what balance.h says; turns: of turning.h.
 struct TqDecodeInputs {
   const TQ_DEVICE In* queries;
   long sequence_stride, head_stride, query_stride, dim_stride;

@@ -10,6 +10,7 @@ writes, so every launch on a layer's arrays gets the fence of the one before and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -26,8 +27,6 @@ from turboquant_kv.backends.base import (
     Means,
     PageIds,
     PageWrites,
-    RowSpan,
-    SequenceView,
     StepPlan,
     StepRows,
 )
@@ -37,6 +36,7 @@ from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
 from turboquant_kv.backends.gpu.step_plan import GpuStepPlan
@@ -122,10 +122,12 @@ class GpuStore(CanonicalStorage, LayerStore):
         if centred is not None and centred.rotary is not None:
             k_mean = centred.rotary.averaged(k_mean).astype(np.float32)
         self._turns, self._turning = turns, _turning(means, fmt)
+        self._is_balanced = means is not None and means.key_factors is not None
         v_mean = np.zeros((heads, shape.v_dim), np.float32) if centred is None else centred.v
         k_rotation = rotation_matrix(shape.k_dim, fmt.rotation_seed, "k")
         v_rotation = rotation_matrix(shape.v_dim, fmt.rotation_seed, "v")
-        self._constants = _constants(k_rotation, True, k_mean), _constants(v_rotation, False, v_mean)
+        balance = _balance(means, shape.dtype)
+        self._constants = _constants(k_rotation, True, k_mean, balance), _constants(v_rotation, False, v_mean)
         self._page_constants = (
             self._constants[0] if is_power_of_two(shape.k_dim) else _page_constants("k", fmt, k_mean),
             self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
@@ -249,10 +251,12 @@ class GpuStore(CanonicalStorage, LayerStore):
 
     # --- attention
 
-    def history(self, view: SequenceView, exact: ExactBuffers, table: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values of a sequence, (H, columns, D): sink, its pages (in `table`, (1, width)) decoded, window."""
-        num_tokens = len(view.page_ids) * self.fmt.page_tokens
-        turns = self._float_turns(len(view.page_ids))
+    def histories(self, group: PrefillGroup, exact: ExactBuffers, page_table: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys (rows, D) and values (rows, Dv) of the group's sequences, as PageKernels.history has them.
+
+        page_table (B, width) int32 of the whole step.
+        """
+        turns = self._float_turns(group.most_pages)
         decoded = []
         for side, arrays, constants, sink, window, turned in zip(
             self._sides, self._arrays, self._page_constants, exact[:2], exact[2:], (turns, None), strict=True
@@ -260,16 +264,24 @@ class GpuStore(CanonicalStorage, LayerStore):
             rows, self._fence = self._kernels.pages.history(
                 side,
                 (arrays.codes, arrays.scales) if arrays.num_pages else (_NO_CODES, _NO_SCALES),
-                table,
-                num_tokens,
-                _rows_of(view.sink, sink),
-                _rows_of(view.window, window),
+                page_table,
+                group,
+                sink,
+                window,
                 constants,
                 self._fence,
                 turned,
             )
             decoded.append(rows)
         return decoded[0], decoded[1]
+
+    def balances(self, plan: StepPlan, queries: mx.array, mask: mx.array | None) -> bool:
+        """Where the attention kernel writes the new rows."""
+        return self._is_balanced and self._appends(plan, queries, mask)
+
+    def _appends(self, plan: StepPlan, queries: mx.array, mask: mx.array | None) -> bool:
+        """Whether a step's attention writes the new rows itself."""
+        return mask is None and plan.rows.is_decode and self.launch_for(queries).can_append
 
     def append_and_attend(
         self,
@@ -283,12 +295,13 @@ class GpuStore(CanonicalStorage, LayerStore):
         sinks: mx.array | None,
     ) -> mx.array:
         """A decode step's attention writes the new rows itself."""
-        if mask is not None or not plan.rows.is_decode or not self.launch_for(queries).can_append:
+        if not self._appends(plan, queries, mask):
             return super().append_and_attend(plan, keys, values, queries, scale=scale, mask=mask, sinks=sinks)
         assert isinstance(plan, GpuStepPlan)
         if plan.rows.copies is not None or plan.rows.closed is not None:
             self._move(plan)
-        return self._decode_attention(AttentionCall(queries, plan, self.exact(), scale, None, sinks), (keys, values))
+        call = AttentionCall(queries, plan, self.exact(), scale, None, sinks)
+        return self._decode_attention(call, (keys, values), self.balances(plan, queries, mask))
 
     def attend(self, call: AttentionCall) -> mx.array:
         if call.mask is None and call.queries.shape[2] <= MAX_QUERY_ROWS:
@@ -300,13 +313,18 @@ class GpuStore(CanonicalStorage, LayerStore):
         mx.eval(out)  # before a later launch writes what it reads
         return out
 
-    def _decode_attention(self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None) -> mx.array:
-        """All sequences in one launch, codes read where they lie."""
+    def _decode_attention(
+        self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None, balanced: bool = False
+    ) -> mx.array:
+        """All sequences in one launch, codes read where they lie. new_rows, balanced: as DecodeLaunch.run has them."""
         launch, plan = self.launch_for(call.queries), call.plan
         assert isinstance(plan, GpuStepPlan)
         layer, launch_plan = self.layer_inputs(call.exact, plan, launch), plan.plan_for(launch, call.scale)
         out, self._fence = launch.run(
-            layer, call.queries, launch_plan, plan.page_table, new_rows=new_rows, sinks=call.sinks
+            *(layer, call.queries, launch_plan, plan.page_table),
+            new_rows=new_rows,
+            sinks=call.sinks,
+            balanced=balanced,
         )
         return out
 
@@ -328,25 +346,30 @@ class GpuStore(CanonicalStorage, LayerStore):
         return (self._turns.floats(num_blocks),)
 
     def _prefill_attention(self, call: AttentionCall) -> mx.array:
-        """One sequence after the other: its history in the model's dtype, for the time of one layer's attention."""
-        outputs, shape, queries, plan = [], self.shape, call.queries, call.plan
+        """Histories in the model's dtype, for the time of one layer's attention, of all sequences that fit at once."""
+        shape, queries, plan = self.shape, call.queries, call.plan
         assert isinstance(plan, GpuStepPlan)
+        groups = plan.groups_for(self.fmt.page_tokens, shape.num_kv_heads)
+        if len(groups) == 1:
+            return self._attend_group(groups[0], queries, call, plan.page_table)
+        parts = [self._attend_group(one, queries[one.first : one.last], call, plan.page_table) for one in groups]
+        return mx.concatenate(parts)
+
+    def _attend_group(
+        self, group: PrefillGroup, queries: mx.array, call: AttentionCall, page_table: mx.array
+    ) -> mx.array:
+        """queries: the group's."""
+        shape = self.shape
+        if not group.num_columns:  # none of these prompts has tokens left
+            return mx.zeros((*queries.shape[:3], shape.v_dim), queries.dtype)
+        history = self.histories(group, call.exact, page_table)
         flash = FlashShape(
             *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
             *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype),
         )
-        for b, view in enumerate(call.views):
-            if view.num_queries == 0:
-                outputs.append(mx.zeros((1, queries.shape[1], queries.shape[2], shape.v_dim), queries.dtype))
-                continue
-            table = plan.page_table if len(call.views) == 1 else plan.page_table[b : b + 1]
-            q, history = queries[b : b + 1], self.history(view, call.exact, table)
-            if self._kernels.flash.has_kernel(flash):
-                out = self._kernels.flash.attend(flash, q, history, view, scale=call.scale, sinks=call.sinks)
-            else:
-                out = masked_attention(q, history, view, self.fmt, scale=call.scale, sinks=call.sinks)
-            outputs.append(out)
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        if self._kernels.flash.has_kernel(flash):
+            return self._kernels.flash.attend(flash, queries, history, group, scale=call.scale, sinks=call.sinks)
+        return masked_attention(queries, history, group, self.fmt, scale=call.scale, sinks=call.sinks)
 
     def launch_for(self, queries: mx.array) -> DecodeLaunch:
         """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
@@ -364,11 +387,6 @@ PREFILL: dict[Dialect, str] = {
     "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
     "metal": "MLX's attention with a mask",
 }
-
-
-def _rows_of(span: RowSpan | None, rows: mx.array) -> tuple[mx.array, int, int]:
-    """The array, the first row in it and how many."""
-    return (rows, 0, 0) if span is None else (rows, span.first, span.num_rows)
 
 
 class GpuBackend(MlxBackend):
@@ -403,7 +421,7 @@ class GpuBackend(MlxBackend):
         dialect = self.kernels.dialect
         return (
             f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {dialect} kernels; "
-            f"prefill over one layer's decoded history at a time: {PREFILL[dialect]}; array masks: MLX operations"
+            f"prefill over one layer's decoded histories at a time: {PREFILL[dialect]}; array masks: MLX operations"
         )
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:
@@ -436,8 +454,13 @@ class GpuBackend(MlxBackend):
         return self._table
 
 
-def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.NDArray[np.float32]) -> mx.array:
-    """A rotation as the kernels read it and a layer's means (H, D), flat.
+def _constants(
+    rotation: npt.NDArray[np.float32],
+    transpose: bool,
+    means: npt.NDArray[np.float32],
+    balance: Sequence[npt.NDArray[np.float32]] = (),
+) -> mx.array:
+    """A rotation as the kernels read it, a layer's means (H, D), and what keys and queries are multiplied by, flat.
 
     Of a power of two dims the first row is enough, sign / sqrt(D): a Sylvester matrix begins with ones.
     """
@@ -445,7 +468,15 @@ def _constants(rotation: npt.NDArray[np.float32], transpose: bool, means: npt.ND
         rotation = rotation[0]
     elif transpose:
         rotation = rotation.T
-    return mx.array(np.concatenate([rotation.reshape(-1), means.reshape(-1)]).astype(np.float32))
+    return mx.array(np.concatenate([x.reshape(-1) for x in (rotation, means, *balance)]).astype(np.float32))
+
+
+def _balance(means: Means | None, dtype: mx.Dtype) -> tuple[npt.NDArray[np.float32], ...]:
+    """What keys (H, D) and queries (H, D) of a balanced layer are multiplied by, rounded to the keys' type."""
+    if means is None or means.key_factors is None:
+        return ()
+    both = means.key_factors, 1 / means.key_factors
+    return tuple(np.array(mx.array(x.astype(np.float32)).astype(dtype).astype(mx.float32)) for x in both)
 
 
 def _page_constants(which: Which, fmt: KVFormat, means: npt.NDArray[np.float32]) -> mx.array:

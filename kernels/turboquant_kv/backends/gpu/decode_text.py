@@ -42,15 +42,19 @@ def decode_text(
     fused: bool,
     appends: bool,
     sink_dtype: mx.Dtype | None,
+    balanced: bool = False,
 ) -> KernelText:
     """The decode kernel of a shape. fused: the last block of a row group merges (mma). appends: it writes new rows.
+
+    balanced: it multiplies queries and new keys by the layer's factors.
 
     `fence` is not read: it orders the launch behind those that wrote pages and exact rows in place, and the output of
     that name orders the next ones behind this.
     """
     if variant == "mma":
-        return _mma_text(shape, tuning, fused, appends, sink_dtype)
-    constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps, "APPENDS": appends}
+        return _mma_text(shape, tuning, fused, appends, sink_dtype, balanced)
+    constants = {**_decode_constants(shape, variant, sink_dtype), "WARPS": tuning.warps}
+    constants |= {"APPENDS": appends, "BALANCED": balanced}
     if variant == "simd":
         constants["Piece"] = mx.float32 if shape.dtype == mx.float32 else mx.float16  # of a matrix's operands
     k_table, v_table = codec_table(shape.k_bits, shape.k_trellis), codec_table(shape.v_bits, shape.v_trellis)
@@ -67,13 +71,14 @@ def decode_text(
 
 
 def _mma_text(
-    shape: DecodeShape, tuning: Tuning, fused: bool, appends: bool, sink_dtype: mx.Dtype | None
+    shape: DecodeShape, tuning: Tuning, fused: bool, appends: bool, sink_dtype: mx.Dtype | None, balanced: bool
 ) -> KernelText:
     arena = decode_arena(shape, tuning)
     constants: Constants = {
         **_decode_constants(shape, "mma", sink_dtype),
         **{"WARPS": tuning.warps, "TILE": tuning.tile, "STAGES": tuning.stages, "PITCH": tuning.pitch},
-        **{"BULK": tuning.bulk, "EXACT_MMA": shape.has_exact_mma, "APPENDS": appends},
+        **{"BULK": tuning.bulk, "EXACT_MMA": shape.has_exact_mma},
+        **{"APPENDS": appends, "BALANCED": balanced},
         **arena.constants,
     }
     inputs, outputs = (FUSED_INPUTS, ("out", "parts")) if fused else (DECODE_INPUTS, ("parts",))

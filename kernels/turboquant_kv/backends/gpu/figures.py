@@ -78,8 +78,12 @@ class PutFigures(NamedTuple):
 
 
 class HistoryFigures(NamedTuple):
-    """A launch that writes a sequence's history: sink rows, decoded pages, window rows."""
+    """One sequence of a launch that writes histories: sink rows, decoded pages, window rows."""
 
+    first_row: int
+    """Where it begins among the rows of all histories."""
+    first_page_id: int
+    """Where its pages begin in the page table."""
     num_columns: int
     """All of them."""
     num_sink: int
@@ -93,8 +97,10 @@ class HistoryFigures(NamedTuple):
 
 
 class PrefillFigures(NamedTuple):
-    """A launch of prefill attention over such a history."""
+    """One sequence of a launch of prefill attention over such histories."""
 
+    first_row: int
+    """Where its history begins among the rows of all."""
     q_start: int
     """Position of the first query."""
     num_queries: int

@@ -1,21 +1,20 @@
-"""Prefill attention on CUDA's tensor cores over one layer's decoded history: no mask is read, positions decide.
+"""Prefill attention on CUDA's tensor cores over one layer's decoded histories: no mask is read, positions decide.
 
 FlashAttention-2 (arXiv 2307.08691, after 2205.14135) with this project's rule of who sees what (format.py), for 16-bit
-types and head dimensions up to MAX_DIM. Owns tile sizes, the kernel's text and its launch; the history itself is
+types and head dimensions up to MAX_DIM. Owns tile sizes, the kernel's text and its launch; the histories are
 page_kernels.py's, and what has no kernel here takes masked_prefill.py's mask.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
-from turboquant_kv.backends.base import SequenceView
 from turboquant_kv.backends.gpu.arena import prefill_arena
-from turboquant_kv.backends.gpu.figures import LOG2_E, PrefillFigures, array_of
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.source import (
     PLACE,
     Constants,
@@ -83,72 +82,48 @@ class FlashKernels:
         shape: FlashShape,
         queries: mx.array,
         history: tuple[mx.array, mx.array],
-        view: SequenceView,
+        group: PrefillGroup,
         *,
         scale: float,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attention of queries (1, Hq, T, D) at view.q_start; (1, Hq, T, Dv) in their dtype, zeros past num_queries.
+        """Attention of the group's queries (B, Hq, T, D): (B, Hq, T, Dv) in their dtype, zeros past each one's queries.
 
-        history: keys (Hkv, columns, D) and values (Hkv, columns, Dv), sink rows, the view's pages decoded, window rows.
-        scale is positive; sinks (Hq,) join the denominator. Raises UnsupportedFormatError for what has no kernel.
+        history: keys (rows, D) and values (rows, Dv) of all sequences, each where the group says. scale is positive;
+        sinks (Hq,) join the denominator. Raises UnsupportedFormatError for what has no kernel.
         """
-        num_heads, num_rows = queries.shape[1:3]
-        num_sink, num_tokens, num_window = self._sections(shape, view)
-        num_columns = num_sink + num_tokens + num_window
-        k_shape = (shape.num_kv_heads, num_columns, shape.k_dim)
-        v_shape = (shape.num_kv_heads, num_columns, shape.v_dim)
+        num_rows, batch = queries.shape[2], len(group.sequences)
+        k_shape, v_shape = (group.num_rows, shape.k_dim), (group.num_rows, shape.v_dim)
         if (
             not self.has_kernel(shape)
             or scale <= 0  # peaks are looked for before scores are scaled
-            or queries.shape != (1, shape.num_q_heads, num_rows, shape.k_dim)
+            or queries.shape != (batch, shape.num_q_heads, num_rows, shape.k_dim)
             or (history[0].shape, history[1].shape) != (k_shape, v_shape)
             or {queries.dtype, history[0].dtype, history[1].dtype} != {shape.dtype}
         ):
             raise UnsupportedFormatError(f"queries {queries.shape} over {history[0].shape} do not fit {shape}")
         # a run of rows begins at a multiple of a warp's behind the sink, up to warp_rows - 1 before the first query
-        num_blocks = -(-((view.q_start - shape.sink_tokens) % shape.warp_rows + num_rows) // shape.rows)
-        figures = PrefillFigures(
-            q_start=view.q_start,
-            num_queries=view.num_queries,
-            num_rows=num_rows,
-            num_sink=num_sink,
-            num_tokens=num_tokens,
-            window_start=0 if view.window is None else view.window.start,
-            num_window=num_window,
-            scale=scale * LOG2_E,
-        )
+        before = max((one.figures.q_start - shape.sink_tokens) % shape.warp_rows for one in group.sequences)
+        num_blocks = -(-(before + num_rows) // shape.rows)
         out: mx.array = self._kernel(shape)(
             inputs=[
                 queries,
                 *history,
-                _uploaded(figures),
-                _no_sinks(num_heads) if sinks is None else sinks.astype(mx.float32),
+                group.prefill_figures(num_rows, scale),
+                _no_sinks(shape.num_q_heads) if sinks is None else sinks.astype(mx.float32),
             ],
-            grid=(32 * WARPS * num_blocks, num_heads, 1),
+            grid=(32 * WARPS * num_blocks, shape.num_q_heads, batch),
             threadgroup=(32 * WARPS, 1, 1),
-            output_shapes=[(1, num_heads, num_rows, shape.v_dim)],
+            output_shapes=[(batch, shape.num_q_heads, num_rows, shape.v_dim)],
             output_dtypes=[shape.dtype],
         )[0]
         return out
-
-    def _sections(self, shape: FlashShape, view: SequenceView) -> tuple[int, int, int]:
-        """Columns of sink, decoded pages and window."""
-        num_sink = 0 if view.sink is None else view.sink.num_rows
-        num_window = 0 if view.window is None else view.window.num_rows
-        return num_sink, len(view.page_ids) * shape.page_tokens, num_window
 
     def _kernel(self, shape: FlashShape) -> Kernel:
         kernel = self._made.get(shape)
         if kernel is None:
             kernel = self._made[shape] = flash_text(shape).build(self._factory)
         return kernel
-
-
-@lru_cache(maxsize=16)
-def _uploaded(figures: PrefillFigures) -> mx.array:
-    """All layers of a step ask for the same ones."""
-    return array_of(figures)
 
 
 @cache
@@ -160,7 +135,8 @@ def flash_text(shape: FlashShape) -> KernelText:
     """The prefill kernel of a shape, in CUDA's dialect: src/prefill.h."""
     arena = prefill_arena(shape.k_dim, shape.v_dim, shape.rows, shape.columns, STAGES)
     constants: Constants = {
-        **{"D": shape.k_dim, "DV": shape.v_dim, "G": shape.num_q_heads // shape.num_kv_heads},
+        **{"D": shape.k_dim, "DV": shape.v_dim},
+        **{"HEADS": shape.num_kv_heads, "G": shape.num_q_heads // shape.num_kv_heads},
         **{"PAGE": shape.page_tokens, "SINK": shape.sink_tokens, "In": shape.dtype},
         **{"WARPS": WARPS, "STAGES": STAGES, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
         **arena.constants,

@@ -41,7 +41,8 @@ class LayerInputs(NamedTuple):
 
     pages: key codes and scales, value codes and scales. exact: sink keys and values, window keys and values, each
     (H, rows, D), of all sequences. k_constants: signs (D,), or the transposed rotation (D, D), then the means (H, D),
-    flat float32; v_constants: the same for values, the rotation not transposed. fence: of the launch before on these
+    flat float32, and where keys are balanced what keys (H, D) and queries (H, D) are multiplied by; v_constants: the
+    same for values, the rotation not transposed. fence: of the launch before on these
     arrays, FENCE for the first. turns: of keys whose mean turns, a table of angles (turns.py) as the variant reads it.
     """
 
@@ -104,7 +105,7 @@ class DecodeLaunch:
         self._dialect, self._shape, self._factory, self._counters = dialect, shape, factory, counters
         self._variant, self._tuning = variant, tuning
         self._fused = self._variant == "mma" and self._tuning.fused
-        self._kernels: dict[tuple[str, bool, mx.Dtype | None], Kernel] = {}
+        self._kernels: dict[tuple[str, bool, mx.Dtype | None, bool], Kernel] = {}
         # Blocks of one head's other query rows would read what one of them is writing.
         self.can_append = shape.num_rows == 1 and shape.num_chunks(variant) == 1
         self._threads = (self._tuning.threads, 1, 1)
@@ -140,16 +141,18 @@ class DecodeLaunch:
         *,
         new_rows: tuple[mx.array, mx.array] | None = None,
         sinks: mx.array | None = None,
+        balanced: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """The same by a plan, and the launch's fence. Raises UnsupportedFormatError for other shapes.
 
         new_rows: keys (B, H, 1, D) and values (B, H, 1, Dv), which are written where the sequences' exact rows end.
+        balanced: queries and new keys are the model's, and multiplied here by the layer's factors.
         """
         shape = self._shape
         if queries.shape != (plan.out_shape[0], shape.num_q_heads, shape.num_rows, shape.k_dim):
             raise UnsupportedFormatError(f"queries {queries.shape} do not fit {shape}")
         if not self._fused or plan.row_groups > MAX_ROW_GROUPS:
-            return self._twice(layer, queries, plan, page_table, new_rows, sinks)
+            return self._twice(layer, queries, plan, page_table, new_rows, sinks, balanced)
         # A list at once: this is the host's time of every layer and step.
         inputs = [
             *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence, layer.v_constants),
@@ -157,7 +160,7 @@ class DecodeLaunch:
         ]
         if sinks is not None:
             inputs.append(sinks)
-        out, _, fence = self._kernel("fused", new_rows is not None, None if sinks is None else sinks.dtype)(
+        out, _, fence = self._kernel("fused", new_rows is not None, None if sinks is None else sinks.dtype, balanced)(
             inputs=inputs,
             grid=plan.grid,
             threadgroup=self._threads,
@@ -174,9 +177,10 @@ class DecodeLaunch:
         page_table: mx.array,
         new_rows: tuple[mx.array, mx.array] | None,
         sinks: mx.array | None,
+        balanced: bool,
     ) -> tuple[mx.array, mx.array]:
         """Parts in one launch, their merge in another."""
-        parts, fence = self._kernel("decode", new_rows is not None, None)(
+        parts, fence = self._kernel("decode", new_rows is not None, None, balanced)(
             inputs=[
                 *(queries, plan.array, page_table, *layer.pages, layer.k_constants, layer.fence),
                 *(*layer.turns, *_exact(layer, new_rows)),
@@ -198,13 +202,14 @@ class DecodeLaunch:
         )[0]
         return out, fence
 
-    def _kernel(self, role: str, appends: bool, sink_dtype: mx.Dtype | None) -> Kernel:
-        kernel = self._kernels.get((role, appends, sink_dtype))
+    def _kernel(self, role: str, appends: bool, sink_dtype: mx.Dtype | None, balanced: bool = False) -> Kernel:
+        key = role, appends, sink_dtype, balanced
+        kernel = self._kernels.get(key)
         if kernel is None:
             arguments = self._dialect, self._shape, self._variant
             if role == "combine":
                 text = combine_text(*arguments, sink_dtype)
             else:
-                text = decode_text(*arguments, self._tuning, role == "fused", appends, sink_dtype)
-            kernel = self._kernels[role, appends, sink_dtype] = text.build(self._factory)
+                text = decode_text(*arguments, self._tuning, role == "fused", appends, sink_dtype, balanced)
+            kernel = self._kernels[key] = text.build(self._factory)
         return kernel

@@ -1,6 +1,6 @@
 """Prefill by MLX's attention, where flash.py has no kernel: format.py's rule of who sees what as an additive mask.
 
-The history's columns are sink rows, all pages' tokens decoded, then the window's exact rows: a query sees a page's
+A history's columns are sink rows, all pages' tokens decoded, then the window's exact rows: a query sees a page's
 decoded tokens from later pages on, and exact rows of its own page up to itself.
 """
 
@@ -10,40 +10,55 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from turboquant_kv.backends.base import SequenceView
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup, PrefillSequence
 from turboquant_kv.codec.format import KVFormat
 
 
 def masked_attention(
     queries: mx.array,
     history: tuple[mx.array, mx.array],
-    view: SequenceView,
+    group: PrefillGroup,
     fmt: KVFormat,
     *,
     scale: float,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Attention of queries (1, Hq, T, D) at view.q_start; (1, Hq, T, Dv) in their dtype, zeros past num_queries.
+    """Attention of the group's queries (B, Hq, T, D): (B, Hq, T, Dv) in their dtype, zeros past each one's queries.
 
-    history: keys (Hkv, columns, D) and values (Hkv, columns, Dv). sinks (Hq,) join the denominator.
+    history: keys (rows, D) and values (rows, Dv) of all sequences, each where the group says. sinks (Hq,) join the
+    denominator. Sequences are attended one after the other.
     """
-    num_rows, num_queries = queries.shape[2], view.num_queries
-    out = mx.fast.scaled_dot_product_attention(
-        queries[:, :, :num_queries],
-        history[0][None],
-        history[1][None],
-        scale=scale,
-        mask=prefill_mask(view, fmt, queries.dtype),
-        sinks=None if sinks is None else sinks.astype(queries.dtype),
-    )
-    return mx.pad(out, [(0, 0), (0, 0), (0, num_rows - num_queries), (0, 0)]) if num_queries < num_rows else out
+    if sinks is not None:
+        sinks = sinks.astype(queries.dtype)
+    outputs = []
+    for b, sequence in enumerate(group.sequences):
+        keys, values = (_heads_of(rows, group, sequence) for rows in history)
+        num_rows, num_queries = queries.shape[2], sequence.figures.num_queries
+        if not num_queries:
+            outputs.append(mx.zeros((1, *queries.shape[1:3], values.shape[3]), queries.dtype))
+            continue
+        out = mx.fast.scaled_dot_product_attention(
+            queries[b : b + 1, :, :num_queries],
+            *(keys, values),
+            scale=scale,
+            mask=prefill_mask(sequence, fmt, queries.dtype),
+            sinks=sinks,
+        )
+        short = num_queries < num_rows
+        outputs.append(mx.pad(out, [(0, 0), (0, 0), (0, num_rows - num_queries), (0, 0)]) if short else out)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
-def prefill_mask(view: SequenceView, fmt: KVFormat, dtype: mx.Dtype) -> mx.array:
+def _heads_of(rows: mx.array, group: PrefillGroup, sequence: PrefillSequence) -> mx.array:
+    """A sequence's history, (1, Hkv, columns, dims), of all rows (rows, dims)."""
+    own = rows if len(group.sequences) == 1 else rows[group.rows_of(sequence)]
+    return own.reshape(1, group.num_kv_heads, sequence.num_columns, rows.shape[1])
+
+
+def prefill_mask(sequence: PrefillSequence, fmt: KVFormat, dtype: mx.Dtype) -> mx.array:
     """(num_queries, columns): 0 where seen, the dtype's most negative value elsewhere."""
-    num_sink = 0 if view.sink is None else view.sink.num_rows
-    window = (0, 0) if view.window is None else (view.window.start, view.window.num_rows)
-    return _mask(view.q_start, view.num_queries, num_sink, len(view.page_ids), *window, fmt, dtype)
+    at = sequence.figures
+    return _mask(at.q_start, at.num_queries, at.num_sink, at.num_pages, at.window_start, at.num_window, fmt, dtype)
 
 
 @lru_cache(maxsize=2)  # all layers of a step ask for the same one

@@ -1,4 +1,4 @@
-"""Kernels over whole pages: encoding exact rows, and one side of a history decoded for prefill.
+"""Kernels over whole pages: encoding exact rows, and one side of histories decoded for prefill.
 
 Leaves the text's vocabulary to source.py and where results go to backend.py.
 """
@@ -18,11 +18,11 @@ from turboquant_kv.backends.gpu.figures import (
     MIN_ELEMENTS,
     AnyFigures,
     EncodeFigures,
-    HistoryFigures,
     PutFigures,
     array_of,
 )
 from turboquant_kv.backends.gpu.launch import FENCE_SHAPE
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.source import (
     PLACE,
     Constants,
@@ -175,35 +175,29 @@ class PageKernels:
         self,
         shape: SideShape,
         pages: tuple[mx.array, mx.array],
-        page_ids: mx.array,
-        num_tokens: int,
-        sink: tuple[mx.array, int, int],
-        window: tuple[mx.array, int, int],
+        page_table: mx.array,
+        group: PrefillGroup,
+        sink: mx.array,
+        window: mx.array,
         constants: mx.array,
         fence: mx.array,
         turns: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """(H, columns, D) in the exact rows' dtype: sink, decoded pages, window. And the launch's fence.
+        """Histories of the group's sequences, (rows, D) in the exact rows' dtype, and the launch's fence.
 
-        sink, window: an array of rows, the first one and how many. turns: as for `encode`; the pages are a
-        conversation's first ones.
+        Of each sequence (H, columns) rows: sink, decoded pages, window. page_table (B, width) int32 of the whole step.
+        sink, window: exact rows (H, rows, D), in which the group's figures say where each sequence's lie. turns: as for
+        `encode`; pages are the conversations' first ones.
         """
-        num_columns, block_columns = sink[2] + num_tokens + window[2], THREADS // shape.lanes * shape.rounds
-        figures = HistoryFigures(
-            num_columns=num_columns,
-            num_sink=sink[2],
-            num_tokens=num_tokens,
-            sink_first=sink[1],
-            window_first=window[1],
-        )
+        block_columns = THREADS // shape.lanes * shape.rounds
         history, made = self._kernel("history", shape)(
             inputs=[
-                *(*pages, page_ids, sink[0], window[0], _uploaded(figures), constants, fence),
+                *(*pages, page_table, sink, window, group.history_figures, constants, fence),
                 *(() if turns is None else (turns,)),
             ],
-            grid=(THREADS * -(-num_columns // block_columns), shape.num_heads, 1),
+            grid=(THREADS * -(-group.most_columns // block_columns), shape.num_heads, len(group.sequences)),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=[(shape.num_heads, num_columns, shape.dim), FENCE_SHAPE],
+            output_shapes=[(group.num_rows, shape.dim), FENCE_SHAPE],
             output_dtypes=[shape.dtype, mx.float32],
         )
         return history, made
@@ -240,7 +234,7 @@ def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
     source = (
         "TQ_SHARED_VARIABLE(TqHistoryShared, shared);\n"
         f"tq_history({PLACE[dialect]}, {{codes, scales, page_ids, {strided('sink', 3)}, {strided('window', 3)}, "
-        f"constants, {_turns(shape)}}}, tq_history_figures(figures), history, shared);\n"
+        f"constants, {_turns(shape)}}}, figures, history, shared);\n"
     )
     head = header_text(dialect, constants, tables, "history")
     return KernelText("history", _with_turns(HISTORY_INPUTS, shape), ("history", "fence_out"), source, head)

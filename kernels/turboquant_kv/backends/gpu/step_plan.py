@@ -16,6 +16,7 @@ from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeLaunch
 from turboquant_kv.backends.gpu.page_kernels import Places
 from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, Plan, PlanKey
+from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup, prefill_groups
 
 
 class GpuStepPlan(StepPlan):
@@ -34,6 +35,7 @@ class GpuStepPlan(StepPlan):
         if before is not None:
             before._before = None  # no chain of all steps
         self._plans: dict[tuple[int, float], Plan] = {}  # by launch and scale
+        self._groups: dict[tuple[int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens and KV heads
 
     @cached_property
     def figures(self) -> tuple[SequenceFigures, ...]:
@@ -55,6 +57,13 @@ class GpuStepPlan(StepPlan):
                 plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, NO_WINDOW))
             self._plans[key] = plan
         return plan
+
+    def groups_for(self, page_tokens: int, num_kv_heads: int) -> tuple[PrefillGroup, ...]:
+        """Sequences that share a prefill pass's launches; layers of one geometry share the groups."""
+        key = page_tokens, num_kv_heads
+        if key not in self._groups:
+            self._groups[key] = prefill_groups(self._words, *key, self.page_table.shape[1])
+        return self._groups[key]
 
     @cached_property
     def copies(self) -> Places:

@@ -1,0 +1,122 @@
+"""Which sequences of a prefill pass share launches, and what these are told; made once for all layers of a step.
+
+The histories of a group's sequences exist at once, one behind the other without padding: of each (H, columns) rows, its
+sink, its pages decoded, its window. Owns where each lies and the groups' bound; kernels are page_kernels.py's and
+flash.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.gpu.figures import LOG2_E, HistoryFigures, PrefillFigures, SequenceFigures, array_of
+
+# Columns of the histories of one group: as much memory as one conversation of 32K tokens takes in any case. One that is
+# longer is a group of its own.
+MAX_COLUMNS = 32768
+
+
+class PrefillSequence(NamedTuple):
+    """One sequence of a group."""
+
+    figures: SequenceFigures
+    num_tokens: int
+    """Compressed ones."""
+    first_column: int
+    """Columns of the group's histories before its own."""
+    num_columns: int
+    """0 of a sequence that has no query in this step."""
+
+
+class PrefillGroup:
+    """Sequences first .. last - 1 of a step."""
+
+    def __init__(self, first: int, sequences: Sequence[PrefillSequence], num_kv_heads: int, table_width: int) -> None:
+        """table_width: columns of the step's page table (B, width)."""
+        self.first, self.last = first, first + len(sequences)
+        self.sequences, self.num_kv_heads = sequences, num_kv_heads
+        self.num_columns = sum(one.num_columns for one in sequences)
+        self.most_columns = max(one.num_columns for one in sequences)
+        self.most_pages = max(one.figures.num_pages for one in sequences)
+        self._table_width = table_width
+        self._history_figures: mx.array | None = None
+        self._prefill_figures: dict[tuple[int, float], mx.array] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Of all histories and heads."""
+        return self.num_kv_heads * self.num_columns
+
+    def rows_of(self, sequence: PrefillSequence) -> slice:
+        """Among them."""
+        first = self.num_kv_heads * sequence.first_column
+        return slice(first, first + self.num_kv_heads * sequence.num_columns)
+
+    @property
+    def history_figures(self) -> mx.array:
+        """HistoryFigures of each sequence, flat; page ids are found in the whole step's table."""
+        if self._history_figures is None:
+            self._history_figures = array_of(
+                *(
+                    HistoryFigures(
+                        first_row=self.rows_of(one).start,
+                        first_page_id=(self.first + i) * self._table_width,
+                        num_columns=one.num_columns,
+                        num_sink=one.figures.num_sink,
+                        num_tokens=one.num_tokens,
+                        sink_first=one.figures.sink_offset,
+                        window_first=one.figures.window_offset,
+                    )
+                    for i, one in enumerate(self.sequences)
+                )
+            )
+        return self._history_figures
+
+    def prefill_figures(self, num_rows: int, scale: float) -> mx.array:
+        """PrefillFigures of each sequence, flat. num_rows: of queries and output, of each sequence and head."""
+        key = num_rows, scale
+        if key not in self._prefill_figures:
+            self._prefill_figures[key] = array_of(
+                *(
+                    PrefillFigures(
+                        first_row=self.rows_of(one).start,
+                        q_start=one.figures.q_start,
+                        num_queries=one.figures.num_queries,
+                        num_rows=num_rows,
+                        num_sink=one.figures.num_sink,
+                        num_tokens=one.num_tokens,
+                        window_start=one.figures.window_start,
+                        num_window=one.figures.num_window,
+                        scale=scale * LOG2_E,
+                    )
+                    for one in self.sequences
+                )
+            )
+        return self._prefill_figures[key]
+
+
+def prefill_groups(
+    words: npt.NDArray[np.int64], page_tokens: int, num_kv_heads: int, table_width: int
+) -> tuple[PrefillGroup, ...]:
+    """Neighbouring sequences as long as their histories have no more than MAX_COLUMNS columns in all.
+
+    words (B, SequenceFigures) of a step's sequences.
+    """
+    groups: list[PrefillGroup] = []
+    sequences: list[PrefillSequence] = []
+    for i, row in enumerate(words.tolist()):
+        figures = SequenceFigures(*row)
+        num_tokens = figures.num_pages * page_tokens if figures.num_queries else 0
+        num_columns = figures.num_sink + num_tokens + figures.num_window if figures.num_queries else 0
+        first_column = sequences[-1].first_column + sequences[-1].num_columns if sequences else 0
+        if sequences and first_column + num_columns > MAX_COLUMNS:
+            groups.append(PrefillGroup(i - len(sequences), sequences, num_kv_heads, table_width))
+            sequences, first_column = [], 0
+        sequences.append(PrefillSequence(figures, num_tokens, first_column, num_columns))
+    groups.append(PrefillGroup(len(words) - len(sequences), sequences, num_kv_heads, table_width))
+    return tuple(groups)
