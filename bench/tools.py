@@ -1,6 +1,6 @@
 """How well a model calls functions through a running server: 20 tasks, `auto` and `required`, temperature 0 and 1.
 
-    python bench/tools.py URL [--model NAME] [--key KEY] [--seeds 3] [--json FILE] [--verbose]
+    python bench/tools.py URL [--model NAME] [--key KEY] [--seeds 3] [--at-once 1] [--json FILE] [--verbose]
 
 Any server with OpenAI's chat completions will do. Of each choice and temperature the rows are:
 
@@ -28,9 +28,8 @@ import httpx
 import jsonschema
 from _rows import Row, add_json_option, print_rows, write_rows
 
-ASK_TIMEOUT_S = 600.0  # a slow machine may compute several answers at a time
+ASK_TIMEOUT_S = 1800.0  # a CPU that has other work as well
 MAX_TOKENS = 256
-NUM_AT_ONCE = 4
 TEXT_OF_A_CALL = re.compile(r'<tool_call>|"arguments"\s*:')
 
 
@@ -170,7 +169,9 @@ TASKS = (
         [READ_FILE, DELETE_FILE, TICKET],
         (("delete_file", {"path": "old/draft.md"}),),
     ),
-    Task("enum", "Switch off the light in the kitchen.", [LIGHT], (("set_light", {"room": "kitchen", "state": "off"}),)),
+    Task(
+        "enum", "Switch off the light in the kitchen.", [LIGHT], (("set_light", {"room": "kitchen", "state": "off"}),)
+    ),
     Task(
         "enum",
         'Create a ticket with the title "Login broken" and high priority.',
@@ -323,6 +324,7 @@ def main() -> None:
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--key", default="none")
     parser.add_argument("--seeds", type=int, default=3, help="answers to each task at temperature 1 [3]")
+    parser.add_argument("--at-once", type=int, default=1, help="requests at a time; more only helps a GPU [1]")
     parser.add_argument("--verbose", action="store_true", help="print every answer")
     add_json_option(parser)
     args = parser.parse_args()
@@ -334,11 +336,12 @@ def main() -> None:
             tasks = [task for task in TASKS if task.expected or choice == "auto"]
             for temperature, seeds in ((0.0, 1), (1.0, args.seeds)):
                 todo = [Asked(task, choice, temperature, seed) for task in tasks for seed in range(seeds)]
-                with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+                with ThreadPoolExecutor(args.at_once) as pool:
                     verdicts = list(pool.map(lambda asked: ask(client, model, asked, args.verbose), todo))
-                rows += rows_of(f"{choice}, T={temperature:g}", verdicts, 1.0 if choice == "required" else None)
-    print_rows(rows)
-    write_rows(args.json, rows)
+                new = rows_of(f"{choice}, T={temperature:g}", verdicts, 1.0 if choice == "required" else None)
+                print_rows(new)
+                rows += new
+                write_rows(args.json, rows)  # after each, so that an interrupted run leaves what it has
 
 
 if __name__ == "__main__":

@@ -283,6 +283,8 @@ def errors_are_typed(target: Target) -> None:
             except kind as exc:
                 assert (exc.param, exc.code) == (param, code), (exc.param, exc.code, exc)
                 assert exc.request_id, "no request id"
+                if code == "context_length_exceeded":  # LiteLLM and agents know the error by these words alone
+                    assert "maximum context length is" in exc.message and "prompt is too long" in exc.message, exc
             else:
                 raise AssertionError(f"no error for {options}")
 
