@@ -1,6 +1,7 @@
 """How well a model calls functions through a running server: 20 tasks, `auto` and `required`, temperature 0 and 1.
 
-    python bench/tools.py URL [--model NAME] [--key KEY] [--seeds 3] [--at-once 1] [--json FILE] [--verbose]
+    python bench/tools.py URL [--model NAME] [--key KEY] [--choices auto required] [--temperatures 0 1] [--seeds 3]
+                              [--at-once 1] [--json FILE] [--verbose]
 
 Any server with OpenAI's chat completions will do. Of each choice and temperature the rows are:
 
@@ -254,7 +255,7 @@ def _json_object(written: str) -> dict[str, Any] | None:
 
 
 def _fits(value: Any, schema: dict[str, Any]) -> bool:
-    return jsonschema.Draft202012Validator(schema).is_valid(value)
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(value))
 
 
 def _sorted_calls(calls: Iterable[Call]) -> list[str]:
@@ -323,7 +324,9 @@ def main() -> None:
     parser.add_argument("url", help="the server's address, without /v1")
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--key", default="none")
-    parser.add_argument("--seeds", type=int, default=3, help="answers to each task at temperature 1 [3]")
+    parser.add_argument("--choices", nargs="+", default=["auto", "required"], choices=["auto", "required"])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--seeds", type=int, default=3, help="answers to each task at temperatures above 0 [3]")
     parser.add_argument("--at-once", type=int, default=1, help="requests at a time; more only helps a GPU [1]")
     parser.add_argument("--verbose", action="store_true", help="print every answer")
     add_json_option(parser)
@@ -332,9 +335,10 @@ def main() -> None:
     with httpx.Client(base_url=args.url, headers=headers, timeout=ASK_TIMEOUT_S) as client:
         model = args.model or client.get("/v1/models").json()["data"][0]["id"]
         rows: list[Row] = []
-        for choice in ("auto", "required"):
+        for choice in args.choices:
             tasks = [task for task in TASKS if task.expected or choice == "auto"]
-            for temperature, seeds in ((0.0, 1), (1.0, args.seeds)):
+            for temperature in args.temperatures:
+                seeds = args.seeds if temperature else 1
                 todo = [Asked(task, choice, temperature, seed) for task in tasks for seed in range(seeds)]
                 with ThreadPoolExecutor(args.at_once) as pool:
                     verdicts = list(pool.map(lambda asked: ask(client, model, asked, args.verbose), todo))
