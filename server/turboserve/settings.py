@@ -121,9 +121,7 @@ class Settings(BaseSettings):
     sampling_defaults: Literal["model", "openai"] = "model"  # where a request says nothing: generation_config.json's
     max_running: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
-    grammar_timeout_s: Annotated[float, Field(gt=0)] = (
-        0.8  # a schema or grammar that takes longer to compile is refused
-    )
+    grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give

@@ -18,7 +18,7 @@ from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError
+from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError, row_indices
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.cache.step import BatchStep, Positions, step_for
 from turboquant_kv.codec.format import KVFormat
@@ -282,7 +282,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order; the others' memory is given back."""
-        indices = [int(i) for i in batch_indices]
+        indices = row_indices(batch_indices)
         kept = [self.sequences[i] for i in indices]
         for i, sequence in enumerate(self.sequences):
             if sequence is not None and i not in indices:

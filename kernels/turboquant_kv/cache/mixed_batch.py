@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
-from turboquant_kv.cache.protocol import BatchRows, LayerInput
+from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
 
 
 class PlainRows(BatchRows):
@@ -54,7 +54,7 @@ class PlainRows(BatchRows):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order."""
-        self.rows = [self.rows[int(i)] for i in batch_indices]
+        self.rows = [self.rows[i] for i in row_indices(batch_indices)]
 
     def extract(self, idx: int) -> KVCache:
         """Row `idx` as a single cache; arrays are shared until one of the two is written."""
@@ -193,7 +193,7 @@ class MixedBatchCache(BatchRows):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order; the others' memory is given back."""
-        kept = [self.places[int(i)] for i in batch_indices]
+        kept = [self.places[i] for i in row_indices(batch_indices)]
         self.places, self._split = [], None
         by_group: dict[int, int] = {}
         for group, _ in kept:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 
 class UnsupportedModelError(RuntimeError):
@@ -195,6 +196,13 @@ class BatchRows(AttendingCache):
         if surplus:
             self._cut_rows(surplus)
         return n
+
+
+def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:
+    """Of `filter`, as integers; an array is read once, for each element read by itself is a computation of its own."""
+    if isinstance(batch_indices, mx.array):
+        return [int(i) for i in np.array(batch_indices)]
+    return [int(i) for i in batch_indices]
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask for the same ones

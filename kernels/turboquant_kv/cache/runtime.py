@@ -129,6 +129,13 @@ class KVRuntime:
         """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, rings included."""
         return self.token_raw_bytes + sum(state.token_bytes for state in self.layers.states)
 
+    @property
+    def tail_bytes(self) -> float:
+        """Most bytes of one conversation's exact rows behind its pages, in all layers."""
+        if self.fmt is None:
+            return 0.0
+        return float(2 * self.fmt.page_tokens * self.compressed_raw_bytes(1))
+
     def make_cache(self) -> list[Any]:
         """One empty single-conversation cache per layer."""
         caches = make_prompt_cache(self._model)

@@ -29,7 +29,7 @@ EXPECTED = (TurboServeError, HTTPException, RequestValidationError, ClientDiscon
 
 
 async def answer_exception(request: Request, exc: Exception) -> Response:
-    """The envelope for any exception: Anthropic's on its routes, else OpenAI's.
+    """The envelope for any exception: Anthropic's and Ollama's on their routes, else OpenAI's.
 
     A client that left while it was sending gets 499, which only the log and the metrics read. Of a bug the
     caller is told where to look, and nothing else; the log has its traceback.
@@ -49,13 +49,21 @@ async def answer_exception(request: Request, exc: Exception) -> Response:
     return _written(error, request)
 
 
+def speaks_ollama(path: str) -> bool:
+    """Whether the routes at this path, known or not, are Ollama's."""
+    return path.startswith("/api/")
+
+
 def _written(error: TurboServeError, request: Request, headers: Mapping[str, str] | None = None) -> Response:
-    response = error_response(error, headers)
-    if not speaks_anthropic(request.scope["path"]):
+    response, path = error_response(error, headers), request.scope["path"]
+    if speaks_anthropic(path):
+        body, status = anthropic_envelope(error, request.scope["state"]["request_id"]), anthropic_status(error)
+    elif speaks_ollama(path):
+        body, status = {"error": error.message}, error.status
+    else:
         return response
-    body = dump(anthropic_envelope(error, request.scope["state"]["request_id"]))
     kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
-    return Response(body, anthropic_status(error), kept, JSON_TYPE)
+    return Response(dump(body), status, kept, JSON_TYPE)
 
 
 def _of_the_router(exc: HTTPException, method: str) -> TurboServeError:

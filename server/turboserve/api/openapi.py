@@ -23,6 +23,7 @@ from turboserve import __version__
 from turboserve.api.anthropic_errors import OVERLOADED_STATUS, anthropic_status, speaks_anthropic
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.docs_page import docs_page
+from turboserve.api.exception_replies import speaks_ollama
 from turboserve.api.frontdoor import OPEN_PATHS
 from turboserve.api.parameters import IGNORED_HEADER, undeclared_properties
 from turboserve.api.reply_models import AnthropicError, ChatCompletionChunk, ErrorEnvelope
@@ -61,13 +62,16 @@ HEADERS: dict[int, Json] = {
 }
 
 
-def failures(*errors: type[TurboServeError]) -> dict[int | str, Json]:
-    """`responses` of a route that raises these errors beside those that any route can give."""
+def failures(*errors: type[TurboServeError], shape: type[BaseModel] = ErrorEnvelope) -> dict[int | str, Json]:
+    """`responses` of a route that raises these errors beside those that any route can give; `shape`: as it writes them.
+
+    `exception_replies.py` writes them so.
+    """
     by_status: defaultdict[int, list[str]] = defaultdict(list)
     for error in (*EVERYWHERE, *errors):
         by_status[error.status].append(f"`{error.code}`")
     return {
-        status: {"model": ErrorEnvelope, "description": ", ".join(codes), "headers": HEADERS.get(status, {})}
+        status: {"model": shape, "description": ", ".join(codes), "headers": HEADERS.get(status, {})}
         for status, codes in sorted(by_status.items())
     }
 
@@ -153,7 +157,7 @@ class ApiDescription:
             for operation in operations.values():
                 operation["responses"].pop("422", None)  # FastAPI's own; `failures` says what a bad query gets
                 if self._needs_key and path not in OPEN_PATHS:
-                    _ask_for_key(operation, AnthropicError if speaks_anthropic(path) else ErrorEnvelope)
+                    _ask_for_key(operation, _error_name(path))
         return document
 
     @cached_property
@@ -189,9 +193,16 @@ def _schemas(replies: Json, shapes: Iterable[Shape]) -> Json:
     return dict(sorted(schemas.items()))
 
 
-def _ask_for_key(operation: Json, error: type[BaseModel]) -> None:
+def _error_name(path: str) -> str:
+    """Of the shape in which the routes at this path write errors."""
+    if speaks_ollama(path):
+        return "OllamaError"
+    return (AnthropicError if speaks_anthropic(path) else ErrorEnvelope).__name__
+
+
+def _ask_for_key(operation: Json, error_name: str) -> None:
     status = AuthenticationError.status
-    envelope = {"schema": {"$ref": REF.format(model=error.__name__)}}
+    envelope = {"schema": {"$ref": REF.format(model=error_name)}}
     operation["security"] = [{"key": []}, {"header": []}]
     operation["responses"][str(status)] = {
         "description": f"`{AuthenticationError.code}`",

@@ -25,6 +25,7 @@ from turboserve.api.embedding_routes import embedding_router
 from turboserve.api.kv_replies import kv_statistics, session_list, session_object
 from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
 from turboserve.api.model_routes import models_router
+from turboserve.api.ollama.routes import ollama_router
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header
 from turboserve.api.replies import JSON_TYPE, ChatReplies, system_fingerprint
@@ -235,7 +236,7 @@ async def docs(request: Request) -> Response:
     return HTMLResponse(request.app.state.description.page, headers=headers)
 
 
-for further in (text_router, models_router, embedding_router):
+for further in (text_router, models_router, embedding_router, ollama_router):
     router.routes.extend(further.routes)
 
 ROUTES = [

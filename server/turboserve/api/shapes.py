@@ -5,6 +5,7 @@ from __future__ import annotations
 from turboserve.api.completion_body import CompletionBody
 from turboserve.api.completion_models import CompletionChunk
 from turboserve.api.embedding_routes import EmbeddingBody
+from turboserve.api.ollama.bodies import GenerateBody, OllamaChatBody, ShowBody
 from turboserve.api.openapi import Shape
 from turboserve.api.text_bodies import DetokenizeBody, TokenizeBody
 
@@ -12,6 +13,9 @@ SHAPES: tuple[Shape, ...] = (
     (CompletionBody, "validation"),
     (CompletionChunk, "serialization"),
     (EmbeddingBody, "validation"),
+    (OllamaChatBody, "validation"),
+    (GenerateBody, "validation"),
+    (ShowBody, "validation"),
     (TokenizeBody, "validation"),
     (DetokenizeBody, "validation"),
 )

@@ -106,6 +106,7 @@ def serve_command(
     ] = None,
     max_running: Annotated[Text, Option(help="Requests decoded together [32].")] = None,
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
+    grammar_timeout_s: Annotated[Text, Option(help="Seconds a constraint may take to compile [0.7].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
     strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,
     template_kwargs: Annotated[

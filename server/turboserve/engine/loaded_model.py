@@ -66,6 +66,11 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
         """Bytes of one token of a prompt's chunk while it is being read: exact in every layer."""
         ...
 
+    @property
+    def tail_bytes(self) -> float:
+        """Most bytes of one conversation's exact rows behind its pages."""
+        ...
+
     def totals(self) -> KVBytes:
         """Bytes of all conversations in compressed layers; what they share counts once."""
         ...

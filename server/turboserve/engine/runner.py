@@ -197,8 +197,10 @@ class Runner:
         if self._sampler is not None:
             self._sampler.keep(keep)
         if keep:
+            indices = mx.array(keep)  # as mlx-lm's own caches take them
+            mx.eval(indices)
             for cache in self._batch():
-                cache.filter(mx.array(keep))
+                cache.filter(indices)
         else:
             self._forget_batch()
 

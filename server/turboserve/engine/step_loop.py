@@ -120,9 +120,15 @@ class StepLoop:
 
     @property
     def scratch_bytes(self) -> int:
-        """The most that one step may hold beside the budget: chunks of prompts, exact, and what is being written."""
-        chunk = self.prefill_tokens * self._parts.runtime.chunk_token_bytes
-        chunk += self.embeddings.num_cached_tokens * self._parts.runtime.token_raw_bytes
+        """The most that one step may hold beside the budget: chunks of prompts, exact, and what is being written.
+
+        A pass over several prompts begins with copies of their tails, so that one that fails leaves them as they were.
+        """
+        runtime = self._parts.runtime
+        chunk = self.prefill_tokens * runtime.chunk_token_bytes
+        chunk += self.embeddings.num_cached_tokens * runtime.token_raw_bytes
+        if self.runner.can_prefill_together:
+            chunk += min(self._settings.max_running, self.prefill_tokens) * runtime.tail_bytes
         return int(chunk) + (DEFAULT_PENDING_BYTES if self._memory.has_disk else 0)
 
     def check_integrity(self) -> None:

@@ -57,6 +57,12 @@ class Contract:
         declared = content[media_type]
         if media_type == "application/json":
             self.validate(declared["schema"], reply.json())
+        elif media_type == "application/x-ndjson":
+            for line in reply.text.splitlines():
+                schema = (
+                    {"$ref": "#/components/schemas/OllamaError"} if '"error"' in line else declared["x-event-schema"]
+                )
+                self.validate(schema, json.loads(line))
         elif media_type == "text/event-stream":
             for event in _events(reply.text):
                 is_envelope = "error" in event and "type" not in event  # other streams declare their error events

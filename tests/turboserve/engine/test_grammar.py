@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tests.turboserve.engine.schemas import FIXED, Schema, random_schemas
 
+from turboserve.engine.grammar import rule as rule_module
 from turboserve.engine.grammar.compiler import Compiler
 from turboserve.engine.grammar.rule import GrammarRule
 from turboserve.engine.grammar.source import MAX_TEXT_BYTES, embedded_schema
@@ -46,7 +48,9 @@ def tokenizer() -> Any:
 
 @cache
 def compiler() -> Compiler:
-    return Compiler(Vocabulary(tokenizer(), VOCAB, {END}))
+    one = Compiler(Vocabulary(tokenizer(), VOCAB, {END}))
+    atexit.register(one.close)
+    return one
 
 
 @cache
@@ -343,3 +347,22 @@ def test_no_number_outside_its_bounds() -> None:
                     num_checked += 1
                     check(schema, number)
     assert num_checked > 100
+
+
+def test_a_rule_that_is_slow_token_after_token_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_module, "SLOW_S", -1.0)
+    rule = compiled("regex", "a{100}")
+    token = tokenizer().encode("a")[0]
+    for _ in range(rule_module.MAX_SLOW_TOKENS):
+        rule.accept(token)
+    with pytest.raises(InvalidRequestError, match="too much work for each token"):
+        rule.accept(token)
+
+
+def test_what_a_rule_allows_is_what_it_accepts() -> None:
+    rule = compiled("choice", '["a"]')
+    with pytest.raises(InvalidRequestError, match="any further"):
+        rule.accept(tokenizer().encode("b")[0])
+    assert not rule.is_complete
+    with pytest.raises(InvalidRequestError, match="any further"):
+        allowed_by(rule)

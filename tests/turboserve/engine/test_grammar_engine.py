@@ -7,7 +7,6 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -100,9 +99,9 @@ def test_an_answer_without_room_ends_by_length(engine: TurboEngine) -> None:
 
 def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
     """Each is refused in time, or begins to be answered, while a free stream's tokens keep coming."""
-    free = submit(engine, None, max_tokens=3000, ignore_eos=True)
+    free = submit(engine, None, max_tokens=3000, ignore_eos=True, skip_special_tokens=False)
     hard = hard_constraints()
-    num_refused = 0
+    num_refused = num_long = 0
     for name in (
         "300 patterns of names",
         "multiples of a large prime",
@@ -115,11 +114,13 @@ def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
         if isinstance(sink.events[-1], Failed):
             num_refused += 1
             assert isinstance(sink.error, InvalidRequestError) and sink.error.param == "response_format"
-            assert time.monotonic() - began_s < 5.0  # of 0.8; bench/structured.py measures it on a quiet machine
-    gaps = [later - earlier for earlier, later in pairwise(free.times_s)]
+        ended_s = time.monotonic()
+        if ended_s - began_s > 0.3:  # bench/structured.py measures gaps on a quiet machine
+            num_long += 1
+            assert sum(began_s < t < ended_s for t in free.times_s) >= 2
     engine.cancel(free.request_id)
     assert free.ended.wait(TIMEOUT_S)
-    assert num_refused >= 2 and len(gaps) > 10 and max(gaps) < 1.0
+    assert num_refused >= 2 and num_long >= 2
 
 
 def test_what_becomes_too_much_work_fails_alone(engine: TurboEngine) -> None:

@@ -204,3 +204,24 @@ def test_the_embedded_model_answers_many_prompts_as_it_answers_each(tmp_path: Pa
     alone = [run(make_loop(parts, prefill_chunk_tokens=256), replace(one, tenant="alone"))[0] for one in requests]
     # a tie between two words may fall either way for one of them (ties.py)
     assert sum(a.text == b.text for a, b in zip(together, alone, strict=True)) >= 3
+
+
+def test_copies_of_tails_in_a_pass_are_part_of_what_a_step_may_hold(model: Any, rng: np.random.Generator) -> None:
+    """Continued conversations bring tails, which a pass over several of them holds twice."""
+    parts = make_parts(model, fmt=FORMATS[1])
+    loop = make_loop(parts, prefill_chunk_tokens=32)
+    openings = [prompt(rng, 60 + i) for i in range(8)]
+    run(loop, *(request(f"a{i}", text, max_tokens=1) for i, text in enumerate(openings)))
+    peaks: list[tuple[int, float]] = []
+    pass_over = loop.runner._runtime.evaluate
+
+    def measured(caches: list[Any]) -> None:
+        pass_over(caches)
+        held = sum(g.lease.reserved_bytes for g in loop.requests.running if g.lease is not None)
+        peaks.append((parts.runtime.totals().total - held, loop.prefill_tokens * parts.runtime.chunk_token_bytes))
+
+    loop.runner._runtime.evaluate = measured  # type: ignore[method-assign]
+    run(loop, *(request(f"b{i}", text + text_of([1, 2]), max_tokens=1) for i, text in enumerate(openings)))
+    beside = max(beside for beside, _ in peaks)
+    assert max(beside - chunk for beside, chunk in peaks) > 0, "no pass has copied a tail: the test shows nothing"
+    assert beside <= loop.scratch_bytes

@@ -18,8 +18,9 @@ from turboserve.messages import Constraint
 # What one mask may take is bounded by work, not by time: llguidance cannot be interrupted. These come to some 10 ms
 # with 150,000 tokens; ordinary schemas need a hundredth of it.
 LIMITS: dict[str, Any] = {
+    "max_items_in_row": 5_000,  # an object of 1,000 optional properties has 4,000
     "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
+    "step_lexer_fuel": 200_000,  # a choice among 20,000 words needs more than half of it
     "step_max_items": 30_000,
     "max_lexer_states": 50_000,  # of about 2 kB each
     "max_grammar_size": 200_000,
