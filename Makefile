@@ -1,5 +1,6 @@
 # make serve   install into .venv when needed, then serve (PORT, MODEL, EXTRA, ARGS)
 # make test    install with the test tools, then run the tests (ARGS; JOBS=0 in one process)
+# make clients run foreign clients, each in an environment of its own, against a server (ARGS="--only llm" one of them)
 # make lint    ruff, mypy --strict and the import contracts
 # make sanitize  the native kernels' tests under the address, undefined-behaviour and thread sanitizers
 # make emulate   the NEON kernels against the portable ones under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
@@ -22,7 +23,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native
 BASE_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: serve test lint sanitize emulate clean
+.PHONY: serve test clients lint sanitize emulate clean
 
 serve: $(BASE_STAMP)
 	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
@@ -31,6 +32,9 @@ serve: $(BASE_STAMP)
 SPREAD := --numprocesses=$(JOBS) --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test: $(DEV_STAMP)
 	@$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+clients: $(DEV_STAMP)
+	@$(BIN)/python -m tests.clients.run $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -77,9 +77,10 @@ def answer_limit(prompt_len: int, max_tokens: int | None, max_context: int) -> i
     """Most tokens the answer may have. Raises ContextLengthError when not one fits behind the prompt."""
     room = max_context - prompt_len
     if room < 1:
+        # LiteLLM, coding agents and others know this error by OpenAI's and Anthropic's words in it.
         raise ContextLengthError(
-            f"The prompt has {prompt_len:,} tokens, but this model's context holds {max_context:,} tokens "
-            "including the answer. Shorten the messages.",
+            f"The prompt is too long: this model's maximum context length is {max_context:,} tokens including the "
+            f"answer, and the prompt has {prompt_len:,}. Shorten the messages.",
             param="messages",
         )
     return room if max_tokens is None else min(max_tokens, room)
