@@ -28,7 +28,7 @@ class Person(BaseModel):
     age: int
 
 
-@tool
+@tool  # type: ignore[untyped-decorator]  # the types of LangChain are not installed with ours
 def get_weather(city: str) -> str:
     """Get the weather in a city"""
     return WEATHER_RESULT
