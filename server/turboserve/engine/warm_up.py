@@ -27,6 +27,7 @@ DRAWS = (
     SamplingParams(),
     SamplingParams(top_p=0.95),
     SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1),
+    SamplingParams(presence_penalty=0.1, frequency_penalty=0.1, logit_bias=((0, 1.0),)),
 )
 # On a CPU nothing is compiled for lengths or numbers of rows: a first request took no longer than a second one before
 # there was a warm-up. What mx.compile makes there and the weights' first reading are had for less than a second.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import Draws
 from turboserve.engine.warm_up import DRAWS, Plan, warm_up
+from turboserve.messages import SamplingParams
 
 PLAN = Plan(chunks=(100, 37), row_counts=(2, 4, 5), num_tokens=2)
 
@@ -75,3 +77,11 @@ def test_a_gpu_is_given_the_chunks_and_rows_of_its_settings(monkeypatch: pytest.
     assert Plan.for_device(128, 12, 1 << 15) == Plan((128, 128, 37), (2, 4, 8, 12), 2)
     assert Plan.for_device(128, 12, 200).chunks == (128, 37)  # no longer than the model's context
     assert Plan.for_device(128, 1, 1 << 15).row_counts == ()
+
+
+def test_each_field_of_sampling_is_among_the_ways_of_drawing() -> None:
+    """On a GPU the first request with another one would wait for its operations to be compiled."""
+    usual = SamplingParams()
+    for field in fields(SamplingParams):
+        if field.name != "seed":
+            assert any(getattr(draw, field.name) != getattr(usual, field.name) for draw in DRAWS), field.name
