@@ -6,6 +6,7 @@ the server shuts down in order and the reason becomes the command's one-line err
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -19,6 +20,9 @@ from turboserve.cli.backend import device_name, keep_compiled_kernels, load_back
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
+
+# Set by a router (`turboserve.fleet`) for the processes that it starts; no setting, because no operator sets it.
+ROUTER_KEY_VARIABLE = "TURBOSERVE_ROUTER_KEY"
 
 if TYPE_CHECKING:
     from turboserve.api.drain import Drain
@@ -41,14 +45,25 @@ def run(settings: Settings) -> None:
     _check_local_model(settings.model)
     telemetry = Telemetry()
     engine = _make_engine(settings, telemetry)
-    app = create_app(engine, settings, telemetry)
-    starter = _Starter(engine, settings, app.state.context.drain)
+    router_key = os.environ.pop(ROUTER_KEY_VARIABLE, "")
+    app = create_app(engine, settings, telemetry, router_key=router_key)
+    drain = app.state.context.drain
+    if router_key:
+        threading.Thread(target=_follow_router, args=(drain,), name="router", daemon=True).start()
+    starter = _Starter(engine, settings, drain)
     try:
         http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:
         engine.stop()  # answers under way had their grace period in `http_server.run`
     if starter.error is not None:
         raise starter.error
+
+
+def _follow_router(drain: Drain) -> None:
+    """Shut down when the router is gone, however it ended: it holds the other end of our standard input."""
+    while os.read(sys.stdin.fileno(), 1024):
+        continue
+    drain.begin()
 
 
 def _check_local_model(model: str) -> None:
