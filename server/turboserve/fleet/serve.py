@@ -38,7 +38,7 @@ async def serve(
     app = create_router_app(fleet, catalogue, settings, telemetry)
     server = http_server.make_server(app, settings)
     url = http_server.address_url(listener)
-    names = ", ".join(plan.name for plan in catalogue)
+    names = ",".join(plan.name for plan in catalogue)
     logger.info("serving %s at %s within %d MiB", names, url, budget_bytes >> 20)
     _say(f"Ready: {names} at {url}")
     fleet.begin()
