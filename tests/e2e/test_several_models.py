@@ -128,7 +128,7 @@ def test_an_idle_model_is_unloaded_and_comes_back(fleet: Server) -> None:
     ask(fleet, "small")
     pid = process_of(fleet, "small")
     wait_until(lambda: listed(fleet)["small"].status == "unloaded")
-    assert not Path(f"/proc/{pid}").exists()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
     assert listed(fleet)["exact"].status == "loaded"  # pinned
     assert ask(fleet, "small").choices[0].message.content
 
