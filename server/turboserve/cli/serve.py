@@ -50,7 +50,7 @@ def run(settings: Settings) -> None:
     drain = app.state.context.drain
     if router_key:
         threading.Thread(target=_follow_router, args=(drain,), name="router", daemon=True).start()
-    starter = _Starter(engine, settings, drain)
+    starter = _Starter(engine, settings, drain, is_behind_router=bool(router_key))
     try:
         http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:
@@ -87,8 +87,9 @@ def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
 class _Starter:
     """Starts the engine once the port answers, and waits for the model beside the HTTP server."""
 
-    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain) -> None:
+    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain, *, is_behind_router: bool) -> None:
         self._engine, self._settings, self._drain = engine, settings, drain
+        self._is_behind_router = is_behind_router
         self.error: StartupError | None = None
 
     def begin(self, url: str) -> None:
@@ -102,7 +103,9 @@ class _Starter:
             self.error = exc
             self._drain.begin()  # ends `http_server.run`
             return
-        say(f"Ready: {self._engine.model_id} at {url}\n\n{curl_line(url, self._engine.model_id, self._settings)}\n")
+        say(f"Ready: {self._engine.model_id} at {url}")  # a router reads this line
+        if not self._is_behind_router:
+            say(f"\n{curl_line(url, self._engine.model_id, self._settings)}\n")
 
 
 def curl_line(url: str, model_id: str, settings: Settings) -> str:
