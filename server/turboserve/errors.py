@@ -27,6 +27,8 @@ TurboServeError
 ├── EngineFailureError           500  engine_failure
 └── OverloadedError              503  server_overloaded (with Retry-After)
     └── EngineUnavailableError   503  engine_unavailable
+        └── ModelUnavailableError
+                                 503  model_unavailable
 StartupError                          printed as one line by the CLI, never over HTTP
 """
 
@@ -255,6 +257,12 @@ class EngineUnavailableError(OverloadedError):
     """The engine is loading, dead or shutting down."""
 
     code = "engine_unavailable"
+
+
+class ModelUnavailableError(EngineUnavailableError):
+    """One of several models cannot be loaded, or its process ended; the others are not affected."""
+
+    code = "model_unavailable"
 
 
 class StartupError(Exception):

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -76,6 +76,40 @@ Origin = Annotated[str, AfterValidator(_origin)]
 # TOML knows no null and a variable cannot be absent and present: empty text means "none".
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 ByteCount = Annotated[int, BeforeValidator(_byte_count)]
+KVFormat = Annotated[str, AfterValidator(_kv_format)]
+ChunkTokens = Annotated[int, Field(ge=0, le=16384), AfterValidator(_chunk_tokens)]
+NumRunning = Annotated[int, Field(ge=1, le=1024)]
+NumQueued = Annotated[int, Field(ge=0, le=100_000)]
+NotNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Overlap = Literal["auto", "on", "off"]
+SamplingDefaults = Literal["model", "openai"]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
+
+
+class ModelEntry(BaseModel):
+    """One of several models: a table `[models.NAME]` of the settings' file. None: as set for the whole server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = ""  # folder or hub name; empty: the embedded demonstration model
+    aliases: tuple[ModelName, ...] = ()  # further names under which clients ask for it
+    pinned: bool = False  # loaded at start, and never unloaded
+    memory: Annotated[ByteCount, Field(ge=0)] = 0  # what its process takes in all; 0: estimated, then measured
+    idle_unload_s: Seconds | None = None
+    kv_format: KVFormat | None = None
+    kv_budget: str | None = None
+    allow_requantise: bool | None = None
+    session_ttl_s: Seconds | None = None
+    max_context_tokens: NotNegative | None = None
+    default_max_tokens: NotNegative | None = None
+    sampling_defaults: SamplingDefaults | None = None
+    template_kwargs: tuple[str, ...] | None = None
+    prefill_chunk_tokens: ChunkTokens | None = None
+    overlap: Overlap | None = None
+    max_running: NumRunning | None = None
+    max_queued: NumQueued | None = None
+    dequantize: str | None = None
 
 
 class Settings(BaseSettings):
@@ -99,11 +133,11 @@ class Settings(BaseSettings):
 
     # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, f16 for mlx-lm's uncompressed cache, or auto: the smallest that
     # costs at most kv_auto_limit on this model
-    kv_format: Annotated[str, AfterValidator(_kv_format)] = PRESETS["balanced"]
+    kv_format: KVFormat = PRESETS["balanced"]
     kv_auto_limit: Annotated[float, Field(gt=0)] = 0.01  # mean KL in nats that kv_format = "auto" may cost
     kv_budget: str = "auto"  # bytes ("512MiB", "2GB"), percent of memory ("30%") or auto
     allow_requantise: bool = False  # under pressure, take idle conversations one format down before dropping them
-    session_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # unused sessions are forgotten after this; 0: never
+    session_ttl_s: Seconds = 86_400.0  # unused sessions are forgotten after this; 0: never
     max_sessions_per_caller: Annotated[int, Field(ge=0)] = 1000  # explicit sessions of one key; 0: no limit
     max_session_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 0  # KV bytes of one key's sessions; 0: no limit
     max_responses_per_caller: Annotated[int, Field(ge=0)] = 1000  # stored by /v1/responses for one key; 0: none
@@ -112,15 +146,15 @@ class Settings(BaseSettings):
     kv_store_dir: OptionalPath = None  # folder in which conversations survive a restart; none: off
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
-    max_context_tokens: Annotated[int, Field(ge=0)] = 0  # 0: the model's own limit
+    max_context_tokens: NotNegative = 0  # 0: the model's own limit
     # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU, 256 on a CPU
-    prefill_chunk_tokens: Annotated[int, Field(ge=0, le=16384), AfterValidator(_chunk_tokens)] = 0
+    prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
-    overlap: Literal["auto", "on", "off"] = "auto"  # enqueue a step before the last one's tokens are read
-    default_max_tokens: Annotated[int, Field(ge=0)] = 4096  # of an answer, where none is asked; 0: up to the context
-    sampling_defaults: Literal["model", "openai"] = "model"  # where a request says nothing: generation_config.json's
-    max_running: Annotated[int, Field(ge=1, le=1024)] = 32
-    max_queued: Annotated[int, Field(ge=0, le=100_000)] = 256
+    overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
+    default_max_tokens: NotNegative = 4096  # of an answer, where none is asked; 0: up to the context
+    sampling_defaults: SamplingDefaults = "model"  # where a request says nothing: generation_config.json's
+    max_running: NumRunning = 32
+    max_queued: NumQueued = 256
     grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
@@ -130,10 +164,19 @@ class Settings(BaseSettings):
     send_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a stream whose reader stalls this long is cancelled
     shutdown_grace_s: Annotated[float, Field(ge=0)] = 10.0
 
+    models_memory: str = "80%"  # what the processes of all models may take: bytes, or percent of memory
+    idle_unload_s: Seconds = 0.0  # of several models, one that nobody asked for so long is unloaded; 0: never
+    model_start_timeout_s: Annotated[float, Field(gt=0)] = (
+        600.0  # a model that loads longer, downloads too, is given up
+    )
+    model_wait_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a request waits so long for its model to be loaded
+
     dequantize: str = "auto"  # auto | always | never: expand quantised weights to float32 (CPU only)
     cache_dir: Path = Path("~/.cache/turboserve")
     log_level: str = "info"
     log_json: bool = False
+
+    models: dict[ModelName, ModelEntry] = {}  # several models, each in a process of its own; none: `model` alone
 
     @classmethod
     def settings_customise_sources(
@@ -144,4 +187,4 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, deep_merge=True)

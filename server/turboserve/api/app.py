@@ -27,8 +27,10 @@ from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
 
 
-def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> FastAPI:
+def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, router_key: str = "") -> FastAPI:
     """The application; its `state.context.drain` lets the runner shut it down gracefully.
+
+    `router_key`: of a router in front, which alone may then ask and says whose each request is.
 
     Raises StartupError when the settings would expose the server without a key.
     """
@@ -53,7 +55,9 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry) -> Fast
     shapes = (*SHAPES, *anthropic.SHAPES, *responses.SHAPES)
     app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=shapes)
     app.include_router(router)
-    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes))
+    app.add_middleware(
+        Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes), router_key=router_key
+    )
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)
     return app

@@ -6,7 +6,7 @@ nothing about signals or sockets; `http_server.py` tells it when to begin and wh
 
 from __future__ import annotations
 
-from turboserve.api.mailbox import Mailbox
+from turboserve.engine.protocol import EventSink
 from turboserve.errors import EngineUnavailableError
 from turboserve.messages import Failed
 
@@ -18,7 +18,7 @@ class Drain:
 
     def __init__(self) -> None:
         self._draining = False
-        self._running: set[Mailbox] = set()
+        self._running: set[EventSink] = set()
 
     @property
     def draining(self) -> bool:
@@ -39,11 +39,11 @@ class Drain:
         if self._draining:
             raise EngineUnavailableError(REASON, retry_after_s=10)
 
-    def enter(self, mailbox: Mailbox) -> None:
+    def enter(self, mailbox: EventSink) -> None:
         """Counts an answer as under way until `leave`."""
         self._running.add(mailbox)
 
-    def leave(self, mailbox: Mailbox) -> None:
+    def leave(self, mailbox: EventSink) -> None:
         """The answer is over, however it ended."""
         self._running.discard(mailbox)
 

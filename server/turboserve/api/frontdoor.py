@@ -18,7 +18,7 @@ from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic_errors import speaks_anthropic
 from turboserve.api.cors import CorsGuard
 from turboserve.api.exception_replies import answer_exception
-from turboserve.api.security import HostGuard, KeyGuard, header
+from turboserve.api.security import HostGuard, Introduction, KeyGuard, RouterGuard, header
 from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
 from turboserve.logs import request_id as log_request_id
 from turboserve.settings import Settings
@@ -42,8 +42,12 @@ ID_PREFIXES = {
 class Frontdoor:
     """Sets `scope["state"]["request_id"]` and `["tenant"]` for the routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, aliases: PathAliases) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, telemetry: Telemetry, aliases: PathAliases, router_key: str = ""
+    ) -> None:
+        """With `router_key`, only the router that knows it is let in; it says whose a request is."""
         self._app, self._aliases = app, aliases
+        self._router = RouterGuard(router_key)
         self._cors = CorsGuard(settings.cors_allowed_origins)
         self._hosts = HostGuard(settings)
         self._keys = KeyGuard((settings.api_key, *settings.api_keys))
@@ -53,14 +57,15 @@ class Frontdoor:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         scope["path"] = self._aliases.canonical(scope["path"])
-        visit = Visit(scope, send, self._cors.grants(scope["headers"]))
+        introduced = self._router.introduction(scope["headers"])
+        visit = Visit(scope, send, self._cors.grants(scope["headers"]), introduced.request_id if introduced else None)
         log_context = log_request_id.set(visit.request_id)
         try:
             self._check_headers(scope)
             preflight = self._cors.preflight(scope["method"], scope["headers"])
             if preflight is not None:
                 return await _send_empty(visit, preflight)
-            self._check_key(scope)
+            self._check_key(scope, introduced)
             await self._app(scope, receive, visit.send)
         except Exception as exc:
             answer = await answer_exception(Request(scope), exc)
@@ -80,9 +85,14 @@ class Frontdoor:
             raise InvalidRequestError("Content-Length and Transfer-Encoding exclude each other.")
         self._hosts.check(headers)
 
-    def _check_key(self, scope: Scope) -> None:
+    def _check_key(self, scope: Scope, introduced: Introduction | None) -> None:
         try:
-            scope["state"]["tenant"] = self._keys.tenant(scope["headers"])
+            if introduced is not None:
+                scope["state"]["tenant"] = introduced.tenant
+            elif self._router.is_alone:
+                scope["state"]["tenant"] = self._keys.tenant(scope["headers"])
+            else:
+                raise AuthenticationError("This process answers its router only; ask that.")
         except AuthenticationError:
             if scope["path"] not in OPEN_PATHS:
                 raise
@@ -102,9 +112,12 @@ async def _send_empty(visit: Visit, headers: list[tuple[bytes, bytes]]) -> None:
 class Visit:
     """One request as the log sees it: never its path as typed, its query or its body."""
 
-    def __init__(self, scope: Scope, send: Send, more_headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, more_headers: list[tuple[bytes, bytes]], request_id: str | None = None
+    ) -> None:
+        """`request_id`: the router's, which has told it to the caller already; None: a new one."""
         scope.setdefault("state", {})
-        self.request_id: str = ID_PREFIXES.get(scope["path"], "req-") + uuid.uuid4().hex
+        self.request_id: str = request_id or ID_PREFIXES.get(scope["path"], "req-") + uuid.uuid4().hex
         scope["state"]["request_id"] = self.request_id
         self.status: int | None = None
         self._scope = scope

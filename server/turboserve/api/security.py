@@ -9,13 +9,23 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from turboserve.errors import AuthenticationError, ForeignHostError, StartupError
 from turboserve.settings import Settings
 
 # How containers call the machine they run on. Nobody can register names under .internal, so no foreign page has them.
 HOST_OF_CONTAINERS = frozenset({"host.docker.internal", "host.containers.internal"})
+
+# What a router in front of us (`turboserve.fleet`) says of a request, beside the key that only the two know.
+ROUTER_KEY_HEADER = b"x-turboserve-router-key"
+TENANT_HEADER = b"x-turboserve-tenant"
+REQUEST_ID_HEADER = b"x-turboserve-request-id"
+FROM_ROUTER = (ROUTER_KEY_HEADER, TENANT_HEADER, REQUEST_ID_HEADER)
+_TENANT = re.compile(rb"[0-9a-f]{0,64}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,80}")
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -100,3 +110,33 @@ class KeyGuard:
         given = hashlib.sha256(key.strip()).digest()
         # All are compared, and digests have one length: the time taken reveals nothing about any key.
         return [name for digest, name in self._tenants.items() if hmac.compare_digest(given, digest)]
+
+
+class Introduction(NamedTuple):
+    """What the router says of a request: whose it is, and the id under which both log it."""
+
+    tenant: str
+    request_id: str
+
+
+class RouterGuard:
+    """In a process behind a router: nobody else is let in, and the router's word on who asks is taken."""
+
+    def __init__(self, router_key: str) -> None:
+        self._key = hashlib.sha256(router_key.encode()).digest() if router_key else None
+
+    @property
+    def is_alone(self) -> bool:
+        """No router is in front: callers come with keys of their own."""
+        return self._key is None
+
+    def introduction(self, headers: RawHeaders) -> Introduction | None:
+        """None for whoever cannot show the router's key, or says what no router of ours would."""
+        if self._key is None:
+            return None
+        given = hashlib.sha256(header(headers, ROUTER_KEY_HEADER)).digest()
+        tenant, request_id = header(headers, TENANT_HEADER), header(headers, REQUEST_ID_HEADER)
+        is_ours = hmac.compare_digest(given, self._key)
+        if not (is_ours and _TENANT.fullmatch(tenant) and _REQUEST_ID.fullmatch(request_id)):
+            return None
+        return Introduction(tenant.decode(), request_id.decode())

@@ -1,4 +1,4 @@
-"""From flags, environment and a TOML file to one `Settings`, or one line that says what is wrong.
+"""From flags, environment and TOML files to one `Settings`, or one line that says what is wrong.
 
 Owns the precedence (flag > TURBOSERVE_* > file > default) and the wording of complaints. It leaves to
 the engine what needs the model (does the budget fit, is the context too long).
@@ -10,8 +10,9 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -20,7 +21,7 @@ from pydantic_settings import SettingsConfigDict, SettingsError
 from turboserve.errors import StartupError
 from turboserve.logs import LEVELS
 from turboserve.machine_memory import MemoryInfo, resolve_budget
-from turboserve.settings import Settings
+from turboserve.settings import ModelEntry, Settings
 
 ENV_PREFIX = "TURBOSERVE_"
 CONFIG_ENV = "TURBOSERVE_CONFIG"
@@ -35,14 +36,17 @@ class UsageError(Exception):
 
 
 def resolve(flags: Mapping[str, object], config_file: Path | None = None) -> Settings:
-    """Settings from `flags` (None: not given), the environment and `config_file`. Raises UsageError."""
+    """Settings from `flags` (None: not given), the environment and `config_file`. Raises UsageError.
+
+    `config_file` may be a folder: then all its `*.toml` but `*.example.toml` count as one file.
+    """
     given = {key: value for key, value in flags.items() if value not in (None, [])}
     file = config_file or (Path(env) if (env := os.environ.get(CONFIG_ENV)) else None)
-    if file is not None:
-        _check_toml(file)
+    parts = [] if file is None else _files_of(file)
+    _check_together([(part, _read_toml(part)) for part in parts])
 
     class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=file)
+        model_config = SettingsConfigDict(toml_file=parts)
 
     try:
         settings = FromFile(**given)  # type: ignore[arg-type]
@@ -51,7 +55,35 @@ def resolve(flags: Mapping[str, object], config_file: Path | None = None) -> Set
     except SettingsError as exc:  # a list in the environment that is not JSON
         raise UsageError(_bad_list(str(exc))) from exc
     _check_choices(settings, given, file)
+    _check_models(settings)
     return settings
+
+
+def _files_of(file: Path) -> list[Path]:
+    if not file.is_dir():
+        return [file]
+    parts = sorted(part for part in file.glob("*.toml") if not part.name.endswith(".example.toml"))
+    if not parts:
+        raise UsageError(f"--config {file}: this folder holds no *.toml")
+    return parts
+
+
+def _check_together(parts: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Raises UsageError when two files of a folder set the same: which one wins would be hard to see."""
+    where: dict[str, Path] = {}
+    for part, contents in parts:
+        for key in _set_by(contents):
+            if first := where.get(key):
+                raise UsageError(f"--config: {key} is set in {first} and in {part}; keep one of them")
+            where[key] = part
+
+
+def _set_by(contents: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in contents.items():
+        if key == "models" and isinstance(value, dict):
+            yield from (f"models.{name}" for name in value)
+        else:
+            yield key
 
 
 def _bad_list(message: str) -> str:
@@ -61,10 +93,10 @@ def _bad_list(message: str) -> str:
     return f'{ENV_PREFIX}{key}: expected a JSON list such as ["one", "two"]'
 
 
-def _check_toml(file: Path) -> None:
-    """pydantic-settings ignores a missing file; an operator who names one wants to know."""
+def _read_toml(file: Path) -> dict[str, Any]:
+    """Read here as well, because pydantic-settings ignores a missing file; an operator who names one wants to know."""
     try:
-        tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as exc:
         raise UsageError(f"--config {file}: {exc.strerror or exc}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -87,17 +119,60 @@ def _check_choices(settings: Settings, given: Mapping[str, object], file: Path |
         raise UsageError(str(exc)) from exc
 
 
+def _check_models(settings: Settings) -> None:
+    """What several models need beside values that are fine by themselves. Raises UsageError."""
+    if not settings.models:
+        return
+    if settings.model or settings.served_model_name:
+        raise UsageError("MODEL and served_model_name are for one model: leave them out, or remove the [models] tables")
+    names: dict[str, str] = {}
+    for name, entry in settings.models.items():
+        for spelling in {name, *entry.aliases}:
+            if (other := names.setdefault(spelling, name)) != name:
+                raise UsageError(f"models.{name}: {spelling!r} is a name of models.{other} already")
+        if entry.dequantize is not None and entry.dequantize not in DEQUANTIZE_MODES:
+            modes = ", ".join(DEQUANTIZE_MODES)
+            raise UsageError(f"models.{name}.dequantize = {entry.dequantize!r}: expected one of {modes}")
+        _check_budget(f"models.{name}.kv_budget", entry.kv_budget or "auto")
+    _check_budget("models_memory", settings.models_memory)
+
+
+def _check_budget(key: str, value: str) -> None:
+    try:
+        resolve_budget(value, _AMPLE_MEMORY, weights_bytes=0)
+    except StartupError as exc:
+        raise UsageError(str(exc).replace("kv_budget", key, 1)) from exc
+
+
 def _complaint(error: ErrorDetails, given: Mapping[str, object], file: Path | None) -> str:
+    if len(error["loc"]) > 2 and error["loc"][0] == "models":
+        return _complaint_about_model(error, file)
     key = str(error["loc"][0]) if error["loc"] else "settings"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, Settings.model_fields, n=1)
         return f"{_named(key, error['input'], given, file)}: unknown key" + (
             f"; did you mean {near[0]}?" if near else ""
         )
-    expectation = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if expectation.startswith(("less", "greater")):
-        expectation = f"a number {expectation}"
-    return f"{_named(key, error['input'], given, file)}: expected {expectation}"
+    return f"{_named(key, error['input'], given, file)}: expected {_expectation(error)}"
+
+
+def _complaint_about_model(error: ErrorDetails, file: Path | None) -> str:
+    _, name, key, *_ = (str(part) for part in error["loc"])
+    place = f"{file}: " if file else ""
+    if key == "[key]":
+        return f"{place}models.{name}: expected letters, digits and ._:/@+- only, beginning with a letter or digit"
+    value = error["input"]
+    place += f"models.{name}.{key} = {repr(value) if isinstance(value, str) else value}"
+    if error["type"] != "extra_forbidden":
+        return f"{place}: expected {_expectation(error)}"
+    near = difflib.get_close_matches(key, ModelEntry.model_fields, n=1)
+    served = " of a model; it may be one of the whole server" if key in Settings.model_fields else ""
+    return f"{place}: unknown key{served}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _expectation(error: ErrorDetails) -> str:
+    text = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"a number {text}" if text.startswith(("less", "greater")) else text
 
 
 def _named(key: str, value: object, given: Mapping[str, object], file: Path | None) -> str:

@@ -22,7 +22,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 # Values arrive as text and are judged by Settings alone, so that a flag, a variable and a file get the same answer.
 Text = str | None
 Switch = bool | None
-ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with any of these settings.", metavar="FILE")]
+ConfigFile = Annotated[
+    Path | None, Option("--config", help="TOML file with any of these settings, or a folder of such.", metavar="FILE")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -117,6 +119,14 @@ def serve_command(
     keepalive_interval_s: Annotated[Text, Option(help="Seconds between signs of life on a quiet stream [10].")] = None,
     send_timeout_s: Annotated[Text, Option(help="Seconds until a stalled reader is cut off [30].")] = None,
     shutdown_grace_s: Annotated[Text, Option(help="Seconds to finish requests on SIGTERM [10].")] = None,
+    models_memory: Annotated[
+        Text, Option(help="What all models' processes may take: bytes (24GiB) or share of memory [80%].")
+    ] = None,
+    idle_unload_s: Annotated[
+        Text, Option(help="Seconds until an unused one of several models is unloaded [0].")
+    ] = None,
+    model_start_timeout_s: Annotated[Text, Option(help="Seconds that loading a model may take [600].")] = None,
+    model_wait_timeout_s: Annotated[Text, Option(help="Seconds that a request waits for its model [300].")] = None,
     dequantize: Annotated[
         Text, Option(help="Expand quantised weights to float32 on a CPU: auto, always, never.")
     ] = None,
@@ -127,6 +137,10 @@ def serve_command(
     """Serve MODEL over HTTP."""
     flags = {key: value for key, value in locals().items() if key != "config_file"}
     settings = config.resolve(flags, config_file)
+    if settings.models:
+        from turboserve.fleet.serve import run as run_fleet  # a process for each model; this one needs no MLX
+
+        return run_fleet(settings)
     from turboserve.cli.serve import run  # late: brings in the HTTP stack, and MLX by and by
 
     run(settings)

@@ -6,6 +6,7 @@ the server shuts down in order and the reason becomes the command's one-line err
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -19,6 +20,9 @@ from turboserve.cli.backend import device_name, keep_compiled_kernels, load_back
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
+
+# Set by a router (`turboserve.fleet`) for the processes that it starts; no setting, because no operator sets it.
+ROUTER_KEY_VARIABLE = "TURBOSERVE_ROUTER_KEY"
 
 if TYPE_CHECKING:
     from turboserve.api.drain import Drain
@@ -41,14 +45,25 @@ def run(settings: Settings) -> None:
     _check_local_model(settings.model)
     telemetry = Telemetry()
     engine = _make_engine(settings, telemetry)
-    app = create_app(engine, settings, telemetry)
-    starter = _Starter(engine, settings, app.state.context.drain)
+    router_key = os.environ.pop(ROUTER_KEY_VARIABLE, "")
+    app = create_app(engine, settings, telemetry, router_key=router_key)
+    drain = app.state.context.drain
+    if router_key:
+        threading.Thread(target=_follow_router, args=(drain,), name="router", daemon=True).start()
+    starter = _Starter(engine, settings, drain, is_behind_router=bool(router_key))
     try:
         http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:
         engine.stop()  # answers under way had their grace period in `http_server.run`
     if starter.error is not None:
         raise starter.error
+
+
+def _follow_router(drain: Drain) -> None:
+    """Shut down when the router is gone, however it ended: it holds the other end of our standard input."""
+    while os.read(sys.stdin.fileno(), 1024):
+        continue
+    drain.begin()
 
 
 def _check_local_model(model: str) -> None:
@@ -72,8 +87,9 @@ def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
 class _Starter:
     """Starts the engine once the port answers, and waits for the model beside the HTTP server."""
 
-    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain) -> None:
+    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain, *, is_behind_router: bool) -> None:
         self._engine, self._settings, self._drain = engine, settings, drain
+        self._is_behind_router = is_behind_router
         self.error: StartupError | None = None
 
     def begin(self, url: str) -> None:
@@ -87,7 +103,9 @@ class _Starter:
             self.error = exc
             self._drain.begin()  # ends `http_server.run`
             return
-        say(f"Ready: {self._engine.model_id} at {url}\n\n{curl_line(url, self._engine.model_id, self._settings)}\n")
+        say(f"Ready: {self._engine.model_id} at {url}")  # a router reads this line
+        if not self._is_behind_router:
+            say(f"\n{curl_line(url, self._engine.model_id, self._settings)}\n")
 
 
 def curl_line(url: str, model_id: str, settings: Settings) -> str:

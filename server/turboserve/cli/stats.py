@@ -28,7 +28,13 @@ def fetch(url: str, api_key: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
 
 def lines(stats: Mapping[str, Any]) -> Iterator[str]:
-    """The report: totals, then what happened, then the largest conversations."""
+    """The report: totals, then what happened, then the largest conversations; of several models one after another."""
+    if stats["object"] == "kv.stats.list":
+        yield f"processes      {mib(stats['memory_bytes'])} of {mib(stats['memory_budget_bytes'])} for all models"
+        for one in stats["data"]:
+            yield ""
+            yield from lines(one["statistics"]) if one["statistics"] else [f"{one['model']}  {one['status']}"]
+        return
     yield f"{stats['model']}  format {stats['kv_format']}  backend {stats['kv_backend']}  {stats['model_dtype']}"
     yield f"requests       {stats['requests']['running']} running, {stats['requests']['waiting']} waiting"
     yield from _memory(stats)

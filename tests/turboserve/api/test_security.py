@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import httpx
@@ -12,6 +13,7 @@ from tests.turboserve.api.scripted import ScriptedEngine
 
 from turboserve.api.app import create_app
 from turboserve.api.http_server import bind
+from turboserve.api.security import RouterGuard
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -151,3 +153,46 @@ def test_a_busy_port_is_one_line_with_the_fix(service: Service) -> None:
 def test_a_foreign_address_is_one_line_with_the_fix() -> None:
     with pytest.raises(StartupError, match=r"--host"):
         bind(Settings(host="192.0.2.1", port=0, api_key="k"))
+
+
+ROUTER = {
+    b"x-turboserve-router-key": b"shared",
+    b"x-turboserve-tenant": b"abc123",
+    b"x-turboserve-request-id": b"req-7",
+}
+
+
+def test_the_router_alone_is_let_in_and_believed() -> None:
+    guard = RouterGuard("shared")
+    introduced = guard.introduction(ROUTER.items())
+    assert introduced is not None
+    assert (introduced.tenant, introduced.request_id) == ("abc123", "req-7")
+    for name, value in (
+        (b"x-turboserve-router-key", b"Shared"),
+        (b"x-turboserve-router-key", b"\xff"),
+        (b"x-turboserve-router-key", b""),
+        (b"x-turboserve-tenant", b"../x"),
+        (b"x-turboserve-request-id", b"a\x1b[0m"),
+        (b"x-turboserve-request-id", b""),
+    ):
+        assert guard.introduction({**ROUTER, name: value}.items()) is None
+    assert RouterGuard("").introduction(ROUTER.items()) is None  # a server without a router believes nobody
+
+
+def test_behind_a_router_requests_belong_to_the_callers_it_names() -> None:
+    app = create_app(ScriptedEngine(), Settings(), Telemetry(), router_key="shared")
+
+    async def ask(path: str, **headers: str) -> httpx.Response:
+        own = {name.decode(): value.decode() for name, value in ROUTER.items()} | headers
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            asked = {"messages": [{"role": "user", "content": "hi"}], "session_id": "s"}
+            await client.post("/v1/chat/completions", json=asked, headers=own)
+            return await client.get(path, headers=own)
+
+    reply = asyncio.run(ask("/v1/models"))
+    assert (reply.status_code, reply.headers["x-request-id"]) == (200, "req-7")
+    assert app.state.context.engine.received[-1].tenant == "abc123"
+    refused = asyncio.run(ask("/v1/models", **{"x-turboserve-router-key": "no", "authorization": "Bearer shared"}))
+    assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
+    assert asyncio.run(ask("/health", **{"x-turboserve-router-key": "no"})).status_code == 200

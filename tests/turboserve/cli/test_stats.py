@@ -75,3 +75,16 @@ def test_an_idle_server() -> None:
     text = printed(idle)
     assert "disk           off" in text and "0 of 0 found" in text and "0 running, 0 memory, 0 disk" in text
     assert "FAILED" not in text and "admission" not in text and "more" not in text
+
+
+def test_of_several_models_each_is_shown() -> None:
+    one = kv_statistics(BUSY).model_dump()
+    shown = [
+        {"model": "m", "status": "loaded", "statistics": one},
+        {"model": "n", "status": "failed", "statistics": None},
+    ]
+    listed = {"object": "kv.stats.list", "memory_bytes": 3 * MIB, "memory_budget_bytes": 9 * MIB, "data": shown}
+    lines = list(stats.lines(listed))
+    assert lines[0] == "processes      3.0 MiB of 9.0 MiB for all models"
+    assert lines[2:-2] == list(stats.lines(one))
+    assert lines[-1] == "n  failed"

@@ -1,0 +1,179 @@
+"""What passes between callers and models' processes, and what must not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+from tests.turboserve.fleet.conftest import Router, Start, wait_until
+
+
+def stream(router: Router, path: str = "/v1/chat/completions", **body: Any) -> str:
+    asked = {"model": "a", "stream": True, "do": "stream", **body}
+    return httpx.post(f"{router.url}{path}", json=asked, timeout=20).text
+
+
+def test_the_body_goes_on_as_it_came(start: Start) -> None:
+    router = start({"a": {"aliases": ["gpt-4o"]}, "b": {}})
+    reply = router.ask("gpt-4o", path="/v1/embeddings", input="ä", encoding=1.0)
+    assert reply.json()["body"] == {"model": "gpt-4o", "input": "ä", "encoding": 1.0}
+    assert reply.json()["path"] == "/v1/embeddings"
+    assert reply.headers["x-request-id"] == reply.json()["headers"]["x-turboserve-request-id"]
+
+
+def test_callers_stay_apart_and_keys_stay_here(start: Start) -> None:
+    router = start({"a": {}}, api_key="one", api_keys=("two",))
+    forged = {"x-turboserve-tenant": "0" * 32, "x-turboserve-router-key": "x", "cookie": "c", "X-Session-Id": "s"}
+    heard = {}
+    for key in ("one", "two"):
+        headers = {"Authorization": f"Bearer {key}", **forged}
+        reply = httpx.post(f"{router.url}/v1/chat/completions", json={"model": "a"}, headers=headers, timeout=20)
+        heard[key] = reply.json()["headers"]
+    for key, headers in heard.items():
+        assert headers["x-turboserve-tenant"] == hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        assert headers["x-session-id"] == "s"
+        assert not {"authorization", "cookie", "x-api-key"} & set(headers)
+    assert router.ask("a").status_code == 401
+    assert router.get("/v1/models").status_code == 401
+    assert router.get("/health").status_code == 200
+
+
+def test_errors_of_the_process_come_back_as_they_are(start: Start) -> None:
+    router = start({"a": {}})
+    reply = router.ask("a", do="refuse")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [({"model": "nope"}, 404, "model"), ({}, 400, "model"), ({"model": 7}, 400, "model")],
+)
+def test_an_unknown_model_loads_nothing(start: Start, body: dict[str, Any], status: int, param: str) -> None:
+    router = start({"a": {}, "b": {}})
+    reply = httpx.post(f"{router.url}/v1/chat/completions", json=body, timeout=20)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (status, param)
+    assert router.starts("a") + router.starts("b") == 0
+
+
+def test_any_name_is_the_first_models_where_that_is_set(start: Start) -> None:
+    router = start({"a": {}, "b": {}}, any_model_name=True)
+    assert [router.ask(name).json()["by"] for name in ("whatever", "b")] == ["a", "b"]
+
+
+def test_a_stream_shows_signs_of_life_while_its_model_is_loaded(start: Start) -> None:
+    router = start({"a": {}}, {"a": {"start_s": 0.6}})
+    text = stream(router)
+    assert text.startswith(": keep-alive\n\n")
+    assert text.endswith('data: {"n": 4, "pad": ""}\n\ndata: [DONE]\n\n')
+
+
+def test_a_stream_whose_model_cannot_be_loaded_ends_with_the_reason(start: Start) -> None:
+    router = start({"a": {}}, {"a": {"start_s": 0.4, "complaint": "no such folder"}})
+    last = stream(router).strip().split("\n\n")[-1]
+    assert "no such folder" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_an_error_after_signs_of_life_is_the_last_event(start: Start) -> None:
+    router = start({"a": {}}, {"a": {"start_s": 0.4}})
+    last = stream(router, do="refuse").strip().split("\n\n")[-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["message"], error["code"], error["type"]) == ("no", "bad", "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "begins"),
+    [
+        ("/v1/chat/completions", 'data: {"error":{"message":"The process of the model'),
+        ("/v1/messages", 'event: error\ndata: {"type":"error","error":{"type":"api_error"'),
+        ("/v1/responses", 'event: error\ndata: {"type":"error","code":"model_unavailable"'),
+    ],
+)
+def test_a_process_that_dies_ends_its_stream_with_an_error(start: Start, path: str, begins: str) -> None:
+    router = start({"a": {}})
+    router.ask("a")  # loaded before, so that the stream begins with its first token
+    *events, last = stream(router, path, die_after=2).strip().split("\n\n")
+    assert [json.loads(event.removeprefix("data: "))["n"] for event in events] == [0, 1, 2]  # and nothing torn
+    assert last.startswith(begins)
+
+
+def test_a_caller_who_leaves_takes_the_request_along(start: Start) -> None:
+    router = start({"a": {}})
+    router.ask("a")  # loaded before, so that the stream begins with its first token
+    asked = {"model": "a", "stream": True, "do": "stream", "tokens": 500, "token_s": 0.02}
+    with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=asked, timeout=20) as answer:
+        next(answer.iter_raw())
+        assert router.fleet["a"].num_running == 1
+    wait_until(lambda: router.fleet["a"].num_running == 0, 5)
+    wait_until(lambda: bool(router.ask("a").json()["cut"]), 5)
+
+
+def test_a_caller_who_leaves_while_the_model_is_loaded_does_not_wait_any_more(start: Start) -> None:
+    router = start({"a": {}}, {"a": {"start_s": 1.0}})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{router.url}/v1/chat/completions", json={"model": "a"}, timeout=0.3)
+    wait_until(lambda: router.fleet["a"].num_waiting == 0, 0.6)
+    router.wait_for("a", "loaded")
+
+
+def test_a_slow_reader_slows_the_process_down(start: Start) -> None:
+    """Nothing is piled up in the router: the process cannot write far ahead of the reader."""
+    router = start({"a": {}}, send_timeout_s=1.0)
+    router.ask("a")  # loaded before, so that the stream begins with its first token
+    asked = {"model": "a", "stream": True, "do": "stream", "tokens": 3000, "pad": "x" * 65536}
+    with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=asked, timeout=20) as answer:
+        next(answer.iter_raw())
+        assert router.fleet["a"].num_running == 1
+        wait_until(lambda: router.fleet["a"].num_running == 0, 10)  # 200 MB for a reader that stalls: cut off
+    wait_until(lambda: bool(router.ask("a").json()["cut"]), 5)
+
+
+def test_a_session_is_found_by_memory_by_name_or_by_asking(start: Start) -> None:
+    router = start({"a": {}, "b": {}})
+    router.ask("a", session_id="s1"), router.ask("b", session_id="s2")
+    assert router.get("/v1/sessions/s1").json() == {"model": "a"}
+    assert router.get("/v1/sessions/s2").json() == {"model": "b"}
+    router.ask("b", path="/tokenize", session_id="s3")  # a route that the router does not learn sessions from
+    assert router.get("/v1/sessions/s3").json() == {"model": "b"}
+    assert router.get("/v1/sessions/s1?model=b").status_code == 404
+    assert router.get("/v1/sessions/s1", **{"X-TurboServe-Model": "a"}).json() == {"model": "a"}
+    missing = router.get("/v1/sessions/s4")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "session_not_found")
+
+
+def test_metrics_of_all_models_have_their_label(start: Start) -> None:
+    router = start({"a": {}, "b": {}, "c": {}})
+    router.ask("a"), router.ask("b")
+    lines = router.get("/metrics").text.splitlines()
+    assert {'turboserve_x_total{model="a"} 3.0', 'turboserve_x_total{model="b"} 3.0'} < set(lines)
+    assert sum(line.startswith("# TYPE turboserve_x_total ") for line in lines) == 1
+    assert 'turboserve_fleet_starts_total{model="c"} 0.0' in lines
+    assert 'turboserve_http_requests_total{route="/v1/chat/completions",status="200"} 2.0' in lines
+
+
+def test_the_router_is_ready_whatever_its_models_do(start: Start) -> None:
+    router = start({"a": {}, "bad": {}}, {"bad": {"complaint": "no"}})
+    router.ask("bad")
+    ready = router.get("/ready")
+    assert (ready.status_code, ready.json()["models"]) == (200, {"a": "unloaded", "bad": "failed"})
+    assert router.get("/").status_code == 200
+    assert "/v1/chat/completions" in router.get("/openapi.json").json()["paths"]
+
+
+def test_what_comes_after_the_shutdown_began_is_refused(start: Start) -> None:
+    router = start({"a": {}}, shutdown_grace_s=2.0)
+    router.ask("a")
+    asked = {"model": "a", "stream": True, "do": "stream", "tokens": 500, "token_s": 0.02}
+    with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=asked, timeout=20) as answer:
+        chunks = answer.iter_raw()
+        next(chunks)
+        router.drain.begin()
+        assert router.get("/ready").status_code == 503
+        assert router.ask("a").status_code == 503
+        began = time.monotonic()
+        last = b"".join(chunks).strip().split(b"\n\n")[-1]
+    assert b"grace period is over" in last
+    assert time.monotonic() - began < 4
