@@ -1,7 +1,7 @@
 """How well a model calls functions through a running server: 20 tasks, `auto` and `required`, temperature 0 and 1.
 
     python bench/tools.py URL [--model NAME] [--key KEY] [--choices auto required] [--temperatures 0 1] [--seeds 3]
-                              [--at-once 1] [--json FILE] [--verbose]
+                              [--one-call] [--at-once 1] [--json FILE] [--verbose]
 
 Any server with OpenAI's chat completions will do. Of each choice and temperature the rows are:
 
@@ -12,7 +12,8 @@ Any server with OpenAI's chat completions will do. Of each choice and temperatur
 
 A call that the server left in the text, because it could not be read, counts as made and invalid. Tasks that need no
 call are asked with `auto` alone. Strings are compared without regard to case. `required` promises calls that are valid,
-which is its target; whether they are right is the model's business and has none.
+which is its target where `max_tokens` does not cut them off; whether they are right is the model's business and has no
+target.
 """
 
 from __future__ import annotations
@@ -283,13 +284,14 @@ class Asked:
     seed: int
 
 
-def ask(client: httpx.Client, model: str, asked: Asked, verbose: bool) -> Verdict:
+def ask(client: httpx.Client, model: str, asked: Asked, is_parallel: bool, verbose: bool) -> Verdict:
     """Raises httpx.HTTPStatusError where the server refuses."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": asked.task.question}],
         "tools": asked.task.tools,
         "tool_choice": asked.choice,
+        "parallel_tool_calls": is_parallel,
         "temperature": asked.temperature,
         "seed": asked.seed,
         "max_tokens": MAX_TOKENS,
@@ -327,6 +329,7 @@ def main() -> None:
     parser.add_argument("--choices", nargs="+", default=["auto", "required"], choices=["auto", "required"])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--seeds", type=int, default=3, help="answers to each task at temperatures above 0 [3]")
+    parser.add_argument("--one-call", action="store_true", help="parallel_tool_calls false: parallel tasks go wrong")
     parser.add_argument("--at-once", type=int, default=1, help="requests at a time; more only helps a GPU [1]")
     parser.add_argument("--verbose", action="store_true", help="print every answer")
     add_json_option(parser)
@@ -341,7 +344,9 @@ def main() -> None:
                 seeds = args.seeds if temperature else 1
                 todo = [Asked(task, choice, temperature, seed) for task in tasks for seed in range(seeds)]
                 with ThreadPoolExecutor(args.at_once) as pool:
-                    verdicts = list(pool.map(lambda asked: ask(client, model, asked, args.verbose), todo))
+                    verdicts = list(
+                        pool.map(lambda asked: ask(client, model, asked, not args.one_call, args.verbose), todo)
+                    )
                 new = rows_of(f"{choice}, T={temperature:g}", verdicts, 1.0 if choice == "required" else None)
                 print_rows(new)
                 rows += new

@@ -24,6 +24,8 @@ from tests.clients.steps import (
     run_steps,
 )
 
+litellm.suppress_debug_info = True  # it would print advice between the steps
+
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "description": WEATHER_DESCRIPTION, "parameters": WEATHER_PARAMETERS},
