@@ -36,6 +36,9 @@ class _State(Enum):
     AFTER = "after a call"
 
 
+MAX_REQUIRED_CALLS = 32  # of an answer that must be calls
+
+
 class MarkupReader:
     """Implements readers.AnswerReader for one answer."""
 
@@ -53,7 +56,7 @@ class MarkupReader:
         """
         self.has_tool_calls = False
         self.num_reasoning_tokens = 0
-        self.is_over = False  # one call is all that was wanted, and it is whole
+        self.is_over = False  # all calls that were wanted are whole
         self._markup = markup
         self._tools = tools if tools is not None and tools.choice != "none" else None
         functions = self._tools.functions if self._tools is not None else ()
@@ -67,6 +70,9 @@ class MarkupReader:
         self._may_think = markup.has_thinking
         self._has_reasoned = False
         self._num_calls = 0
+        self._wants_calls_only = self._tools is not None and self._tools.choice == "required"
+        self._name, self._arguments = "", ""  # of the newest call
+        self._calls: set[tuple[str, str]] = set()
         self._call_ids: set[str] = set()
         self._passed_marker = False  # with the newest text
         # of a call
@@ -300,7 +306,7 @@ class MarkupReader:
         if isinstance(piece, CallBegun):
             self._begin(piece.name, "", out)
         elif isinstance(piece, ArgumentsPiece):
-            out.append(ToolCallDelta(self._num_calls - 1, arguments=piece.text))
+            self._argue(piece.text, out)
         elif isinstance(piece, CallEnded):
             self._end()
 
@@ -308,7 +314,7 @@ class MarkupReader:
         if self.is_over:
             return
         self._begin(call.name, call.call_id, out)
-        out.append(ToolCallDelta(self._num_calls - 1, arguments=call.arguments))
+        self._argue(call.arguments, out)
         self._end()
 
     def _begin(self, name: str, call_id: str, out: list[Delta]) -> None:
@@ -318,9 +324,21 @@ class MarkupReader:
         self._call_ids.add(call_id)
         out.append(ToolCallDelta(self._num_calls, call_id, name))
         self._num_calls += 1
+        self._name, self._arguments = name, ""
+
+    def _argue(self, text: str, out: list[Delta]) -> None:
+        out.append(ToolCallDelta(self._num_calls - 1, arguments=text))
+        if self._wants_calls_only:
+            self._arguments += text
 
     def _end(self) -> None:
-        self.is_over = self._tools is not None and not self._tools.is_parallel
+        """Small models that must call go on and on; the first call that they repeat is their last one."""
+        call = self._name, self._arguments
+        is_repeated, self._calls = call in self._calls, self._calls | {call}
+        is_enough = is_repeated or self._num_calls >= MAX_REQUIRED_CALLS
+        self.is_over = (self._wants_calls_only and is_enough) or (
+            self._tools is not None and not self._tools.is_parallel
+        )
 
     def _attach(self, out: list[Delta]) -> None:
         """Logprobs go with the last text; those of what is no text are dropped, once that is known."""

@@ -10,7 +10,7 @@ from turboserve.engine.readers import AnswerReader, PlainReader
 from turboserve.engine.template import Prompt
 from turboserve.engine.token_rules import TokenRule
 from turboserve.engine.tools.markup import Markup
-from turboserve.engine.tools.thinking import OneCallRule, ThinkingRule
+from turboserve.engine.tools.thinking import LastCallRule, ThinkingRule
 from turboserve.messages import Request
 
 
@@ -50,6 +50,7 @@ def ruled(
     may_think = request.prompt is None and markup.has_thinking and not prompt.has_thought
     if may_think and (rule is not None or request.thinking_tokens is not None):
         rule = ThinkingRule(markup, is_thinking=prompt.is_thinking, budget=request.thinking_tokens, inner=rule)
-    if isinstance(reader, MarkupReader) and request.tools is not None and not request.tools.is_parallel:
-        return OneCallRule(lambda: reader.is_over, rule)
+    tools = request.tools
+    if isinstance(reader, MarkupReader) and tools is not None and (not tools.is_parallel or tools.choice == "required"):
+        return LastCallRule(lambda: reader.is_over, rule)
     return rule

@@ -114,8 +114,8 @@ def _allow(mask: Mask, token: int) -> None:
     mask[token // 32] |= np.uint32(1 << (token % 32))
 
 
-class OneCallRule:
-    """Implements token_rules.TokenRule: the answer ends behind its first call."""
+class LastCallRule:
+    """Implements token_rules.TokenRule: the answer ends behind the last call that is wanted."""
 
     def __init__(self, is_over: Callable[[], bool], inner: TokenRule | None) -> None:
         """is_over: whether that call is whole."""

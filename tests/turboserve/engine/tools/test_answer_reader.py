@@ -219,6 +219,23 @@ def test_one_call_alone(parser: str) -> None:
     assert not any(isinstance(delta, TextDelta) for delta in deltas)
 
 
+@pytest.mark.parametrize("parser", sorted(CALLS))
+def test_calls_that_must_be_made_end_with_the_first_repeat(parser: str) -> None:
+    """Under `auto` the model ends its answer itself."""
+    for choice in ("required", "auto"):
+        reader = MarkupReader(markup_for(parser), ToolUse((WEATHER, PING), choice))
+        deltas = deltas_of(cut(CALLS[parser] * 3, random.Random()), reader)
+        assert joined(deltas).parsed == [WANTED] * (2 if choice == "required" else 3)
+        assert reader.is_over == (choice == "required")
+
+
+def test_different_calls_go_on_for_as_long_as_is_sensible() -> None:
+    reader = MarkupReader(Markup(), ToolUse((WEATHER, PING), "required"))
+    calls = [HERMES.replace("São Paulo", f"City {i}") for i in range(40)]
+    assert len(set(calls)) == 40
+    assert len(joined(deltas_of(calls, reader)).parsed) == 32 and reader.is_over
+
+
 # --- reasoning
 
 
@@ -345,9 +362,9 @@ def test_a_megabyte_of_arguments_arrives_whole() -> None:
     ]
 
 
-@pytest.mark.parametrize("seed", [random.randrange(10**9) for _ in range(20)])
-def test_random_json_is_read_as_json_reads_it(seed: int) -> None:
-    rng = random.Random(seed)
+@pytest.mark.parametrize("place", range(20))
+def test_random_json_is_read_as_json_reads_it(place: int, seed: int) -> None:
+    rng = random.Random(seed + place)
 
     def value(depth: int) -> Any:
         kind = rng.randrange(7 if depth else 5)

@@ -9,7 +9,7 @@ from turboserve.engine.answer_reader import MarkupReader
 from turboserve.engine.answers import decoder_of, reader_of, ruled
 from turboserve.engine.readers import PlainReader
 from turboserve.engine.template import ChatTemplate, Prompt
-from turboserve.engine.tools.thinking import OneCallRule, ThinkingRule
+from turboserve.engine.tools.thinking import LastCallRule, ThinkingRule
 from turboserve.messages import Request, ToolUse
 
 TOOLS = ToolUse((WEATHER, PING))
@@ -55,6 +55,8 @@ def test_rules_of_reasoning_and_of_one_call() -> None:
     assert ruled(request, Prompt([1], "x", has_thought=True), markup, reader, None) is None
     assert ruled(Request("r"), PROMPT, markup, reader, None) is None
     single = Request("r", tools=ToolUse((PING,), is_parallel=False))
-    assert isinstance(ruled(single, PROMPT, markup, reader_of(single, PROMPT, markup), None), OneCallRule)
+    assert isinstance(ruled(single, PROMPT, markup, reader_of(single, PROMPT, markup), None), LastCallRule)
+    must = Request("r", tools=ToolUse((PING,), "required"))
+    assert isinstance(ruled(must, PROMPT, markup, reader_of(must, PROMPT, markup), None), LastCallRule)
     plain = ChatTemplate(templates.tokenizer_with()).markup
     assert ruled(request, PROMPT, plain, PlainReader(), None) is None

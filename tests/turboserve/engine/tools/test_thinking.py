@@ -7,7 +7,7 @@ import pytest
 
 from turboserve.engine.token_rules import Mask, TokenRule
 from turboserve.engine.tools.markup import Markup
-from turboserve.engine.tools.thinking import OneCallRule, ThinkingRule
+from turboserve.engine.tools.thinking import LastCallRule, ThinkingRule
 
 VOCAB = 100
 START, END, END_2 = 90, 91, 92
@@ -123,13 +123,13 @@ def test_a_start_marker_of_several_tokens_is_completed() -> None:
 
 def test_one_call_ends_the_answer() -> None:
     over = [False]
-    rule = OneCallRule(lambda: over[0], None)
+    rule = LastCallRule(lambda: over[0], None)
     rule.accept(1)
     assert allowed(rule) is None and not rule.is_complete
     over[0] = True
     assert rule.is_complete
     inner = Sequence(5)
-    both = OneCallRule(lambda: False, inner)
+    both = LastCallRule(lambda: False, inner)
     assert allowed(both) == [5]
     both.accept(5)
     assert both.is_complete
