@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -57,9 +58,12 @@ class Answer:
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finished: Finished | None = None
+    first_s: float | None = None  # of time.perf_counter, when the first delta came
 
     def add(self, delta: Delta) -> None:
         """The next delta."""
+        if self.first_s is None:
+            self.first_s = time.perf_counter()
         if isinstance(delta, TextDelta):
             self.text += delta.text
             self.logprobs += delta.logprobs

@@ -28,6 +28,8 @@ def load_backend() -> blas.BlasStatus:
     """Interpose the BLAS and import MLX. Raises StartupError naming the command that installs what is missing."""
     # One prompt at a time is tokenised; handing it to a pool of threads, one for each core, costs more than the work.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Of transformers only tokenizers are used; that its own models lack PyTorch is no news to anybody here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     status = blas.interpose()
     try:
         import mlx.core  # noqa: F401  here and not above: the order is the point

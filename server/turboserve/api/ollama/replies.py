@@ -44,6 +44,7 @@ class OllamaReplies:
     def whole(self, answers: Sequence[Answer]) -> Response:
         """The answer as one line."""
         (answer,) = answers
+        self._first_s = answer.first_s
         calls = [call_object(index, call) for index, call in enumerate(answer.calls)]
         line = self._line(answer.text, answer.reasoning, calls) | self._ending(answer.ending)
         return Response(orjson.dumps(line), media_type=JSON_TYPE)
