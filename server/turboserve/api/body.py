@@ -70,4 +70,8 @@ def parse_object(body: bytes) -> dict[str, object]:
         raise InvalidRequestError(f"The body is not valid JSON: {exc}.") from exc
     if not isinstance(value, dict):
         raise InvalidRequestError("The body must be a JSON object.")
+    try:
+        orjson.dumps(value)  # what cannot be written again overflows recursions behind us
+    except orjson.JSONEncodeError as exc:
+        raise InvalidRequestError("The body is nested too deeply: at most 250 levels.") from exc
     return value

@@ -31,6 +31,7 @@ class ControlTexts:
         self._strict = _pattern(markup.control)
         self._lenient = _pattern(text for text in markup.control if text not in thinking)
         self._special = markup.special
+        self._literal_ids: dict[tuple[str, bool], list[int]] = {}  # a model has few control texts
 
     def guard(self, *everything: object) -> Guard:
         """For one prompt, made of `everything`."""
@@ -38,6 +39,12 @@ class ControlTexts:
 
     def encode_literal(self, tokenizer: Any, text: str, *, with_bos: bool) -> list[int]:
         """Tokens of one guarded text, none of them a control token."""
+        known = self._literal_ids.get((text, with_bos))
+        if known is None:
+            known = self._literal_ids[text, with_bos] = self._encode_literal(tokenizer, text, with_bos=with_bos)
+        return known
+
+    def _encode_literal(self, tokenizer: Any, text: str, *, with_bos: bool) -> list[int]:
         if text in self._special:
             pieces: Sequence[str] = [text]
         elif self._strict is None or not self._strict.search(text[1:]):

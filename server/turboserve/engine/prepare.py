@@ -5,6 +5,8 @@ All refusals that depend on the request alone happen here, before any memory or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from turboserve.cache.memory import Memory
 from turboserve.engine.answers import decoder_of, reader_of, ruled
 from turboserve.engine.generation import Generation
@@ -13,11 +15,12 @@ from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import ChatTemplate, Prompt
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError, InvalidRequestError
-from turboserve.messages import Request
+from turboserve.messages import Request, ToolUse
 
 # Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
 # this many tokens as it grows, so that a few open-ended chats do not shut everyone else out.
 OPEN_ANSWER_BLOCK = 1024
+CHARS_PER_TOKEN = 16  # of text, runs of blanks aside, far fewer
 
 
 class Preparer:
@@ -60,7 +63,21 @@ class Preparer:
 
     def prompt_of(self, request: Request) -> Prompt:
         """What the model reads for this request. Raises InvalidRequestError when there is nothing to read."""
+        self._refuse_early(request)
         return self._template.prompt_of(request, self.vocab_len)
+
+    def _refuse_early(self, request: Request) -> None:
+        """A prompt far beyond the context is told by its beginning: running answers wait while all of it is tokenised.
+
+        Raises ContextLengthError.
+        """
+        limit = self._loaded.max_context
+        beginning = _beginning((request.prompt, request.messages, request.tools), limit * CHARS_PER_TOKEN)
+        if beginning is None:
+            return
+        ids = self._loaded.tokenizer.encode(beginning, add_special_tokens=False, split_special_tokens=True)
+        if len(ids) > limit + 1:  # the cut may have made one more
+            raise _too_long(f"more than {limit:,}", limit)
 
     def _checked_end_ids(self, generation: Generation) -> list[int]:
         """Tokens that end its answer. Raises InvalidRequestError when the request names one that the model lacks."""
@@ -78,12 +95,34 @@ def answer_limit(prompt_len: int, max_tokens: int | None, max_context: int) -> i
     room = max_context - prompt_len
     if room < 1:
         # LiteLLM, coding agents and others know this error by OpenAI's and Anthropic's words in it.
-        raise ContextLengthError(
-            f"The prompt is too long: this model's maximum context length is {max_context:,} tokens including the "
-            f"answer, and the prompt has {prompt_len:,}. Shorten the messages.",
-            param="messages",
-        )
+        raise _too_long(f"{prompt_len:,}", max_context)
     return room if max_tokens is None else min(max_tokens, room)
+
+
+def _too_long(num_tokens: str, max_context: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"The prompt is too long: this model's maximum context length is {max_context:,} tokens including the "
+        f"answer, and the prompt has {num_tokens}. Shorten the messages.",
+        param="messages",
+    )
+
+
+def _beginning(value: object, num_chars: int) -> str | None:
+    """The first characters of all text in nested values; None when there are fewer."""
+    parts: list[str] = []
+    left, pending = num_chars, [value]
+    while pending and left > 0:
+        one = pending.pop()
+        if isinstance(one, str):
+            parts.append(one[:left])
+            left -= len(one)
+        elif isinstance(one, Mapping):
+            pending += [item for pair in reversed(list(one.items())) for item in reversed(pair)]
+        elif isinstance(one, list | tuple):
+            pending += reversed(one)
+        elif isinstance(one, ToolUse):
+            pending.append(one.functions)
+    return "".join(parts) if left <= 0 else None
 
 
 def tokens_to_reserve(generation: Generation) -> int:

@@ -32,8 +32,7 @@ async def by_body(request: Request) -> Response:
     """A route whose body names the model."""
     context = await fleet_context(request)
     context.drain.check()
-    if not request.url.path.startswith(OLLAMA):  # whose clients declare no media type
-        check_media_type(request)
+    check_media_type(request)
     raw = await read_body(request, context.max_body_bytes)
     body = parse_object(raw)
     question = _question(request, raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -15,6 +16,7 @@ from turboserve.fleet.plan import ModelPlan
 from turboserve.fleet.process import ModelProcess
 
 MODEL_HEADER = b"x-turboserve-model"
+PATH_CHARACTERS = "/:@!$&'()*+,;="  # beside letters, digits and -._~: what a path has as it is (RFC 3986, section 3.3)
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
@@ -44,7 +46,7 @@ class Question:
     def to(self, process: ModelProcess) -> httpx.Request:
         """The request for a model's process."""
         own = [(name.encode(), value.encode()) for name, value in self._introduction(process)]
-        url = httpx.URL(self.path, query=self.query.encode("latin-1") or None)
+        url = httpx.URL(quote(self.path, safe=PATH_CHARACTERS), query=self.query.encode("latin-1") or None)
         headers = [*self.headers, *own, (b"accept-encoding", b"identity")]
         return process.http.build_request(self.method, url, headers=headers, content=self.body or None)
 

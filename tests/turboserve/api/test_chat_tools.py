@@ -266,22 +266,22 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def test_what_is_too_deep_to_be_written_again_is_400(client: httpx.Client) -> None:
-    """Bodies are read to a greater depth than JSON is written from."""
-    hi = {"role": "user", "content": "hi"}
-    call = {"function": {"name": "f", "arguments": nested(400)}}
-    bodies: dict[str, dict[str, Any]] = {
-        "guided_json": {"messages": [hi], "guided_json": nested(400)},
-        "tools[0].function.parameters": {
-            "messages": [hi],
-            "tools": [{"function": {"name": "f", "parameters": nested(400)}}],
-        },
-        "messages[1].tool_calls[0].function.arguments": {
-            "messages": [hi, {"role": "assistant", "tool_calls": [call]}, hi]
-        },
-    }
-    for param, body in bodies.items():
-        reply = client.post("/v1/chat/completions", json=body)
-        assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+    """Bodies could be read to a greater depth than anything behind them can be written again from."""
+    hi, deep = {"role": "user", "content": "hi"}, nested(400)
+    call = {"function": {"name": "f", "arguments": deep}}
+    use = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": deep}]}
+    text = {"format": {"type": "json_schema", "name": "x", "schema": deep}}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [hi], "guided_json": deep}),
+        ("/v1/chat/completions", {"messages": [hi], "tools": [{"function": {"name": "f", "parameters": deep}}]}),
+        ("/v1/chat/completions", {"messages": [hi, {"role": "assistant", "tool_calls": [call]}, hi]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [hi, use]}),
+        ("/v1/responses", {"input": "hi", "text": text}),
+        ("/v1/responses", {"input": "hi", "tools": [{"type": "function", "name": "x", "parameters": deep}]}),
+        ("/api/chat", {"model": MODEL_ID, "messages": [hi, {"role": "assistant", "tool_calls": [call]}]}),
+    ):
+        reply = client.post(path, json=body)
+        assert reply.status_code == 400 and "nested too deeply" in reply.text, (path, reply.text)
 
 
 def test_tools_and_a_constraint_go_together(ask: Ask, service: Service) -> None:

@@ -12,10 +12,11 @@ import jsonschema
 import pytest
 from tests.turboserve.engine.fakes import Sink
 from tests.turboserve.engine.tools.answers import PING, WEATHER, Answer, joined
+from transformers import PreTrainedTokenizerBase
 
 from turboserve.engine.engine import TurboEngine
 from turboserve.engine.loading import build_parts
-from turboserve.errors import InvalidRequestError
+from turboserve.errors import ContextLengthError, InvalidRequestError
 from turboserve.messages import (
     Constraint,
     Detokenize,
@@ -116,6 +117,29 @@ def test_prompts_as_questions_tell_them(engine: TurboEngine) -> None:
     assert ask(engine, Tokenize(Request("r", prompt=text))) == tokens
     assert ask(engine, Tokenize(Request("r", prompt=tokens))) == tokens
     assert ask(engine, RenderTemplate(Request("r", prompt=tokens))) == text
+
+
+def test_arguments_in_history_that_are_nested_too_deeply_are_text(engine: TurboEngine) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
+    history = (*USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "x"})
+    answer_of(submit(engine, history, max_tokens=1))
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "hello world ", "a"])
+def test_a_prompt_far_beyond_the_context_is_told_by_its_beginning(
+    engine: TurboEngine, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody waits while a prompt is tokenised."""
+    lengths, encode = [], PreTrainedTokenizerBase.encode
+
+    def noted(self: Any, sequence: str, *arguments: Any, **options: Any) -> Any:
+        lengths.append(len(sequence))
+        return encode(self, sequence, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "encode", noted)
+    sink = submit(engine, ({"role": "user", "content": text * 1_000_000},), max_tokens=1)
+    assert sink.ended.wait(TIMEOUT_S) and isinstance(sink.error, ContextLengthError)
+    assert sum(lengths) < 300_000  # 16 characters for each token of the context
 
 
 @pytest.mark.parametrize("prompt", ["", (), (1, -1), (1, 10**7)])

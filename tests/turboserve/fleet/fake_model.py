@@ -33,6 +33,8 @@ class Answers(BaseHTTPRequestHandler):
             owner = SESSIONS.get(path.removeprefix("/v1/sessions/"))
             known = owner == self.headers["x-turboserve-tenant"]
             self._json({"model": HOW["name"]}, 200 if known else 404)
+        elif path.startswith("/v1/responses/"):
+            self._json({"path": self.path})
         elif path == "/metrics":
             self._send(b"# HELP turboserve_x_total X.\n# TYPE turboserve_x_total counter\nturboserve_x_total 3\n", 200)
         else:

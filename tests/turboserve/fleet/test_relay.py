@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import httpx
 import pytest
@@ -23,6 +24,23 @@ def test_the_body_goes_on_as_it_came(start: Start) -> None:
     assert reply.json()["body"] == {"model": "gpt-4o", "input": "ä", "encoding": 1.0}
     assert reply.json()["path"] == "/v1/embeddings"
     assert reply.headers["x-request-id"] == reply.json()["headers"]["x-turboserve-request-id"]
+
+
+@pytest.mark.parametrize("name", ["%F0%9F%98%80%0d%0a", "a%3Fb=%23", "a%20b", "100%25"])
+def test_paths_go_on_as_they_came(start: Start, name: str) -> None:
+    router = start({"a": {}})
+    router.ask("a")  # what is stored is stored while the model is loaded
+    heard = urlsplit(router.get(f"/v1/responses/{name}?model=a&after=b").json()["path"])
+    assert (unquote(heard.path), heard.query) == (unquote(f"/v1/responses/{name}"), "after=b")
+
+
+def test_a_body_of_another_kind_loads_nothing(start: Start) -> None:
+    """A web page can send such a body unasked."""
+    router = start({"a": {}})
+    for path in ("/v1/chat/completions", "/api/chat"):
+        reply = httpx.post(f"{router.url}{path}", content=b'{"model": "a"}', headers={"Content-Type": "text/plain"})
+        assert reply.status_code == 415
+    assert router.starts("a") == 0
 
 
 def test_callers_stay_apart_and_keys_stay_here(start: Start) -> None:

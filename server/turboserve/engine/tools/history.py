@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from turboserve.engine.tools.dialect import Dialect
 from turboserve.messages import ToolUse
 
@@ -111,8 +113,9 @@ def _as_object(arguments: object) -> object:
     if not isinstance(arguments, str):
         return arguments
     try:
-        parsed = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
+        parsed = orjson.loads(arguments or "{}")
+        orjson.dumps(parsed)  # what is nested too deeply to be written again stays text
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
 
