@@ -17,11 +17,12 @@ from starlette.responses import Response
 
 from turboserve.api.answering import wait_for_disconnect
 from turboserve.api.body import read_json_object
-from turboserve.api.chat_body import StrictModel
+from turboserve.api.chat_body import OpenModel
 from turboserve.api.completion_body import TokenIds, texts_or_ids
 from turboserve.api.context import ApiContext, Context
 from turboserve.api.kv_reply_models import Reply
 from turboserve.api.openapi import failures, json_body
+from turboserve.api.parameters import IGNORED_HEADER, ignored_header, not_declared
 from turboserve.api.replies import JSON_TYPE
 from turboserve.api.route_errors import OF_A_QUESTION
 from turboserve.api.validation import validated
@@ -34,7 +35,7 @@ MAX_DIMENSIONS = 1 << 20
 embedding_router = APIRouter(redirect_slashes=False)
 
 
-class EmbeddingBody(StrictModel):
+class EmbeddingBody(OpenModel):
     """One input or several, as text or as token ids."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
@@ -94,7 +95,9 @@ class EmbeddingList(Reply):
 async def embed(request: Request, context: Context) -> Response:
     """Vectors of texts: the mean of the loaded chat model's last hidden states, scaled to unit length."""
     context.admit()
-    body = validated(EmbeddingBody, await read_json_object(request, context.max_body_bytes))
+    raw = await read_json_object(request, context.max_body_bytes)
+    body = validated(EmbeddingBody, raw, is_strict=context.chat_rules.is_strict)
+    ignored = not_declared(EmbeddingBody.model_fields, raw)
     context.check_model(body.model)
     answer = await embeddings_of(texts_or_ids(body.input), request, context)
     vectors = [shortened(vector, body.dimensions) for vector in answer.vectors]
@@ -106,7 +109,8 @@ async def embed(request: Request, context: Context) -> Response:
         "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         "turboserve": EmbeddingSource().model_dump(),
     }
-    return Response(orjson.dumps(reply), media_type=JSON_TYPE)
+    headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
+    return Response(orjson.dumps(reply), headers=headers, media_type=JSON_TYPE)
 
 
 async def embeddings_of(inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext) -> Embeddings:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -248,6 +248,24 @@ def without_unsupported(body: Mapping[str, object], *, is_strict: bool) -> tuple
                 )
             ignored.append(name)
     return honoured, ignored
+
+
+def not_declared(declared: Container[str], body: Mapping[str, object]) -> list[str]:
+    """Of a route that declares these alone: the names of other parameters, which are ignored.
+
+    Raises UnsupportedParameterError for one that would change the answer.
+    """
+    ignored = []
+    for name, value in body.items():
+        parameter = _BY_NAME.get(name)
+        if name in declared or (
+            parameter is not None and (parameter.status == "no effect" or not parameter.asks(value))
+        ):
+            continue
+        if parameter is not None and parameter.status == "refused":
+            raise UnsupportedParameterError(f"{name} is not supported by this server: {parameter.note}.", param=name)
+        ignored.append(name)
+    return ignored
 
 
 _logged: set[str] = set()

@@ -20,10 +20,10 @@ from turboserve.api.chat_body import (
     MAX_TOKENS,
     MAX_TOP_K,
     NumTokens,
+    OpenModel,
     Penalty,
     StopText,
     StreamOptions,
-    StrictModel,
     TokenId,
 )
 from turboserve.api.session_request import chosen_session, normal_kv_format
@@ -40,7 +40,7 @@ PromptTokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
-class SamplingBody(StrictModel):
+class SamplingBody(OpenModel):
     """`null` means "not given" everywhere, as clients in many languages send it."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None

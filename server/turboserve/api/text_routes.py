@@ -18,6 +18,7 @@ from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.conversation import conversation_of
 from turboserve.api.kv_reply_models import Reply
 from turboserve.api.openapi import SESSION_PARAMETER, failures, json_body, stream_or_whole
+from turboserve.api.parameters import IGNORED_HEADER, ignored_header, not_declared
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
 from turboserve.api.sampling_body import MAX_CHOICES, choices_of, request_of
 from turboserve.api.session_request import SESSION_HEADER, EmptyBody
@@ -50,7 +51,9 @@ COMPLETION_STREAM = stream_or_whole(
 async def completions(request: Request, context: Context, tenant: Tenant) -> Response:
     """Continue bare prompts, whole or as a stream of server-sent events."""
     context.admit()
-    body = validated(CompletionBody, await read_json_object(request, context.max_body_bytes))
+    raw = await read_json_object(request, context.max_body_bytes)
+    body = validated(CompletionBody, raw, is_strict=context.chat_rules.is_strict)
+    ignored = not_declared(CompletionBody.model_fields, raw)
     context.check_model(body.model)
     asked = request_of(
         body,
@@ -73,7 +76,8 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
         has_logprobs=body.logprobs is not None,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
-    return AnswerResponse(requests, replies, context, stream=bool(body.stream))
+    headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
+    return AnswerResponse(requests, replies, context, stream=bool(body.stream), extra_headers=headers)
 
 
 Prompt = str | tuple[int, ...]

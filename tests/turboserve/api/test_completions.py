@@ -248,3 +248,16 @@ def test_the_official_client(official: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         official.completions.create(model=MODEL_ID, prompt="a", best_of=3)
     assert refused.value.param == "best_of"
+
+
+def test_what_is_not_known_is_ignored_and_named(complete: Complete, client: httpx.Client) -> None:
+    reply = complete(temprature=0.1, user="me", use_beam_search=False)
+    assert reply.status_code == 200 and reply.headers["x-turboserve-ignored"] == "temprature"
+    reply = complete(use_beam_search=True)
+    assert reply.status_code == 400 and error_of(reply)["param"] == "use_beam_search"
+    reply = client.post("/v1/embeddings", json={"input": "hi", "task": "search"})
+    assert reply.status_code == 200 and reply.headers["x-turboserve-ignored"] == "task"
+    assert "x-turboserve-ignored" not in complete().headers
+    with running(strict_parameters=True) as service, httpx.Client(base_url=service.url) as strict:
+        reply = strict.post("/v1/completions", json={"prompt": "hi", "temprature": 0.1})
+        assert reply.status_code == 400 and error_of(reply)["param"] == "temprature"
