@@ -282,14 +282,14 @@ class StreamOptions(OpenModel):
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=64, pattern=r"^[\w .,:/+-]*$")] | None
 
 
-class ChatBody(OpenModel):
-    """`POST /v1/chat/completions`. `null` means "not given" everywhere, as clients in many languages send it.
+class SamplingBody(OpenModel):
+    """What chat completions and bare prompts have in common. `null` means "not given" everywhere, as clients in many
+    languages send it.
 
     Fields that are not declared are ignored, and refused where the server's `strict_parameters` is set.
     """
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -305,7 +305,6 @@ class ChatBody(OpenModel):
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX), Whole] | None = None
 
     max_tokens: TokenLimit | None = None
-    max_completion_tokens: TokenLimit | None = None
     n_predict: TokenLimit | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), Whole] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
@@ -316,16 +315,8 @@ class ChatBody(OpenModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
-    function_call: Literal["none", "auto"] | FunctionName | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -334,6 +325,27 @@ class ChatBody(OpenModel):
     guided_regex: GrammarText | None = None
     guided_choice: Options | None = None
     guided_grammar: GrammarText | None = None
+
+    # The conversation's cache: this server's own, and OpenAI's hint. Their grammar is in `session_request.py`.
+    session_id: Annotated[str, Field(max_length=1024)] | None = None
+    kv_format: Annotated[str, Field(max_length=64)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+
+
+class ChatBody(SamplingBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+
+    max_completion_tokens: TokenLimit | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = None
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -349,8 +361,3 @@ class ChatBody(OpenModel):
     reasoning_budget_tokens: NumThoughts | None = None
     max_thinking_tokens: NumThoughts | None = None
     include_reasoning: bool | None = None
-
-    # The conversation's cache: this server's own, and OpenAI's hint. Their grammar is in `session_request.py`.
-    session_id: Annotated[str, Field(max_length=1024)] | None = None
-    kv_format: Annotated[str, Field(max_length=64)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None

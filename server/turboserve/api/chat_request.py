@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from turboserve.api.chat_body import INT64_MAX, ChatBody, Reasoning, Thinking
+from turboserve.api.chat_body import ChatBody, Reasoning, Thinking
 from turboserve.api.chat_messages import plain_messages
-from turboserve.api.chat_tools import constraint, tool_use
+from turboserve.api.chat_tools import tool_use
 from turboserve.api.parameters import without_unsupported
-from turboserve.api.session_request import chosen_session, normal_kv_format
+from turboserve.api.sampling_request import checked_choices, choices_of, common_request, token_limit
 from turboserve.api.validation import validated
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.messages import Request, SamplingParams
@@ -81,32 +81,19 @@ def parse_chat(
     chat = validated(ChatBody, known, is_strict=rules.is_strict)
     if chat.model:
         check_model(chat.model, model_id)
-    if chat.stream_options is not None and not chat.stream:
-        raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
-    max_tokens = _max_tokens(chat)
     is_continued = _is_continued(chat)
-    request = Request(
-        request_id=request_id,
+    common = common_request(
+        chat, request_id=request_id, tenant=tenant, defaults=defaults, session_headers=session_headers
+    )
+    request = replace(
+        common,
         messages=plain_messages(chat.messages),
-        sampling=_sampling(chat, defaults),
-        max_tokens=max_tokens,
-        min_tokens=_min_tokens(chat, max_tokens),
-        stop=_stops(chat),
-        stop_token_ids=tuple(chat.stop_token_ids or ()),
-        ignore_eos=bool(chat.ignore_eos),
-        include_stop=bool(chat.include_stop_str_in_output),
-        skip_special_tokens=chat.skip_special_tokens is not False,
         num_top_logprobs=_num_top_logprobs(chat),
         tools=tool_use(chat),
-        constraint=constraint(chat),
         add_generation_prompt=chat.add_generation_prompt is not False and not is_continued,
         continue_final_message=is_continued,
         template_kwargs=_template_kwargs(chat, rules.template_kwargs),
         thinking_tokens=_thinking_tokens(chat),
-        tenant=tenant,
-        session_id=chosen_session(chat.session_id, session_headers),
-        kv_format=normal_kv_format(chat.kv_format),
-        cache_key=chat.prompt_cache_key or None,
     )
     delivery = Delivery(
         stream=bool(chat.stream),
@@ -115,72 +102,8 @@ def parse_chat(
         shows_reasoning=_shows_reasoning(chat),
         shows_logprobs=bool(chat.logprobs),
     )
-    return ChatRequest(_choices(request, chat.n or 1, rules.max_choices), delivery, tuple(ignored))
-
-
-def _choices(request: Request, num_choices: int, max_choices: int) -> tuple[Request, ...]:
-    """The request once for each choice; with a seed, each has its own, or all would say the same."""
-    if num_choices > max_choices:
-        raise InvalidRequestError(f"n: at most {max_choices} answers of a request run together here.", param="n")
-    if num_choices > 1 and request.session_id is not None:
-        raise InvalidRequestError("n: a session continues with one answer, so n must be 1.", param="n")
-    return (request, *(_sibling(request, index) for index in range(1, num_choices)))
-
-
-def _sibling(request: Request, index: int) -> Request:
-    sampling = request.sampling
-    if sampling.seed is not None:
-        seed = sampling.seed + index
-        sampling = replace(sampling, seed=seed if seed <= INT64_MAX else seed - (1 << 64))
-    return replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
-
-
-# The body spells these as the engine does: a new one is added to both and is passed on.
-SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.name != "logit_bias")
-
-
-def _sampling(chat: ChatBody, defaults: SamplingParams) -> SamplingParams:
-    given = {name: getattr(chat, name) for name in SAMPLING_FIELDS if getattr(chat, name) is not None}
-    repetition = _agreed(chat, "repetition_penalty", "repeat_penalty")
-    if repetition is not None:
-        given["repetition_penalty"] = repetition
-    if chat.top_k == -1:
-        given["top_k"] = 0
-    if chat.seed == -1:
-        given["seed"] = None
-    logit_bias = tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items())
-    return replace(defaults, **given, logit_bias=logit_bias or defaults.logit_bias)
-
-
-def _agreed(chat: ChatBody, *names: str) -> float | None:
-    """What several names of one parameter say. Raises InvalidRequestError where they say different things."""
-    given = {name: getattr(chat, name) for name in names if getattr(chat, name) is not None}
-    if len(set(given.values())) > 1:
-        raise InvalidRequestError(f"{' and '.join(given)} differ; give one of them.", param=list(given)[-1])
-    return next(iter(given.values()), None)
-
-
-def _limit(chat: ChatBody, *names: str) -> int | None:
-    """A number of tokens; None for none, which clients also spell -1."""
-    number = _agreed(chat, *names)
-    return None if number is None or number < 0 else int(number)
-
-
-def _max_tokens(chat: ChatBody) -> int | None:
-    return _limit(chat, "max_tokens", "max_completion_tokens", "n_predict")
-
-
-def _min_tokens(chat: ChatBody, max_tokens: int | None) -> int:
-    min_tokens = chat.min_tokens or 0
-    if max_tokens is not None and min_tokens > max_tokens:
-        raise InvalidRequestError("min_tokens is larger than max_tokens.", param="min_tokens")
-    return min_tokens
-
-
-def _stops(chat: ChatBody) -> tuple[str, ...]:
-    if isinstance(chat.stop, str):
-        return (chat.stop,)
-    return tuple(chat.stop or ())
+    num_choices = checked_choices(request, chat.n or 1, rules.max_choices)
+    return ChatRequest(tuple(choices_of(request, num_choices)), delivery, tuple(ignored))
 
 
 def _num_top_logprobs(chat: ChatBody) -> int | None:
@@ -219,7 +142,7 @@ NO_REASONING = Reasoning()
 
 
 def _thinking_tokens(chat: ChatBody) -> int | None:
-    budget = _limit(chat, *THINKING_BUDGETS)
+    budget = token_limit(chat, *THINKING_BUDGETS)
     if budget is None and isinstance(chat.thinking, Thinking):
         budget = chat.thinking.budget_tokens
     if budget is None and chat.reasoning is not None:

@@ -19,6 +19,7 @@ from turboserve.api.chat_body import (
     JsonSchemaFormat,
     NamedTool,
     ResponseFormat,
+    SamplingBody,
 )
 from turboserve.api.validation import json_text
 from turboserve.errors import InvalidRequestError
@@ -103,16 +104,16 @@ class _Given(NamedTuple):
     value: object
 
 
-def constraint(chat: ChatBody) -> Constraint | None:
+def constraint(body: SamplingBody) -> Constraint | None:
     """The one constraint on the answer's text, None for any text. Raises InvalidRequestError where there are two."""
-    outputs = chat.structured_outputs
+    outputs = body.structured_outputs
     fields = [
-        _response_format(chat.response_format),
-        _Given("json_schema", "json_schema", chat.json_schema),
-        _Given("guided_json", "json_schema", chat.guided_json),
-        _Given("guided_regex", "regex", chat.guided_regex),
-        _Given("guided_choice", "choice", chat.guided_choice),
-        _Given("guided_grammar", "lark", chat.guided_grammar),
+        _response_format(body.response_format),
+        _Given("json_schema", "json_schema", body.json_schema),
+        _Given("guided_json", "json_schema", body.guided_json),
+        _Given("guided_regex", "regex", body.guided_regex),
+        _Given("guided_choice", "choice", body.guided_choice),
+        _Given("guided_grammar", "lark", body.guided_grammar),
     ]
     if outputs is not None:
         fields += [

@@ -7,12 +7,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from turboserve.api.sampling_body import MAX_CHOICES, PromptTokenId, SamplingBody
+from turboserve.api.chat_body import INT32_MAX, MAX_CHOICES, SamplingBody
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 5  # OpenAI's limit on this route
 MAX_PROMPT_TOKENS = 10_000_000
 
+PromptTokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[PromptTokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from turboserve.api.chat_body import StrictModel
-from turboserve.api.completion_body import MAX_PROMPT_TOKENS
-from turboserve.api.sampling_body import PromptTokenId
+from turboserve.api.completion_body import MAX_PROMPT_TOKENS, PromptTokenId
 
 ModelName = Annotated[str, Field(max_length=1024)]
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import read_json_object
-from turboserve.api.chat_body import ChatBody
+from turboserve.api.chat_body import MAX_CHOICES, ChatBody
 from turboserve.api.completion_body import CompletionBody, texts_or_ids
 from turboserve.api.completion_models import Completion, CompletionChunk
 from turboserve.api.completion_replies import CompletionReplies
@@ -20,7 +20,7 @@ from turboserve.api.kv_reply_models import Reply
 from turboserve.api.openapi import SESSION_PARAMETER, failures, json_body, stream_or_whole
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header, not_declared
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
-from turboserve.api.sampling_body import MAX_CHOICES, choices_of, request_of
+from turboserve.api.sampling_request import checked_choices, choices_of, common_request
 from turboserve.api.session_request import SESSION_HEADER, EmptyBody
 from turboserve.api.text_bodies import DetokenizeBody, TokenizeBody
 from turboserve.api.validation import validated
@@ -55,7 +55,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     body = validated(CompletionBody, raw, is_strict=context.chat_rules.is_strict)
     ignored = not_declared(CompletionBody.model_fields, raw)
     context.check_model(body.model)
-    asked = request_of(
+    asked = common_request(
         body,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
@@ -65,6 +65,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     asked = replace(asked, num_top_logprobs=body.logprobs)
     n = body.n or 1
     prompts = _prompts(body, n)
+    checked_choices(asked, n * len(prompts), MAX_CHOICES)  # of many prompts some wait
     requests: list[EngineRequest] = []
     for i, prompt in enumerate(prompts):
         requests += choices_of(await _with_prompt(asked, prompt, body.suffix, context), n, first=i * n)
@@ -86,8 +87,6 @@ Prompt = str | tuple[int, ...]
 def _prompts(body: CompletionBody, n: int) -> Sequence[Prompt]:
     """All prompts of a body. Raises InvalidRequestError for what cannot be asked together."""
     prompts = texts_or_ids(body.prompt)
-    if len(prompts) * n > MAX_CHOICES:
-        raise InvalidRequestError(f"prompt times n: at most {MAX_CHOICES} answers at once.", param="n")
     if body.best_of not in (None, n):
         raise UnsupportedParameterError("best_of: only the value of n is supported.", param="best_of")
     if body.echo and body.logprobs is not None:

@@ -14,7 +14,7 @@ from tests.turboserve.api import scripted
 from tests.turboserve.api.conftest import Service, error_of, running
 from tests.turboserve.api.scripted import MODEL_ID, USAGE, Script
 
-from turboserve.api.sampling_body import choices_of
+from turboserve.api.sampling_request import choices_of
 from turboserve.messages import (
     Constraint,
     Detokenize,
@@ -261,3 +261,17 @@ def test_what_is_not_known_is_ignored_and_named(complete: Complete, client: http
     with running(strict_parameters=True) as service, httpx.Client(base_url=service.url) as strict:
         reply = strict.post("/v1/completions", json={"prompt": "hi", "temprature": 0.1})
         assert reply.status_code == 400 and error_of(reply)["param"] == "temprature"
+
+
+def test_numbers_are_read_as_chat_completions_read_them(complete: Complete, service: Service) -> None:
+    assert complete(max_tokens=-1, seed=-1, top_k=-1, min_tokens=1.0, repeat_penalty=1.5).status_code == 200
+    request = service.engine.received[-1]
+    assert (request.max_tokens, request.min_tokens, request.sampling.seed, request.sampling.top_k) == (None, 1, None, 0)
+    assert request.sampling.repetition_penalty == 1.5
+    assert complete(n_predict=7).status_code == 200 and service.engine.received[-1].max_tokens == 7
+
+
+def test_a_session_continues_with_one_answer(complete: Complete) -> None:
+    for body in ({"n": 2}, {"prompt": ["a", "b"]}):
+        reply = complete(session_id="s", **body)
+        assert reply.status_code == 400 and error_of(reply)["param"] == "n"

@@ -122,6 +122,7 @@ def test_prompts_as_questions_tell_them(engine: TurboEngine) -> None:
 def test_arguments_in_history_that_are_nested_too_deeply_are_text(engine: TurboEngine) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
     history = (*USER, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "x"})
+    assert '{"a":{"a":' in ask(engine, RenderTemplate(Request("r", history)))
     answer_of(submit(engine, history, max_tokens=1))
 
 

@@ -38,7 +38,7 @@ from turboserve.api.ollama.models import (
 from turboserve.api.ollama.replies import NDJSON_TYPE, OllamaReplies, timestamp
 from turboserve.api.openapi import failures, json_body, stream_or_whole
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
-from turboserve.api.sampling_body import request_of
+from turboserve.api.sampling_request import common_request
 from turboserve.api.validation import validated
 from turboserve.messages import FillInMiddle, MiddlePrompt
 from turboserve.messages import Request as EngineRequest
@@ -94,7 +94,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
 async def _raw_request(body: GenerateBody, context: ApiContext, request_id: str, tenant: str) -> EngineRequest:
     completion = validated(CompletionBody, raw_body(body))
     defaults = context.engine.sampling_defaults
-    asked = request_of(completion, request_id=request_id, tenant=tenant, defaults=defaults)
+    asked = common_request(completion, request_id=request_id, tenant=tenant, defaults=defaults)
     if not body.suffix:
         return replace(asked, prompt=body.prompt)
     middle: MiddlePrompt = await engine_answer(context.engine.ask(FillInMiddle(body.prompt or "", body.suffix)))
