@@ -27,6 +27,7 @@ from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.errors import StartupError
@@ -86,6 +87,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
     dtype = weights.activation_dtype(model)
+    arranged = choose_projections(model, settings.projections)
+    progress(f"projections  {arranged}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -99,7 +102,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored"},
+        details={"weights": note or "as stored", "projections": str(arranged)},
     )
 
 
