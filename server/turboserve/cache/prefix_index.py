@@ -85,6 +85,8 @@ class PrefixIndex:
                 continue
             if in_memory_only and holder.tier == "disk":
                 continue
+            if _rank(holder, limit, request) <= best_rank:
+                continue  # however much of it can be used: asking all that run is what bursts would wait for
             usable = self.usable(holder, limit)
             rank = _rank(holder, usable, request)
             if usable >= MIN_REUSED_TOKENS and rank > best_rank:
@@ -95,7 +97,8 @@ class PrefixIndex:
         """The longest n <= limit of which its cache can be forked; for one on disk, an estimate from below."""
         if isinstance(holder, Lease):
             running = holder.running
-            return 0 if running is None else running.usable_prefix(min(limit, running.held_len()))
+            limit = min(limit, running.held_len()) if running is not None else 0
+            return running.usable_prefix(limit) if running is not None and limit > 0 else 0
         runtime = self._family.runtime(holder.kv_format)
         if holder.caches is not None:
             return runtime.usable_prefix(holder.caches, limit)
