@@ -213,7 +213,7 @@ def test_after_a_restart_the_later_of_two_files_of_one_session_counts() -> None:
     assert kept is not None and kept.disk_key is not None
     (old,) = disk.files.items()
     converse(memory, span(0, 150), 2.0, session_id="s")
-    disk.files[old[0]] = old[1]  # killed before the old file was deleted
+    disk.files["another"] = old[1]  # of a server that wrote every turn under a name of its own, and was killed
     again = memory_for(FakeFamily(), ROOMY, disk)
     assert [len(c.tokens) for c in again.idle] == [150] and len(disk.files) == 1
     assert lease_for(again, span(0, 160), 170, 3.0, session_id="s").cached_len == 150

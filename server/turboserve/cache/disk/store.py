@@ -142,8 +142,8 @@ class DiskStore:
     def put(self, key: str, meta: Mapping[str, Any], header: Mapping[str, Any], arrays: Sequence[Array]) -> bool:
         """Queue a conversation. Arrays must not change afterwards.
 
-        Its pieces are shared on disk only with entries whose meta has the same `salt`. False: the store is
-        off, closing, or has too much queued.
+        Its pieces are shared on disk only with entries whose meta has the same `salt`. An entry of this key stays
+        until the new one is durable. False: the store is off, closing, or has too much queued.
         """
         job = Job(key, dict(meta), dict(header), list(arrays))
         with self._changed:
@@ -192,6 +192,12 @@ class DiskStore:
         """What is on disk under this fingerprint."""
         with self._changed:
             return [StoredEntry(e.key, e.meta, e.num_bytes) for e in self._index if not e.is_foreign]
+
+    def entry(self, key: str) -> StoredEntry | None:
+        """What is on disk under a key and this fingerprint, whatever is queued for it."""
+        with self._changed:
+            entry = self._index.get(key)
+            return None if entry is None or entry.is_foreign else StoredEntry(key, entry.meta, entry.num_bytes)
 
     def entry_bytes(self, key: str) -> int | None:
         """Bytes of an entry, shared pieces included; None when it is gone."""
@@ -283,11 +289,14 @@ class DiskStore:
             return self._index.piece_bytes(name)
 
     def _make_room(self, job: Job) -> None:
-        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot."""
+        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot.
+
+        Never the entry that the job replaces: that goes when the new one is durable.
+        """
         _ = job.parts  # hashed here, not under the lock
         with self._changed:
             while self._index.total_bytes + new_bytes(job, self._has_piece) > self._limit_bytes:
-                oldest = self._index.oldest()
+                oldest = self._index.oldest(but=job.key)
                 if oldest is None:
                     self._count(refused=1)
                     raise Stopped
