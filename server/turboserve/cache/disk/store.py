@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turboserve.cache.disk import files, scan
+from turboserve.cache.disk import files, layout, scan
 from turboserve.cache.disk.container import Array, DamagedFileError
+from turboserve.cache.disk.folder import File
 from turboserve.cache.disk.index import Entry, Index
+from turboserve.cache.disk.layout import StoreFolder
 from turboserve.cache.disk.reading import DamagedPieceError, read_entry
 from turboserve.cache.disk.switch import Switch
 from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
@@ -54,7 +56,7 @@ class DiskCounts:
 class _Rubbish(NamedTuple):
     """A file to be deleted, unless its entry or piece is needed again by then."""
 
-    path: Path
+    file: File
     key: str | None = None
     piece: str | None = None
 
@@ -76,8 +78,8 @@ class DiskStore:
 
         limit_bytes: of all files together. write_rate: bytes per second, on average. fingerprint: of
         everything that gives stored caches their meaning; entries under another one are not offered.
-        Raises StoreLockedError when another process has the folder; any other trouble only shows in
-        `status`.
+        Raises StoreLockedError when another process has the folder, StoreFolderError when it is something
+        else than a store; any other trouble only shows in `status`.
         """
         self.path = path
         self._limit_bytes, self._max_pending_bytes = limit_bytes, max_pending_bytes
@@ -91,6 +93,7 @@ class DiskStore:
         self._is_closing = False
         self._hurry, self._stop = threading.Event(), threading.Event()
         self._rate = files.RateLimit(write_rate, self._hurry.wait)
+        self._folder: StoreFolder | None = None
         self._lock_handle: int | None = None
         self._thread: threading.Thread | None = None
         self._open()
@@ -99,23 +102,25 @@ class DiskStore:
 
     def _open(self) -> None:
         try:
-            with contextlib.suppress(PermissionError):
-                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are in there
-            for folder in (scan.entries_folder(self.path), scan.pieces_folder(self.path)):
-                with contextlib.suppress(PermissionError):  # of a read-only store that is already there
-                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_handle, is_writable = files.lock_folder(self.path)
-            found = scan.scan(self.path, self._fingerprint)
+            self._folder = layout.open_store_folder(self.path)
+            self._lock_handle, is_writable = files.lock_folder(self._folder.root)
+            if is_writable:
+                self._folder.make_private()
+            found = scan.scan(self._folder, self._fingerprint)
+        except files.StoreLockedError:
+            self._close_folder()
+            raise
         except OSError as exc:
+            self._close_folder()
             self._switch.turn_off(exc.strerror or str(exc))
             log.warning("the session store %s is off: %s", self.path, self._switch.reason)
             return
         for entry in found.entries:
             self._index.add(entry)
-        for path, why in found.damaged.items():
-            log.warning("the session store drops %s: %s", path.name, why)
+        for file, why in found.damaged.items():
+            log.warning("the session store drops %s: %s", file.name, why)
         self._count(integrity_failures=len(found.damaged))
-        self._trash = [_Rubbish(path) for path in (*found.damaged, *found.leftovers)]
+        self._trash = [_Rubbish(file) for file in (*found.damaged, *found.leftovers)]
         if not is_writable:
             self._trash = []
             self._switch.turn_off("the folder is read-only")
@@ -133,9 +138,16 @@ class DiskStore:
             self._thread.join(timeout_s)
             self._stop.set()
             self._thread.join(STOP_S)
-        if self._lock_handle is not None and not (self._thread and self._thread.is_alive()):
+        if not (self._thread and self._thread.is_alive()):
+            with self._changed:
+                self._close_folder()
+
+    def _close_folder(self) -> None:
+        if self._lock_handle is not None:
             os.close(self._lock_handle)
-            self._lock_handle = None
+        if self._folder is not None:
+            self._folder.close()
+        self._lock_handle = self._folder = None
 
     # What the memory sees.
 
@@ -163,11 +175,12 @@ class DiskStore:
                 job = self._pending[key]
                 return job.meta, job.header, list(job.arrays)
             entry = self._index.get(key)
-            if entry is None or entry.is_foreign:
+            if entry is None or entry.is_foreign or self._folder is None:
                 return None
             entry.num_readers += 1
+            folder = self._folder
         try:
-            fields, arrays = read_entry(self.path, key)
+            fields, arrays = read_entry(folder, key)
         except (DamagedFileError, OSError) as exc:
             self._drop_damaged(entry, exc)
             return None
@@ -177,7 +190,7 @@ class DiskStore:
         finally:
             with self._changed:
                 entry.num_readers -= 1
-        self._touch(entry)
+        self._touch(folder.entry(key), entry)
         return fields["meta"], fields["header"], arrays
 
     def delete(self, key: str) -> None:
@@ -250,7 +263,7 @@ class DiskStore:
         while (job := self._next_job()) is not None:
             try:
                 self._make_room(job)
-                entry = write_job(self.path, job, self._fingerprint, self._has_piece, self._after_write)
+                entry = write_job(self._opened, job, self._fingerprint, self._has_piece, self._after_write)
                 self._finish(job, entry)
             except Stopped:
                 self._finish(job, None)
@@ -334,7 +347,7 @@ class DiskStore:
         for rubbish in trash:
             if not self._is_needed(rubbish):  # again, meanwhile; only this thread adds files
                 with contextlib.suppress(OSError):
-                    rubbish.path.unlink()
+                    rubbish.file.delete()
         with self._changed:
             del self._trash[: len(trash)]  # only this thread takes anything out
 
@@ -345,18 +358,23 @@ class DiskStore:
 
     # Under the lock.
 
+    @property
+    def _opened(self) -> StoreFolder:
+        assert self._folder is not None, "nothing is written or deleted without a folder"
+        return self._folder
+
     def _accepts(self) -> bool:
         return self._thread is not None and not self._is_closing and self._switch.is_on
 
     def _drop(self, key: str) -> None:
-        if self._index.get(key) is not None:
+        if self._index.get(key) is not None and self._folder is not None:
             # The entry first: a process that is killed in between leaves pieces that nobody names, not a broken entry.
-            self._trash.append(_Rubbish(scan.entry_path(self.path, key), key=key))
+            self._trash.append(_Rubbish(self._folder.entry(key), key=key))
             self._throw_away(self._index.remove(key))
 
     def _throw_away(self, pieces: Sequence[str]) -> None:
         unused = [name for name in pieces if self._index.piece_bytes(name) is None]
-        self._trash += [_Rubbish(scan.piece_path(self.path, name), piece=name) for name in unused]
+        self._trash += [_Rubbish(self._opened.piece(name), piece=name) for name in unused]
         self._changed.notify_all()
 
     def _drop_damaged(self, entry: Entry, exc: Exception) -> None:
@@ -373,11 +391,11 @@ class DiskStore:
             self._count(integrity_failures=1)
         log.warning("a stored conversation cannot be read and is dropped (%d in all): %s", len(victims), exc)
 
-    def _touch(self, entry: Entry) -> None:
+    def _touch(self, file: File, entry: Entry) -> None:
         entry.last_used_s = self._clock()
         self._count(read=1)
         with contextlib.suppress(OSError):
-            os.utime(scan.entry_path(self.path, entry.key), (entry.last_used_s, entry.last_used_s))
+            file.touch(entry.last_used_s)
 
     def _count(self, **more: int) -> None:
         with self._changed:
