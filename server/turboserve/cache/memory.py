@@ -75,6 +75,7 @@ class MemoryLimits:
     max_sessions_per_caller: int = 0
     max_session_bytes_per_caller: int = 0
     allow_requantise: bool = False
+    has_one_caller: bool = False  # there is one API key: its pins take nothing from anybody
 
 
 class Memory:
@@ -104,6 +105,7 @@ class Memory:
             self._tally,
             max_sessions=limits.max_sessions_per_caller,
             max_session_bytes=limits.max_session_bytes_per_caller,
+            has_one_caller=limits.has_one_caller,
         )
         self._commands = SessionCommands(self._ledger, self._idle, self._room, self._quotas, persistence, self._tally)
         self._expired_s = 0.0
@@ -329,6 +331,7 @@ class Memory:
         kept = Conversation(session, np.asarray(tokens, np.int32), lease.kv_format, lease.wanted_format, caches, kv)
         found = self._idle.keep(kept)
         if found is kept:
+            self._quotas.unpin_if_too_large(kept)
             self._quotas.shrink(kept)
             self._idle.write_ahead_if_worthwhile(kept)
             self._room.make(Need(), now_s)

@@ -273,9 +273,9 @@ def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once
     parts = make_parts(model, fmt=FMT)
     loop = make_loop(parts)
     fill(loop, rng, 2)
-    parts.memory.budget_bytes = parts.memory.committed_bytes * 2
     for i in range(2):
         loop.answer(UpdateSession(f"t{i}", "s", is_pinned=True))
+    parts.memory.budget_bytes = parts.memory.committed_bytes * 2
     (sink,) = run(loop, request("big", prompt(rng, 300), max_tokens=100, tenant="new"))
     assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
     assert all(session_info(loop, GetSession(f"t{i}", "s")).is_pinned for i in range(2))
