@@ -173,6 +173,7 @@ class IdleConversations:
         """Forget sessions past their time to live, pinned ones only if the time is their own. 0: no limit."""
         for conversation in list(self):
             session = conversation.session
+            session.last_used_s = min(session.last_used_s, now_s)  # by a file of a time when the clock was ahead
             ttl_s = session.ttl_s or (0.0 if session.is_pinned else default_ttl_s)
             is_over = bool(ttl_s) and now_s - session.last_used_s > ttl_s and conversation.key not in busy
             if is_over or self._persistence.is_lost(conversation):

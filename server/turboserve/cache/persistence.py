@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,13 +35,13 @@ _KV_FIELDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equ
 class Persistence:
     """The disk side of the memory; with `disk` None it does nothing and says so.
 
-    wall_offset_s: Unix seconds less the engine's.
+    wall_offset: Unix seconds less the engine's, as they are now: computers learn the time while they run.
     """
 
     family: CacheFamily
     disk: SessionDisk | None
     tally: Tally
-    wall_offset_s: float = 0.0
+    wall_offset: Callable[[], float] = lambda: 0.0
     refused_s: float | None = None  # when the disk last did not take a conversation, and of what size
     refused_bytes: int = 0
 
@@ -70,7 +71,7 @@ class Persistence:
             return False
         header, arrays = self.family.export_caches(conversation.caches)
         key = conversation.earlier_key or new_id()  # of its earlier state, which thus stays until this one is durable
-        if not self.disk.put(key, _meta(conversation, self.wall_offset_s), header, arrays):
+        if not self.disk.put(key, _meta(conversation, self.wall_offset()), header, arrays):
             return False
         conversation.disk_key, conversation.earlier_key = key, None
         conversation.disk_bytes = sum(a.nbytes for a in arrays)
@@ -142,7 +143,7 @@ class Persistence:
             return
         stored = self.disk.get(key)
         if stored is not None and _is_of(stored[0], conversation):
-            self.disk.put(key, _meta(conversation, self.wall_offset_s), stored[1], list(stored[2]))
+            self.disk.put(key, _meta(conversation, self.wall_offset()), stored[1], list(stored[2]))
 
     def is_lost(self, conversation: Conversation) -> bool:
         """Whether it was on disk only, and the store dropped its file."""
@@ -165,7 +166,7 @@ class Persistence:
 
     def _from_entry(self, entry: StoredEntry) -> Conversation | None:
         try:
-            conversation = _conversation(entry, self.wall_offset_s)
+            conversation = _conversation(entry, self.wall_offset())
             self.family.runtime(conversation.kv_format)
             return conversation
         except (KeyError, TypeError, ValueError, zlib.error, KVFormatError) as exc:

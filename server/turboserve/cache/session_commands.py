@@ -170,7 +170,7 @@ class SessionCommands:
     def _info(self, holder: Holder) -> SessionInfo:
         """As its caller sees it; of a running one, the cache as it is now."""
         session, idle = holder.session, self._idle.get(*holder.key)
-        wall_offset_s = self._persistence.wall_offset_s
+        wall_offset_s = self._persistence.wall_offset()
         return SessionInfo(
             session_id=session.session_id,
             is_explicit=session.is_explicit,

@@ -55,7 +55,7 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):

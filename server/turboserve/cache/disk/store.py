@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MiB = 1 << 20
 DEFAULT_PENDING_BYTES = 256 * MiB  # the stated scratch of writing; one conversation alone may exceed it
 CLOSE_S = 10.0
+CLOCK_STEP_S = 1e-3  # between two uses at least: what file systems tell apart
 STOP_S = 10.0  # for the piece that is being written when time is up
 _NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -73,11 +74,13 @@ class DiskStore:
         fingerprint: str,
         max_pending_bytes: int = DEFAULT_PENDING_BYTES,
         clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens or makes the folder and learns what is in it.
 
         limit_bytes: of all files together. write_rate: bytes per second, on average. fingerprint: of
-        everything that gives stored caches their meaning; entries under another one are not offered.
+        everything that gives stored caches their meaning; entries under another one are not offered. clock: Unix
+        time, which orders entries by their last use across restarts, and may jump.
         Raises StoreLockedError when another process has the folder, StoreFolderError when it is something
         else than a store; any other trouble only shows in `status`.
         """
@@ -89,7 +92,8 @@ class DiskStore:
         self._pending: dict[str, Job] = {}
         self._writing: Job | None = None
         self._trash: list[_Rubbish] = []
-        self._switch = Switch(clock)
+        self._switch = Switch(steady_clock)
+        self._latest_s = 0.0  # the last use of any entry
         self._is_closing = False
         self._hurry, self._stop = threading.Event(), threading.Event()
         self._rate = files.RateLimit(write_rate, self._hurry.wait)
@@ -117,6 +121,7 @@ class DiskStore:
             return
         for entry in found.entries:
             self._index.add(entry)
+            self._latest_s = max(self._latest_s, entry.last_used_s)
         for file, why in found.damaged.items():
             log.warning("the session store drops %s: %s", file.name, why)
         self._count(integrity_failures=len(found.damaged))
@@ -190,7 +195,8 @@ class DiskStore:
         finally:
             with self._changed:
                 entry.num_readers -= 1
-        self._touch(folder.entry(key), entry)
+        self._note_use(entry)
+        self._count(read=1)
         return fields["meta"], fields["header"], arrays
 
     def delete(self, key: str) -> None:
@@ -321,7 +327,7 @@ class DiskStore:
         """Book what was written; of a job that was stopped, the files go."""
         with self._changed:
             if entry is not None:
-                entry.last_used_s = self._clock()
+                self._note_use(entry)
                 self._throw_away(self._index.add(entry))
                 self._count(written=1)
                 self._switch.worked()
@@ -391,11 +397,14 @@ class DiskStore:
             self._count(integrity_failures=1)
         log.warning("a stored conversation cannot be read and is dropped (%d in all): %s", len(victims), exc)
 
-    def _touch(self, file: File, entry: Entry) -> None:
-        entry.last_used_s = self._clock()
-        self._count(read=1)
-        with contextlib.suppress(OSError):
-            file.touch(entry.last_used_s)
+    def _note_use(self, entry: Entry) -> None:
+        """It is the last used one from now on, and its file says so; also when the clock was set back meanwhile."""
+        with self._changed:
+            entry.last_used_s = self._latest_s = max(self._clock(), self._latest_s + CLOCK_STEP_S)
+            folder = self._folder
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.entry(entry.key).touch(entry.last_used_s)
 
     def _count(self, **more: int) -> None:
         with self._changed:

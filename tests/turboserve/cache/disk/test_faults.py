@@ -91,7 +91,7 @@ from pathlib import Path
 from tests.turboserve.cache.disk.conversations import assert_holds, conversation, open_store
 
 now = 1000.0
-store = open_store(Path(sys.argv[1]), clock=lambda: now)
+store = open_store(Path(sys.argv[1]), steady_clock=lambda: now)
 assert store.put("before", *conversation(1)) and store.flush(20)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the system refuses every longer file from now on
