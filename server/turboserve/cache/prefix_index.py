@@ -16,7 +16,8 @@ from turboserve.cache.sessions import Conversation, Holder, Lease
 from turboserve.cache.sizes import usable_estimate
 from turboserve.messages import Request
 
-# A shorter match saves less than forking costs, and says only that both use the same chat template.
+# A shorter match saves less than forking costs, and says only that both use the same chat template. Not where a request
+# continues the session that it names: that is what its caller asked for, however short it is.
 MIN_REUSED_TOKENS = 16
 
 # Reading a file costs about as much as computing this many tokens of a small model: a conversation on
@@ -75,10 +76,11 @@ class PrefixIndex:
             return None
         must_be_exact = must_be_exact or request.kv_format is not None
         best: Match | None = None
-        best_rank = (0, 0)
+        best_rank = (-DISK_HANDICAP_TOKENS, 0)
+        least = MIN_REUSED_TOKENS if request.session_id is None else 1
         for found in tree.find(tokens):
             limit = min(found.common_len, len(tokens) - 1)
-            if limit < max(best_rank[0], MIN_REUSED_TOKENS):
+            if limit < max(best_rank[0], least):
                 break
             holder = found.holder
             if (must_be_exact and holder.kv_format != holder.wanted_format) or holder is without:
@@ -89,7 +91,9 @@ class PrefixIndex:
                 continue  # however much of it can be used: asking all that run is what bursts would wait for
             usable = self.usable(holder, limit)
             rank = _rank(holder, usable, request)
-            if usable >= MIN_REUSED_TOKENS and rank > best_rank:
+            is_asked_for = found.is_whole and holder.session.session_id == request.session_id
+            is_worthwhile = usable >= MIN_REUSED_TOKENS and rank > (0, 0)
+            if rank > best_rank and usable and (is_worthwhile or is_asked_for):
                 best, best_rank = Match(holder, usable, found.is_whole and isinstance(holder, Conversation)), rank
         return best
 

@@ -53,9 +53,10 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_sessions_per_caller=settings.max_sessions_per_caller,
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
+        has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):
