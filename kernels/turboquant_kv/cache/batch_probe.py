@@ -8,10 +8,12 @@ position. What is found here costs such a model its batches, never an answer.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -31,6 +33,7 @@ _FLOORS = {mx.float32: 0.005}
 _HALF_FLOOR = 0.05  # of half precision, where a router of experts may choose otherwise
 _OVER_ROUNDING = 4.0
 _CEILING = 0.25  # what is further away than that is wrong, whatever the rounding
+_SEEDS = (0, 1)  # of tokens
 
 Logits = npt.NDArray[np.float32]
 
@@ -68,20 +71,22 @@ def try_batches(model: Any, runtime: BatchingRuntime, kv_heads: Iterable[int] = 
     two sets of tokens. Raises what the model raises for a single row.
     """
     counts = sorted(count for count in set(kv_heads) if 3 < count <= MOST_ROWS)
-    decode = _confirmed(model, runtime, lambda trial: trial.decode(counts))
-    return Batching(decode, decode or _confirmed(model, runtime, lambda trial: trial.prefill()))
-
-
-def _confirmed(model: Any, runtime: BatchingRuntime, attempt: Callable[[_Trial], None]) -> str | None:
-    reason = None
-    for seed in (0, 1):
+    found = Batching()
+    for seed in _SEEDS:
         with _Trial(model, runtime, seed) as trial:
-            try:
-                attempt(trial)
-                return None
-            except _WrongError as exc:
-                reason = str(exc)
-    return reason
+            decode = _reason(partial(trial.decode, counts))
+            found = Batching(decode, decode or _reason(trial.prefill))
+        if found.prefill is None:
+            break
+    return found
+
+
+def _reason(attempt: Callable[[], None]) -> str | None:
+    try:
+        attempt()
+    except _WrongError as exc:
+        return str(exc)
+    return None
 
 
 @contextmanager
@@ -105,11 +110,10 @@ class _Trial:
         self._vocab_len = self._run([[0]], self._new()).shape[-1]
         self._seed = seed
         self._prefilled = [self._new() for _ in LENGTHS]
-        self._alone = [self._new() for _ in LENGTHS]
-        self._expected: list[list[Logits]] = [[] for _ in LENGTHS]  # of each row, after each of its decode steps
         for row, num_tokens in enumerate(LENGTHS):
-            for caches in (self._prefilled[row], self._alone[row]):
-                self._run([self._tokens(row, 0, num_tokens)], caches)
+            self._run([self._tokens(row, 0, num_tokens)], self._prefilled[row])
+        self._alone = [self._to_give_back(copy.deepcopy(caches)) for caches in self._prefilled]
+        self._expected: list[list[Logits]] = [[] for _ in LENGTHS]  # of each row, after each of its decode steps
         self._limit = self._rounding_limit()
 
     def __enter__(self) -> _Trial:
