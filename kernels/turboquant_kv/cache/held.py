@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache,
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows
 from turboquant_kv.cache.protocol import BatchRows
+from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import LayerSequence
 
 
@@ -40,7 +41,7 @@ def held_in_batch(cache: Any, index: int) -> Held:
     """Of row `index` of a batch cache."""
     if isinstance(cache, MixedBatchCache):
         return held_in_batch(*cache.places[index])
-    if isinstance(cache, PlainRows):
+    if isinstance(cache, (PlainRows, RowsApart)):
         return held_alone(cache.rows[index])
     if isinstance(cache, BatchTurboQuantKVCache):
         sequence = cache.sequences[index]
@@ -93,7 +94,7 @@ def usable_prefix(layers: Sequence[Held], length: int) -> int:
 
 def extract(cache: Any, index: int) -> Any:
     """Row `index` of a batch cache as a cache of its own, sharing pages; the batch stays as it is."""
-    if isinstance(cache, BatchRows):
+    if isinstance(cache, (BatchRows, RowsApart)):
         return cache.extract(index)
     if isinstance(cache, CacheList):
         return CacheList(*(extract(c, index) for c in cache.caches))

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import seam as attention
@@ -62,8 +62,11 @@ def probe_layers(model: Any) -> ModelLayers:
     kinds = tuple(type(cache) for cache in caches)
     shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     states = tuple(_state_of(c) if shape is None else StateBytes() for c, shape in zip(caches, shapes, strict=True))
-    watched = [_WatchedRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
-    unsupported = _why_unsupported(model, watched, expected)
+    watched, unsupported = _watch(model, _WatchedRows, expected)
+    if unsupported is not None:  # maybe as a conversation by itself; in batches its rows are computed one by one then
+        alone, unsupported_alone = _watch(model, _WatchedRow, expected)
+        if unsupported_alone is None:
+            watched, unsupported = alone, None
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     return ModelLayers(kinds, shapes, states, unsupported, query_heads)
 
@@ -76,6 +79,20 @@ class _WatchedRows(PlainRows):
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
         return super()._attend(step)
+
+
+class _WatchedRow(_WatchedRows):
+    """Tells its position as a single conversation's cache does."""
+
+    @property
+    def offset(self) -> int:  # type: ignore[override]  # of a batch it is an array
+        return self.lengths[0]
+
+
+def _watch(model: Any, watched: type[_WatchedRows], expected: np.ndarray[Any, Any]) -> tuple[list[Any], str | None]:
+    """Caches that a run has filled, and why they do not serve this model, if they do not."""
+    caches = [watched([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
+    return caches, _why_unsupported(model, caches, expected)
 
 
 def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, Any]) -> str | None:
@@ -113,6 +130,9 @@ def _state_of(cache: Any) -> StateBytes:
     if isinstance(cache, RotatingKVCache):
         held = cache.keys.shape[2]
         return StateBytes(token_bytes=int(cache.keys.nbytes + cache.values.nbytes) // held, most_tokens=cache.max_size)
+    if isinstance(cache, ChunkedKVCache):
+        shape, most = shape_of(cache), int(cache.chunk_size) + cache.step
+        return StateBytes(token_bytes=shape.raw_token_bytes, most_tokens=most)
     if isinstance(cache, KVCache):  # inside a list
         shape = shape_of(cache)
         return StateBytes(token_bytes=shape.raw_token_bytes, most_tokens=UNBOUNDED)

@@ -23,11 +23,13 @@ from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.backend_choice import cases_of, choose
+from turboquant_kv.cache.batch_probe import Batching, try_batches
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
+from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.codec.format import KVFormat, check_head_dim
@@ -225,6 +227,10 @@ class KVRuntime:
         """The rows of both batches; only the returned caches are valid afterwards."""
         return mixed.extend_rows(batch, other)
 
+    def try_batches(self) -> Batching:
+        """Whether rows of this runtime get together what they get alone. Raises what the model raises for one row."""
+        return try_batches(self._model, self, {shape.num_kv_heads for shape in self.shapes if shape is not None})
+
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
         return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
@@ -258,12 +264,13 @@ class KVRuntime:
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""
         for cache in caches:
-            if isinstance(cache, AttendingCache):
+            if isinstance(cache, (AttendingCache, RowsApart)):
                 cache.release()
 
     def evaluate(self, caches: Sequence[Any]) -> None:
         """Finish all pending work on these caches, so that no lazy graph outlives a step; waits once for all layers."""
-        mx.eval([c.pending_arrays() if isinstance(c, AttendingCache) else c.state for c in caches])
+        is_ours = (AttendingCache, RowsApart)
+        mx.eval([c.pending_arrays() if isinstance(c, is_ours) else c.state for c in caches])
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""

@@ -67,7 +67,7 @@ class FormatContestant(Contestant):
         self.name, self.description = runtime.fmt_name, runtime.description
         self.kind = "uncompressed" if fmt is None else "format"
         self.backend = runtime.backend_name
-        self.batches = all(callable(getattr(cache, "merge", None)) for cache in runtime.make_cache())
+        self.batches = runtime.try_batches().decode is None
 
     def _new_runtime(self, shift: int, backend: str) -> KVRuntime:
         calibration = self._calibration if self._fmt is not None and self._fmt.centred else None
