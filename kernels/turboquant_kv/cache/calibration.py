@@ -117,7 +117,7 @@ def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
     """The means with factors of the layer's keys, if they gain something, and then of keys so multiplied."""
     first = SKIPPED_TOKENS
     residuals = given.keys[:, first:] - key_guard.mean_rows(means, given, first)
-    weights = key_balance.attention_weights(given.scores, given.query_positions, first)
+    weights = key_balance.attention_weights(given.logits, given.query_positions, first)
     factors = key_balance.find_factors(residuals, given.grouped_queries, weights, rotary)
     return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 

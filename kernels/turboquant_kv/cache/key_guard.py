@@ -25,6 +25,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.backends.numpy_ops.backend import KIT
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
@@ -60,6 +61,7 @@ class Recorded:
     keys: Floats
     queries: Floats
     scale: float
+    cap: float = 0.0  # of scores, as LayerInput has it
 
     def last(self, num_queries: int) -> Recorded:
         """The same with fewer queries."""
@@ -80,6 +82,14 @@ class Recorded:
     def scores(self) -> Floats:
         """(H, rows, T): of all keys, those after a query as well."""
         return np.asarray(np.float32(self.scale) * self.grouped_queries @ self.keys.swapaxes(1, 2), np.float32)
+
+    @property
+    def logits(self) -> Floats:
+        """The scores, capped if they are: what softmax gets."""
+        return self.capped(self.scores)
+
+    def capped(self, scores: Floats) -> Floats:
+        return self.cap * np.tanh(scores / self.cap) if self.cap else scores
 
 
 def mean_rows(means: Means, given: Recorded, first: int) -> Floats:
@@ -159,10 +169,13 @@ class _Recorder(AttendingCache):
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.recorded = step
-        out: mx.array = mx.fast.scaled_dot_product_attention(
-            step.queries, step.keys, step.values, scale=step.scale, mask="causal", sinks=step.sinks
+        return plain_attention(
+            *(step.queries, step.keys, step.values),
+            scale=step.scale,
+            mask="causal",
+            sinks=step.sinks,
+            cap=step.cap,
         )
-        return out
 
     def pending_arrays(self) -> list[Any]:
         return [] if self.recorded is None else [self.recorded.queries, self.recorded.keys]
@@ -173,7 +186,7 @@ class _Recorder(AttendingCache):
 
 def _as_recorded(step: LayerInput, offset: int) -> Recorded:
     keys, queries = (np.array(x[0].astype(mx.float32)) for x in (step.keys, step.queries[:, :, -NUM_QUERIES:]))
-    return Recorded(offset, keys, queries, step.scale)
+    return Recorded(offset, keys, queries, step.scale, step.cap)
 
 
 def _divergences(given: Recorded, means: Means) -> dict[str, float]:
@@ -181,7 +194,7 @@ def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     given = given.last(NUM_MEASURED_QUERIES)
     dim, hidden = given.keys.shape[2], np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
     exact = given.scores
-    expected = _log_softmax(exact, hidden)
+    expected = _log_softmax(given.capped(exact), hidden)
     weights = np.exp(expected)
     factors = np.float32(1) if means.key_factors is None else means.key_factors[:, None]
     mean = mean_rows(means, given, SKIPPED_TOKENS)
@@ -196,12 +209,12 @@ def _divergences(given: Recorded, means: Means) -> dict[str, float]:
         seen = exact.copy()
         decoded = kernels.decode(codes, dim) * scales.astype(np.float32)[..., None]
         seen[..., SKIPPED_TOKENS:] = turned @ decoded.swapaxes(1, 2) + centre
-        difference = np.where(hidden, 0.0, weights * (expected - _log_softmax(seen, hidden)))
+        difference = np.where(hidden, 0.0, weights * (expected - _log_softmax(given.capped(seen), hidden)))
         found[name] = float(np.float32(difference.sum(axis=-1).mean()))  # as the calibration file keeps it
     return found
 
 
-def _log_softmax(scores: npt.NDArray[np.floating[Any]], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    shown = np.where(hidden, -1e30, scores.astype(np.float64))
+def _log_softmax(logits: npt.NDArray[np.floating[Any]], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    shown = np.where(hidden, -1e30, logits.astype(np.float64))
     shifted = shown - shown.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -18,7 +18,14 @@ from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError, row_indices
+from turboquant_kv.cache.protocol import (
+    AttendingCache,
+    BatchRows,
+    LayerInput,
+    UnsupportedModelError,
+    causal_only,
+    row_indices,
+)
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.cache.step import BatchStep, Positions, step_for
 from turboquant_kv.codec.format import KVFormat
@@ -91,6 +98,7 @@ class CompressedCache(AttendingCache):
                 scale=step.scale,
                 mask=step.array_mask,
                 sinks=step.sinks,
+                cap=step.cap,
             )
         except BaseException:
             current.undo()
@@ -153,10 +161,11 @@ class TurboQuantKVCache(CompressedCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""
-        if return_array or (window_size is not None and self.offset + N > window_size):
-            mask: mx.array = create_causal_mask(N, self.offset, window_size=window_size)
-            return mask
-        return None if N == 1 else "causal"
+        is_plain = window_size is None or self.offset + N <= window_size
+        if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
+            return None if N == 1 else "causal"
+        mask: mx.array = create_causal_mask(N, self.offset, window_size=window_size)
+        return causal_only(mask) if is_plain else mask
 
     def size(self) -> int:
         return self.offset

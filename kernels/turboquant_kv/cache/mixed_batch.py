@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
 
@@ -39,7 +40,7 @@ class PlainRows(BatchRows):
             k, v = self.rows[b].update_and_fetch(keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
             q = queries[b : b + 1, :, :n]
             mask = _row_mask(step.mask, b, n, k.shape[2])
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks)
+            out = plain_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks, cap=step.cap)
             outputs.append(out if n == num_new else mx.pad(out, [(0, 0), (0, 0), (0, num_new - n), (0, 0)]))
         return mx.concatenate(outputs)
 
@@ -141,7 +142,9 @@ class MixedBatchCache(BatchRows):
         for group, rows in zip(self.groups, split.rows, strict=True):
             part = mask if mask is None or isinstance(mask, str) or not _differs_by_row(mask) else mask[rows]
             group.update_and_fetch(step.keys[rows], step.values[rows])
-            outputs.append(group.attend(step.queries[rows], scale=step.scale, mask=part, sinks=step.sinks))
+            outputs.append(
+                group.attend(step.queries[rows], scale=step.scale, mask=part, sinks=step.sinks, cap=step.cap)
+            )
         return mx.concatenate(outputs)[split.inverse]
 
     def prepare(

@@ -46,11 +46,17 @@ class ShiftedCache(AttendingCache):
         return mask
 
     def attend(
-        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
         assert self._fetched is not None, "attention was asked for without new keys in this cache"
         (keys, values), self._fetched = self._fetched, None
-        return seam.scaled_dot_product_attention(queries, keys, values, self.inner, scale, mask, sinks)
+        return seam.scaled_dot_product_attention(queries, keys, values, self.inner, scale, mask, sinks, cap)
 
     def _attend(self, step: LayerInput) -> mx.array:
         raise AssertionError("attend does it")

@@ -87,6 +87,31 @@ def test_every_group_of_query_heads(level: str, group: int, rng: np.random.Gener
         assert relative_error(attended(history, fmt, q, 0.125), want) < tolerance
 
 
+@pytest.mark.parametrize("bits", [*BITS, *TRELLIS_BITS])
+@pytest.mark.parametrize("cap", [0.3, 5.0, 50.0])
+def test_capped_scores(level: str, cap: float, bits: tuple[int | str, int | str], rng: np.random.Generator) -> None:
+    """Scores of a deviation of about 12, from far beyond the cap to where it bends them little."""
+    fmt = KVFormat(*bits, page_tokens=16, sink_tokens=3)
+    history = History.random(rng, 2, int(rng.integers(100, 160)), 64, 80)
+    means = history.means(rng, random_rotary(rng, 64) if rng.random() < 0.5 else None)
+    history.steady(rng, fmt, means)
+    # integer queries: an error of scores weighs more where they are large
+    integers = FINE_INTEGER_TOLERANCE * 10 if bits == (8, 8) else 2 * INTEGER_TOLERANCE
+    for num_rows, tolerance in ((1, integers), (3, integers), (20, 3 * FLOAT_TOLERANCE)):
+        q = random_queries(rng, 6, num_rows, 64, mx.float32)
+        out = attended(history, fmt, q, 1.0, means, cap=cap)
+        want = expected(history, q, fmt, history.num_tokens - num_rows, 1.0, means, cap=cap)
+        assert relative_error(out, want) < tolerance
+
+
+def test_caps_that_are_none_are_refused(level: str, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=3)
+    history = History.random(rng, 2, 40, 64)
+    for cap in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="cap"):
+            attended(history, fmt, random_queries(rng, 4, 1, 64, mx.float32), 1.0, cap=cap)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_model_dtypes(level: str, dtype: Any, rng: np.random.Generator) -> None:
     fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=7)
