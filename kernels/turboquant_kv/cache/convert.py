@@ -15,6 +15,7 @@ from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.base import CanonicalPages, LayerStore, PageIds, PageWrites
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.sequence import PagedSequence
 
@@ -28,6 +29,7 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     A side (keys or values) whose codec does not change keeps its codes bit for bit. Raises ValueError when
     the formats differ in more than codecs.
     """
+    layers, caches, empty = caches, leaves(caches), leaves(empty)
     converted: list[Any] = [None] * len(caches)
     both, inflated = list[int](), list[int]()
     for i, (old, new) in enumerate(zip(caches, empty, strict=True)):
@@ -43,7 +45,7 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
         inflated, _compressed([caches[i] for i in inflated], [empty[i] for i in inflated]), strict=True
     ):
         converted[i] = cache
-    return converted
+    return with_leaves(layers, converted)
 
 
 def _conversations(places: Sequence[int], caches: Sequence[Any]) -> list[list[int]]:

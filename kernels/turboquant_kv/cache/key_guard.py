@@ -27,6 +27,7 @@ from turboquant_kv.backends.base import Means
 from turboquant_kv.backends.numpy_ops.backend import KIT
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.registry import codec_named
@@ -95,11 +96,11 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
     Layers that do not attend through the seam are left out.
     """
     seam.install()
+    empty = make_prompt_cache(model)
     caches: list[Any] = [
-        _Recorder(offset) if i in layers and type(cache) is KVCache else cache
-        for i, cache in enumerate(make_prompt_cache(model))
+        _Recorder(offset) if i in layers and type(cache) is KVCache else cache for i, cache in enumerate(leaves(empty))
     ]
-    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=caches)
+    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
     found = {}
     for i, cache in enumerate(caches):
         if isinstance(cache, _Recorder):

@@ -25,6 +25,7 @@ from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.backend_choice import cases_of, choose
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
@@ -63,14 +64,15 @@ class KVRuntime:
         self.verdict: Verdict | None = None  # on the device's fused kernels, where they were tried
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
-        self.layer_formats: dict[int, KVFormat] = {}  # of compressed layers
+        self.layer_formats: dict[int, KVFormat] = {}  # of compressed caches, by their place among `leaves`
         self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds
         self._sources: dict[int, LayerSource] = {}
         self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
             self._make_pool(fmt, calibration, backend, cache_dir)
-        self.layers_compressed = len(self._sources)
-        self.layers_uncompressed = len(self.shapes) - len(self._sources)
+        numbers = self.layers.numbers
+        self.layers_compressed = len({numbers[i] for i in self._sources})
+        self.layers_uncompressed = len(set(numbers)) - self.layers_compressed
 
     @property
     def fmt_name(self) -> str:
@@ -109,6 +111,11 @@ class KVRuntime:
         self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
 
     @property
+    def is_compressed_throughout(self) -> bool:
+        """Whether no layer has a cache that mlx-lm keeps."""
+        return len(self._sources) == len(self.shapes)
+
+    @property
     def token_bytes(self) -> float:
         """Bytes that one more token of a long conversation takes, all layers."""
         compressed = 0
@@ -137,14 +144,15 @@ class KVRuntime:
         return float(2 * self.fmt.page_tokens * self.compressed_raw_bytes(1))
 
     def make_cache(self) -> list[Any]:
-        """One empty single-conversation cache per layer."""
-        caches = make_prompt_cache(self._model)
+        """One empty single-conversation cache per layer, or a list of them where the model keeps several."""
+        layers = make_prompt_cache(self._model)
         if self._pool is None:
-            return list(caches)
+            return list(layers)
+        caches = leaves(layers)
         conversation = PagedSequence(self._pool, range(len(self._sources)))
         for i, source in self._sources.items():
             caches[i] = TurboQuantKVCache(source, conversation.of_layer(source.layer))
-        return list(caches)
+        return with_leaves(layers, caches)
 
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes that a conversation of `num_tokens` allocates, exact windows included.
@@ -164,21 +172,21 @@ class KVRuntime:
 
     def measure(self, caches: Sequence[Any]) -> KVBytes:
         """Where the bytes of one conversation are, summed over its arrays."""
-        return self._measure([rows.held_alone(cache) for cache in caches])
+        return self._measure([rows.held_alone(cache) for cache in leaves(caches)])
 
     def measure_row(self, batch: Sequence[Any], index: int) -> KVBytes:
         """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
-        return self._measure([rows.held_in_batch(cache, index) for cache in batch])
+        return self._measure([rows.held_in_batch(cache, index) for cache in leaves(batch)])
 
-    def _measure(self, layers: Sequence[rows.Held]) -> KVBytes:
+    def _measure(self, held_by_all: Sequence[rows.Held]) -> KVBytes:
         compressed = exact = uncompressed = raw = 0
-        for shape, held in zip(self.shapes, layers, strict=True):
+        for shape, held in zip(self.shapes, held_by_all, strict=True):
             if held.sequence is not None:
                 compressed += held.sequence.compressed_bytes
                 exact += held.sequence.exact_bytes
             uncompressed += held.plain_bytes
             raw += held.num_tokens * shape.raw_token_bytes if shape is not None else held.plain_bytes
-        tokens = max((held.num_tokens for held in layers), default=0)
+        tokens = max((held.num_tokens for held in held_by_all), default=0)
         return KVBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
     def totals(self) -> KVBytes:
@@ -227,11 +235,11 @@ class KVRuntime:
 
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
-        return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
+        return rows.usable_prefix([rows.held_alone(cache) for cache in leaves(caches)], length)
 
     def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
         """The same of one row of a batch."""
-        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in batch], length)
+        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in leaves(batch)], length)
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
         """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
@@ -248,22 +256,22 @@ class KVRuntime:
     def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
         """Caches from what `exporting.export_caches` gave. Raises ValueError for anything inconsistent."""
         caches = exporting.import_caches(header, arrays, self.make_cache())
-        for cache, shape in zip(caches, self.shapes, strict=True):
+        for cache, shape in zip(leaves(caches), self.shapes, strict=True):
             if type(cache) is KVCache and not cache.empty() and shape_of(cache) != shape:
                 raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {shape}")
-        if len({rows.num_tokens_of(cache) for cache in caches} - {0}) > 1:
+        if len({rows.num_tokens_of(cache) for cache in leaves(caches)} - {0}) > 1:
             raise ValueError("the layers of a saved cache hold different numbers of tokens")
         return caches
 
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""
-        for cache in caches:
+        for cache in leaves(caches):
             if isinstance(cache, AttendingCache):
                 cache.release()
 
     def evaluate(self, caches: Sequence[Any]) -> None:
         """Finish all pending work on these caches, so that no lazy graph outlives a step; waits once for all layers."""
-        mx.eval([c.pending_arrays() if isinstance(c, AttendingCache) else c.state for c in caches])
+        mx.eval([c.pending_arrays() if isinstance(c, AttendingCache) else c.state for c in leaves(caches)])
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""
