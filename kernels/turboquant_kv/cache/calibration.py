@@ -26,7 +26,7 @@ from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
 from turboquant_kv.cache.leaves import layer_numbers, leaves
 from turboquant_kv.cache.rope_probe import learn_rotary
-from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
+from turboquant_kv.codec.limits import UnsupportedFormatError, stored_dim
 from turboquant_kv.codec.rotary import Rotary
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
         mx.eval([c.state for c in leaves(caches)])
     held = {i: c for i, c in enumerate(leaves(caches)) if type(c) is KVCache and not c.empty()}
     dims = {i: c.keys.shape[3] for i, c in held.items()}
-    measured = [i for i, dim in dims.items() if dim in SUPPORTED_HEAD_DIMS]
+    measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
     recorded = [key_guard.record(model, tokens, measured, offset) for offset in key_guard.OFFSETS]
     learnt = learn_rotary(model, {i: dims[i] for i in measured}, layer_numbers(caches))
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
@@ -88,6 +88,13 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
     origin = f"built-in text, {len(tokens)} tokens; {turning}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
+
+
+def _can_be_stored(head_dim: int) -> bool:
+    try:
+        return stored_dim(head_dim) >= head_dim
+    except UnsupportedFormatError:
+        return False
 
 
 def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, rotary: Rotary) -> bool:

@@ -129,6 +129,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
     pool = sequence.pool
     shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
     balance = pool.balances[sequence.layer]
+    k_dim, v_dim = cache.source.dims or (shape.k_dim, shape.v_dim)
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
     parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
@@ -137,6 +138,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))
         if balance is not None:
             k = balance.keys_from_store(k)
+        k, v = k[..., :k_dim], v[..., :v_dim]
         plain.update_and_fetch(k, v)
         mx.eval(plain.keys, plain.values)
     return plain

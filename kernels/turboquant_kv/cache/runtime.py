@@ -26,12 +26,13 @@ from turboquant_kv.cache.backend_choice import cases_of, choose
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves, with_leaves
+from turboquant_kv.cache.padding import stored_means, stored_shape
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.cache.trial import Verdict
-from turboquant_kv.codec.format import KVFormat, check_head_dim
+from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
 
@@ -95,32 +96,39 @@ class KVRuntime:
         raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
         self.layers_left_exact = tuple(i for i, layer in raised.items() if layer is None)
         compressed = {
-            i: shape for i, shape in enumerate(self.shapes) if shape is not None and i not in self.layers_left_exact
+            i: stored_shape(shape)
+            for i, shape in enumerate(self.shapes)
+            if shape is not None and i not in self.layers_left_exact
         }
-        for shape in compressed.values():
-            check_head_dim(shape.k_dim)
-            check_head_dim(shape.v_dim)
-        means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
         self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
+        for i, shape in compressed.items():
+            self.layer_formats[i].check_dims(shape.k_dim, shape.v_dim)
+        known = calibration.layers if calibration is not None else {}
+        means = [stored_means(known[i], shape) if i in known else None for i, shape in compressed.items()]
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
         cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
-        self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
+        self._sources = {i: LayerSource.of_pool(self._pool, layer, self._dims(i)) for layer, i in enumerate(compressed)}
 
     @property
     def is_compressed_throughout(self) -> bool:
         """Whether no layer has a cache that mlx-lm keeps."""
         return len(self._sources) == len(self.shapes)
 
+    def _dims(self, place: int) -> tuple[int, int]:
+        shape = self.shapes[place]
+        assert shape is not None
+        return shape.k_dim, shape.v_dim
+
     @property
     def token_bytes(self) -> float:
         """Bytes that one more token of a long conversation takes, all layers."""
         compressed = 0
         for i, fmt in self.layer_formats.items():
-            shape = self.shapes[i]
+            shape = self._sources[i].shape
             assert shape is not None
             compressed += fmt.token_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
@@ -141,7 +149,7 @@ class KVRuntime:
         """Most bytes of one conversation's exact rows behind its pages, in all layers."""
         if self.fmt is None:
             return 0.0
-        return float(2 * self.fmt.page_tokens * self.compressed_raw_bytes(1))
+        return float(2 * self.fmt.page_tokens * (0 if self._pool is None else self._pool.raw_token_bytes))
 
     def make_cache(self) -> list[Any]:
         """One empty single-conversation cache per layer, or a list of them where the model keeps several."""
@@ -164,7 +172,9 @@ class KVRuntime:
             if shape is None:
                 continue
             if i in self._sources:
-                total += _compressed_bytes(self.layer_formats[i], shape, num_tokens)
+                stored = self._sources[i].shape
+                assert stored is not None
+                total += _compressed_bytes(self.layer_formats[i], stored, num_tokens)
             else:
                 step = KVCache.step
                 total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
@@ -199,12 +209,14 @@ class KVRuntime:
             compressed=pool.used_bytes,
             exact=pool.exact_bytes,
             slack=pool.slack_bytes,
-            raw_equivalent=pool.num_tokens * pool.raw_token_bytes,
+            raw_equivalent=self.compressed_raw_bytes(pool.num_tokens),
         )
 
     def compressed_raw_bytes(self, num_tokens: int) -> int:
         """What that many tokens would take uncompressed, in the layers that are compressed."""
-        return 0 if self._pool is None else num_tokens * self._pool.raw_token_bytes
+        return num_tokens * sum(
+            s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i in self._sources
+        )
 
     def allocated_bytes(self) -> int:
         """Everything the pool holds: pages and exact rows, free ones too."""
