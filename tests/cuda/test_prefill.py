@@ -68,6 +68,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, codecs, dtype, where chun
     (2, 1, 192, 128, 8, 48, (4, 3), mx.float16, (90, 150)),
     (4, 2, 128, 64, 32, 64, ("3t", "2t"), mx.float16, (100, 170)),
     (2, 1, 96, 128, 5, 16, ("2t", "3t"), mx.bfloat16, (60, 110)),
+    (2, 1, 160, 160, 32, 64, (4, 3), mx.float16, (60, 110)),
 ]
 
 

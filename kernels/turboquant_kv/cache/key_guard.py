@@ -28,8 +28,10 @@ from turboquant_kv.backends.numpy_ops.backend import KIT
 from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
+from turboquant_kv.cache.leaves import leaves, with_leaves
+from turboquant_kv.cache.padding import widened_rows
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
-from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format import KVFormat, stored_dim
 from turboquant_kv.codec.registry import codec_named
 from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import rotation_matrix
@@ -105,11 +107,11 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
     Layers that do not attend through the seam are left out.
     """
     seam.install()
+    empty = make_prompt_cache(model)
     caches: list[Any] = [
-        _Recorder(offset) if i in layers and type(cache) is KVCache else cache
-        for i, cache in enumerate(make_prompt_cache(model))
+        _Recorder(offset) if i in layers and type(cache) is KVCache else cache for i, cache in enumerate(leaves(empty))
     ]
-    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=caches)
+    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
     found = {}
     for i, cache in enumerate(caches):
         if isinstance(cache, _Recorder):
@@ -192,16 +194,16 @@ def _as_recorded(step: LayerInput, offset: int) -> Recorded:
 def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     """Of one layer at one offset, by key codec."""
     given = given.last(NUM_MEASURED_QUERIES)
-    dim, hidden = given.keys.shape[2], np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
+    dim, hidden = stored_dim(given.keys.shape[2]), np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
     exact = given.scores
     expected = _log_softmax(given.capped(exact), hidden)
     weights = np.exp(expected)
     factors = np.float32(1) if means.key_factors is None else means.key_factors[:, None]
     mean = mean_rows(means, given, SKIPPED_TOKENS)
     rotation = rotation_matrix(dim, KVFormat().rotation_seed, "k")
-    rotated = (given.keys[:, SKIPPED_TOKENS:] * factors - mean) @ rotation.T
+    rotated = widened_rows(given.keys[:, SKIPPED_TOKENS:] * factors - mean, dim) @ rotation.T
     queries = np.float32(given.scale) * given.grouped_queries / factors
-    turned, centre = queries @ rotation.T, queries @ mean.swapaxes(1, 2)
+    turned, centre = widened_rows(queries, dim) @ rotation.T, queries @ mean.swapaxes(1, 2)
     found = {}
     for name in KEY_CODECS:
         kernels = kernels_for(KIT, codec_named(name))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
 from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
@@ -257,6 +257,8 @@ def extend_rows(batch: list[Any], other: list[Any]) -> list[Any]:
 
 
 def _merge_layer(caches: list[Any], padded: bool) -> Any:
+    if isinstance(caches[0], CacheList):
+        return CacheList(*(_merge_layer(list(c), padded) for c in zip(*(c.caches for c in caches), strict=True)))
     kinds = {id(c.source) if isinstance(c, TurboQuantKVCache) else type(c) for c in caches}
     if kinds == {KVCache} and not padded:
         return PlainRows(copy.deepcopy(caches))
@@ -272,6 +274,8 @@ def _batch_of_one(cache: Any) -> Group:
 
 
 def _extend_layer(mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, CacheList):
+        return CacheList(*(_extend_layer(a, b) for a, b in zip(mine.caches, theirs.caches, strict=True)))
     if isinstance(mine, BatchTurboQuantKVCache) and isinstance(theirs, BatchTurboQuantKVCache):
         is_same = mine.source is theirs.source
     else:

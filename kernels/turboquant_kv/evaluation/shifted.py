@@ -21,6 +21,7 @@ import numpy as np
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.calibration import Calibration
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
 
 
@@ -73,7 +74,8 @@ def at_offset(caches: Sequence[Any], shift: int, attention_layers: Sequence[bool
     """The caches as a model shall see them; rings and recurrent states, whose positions are nobody's, stay."""
     if shift == 0:
         return list(caches)
-    return [ShiftedCache(c, shift) if moves else c for c, moves in zip(caches, attention_layers, strict=True)]
+    pairs = zip(leaves(caches), attention_layers, strict=True)
+    return with_leaves(caches, [ShiftedCache(c, shift) if moves else c for c, moves in pairs])
 
 
 def shifted(calibration: Calibration, shift: int) -> Calibration:

@@ -28,6 +28,7 @@ from turboquant_kv.backends.gpu.source import (
 from turboquant_kv.codec.format import UnsupportedFormatError
 
 FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
+MIN_DIM = 64  # shorter ones are not tried
 MAX_DIM = 256  # of 512 no tile's sums fit the registers
 DTYPES = (mx.float16, mx.bfloat16)
 # Two blocks of 128 threads, of 255 registers each, are what a processor's registers hold, and two stages of tiles what
@@ -76,7 +77,8 @@ class FlashKernels:
         self._made: dict[FlashShape, Kernel] = {}
 
     def has_kernel(self, shape: FlashShape) -> bool:
-        return self._dialect == "cuda" and max(shape.k_dim, shape.v_dim) <= MAX_DIM and shape.dtype in DTYPES
+        fits = min(shape.k_dim, shape.v_dim) >= MIN_DIM and max(shape.k_dim, shape.v_dim) <= MAX_DIM
+        return self._dialect == "cuda" and fits and shape.dtype in DTYPES
 
     def attend(
         self,

@@ -84,7 +84,7 @@ class DecodeShape:
         dims = (self.k_dim, self.v_dim)
         if not has_whole_blocks(self, self.tile):
             return False
-        return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
+        return all(d % 16 == 0 and 64 <= d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
 
     @property
     def has_simd(self) -> bool:
