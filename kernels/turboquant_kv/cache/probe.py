@@ -52,6 +52,7 @@ class ModelLayers:
     states: tuple[StateBytes, ...]  # all zero for plain KV caches
     unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
     query_heads: tuple[int, ...] = ()  # of each layer; 0 where it is not a plain KV cache
+    capped: tuple[bool, ...] = ()  # whether each layer's attention scores have a cap; False where it is unknown
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -65,16 +66,19 @@ def probe_layers(model: Any) -> ModelLayers:
     watched = [_WatchedRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
     unsupported = _why_unsupported(model, watched, expected)
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads)
+    capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, capped=capped)
 
 
 class _WatchedRows(PlainRows):
     """Remembers what only queries tell."""
 
     num_query_heads = 0
+    is_capped = False
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
+        self.is_capped = step.cap > 0
         return super()._attend(step)
 
 

@@ -102,7 +102,8 @@ class KVRuntime:
         self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
-        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
+        capped = self.layers.capped or (False,) * len(self.shapes)
+        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
