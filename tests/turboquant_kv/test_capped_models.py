@@ -85,7 +85,9 @@ def test_uncompressed_rows_get_what_they_get_alone(
 ) -> None:
     """As many rows as KV heads among others, which is where mlx-lm's own batch takes one row's mask for another's."""
     model = as_dtype(small_models.capped(int(rng.integers(99)), head_dim, num_kv_heads), dtype)
-    assert probe_layers(model).unsupported is None
+    layers = probe_layers(model)
+    assert layers.unsupported is None
+    assert layers.capped == (True,) * len(layers.kinds)
     alone = histories(model, None, [random_tokens(rng, int(n)) for n in rng.integers(1, 80, num_rows)])
     batch = merge_rows(alone)
     assert all(isinstance(cache, PlainRows) for cache in batch)
@@ -137,7 +139,8 @@ def test_compressed_rows_get_what_they_get_alone(
         tokens = [random_tokens(rng, num_new) for _ in alone]
         logits = fed(model, batch, tokens)
         for b, caches in enumerate(alone):
-            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 1e-4
+            # bit by bit but for the projections (test_mixed.py), whose last bit may turn a code into its neighbour
+            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 0.03
             errors.append(error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])))
     assert np.mean(errors) < (0.02 if bits == (8, 8) else 0.35), "within the codec's error of mlx-lm's own"
 
@@ -168,8 +171,8 @@ def test_gear_is_served(fmt: KVFormat | None, rng: np.random.Generator) -> None:
         tokens = [random_tokens(rng, 1) for _ in prompts]
         logits = fed(model, batch, tokens)
         for b, caches in enumerate(alone):
-            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 1e-4
-            assert error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])) < 0.02
+            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < (1e-4 if fmt is None else 0.03)
+            assert error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])) < 0.03
 
 
 def test_other_caches_get_mlx_lms_own_attention(rng: np.random.Generator) -> None:

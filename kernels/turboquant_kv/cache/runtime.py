@@ -109,7 +109,8 @@ class KVRuntime:
         means = [stored_means(known[i], shape) if i in known else None for i, shape in compressed.items()]
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
-        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
+        capped = self.layers.capped or (False,) * len(self.shapes)
+        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
