@@ -189,7 +189,7 @@ class KVRuntime:
 
     def measure_row(self, batch: Sequence[Any], index: int) -> KVBytes:
         """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
-        return self._measure([rows.held_in_batch(cache, index) for cache in leaves(batch)])
+        return self._measure(rows.held_by_row(batch, index))
 
     def _measure(self, held_by_all: Sequence[rows.Held]) -> KVBytes:
         compressed = exact = uncompressed = raw = 0
@@ -258,7 +258,7 @@ class KVRuntime:
 
     def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
         """The same of one row of a batch."""
-        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in leaves(batch)], length)
+        return rows.usable_prefix(rows.held_by_row(batch, index), length)
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
         """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
