@@ -92,15 +92,16 @@ def kill_often(num_kills: int, window_s: float, cache_dir: Path, seed: int) -> C
     moments, found = random.Random(seed), Counter[str]()
     talk = Talk(moments)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(num_kills):
-            with running_server(
-                cache_dir, "--kv-store-dir", folder, "--kv-store-write-rate", "1MiB", "--log-level", "error"
-            ) as server:
+        flags = ("--kv-store-dir", folder, "--kv-store-write-rate", "1MiB", "--kv-budget", "64MiB")
+        for number in range(num_kills):
+            if number % 10 == 0:
+                print(f"{number} kills: {dict(found)}", flush=True)
+            with running_server(cache_dir, *flags) as server:
                 found[talk.look(server)] += 1
                 talk.go_on(server)
                 time.sleep(moments.uniform(0.0, window_s))
                 server.process.kill()
-        with running_server(cache_dir, "--kv-store-dir", folder) as server:
+        with running_server(cache_dir, *flags) as server:
             found[talk.look(server)] += 1
     return found
 
