@@ -30,7 +30,9 @@ from turboquant_kv.codec.trellis import TRELLIS_BITS
 # may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.
 MAX_ESTIMATE = {("decode", 256): 144, ("history", 112): 136}
 # A step of one sequence that holds nothing.
-STEP = StepFigures(tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW)
+STEP = StepFigures(
+    tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW, cap=0.0
+)
 EMPTY_PLAN = array_of(STEP, SequenceFigures(*[0] * 8))
 VARIANTS: tuple[Variant, ...] = ("portable", "simd")
 Checked = tuple[str, KernelText, int, int]

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.protocol import AttendingCache, row_indices
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
@@ -42,7 +43,8 @@ class RowsApart:
 
     def pending_arrays(self) -> list[Any]:
         """What is still to be computed, as `mx.eval` takes it."""
-        return [row.pending_arrays() if isinstance(row, AttendingCache) else row.state for row in self.rows]
+        caches = leaves(self.rows)
+        return [cache.pending_arrays() if isinstance(cache, AttendingCache) else cache.state for cache in caches]
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""
@@ -59,8 +61,9 @@ class RowsApart:
 
 
 def _release(row: Any) -> None:
-    if isinstance(row, AttendingCache):
-        row.release()
+    for cache in leaves([row]):
+        if isinstance(cache, AttendingCache):
+            cache.release()
 
 
 def merge_apart(rows: Sequence[Sequence[Any]]) -> list[RowsApart]:

@@ -100,6 +100,9 @@ def serve_command(
     overlap: Annotated[
         Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
     ] = None,
+    projections: Annotated[
+        Text, Option(help="Join linear layers of one input, multiply small steps by rows: auto, on or off [auto].")
+    ] = None,
     default_max_tokens: Annotated[
         Text, Option(help="Tokens of an answer where none are asked; 0: up to the context [4096].")
     ] = None,

@@ -29,6 +29,7 @@ from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.weight_files import read_shapes
@@ -55,9 +56,10 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_sessions_per_caller=settings.max_sessions_per_caller,
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
+        has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):
@@ -89,6 +91,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
     dtype = weights.activation_dtype(model)
+    arranged = choose_projections(model, settings.projections)
+    progress(f"projections  {arranged}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -102,7 +106,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored"},
+        details={"weights": note or "as stored", "projections": str(arranged)},
     )
 
 

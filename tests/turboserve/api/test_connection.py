@@ -133,6 +133,14 @@ def test_a_kept_connection_has_a_deadline_for_its_next_request_too(service: Serv
         assert read_all(sock).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("version", [b"2.0", b"1.2", b"0.9", b"3.0"])
+def test_other_versions_of_http_are_refused(service: Service, version: bytes) -> None:
+    with service.connect() as sock:
+        sock.sendall(b"GET /health HTTP/" + version + b"\r\nHost: localhost\r\n\r\n")
+        reply = read_all(sock)
+    assert reply.startswith(b"HTTP/1.1 400") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"]
+
+
 def test_silent_connections_are_closed(service: Service) -> None:
     with service.connect() as sock:
         assert read_all(sock) == b""

@@ -80,9 +80,12 @@ class Index:
                 unused.append(name)
         return unused
 
-    def oldest(self) -> Entry | None:
-        """Who makes room next: other models' entries first, then the least recently used; never one being read."""
-        candidates = [entry for entry in self if not entry.num_readers]
+    def oldest(self, but: str) -> Entry | None:
+        """Who makes room next: other models' entries first, then the least recently used.
+
+        Never one being read, nor `but`.
+        """
+        candidates = [entry for entry in self if not entry.num_readers and entry.key != but]
         return min(candidates, key=lambda e: (not e.is_foreign, e.last_used_s), default=None)
 
     def check(self) -> None:
