@@ -315,7 +315,8 @@ class TurboEngine:
             self._unready = f"the engine died ({type(cause).__name__})"
         if loop is None:
             reason = cause if isinstance(cause, StartupError) else None
-            self._startup_error = reason or StartupError(f"the model could not be started: {cause!r}")
+            what = f"The model could not be started ({type(cause).__name__}): the log has details."
+            self._startup_error = reason or StartupError(what)
             self._unready = "the model could not be loaded"
         try:
             self._end_all(loop, EngineUnavailableError("The engine died; restart the server."))

@@ -26,10 +26,13 @@ from turboserve.engine import weights
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
-from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
+from turboserve.engine.model_config import read_config
+from turboserve.engine.model_folder import model_id_for, resolve_folder
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
+from turboserve.engine.weight_files import read_shapes
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.models.tiny.prompts import load_texts
@@ -77,9 +80,9 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model)
-    config = read_config(folder)
+    config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(folder, memory)
-    model, tokenizer = _load_with_mlx_lm(folder, str(config["model_type"]))
+    model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
     model, note = _expand_if_wanted(model, settings, memory)
     if note:
         progress(note)
@@ -116,27 +119,6 @@ def max_context(config: dict[str, Any], wanted: int) -> int:
     if wanted > own:
         log.warning("max_context_tokens=%d is more than the model was made for: %d is used", wanted, own)
     return min(wanted or own, own)
-
-
-def _load_with_mlx_lm(folder: Path, model_type: str) -> tuple[Any, Any]:
-    import mlx_lm
-
-    try:
-        model, tokenizer = mlx_lm.load(
-            str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True, trust_remote_code=False
-        )
-    except ValueError as exc:
-        if "not supported" in str(exc):
-            raise StartupError(
-                f"Models of type {model_type} are not supported by the installed mlx-lm: "
-                "choose another model, or upgrade turboserve."
-            ) from exc
-        raise StartupError(f"The model in {folder} cannot be loaded: {_one_line(exc)}") from exc
-    except (OSError, KeyError, TypeError, RuntimeError, ImportError) as exc:
-        raise StartupError(
-            f"The model in {folder} cannot be loaded ({_one_line(exc)}): its files may be incomplete, fetch them again."
-        ) from exc
-    return model, tokenizer
 
 
 def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
