@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 
-def end_tokens(known: Iterable[int], configs: Iterable[Mapping[str, object]], vocab_len: int) -> frozenset[int]:
-    """Ids below vocab_len, of those that are known and of all `eos_token_id` in these configurations.
+def end_tokens(known: Iterable[int], configs: Iterable[Mapping[str, object]]) -> frozenset[int]:
+    """Those that are known and all `eos_token_id` in these configurations.
 
     configs: of config.json and generation_config.json, whose `text_config` counts as well. An id is a whole number or
     stands in a list; whatever else stands there is left out.
     """
     found = [*known, *(token for config in configs for token in _named_in(config))]
-    return frozenset(token for token in found if 0 <= token < vocab_len)
+    return frozenset(int(token) for token in found if token >= 0)
 
 
 def _named_in(config: Mapping[str, object]) -> Iterator[int]:
