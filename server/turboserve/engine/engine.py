@@ -205,6 +205,7 @@ class TurboEngine:
         parts = self._build(self._settings, self._progress)
         loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
         self._progress(f"overlap      {loop.overlap}")
+        self._progress(f"speculation  {loop.speculation_line}")
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)

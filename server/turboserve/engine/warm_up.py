@@ -127,6 +127,7 @@ def _decode(runner: Runner, num_tokens: int) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
             if outcome is not None:
+                assert not isinstance(outcome, list), "nothing is guessed for rows without a lease"
                 row.answer.append(outcome.token)
 
 
