@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 HOPED_ACCEPTANCE = 0.6
 ACCEPTANCE_STEP = 0.15  # what one more draft that came true or did not weighs in a row's acceptance
-FADING = 0.02  # of what is known, with each step in which drafts were there and not worth it
+FADING = 0.005  # of what is known, with each step in which drafts were there and not worth it
 TIME_MEMORY = 0.9  # what a step's time still weighs when the next one of its kind has been measured
 LEAST_GAIN = 1.03  # tokens per second over those of plain steps, below which nothing is drafted
 GUESS_WEIGHT = 0.3  # of the guess below, in measured steps
