@@ -387,6 +387,14 @@ class Runner:
             self.speculation.learn(None, (), len(rows))
         return dict(zip(rows, drawn, strict=True))
 
+    def try_guesses(self, most: int) -> None:
+        """Feed rows with 1 to `most` tokens more than a step, and forget it again, so that a device compiles it."""
+        batch = self._batch()
+        for num_tokens in range(2, most + 2):
+            self._forward([[0] * num_tokens] * len(self._rows), batch, last_only=False)
+            for cache in batch:
+                cache.trim_rows([num_tokens] * len(self._rows))
+
     def _step_with_drafts(
         self, speculation: Speculation, rows: list[Generation], drafts: Sequence[list[int]]
     ) -> Outcomes:

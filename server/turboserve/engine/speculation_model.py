@@ -23,6 +23,7 @@ from turboserve.engine.sampling import BatchSampler
 from turboserve.engine.speculation_pace import Acceptance, Offer
 from turboserve.errors import StartupError
 
+LEAST_RATE = 0.15  # of guesses that come true, below which one row at a time is read for, to see whether it stays so
 MOST_PENDING = 16  # tokens of a row that are read together with its next draft; more are read as a prompt is
 
 
@@ -66,7 +67,11 @@ class ModelDrafter:
         self._keep([row for row in self._rows if row in rows])
         if self._reading not in rows:
             self._stop_reading()
-        waiting = [row for row, limit in zip(rows, most, strict=True) if limit > 0 and self._num_pending(row) > 0]
+        waiting = [
+            row
+            for row, limit, acceptance in zip(rows, most, known, strict=True)
+            if limit > 0 and self._num_pending(row) > 0 and (acceptance.rate(0) >= LEAST_RATE or not self._rows)
+        ]
         if waiting:
             self._read_on(self._reading or waiting[0])
         return [
