@@ -84,6 +84,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Overlap = Literal["auto", "on", "off"]
 Projections = Literal["auto", "on", "off"]
+Speculate = Literal["auto", "off", "lookup", "draft"]
+NumDraftTokens = Annotated[int, Field(ge=1, le=7)]
 SamplingDefaults = Literal["model", "openai"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 
@@ -109,6 +111,9 @@ class ModelEntry(BaseModel):
     prefill_chunk_tokens: ChunkTokens | None = None
     overlap: Overlap | None = None
     projections: Projections | None = None
+    speculate: Speculate | None = None
+    draft_model: str | None = None
+    num_draft_tokens: NumDraftTokens | None = None
     max_running: NumRunning | None = None
     max_queued: NumQueued | None = None
     dequantize: str | None = None
@@ -154,6 +159,10 @@ class Settings(BaseSettings):
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
     projections: Projections = "auto"  # join linear layers of one input, and multiply small steps row by row
+    # guess tokens ahead and check them in one pass: draft (by draft_model), lookup (in prompt and answer), off, or auto
+    speculate: Speculate = "auto"  # draft where there is a draft_model
+    draft_model: str = ""  # folder or hub name of a smaller model with the same vocabulary
+    num_draft_tokens: NumDraftTokens = 7  # guessed of a row in a step, at most
     default_max_tokens: NotNegative = 4096  # of an answer, where none is asked; 0: up to the context
     sampling_defaults: SamplingDefaults = "model"  # where a request says nothing: generation_config.json's
     max_running: NumRunning = 32

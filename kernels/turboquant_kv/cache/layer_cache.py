@@ -271,10 +271,14 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         self._known = pool.epoch, current.after
         return current
 
-    def _cut_rows(self, num_tokens: int) -> None:
-        for sequence in self.sequences:
-            if sequence is not None:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        for sequence, num_tokens in zip(self.sequences, counts, strict=True):
+            if sequence is not None and num_tokens:
                 sequence.cut(len(sequence) - num_tokens)
+
+    def exact_room(self, idx: int) -> int:
+        sequence = self.sequences[idx]
+        return self.source.fmt.page_room(0 if sequence is None else len(sequence))
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""

@@ -8,6 +8,7 @@ that format's own batch. Rings and recurrent state are the same in every format 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,9 +45,12 @@ class PlainRows(BatchRows):
             outputs.append(out if n == num_new else mx.pad(out, [(0, 0), (0, 0), (0, num_new - n), (0, 0)]))
         return mx.concatenate(outputs)
 
-    def _cut_rows(self, num_tokens: int) -> None:
-        for row in self.rows:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        for row, num_tokens in zip(self.rows, counts, strict=True):
             row.trim(num_tokens)
+
+    def exact_room(self, idx: int) -> int:
+        return sys.maxsize
 
     def extend(self, other: PlainRows) -> None:
         """Take over the other batch's rows; it is empty afterwards."""
@@ -168,9 +172,13 @@ class MixedBatchCache(BatchRows):
         for group in self.groups:
             group.finalize()
 
-    def _cut_rows(self, num_tokens: int) -> None:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
         for group in self.groups:
-            group.trim(num_tokens)
+            group.trim_rows([counts[row] for row in self._rows_of(group)])
+
+    def exact_room(self, idx: int) -> int:
+        group, i = self.places[idx]
+        return group.exact_room(i)
 
     def extend(self, other: Any) -> None:
         """Take over the rows of a batch cache of any format; it is empty afterwards."""

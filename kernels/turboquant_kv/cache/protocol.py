@@ -120,8 +120,12 @@ class BatchRows(AttendingCache):
         """Tokens appended per row."""
 
     @abstractmethod
-    def _cut_rows(self, num_tokens: int) -> None:
-        """Drop the last tokens of every row."""
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        """Drop so many of each row's last tokens, none of which is pending."""
+
+    @abstractmethod
+    def exact_room(self, idx: int) -> int:
+        """Tokens that row `idx` may take now, of which any number of the last can be cut off again without loss."""
 
     @abstractmethod
     def extract(self, idx: int) -> Any:
@@ -203,11 +207,23 @@ class BatchRows(AttendingCache):
 
     def trim(self, n: int) -> int:
         """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
-        n = min([n, *self.lengths])
+        lengths = self.lengths
+        n = min([n, *lengths])
         surplus = self._trim_pending(n)
         if surplus:
-            self._cut_rows(surplus)
+            self._cut_rows([surplus] * len(lengths))
         return n
+
+    def trim_rows(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens, so many as `counts` says, after a step that all layers have written.
+
+        Into a compressed page the cut is lossy (sequence.py). Raises ValueError when a row holds fewer.
+        """
+        held = self._held_lengths
+        if self._pending is not None or any(not 0 <= n <= have for n, have in zip(counts, held, strict=True)):
+            raise ValueError(f"rows of {held} tokens cannot be cut by {list(counts)}")
+        if any(counts):
+            self._cut_rows(counts)
 
 
 def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:

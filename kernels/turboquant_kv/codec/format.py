@@ -218,6 +218,15 @@ class KVFormat:
         """Absolute position of the first token of a sequence's page."""
         return self.sink_tokens + page_index * self.page_tokens
 
+    def page_room(self, position: int) -> int:
+        """Tokens from `position` to its page's end, itself included; the sink's positions go on into the first page.
+
+        None of them closes the page that it is in, so a sequence that took them can be cut back to any without loss.
+        """
+        if position < self.sink_tokens:
+            return self.sink_tokens - position + self.page_tokens
+        return self.page_tokens - (position - self.sink_tokens) % self.page_tokens
+
     def fingerprint(self) -> str:
         """Stable hash of every field that changes stored bytes or their meaning."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

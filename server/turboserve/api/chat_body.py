@@ -330,6 +330,7 @@ class SamplingBody(OpenModel):
     max_tokens: TokenLimit | None = None
     n_predict: TokenLimit | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), Whole] | None = None
+    num_draft_tokens: Annotated[int, Field(ge=0, le=1000), Whole] | None = None
     stop: StopText | Annotated[list[StopText], FirstError(), Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
         Annotated[list[Annotated[int, Field(ge=0, le=INT32_MAX), Whole]], FirstError(), Field(max_length=MAX_STOP_IDS)]

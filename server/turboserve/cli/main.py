@@ -103,6 +103,11 @@ def serve_command(
     projections: Annotated[
         Text, Option(help="Join linear layers of one input, multiply small steps by rows: auto, on or off [auto].")
     ] = None,
+    speculate: Annotated[
+        Text, Option(help="Guess tokens ahead: draft (by --draft-model), lookup (in prompt and answer), off or auto.")
+    ] = None,
+    draft_model: Annotated[Text, Option(help="Folder or hub name of a smaller model with the same vocabulary.")] = None,
+    num_draft_tokens: Annotated[Text, Option(help="Tokens guessed for a request in a step, at most 7 [7].")] = None,
     default_max_tokens: Annotated[
         Text, Option(help="Tokens of an answer where none are asked; 0: up to the context [4096].")
     ] = None,

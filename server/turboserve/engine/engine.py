@@ -207,6 +207,7 @@ class TurboEngine:
         self._progress(f"overlap      {loop.overlap}")
         if loop.runner.apart is not None:
             self._progress(f"batching     {loop.runner.batching}")
+        self._progress(f"speculation  {loop.speculation_line}")
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)

@@ -33,6 +33,7 @@ from turboserve.engine.model_folder import model_id_for, resolve_folder
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
+from turboserve.engine.speculation_choice import as_draft, wants_draft_model
 from turboserve.engine.weight_files import read_shapes
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
@@ -49,9 +50,14 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
+    guessing = _load_draft(settings, progress, memory) if wants_draft_model(settings) else None
     formats = _serve_formats(settings, loaded, progress)
     runtime = formats.default_runtime
-    budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
+    more_bytes = 0 if guessing is None else guessing.weights_bytes
+    budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes + more_bytes)
+    draft = None if guessing is None else as_draft(guessing, loaded, budget_bytes)
+    if draft is not None:
+        budget_bytes -= draft.cache_bytes
     limits = MemoryLimits(
         session_ttl_s=settings.session_ttl_s,
         max_sessions_per_caller=settings.max_sessions_per_caller,
@@ -73,7 +79,7 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
-    return EngineParts(loaded, runtime, kv_memory, details)
+    return EngineParts(loaded, runtime, kv_memory, details, draft)
 
 
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
@@ -109,6 +115,11 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         sampling_defaults=defaults,
         details={"weights": note or "as stored", "projections": str(arranged)},
     )
+
+
+def _load_draft(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
+    """The model that guesses tokens for the served one. Raises StartupError."""
+    return load(settings.model_copy(update={"model": settings.draft_model, "served_model_name": ""}), progress, memory)
 
 
 def max_context(config: dict[str, Any], wanted: int) -> int:

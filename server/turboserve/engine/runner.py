@@ -7,6 +7,11 @@ these: the device computes while the host delivers. A row that ends by a token t
 caches that it was not meant to have, and is cut back by it when it leaves; one whose last token is on its way is left
 out of the next step. `cache_len` never counts the token in flight.
 
+Drafts. Where there is speculation (speculation.py), a step may check guessed tokens behind each row's newest one and
+returns several of a row. The batch then holds them all; `take` tells which of them the row has, and whoever leaves
+before is cut back to what it has. A step with drafts is computed at once, and what fails in it is computed again
+without.
+
 Rules. A mask depends on all tokens before it, so while a row has a token rule nothing is enqueued ahead: what is in
 flight lands, and steps are computed at once, their masks being filled while the device computes the logits.
 
@@ -38,6 +43,8 @@ from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, 
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
+from turboserve.engine.speculation import Speculation
+from turboserve.engine.speculation_step import draw_runs, fed_tokens
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -91,6 +98,8 @@ class Runner:
         self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
+        self.speculation: Speculation | None = None
+        self._ahead: dict[Generation, int] = {}  # tokens of the last step that a row has in the batch and not yet
         self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
 
     @property
@@ -216,7 +225,9 @@ class Runner:
             return
         for generation in leaving:
             index, flight = self._rows.index(generation), self._flight
-            if flight is not None and generation in flight:
+            if self._ahead.pop(generation, 0):
+                generation.caches = self._runtime.fork_row(self._batch(), index, generation.cache_len)
+            elif flight is not None and generation in flight:
                 generation.caches = self._runtime.fork_row(self._batch(), index, generation.cache_len)
                 flight.drop(generation)
             else:
@@ -265,8 +276,16 @@ class Runner:
         return [self._extract(i) for i in range(len(self._rows))]
 
     def num_in_flight(self, generation: Generation) -> int:
-        """Tokens in a request's caches, 0 or 1, that were fed before they were known."""
-        return int(self._flight is not None and generation in self._flight)
+        """Tokens in a request's caches that were fed before they were known, or before it took them."""
+        return int(self._flight is not None and generation in self._flight) + self._ahead.get(generation, 0)
+
+    def take(self, generation: Generation) -> None:
+        """A row gets the next of the several tokens that the last step has returned for it."""
+        self._ahead[generation] -= 1
+        if not self._ahead[generation]:
+            del self._ahead[generation]
+        generation.cache_len += 1
+        generation.num_accepted += 1
 
     def step(self) -> Outcomes:
         """Feed every row's newest token and draw the next one for each.
@@ -275,9 +294,12 @@ class Runner:
         have just joined there is none yet.
         """
         flight = self._flight
-        must_know = self._must_be_wary() or any(row.rule is not None for row in self._rows)
+        self._ahead.clear()
+        is_wary = self._must_be_wary()
+        has_drafts = not is_wary and self.speculation is not None and self._is_worth_drafting(self.speculation)
+        must_know = is_wary or has_drafts or any(row.rule is not None for row in self._rows)
         if flight is None and (not self.overlaps or must_know or self._is_awaited):
-            return self._step_at_once()
+            return self._step_at_once(has_drafts=has_drafts)
         if flight is not None and (flight.draws is None or self._sampler is None or must_know):
             return self.land()  # nothing can be built on it
         ending = [row for row in self._rows if flight is not None and row in flight and row.num_answer_left <= 1]
@@ -285,12 +307,23 @@ class Runner:
             row.caches = self._extract(self._rows.index(row))
         if ending:
             self._take_out(ending)
-        return self._fly_on(flight) if self._rows else self.land()
+        if not self._rows:
+            return self.land()
+        if self.speculation is None:
+            return self._fly_on(flight)
+        self.speculation.begin()
+        outcomes = self._fly_on(flight)
+        if flight is not None:
+            self.speculation.learn(None, (), len(self._rows))
+        return outcomes
 
     @property
     def _is_awaited(self) -> bool:
         """Whether the only row has no token yet: its reader would wait until a second step has been prepared."""
         return len(self._rows) == 1 and not self._rows[0].answer
+
+    def _is_worth_drafting(self, speculation: Speculation) -> bool:
+        return bool(self._rows) and speculation.is_worth_it(self._rows, self._batch())
 
     def _must_be_wary(self) -> bool:
         """A row whose cache was lost may do it again; without overlap the fault is found where it happens."""
@@ -364,12 +397,16 @@ class Runner:
                 self._runtime.release(caches)
         return [row for row in rows if singles[row] is None]
 
-    def _step_at_once(self) -> Outcomes:
+    def _step_at_once(self, *, has_drafts: bool = False) -> Outcomes:
         """A step without overlap: its own tokens are returned."""
         self._is_wary = False
         if not self._rows:
             return {}
         rows = list(self._rows)
+        if self.speculation is not None:
+            drafts = self.speculation.drafts(rows)
+            if has_drafts and drafts is not None:
+                return self._step_with_drafts(self.speculation, rows, drafts)
         try:
             logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows)
         except _DeviceError:
@@ -382,16 +419,62 @@ class Runner:
             self._num_failed_batches = 0
         for row in rows:
             row.cache_len += 1
-        return dict(zip(rows, self._draw(logits, masks), strict=True))
+        drawn = self._draw(logits, masks)
+        if self.speculation is not None:
+            self.speculation.learn(None, (), len(rows))
+        return dict(zip(rows, drawn, strict=True))
+
+    def try_guesses(self, most: int) -> None:
+        """Feed rows with 1 to `most` tokens more than a step, and forget it again, so that a device compiles it."""
+        batch = self._batch()
+        for num_tokens in range(2, most + 2):
+            self._forward([[0] * num_tokens] * len(self._rows), batch, last_only=False)
+            for cache in batch:
+                cache.trim_rows([num_tokens] * len(self._rows))
+
+    def _step_with_drafts(
+        self, speculation: Speculation, rows: list[Generation], drafts: Sequence[list[int]]
+    ) -> Outcomes:
+        """One pass over each row's newest token and its drafts; what is wrong of these is cut off again."""
+        tokens, lens = fed_tokens(rows, drafts)
+        padding = [len(tokens[0]) - n for n in lens]
+        batch = self._batch()
+        try:
+            for cache in batch:
+                cache.prepare(lengths=lens, right_padding=padding)
+            logits, masks = self._forward(tokens, batch, rows, last_only=False)
+            for cache in batch:
+                cache.finalize()
+            self._sampler = None  # rows move on by different numbers of tokens
+            runs = draw_runs(logits, rows, drafts, masks)
+            for cache in batch:
+                cache.trim_rows([n - len(run) for n, run in zip(lens, runs, strict=True)])
+        except _DeviceError:
+            log.exception("a step with drafts of %d rows failed on the device", len(rows))
+            return self._lose_all(rows)
+        except Exception:
+            log.exception("a step with drafts of %d rows failed; each row is tried alone, without", len(rows))
+            return self._step_alone(rows)
+        outcomes: dict[Generation, Drawn | Exception | list[Drawn | Exception] | None] = {}
+        for row, run in zip(rows, runs, strict=True):
+            row.cache_len += 1
+            if len(run) > 1:
+                self._ahead[row] = len(run) - 1
+            outcomes[row] = run if len(run) > 1 else run[0]
+        speculation.learn(drafts, [len(run) - 1 for run in runs], len(rows))
+        return outcomes
 
     def _forward(
-        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = ()
+        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = (), *, last_only: bool = True
     ) -> tuple[mx.array, StepMasks | None]:
         """Logits (B, V) after the last of `tokens` (B, T), and the masks of `rows`, filled while the device computes.
 
+        Without last_only the logits are (B, T, V), after each token.
         Raises _DeviceError when evaluation fails.
         """
-        logits: mx.array = forward(self._model, mx.array(tokens), caches)[:, -1, :]
+        logits: mx.array = forward(self._model, mx.array(tokens), caches)
+        if last_only:
+            logits = logits[:, -1, :]
         masks = None
         try:
             if any(row.rule is not None for row in rows):
