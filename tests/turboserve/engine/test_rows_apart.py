@@ -20,7 +20,6 @@ from turboserve.errors import StartupError
 
 FORMAT = KVFormat(4, 4, page_tokens=16, sink_tokens=8, centred=False)
 SERVED = [
-    ("capped", None),
     ("reusing", None),
     ("absolute", None),
     ("absolute", FORMAT),
@@ -177,7 +176,7 @@ def test_a_row_that_fails_among_rows_apart_is_the_only_one(
 
 
 def test_rows_apart_are_what_the_runner_holds() -> None:
-    loop = make_loop(make_parts(odd_models.capped()))
+    loop = make_loop(make_parts(odd_models.reusing()))
     assert all(isinstance(cache, RowsApart) for cache in loop.runner._merge([loop._parts.runtime.make_cache()]))
 
 
