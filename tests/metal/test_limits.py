@@ -47,9 +47,11 @@ def decode_shape(
     trellis: tuple[bool, bool] = (False, False),
     turns: bool = False,
 ) -> DecodeShape:
-    """With the largest types, and with all dims of keys turning, which need most."""
+    """With the largest types, and with all dims of keys turning and scores with a cap, which need most."""
     pairs = k_dim // 2 if turns else 0
-    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis, pairs)
+    return DecodeShape(
+        num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis, pairs, capped=turns
+    )
 
 
 def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:

@@ -92,15 +92,17 @@ def kill_often(num_kills: int, window_s: float, cache_dir: Path, seed: int) -> C
     moments, found = random.Random(seed), Counter[str]()
     talk = Talk(moments)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(num_kills):
-            with running_server(
-                cache_dir, "--kv-store-dir", folder, "--kv-store-write-rate", "1MiB", "--log-level", "error"
-            ) as server:
+        flags = ["--kv-store-dir", folder, "--kv-budget", "64MiB", "--kv-store-write-rate"]
+        for number in range(num_kills):
+            if number % 10 == 0:
+                print(f"{number} kills: {dict(found)}", flush=True)
+            rate = moments.choice(("1MiB", "4MiB", "64MiB"))  # so that kills find a write begun, half done and ended
+            with running_server(cache_dir, *flags, rate) as server:
                 found[talk.look(server)] += 1
                 talk.go_on(server)
                 time.sleep(moments.uniform(0.0, window_s))
                 server.process.kill()
-        with running_server(cache_dir, "--kv-store-dir", folder) as server:
+        with running_server(cache_dir, *flags, "64MiB") as server:
             found[talk.look(server)] += 1
     return found
 

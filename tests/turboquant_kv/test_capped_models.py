@@ -13,10 +13,14 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_runtime import random_tokens
 
+from turboquant_kv.backends.base import Means
 from turboquant_kv.backends.plain_attention import plain_attention
-from turboquant_kv.cache import seam
+from turboquant_kv.cache import key_guard, seam
+from turboquant_kv.cache.calibration import Calibration
+from turboquant_kv.cache.key_guard import KEY_CODECS
 from turboquant_kv.cache.mixed_batch import PlainRows, merge_rows
 from turboquant_kv.cache.probe import probe_layers
+from turboquant_kv.cache.protocol import AttendingCache
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
 
@@ -85,7 +89,9 @@ def test_uncompressed_rows_get_what_they_get_alone(
 ) -> None:
     """As many rows as KV heads among others, which is where mlx-lm's own batch takes one row's mask for another's."""
     model = as_dtype(small_models.capped(int(rng.integers(99)), head_dim, num_kv_heads), dtype)
-    assert probe_layers(model).unsupported is None
+    layers = probe_layers(model)
+    assert layers.unsupported is None
+    assert layers.capped == (True,) * len(layers.kinds)
     alone = histories(model, None, [random_tokens(rng, int(n)) for n in rng.integers(1, 80, num_rows)])
     batch = merge_rows(alone)
     assert all(isinstance(cache, PlainRows) for cache in batch)
@@ -137,7 +143,8 @@ def test_compressed_rows_get_what_they_get_alone(
         tokens = [random_tokens(rng, num_new) for _ in alone]
         logits = fed(model, batch, tokens)
         for b, caches in enumerate(alone):
-            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 1e-4
+            # bit by bit but for the projections (test_mixed.py), whose last bit may turn a code into its neighbour
+            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 0.03
             errors.append(error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])))
     assert np.mean(errors) < (0.02 if bits == (8, 8) else 0.35), "within the codec's error of mlx-lm's own"
 
@@ -168,8 +175,67 @@ def test_gear_is_served(fmt: KVFormat | None, rng: np.random.Generator) -> None:
         tokens = [random_tokens(rng, 1) for _ in prompts]
         logits = fed(model, batch, tokens)
         for b, caches in enumerate(alone):
-            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < 1e-4
-            assert error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])) < 0.02
+            assert error(logits[b : b + 1], fed(model, caches, [tokens[b]])) < (1e-4 if fmt is None else 0.03)
+            assert error(logits[b : b + 1], fed(model, plain[b], [tokens[b]])) < 0.03
+
+
+@pytest.mark.parametrize("exact", [0, 1])
+def test_layers_may_differ(exact: int, rng: np.random.Generator) -> None:
+    """A layer that is left uncompressed has mlx-lm's own cache, and takes the mask of the other's, or gives it one."""
+    model = small_models.capped(2)
+    lost = {0: dict.fromkeys(KEY_CODECS, 0.0), 1: dict.fromkeys(KEY_CODECS, 0.0)}
+    lost[exact] = dict.fromkeys(KEY_CODECS, 99.0)
+    runtime = KVRuntime(model, NEARLY_EXACT, calibration=Calibration({}, "", lost))
+    caches, plain = runtime.make_cache(), make_prompt_cache(model)
+    assert [type(cache) is KVCache for cache in caches] == [exact == 0, exact == 1]
+    for num_new in (30, 1, 5):
+        tokens = [random_tokens(rng, num_new)]
+        assert error(fed(model, caches, tokens), fed(model, plain, tokens)) < 0.02
+
+
+def test_one_token_needs_no_mask_even_as_an_array(rng: np.random.Generator) -> None:
+    """As mlx-lm's own single cache says; windows are arrays."""
+    runtime = KVRuntime(small_models.capped(), NEARLY_EXACT)
+    (caches,) = histories(small_models.capped(), runtime, [random_tokens(rng, 12)])
+    for cache in (caches[0], merge_rows([caches])[0], KVCache()):
+        assert cache.make_mask(1, return_array=True, window_size=None) is None
+    for cache in (caches[0], merge_rows([caches])[0]):
+        assert cache.make_mask(2, return_array=True).shape[-2:] == (2, 14)
+        assert cache.make_mask(1, return_array=True, window_size=4).sum().item() == 4
+
+
+def test_what_keys_lose_is_measured_through_the_cap(rng: np.random.Generator) -> None:
+    """Scores far beyond the cap are all alike, and what a codec does to them shows no more."""
+    keys, queries = (rng.standard_normal((2, 128, 64)).astype(np.float32) for _ in range(2))
+    means = Means(np.zeros((2, 64), np.float32), np.zeros((2, 64), np.float32))
+    found = {
+        cap: key_guard.measure([{0: key_guard.Recorded(0, keys, queries, 1.0, cap)}], {0: means})[0]["3"]
+        for cap in (0.0, 1e6, 0.05)
+    }
+    assert found[1e6] == pytest.approx(found[0.0], rel=1e-3)
+    assert found[0.05] < found[0.0] / 20
+    seam.install()
+    recorded = key_guard.record(small_models.capped(), random_tokens(rng, 256), [0, 1], 0)
+    assert [one.cap for one in recorded.values()] == [2.0, 2.0]
+    assert abs(recorded[0].logits).max() <= 2 < abs(recorded[0].scores).max()
+
+
+def test_masks_stay_names(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array would cost the native kernels a look at it, and GPUs their fused kernels."""
+    model, seen = small_models.capped(2), []
+    runtime = KVRuntime(model, NEARLY_EXACT)
+    plain_attend = AttendingCache.attend
+
+    def attend(self: AttendingCache, queries: mx.array, **options: Any) -> mx.array:
+        seen.append(options["mask"])
+        return plain_attend(self, queries, **options)
+
+    monkeypatch.setattr(AttendingCache, "attend", attend)
+    alone = histories(model, runtime, [random_tokens(rng, 12), random_tokens(rng, 6)])
+    batch = merge_rows(alone)
+    fed(model, batch, [[1], [2]])
+    fed(model, batch, [[1, 2], [2, 3]])
+    assert seen == ["causal"] * 8 + [None] * 2 + ["causal"] * 2
 
 
 def test_other_caches_get_mlx_lms_own_attention(rng: np.random.Generator) -> None:

@@ -38,11 +38,22 @@ def held_alone(cache: Any) -> Held:
     return Held(num_tokens_of(cache), 0 if cache.empty() else int(cache.nbytes), is_cuttable=type(cache) is KVCache)
 
 
+def held_by_row(batch: Sequence[Any], index: int) -> list[Held]:
+    """Of row `index` of a batch with one cache per layer, in the order of `leaves`."""
+    held = []
+    for cache in leaves(batch):
+        if isinstance(cache, RowsApart):
+            held += [held_alone(part) for part in leaves([cache.rows[index]])]
+        else:
+            held.append(held_in_batch(cache, index))
+    return held
+
+
 def held_in_batch(cache: Any, index: int) -> Held:
     """Of row `index` of a batch cache."""
     if isinstance(cache, MixedBatchCache):
         return held_in_batch(*cache.places[index])
-    if isinstance(cache, (PlainRows, RowsApart)):
+    if isinstance(cache, PlainRows):
         return held_alone(cache.rows[index])
     if isinstance(cache, BatchTurboQuantKVCache):
         sequence = cache.sequences[index]

@@ -19,14 +19,7 @@ from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents
 from turboquant_kv.cache.padding import stored_shape, widened, widened_step
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.protocol import (
-    AttendingCache,
-    BatchRows,
-    LayerInput,
-    UnsupportedModelError,
-    causal_only,
-    row_indices,
-)
+from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError, row_indices
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.cache.step import BatchStep, Positions, step_for
 from turboquant_kv.codec.format import KVFormat
@@ -171,7 +164,7 @@ class TurboQuantKVCache(CompressedCache):
         if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
             return None if N == 1 else "causal"
         mask: mx.array = create_causal_mask(N, self.offset, window_size=window_size)
-        return causal_only(mask) if is_plain else mask
+        return mask
 
     def size(self) -> int:
         return self.offset

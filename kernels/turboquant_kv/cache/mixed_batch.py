@@ -261,7 +261,7 @@ def _merge_layer(caches: list[Any], padded: bool) -> Any:
         return CacheList(*(_merge_layer(list(c), padded) for c in zip(*(c.caches for c in caches), strict=True)))
     kinds = {id(c.source) if isinstance(c, TurboQuantKVCache) else type(c) for c in caches}
     if kinds == {KVCache} and not padded:
-        return PlainRows(copy.deepcopy(caches))
+        return PlainRows([copy.deepcopy(cache) for cache in caches])  # each by itself: one may come twice
     if len(kinds) > 1 and any(isinstance(c, TurboQuantKVCache) for c in caches):
         return MixedBatchCache.of([_batch_of_one(c) for c in caches])
     return caches[0].merge(caches)

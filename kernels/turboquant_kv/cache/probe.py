@@ -58,6 +58,7 @@ class ModelLayers:
     unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
     query_heads: tuple[int, ...] = ()  # 0 where it is not a plain KV cache
     numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
+    capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -77,16 +78,20 @@ def probe_layers(model: Any) -> ModelLayers:
     if unsupported is not None and _caches_latents(model):
         unsupported = "this model caches latents from which it computes keys and values, which cannot be compressed"
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, tuple(layer_numbers(layers)))
+    capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
+    numbers = tuple(layer_numbers(layers))
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped)
 
 
 class _WatchedRows(PlainRows):
     """Remembers what only queries tell."""
 
     num_query_heads = 0
+    is_capped = False
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
+        self.is_capped = step.cap > 0
         return super()._attend(step)
 
 

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -66,8 +65,6 @@ class AttendingCache(ABC):
             raise UnsupportedModelError("attention was asked for without new keys in this cache")
         if mask is None and queries.shape[2] > 1:
             raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
-        if isinstance(mask, mx.array) and says_only_causal(mask):
-            mask = None if queries.shape[2] == 1 else "causal"
         (keys, values), self._pending = self._pending, None
         return self._attend(LayerInput(keys, values, queries, scale, mask, sinks, cap))
 
@@ -193,9 +190,7 @@ class BatchRows(AttendingCache):
         rows = self.offset[:, None, None, None] + mx.arange(N)[:, None]
         columns = mx.arange(longest)
         mask = columns <= rows
-        if window_size is None or is_plain:
-            return causal_only(mask)
-        return mask & (columns > rows - window_size)
+        return mask if window_size is None else mask & (columns > rows - window_size)
 
     def size(self) -> int:
         return max(self.lengths, default=0)
@@ -220,22 +215,6 @@ def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:
     if isinstance(batch_indices, mx.array):
         return [int(i) for i in np.array(batch_indices)]
     return [int(i) for i in batch_indices]
-
-
-# Masks that a model asked for as arrays and that say no more than causality, which backends need not be told: an array
-# would take its slower way. Models hand them to all layers.
-_CAUSAL_ONLY: WeakValueDictionary[int, mx.array] = WeakValueDictionary()
-
-
-def causal_only(mask: mx.array) -> mx.array:
-    """The mask itself, remembered as one of plain causality for as long as it lives."""
-    _CAUSAL_ONLY[id(mask)] = mask
-    return mask
-
-
-def says_only_causal(mask: mx.array) -> bool:
-    """Whether `causal_only` was given this very array."""
-    return _CAUSAL_ONLY.get(id(mask)) is mask
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask for the same ones

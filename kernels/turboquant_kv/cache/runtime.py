@@ -109,7 +109,8 @@ class KVRuntime:
         means = [stored_means(known[i], shape) if i in known else None for i, shape in compressed.items()]
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
-        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
+        capped = self.layers.capped or (False,) * len(self.shapes)
+        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
@@ -188,7 +189,7 @@ class KVRuntime:
 
     def measure_row(self, batch: Sequence[Any], index: int) -> KVBytes:
         """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
-        return self._measure([rows.held_in_batch(cache, index) for cache in leaves(batch)])
+        return self._measure(rows.held_by_row(batch, index))
 
     def _measure(self, held_by_all: Sequence[rows.Held]) -> KVBytes:
         compressed = exact = uncompressed = raw = 0
@@ -257,7 +258,7 @@ class KVRuntime:
 
     def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
         """The same of one row of a batch."""
-        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in leaves(batch)], length)
+        return rows.usable_prefix(rows.held_by_row(batch, index), length)
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
         """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""

@@ -22,10 +22,12 @@ from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKV
 from turboquant_kv.cache.protocol import AttendingCache
 
 _NAME = "scaled_dot_product_attention"
+_MASK_NAME = "create_attention_mask"
 _original = base.scaled_dot_product_attention
 
-# Modules of mlx_lm.models whose class Attention caps scores. Its members are those that `_attend_capped` names.
-CAPPED = ("gemma2", "gear")
+# Modules of mlx_lm.models whose class Attention caps scores, with members as `_attend_capped` names them; and whether
+# that class takes masks as arrays only. Backends take causality faster by its name.
+CAPPED = {"gemma2": True, "gear": False}
 
 
 def scaled_dot_product_attention(
@@ -52,10 +54,13 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models.") and getattr(module, _NAME, None) is _original:
             setattr(module, _NAME, scaled_dot_product_attention)
-    for name in CAPPED:
-        attention = getattr(sys.modules.get(f"mlx_lm.models.{name}"), "Attention", None)
-        if attention is not None and not hasattr(attention.__call__, "__wrapped__"):
-            attention.__call__ = _with_capped(attention.__call__)
+    for name, wants_arrays in CAPPED.items():
+        found = sys.modules.get(f"mlx_lm.models.{name}")
+        if found is None or hasattr(found.Attention.__call__, "__wrapped__"):
+            continue
+        found.Attention.__call__ = _with_capped(found.Attention.__call__, wants_arrays)
+        if wants_arrays:
+            setattr(found, _MASK_NAME, _with_names(getattr(found, _MASK_NAME)))
     for cls in (TurboQuantKVCache, BatchTurboQuantKVCache):
         setattr(mlx_lm_cache, cls.__name__, cls)  # load_prompt_cache looks classes up there
 
@@ -64,13 +69,29 @@ def is_installed() -> bool:
     return base.scaled_dot_product_attention is scaled_dot_product_attention
 
 
-def _with_capped(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """An Attention module's call: over a cache that attends for itself by `_attend_capped`, else as it was."""
+def _with_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """mlx-lm's create_attention_mask for a model that wants arrays: caches that attend for themselves may name them."""
+
+    @wraps(original)
+    def create(h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False) -> Any:
+        by_name = isinstance(cache, AttendingCache)
+        return original(h, cache, window_size=window_size, return_array=return_array and not by_name)
+
+    return create
+
+
+def _with_capped(original: Callable[..., mx.array], wants_arrays: bool) -> Callable[..., mx.array]:
+    """An Attention module's call: over a cache that attends for itself by `_attend_capped`, else as it was.
+
+    wants_arrays: a mask that another layer's cache gave as a name becomes an array for it.
+    """
 
     @wraps(original)
     def call(self: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         if isinstance(cache, AttendingCache) and self.attn_logit_softcapping:
             return _attend_capped(self, x, mask, cache)
+        if isinstance(mask, str) and wants_arrays:
+            mask = base.create_causal_mask(x.shape[1], cache.offset)
         return original(self, x, mask, cache)
 
     return call

@@ -91,9 +91,9 @@ class PrefixIndex:
                 continue  # however much of it can be used: asking all that run is what bursts would wait for
             usable = self.usable(holder, limit)
             rank = _rank(holder, usable, request)
-            is_asked_for = found.is_whole and holder.session.session_id == request.session_id
-            is_worthwhile = usable >= MIN_REUSED_TOKENS and rank > (0, 0)
-            if rank > best_rank and usable and (is_worthwhile or is_asked_for):
+            is_own = holder.session.session_id == request.session_id
+            is_long_enough = usable >= (1 if is_own and found.is_whole else MIN_REUSED_TOKENS)
+            if rank > best_rank and is_long_enough and (is_own or rank > (0, 0)):
                 best, best_rank = Match(holder, usable, found.is_whole and isinstance(holder, Conversation)), rank
         return best
 

@@ -105,20 +105,23 @@ class Quotas:
     def check_growth(self, key: Key, num_bytes: int) -> None:
         """The same of one that is pinned already; what others have pinned since is not held against it."""
         mine, others = self._pinned(key)
-        most = self._most_pinned
-        share = most if self._is_alone(key) else most // 2
-        if others + mine + num_bytes > most or mine + num_bytes > share:
-            allowed = f"{min(share, most - others):,} that its caller may pin in this server"
-            raise self._refuse_pin(num_bytes, mine, allowed)
+        most = self._most_grown(key, others)
+        if mine + num_bytes > most:
+            raise self._refuse_pin(num_bytes, mine, f"{most:,} that its caller may pin in this server")
 
     def unpin_if_too_large(self, kept: Conversation) -> None:
         """Of an answer whose length was not known when it began; pinned bytes stay within the limit."""
         if not kept.session.is_pinned:
             return
         mine, others = self._pinned(kept.key)
-        if others + mine + kept.kv_bytes > self._most_pinned:
+        if mine + kept.kv.total > self._most_grown(kept.key, others):
             kept.session.is_pinned = False
-            log.warning("a session of %s bytes has outgrown what may be pinned, and is unpinned", f"{kept.kv_bytes:,}")
+            log.warning("a session of %s bytes has outgrown what may be pinned, and is unpinned", f"{kept.kv.total:,}")
+
+    def _most_grown(self, key: Key, others_bytes: int) -> int:
+        """What a caller's pinned sessions may grow to beside those of others."""
+        most = self._most_pinned
+        return min(most - others_bytes, most if self._is_alone(key) else most // 2)
 
     @property
     def _most_pinned(self) -> int:
@@ -129,8 +132,11 @@ class Quotas:
         return self._has_one_caller or not key[0]
 
     def _pinned(self, but: Key) -> tuple[int, int]:
-        """Pinned bytes of that session's caller, itself left out, and of all others: in memory or reserved."""
-        held = {c.key: c.kv_bytes for c in self._idle if c.session.is_pinned}
+        """Pinned bytes of that session's caller, itself left out, and of all others.
+
+        What lies on disk counts too, for it is read back by its next request.
+        """
+        held = {c.key: c.kv.total for c in self._idle if c.session.is_pinned}
         for lease in self._ledger.leases:
             if lease.session.is_pinned:
                 held[lease.key] = max(held.get(lease.key, 0), lease.reserved_bytes)

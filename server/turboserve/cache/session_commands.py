@@ -140,7 +140,7 @@ class SessionCommands:
         session, idle = holder.session, self._idle.get(*holder.key)
         if command.is_pinned and not session.is_pinned:
             running = holder.reserved_bytes if isinstance(holder, Lease) else 0
-            self._quotas.check_pin(holder.key, max(running, idle.kv_bytes if idle is not None else 0))
+            self._quotas.check_pin(holder.key, max(running, idle.kv.total if idle is not None else 0))
         session.is_pinned = session.is_pinned if command.is_pinned is None else command.is_pinned
         session.ttl_s = session.ttl_s if command.ttl_s is None else (command.ttl_s or None)
         if idle is not None:

@@ -113,6 +113,7 @@ def serve_command(
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
     grammar_timeout_s: Annotated[Text, Option(help="Seconds a constraint may take to compile [0.7].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    max_connections: Annotated[Text, Option(help="Connections at once; 0: what open files allow [0].")] = None,
     strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,
     template_kwargs: Annotated[
         list[str] | None,

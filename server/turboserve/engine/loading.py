@@ -25,11 +25,12 @@ from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import weights
+from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
-from turboserve.engine.model_config import read_config
+from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
@@ -105,7 +106,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         max_context=max_context(config, settings.max_context_tokens),
         weights_bytes=weights.parameter_bytes(model),
         weights_fingerprint=weights.fingerprint(folder, dtype),
-        eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
+        eos_ids=end_tokens(tokenizer.eos_token_ids, [config, read_generation_config(folder)]),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
         details={"weights": note or "as stored", "projections": str(arranged)},

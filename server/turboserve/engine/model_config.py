@@ -16,6 +16,7 @@ from typing import Any
 
 from turboserve.errors import StartupError
 
+GENERATION_CONFIG = "generation_config.json"
 MOST_BYTES = 64 << 20  # of a JSON file that describes a model; weights are not among them
 MOST_DEPTH = 64  # of objects and lists in each other; real ones have about five
 LARGEST_NUMBER = 1 << 62
@@ -56,10 +57,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for problem in _problems(config, model_type):
         raise StartupError(f"{path}: {problem}. Correct it, or fetch the model again.")
-    generation = folder / "generation_config.json"
-    if generation.exists() and (wrong_end := _eos_problem(read_json_object(generation))):
-        raise StartupError(f"{generation}: {wrong_end}. Correct it, or fetch the model again.")
+    if wrong_end := _eos_problem(read_generation_config(folder)):
+        raise StartupError(f"{folder / GENERATION_CONFIG}: {wrong_end}. Correct it, or fetch the model again.")
     return config
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model; empty where there is none. Raises StartupError when it cannot be read."""
+    path = folder / GENERATION_CONFIG
+    return read_json_object(path) if path.exists() else {}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

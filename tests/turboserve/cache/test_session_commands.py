@@ -226,6 +226,19 @@ def test_a_pin_of_a_session_at_work_counts_what_is_reserved_for_it() -> None:
     pin(memory, "", "t")
 
 
+def test_pins_on_disk_count_for_they_come_back() -> None:
+    memory = memory_for(FakeFamily("f16"), 100 * RAW, FakeDisk())
+    for i in range(3):
+        converse(memory, span(1000 * i, 20), session_id=f"{i}")
+    pin(memory, "", "0")
+    pin(memory, "", "1")
+    memory.drop_idle()
+    with pytest.raises(QuotaExceededError):
+        pin(memory, "", "2")
+    converse(memory, span(0, 25), 1.0, session_id="0")  # within the limit still
+    assert {c.conversation_id for c in memory.idle if c.session.is_pinned} == {"0", "1"}
+
+
 def test_an_answer_that_outgrows_its_pin_loses_it() -> None:
     """Its length was not known when it began; what is pinned stays within the limit."""
     memory = memory_for(FakeFamily("f16"), 100 * RAW)

@@ -254,3 +254,11 @@ def test_the_memory_plan_adds_up(model: Any) -> None:
     assert peak_bytes(parts.runtime, tokens) <= budget < peak_bytes(parts.runtime, tokens + 1)
     assert "uncompressed" in memory_plan(parts.loaded, make_parts(model).runtime, budget)[-1]
     assert detect_memory().total_bytes > 0
+
+
+def test_end_tokens_come_from_all_files(tmp_path: Path) -> None:
+    """mlx-lm lets one file replace the other's."""
+    folder = shutil.copytree(EMBEDDED_DIR, tmp_path / "model")
+    edit_config(folder, eos_token_id=[11, 12])
+    (folder / "generation_config.json").write_text('{"eos_token_id": 13}')
+    assert load(Settings(model=str(folder)), quiet, PLENTY).eos_ids == {8185, 11, 12, 13}
