@@ -46,8 +46,7 @@ class Preparer:
 
     def warm_up(self) -> None:
         """Try out what the template expects, before the first request."""
-        if self._loaded.tokenizer.has_chat_template:
-            _ = self._template.dialect
+        self._template.try_out()
 
     def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""

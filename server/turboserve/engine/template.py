@@ -85,6 +85,12 @@ class ChatTemplate:
         """Tried out when a conversation first needs it."""
         return dialect_of(lambda messages, tools: self._render_raw(messages, tools, True, {}))
 
+    def try_out(self) -> None:
+        """Find out what the template expects, before the first prompt's time begins."""
+        self._patience = Patience(USUAL_TIMEOUT_S)
+        if self._tokenizer.has_chat_template:
+            _ = self.dialect
+
     def prompt_of(self, request: Request, vocab_len: int | None = None, *, patience: Patience | None = None) -> Prompt:
         """What the model reads for this request. Raises InvalidRequestError where there is nothing to read.
 
