@@ -168,6 +168,9 @@ class Settings(BaseSettings):
     max_running: NumRunning = 32
     max_queued: NumQueued = 256
     grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
+    max_held_bytes: Annotated[ByteCount, Field(ge=64 * MiB)] = 512 * MiB  # of memory for all bodies under way; then 503
+    prompt_timeout_s: Annotated[float, Field(gt=0)] = 10.0  # rendering and tokenising a prompt; beyond it is refused
+    stuck_step_s: Annotated[float, Field(gt=0)] = 120.0  # a step that takes longer makes /ready say so
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
     max_connections: NotNegative = 0  # at once; an idle one gives way to a new one; 0: what open files allow
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer

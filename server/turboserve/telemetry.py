@@ -8,7 +8,7 @@ All methods are thread-safe and cheap enough to be called once per token.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
@@ -58,6 +58,9 @@ class Telemetry:
             "HTTP requests answered, by route template and status.",
             ["route", "status"],
             registry=self.registry,
+        )
+        self._held_bytes = Gauge(
+            "turboserve_http_held_bytes", "Bytes that the bodies of requests under way take.", registry=self.registry
         )
         self._http_disconnects = self._counter(
             "http_disconnects", "Clients that left or stalled before their answer was complete.", "kind"
@@ -127,6 +130,10 @@ class Telemetry:
     def http_request(self, route: str, status: int) -> None:
         """`route` is a template such as `/v1/models/{model_id}`, never a raw path: labels must stay few."""
         self._http_requests.labels(route, str(status)).inc()
+
+    def held_bytes(self, num_bytes: int) -> None:
+        """Bytes of memory that the bodies of requests under way take now."""
+        self._held_bytes.set(num_bytes)
 
     def http_disconnect(self, kind: str) -> None:
         """`stream`, `whole` (not streamed), `stalled` (the reader stopped reading) or `gave_way` (to a new one)."""

@@ -1,8 +1,8 @@
 """The outermost ASGI layer: every request passes here before any route is chosen.
 
 Gives the request its id and its path's one spelling, refuses oversized headers, ambiguous framing, foreign hosts
-and callers without the key, answers browsers that ask what a page may send, counts and logs the outcome, and has bugs
-below answered with a plain 500.
+and callers without the key, answers browsers that ask what a page may send, bounds what all bodies together take,
+counts and logs the outcome, and has bugs below answered with a plain 500.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic_errors import speaks_anthropic
 from turboserve.api.cors import CorsGuard
 from turboserve.api.exception_replies import answer_exception
+from turboserve.api.held_bytes import CountedBody, HeldBytes
 from turboserve.api.security import HostGuard, Introduction, KeyGuard, RouterGuard, header
 from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
 from turboserve.logs import request_id as log_request_id
@@ -52,6 +53,7 @@ class Frontdoor:
         self._hosts = HostGuard(settings)
         self._keys = KeyGuard((settings.api_key, *settings.api_keys))
         self._telemetry = telemetry
+        self._held = HeldBytes(settings.max_held_bytes, telemetry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +61,7 @@ class Frontdoor:
         scope["path"] = self._aliases.canonical(scope["path"])
         introduced = self._router.introduction(scope["headers"])
         visit = Visit(scope, send, self._cors.grants(scope["headers"]), introduced.request_id if introduced else None)
+        body = CountedBody(receive, self._held)
         log_context = log_request_id.set(visit.request_id)
         try:
             self._check_headers(scope)
@@ -66,7 +69,7 @@ class Frontdoor:
             if preflight is not None:
                 return await _send_empty(visit, preflight)
             self._check_key(scope, introduced)
-            await self._app(scope, receive, visit.send)
+            await self._app(scope, body.receive, visit.send)
         except Exception as exc:
             answer = await answer_exception(Request(scope), exc)
             if answer.status_code in (400, 431):
@@ -74,6 +77,7 @@ class Frontdoor:
             if visit.status is None:
                 await answer(scope, receive, visit.send)
         finally:
+            body.close()
             self._record(visit)
             log_request_id.reset(log_context)
 

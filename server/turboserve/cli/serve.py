@@ -6,6 +6,7 @@ the server shuts down in order and the reason becomes the command's one-line err
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -54,7 +55,9 @@ def run(settings: Settings) -> None:
     try:
         http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
     finally:
-        engine.stop()  # answers under way had their grace period in `http_server.run`
+        if not engine.stop():  # answers under way had their grace period in `http_server.run`
+            logging.shutdown()
+            os._exit(1)  # an ordinary exit would wait for the thread that is stuck
     if starter.error is not None:
         raise starter.error
 

@@ -23,6 +23,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from turboserve.engine.failures import as_failure
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call
 from turboserve.engine.loaded_model import LoadedModel
+from turboserve.engine.prepare import CHARS_PER_TOKEN, PIECE_CHARS
+from turboserve.engine.template_process import Patience
 from turboserve.errors import (
     ContextLengthError,
     EngineFailureError,
@@ -88,13 +90,30 @@ class EmbeddingJobs:
         """Tokens in caches outside the budget."""
         return sum(job.long.num_done for job in self._jobs if job.long is not None)
 
-    def add(self, call: Call) -> None:
-        """Queue a call whose question is an Embed; a caller that cancels its future is forgotten."""
+    def add(self, call: Call, tokens: list[list[int]] | None = None) -> None:
+        """Queue a call whose question is an Embed; a caller that cancels its future is forgotten.
+
+        `tokens`: of its inputs, where they have been read already.
+        """
         assert isinstance(call.asked, Embed)
         if len(self._jobs) >= MAX_JOBS:
             call.refuse(OverloadedError("Too many requests for embeddings are waiting; try again.", retry_after_s=5))
             return
-        self._jobs.append(_Job(call, call.asked.inputs))
+        job = _Job(call, call.asked.inputs)
+        if tokens is not None:
+            job.tokens = tokens
+            job.left.extend(_shortest_first(tokens))
+        self._jobs.append(job)
+
+    def read(self, question: Embed, patience: Patience) -> list[list[int]]:
+        """Token ids of each input: any thread. Raises InvalidRequestError, of whatever kind, and as `patience`."""
+        inner_of(self._loaded.model)  # before any work: whether there can be an answer
+        tokens: list[list[int]] = []
+        for place, text in enumerate(question.inputs):
+            patience.check()
+            tokens.append(self._tokens_of(text, place))
+        _check_total(tokens)
+        return tokens
 
     def fail_all(self, error: TurboServeError) -> None:
         """End every question with this error."""
@@ -133,20 +152,18 @@ class EmbeddingJobs:
         began_s = time.perf_counter()
         while not job.is_read and time.perf_counter() - began_s < ENCODE_S:
             job.tokens.append(self._tokens_of(job.inputs[len(job.tokens)], len(job.tokens)))
-        if sum(map(len, job.tokens)) > MAX_TOTAL_TOKENS:
-            raise InvalidRequestError(
-                f"input: more than {MAX_TOTAL_TOKENS:,} tokens in all; ask in several requests.", param="input"
-            )
+        _check_total(job.tokens)
         if job.is_read:
-            job.left.extend(sorted(range(len(job.tokens)), key=lambda place: len(job.tokens[place])))
+            job.left.extend(_shortest_first(job.tokens))
 
     def _tokens_of(self, text: str | tuple[int, ...], place: int) -> list[int]:
+        param = f"input[{place}]"
         if isinstance(text, str):
+            self._check_chars(text, param)
             # What looks like a control token in a document is text.
             tokens: list[int] = self._loaded.tokenizer.encode(text, add_special_tokens=True, split_special_tokens=True)
         else:
             tokens = list(text)
-        param = f"input[{place}]"
         if not tokens:
             raise InvalidRequestError(f"{param} is empty.", param=param)
         if wrong := next((token for token in tokens if not 0 <= token < self._vocab_len), None):
@@ -159,6 +176,19 @@ class EmbeddingJobs:
                 param=param,
             )
         return tokens
+
+    def _check_chars(self, text: str, param: str) -> None:
+        """A text far too long is told by its beginning, in pieces that take moments. Raises ContextLengthError."""
+        num_tokens = 0
+        for start in range(0, len(text) if len(text) > self._max_tokens * CHARS_PER_TOKEN else 0, PIECE_CHARS):
+            piece = text[start : start + PIECE_CHARS]
+            ids = self._loaded.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+            num_tokens += max(0, len(ids) - 1)
+            if num_tokens > self._max_tokens:
+                raise ContextLengthError(
+                    f"{param} has over {self._max_tokens:,} tokens, which is what an input for embeddings may have.",
+                    param=param,
+                )
 
     def _compute(self, job: _Job, num_tokens: int) -> None:
         """The next chunk of a long input, or as many short ones as fit."""
@@ -195,6 +225,17 @@ class EmbeddingJobs:
         if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[:2] != shape:
             raise _no_states()
         return states.astype(mx.float32)
+
+
+def _check_total(tokens: list[list[int]]) -> None:
+    if sum(map(len, tokens)) > MAX_TOTAL_TOKENS:
+        raise InvalidRequestError(
+            f"input: more than {MAX_TOTAL_TOKENS:,} tokens in all; ask in several requests.", param="input"
+        )
+
+
+def _shortest_first(tokens: list[list[int]]) -> list[int]:
+    return sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
 
 
 def inner_of(model: Any) -> Any:

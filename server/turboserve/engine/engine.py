@@ -22,11 +22,13 @@ import mlx.core as mx
 from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.generation import Generation
-from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, Refused
+from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.prompt_jobs import PromptJobs
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.rule_jobs import RuleJobs
 from turboserve.engine.step_loop import Clock, StepLoop
+from turboserve.engine.template_process import TemplateProcess
 from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.errors import (
     EngineUnavailableError,
@@ -36,7 +38,6 @@ from turboserve.errors import (
     TurboServeError,
 )
 from turboserve.messages import (
-    Embed,
     EngineStats,
     Failed,
     Request,
@@ -54,6 +55,7 @@ Build = Callable[[Settings, Progress], EngineParts]
 SNAPSHOT_INTERVAL_S = 0.25
 SNAPSHOT_SHARE = 0.05  # of the time, at most, while there is work
 
+END_S = 5.0  # for the step that is under way when the engine is stopped
 IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
 
 
@@ -79,6 +81,9 @@ class TurboEngine:
         self._changed = threading.Condition()
         self._inbox: deque[InboxItem] = deque()
         self._rule_jobs = RuleJobs(self._changed, self._inbox, settings.grammar_timeout_s, clock)
+        self._templates = TemplateProcess()
+        self._prompt_jobs = PromptJobs(self._changed, self._inbox, self._has_read, settings.prompt_timeout_s)
+        self._busy_since_s: float | None = None  # since when the engine thread has been at one thing
         self._num_waiting = 0  # submitted and not yet admitted, inbox and those whose rule is being made included
         self._num_running = 0
         self._unready: str | None = "the model is not loaded yet"
@@ -126,22 +131,33 @@ class TurboEngine:
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
-            generation = Generation(request, sink, self._clock())
-            if needs_rule(request):
-                self._rule_jobs.add(generation)
-                return
-            self._inbox.append(generation)
-            self._changed.notify()
+            self._prompt_jobs.add(Generation(request, sink, self._clock()))
+
+    def _has_read(self, generation: Generation) -> None:
+        """The request's prompt is there. With the lock."""
+        if needs_rule(generation.request):
+            self._rule_jobs.add(generation)
+            return
+        self._inbox.append(generation)
+        self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            if self._rule_jobs.cancel(request_id):
+            if self._prompt_jobs.cancel(request_id) or self._rule_jobs.cancel(request_id):
                 return
             self._inbox.append(Cancel(request_id))
             self._changed.notify()
 
     def unready_reason(self) -> str | None:
+        busy_s = self._busy_s()
+        if self._unready is None and busy_s > self._settings.stuck_step_s:
+            return f"the engine has been at one step for {busy_s:.0f} s"
         return self._unready
+
+    def _busy_s(self) -> float:
+        """How long the engine thread has been at what it does now; 0 while it waits."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
 
     def stats(self) -> EngineStats:
         """The latest copy; idle times are as of now."""
@@ -157,22 +173,27 @@ class TurboEngine:
         return self._call(command)
 
     def ask(self, question: TextQuestion) -> Future[Any]:
-        """Have a question answered on the engine thread; see protocol.Engine."""
+        """Have a question answered beside the engine thread, embeddings computed on it; see protocol.Engine."""
         return self._call(question)
 
     def _call(self, asked: SessionCommand | TextQuestion) -> Future[Any]:
         call = Call(asked, Future())
         with self._changed:
             unready = self._unready
-            if unready is None:
+            if unready is None and isinstance(asked, TextQuestion):
+                self._prompt_jobs.ask(call)
+            elif unready is None:
                 self._inbox.append(call)
                 self._changed.notify()
         if unready is not None:
             call.refuse(_not_ready(unready))
         return call.future
 
-    def stop(self, grace_s: float = 0.0) -> None:
-        """Take nothing new, let requests finish for `grace_s`, end the rest with an error, end the thread."""
+    def stop(self, grace_s: float = 0.0) -> bool:
+        """Take nothing new, let requests finish for `grace_s`, end the rest with an error, end the thread.
+
+        False when the thread is stuck in a step, or in loading the model, which nothing can end but the process's end.
+        """
         with self._changed:
             self._is_refusing = True
             self._unready = self._unready or "the server is shutting down"
@@ -182,28 +203,42 @@ class TurboEngine:
         with self._changed:
             self._must_end = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        asked_s = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            if self._busy_since_s is not None and time.monotonic() - asked_s > END_S:
+                log.critical("the engine does not come to an end of its step; giving it up")
+                self._rule_jobs.close()
+                self._templates.close()
+                return False
+        return True
 
     def _run(self) -> None:
         """The engine thread."""
         loop: StepLoop | None = None
         try:
+            self._busy_since_s = self._clock()
             loop = self._load()
             self._serve(loop)
+            self._busy_since_s = None  # what follows may write files, which takes its time
             self._end_all(loop, EngineUnavailableError("The server is shutting down."))
             loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
+            self._busy_since_s = None
             log.critical("the engine thread died", exc_info=not isinstance(exc, StartupError))
             self._die(loop, exc)
         finally:
             self._is_ready_or_dead.set()
             self._rule_jobs.close()
+            self._prompt_jobs.close()
+            self._templates.close()
             mx.clear_streams()  # this thread's; left alive, their workers abort the process at exit (mlx 0.32)
 
     def _load(self) -> StepLoop:
+        self._templates.start()  # while the model is loaded
         parts = self._build(self._settings, self._progress)
-        loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
+        loop = StepLoop(parts, self._settings, self._telemetry, self._clock, self._templates)
+        can_read = self._prompt_jobs.open(loop, loop.get_ready_to_read)
         self._progress(f"overlap      {loop.overlap}")
         if loop.runner.apart is not None:
             self._progress(f"batching     {loop.runner.batching}")
@@ -213,6 +248,7 @@ class TurboEngine:
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
         self._progress(f"warm-up      {warmed_s:.1f} s")
         can_make_rules.result()
+        can_read.result()
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:
@@ -242,8 +278,8 @@ class TurboEngine:
                     loop.cancel(item.request_id)
                 elif isinstance(item, Refused):
                     self._refuse(item)
-                elif isinstance(item.asked, Embed):
-                    loop.embeddings.add(item)
+                elif isinstance(item, ReadInputs):
+                    loop.embeddings.add(item.call, item.tokens)
                 else:
                     item.run(loop.answer)
         finally:
@@ -253,10 +289,13 @@ class TurboEngine:
     def _next_items(self, loop: StepLoop) -> list[InboxItem] | None:
         """What callers asked for since the last step, waiting a while if there is nothing to do; None: end."""
         with self._changed:
-            if not (self._inbox or loop.has_work or self._must_end) and (self._rule_jobs or not self._is_refusing):
+            is_due = self._rule_jobs or self._prompt_jobs or not self._is_refusing
+            if is_due and not (self._inbox or loop.has_work or self._must_end):
+                self._busy_since_s = None
                 self._changed.wait(self._idle_s())
+            self._busy_since_s = self._clock()
             self._rule_jobs.refuse_late()
-            has_work = self._inbox or self._rule_jobs or loop.has_work
+            has_work = self._inbox or self._rule_jobs or self._prompt_jobs or loop.has_work
             if self._must_end or (self._is_refusing and not has_work):
                 return None
             items = list(self._inbox)
@@ -280,7 +319,7 @@ class TurboEngine:
         num_before = self._num_running
         with self._changed:
             num_queued = sum(isinstance(item, Generation) for item in self._inbox)
-            self._num_waiting = loop.num_waiting + num_queued + len(self._rule_jobs)
+            self._num_waiting = loop.num_waiting + num_queued + len(self._rule_jobs) + len(self._prompt_jobs)
             self._num_running = loop.num_running
         age_s = self._clock() - self._snapshot_s
         is_wanted = age_s >= SNAPSHOT_INTERVAL_S or num_before != loop.num_running
@@ -297,7 +336,11 @@ class TurboEngine:
     def _end_all(self, loop: StepLoop | None, error: TurboServeError) -> None:
         """End what still lies in the inbox, which nothing can keep from being told, and what the loop holds."""
         with self._changed:
-            left: list[InboxItem] = [*self._inbox, *self._rule_jobs.take_all()]
+            left: list[InboxItem] = [
+                *self._inbox,
+                *self._prompt_jobs.take_all(),
+                *self._rule_jobs.take_all(),
+            ]
             self._inbox.clear()
             self._num_waiting = self._num_running = 0
         for item in left:
@@ -307,6 +350,8 @@ class TurboEngine:
                 _tell(item.generation, item.error)
             elif isinstance(item, Call):
                 item.refuse(error)
+            elif isinstance(item, ReadInputs):
+                item.call.refuse(error)
         if loop is not None:
             loop.fail_all(error)
             self._publish(loop)

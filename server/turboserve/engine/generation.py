@@ -1,6 +1,6 @@
 """One request's state while the engine works on it. Plain data, and each field has its writer.
 
-whoever makes it                 rule, before it is prepared
+whoever makes it                 read and rule, before it is prepared
 prepare.py                       prompt, max_answer_len, sampling, text, reader and eos_ids, once
 runner.py                        caches and cache_len, as it computes and as rows join and leave the batch; with
                                  speculation.py num_drafted and num_accepted
@@ -18,6 +18,7 @@ from turboserve.cache.memory import Ask, Lease
 from turboserve.engine.protocol import EventSink
 from turboserve.engine.readers import AnswerReader, PlainReader
 from turboserve.engine.sampling import RowSampling
+from turboserve.engine.template import Prompt
 from turboserve.engine.text import TextStream
 from turboserve.engine.token_rules import TokenRule
 from turboserve.messages import Request
@@ -49,6 +50,7 @@ class Generation:
     answer: list[int] = field(default_factory=list)
     max_answer_len: int = 0
     sampling: RowSampling | None = None
+    read: Prompt | None = None  # what the model reads, where it was made before
     rule: TokenRule | None = None  # what its answer must look like
     text: TextStream | None = None
     reader: AnswerReader = field(default_factory=PlainReader)

@@ -57,5 +57,13 @@ class Call:
             self.future.set_exception(error)
 
 
-InboxItem = Generation | Refused | Cancel | Call
+@dataclass(frozen=True, slots=True)
+class ReadInputs:
+    """A question for embeddings, and the token ids of its inputs."""
+
+    call: Call
+    tokens: list[list[int]]
+
+
+InboxItem = Generation | Refused | Cancel | Call | ReadInputs
 """A submitted request is there as the engine's own state of it."""

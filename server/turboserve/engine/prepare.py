@@ -12,7 +12,8 @@ from turboserve.engine.answers import decoder_of, reader_of, ruled
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.sampling import row_sampling
-from turboserve.engine.template import ChatTemplate, Prompt
+from turboserve.engine.template import USUAL_TIMEOUT_S, ChatTemplate, Prompt
+from turboserve.engine.template_process import Patience, TemplateProcess
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError, InvalidRequestError
 from turboserve.messages import Request, ToolUse
@@ -20,22 +21,37 @@ from turboserve.messages import Request, ToolUse
 # Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
 # this many tokens as it grows, so that a few open-ended chats do not shut everyone else out.
 OPEN_ANSWER_BLOCK = 1024
+PIECE_CHARS = 1 << 15
 CHARS_PER_TOKEN = 16  # of text, runs of blanks aside, far fewer
 
 
 class Preparer:
     """Prepares requests for one loaded model."""
 
-    def __init__(self, loaded: LoadedModel, memory: Memory, vocab_len: int, default_max_tokens: int = 0) -> None:
-        """`default_max_tokens`: of an answer where a request asks for none; 0: up to the context."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        memory: Memory,
+        vocab_len: int,
+        default_max_tokens: int = 0,
+        process: TemplateProcess | None = None,
+    ) -> None:
+        """`default_max_tokens`: of an answer where a request asks for none; 0: up to the context.
+
+        `process`: where chat templates are rendered; None: on the calling thread.
+        """
         self._default_max_tokens = default_max_tokens
         self._loaded, self._memory, self.vocab_len = loaded, memory, vocab_len
-        self._template = ChatTemplate(loaded.tokenizer)
+        self._template = ChatTemplate(loaded.tokenizer, process)
+
+    def warm_up(self) -> None:
+        """Try out what the template expects, before the first request."""
+        self._template.try_out()
 
     def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""
         request = generation.request
-        read = self.prompt_of(request)
+        read = generation.read or self.prompt_of(request)
         prompt, markup = read.ids, self._template.markup
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)
         kv_format = self._memory.format_for(request.tenant, request.session_id, request.kv_format)
@@ -61,23 +77,32 @@ class Preparer:
         generation.max_answer_len = limit
         generation.prompt = prompt
 
-    def prompt_of(self, request: Request) -> Prompt:
-        """What the model reads for this request. Raises InvalidRequestError when there is nothing to read."""
-        self._refuse_early(request)
-        return self._template.prompt_of(request, self.vocab_len)
+    def prompt_of(self, request: Request, patience: Patience | None = None) -> Prompt:
+        """What the model reads for this request: any thread, one at a time, since it does not touch the memory.
 
-    def _refuse_early(self, request: Request) -> None:
-        """A prompt far beyond the context is told by its beginning: running answers wait while all of it is tokenised.
+        Raises InvalidRequestError when there is nothing to read or too much, and what `patience` raises.
+        """
+        patience = patience or Patience(USUAL_TIMEOUT_S)
+        self._refuse_early(request, patience)
+        return self._template.prompt_of(request, self.vocab_len, patience=patience)
 
-        Raises ContextLengthError.
+    def _refuse_early(self, request: Request, patience: Patience) -> None:
+        """A prompt far beyond the context is told by its beginning, which is tokenised in pieces that take moments.
+
+        Raises ContextLengthError, and what `patience` raises.
         """
         limit = self._loaded.max_context
         beginning = _beginning((request.prompt, request.messages, request.tools), limit * CHARS_PER_TOKEN)
         if beginning is None:
             return
-        ids = self._loaded.tokenizer.encode(beginning, add_special_tokens=False, split_special_tokens=True)
-        if len(ids) > limit + 1:  # the cut may have made one more
-            raise _too_long(f"more than {limit:,}", limit)
+        num_tokens = 0
+        for start in range(0, len(beginning), PIECE_CHARS):
+            patience.check()
+            piece = beginning[start : start + PIECE_CHARS]
+            ids = self._loaded.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+            num_tokens += max(0, len(ids) - 1)  # the cut may have made one more
+            if num_tokens > limit:
+                raise _too_long(f"more than {limit:,}", limit)
 
     def _checked_end_ids(self, generation: Generation) -> list[int]:
         """Tokens that end its answer. Raises InvalidRequestError when the request names one that the model lacks."""

@@ -1,10 +1,11 @@
-"""Answers to questions about text: what a prompt's tokens are, and what text tokens are. On the engine thread."""
+"""Answers to questions about text: what a prompt's tokens are, and what text tokens are. One at a time."""
 
 from __future__ import annotations
 
 from turboserve.engine.fill_in_middle import MiddleFiller
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.prepare import Preparer
+from turboserve.engine.template_process import Patience
 from turboserve.errors import InvalidRequestError, UnsupportedParameterError
 from turboserve.messages import Detokenize, FillInMiddle, RenderTemplate, TextQuestion, Tokenize
 
@@ -16,12 +17,12 @@ class Questions:
         self._loaded, self._preparer = loaded, preparer
         self._middle = MiddleFiller(loaded.tokenizer)
 
-    def answer(self, question: TextQuestion) -> object:
-        """What the question's docstring promises. Raises InvalidRequestError, of whatever kind."""
+    def answer(self, question: TextQuestion, patience: Patience | None = None) -> object:
+        """What the question's docstring promises. Raises InvalidRequestError, of whatever kind, and as `patience`."""
         if isinstance(question, Tokenize):
-            return tuple(self._preparer.prompt_of(question.request).ids)
+            return tuple(self._preparer.prompt_of(question.request, patience).ids)
         if isinstance(question, RenderTemplate):
-            return self._preparer.prompt_of(question.request).text
+            return self._preparer.prompt_of(question.request, patience).text
         if isinstance(question, Detokenize):
             return self._text_of(question.tokens)
         if isinstance(question, FillInMiddle):

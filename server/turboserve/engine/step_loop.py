@@ -27,9 +27,11 @@ from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
 from turboserve.engine.speculation_choice import new_speculation, reason_against
+from turboserve.engine.template import Prompt
+from turboserve.engine.template_process import Patience, TemplateProcess
 from turboserve.engine.token_texts import TokenTexts
 from turboserve.errors import EngineFailureError, TurboServeError
-from turboserve.messages import EngineStats, SessionCommand, TextQuestion
+from turboserve.messages import Embed, EngineStats, Request, SessionCommand, TextQuestion
 from turboserve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,23 @@ MAX_RECOVERIES = 2  # a request whose cache is lost again and again would keep t
 class StepLoop:
     """All requests of one loaded model."""
 
-    def __init__(self, parts: EngineParts, settings: Settings, telemetry: EngineTelemetry, clock: Clock) -> None:
-        """Proves that the model works with one real forward pass; raises whatever that raises."""
+    def __init__(
+        self,
+        parts: EngineParts,
+        settings: Settings,
+        telemetry: EngineTelemetry,
+        clock: Clock,
+        process: TemplateProcess | None = None,
+    ) -> None:
+        """Proves that the model works with one real forward pass; raises whatever that raises.
+
+        `process`: where chat templates are rendered; None: on the thread that reads the prompt.
+        """
         self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime)
         self.vocab_len = self.runner.warm_up()
-        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens)
+        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens, process)
         self._token_texts = TokenTexts(parts.loaded.tokenizer)
         self.embeddings = EmbeddingJobs(parts.loaded, self.vocab_len)
         self._questions = Questions(parts.loaded, self._preparer)
@@ -77,6 +89,24 @@ class StepLoop:
         if against is None:
             self.runner.speculation = new_speculation(self._parts.draft, settings, self.vocab_len)
         return against or ""
+
+    # --- from the thread that reads prompts
+
+    def get_ready_to_read(self) -> None:
+        """Try out what the chat template expects."""
+        self._preparer.warm_up()
+
+    def read_prompt(self, request: Request, patience: Patience) -> Prompt:
+        """What the model reads for this request. Raises InvalidRequestError, of whatever kind, and as `patience`."""
+        return self._preparer.prompt_of(request, patience)
+
+    def answer_text(self, question: TextQuestion, patience: Patience) -> object:
+        """The answer to a question about text alone; raises as `read_prompt`."""
+        return self._questions.answer(question, patience)
+
+    def read_inputs(self, question: Embed, patience: Patience) -> list[list[int]]:
+        """Token ids of what embeddings are wanted of; raises as `read_prompt`."""
+        return self.embeddings.read(question, patience)
 
     # --- from outside, between two steps
 

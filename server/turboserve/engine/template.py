@@ -19,13 +19,17 @@ from functools import cached_property
 from typing import Any
 
 from turboserve.engine.control_text import ControlTexts
+from turboserve.engine.template_process import Patience, TemplateProcess, template_of, variables_of
 from turboserve.engine.tools.dialect import Dialect, dialect_of
 from turboserve.engine.tools.history import described_functions, shaped_messages
 from turboserve.engine.tools.markup import Markup, markup_of
-from turboserve.errors import InvalidRequestError
+from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 from turboserve.messages import Request, ToolUse
 
 Message = Mapping[str, object]
+
+MAX_CHARS = 32 << 20  # of a rendered prompt; no model's context holds as many
+USUAL_TIMEOUT_S = 10.0
 
 # What transformers takes by these names is no variable of a template.
 _RESERVED = frozenset(
@@ -66,9 +70,13 @@ class Prompt:
 class ChatTemplate:
     """Renders and tokenises for one tokenizer; not thread-safe, since tokenizers are not."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: mlx-lm's TokenizerWrapper around a transformers tokenizer."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, process: TemplateProcess | None = None, max_chars: int = MAX_CHARS) -> None:
+        """`tokenizer`: mlx-lm's TokenizerWrapper around a transformers tokenizer.
+
+        `process`: where its template is rendered, to at most `max_chars` characters; None: on the calling thread.
+        """
+        self._tokenizer, self._process, self._max_chars = tokenizer, process, max_chars
+        self._patience = Patience(USUAL_TIMEOUT_S)  # with the prompt that is being read
         self.markup: Markup = markup_of(tokenizer)
         self._control = ControlTexts(self.markup)
 
@@ -77,13 +85,22 @@ class ChatTemplate:
         """Tried out when a conversation first needs it."""
         return dialect_of(lambda messages, tools: self._render_raw(messages, tools, True, {}))
 
-    def prompt_of(self, request: Request, vocab_len: int | None = None) -> Prompt:
+    def try_out(self) -> None:
+        """Find out what the template expects, before the first prompt's time begins."""
+        self._patience = Patience(USUAL_TIMEOUT_S)
+        if self._tokenizer.has_chat_template:
+            _ = self.dialect
+
+    def prompt_of(self, request: Request, vocab_len: int | None = None, *, patience: Patience | None = None) -> Prompt:
         """What the model reads for this request. Raises InvalidRequestError where there is nothing to read.
+
+        With `patience`, also what its `check` raises.
 
         A bare prompt is tokenised as it is, with the special tokens that the tokenizer begins texts with; control text
         in it becomes control tokens, as it does for /v1/completions of vLLM and llama.cpp: whoever writes prompts
         without a template writes the markup. Token ids are taken as they are, below `vocab_len`.
         """
+        self._patience = patience or Patience(USUAL_TIMEOUT_S)
         if request.prompt is not None:
             return self._bare(request.prompt, vocab_len)
         return self.chat_prompt(
@@ -186,6 +203,8 @@ class ChatTemplate:
     ) -> str:
         try:
             rendered = self._render_raw(messages, tools, add_generation_prompt, template_kwargs)
+        except (InvalidRequestError, RequestCancelledError):  # ours: too long, or too late
+            raise
         except Exception as exc:  # templates are programs: anything can come out of one
             reason = str(exc).strip() or type(exc).__name__
             raise InvalidRequestError(
@@ -204,6 +223,25 @@ class ChatTemplate:
     ) -> Any:
         if not self._tokenizer.has_chat_template:
             return _plain_form(messages, add_generation_prompt)
+        template = template_of(self._tokenizer, tools) if self._process is not None else None
+        if template is not None:
+            assert self._process is not None
+            text = self._process.render(
+                template,
+                [{key: value for key, value in message.items() if value is not None} for message in messages],
+                list(tools) or None,
+                variables_of(self._tokenizer, template_kwargs),
+                add_generation_prompt=add_generation_prompt,
+                max_chars=self._max_chars,
+                patience=self._patience,
+            )
+            if text is None:
+                raise ContextLengthError(
+                    f"The prompt is too long: with the model's chat template it has over {self._max_chars:,} "
+                    "characters. Shorten the messages.",
+                    param="messages",
+                )
+            return text
         return self._tokenizer.apply_chat_template(
             list(messages),
             tools=list(tools) or None,
@@ -215,6 +253,7 @@ class ChatTemplate:
     def _encode_pieces(self, pieces: list[tuple[str, bool]], *, with_bos: bool) -> list[int]:
         ids: list[int] = []
         for index, (text, is_literal) in enumerate(pieces):
+            self._patience.check()
             is_first = with_bos and index == 0
             if is_literal:
                 ids += self._control.encode_literal(self._tokenizer, text, with_bos=is_first)

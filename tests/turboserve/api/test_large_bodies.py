@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from tests.turboserve.api.conftest import Service, connect_client, running
+from tests.turboserve.api.conftest import Service, connect_client, raw_request, running
 
 from turboserve.api import body as body_module
 from turboserve.api.body import MAX_CONTAINERS, MAX_MEMBERS, MAX_STRINGS, MAX_VALUES, parse_object
@@ -171,3 +172,52 @@ def test_a_large_honest_body_is_answered(roomy: Service) -> None:
         reply: httpx.Response = client.post(CHAT, json={"messages": messages}, timeout=60)
     assert reply.status_code == 200 and len(roomy.engine.received[-1].messages) == 4001
     assert max(gaps) < LONGEST_S, sorted(gaps)[-5:]
+
+
+def test_what_all_bodies_take_is_bounded_and_counted() -> None:
+    """Bodies that are being answered, that wait and that have not all arrived; the place of one that ends is free."""
+
+    def held(service: Service) -> float:
+        lines = service.telemetry.exposition().decode().splitlines()
+        return float(next(line for line in lines if line.startswith("turboserve_http_held_bytes ")).split()[1])
+
+    filler = "x" * 7_000_000
+    body = json.dumps({"messages": [{"role": "user", "content": "forever"}], "user": filler}).encode()
+    with running(max_body_bytes=8 << 20, max_held_bytes=64 << 20, request_timeout_s=30.0) as service:
+        with contextlib.ExitStack() as stack:
+            for i in range(3):
+                sock = stack.enter_context(service.connect())
+                sock.sendall(raw_request(body))
+                service.engine.wait_live(i + 1)
+            half = stack.enter_context(service.connect())
+            half.sendall(raw_request(body)[:-10])
+            deadline = time.monotonic() + 10
+            while held(service) < 8 * 7_000_000 - 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with connect_client(service) as client:
+                reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=30)
+                assert reply.status_code == 503 and reply.headers["retry-after"]
+                assert client.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}]}).status_code == 200
+        service.wait_quiet()
+        while held(service):
+            assert time.monotonic() < deadline + 10, held(service)
+            time.sleep(0.01)
+
+
+def test_text_that_python_holds_in_four_bytes_a_character_counts_so() -> None:
+    emoji = json.dumps({"messages": [{"role": "user", "content": "hi"}], "user": "🙂" * 1_900_000}, ensure_ascii=False)
+    ascii_text = json.dumps({"messages": [{"role": "user", "content": "hi"}], "user": "x" * 7_600_000})
+    with running(max_body_bytes=8 << 20, max_held_bytes=64 << 20, request_timeout_s=30.0) as service:
+        with connect_client(service) as client, contextlib.ExitStack() as stack:
+            for _ in range(3):
+                sock = stack.enter_context(service.connect())
+                body = json.dumps({"messages": [{"role": "user", "content": "forever"}], "user": "x" * 7_000_000})
+                sock.sendall(raw_request(body.encode()))
+            service.engine.wait_live(3)
+            for text, status in ((emoji, 503), (ascii_text, 200)):
+                reply = client.post(
+                    CHAT, content=text.encode(), headers={"content-type": "application/json"}, timeout=30
+                )
+                assert reply.status_code == status
+        service.wait_quiet()
