@@ -98,14 +98,14 @@ async def embed(request: Request, context: Context) -> Response:
     raw = await read_json_object(request, context.max_body_bytes)
     body = validated(EmbeddingBody, raw, is_strict=context.chat_rules.is_strict)
     ignored = not_declared(EmbeddingBody.model_fields, raw)
-    context.check_model(body.model)
-    answer = await embeddings_of(texts_or_ids(body.input), request, context)
+    adapter = context.adapter_of(body.model)
+    answer = await embeddings_of(texts_or_ids(body.input), request, context, adapter)
     vectors = [shortened(vector, body.dimensions) for vector in answer.vectors]
     written = [_base64(vector) for vector in vectors] if body.encoding_format == "base64" else map(list, vectors)
     reply = {
         "object": "list",
         "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(written)],
-        "model": context.engine.model_id,
+        "model": context.name_of(adapter),
         "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         "turboserve": EmbeddingSource().model_dump(),
     }
@@ -113,9 +113,11 @@ async def embed(request: Request, context: Context) -> Response:
     return Response(orjson.dumps(reply), headers=headers, media_type=JSON_TYPE)
 
 
-async def embeddings_of(inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext) -> Embeddings:
+async def embeddings_of(
+    inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext, adapter: str = ""
+) -> Embeddings:
     """The engine's answer, however long it takes. Raises ClientDisconnect when the caller leaves, and ends the work."""
-    future = context.engine.ask(Embed(inputs))
+    future = context.engine.ask(Embed(inputs, adapter))
     waiting = asyncio.wrap_future(future)
     departure = asyncio.create_task(wait_for_disconnect(request.receive))
     try:

@@ -63,7 +63,8 @@ class Conversation(_OfSession):
     """An idle cache. `tokens` (int32, (T,)) are exactly those whose keys and values it holds.
 
     wanted_format is what its requests asked for and where it is looked up; kv_format what it is in now,
-    one or more steps lower once memory was short. `caches` is None while it is only on disk.
+    one or more steps lower once memory was short. `caches` is None while it is only on disk. adapter: the
+    fingerprint of the adapter that computed it ("": none), under which alone it is looked up.
     """
 
     session: Session
@@ -74,6 +75,7 @@ class Conversation(_OfSession):
     kv: KVBytes
     disk_key: str | None = None  # of its file, when that holds exactly these caches
     disk_bytes: int = 0
+    adapter: str = ""
 
     @property
     def held_len(self) -> int:
@@ -111,6 +113,7 @@ class Lease(_OfSession):
     reserved_tokens: int
     reserved_bytes: int
     order: int  # of admission; the youngest has the highest
+    adapter: str = ""  # fingerprint of the one that its request has; "": none
     source: Session | None = None  # whose cache it began with
     running: RunningCaches | None = None
 

@@ -22,7 +22,7 @@ from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
-from turboserve.engine import weights
+from turboserve.engine import adapters, weights
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
@@ -76,16 +76,20 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model)
     config = read_config(folder)
-    _check_fits(folder, memory)
+    _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
     model, tokenizer = _load_with_mlx_lm(folder, str(config["model_type"]))
     model, note = _expand_if_wanted(model, settings, memory)
     if note:
         progress(note)
+    dtype = weights.activation_dtype(model)
     try:
+        mx.eval(model.parameters())
+        installed = adapters.install(model, settings.adapters, dtype)
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
-    dtype = weights.activation_dtype(model)
+    if settings.adapters:
+        progress(f"adapters     {adapters.described(installed)}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -99,7 +103,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored"},
+        details={"weights": note or "as stored", "adapters": adapters.described(installed) or "none"},
+        adapters=installed,
     )
 
 
@@ -201,8 +206,7 @@ def _open_store(
     return store
 
 
-def _check_fits(folder: Path, memory: MemoryInfo) -> None:
-    num_bytes = weights.file_bytes(folder)
+def _check_fits(num_bytes: int, memory: MemoryInfo) -> None:
     if num_bytes > memory.available_bytes:
         raise StartupError(
             f"The weights take {num_bytes >> 20} MiB, but only {memory.available_bytes >> 20} MiB of memory are "

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ import mlx.core as mx
 from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
+from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.row_masks import RowMasks, StepMasks
@@ -67,8 +69,9 @@ class _DeviceError(Exception):
 class Runner:
     """The model, and the rows being decoded together. One thread only."""
 
-    def __init__(self, model: Model, runtime: EvaluatingRuntime) -> None:
+    def __init__(self, model: Model, runtime: EvaluatingRuntime, adapters: Adapters = NO_ADAPTERS) -> None:
         self._model = model
+        self._adapters = adapters
         self._runtime = runtime
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
@@ -128,7 +131,8 @@ class Runner:
         caches = generation.caches
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
-        self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # logits stay unevaluated
+        with self._adapted([generation]):
+            self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # no logits evaluated
         self._runtime.evaluate(caches)
         generation.cache_len = end
 
@@ -145,7 +149,8 @@ class Runner:
             for cache in batch:
                 cache.prepare(lengths=lens, right_padding=padding)
             tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
-            self._model(mx.array(tokens), cache=batch)
+            with self._adapted([generation for generation, _ in pieces]):
+                self._model(mx.array(tokens), cache=batch)
             self._runtime.evaluate(batch)
             for cache in batch:
                 cache.finalize()
@@ -156,6 +161,10 @@ class Runner:
             self._runtime.release(generation.caches or [])
             generation.caches = caches
             generation.cache_len += num_tokens
+
+    def _adapted(self, rows: Sequence[Generation]) -> AbstractContextManager[None]:
+        """While this is entered, the model computes each row with its own adapter, or without."""
+        return self._adapters.applied([row.adapter for row in rows])
 
     def join(self, generation: Generation) -> None:
         """Let a prefilled request decode with the others; its caches move into the batch."""
@@ -282,7 +291,8 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        logits: mx.array = self._model(newest_tokens(rows, flight), cache=self._batch())[:, -1, :]
+        with self._adapted(rows):
+            logits: mx.array = self._model(newest_tokens(rows, flight), cache=self._batch())[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -336,7 +346,7 @@ class Runner:
             return {}
         rows = list(self._rows)
         try:
-            logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows)
+            logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows, rows)
         except _DeviceError:
             log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
             return self._lose_all(rows)
@@ -348,18 +358,25 @@ class Runner:
         return dict(zip(rows, self._draw(logits, masks), strict=True))
 
     def _forward(
-        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = ()
+        self,
+        tokens: list[list[int]],
+        caches: list[Any],
+        rows: Sequence[Generation] = (),
+        ruled: Sequence[Generation] = (),
     ) -> tuple[mx.array, StepMasks | None]:
-        """Logits (B, V) after the last of `tokens` (B, T), and the masks of `rows`, filled while the device computes.
+        """Logits (B, V) after the last of `tokens` (B, T), and the masks of `ruled`, filled while the device computes.
+
+        rows: whose tokens they are; their adapters apply.
 
         Raises _DeviceError when evaluation fails.
         """
-        logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
+        with self._adapted(rows):
+            logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
         masks = None
         try:
-            if any(row.rule is not None for row in rows):
+            if any(row.rule is not None for row in ruled):
                 mx.async_eval(logits)  # type: ignore[no-untyped-call]  # its stubs leave types out
-                masks = self._masks.fill(rows, logits.shape[-1])
+                masks = self._masks.fill(ruled, logits.shape[-1])
             mx.eval(logits)
             self._runtime.evaluate(caches)
         except Exception as exc:
@@ -380,7 +397,7 @@ class Runner:
         """One decode step of one row, which joins the new batch when it works."""
         batch = self._merge([caches])
         try:
-            logits, _ = self._forward([[row.newest_token()]], batch)
+            logits, _ = self._forward([[row.newest_token()]], batch, [row])
             row.caches = [cache.extract(0) for cache in batch]
         except _DeviceError:
             self._runtime.release(caches)
