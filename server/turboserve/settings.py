@@ -99,7 +99,7 @@ class NamedAdapter(NamedTuple):
 def named_adapter(spec: str) -> NamedAdapter:
     """From `NAME=PATH`, or from `PATH`, whose folder's own name counts. Raises ValueError."""
     name, separator, path = spec.partition("=")
-    if not (separator and re.fullmatch(ADAPTER_NAME, name)):
+    if not separator or "/" in name:  # the path itself has the sign
         name, path = Path(spec).name, spec
     if not (path.strip() and re.fullmatch(ADAPTER_NAME, name)):
         raise ValueError("NAME=PATH, the name of letters, digits and ._- only")

@@ -213,6 +213,23 @@ def test_a_prefix_is_found_under_its_own_adapter_alone(
     loop.check_integrity()
 
 
+def test_equal_prompts_of_several_adapters_are_read_in_one_pass(
+    make_model: Callable[[], Any], folders: dict[str, Path], rng: np.random.Generator
+) -> None:
+    """None waits for another's, whose cache it could not use."""
+    loop, _ = loop_with(make_model, folders, FORMATS[1], prefill_chunk_tokens=512)
+    content, passes = prompt(rng, 90), list[int]()
+    prefill = loop.runner._prefill_together
+
+    def noted(pieces: Any) -> None:
+        passes.append(len(pieces))
+        prefill(pieces)
+
+    loop.runner._prefill_together = noted  # type: ignore[method-assign]
+    run(loop, *(asked(f"t{i}", content, name) for i, name in enumerate(("all", "some", "", "last"))))
+    assert passes == [4]
+
+
 def fingerprint(parts: EngineParts, name: str) -> str:
     adapter = parts.loaded.adapters.get(name)
     return "" if adapter is None else adapter.fingerprint
@@ -328,7 +345,7 @@ def test_peft_is_read(
     for name in ("peft", "some"):
         with installed.applied([installed.get(name)]):
             results.append(logits_of(model, tokens))
-    assert np.array_equal(*results) and not np.array_equal(results[0], logits_of(model, tokens))
+    assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], logits_of(model, tokens))
 
 
 def to_peft(source: Path, folder: Path, **changes: Any) -> None:
