@@ -1,8 +1,9 @@
 """Layers that apply to each row of a batch its own LoRA adapter, or none: y + scale * (x A) B, A and B the row's.
 
 A layer holds the matrices of all adapters that change it, stacked and padded with zeros to the largest rank, and
-multiplies every row by its own two (`mx.gather_mm`): rows of many adapters are one batch, and no matrix is copied. Rows
-without an adapter keep the bits of the layer underneath. The arithmetic is mlx-lm's own (`mlx_lm.tuner.lora`).
+multiplies every row by its own two: rows of many adapters are one batch. For single tokens no matrix is copied
+(`mx.gather_mm`). Rows without an adapter keep the bits of the layer underneath. The arithmetic is mlx-lm's own
+(`mlx_lm.tuner.lora`).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class MixedRowsError(ValueError):
 class AdaptedLinear(nn.Module):  # type: ignore[misc]  # of whatever type mlx says
     """A linear layer, quantised or not, with adapters.
 
-    lora_a (S, in, R) and lora_b (S, R, out): of S adapters, padded to rank R.
+    lora_a (S, R, in) and lora_b (S, out, R): of S adapters, padded to rank R.
     """
 
     def __init__(self, linear: Any, lora_a: mx.array, lora_b: mx.array, rows: RowAdapters, slots: Slots) -> None:
@@ -132,8 +133,7 @@ class AdaptedEmbedding(nn.Module):  # type: ignore[misc]
             return y
         if ids.ndim != 2 or ids.shape[0] != self._rows.num_rows:
             raise _mixed(ids, self._rows.num_rows)
-        picked = self.lora_a[chosen.places[:, None], ids]
-        return _added(y, mx.gather_mm(picked, self.lora_b, rhs_indices=chosen.places), chosen)
+        return _added(y, self.lora_a[chosen.places[:, None], ids] @ self.lora_b[chosen.places], chosen)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Hidden states (B, T, out) -> logits (B, T, V). Raises MixedRowsError."""
@@ -142,13 +142,18 @@ class AdaptedEmbedding(nn.Module):  # type: ignore[misc]
         if chosen is None:
             return y
         by_rows = _by_rows(x, self._rows.num_rows)
-        a, b = self.lora_b.swapaxes(1, 2), self.lora_a.swapaxes(1, 2)
-        return _added(y, _low_rank(by_rows, a, b, chosen.places), chosen)
+        return _added(y, _low_rank(by_rows, self.lora_b, self.lora_a, chosen.places), chosen)
 
 
 def _low_rank(x: mx.array, a: mx.array, b: mx.array, places: mx.array) -> mx.array:
-    """(B, M, in) -> (B, M, out), each row by its own matrices."""
-    return mx.gather_mm(mx.gather_mm(x, a, rhs_indices=places), b, rhs_indices=places)
+    """x (B, M, in), a (S, R, in), b (S, out, R) -> (B, M, out), each row by its own matrices.
+
+    On CUDA, `mx.gather_mm` has single tokens only, by matrices that lie like these.
+    """
+    if x.shape[1] == 1:
+        inner = mx.gather_mm(x, a.swapaxes(1, 2), rhs_indices=places)
+        return mx.gather_mm(inner, b.swapaxes(1, 2), rhs_indices=places)
+    return x @ a[places].swapaxes(1, 2) @ b[places].swapaxes(1, 2)
 
 
 def _added(y: mx.array, z: mx.array, chosen: Chosen) -> mx.array:
@@ -174,10 +179,13 @@ def _mixed(x: mx.array, num_rows: int) -> MixedRowsError:
 
 def adapted_layer(layer: Any, parts: dict[int, tuple[mx.array, mx.array]], rows: RowAdapters, num: int) -> Any:
     """`layer` with those adapters of `num` that are in `parts`, by their indices: matrices (in, r) and (r, out)."""
+    is_table = isinstance(layer, EMBEDDINGS)
     rank = max(a.shape[1] for a, _ in parts.values())
     lora_a = mx.stack([mx.pad(a, [(0, 0), (0, rank - a.shape[1])]) for a, _ in parts.values()])
     lora_b = mx.stack([mx.pad(b, [(0, rank - b.shape[0]), (0, 0)]) for _, b in parts.values()])
+    if not is_table:
+        lora_a, lora_b = mx.contiguous(lora_a.swapaxes(1, 2)), mx.contiguous(lora_b.swapaxes(1, 2))
     places = {index: place for place, index in enumerate(parts)}
     slots = tuple(places.get(index) for index in range(num))
-    kind = AdaptedEmbedding if isinstance(layer, EMBEDDINGS) else AdaptedLinear
+    kind = AdaptedEmbedding if is_table else AdaptedLinear
     return kind(layer, lora_a, lora_b, rows, slots)

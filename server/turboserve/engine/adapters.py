@@ -101,7 +101,7 @@ def file_bytes(specs: Sequence[str]) -> int:
 def install(model: Any, specs: Sequence[str], activation_dtype: str) -> Adapters:
     """Put all adapters (`NAME=PATH` or `PATH`) into the model's layers, and try them. Raises StartupError.
 
-    Names of one folder are names of one adapter. In a model of float32 adapters are float32 as well.
+    Names of one folder are names of one adapter. Matrices get the type in which they are multiplied.
     """
     if not specs:
         return NO_ADAPTERS
@@ -117,7 +117,7 @@ def install(model: Any, specs: Sequence[str], activation_dtype: str) -> Adapters
             read.append(one)
         by_name[name] = by_folder[folder]
     rows = RowAdapters([one.scale for one in read])
-    dtype = mx.float32 if activation_dtype == "float32" else None
+    dtype: mx.Dtype = getattr(mx, activation_dtype)
     layers = dict(model.named_modules())
     adapted = []
     for path in dict.fromkeys(path for one in read for path in one.matrices):
@@ -134,9 +134,11 @@ def described(adapters: Adapters) -> str:
     return ", ".join(f"{one.name} (rank {one.rank}, {one.num_matrices} matrices)" for one in adapters)
 
 
-def _cast(matrices: tuple[mx.array, mx.array], dtype: mx.Dtype | None) -> tuple[mx.array, mx.array]:
+def _cast(matrices: tuple[mx.array, mx.array], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """What mlx would make of them in every product with activations of this type, made once."""
     a, b = matrices
-    return (a, b) if dtype is None else (a.astype(dtype), b.astype(dtype))
+    inner = mx.result_type(a, mx.array(0, dtype))
+    return a.astype(inner), b.astype(mx.result_type(b, mx.array(0, inner)))
 
 
 def _try_out(model: Any, adapters: Adapters) -> None:

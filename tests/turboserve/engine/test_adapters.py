@@ -98,8 +98,11 @@ def logits_of(model: Any, tokens: list[list[int]]) -> np.ndarray[Any, Any]:
 # --- arithmetic
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7])
 @pytest.mark.parametrize("expanded", [False, True], ids=["as stored", "float32"])
-def test_each_is_as_mlx_lm_alone_has_it(tmp_path: Path, rng: np.random.Generator, expanded: bool) -> None:
+def test_each_is_as_mlx_lm_alone_has_it(
+    tmp_path: Path, rng: np.random.Generator, expanded: bool, num_tokens: int
+) -> None:
     """The embedded model, 8-bit and bfloat16; its table of embeddings, also the output layer, is adapted too."""
 
     def make() -> Any:
@@ -108,7 +111,7 @@ def test_each_is_as_mlx_lm_alone_has_it(tmp_path: Path, rng: np.random.Generator
     kinds: dict[str, dict[str, Any]] = {**KINDS, "table": {"keys": ["model.embed_tokens"], "rank": 4}}
     folders = {name: write_adapter(tmp_path / name, make, rng, **kind) for name, kind in kinds.items()}
     model = weights.expand(make()) if expanded else make()
-    tokens = [[int(t) for t in rng.integers(0, 8000, 7)]]
+    tokens = [[int(t) for t in rng.integers(0, 8000, num_tokens)]]
     plain = logits_of(model, tokens)
     installed = install(model, specs(folders), weights.activation_dtype(model))
     assert np.array_equal(logits_of(model, tokens), plain)
@@ -134,7 +137,7 @@ def test_each_is_as_mlx_lm_alone_has_it(tmp_path: Path, rng: np.random.Generator
 
 def test_rows_that_a_layer_cannot_tell_apart_are_an_error() -> None:
     rows = RowAdapters([1.0])
-    layer = AdaptedLinear(nn.Linear(4, 4), mx.ones((1, 4, 2)), mx.ones((1, 2, 4)), rows, (0,))
+    layer = AdaptedLinear(nn.Linear(4, 4), mx.ones((1, 2, 4)), mx.ones((1, 4, 2)), rows, (0,))
     with rows.applied([0, None]):
         flat, whole = layer(mx.ones((6, 4))), layer(mx.ones((2, 3, 4)))
         assert np.array_equal(np.array(flat), np.array(whole).reshape(6, 4))
