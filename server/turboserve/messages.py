@@ -451,3 +451,4 @@ class EngineStats:
     admission: AdmissionStats = AdmissionStats()
     disk: DiskStatus = DiskStatus()
     kernel_trial: KernelTrial | None = None  # None: there was nothing to try, as on a CPU
+    rows_apart: bool = False  # requests that run at the same time are computed one by one; `details` say why

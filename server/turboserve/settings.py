@@ -83,6 +83,7 @@ NumQueued = Annotated[int, Field(ge=0, le=100_000)]
 NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Overlap = Literal["auto", "on", "off"]
+Projections = Literal["auto", "on", "off"]
 SamplingDefaults = Literal["model", "openai"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 
@@ -137,6 +138,7 @@ class ModelEntry(BaseModel):
     template_kwargs: tuple[str, ...] | None = None
     prefill_chunk_tokens: ChunkTokens | None = None
     overlap: Overlap | None = None
+    projections: Projections | None = None
     max_running: NumRunning | None = None
     max_queued: NumQueued | None = None
     dequantize: str | None = None
@@ -183,12 +185,14 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
+    projections: Projections = "auto"  # join linear layers of one input, and multiply small steps row by row
     default_max_tokens: NotNegative = 4096  # of an answer, where none is asked; 0: up to the context
     sampling_defaults: SamplingDefaults = "model"  # where a request says nothing: generation_config.json's
     max_running: NumRunning = 32
     max_queued: NumQueued = 256
     grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    max_connections: NotNegative = 0  # at once; an idle one gives way to a new one; 0: what open files allow
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then

@@ -122,7 +122,7 @@ class Telemetry:
         self._http_requests.labels(route, str(status)).inc()
 
     def http_disconnect(self, kind: str) -> None:
-        """`stream`, `whole` (a non-streaming request) or `stalled` (the reader stopped reading)."""
+        """`stream`, `whole` (not streamed), `stalled` (the reader stopped reading) or `gave_way` (to a new one)."""
         self._http_disconnects.labels(kind).inc()
 
     def use_readings(self, collector: Collector) -> None:

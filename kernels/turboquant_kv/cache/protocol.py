@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +26,8 @@ class LayerInput(NamedTuple):
     """What a model hands one layer in one step.
 
     keys (B, H, T, D), values (B, H, T, Dv) of the new tokens, queries (B, Hq, T, D); mask: None for one query row,
-    "causal", or an array broadcastable to (B, Hq, T, N) with columns by absolute position; sinks (Hq,) or None.
+    "causal", or an array broadcastable to (B, Hq, T, N) with columns by absolute position; sinks (Hq,) or None; cap: a
+    score s becomes cap * tanh(s / cap) before the mask, unless it is 0.
     """
 
     keys: mx.array
@@ -34,6 +36,7 @@ class LayerInput(NamedTuple):
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None
+    cap: float = 0.0
 
     @property
     def array_mask(self) -> mx.array | None:
@@ -47,15 +50,26 @@ class AttendingCache(ABC):
     _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
 
     def attend(
-        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
-        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv)."""
+        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv).
+
+        scale, mask, sinks, cap: as LayerInput has them.
+        """
         if self._pending is None:
             raise UnsupportedModelError("attention was asked for without new keys in this cache")
         if mask is None and queries.shape[2] > 1:
             raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
+        if isinstance(mask, mx.array) and says_only_causal(mask):
+            mask = None if queries.shape[2] == 1 else "causal"
         (keys, values), self._pending = self._pending, None
-        return self._attend(LayerInput(keys, values, queries, scale, mask, sinks))
+        return self._attend(LayerInput(keys, values, queries, scale, mask, sinks, cap))
 
     @abstractmethod
     def _attend(self, step: LayerInput) -> mx.array:
@@ -173,12 +187,15 @@ class BatchRows(AttendingCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; an array is (B, 1, N, longest row), columns by absolute position."""
         longest = max(self.lengths) + N
-        if not return_array and (window_size is None or longest <= window_size):
+        is_plain = window_size is None or longest <= window_size
+        if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
             return None if N == 1 else "causal"
         rows = self.offset[:, None, None, None] + mx.arange(N)[:, None]
         columns = mx.arange(longest)
         mask = columns <= rows
-        return mask if window_size is None else mask & (columns > rows - window_size)
+        if window_size is None or is_plain:
+            return causal_only(mask)
+        return mask & (columns > rows - window_size)
 
     def size(self) -> int:
         return max(self.lengths, default=0)
@@ -203,6 +220,22 @@ def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:
     if isinstance(batch_indices, mx.array):
         return [int(i) for i in np.array(batch_indices)]
     return [int(i) for i in batch_indices]
+
+
+# Masks that a model asked for as arrays and that say no more than causality, which backends need not be told: an array
+# would take its slower way. Models hand them to all layers.
+_CAUSAL_ONLY: WeakValueDictionary[int, mx.array] = WeakValueDictionary()
+
+
+def causal_only(mask: mx.array) -> mx.array:
+    """The mask itself, remembered as one of plain causality for as long as it lives."""
+    _CAUSAL_ONLY[id(mask)] = mask
+    return mask
+
+
+def says_only_causal(mask: mx.array) -> bool:
+    """Whether `causal_only` was given this very array."""
+    return _CAUSAL_ONLY.get(id(mask)) is mask
 
 
 @lru_cache(maxsize=4)  # all layers of a step ask for the same ones

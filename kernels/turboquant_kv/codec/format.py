@@ -14,14 +14,17 @@ from typing import Any
 
 from .codec import Codec, ScaleKind
 from .limits import (
+    MIN_TRELLIS_DIM,
     SUPPORTED_BITS,
     SUPPORTED_HEAD_DIMS,
     UnsupportedFormatError,
     check_head_dim,
     code_bytes,
+    stored_dim,
 )
 from .registry import codec_named
 from .scalar import scalar_codec
+from .trellis import TrellisCodec
 
 __all__ = [
     "EXACT_ROWS_STEP",
@@ -34,6 +37,7 @@ __all__ = [
     "check_head_dim",
     "code_bytes",
     "exact_capacity",
+    "stored_dim",
 ]
 
 # Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
@@ -181,6 +185,16 @@ class KVFormat:
             return self.with_(k_bits=names[0], v_bits=names[-1])
         except UnsupportedFormatError as exc:
             raise UnsupportedFormatError(f"KV format {text!r}: {exc}") from None
+
+    def check_dims(self, k_dim: int, v_dim: int) -> None:
+        """Raises UnsupportedFormatError for dimensions of stored keys and values that a codec cannot have."""
+        for codec, dim in ((self.keys, k_dim), (self.values, v_dim)):
+            check_head_dim(dim)
+            if isinstance(codec, TrellisCodec) and dim < MIN_TRELLIS_DIM:
+                raise UnsupportedFormatError(
+                    f"head_dim {dim} is too short for codec {codec.name}, which needs {MIN_TRELLIS_DIM}: "
+                    "choose one without a t, such as 4/4"
+                )
 
     def token_bytes(self, num_kv_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one compressed token in one layer, all heads."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,9 +25,13 @@ from turboserve.engine import adapters, weights
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
-from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
+from turboserve.engine.model_config import read_config
+from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
+from turboserve.engine.weight_files import read_shapes
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.models.tiny.prompts import load_texts
@@ -52,9 +55,10 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         max_sessions_per_caller=settings.max_sessions_per_caller,
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
+        has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):
@@ -75,9 +79,9 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model)
-    config = read_config(folder)
+    config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
-    model, tokenizer = _load_with_mlx_lm(folder, str(config["model_type"]))
+    model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
     model, note = _expand_if_wanted(model, settings, memory)
     if note:
         progress(note)
@@ -90,6 +94,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
     if settings.adapters:
         progress(f"adapters     {adapters.described(installed)}")
+    arranged = choose_projections(model, settings.projections)  # of what lies under the adapters as well
+    progress(f"projections  {arranged}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -103,7 +109,11 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored", "adapters": adapters.described(installed) or "none"},
+        details={
+            "weights": note or "as stored",
+            "projections": str(arranged),
+            "adapters": adapters.described(installed) or "none",
+        },
         adapters=installed,
     )
 
@@ -117,27 +127,6 @@ def max_context(config: dict[str, Any], wanted: int) -> int:
     if wanted > own:
         log.warning("max_context_tokens=%d is more than the model was made for: %d is used", wanted, own)
     return min(wanted or own, own)
-
-
-def _load_with_mlx_lm(folder: Path, model_type: str) -> tuple[Any, Any]:
-    import mlx_lm
-
-    try:
-        model, tokenizer = mlx_lm.load(
-            str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True, trust_remote_code=False
-        )
-    except ValueError as exc:
-        if "not supported" in str(exc):
-            raise StartupError(
-                f"Models of type {model_type} are not supported by the installed mlx-lm: "
-                "choose another model, or upgrade turboserve."
-            ) from exc
-        raise StartupError(f"The model in {folder} cannot be loaded: {_one_line(exc)}") from exc
-    except (OSError, KeyError, TypeError, RuntimeError, ImportError) as exc:
-        raise StartupError(
-            f"The model in {folder} cannot be loaded ({_one_line(exc)}): its files may be incomplete, fetch them again."
-        ) from exc
-    return model, tokenizer
 
 
 def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:

@@ -16,18 +16,22 @@ row is cut back to its length before the step and tried alone: rows that work ke
 reported. A step that raises while the last one's tokens are in flight never happened: once they are known it is tried
 again without overlap. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the
 cache cannot be cut) are reported as lost, and the loop computes their caches again from their tokens.
+
+Rows apart. A model whose batches were found to be wrong at start, or fail again and again although each row works
+alone, is computed row by row from then on.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from turboquant_kv.cache.batch_probe import Batching
 from turboquant_kv.cache.protocol import BatchRows
+from turboquant_kv.cache.rows_apart import Around, forward, merge_apart
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
@@ -38,6 +42,8 @@ from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
+
+MOST_FAILED_BATCHES = 2  # in a row, all of whose rows work alone; the batch is what fails then
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
@@ -53,6 +59,10 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
 
     def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
         """The rows of both; only the returned caches are valid afterwards."""
+        ...
+
+    def try_batches(self) -> Batching:
+        """Whether rows get together what they get alone. Raises what the model raises for one row."""
         ...
 
     def measure_row(self, batch: list[Any], index: int) -> KVBytes: ...
@@ -77,6 +87,9 @@ class Runner:
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
         self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
         self._masks = RowMasks()
+        self.apart: str | None = None  # why rows are computed one by one; None: they are computed together
+        self._num_failed_batches = 0  # since the last batch of several rows that worked
+        self._num_failed_passes = 0  # over several prompts, since the last one that worked
         self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
@@ -86,6 +99,11 @@ class Runner:
     def num_rows(self) -> int:
         return len(self._rows)
 
+    @property
+    def batching(self) -> str:
+        """How requests that run at the same time are computed, and why."""
+        return "together" if self.apart is None else f"one by one ({self.apart})"
+
     def has(self, generation: Generation) -> bool:
         """Whether a request is decoding in the batch."""
         return any(row is generation for row in self._rows)
@@ -93,19 +111,29 @@ class Runner:
     def warm_up(self) -> int:
         """One real batched forward pass; returns the vocabulary's length as the logits have it.
 
-        Raises StartupError when the model's caches cannot be batched.
+        Decides whether rows are computed together. Raises StartupError when the model cannot compute a single token.
         """
         caches = self._runtime.make_cache()
-        unbatched = {type(c).__name__ for c in caches if not callable(getattr(c, "merge", None))}
-        if unbatched:
-            raise StartupError(
-                f"This model uses {', '.join(sorted(unbatched))}, which mlx-lm cannot batch: choose another."
-            )
-        batch = self._merge([caches])
-        self.can_prefill_together = all(isinstance(cache, BatchRows) for cache in batch)
-        logits, _ = self._forward([[0]], batch)
+        try:
+            found = self._runtime.try_batches()
+            self._use(found)
+            batch = self._merge([caches])
+            logits, _ = self._forward([[0]], batch)
+        except Exception as exc:
+            log.exception("the model cannot be run")
+            name = type(exc.__cause__ or exc).__name__
+            raise StartupError(f"This model cannot compute a token ({name}): the log has details.") from exc
+        self.can_prefill_together = found.prefill is None and all(isinstance(cache, BatchRows) for cache in batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
+
+    def _use(self, found: Batching) -> None:
+        """What a trial of batches found; said once."""
+        self.apart = found.decode
+        if found.decode is not None:
+            log.warning("requests that run at the same time are computed one by one: %s", found.decode)
+        elif found.prefill is not None:
+            log.warning("prompts are read one by one: %s", found.prefill)
 
     def prefill(self, pieces: Sequence[tuple[Generation, int]]) -> Mapping[Generation, Exception]:
         """Feed the next tokens, so many of each request, into the requests' own caches, in one pass.
@@ -115,6 +143,7 @@ class Runner:
         if len(pieces) > 1:
             try:
                 self._prefill_together(pieces)
+                self._num_failed_passes = 0
                 return {}
             except Exception:
                 log.exception("prefill failed for %d requests together; each is tried alone", len(pieces))
@@ -125,13 +154,18 @@ class Runner:
             except Exception as exc:
                 log.exception("prefill failed for request %s", generation.request_id)
                 failed[generation] = exc.with_traceback(None)  # its frames would keep caches alive
+        if len(pieces) > 1 and not failed:
+            self._num_failed_passes += 1
+            if self._num_failed_passes == MOST_FAILED_BATCHES:
+                self.can_prefill_together = False
+                log.warning("prompts are read one by one from now on: several failed together, and none of them alone")
         return failed
 
     def _prefill_alone(self, generation: Generation, num_tokens: int) -> None:
         caches = generation.caches
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
-        with self._adapted([generation]):
+        with self._adapters.applied([generation.adapter]):
             self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # no logits evaluated
         self._runtime.evaluate(caches)
         generation.cache_len = end
@@ -149,7 +183,7 @@ class Runner:
             for cache in batch:
                 cache.prepare(lengths=lens, right_padding=padding)
             tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
-            with self._adapted([generation for generation, _ in pieces]):
+            with self._adapters.applied([generation.adapter for generation, _ in pieces]):
                 self._model(mx.array(tokens), cache=batch)
             self._runtime.evaluate(batch)
             for cache in batch:
@@ -162,9 +196,9 @@ class Runner:
             generation.caches = caches
             generation.cache_len += num_tokens
 
-    def _adapted(self, rows: Sequence[Generation]) -> AbstractContextManager[None]:
-        """While this is entered, the model computes each row with its own adapter, or without."""
-        return self._adapters.applied([row.adapter for row in rows])
+    def _adapted(self, rows: Sequence[Generation]) -> Around:
+        """Around a pass over some of these rows: the model computes each with its own adapter, or without."""
+        return lambda places: self._adapters.applied([rows[i].adapter for i in places] if rows else [])
 
     def join(self, generation: Generation) -> None:
         """Let a prefilled request decode with the others; its caches move into the batch."""
@@ -291,8 +325,8 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        with self._adapted(rows):
-            logits: mx.array = self._model(newest_tokens(rows, flight), cache=self._batch())[:, -1, :]
+        tokens = newest_tokens(rows, flight)
+        logits: mx.array = forward(self._model, tokens, self._batch(), self._adapted(rows))[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -353,6 +387,8 @@ class Runner:
         except Exception:
             log.exception("a decode step of %d rows failed; each row is tried alone", len(rows))
             return self._step_alone(rows)
+        if len(rows) > 1:
+            self._num_failed_batches = 0
         for row in rows:
             row.cache_len += 1
         return dict(zip(rows, self._draw(logits, masks), strict=True))
@@ -370,8 +406,7 @@ class Runner:
 
         Raises _DeviceError when evaluation fails.
         """
-        with self._adapted(rows):
-            logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
+        logits: mx.array = forward(self._model, mx.array(tokens), caches, self._adapted(rows))[:, -1, :]
         masks = None
         try:
             if any(row.rule is not None for row in ruled):
@@ -391,7 +426,22 @@ class Runner:
         outcomes: dict[Generation, Drawn | Exception | None] = {}
         for row, caches in zip(rows, singles, strict=True):
             outcomes[row] = None if caches is None else self._try_row(row, caches)
+        if len(rows) > 1 and self.num_rows == len(rows):  # each of them works alone
+            self._note_failed_batch()
         return outcomes
+
+    def _note_failed_batch(self) -> None:
+        """A model whose batches fail is not asked for another one: each would cost a step and a traceback."""
+        self._num_failed_batches += 1
+        if self._num_failed_batches < MOST_FAILED_BATCHES or self.apart is not None:
+            return
+        self.apart, self.can_prefill_together = "several rows together failed, and each of them worked alone", False
+        log.warning("requests that run at the same time are computed one by one from now on: %s", self.apart)
+        singles = [self._extract(i) for i in range(self.num_rows)]
+        self._forget_batch()
+        self._caches = self._merge(singles)
+        for caches in singles:
+            self._runtime.release(caches)
 
     def _try_row(self, row: Generation, caches: list[Any]) -> Drawn | Exception | None:
         """One decode step of one row, which joins the new batch when it works."""
@@ -458,7 +508,7 @@ class Runner:
         self._sampler = None
 
     def _merge(self, singles: list[list[Any]]) -> list[Any]:
-        return self._runtime.merge_rows(singles)
+        return self._runtime.merge_rows(singles) if self.apart is None else list(merge_apart(singles))
 
     def _extract(self, index: int) -> list[Any]:
         return [cache.extract(index) for cache in self._batch()]

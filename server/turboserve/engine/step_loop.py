@@ -115,7 +115,8 @@ class StepLoop:
             num_waiting=self.num_waiting,
             scratch_bytes=self.scratch_bytes,
             now_s=self._clock(),
-            more_details={"overlap": str(self.overlap)},
+            more_details={"overlap": str(self.overlap), "batching": self.runner.batching},
+            rows_apart=self.runner.apart is not None,
         )
 
     @property

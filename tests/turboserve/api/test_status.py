@@ -114,6 +114,7 @@ def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Serv
     verdict = ("fused", "gpu-metal"), ("outcome", "slower"), ("taken", "mlx-ops")
     assert page["turboserve_kv_kernel_trial", verdict] == 1
     assert page["turboserve_kv_kernel_trial_step_seconds", (("backend", "gpu-metal"), ("tokens", "1024"))] == 2e-4
+    assert page["turboserve_rows_apart", ()] == 1
     assert page["turboserve_num_requests_running", ()] == 0
 
 

@@ -163,11 +163,18 @@ def test_other_architectures(make: Callable[..., Any], tmp_path: Path, rng: np.r
 # --- requests
 
 
+@pytest.mark.parametrize("is_apart", [False, True], ids=["together", "one by one"])
 def test_answers_in_one_batch_are_those_of_mlx_lm_alone(
-    make_model: Callable[[], Any], folders: dict[str, Path], rng: np.random.Generator, fmt: KVFormat | None
+    make_model: Callable[[], Any],
+    folders: dict[str, Path],
+    rng: np.random.Generator,
+    fmt: KVFormat | None,
+    is_apart: bool,
 ) -> None:
     """Rows of all adapters and of none, in prompts that are read in one pass as well."""
     loop, _ = loop_with(make_model, folders, fmt, prefill_chunk_tokens=256)
+    if is_apart:
+        loop.runner.apart, loop.runner.can_prefill_together = "for this test", False
     names = ["", *KINDS, "", *KINDS]
     requests = [
         asked(f"r{i}", prompt(rng, int(rng.integers(30, 50))), name, tenant=str(i), max_tokens=12)

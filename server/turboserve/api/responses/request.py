@@ -6,7 +6,7 @@ Every refusal names the parameter. Messages never quote the prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapted, adapter_named
@@ -28,7 +28,6 @@ from turboserve.api.responses.reply_models import FunctionTool, ReasoningSetting
 from turboserve.api.responses.store import ResponseStore, StoredResponse
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.thinking import thinking_kwargs
-from turboserve.api.validation import validated
 from turboserve.errors import (
     InvalidRequestError,
     PreviousResponseError,
@@ -54,7 +53,7 @@ class ParsedResponse:
 
 
 def parse_response(
-    raw: Mapping[str, object],
+    body: ResponsesBody,
     store: ResponseStore,
     *,
     request_id: str,
@@ -69,7 +68,6 @@ def parse_response(
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
-    body = validated(ResponsesBody, raw)
     adapter = adapter_named(body.model, required_model, adapters)
     _refuse_unsupported(body)
     previous = _previous(body, store, tenant)
