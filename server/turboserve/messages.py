@@ -103,6 +103,7 @@ class Request:
     session_id: str | None = None  # an explicit session: continued when it exists, created when not
     kv_format: str | None = None  # "4/3", "f16", ...; None: the session's own, else the server's
     cache_key: str | None = None  # OpenAI's prompt_cache_key: of equally long prefixes, prefer this one's
+    adapter: str = ""  # the name of the adapter that answers; "": the model alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +178,10 @@ class RenderTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Texts, or token ids, to vectors of the loaded model. Answered with Embeddings."""
+    """Texts, or token ids, to vectors of the loaded model, with an adapter or without. Answered with Embeddings."""
 
     inputs: tuple[str | tuple[int, ...], ...]
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

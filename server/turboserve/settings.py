@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_settings import (
@@ -89,6 +89,35 @@ NumDraftTokens = Annotated[int, Field(ge=1, le=7)]
 SamplingDefaults = Literal["model", "openai"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # a colon would end a model's name before it
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter's folder, and a name under which requests ask for it."""
+
+    name: str
+    path: Path
+
+
+def named_adapter(spec: str) -> NamedAdapter:
+    """From `NAME=PATH`, or from `PATH`, whose folder's own name counts. Raises ValueError."""
+    name, separator, path = spec.partition("=")
+    if not separator or "/" in name:  # the path itself has the sign
+        name, path = Path(spec).name, spec
+    if not (path.strip() and re.fullmatch(ADAPTER_NAME, name)):
+        raise ValueError("NAME=PATH, the name of letters, digits and ._- only")
+    return NamedAdapter(name, Path(path))
+
+
+def _adapters(specs: tuple[str, ...]) -> tuple[str, ...]:
+    names = [named_adapter(spec).name for spec in specs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"a name for each folder, and {twice} names two")
+    return specs
+
+
+AdapterSpecs = Annotated[tuple[str, ...], AfterValidator(_adapters)]
+
 
 class ModelEntry(BaseModel):
     """One of several models: a table `[models.NAME]` of the settings' file. None: as set for the whole server."""
@@ -97,6 +126,7 @@ class ModelEntry(BaseModel):
 
     model: str = ""  # folder or hub name; empty: the embedded demonstration model
     aliases: tuple[ModelName, ...] = ()  # further names under which clients ask for it
+    adapters: AdapterSpecs = ()  # of this model: NAME=PATH
     pinned: bool = False  # loaded at start, and never unloaded
     memory: Annotated[ByteCount, Field(ge=0)] = 0  # what its process takes in all; 0: estimated, then measured
     idle_unload_s: Seconds | None = None
@@ -126,6 +156,8 @@ class Settings(BaseSettings):
 
     model: str = ""  # folder or hub name; empty: the embedded demonstration model
     served_model_name: str = ""  # empty: derived from `model`
+    # LoRA adapters that requests choose as MODEL:NAME, each NAME=PATH, or PATH named like its folder
+    adapters: AdapterSpecs = ()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: str = ""  # empty: no key is asked for (loopback only, unless allow_anonymous)

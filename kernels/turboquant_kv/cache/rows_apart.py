@@ -7,13 +7,21 @@ Rows keep the caches that they had alone, of whatever class and format, so a row
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 
 from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.protocol import AttendingCache, row_indices
+
+Around = Callable[[Sequence[int]], AbstractContextManager[object]]
+
+
+def _nothing(places: Sequence[int]) -> AbstractContextManager[object]:
+    return nullcontext()
+
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
@@ -65,11 +73,18 @@ def merge_apart(rows: Sequence[Sequence[Any]]) -> list[Any]:
     return with_leaves(rows[0], [RowsApart(copy.deepcopy(caches)) for caches in by_cache])
 
 
-def forward(model: Model, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
-    """Logits (B, T, V) of tokens (B, T) over a batch with one cache per layer; rows that are apart one by one."""
-    caches = leaves(batch)
+def forward(model: Model, tokens: mx.array, batch: Sequence[Any], around: Around = _nothing) -> mx.array:
+    """Logits (B, T, V) of tokens (B, T) over a batch with one cache per layer; rows that are apart one by one.
+
+    around: entered while a pass is computed, told the places of its rows.
+    """
+    places, caches = range(tokens.shape[0]), leaves(batch)
     if not any(isinstance(cache, RowsApart) for cache in caches):
-        logits: mx.array = model(tokens, cache=batch)
+        with around(places):
+            logits: mx.array = model(tokens, cache=batch)
         return logits
-    rows = [with_leaves(batch, [cache.rows[i] for cache in caches]) for i in range(tokens.shape[0])]
-    return mx.concatenate([model(tokens[i : i + 1], cache=row) for i, row in enumerate(rows)])
+    rows = []
+    for i in places:
+        with around([i]):
+            rows.append(model(tokens[i : i + 1], cache=with_leaves(batch, [cache.rows[i] for cache in caches])))
+    return mx.concatenate(rows)

@@ -16,6 +16,7 @@ from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
 from turboserve.api.metrics import EngineCollector
+from turboserve.api.model_names import adapter_names
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.responses import routes as responses
 from turboserve.api.responses.store import ResponseStore
@@ -47,6 +48,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
         keepalive_interval_s=settings.keepalive_interval_s,
         chat_rules=ChatRules.of(settings),
         any_model_name=settings.any_model_name,
+        adapters=adapter_names(settings.adapters),
     )
     app.state.responses = ResponseStore(
         settings.max_responses_per_caller, settings.max_response_bytes_per_caller, settings.response_ttl_s

@@ -1,7 +1,7 @@
 """From a parsed JSON object to `messages.Request`s: what we support, what we refuse, and why.
 
 Every refusal names the parameter. Messages never quote the prompt. No file is opened and no
-name looked up anywhere: a model is served if its id is the served one.
+name looked up anywhere: a model is served if its id, or its adapter's name, is a served one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import NamedTuple
 from turboserve.api.chat_body import ChatBody, Reasoning, Thinking
 from turboserve.api.chat_messages import plain_messages
 from turboserve.api.chat_tools import tool_use
+from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapter_named
 from turboserve.api.parameters import without_unsupported
 from turboserve.api.sampling_request import checked_choices, choices_of, common_request, token_limit
 from turboserve.api.validation import validated
-from turboserve.errors import InvalidRequestError, ModelNotFoundError
+from turboserve.errors import InvalidRequestError
 from turboserve.messages import Request, SamplingParams
 from turboserve.settings import DEFAULT_TEMPLATE_KWARGS, Settings
 
@@ -57,12 +58,6 @@ class ChatRequest(NamedTuple):
     ignored: tuple[str, ...] = ()  # as the caller spelled them
 
 
-def check_model(name: str, model_id: str | None) -> None:
-    """Raises ModelNotFoundError unless `name` is the served id; None: any name will do."""
-    if model_id is not None and name != model_id:
-        raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use {model_id!r}.", param="model")
-
-
 def parse_chat(
     body: Mapping[str, object],
     *,
@@ -72,6 +67,7 @@ def parse_chat(
     session_headers: Iterable[str] = (),
     defaults: SamplingParams = NO_DEFAULTS,
     rules: ChatRules = USUAL_RULES,
+    adapters: AdapterNames = NO_ADAPTERS,
 ) -> ChatRequest:
     """What to ask of the engine, and how to answer. `defaults` apply where the body says nothing.
 
@@ -79,8 +75,7 @@ def parse_chat(
     """
     known, ignored = without_unsupported(body, is_strict=rules.is_strict)
     chat = validated(ChatBody, known, is_strict=rules.is_strict)
-    if chat.model:
-        check_model(chat.model, model_id)
+    adapter = adapter_named(chat.model, model_id, adapters)
     is_continued = _is_continued(chat)
     common = common_request(
         chat, request_id=request_id, tenant=tenant, defaults=defaults, session_headers=session_headers
@@ -94,6 +89,7 @@ def parse_chat(
         continue_final_message=is_continued,
         template_kwargs=_template_kwargs(chat, rules.template_kwargs),
         thinking_tokens=_thinking_tokens(chat),
+        adapter=adapter,
     )
     delivery = Delivery(
         stream=bool(chat.stream),

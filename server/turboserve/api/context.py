@@ -15,9 +15,10 @@ from turboserve import messages
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
+from turboserve.api.model_names import AdapterNames, adapted, adapter_named
 from turboserve.api.running import RunningRequests
 from turboserve.engine.protocol import Engine
-from turboserve.errors import ModelNotFoundError, OverloadedError
+from turboserve.errors import OverloadedError
 from turboserve.telemetry import Telemetry
 
 # The engine answers between two steps; a step of a large model on a slow machine takes seconds, not this long.
@@ -38,6 +39,7 @@ class ApiContext:
     keepalive_interval_s: float
     chat_rules: ChatRules
     any_model_name: bool = False
+    adapters: AdapterNames = field(default_factory=dict)
     running: RunningRequests = field(default_factory=RunningRequests)
 
     @property
@@ -45,12 +47,20 @@ class ApiContext:
         """The only model that a request may name; None: any name will do."""
         return None if self.any_model_name else self.engine.model_id
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFoundError for a name that is neither the served one nor absent, where names matter."""
-        if name and self.required_model not in (None, name):
-            raise ModelNotFoundError(
-                f"The model {name[:100]!r} is not served here; use {self.required_model!r}.", param="model"
-            )
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter that a request's `model` names; "": the model alone.
+
+        Raises ModelNotFoundError for a name of neither, where names matter.
+        """
+        return adapter_named(name, self.required_model, self.adapters)
+
+    def served_names(self) -> list[tuple[str, str]]:
+        """What lists show, as (adapter, name): the model alone, then with each adapter, once."""
+        return [(adapter, self.name_of(adapter)) for adapter in ("", *dict.fromkeys(self.adapters.values()))]
+
+    def name_of(self, adapter: str) -> str:
+        """What replies call the model with this adapter, or without any."""
+        return adapted(self.engine.model_id, adapter)
 
     def admit(self) -> None:
         """Raises EngineUnavailableError once the server is shutting down, and counts that."""

@@ -26,5 +26,6 @@ def conversation_of(
         session_headers=session_headers,
         defaults=context.engine.sampling_defaults,
         rules=context.chat_rules,
+        adapters=context.adapters,
     )
     return request

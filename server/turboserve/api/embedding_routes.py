@@ -97,14 +97,14 @@ async def embed(request: Request, context: Context) -> Response:
     """Vectors of texts: the mean of the loaded chat model's last hidden states, scaled to unit length."""
     context.admit()
     body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
-    context.check_model(body.model)
-    answer = await embeddings_of(texts_or_ids(body.input), request, context)
+    adapter = context.adapter_of(body.model)
+    answer = await embeddings_of(texts_or_ids(body.input), request, context, adapter)
     vectors = [shortened(vector, body.dimensions) for vector in answer.vectors]
     written = [_base64(vector) for vector in vectors] if body.encoding_format == "base64" else map(list, vectors)
     reply = {
         "object": "list",
         "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(written)],
-        "model": context.engine.model_id,
+        "model": context.name_of(adapter),
         "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         "turboserve": EmbeddingSource().model_dump(),
     }
@@ -117,9 +117,11 @@ def _parsed(raw: dict[str, object], context: ApiContext) -> tuple[EmbeddingBody,
     return body, not_declared(EmbeddingBody.model_fields, raw)
 
 
-async def embeddings_of(inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext) -> Embeddings:
+async def embeddings_of(
+    inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext, adapter: str = ""
+) -> Embeddings:
     """The engine's answer, however long it takes. Raises ClientDisconnect when the caller leaves, and ends the work."""
-    future = context.engine.ask(Embed(inputs))
+    future = context.engine.ask(Embed(inputs, adapter))
     waiting = asyncio.wrap_future(future)
     departure = asyncio.create_task(wait_for_disconnect(request.receive))
     try:

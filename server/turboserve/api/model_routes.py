@@ -20,6 +20,8 @@ class ModelObject(Reply):
 
     id: str
     object: Literal["model"] = "model"
+    root: Annotated[str, Field(description="Of an adapter, its own name; else the model's id.")]
+    parent: Annotated[str | None, Field(description="Of an adapter, the model that it belongs to.")]
     created: UnixSeconds
     owned_by: Literal["turboserve"] = "turboserve"
     max_model_len: ContextTokens
@@ -28,7 +30,7 @@ class ModelObject(Reply):
 
 
 class ModelList(Reply):
-    """The served models: exactly one."""
+    """The served model, alone and with each of its adapters."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
@@ -39,22 +41,23 @@ models_router = APIRouter(redirect_slashes=False)
 
 @models_router.get("/v1/models", responses=failures())
 async def models(context: Context) -> ModelList:
-    """The one served model."""
-    return ModelList(data=[_served_model(context)])
+    """The served model, alone and with each of its adapters."""
+    return ModelList(data=[_served_model(context, adapter) for adapter, _ in context.served_names()])
 
 
 # `:path`, because hub names contain a slash.
 @models_router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
 async def model(model_id: str, context: Context) -> ModelObject:
-    """The served model, by its name."""
-    context.check_model(model_id)
-    return _served_model(context)
+    """The served model, or one of its adapters, by its name."""
+    return _served_model(context, context.adapter_of(model_id))
 
 
-def _served_model(context: ApiContext) -> ModelObject:
+def _served_model(context: ApiContext, adapter: str) -> ModelObject:
     stats = context.engine.stats()
     return ModelObject(
-        id=context.engine.model_id,
+        id=context.name_of(adapter),
+        root=adapter or context.engine.model_id,
+        parent=context.engine.model_id if adapter else None,
         created=context.engine.created,
         max_model_len=stats.max_context_tokens,
         context_length=stats.max_context_tokens,

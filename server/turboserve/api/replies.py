@@ -19,6 +19,7 @@ from turboserve import __version__
 from turboserve.api.answering import Answer
 from turboserve.api.chat_request import Delivery
 from turboserve.api.kv_replies import kv_figures
+from turboserve.api.model_names import adapted
 from turboserve.api.reply_models import (
     AnswerTokens,
     CompletionUsage,
@@ -209,9 +210,10 @@ def _token(token: TokenLogprob) -> Json:
     return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(token.raw)}
 
 
-def system_fingerprint(stats: EngineStats, kv_format: str | None) -> str:
-    """Changes with whatever would change the answers to one seed: model, KV format, kernels, dtype, version."""
-    parts = (stats.model_id, kv_format or stats.kv_format, stats.kv_backend, stats.model_dtype, __version__)
+def system_fingerprint(stats: EngineStats, kv_format: str | None, adapter: str = "") -> str:
+    """Changes with what would change the answers to one seed: model, adapter, KV format, kernels, dtype, version."""
+    name = adapted(stats.model_id, adapter)
+    parts = (name, kv_format or stats.kv_format, stats.kv_backend, stats.model_dtype, __version__)
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -96,10 +96,12 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         session_headers=request.headers.getlist(SESSION_HEADER),
         defaults=engine.sampling_defaults,
         rules=context.chat_rules,
+        adapters=context.adapters,
     )
     requests, delivery, ignored = await read_as(request, context.max_body_bytes, parse)
-    fingerprint = system_fingerprint(engine.stats(), requests[0].kv_format)
-    replies = ChatReplies(requests[0].request_id, engine.model_id, delivery, fingerprint, len(requests))
+    fingerprint = system_fingerprint(engine.stats(), requests[0].kv_format, requests[0].adapter)
+    name = context.name_of(requests[0].adapter)
+    replies = ChatReplies(requests[0].request_id, name, delivery, fingerprint, len(requests))
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
     return AnswerResponse(requests, replies, context, stream=delivery.stream, extra_headers=headers)
 

@@ -14,7 +14,7 @@ from turboserve.cache.interfaces import Caches, Key
 from turboserve.cache.ledger import Ledger
 from turboserve.cache.persistence import Persistence
 from turboserve.cache.prefix_index import PrefixIndex
-from turboserve.cache.radix import Tokens, common_prefix_len
+from turboserve.cache.radix import common_prefix_len
 from turboserve.cache.sessions import Conversation, Session, new_id
 from turboserve.cache.tally import Tally
 
@@ -63,7 +63,7 @@ class IdleConversations:
         contained in another session's, or empty.
         """
         existing = self.get(*kept.key)
-        if existing is not None and not kept.session.is_explicit and not _is_one_line(kept.tokens, existing.tokens):
+        if existing is not None and not kept.session.is_explicit and not _is_one_line(kept, existing):
             kept.session, existing = _branch_of(kept.session), None  # another branch of it ended first
         if self._is_held_already(kept, existing):
             assert kept.caches is not None
@@ -85,7 +85,7 @@ class IdleConversations:
         if len(kept.tokens) == 0:
             return True
         if existing is not None:  # a request that was cancelled early must not shorten its session
-            return len(kept.tokens) < len(existing.tokens) and _is_one_line(kept.tokens, existing.tokens)
+            return len(kept.tokens) < len(existing.tokens) and _is_one_line(kept, existing)
         return self._index.continuation_of(kept) is not None
 
     def _adopt(self, conversation: Conversation) -> None:
@@ -194,9 +194,9 @@ class IdleConversations:
         self._ledger.give_up(conversation)
 
 
-def _is_one_line(a: Tokens, b: Tokens) -> bool:
-    """Whether the longer one begins with all of the shorter."""
-    return common_prefix_len(a, b) == min(len(a), len(b))
+def _is_one_line(a: Conversation, b: Conversation) -> bool:
+    """Whether the longer one begins with all of the shorter, computed by the same adapter."""
+    return a.adapter == b.adapter and common_prefix_len(a.tokens, b.tokens) == min(len(a.tokens), len(b.tokens))
 
 
 def _branch_of(session: Session) -> Session:

@@ -87,6 +87,7 @@ class Leases:
             reserved_tokens=ask.num_tokens,
             reserved_bytes=peak_bytes(begun.runtime, ask.num_tokens),
             order=next(self._orders) if ask.order is None else ask.order,
+            adapter=ask.adapter,
             source=match.holder.session if match is not None else None,
         )
         self._ledger.open(lease)
@@ -135,7 +136,12 @@ class Leases:
     def longer_start(self, lease: Lease) -> Match | None:
         """A longer prefix of its prompt than it holds, in memory and in the same format."""
         match = self._index.find(
-            lease.request, lease.prompt, lease.wanted_format, must_be_exact=True, in_memory_only=True
+            lease.request,
+            lease.prompt,
+            lease.wanted_format,
+            adapter=lease.adapter,
+            must_be_exact=True,
+            in_memory_only=True,
         )
         if match is None or match.holder is lease or match.usable_len <= lease.held_len:
             return None

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -210,13 +211,14 @@ class Memory:
         self.check_can_fit(ask.num_tokens, kv_format)
         pushed_out = self._quotas.check_admission(ask, kv_format)
         tokens = np.asarray(ask.prompt, np.int32)
-        match = self._index.find(ask.request, tokens, kv_format, without=pushed_out)
+        find = partial(self._index.find, ask.request, tokens, kv_format, adapter=ask.adapter, without=pushed_out)
+        match = find()
         if match is not None and match.is_on_disk:
             extra = self._leases.bytes_to_open(ask, kv_format, match)
             relief = self._room.plan(Need(extra, over_quota=pushed_out), now_s)
             if relief is not None:
                 return Start(ask, relief, match)
-            match = self._index.find(ask.request, tokens, kv_format, without=pushed_out, in_memory_only=True)
+            match = find(in_memory_only=True)
         extra = self._leases.bytes_to_open(ask, kv_format, match)
         need = Need(extra, order=ask.order, source=match, over_quota=pushed_out)
         relief = self._room.plan(need, now_s)
@@ -328,7 +330,15 @@ class Memory:
             self._tally.preemptions["growth"] += 1
         self._leases.close(lease)
         session.last_used_s = now_s
-        kept = Conversation(session, np.asarray(tokens, np.int32), lease.kv_format, lease.wanted_format, caches, kv)
+        kept = Conversation(
+            session,
+            np.asarray(tokens, np.int32),
+            lease.kv_format,
+            lease.wanted_format,
+            caches,
+            kv,
+            adapter=lease.adapter,
+        )
         found = self._idle.keep(kept)
         if found is kept:
             self._quotas.unpin_if_too_large(kept)

@@ -190,6 +190,7 @@ def _meta(conversation: Conversation, wall_offset_s: float) -> Meta:
         "cache_key": session.cache_key,
         "kv_format": conversation.kv_format,
         "wanted_format": conversation.wanted_format,
+        "adapter": conversation.adapter,
         "kv": {name: int(getattr(conversation.kv, name)) for name in _KV_FIELDS},
         "tokens": base64.b85encode(zlib.compress(conversation.tokens.astype("<i4").tobytes(), 1)).decode(),
         "version": conversation.version,
@@ -232,4 +233,5 @@ def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:
         disk_key=entry.key,
         disk_bytes=entry.num_bytes,
         version=_version(meta),
+        adapter=str(meta.get("adapter", "")),  # files from before there were any have none
     )

@@ -1,8 +1,8 @@
 """Idle conversations and running requests, found by their longest common token prefix.
 
-Owns one radix tree per caller and wanted format. What lives under one salt (the server's view of the
-caller) is invisible under any other: there is no structure that spans salts but their list. Who holds
-what, bytes, eviction and files are others' business.
+Owns one radix tree per caller, adapter and wanted format. What lives under one salt (the server's view of the
+caller) is invisible under any other, and so is what one adapter computed to any other: there is no structure that
+spans them but their list. Who holds what, bytes, eviction and files are others' business.
 """
 
 from __future__ import annotations
@@ -38,20 +38,32 @@ class Match(NamedTuple):
         return self.holder.tier == "disk"
 
 
+class _Where(NamedTuple):
+    """Which tree."""
+
+    salt: str
+    adapter: str
+    wanted_format: str
+
+    @classmethod
+    def of(cls, holder: Holder) -> _Where:
+        return cls(holder.salt, holder.adapter, holder.wanted_format)
+
+
 class PrefixIndex:
     """Everything that can be found."""
 
     def __init__(self, family: CacheFamily) -> None:
         self._family = family
-        self._trees: dict[tuple[str, str], RadixTree[Holder]] = {}
+        self._trees: dict[_Where, RadixTree[Holder]] = {}
 
     def add(self, holder: Holder) -> None:
         """Let it be found: an idle conversation by its tokens, a running request by its prompt."""
-        self._trees.setdefault((holder.salt, holder.wanted_format), RadixTree()).insert(_tokens_of(holder), holder)
+        self._trees.setdefault(_Where.of(holder), RadixTree()).insert(_tokens_of(holder), holder)
 
     def remove(self, holder: Holder) -> None:
         """Raises KeyError when it is not in here."""
-        key = (holder.salt, holder.wanted_format)
+        key = _Where.of(holder)
         self._trees[key].remove(_tokens_of(holder), holder)
         if not self._trees[key].num_holders:
             del self._trees[key]
@@ -62,6 +74,7 @@ class PrefixIndex:
         tokens: Tokens,
         kv_format: str,
         *,
+        adapter: str = "",
         must_be_exact: bool = False,
         in_memory_only: bool = False,
         without: Conversation | None = None,
@@ -70,8 +83,9 @@ class PrefixIndex:
 
         Computing at least one token is what gives the logits of the first answer token. kv_format: the one
         that its cache was wanted in; must_be_exact: and still is in, as also for a request that names one.
+        adapter: the fingerprint of the one that computed it.
         """
-        tree = self._trees.get((request.tenant, kv_format))
+        tree = self._trees.get(_Where(request.tenant, adapter, kv_format))
         if tree is None:
             return None
         must_be_exact = must_be_exact or request.kv_format is not None
@@ -111,13 +125,13 @@ class PrefixIndex:
 
     def superseded_by(self, kept: Conversation) -> list[Conversation]:
         """Nameless conversations that are a beginning of this one and can be had from its caches."""
-        tree = self._trees.get((kept.salt, kept.wanted_format))
+        tree = self._trees.get(_Where.of(kept))
         found = tree.on_path(kept.tokens) if tree is not None else []
         return [c for c in found if isinstance(c, Conversation) and c is not kept and self._is_within(c, kept)]
 
     def continuation_of(self, conversation: Conversation) -> Conversation | None:
         """A longer conversation that begins with this one's tokens and from which they can be had."""
-        tree = self._trees.get((conversation.salt, conversation.wanted_format))
+        tree = self._trees.get(_Where.of(conversation))
         found = tree.beyond(conversation.tokens) if tree is not None else []
         return next((c for c in found if isinstance(c, Conversation) and self._is_within(conversation, c)), None)
 
@@ -129,12 +143,12 @@ class PrefixIndex:
         return len(part.tokens) == len(whole.tokens) or self.usable(whole, len(part.tokens)) > 0
 
     def check_integrity(self, holders: Iterable[Holder]) -> None:
-        """Raises AssertionError unless the trees hold exactly these, each under its own salt, format and tokens."""
+        """Raises AssertionError unless the trees hold exactly these, each in its own tree and under its own tokens."""
         in_trees: set[int] = set()
-        for (salt, wanted_format), tree in self._trees.items():
+        for where, tree in self._trees.items():
             tree.check_integrity()
             for num_tokens, holder in tree.holders():
-                assert (holder.salt, holder.wanted_format) == (salt, wanted_format), "a holder is in a foreign tree"
+                assert _Where.of(holder) == where, "a holder is in a foreign tree"
                 assert num_tokens == len(_tokens_of(holder)), "a holder hangs at the wrong length"
                 in_trees.add(id(holder))
         listed = {id(holder) for holder in holders}

@@ -88,7 +88,15 @@ class SessionCommands:
         caches, tokens = self._fork_caches(holder, now_s)
         runtime = self._ledger.family.runtime(holder.kv_format)
         session = Session(name, salt, now_s, now_s, is_explicit=True, cache_key=holder.session.cache_key)
-        forked = Conversation(session, tokens, holder.kv_format, holder.wanted_format, caches, runtime.measure(caches))
+        forked = Conversation(
+            session,
+            tokens,
+            holder.kv_format,
+            holder.wanted_format,
+            caches,
+            runtime.measure(caches),
+            adapter=holder.adapter,
+        )
         holder.session.hits += 1
         self._take_in(forked, pushed_out, now_s)
         return self._info(forked)

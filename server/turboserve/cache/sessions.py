@@ -63,7 +63,8 @@ class Conversation(_OfSession):
     """An idle cache. `tokens` (int32, (T,)) are exactly those whose keys and values it holds.
 
     wanted_format is what its requests asked for and where it is looked up; kv_format what it is in now,
-    one or more steps lower once memory was short. `caches` is None while it is only on disk.
+    one or more steps lower once memory was short. `caches` is None while it is only on disk. adapter: the
+    fingerprint of the adapter that computed it ("": none), under which alone it is looked up.
     """
 
     session: Session
@@ -76,6 +77,7 @@ class Conversation(_OfSession):
     disk_bytes: int = 0
     earlier_key: str | None = None  # of its file, when that holds an earlier state, which the next write replaces
     version: str = field(default_factory=new_id)  # of these caches; tells whether a file holds them
+    adapter: str = ""
 
     @property
     def held_len(self) -> int:
@@ -113,6 +115,7 @@ class Lease(_OfSession):
     reserved_tokens: int
     reserved_bytes: int
     order: int  # of admission; the youngest has the highest
+    adapter: str = ""  # fingerprint of the one that its request has; "": none
     source: Session | None = None  # whose cache it began with
     running: RunningCaches | None = None
 

@@ -21,12 +21,16 @@ from turboserve.messages import Request
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A lease for `request`, whose prompt has these tokens; `num_tokens`: room for prompt and answer."""
+    """A lease for `request`, whose prompt has these tokens; `num_tokens`: room for prompt and answer.
+
+    adapter: the fingerprint of what its keys and values are computed with beside the model; "": nothing.
+    """
 
     request: Request
     prompt: Sequence[int]
     num_tokens: int
     order: int | None = None  # of its first admission, when it was preempted since
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

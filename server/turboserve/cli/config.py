@@ -21,7 +21,7 @@ from pydantic_settings import SettingsConfigDict, SettingsError
 from turboserve.errors import StartupError
 from turboserve.logs import LEVELS
 from turboserve.machine_memory import MemoryInfo, resolve_budget
-from turboserve.settings import ModelEntry, Settings
+from turboserve.settings import ModelEntry, Settings, named_adapter
 
 ENV_PREFIX = "TURBOSERVE_"
 CONFIG_ENV = "TURBOSERVE_CONFIG"
@@ -125,9 +125,16 @@ def _check_models(settings: Settings) -> None:
         return
     if settings.model or settings.served_model_name:
         raise UsageError("MODEL and served_model_name are for one model: leave them out, or remove the [models] tables")
+    if settings.adapters:
+        raise UsageError("adapters belong to one model: set them in its table [models.NAME]")
     names: dict[str, str] = {}
     for name, entry in settings.models.items():
-        for spelling in {name, *entry.aliases}:
+        adapters = [named_adapter(spec).name for spec in entry.adapters]
+        own = {name, *entry.aliases}
+        for spelling in own:
+            if spelling.rpartition(":")[2] in adapters:
+                raise UsageError(f"models.{name}: {spelling!r} ends like a name of an adapter, and could mean either")
+        for spelling in own | {f"{model}:{adapter}" for model in own for adapter in adapters}:
             if (other := names.setdefault(spelling, name)) != name:
                 raise UsageError(f"models.{name}: {spelling!r} is a name of models.{other} already")
         if entry.dequantize is not None and entry.dequantize not in DEQUANTIZE_MODES:

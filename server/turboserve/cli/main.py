@@ -65,6 +65,10 @@ def serve_command(
     ] = None,
     any_model_name: Annotated[Switch, Option(help="Answer whatever model a request names.")] = None,
     served_model_name: Annotated[Text, Option(help="Name under which clients ask for the model.")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        Option("--adapter", help="LoRA adapter that requests choose as MODEL:NAME; repeatable.", metavar="[NAME=]PATH"),
+    ] = None,
     max_context_tokens: Annotated[
         Text, Option("--max-model-len", "--max-context-tokens", help="Longest prompt plus answer [model's own].")
     ] = None,

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from turboserve.engine.adapters import Adapter
 from turboserve.engine.failures import as_failure
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call
 from turboserve.engine.loaded_model import LoadedModel
@@ -59,6 +60,7 @@ class _Job:
 
     call: Call
     inputs: Sequence[str | tuple[int, ...]]
+    adapter: Adapter | None = None
     tokens: list[list[int]] = field(default_factory=list)  # of the inputs that have been read so far
     left: deque[int] = field(default_factory=deque)  # places of inputs to be computed, shortest first
     long: _Long | None = None
@@ -99,7 +101,12 @@ class EmbeddingJobs:
         if len(self._jobs) >= MAX_JOBS:
             call.refuse(OverloadedError("Too many requests for embeddings are waiting; try again.", retry_after_s=5))
             return
-        job = _Job(call, call.asked.inputs)
+        try:
+            adapter = self._loaded.adapters.get(call.asked.adapter)
+        except TurboServeError as exc:
+            call.refuse(exc)
+            return
+        job = _Job(call, call.asked.inputs, adapter)
         if tokens is not None:
             job.tokens = tokens
             job.left.extend(_shortest_first(tokens))
@@ -201,7 +208,7 @@ class EmbeddingJobs:
         while job.left and (len(places) + 1) * len(job.tokens[job.left[0]]) <= num_tokens:
             places.append(job.left.popleft())
         rows = [job.tokens[place] for place in places]
-        states = self._states([row + [0] * (len(rows[-1]) - len(row)) for row in rows], None)
+        states = self._states([row + [0] * (len(rows[-1]) - len(row)) for row in rows], None, job.adapter)
         lengths = mx.array([len(row) for row in rows])[:, None]
         is_token = (mx.arange(states.shape[1])[None, :] < lengths)[:, :, None]
         totals = mx.where(is_token, states, 0.0).sum(axis=1)
@@ -211,16 +218,17 @@ class EmbeddingJobs:
     def _compute_chunk(self, job: _Job, long: _Long, num_tokens: int) -> None:
         tokens = job.tokens[long.place]
         chunk = tokens[long.num_done : long.num_done + num_tokens]
-        long.total = self._states([chunk], long.cache)[0].sum(axis=0) + long.total
+        long.total = self._states([chunk], long.cache, job.adapter)[0].sum(axis=0) + long.total
         mx.eval(long.total)
         long.num_done += len(chunk)
         if long.num_done == len(tokens):
             job.vectors[long.place] = unit_vector(np.array(long.total))
             job.long = None
 
-    def _states(self, rows: list[list[int]], cache: list[Any] | None) -> mx.array:
+    def _states(self, rows: list[list[int]], cache: list[Any] | None, adapter: Adapter | None) -> mx.array:
         """Last hidden states (B, T, H), float32. Raises UnsupportedParameterError where that is not what comes out."""
-        states = inner_of(self._loaded.model)(mx.array(rows), cache=cache)
+        with self._loaded.adapters.applied([adapter] * len(rows)):
+            states = inner_of(self._loaded.model)(mx.array(rows), cache=cache)
         shape = (len(rows), len(rows[0]))
         if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[:2] != shape:
             raise _no_states()

@@ -1,7 +1,7 @@
 """One request's state while the engine works on it. Plain data, and each field has its writer.
 
 whoever makes it                 read and rule, before it is prepared
-prepare.py                       prompt, max_answer_len, sampling, text, reader and eos_ids, once
+prepare.py                       adapter, prompt, max_answer_len, sampling, text, reader and eos_ids, once
 runner.py                        caches and cache_len, as it computes and as rows join and leave the batch; with
                                  speculation.py num_drafted and num_accepted
 step_loop.py, open_requests.py   all others; they alone move `stage`, and take caches away when it changes
@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from turboserve.cache.memory import Ask, Lease
+from turboserve.engine.adapters import Adapter
 from turboserve.engine.protocol import EventSink
 from turboserve.engine.readers import AnswerReader, PlainReader
 from turboserve.engine.sampling import RowSampling
@@ -46,6 +47,7 @@ class Generation:
     sink: EventSink
     submitted_s: float
     stage: Stage = Stage.WAITING
+    adapter: Adapter | None = None  # whose caches its are
     prompt: list[int] = field(default_factory=list)  # empty until prepared
     answer: list[int] = field(default_factory=list)
     max_answer_len: int = 0
@@ -106,7 +108,8 @@ class Generation:
     def ask(self, num_tokens: int) -> Ask:
         """For a lease with room for that many tokens; of a preempted one, its answer so far is to be read as well."""
         assert self.stage is Stage.WAITING
-        return Ask(self.request, self.tokens(0, self.num_tokens), num_tokens, self.order)
+        adapter = "" if self.adapter is None else self.adapter.fingerprint
+        return Ask(self.request, self.tokens(0, self.num_tokens), num_tokens, self.order, adapter)
 
 
 class DrawnLogprobs(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
+from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import SamplingParams
@@ -26,7 +27,7 @@ class LoadedModel:
     model_id: str
     dtype: str  # of activations and of uncompressed caches, e.g. "float32"
     max_context: int  # prompt and answer together, in tokens
-    weights_bytes: int  # as they are in memory
+    weights_bytes: int  # as they are in memory, adapters included
     weights_fingerprint: str
     eos_ids: frozenset[int]
     tokenizer_fingerprint: str = ""
@@ -34,6 +35,7 @@ class LoadedModel:
         default_factory=SamplingParams
     )  # of the model's own generation_config.json
     details: Mapping[str, str] = field(default_factory=dict)
+    adapters: Adapters = NO_ADAPTERS
 
 
 class ServingRuntime(EvaluatingRuntime, Protocol):

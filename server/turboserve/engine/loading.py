@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ from turboquant_kv.evaluation.contestants import check_compressible
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
-from turboserve.engine import weights
+from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
@@ -90,17 +89,21 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model)
     config, shapes = read_config(folder), read_shapes(folder)
-    _check_fits(folder, memory)
+    _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
     model, note = _expand_if_wanted(model, settings, memory)
     if note:
         progress(note)
+    dtype = weights.activation_dtype(model)
     try:
+        mx.eval(model.parameters())
+        installed = adapters.install(model, settings.adapters, dtype)
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
-    dtype = weights.activation_dtype(model)
-    arranged = choose_projections(model, settings.projections)
+    if settings.adapters:
+        progress(f"adapters     {adapters.described(installed)}")
+    arranged = choose_projections(model, settings.projections)  # of what lies under the adapters as well
     progress(f"projections  {arranged}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
@@ -115,7 +118,12 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         eos_ids=end_tokens(tokenizer.eos_token_ids, [config, read_generation_config(folder)]),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored", "projections": str(arranged)},
+        details={
+            "weights": note or "as stored",
+            "projections": str(arranged),
+            "adapters": adapters.described(installed) or "none",
+        },
+        adapters=installed,
     )
 
 
@@ -198,8 +206,7 @@ def _open_store(
     return store
 
 
-def _check_fits(folder: Path, memory: MemoryInfo) -> None:
-    num_bytes = weights.file_bytes(folder)
+def _check_fits(num_bytes: int, memory: MemoryInfo) -> None:
     if num_bytes > memory.available_bytes:
         raise StartupError(
             f"The weights take {num_bytes >> 20} MiB, but only {memory.available_bytes >> 20} MiB of memory are "

@@ -51,6 +51,7 @@ class Preparer:
     def prepare(self, generation: Generation) -> None:
         """Fills in prompt, limits, sampling and text. Raises InvalidRequestError, of whatever kind."""
         request = generation.request
+        generation.adapter = self._loaded.adapters.get(request.adapter)
         read = generation.read or self.prompt_of(request)
         prompt, markup = read.ids, self._template.markup
         limit = answer_limit(len(prompt), request.max_tokens, self._loaded.max_context)

@@ -36,9 +36,10 @@ import mlx.core as mx
 
 from turboquant_kv.cache.batch_probe import Batching
 from turboquant_kv.cache.protocol import BatchRows
-from turboquant_kv.cache.rows_apart import forward, merge_apart
+from turboquant_kv.cache.rows_apart import Around, forward, merge_apart
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
+from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.row_masks import RowMasks, StepMasks
@@ -85,8 +86,9 @@ class _DeviceError(Exception):
 class Runner:
     """The model, and the rows being decoded together. One thread only."""
 
-    def __init__(self, model: Model, runtime: EvaluatingRuntime) -> None:
+    def __init__(self, model: Model, runtime: EvaluatingRuntime, adapters: Adapters = NO_ADAPTERS) -> None:
         self._model = model
+        self._adapters = adapters
         self._runtime = runtime
         self._rows: list[Generation] = []
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
@@ -172,7 +174,8 @@ class Runner:
         caches = generation.caches
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
-        self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # logits stay unevaluated
+        with self._adapters.applied([generation.adapter]):
+            self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # no logits evaluated
         self._runtime.evaluate(caches)
         generation.cache_len = end
 
@@ -189,7 +192,8 @@ class Runner:
             for cache in batch:
                 cache.prepare(lengths=lens, right_padding=padding)
             tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
-            self._model(mx.array(tokens), cache=batch)
+            with self._adapters.applied([generation.adapter for generation, _ in pieces]):
+                self._model(mx.array(tokens), cache=batch)
             self._runtime.evaluate(batch)
             for cache in batch:
                 cache.finalize()
@@ -200,6 +204,10 @@ class Runner:
             self._runtime.release(generation.caches or [])
             generation.caches = caches
             generation.cache_len += num_tokens
+
+    def _adapted(self, rows: Sequence[Generation]) -> Around:
+        """Around a pass over some of these rows: the model computes each with its own adapter, or without."""
+        return lambda places: self._adapters.applied([rows[i].adapter for i in places] if rows else [])
 
     def join(self, generation: Generation) -> None:
         """Let a prefilled request decode with the others; its caches move into the batch."""
@@ -350,7 +358,8 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        logits: mx.array = forward(self._model, newest_tokens(rows, flight), self._batch())[:, -1, :]
+        tokens = newest_tokens(rows, flight)
+        logits: mx.array = forward(self._model, tokens, self._batch(), self._adapted(rows))[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -408,7 +417,7 @@ class Runner:
             if has_drafts and drafts is not None:
                 return self._step_with_drafts(self.speculation, rows, drafts)
         try:
-            logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows)
+            logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows, rows)
         except _DeviceError:
             log.exception("a decode step of %d rows failed on the device; their caches are computed again", len(rows))
             return self._lose_all(rows)
@@ -428,7 +437,7 @@ class Runner:
         """Feed rows with 1 to `most` tokens more than a step, and forget it again, so that a device compiles it."""
         batch = self._batch()
         for num_tokens in range(2, most + 2):
-            self._forward([[0] * num_tokens] * len(self._rows), batch, last_only=False)
+            self._forward([[0] * num_tokens] * len(self._rows), batch, self._rows, last_only=False)
             for cache in batch:
                 cache.trim_rows([num_tokens] * len(self._rows))
 
@@ -442,7 +451,7 @@ class Runner:
         try:
             for cache in batch:
                 cache.prepare(lengths=lens, right_padding=padding)
-            logits, masks = self._forward(tokens, batch, rows, last_only=False)
+            logits, masks = self._forward(tokens, batch, rows, rows, last_only=False)
             for cache in batch:
                 cache.finalize()
             self._sampler = None  # rows move on by different numbers of tokens
@@ -465,21 +474,29 @@ class Runner:
         return outcomes
 
     def _forward(
-        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = (), *, last_only: bool = True
+        self,
+        tokens: list[list[int]],
+        caches: list[Any],
+        rows: Sequence[Generation] = (),
+        ruled: Sequence[Generation] = (),
+        *,
+        last_only: bool = True,
     ) -> tuple[mx.array, StepMasks | None]:
-        """Logits (B, V) after the last of `tokens` (B, T), and the masks of `rows`, filled while the device computes.
+        """Logits (B, V) after the last of `tokens` (B, T), and the masks of `ruled`, filled while the device computes.
+
+        rows: whose tokens they are; their adapters apply.
 
         Without last_only the logits are (B, T, V), after each token.
         Raises _DeviceError when evaluation fails.
         """
-        logits: mx.array = forward(self._model, mx.array(tokens), caches)
+        logits: mx.array = forward(self._model, mx.array(tokens), caches, self._adapted(rows))
         if last_only:
             logits = logits[:, -1, :]
         masks = None
         try:
-            if any(row.rule is not None for row in rows):
+            if any(row.rule is not None for row in ruled):
                 mx.async_eval(logits)  # type: ignore[no-untyped-call]  # its stubs leave types out
-                masks = self._masks.fill(rows, logits.shape[-1])
+                masks = self._masks.fill(ruled, logits.shape[-1])
             mx.eval(logits)
             self._runtime.evaluate(caches)
         except Exception as exc:
@@ -515,7 +532,7 @@ class Runner:
         """One decode step of one row, which joins the new batch when it works."""
         batch = self._merge([caches])
         try:
-            logits, _ = self._forward([[row.newest_token()]], batch)
+            logits, _ = self._forward([[row.newest_token()]], batch, [row])
             row.caches = [cache.extract(0) for cache in batch]
         except _DeviceError:
             self._runtime.release(caches)

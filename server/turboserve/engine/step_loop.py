@@ -58,7 +58,7 @@ class StepLoop:
         """
         self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
         self._memory = parts.memory
-        self.runner = Runner(parts.loaded.model, parts.runtime)
+        self.runner = Runner(parts.loaded.model, parts.runtime, parts.loaded.adapters)
         self.vocab_len = self.runner.warm_up()
         self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens, process)
         self._token_texts = TokenTexts(parts.loaded.tokenizer)
@@ -363,7 +363,7 @@ class StepLoop:
         beginning, shared_len = None, generation.cache_len + scheduler.MIN_SHARED_TOKENS
         if may_group and shared_len < generation.num_tokens:
             lease = _lease_of(generation)
-            beginning = lease.salt, lease.wanted_format, lease.prompt[:shared_len].tobytes()
+            beginning = lease.salt, lease.adapter, lease.wanted_format, lease.prompt[:shared_len].tobytes()
         return scheduler.PrefillView(
             generation.num_to_prefill, self._num_steps - generation.last_prefill_step, beginning
         )

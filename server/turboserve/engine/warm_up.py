@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import cycle
 
 import mlx.core as mx
 
@@ -93,16 +94,18 @@ def warm_up(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan) -> f
 def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> None:
     """Prefill, then decode one row in each way of drawing, then by a mask and with logprobs, then more and more rows.
 
+    Where there are adapters, with them: what a row without one needs is needed beside them as well.
     `rows` gets all whose caches have to be given back, whatever happens.
     """
     prompt = [i % vocab_len for i in range(sum(plan.chunks) + 1)]
+    adapters = [*parts.loaded.adapters] or [None]
     first = _new_row(prompt)
     first.caches = parts.runtime.make_cache()
     rows.append(first)
-    for chunk in plan.chunks:
+    for chunk, first.adapter in zip(plan.chunks, cycle(adapters), strict=False):
         for error in runner.prefill([(first, chunk)]).values():
             raise error
-    for params in DRAWS:
+    for params, first.adapter in zip(DRAWS, cycle(adapters), strict=False):
         runner.leave([row for row in rows if runner.has(row)])
         first.sampling = row_sampling(params, vocab_len)
         runner.join(first)
@@ -118,6 +121,7 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
             if length < 1:
                 return  # these caches cannot be cut, so there are no others without another prefill
             other = _new_row(prompt[: length + 1])
+            other.adapter = [None, *adapters][len(rows) % (1 + len(adapters))]
             other.sampling = row_sampling(DRAWS[len(rows) % len(DRAWS)], vocab_len)
             other.caches, other.cache_len = runner.fork(first, length), length
             rows.append(other)

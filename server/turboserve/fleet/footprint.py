@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from turboserve import models
+from turboserve.settings import named_adapter
 
 MiB = 1 << 20
 
@@ -18,10 +20,13 @@ PROCESS_BYTES = 512 * MiB
 EMBEDDED_DIR = Path(models.__file__).parent / "tiny" / "model"
 
 
-def weights_bytes(model: str) -> int:
-    """Bytes of the model's weights on disk; 0 where nothing is here yet, as before a download."""
+def weights_bytes(model: str, adapters: Sequence[str] = ()) -> int:
+    """Bytes of the model's weights and its adapters' on disk; 0 where nothing is here yet, as before a download."""
     folder = _local_folder(model)
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors")) if folder else 0
+    files = list(folder.glob("model*.safetensors")) if folder else []
+    for adapter in {named_adapter(spec).path.expanduser().resolve() for spec in adapters}:
+        files += adapter.glob("adapter*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def _local_folder(model: str) -> Path | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from turboserve.api.model_names import AdapterNames, adapted, adapter_names
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.fleet.footprint import PROCESS_BYTES, weights_bytes
 from turboserve.machine_memory import MIN_BUDGET_BYTES, MemoryInfo, resolve_budget
@@ -29,6 +31,7 @@ class ModelPlan:
 
     name: str
     aliases: tuple[str, ...]
+    adapters: AdapterNames
     is_pinned: bool
     idle_unload_s: float  # 0: never
     settings: Settings  # of its process
@@ -48,7 +51,10 @@ class Catalogue:
     def __init__(self, plans: Sequence[ModelPlan], *, any_name: bool = False) -> None:
         """`any_name`: whatever other name a request gives, the first model answers."""
         self._plans = {plan.name: plan for plan in plans}
-        self._by_name = {name: plan for plan in plans for name in (plan.name, *plan.aliases)}
+        known = Counter(adapter for plan in plans for adapter in plan.adapters)
+        # An adapter's name alone says which model is meant unless several models have one of that name.
+        self._by_name = {name: plan for plan in plans for name in plan.adapters if known[name] == 1}
+        self._by_name |= {name: plan for plan in plans for name in (plan.name, *plan.aliases, *_with_adapters(plan))}
         self._any_name = any_name
 
     def __iter__(self) -> Iterator[ModelPlan]:
@@ -66,6 +72,10 @@ class Catalogue:
         raise ModelNotFoundError(f"The model {name[:100]!r} is not served here; use one of {served}.", param="model")
 
 
+def _with_adapters(plan: ModelPlan) -> Iterator[str]:
+    return (adapted(name, adapter) for name in (plan.name, *plan.aliases) for adapter in plan.adapters)
+
+
 def make_catalogue(settings: Settings, memory: MemoryInfo) -> tuple[Catalogue, int]:
     """The models of `settings`, and the bytes that their processes may take together. Raises StartupError."""
     budget_bytes = resolve_budget(settings.models_memory, memory, weights_bytes=0)
@@ -74,7 +84,7 @@ def make_catalogue(settings: Settings, memory: MemoryInfo) -> tuple[Catalogue, i
 
 
 def _plan(name: str, entry: ModelEntry, base: Settings, memory: MemoryInfo, budget_bytes: int) -> ModelPlan:
-    num_weight_bytes = weights_bytes(entry.model)
+    num_weight_bytes = weights_bytes(entry.model, entry.adapters)
     kv_text = entry.kv_budget or base.kv_budget
     if kv_text.strip().lower() == "auto":  # a process by itself would take all that is free
         kv_bytes = _kv_share(num_weight_bytes, budget_bytes, len(base.models))
@@ -83,6 +93,7 @@ def _plan(name: str, entry: ModelEntry, base: Settings, memory: MemoryInfo, budg
     return ModelPlan(
         name=name,
         aliases=entry.aliases,
+        adapters=adapter_names(entry.adapters),
         is_pinned=entry.pinned,
         idle_unload_s=base.idle_unload_s if entry.idle_unload_s is None else entry.idle_unload_s,
         settings=_process_settings(name, entry, base, kv_bytes),

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from turboserve.api.context import Tenant
 from turboserve.api.kv_reply_models import KVStatistics
+from turboserve.api.model_names import adapted, adapter_named
 from turboserve.api.openapi import failures
 from turboserve.api.route_errors import OF_A_SESSION
 from turboserve.api.session_request import MAX_PAGE, PageQuery
@@ -45,14 +46,20 @@ own_router = APIRouter(redirect_slashes=False)
 
 @own_router.get("/v1/models", responses=failures())
 async def models(context: RouterContext) -> FleetModelList:
-    """All configured models, loaded or not."""
-    return FleetModelList(data=[_model_object(model) for model in context.fleet])
+    """All configured models, loaded or not, each alone and with each of its adapters."""
+    data = [
+        _model_object(model, adapter)
+        for model in context.fleet
+        for adapter in ("", *dict.fromkeys(model.plan.adapters.values()))
+    ]
+    return FleetModelList(data=data)
 
 
 @own_router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
 async def model(model_id: str, context: RouterContext) -> FleetModelObject:
     """One of them, by its name or an alias."""
-    return _model_object(context.fleet[context.catalogue.find(model_id).name])
+    plan = context.catalogue.find(model_id)
+    return _model_object(context.fleet[plan.name], adapter_named(model_id, None, plan.adapters))
 
 
 @own_router.api_route("/ready", methods=["GET", "HEAD"], responses=failures(EngineUnavailableError))
@@ -161,10 +168,12 @@ def _status(model: Model) -> ModelStatus:
     return "unloaded" if model.state == "stopping" else model.state
 
 
-def _model_object(model: Model) -> FleetModelObject:
+def _model_object(model: Model, adapter: str) -> FleetModelObject:
     facts = model.facts
     return FleetModelObject(
-        id=model.name,
+        id=adapted(model.name, adapter),
+        root=adapter or model.name,
+        parent=model.name if adapter else None,
         created=facts.created,
         max_model_len=facts.max_model_len,
         context_length=facts.max_model_len,

@@ -351,9 +351,16 @@ def memory_for(family: FakeFamily, budget_bytes: int, disk: FakeDisk | None = No
     return GuardedMemory(family, budget_bytes, MemoryLimits(**limits), disk)
 
 
-def ask_for(prompt: list[int], num_tokens: int, salt: str = "", order: int | None = None, **options: Any) -> Ask:
+def ask_for(
+    prompt: list[int],
+    num_tokens: int,
+    salt: str = "",
+    order: int | None = None,
+    adapter: str = "",
+    **options: Any,
+) -> Ask:
     """options: session_id, kv_format, cache_key."""
-    return Ask(Request("", (), tenant=salt, **options), prompt, num_tokens, order)
+    return Ask(Request("", (), tenant=salt, **options), prompt, num_tokens, order, adapter)
 
 
 def try_lease(

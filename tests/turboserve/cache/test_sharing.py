@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.turboserve.cache.fakes import FakeFamily, FakeRunning, converse, lease_for, memory_for, span
+from tests.turboserve.cache.fakes import (
+    FakeDisk,
+    FakeFamily,
+    FakeRunning,
+    converse,
+    finish,
+    lease_for,
+    memory_for,
+    span,
+)
 
 from turboserve.cache.memory import Memory
 from turboserve.cache.prefix_index import MIN_REUSED_TOKENS
 from turboserve.cache.radix import common_prefix_len
-from turboserve.messages import DeleteSession, GetSession, ListSessions, SessionPage
+from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, SessionPage
 
 ROOMY = 10_000_000
 PROMPTS = st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=3).map(
@@ -60,6 +69,45 @@ def test_a_caller_finds_all_of_their_own(calls: list[tuple[str, list[int]]]) -> 
         memory.drop(lease, lease.caches)
         converse(memory, prompt, salt=caller)
         seen.append((caller, prompt))
+
+
+@given(CALLS)
+@settings(deadline=None)
+def test_an_adapter_finds_what_it_would_find_alone(calls: list[tuple[str, list[int]]]) -> None:
+    """Of one caller, whose sessions are listed together: adapters instead of callers."""
+
+    def found_under(calls: list[tuple[str, list[int]]], adapter: str) -> list[int]:
+        memory = memory_for(FakeFamily(), ROOMY)
+        found = []
+        for now_s, (one, prompt) in enumerate(calls):
+            lease = lease_for(memory, prompt, len(prompt) + 1, float(now_s), adapter=one)
+            if one == adapter:
+                found.append(lease.cached_len)
+            kept = finish(memory, lease, prompt, float(now_s))
+            assert kept is None or kept.adapter == one
+        return found
+
+    for adapter in ("a", "b", "c"):
+        assert found_under(calls, adapter) == found_under([c for c in calls if c[0] == adapter], adapter)
+
+
+def test_a_file_is_its_adapters_alone() -> None:
+    """After a restart; also a fork's, and one of before there were adapters."""
+    disk = FakeDisk()
+    memory = memory_for(FakeFamily("f16"), ROOMY, disk)
+    tokens = list(range(100))
+    converse(memory, tokens, 1.0, session_id="s", adapter="law")
+    memory.answer(ForkSession("", "s", "fork"), 2.0)
+    memory.close()
+    again = memory_for(FakeFamily("f16"), ROOMY, disk)
+    assert [c.adapter for c in again.idle] == ["law", "law"]
+    asked = [*tokens, 7]
+    found = [lease_for(again, asked, 102, 3.0, adapter=one).cached_len for one in ("", "tax", "law")]
+    assert found == [0, 0, 100]
+    for key, (meta, header, arrays) in list(disk.files.items()):
+        disk.files[key] = ({k: v for k, v in meta.items() if k != "adapter"}, header, arrays)
+    old = memory_for(FakeFamily("f16"), ROOMY, disk)
+    assert [lease_for(old, asked, 102, 3.0, adapter=one).cached_len for one in ("law", "")] == [0, 100]
 
 
 @given(CALLS)

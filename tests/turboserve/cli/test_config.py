@@ -12,7 +12,7 @@ import pytest
 from turboserve.cli import config
 from turboserve.cli.config import UsageError
 from turboserve.cli.main import serve_command
-from turboserve.settings import Settings
+from turboserve.settings import Settings, named_adapter
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -140,6 +140,20 @@ def test_bad_file_is_named(tmp_path: Path, text: str, words: tuple[str, ...]) ->
     assert str(file) in message
     assert all(word in message for word in words), message
     assert "12345" not in message
+
+
+def test_adapters_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.resolve({"adapters": ["law=/x/y=z", "/a/tax-2", "b/c=d/e"]})
+    assert [tuple(map(str, named_adapter(one))) for one in settings.adapters] == [
+        ("law", "/x/y=z"),
+        ("tax-2", "/a/tax-2"),
+        ("e", "b/c=d/e"),
+    ]
+    for wrong in (["law="], [""], ["="], ["/a/b c"], ["a:b=/x"], ["law=/x", "/y/law"]):
+        with pytest.raises(UsageError, match="adapters"):
+            config.resolve({"adapters": wrong})
+    monkeypatch.setenv("TURBOSERVE_ADAPTERS", '["law=/x"]')
+    assert config.resolve({}).adapters == ("law=/x",)
 
 
 def test_missing_file_is_an_error(tmp_path: Path) -> None:

@@ -139,9 +139,37 @@ def test_names(tmp_path: Path) -> None:
     assert catalogue_of(tmp_path, "[models.a]").find(None).name == "a"
 
 
+def test_names_of_adapters(tmp_path: Path) -> None:
+    text = """
+        [models.a]
+        aliases = ["gpt-4o"]
+        adapters = ["law=/x/law", "legal=/x/law", "/x/tax", "b=/x/b"]
+        [models.b]
+        adapters = ["tax=/y/tax"]
+    """
+    catalogue = catalogue_of(tmp_path, text)
+    for name in ("law", "legal", "a:law", "gpt-4o:legal", "a:tax", "a:b"):
+        assert catalogue.find(name).name == "a"
+    assert catalogue.find("b:tax").name == catalogue.find("b").name == "b"
+    for name in ("tax", "b:law", "c:law", "a:", "a:nobody"):  # both have a tax
+        with pytest.raises(ModelNotFoundError):
+            catalogue.find(name)
+    a, b = catalogue
+    assert a.settings.adapters == ("law=/x/law", "legal=/x/law", "/x/tax", "b=/x/b")
+    assert (a.adapters["legal"], b.settings.adapters) == ("law", ("tax=/y/tax",))
+    (tmp_path / "law").mkdir()
+    (tmp_path / "law" / "adapters.safetensors").write_bytes(b"x" * 1000)
+    assert weights_bytes("", [f"law={tmp_path}/law", f"legal={tmp_path}/law"]) == weights_bytes("") + 1000
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ('adapters = ["/x/law"]\n[models.a]', ("adapters", "[models.NAME]")),
+        ('[models.a]\nadapters = ["a:b=/x"]', ("models.a.adapters", "NAME=PATH")),
+        ('[models.a]\nadapters = ["x=/x", "x=/y"]', ("models.a.adapters", "x names two")),
+        ('[models.a]\naliases = ["q:law"]\nadapters = ["law=/x"]', ("'q:law'", "could mean either")),
+        ('[models.a]\nadapters = ["law=/x"]\n[models."a:law"]', ("'a:law'", "models.a already")),
         ('[models.a]\nkv_format = "9/9"', ("models.a.kv_format = '9/9'", "balanced")),
         ("[models.a]\npined = true", ("models.a.pined", "unknown key", "did you mean pinned?")),
         ("[models.a]\nport = 1", ("models.a.port", "one of the whole server")),

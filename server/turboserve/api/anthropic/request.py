@@ -27,7 +27,7 @@ from turboserve.api.anthropic.body import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from turboserve.api.chat_request import check_model
+from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapter_named
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.thinking import thinking_kwargs
 from turboserve.api.validation import validated
@@ -55,6 +55,7 @@ def parse_messages(
     required_model: str | None,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
+    adapters: AdapterNames = NO_ADAPTERS,
 ) -> tuple[Request, Delivery]:
     """What to ask of the engine, and how to answer. A `required_model` of None lets any name pass.
 
@@ -64,7 +65,7 @@ def parse_messages(
     given = {name: getattr(wanted, name) for name in ("temperature", "top_p", "top_k")}
     user = wanted.metadata.user_id if wanted.metadata else None
     request = replace(
-        _prompt(wanted, request_id, tenant, required_model),
+        _prompt(wanted, request_id, tenant, required_model, adapters),
         sampling=replace(sampling_defaults, **{name: value for name, value in given.items() if value is not None}),
         max_tokens=wanted.max_tokens,
         stop=tuple(wanted.stop_sequences or ()),
@@ -76,14 +77,22 @@ def parse_messages(
     return request, Delivery(bool(wanted.stream), display == "omitted")
 
 
-def parse_count(body: Mapping[str, object], *, request_id: str, tenant: str, required_model: str | None) -> Request:
+def parse_count(
+    body: Mapping[str, object],
+    *,
+    request_id: str,
+    tenant: str,
+    required_model: str | None,
+    adapters: AdapterNames = NO_ADAPTERS,
+) -> Request:
     """The request whose prompt is to be counted. Raises as `parse_messages`."""
-    return _prompt(validated(CountTokensBody, body), request_id, tenant, required_model)
+    return _prompt(validated(CountTokensBody, body), request_id, tenant, required_model, adapters)
 
 
-def _prompt(body: PromptBody, request_id: str, tenant: str, required_model: str | None) -> Request:
-    if body.model and required_model is not None:
-        check_model(body.model, required_model)
+def _prompt(
+    body: PromptBody, request_id: str, tenant: str, required_model: str | None, adapters: AdapterNames
+) -> Request:
+    adapter = adapter_named(body.model, required_model, adapters)
     for name in ("mcp_servers", "container"):
         if getattr(body, name):
             raise UnsupportedParameterError(f"{name} is not supported: this server runs no tools itself.", param=name)
@@ -103,6 +112,7 @@ def _prompt(body: PromptBody, request_id: str, tenant: str, required_model: str 
         template_kwargs=_template_kwargs(body),
         thinking_tokens=body.thinking.budget_tokens if isinstance(body.thinking, ThinkingOn) else None,
         tenant=tenant,
+        adapter=adapter,
     )
 
 

@@ -101,7 +101,7 @@ class Tag(Reply):
 
 
 class Tags(Reply):
-    """The served models: exactly one."""
+    """The served model, alone and with each adapter."""
 
     models: list[Tag]
 
@@ -120,7 +120,7 @@ class LoadedTag(Reply):
 
 
 class LoadedTags(Reply):
-    """The models in memory: exactly one."""
+    """The model in memory, alone and with each adapter."""
 
     models: list[LoadedTag]
 

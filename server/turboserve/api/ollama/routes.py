@@ -62,15 +62,16 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
     """Answer a conversation, as JSON lines unless the body says otherwise."""
     context.admit()
 
-    def parse(raw: dict[str, object]) -> tuple[OllamaChatBody, EngineRequest | None]:
+    def parse(raw: dict[str, object]) -> tuple[OllamaChatBody, str, EngineRequest | None]:
         body = validated(OllamaChatBody, raw)
-        context.check_model(plain_name(body.model))
+        adapter = context.adapter_of(plain_name(body.model))
         if not body.messages:
-            return body, None
-        return body, conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+            return body, adapter, None
+        asked = conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+        return body, adapter, replace(asked, adapter=adapter)
 
-    body, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.engine.model_id, is_chat=True)
+    body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
+    replies = OllamaReplies(context.name_of(adapter), is_chat=True)
     if asked is None:
         return replies.loaded()
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
@@ -86,20 +87,22 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
     """Answer one prompt, as JSON lines unless the body says otherwise."""
     context.admit()
 
-    def parse(raw: dict[str, object]) -> tuple[GenerateBody, EngineRequest | None]:
+    def parse(raw: dict[str, object]) -> tuple[GenerateBody, str, EngineRequest | None]:
         body = validated(GenerateBody, raw)
-        context.check_model(plain_name(body.model))
+        adapter = context.adapter_of(plain_name(body.model))
         refuse_unsupported(body)
         if not body.prompt or body.raw or body.suffix:
-            return body, None
-        return body, conversation_of(generate_chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+            return body, adapter, None
+        asked = conversation_of(generate_chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+        return body, adapter, asked
 
-    body, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.engine.model_id, is_chat=False)
+    body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
+    replies = OllamaReplies(context.name_of(adapter), is_chat=False)
     if not body.prompt:
         return replies.loaded()
     if asked is None:
         asked = await _raw_request(body, context, _request_id(request), tenant)
+    asked = replace(asked, adapter=adapter)
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
 
 
@@ -122,34 +125,39 @@ def _request_id(request: Request) -> str:
 
 @ollama_router.get("/api/tags", responses=failures(shape=OllamaError))
 async def ollama_tags(context: Context) -> Tags:
-    """The one served model."""
-    name = context.engine.model_id
-    tag = Tag(
-        name=name,
-        model=name,
-        modified_at=timestamp(context.engine.created),
-        size=0,
-        digest=_digest(name),
-        details=_details(context),
-    )
-    return Tags(models=[tag])
+    """The served model, alone and with each of its adapters."""
+    tags = [
+        Tag(
+            name=name,
+            model=name,
+            modified_at=timestamp(context.engine.created),
+            size=0,
+            digest=_digest(name),
+            details=_details(context, adapter),
+        )
+        for adapter, name in context.served_names()
+    ]
+    return Tags(models=tags)
 
 
 @ollama_router.get("/api/ps", responses=failures(shape=OllamaError))
 async def ollama_ps(context: Context) -> LoadedTags:
     """The model in memory; sizes are those of the conversations' caches, as /v1/kv/stats has them."""
-    stats, name = context.engine.stats(), context.engine.model_id
-    tag = LoadedTag(
-        name=name,
-        model=name,
-        size=stats.kv.total,
-        digest=_digest(name),
-        details=_details(context),
-        expires_at=NEVER,
-        size_vram=stats.kv.total,
-        context_length=stats.max_context_tokens,
-    )
-    return LoadedTags(models=[tag])
+    stats = context.engine.stats()
+    tags = [
+        LoadedTag(
+            name=name,
+            model=name,
+            size=stats.kv.total,
+            digest=_digest(name),
+            details=_details(context, adapter),
+            expires_at=NEVER,
+            size_vram=stats.kv.total,
+            context_length=stats.max_context_tokens,
+        )
+        for adapter, name in context.served_names()
+    ]
+    return LoadedTags(models=tags)
 
 
 @ollama_router.post(
@@ -158,17 +166,17 @@ async def ollama_ps(context: Context) -> LoadedTags:
 async def ollama_show(request: Request, context: Context) -> Shown:
     """The served model, by its name."""
     body = await read_as(request, context.max_body_bytes, partial(validated, ShowBody))
-    context.check_model(plain_name(body.model or body.name or ""))
+    adapter = context.adapter_of(plain_name(body.model or body.name or ""))
     stats, defaults = context.engine.stats(), context.engine.sampling_defaults
     return Shown(
         modelfile="",
         parameters=f"temperature {defaults.temperature:g}\ntop_p {defaults.top_p:g}\ntop_k {defaults.top_k}",
         template="",
         license="",
-        details=_details(context),
+        details=_details(context, adapter),
         model_info={
             "general.architecture": "turboserve",
-            "general.basename": context.engine.model_id,
+            "general.basename": context.name_of(adapter),
             "turboserve.context_length": stats.max_context_tokens,
             "turboserve.kv_format": stats.kv_format,
         },
@@ -183,8 +191,9 @@ async def ollama_version() -> OllamaVersion:
     return OllamaVersion(version=OLLAMA_VERSION)
 
 
-def _details(context: ApiContext) -> ModelDetails:
-    return ModelDetails(quantization_level=context.engine.stats().model_dtype)
+def _details(context: ApiContext, adapter: str) -> ModelDetails:
+    parent = context.engine.model_id if adapter else ""
+    return ModelDetails(parent_model=parent, quantization_level=context.engine.stats().model_dtype)
 
 
 def _digest(name: str) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from turboserve.api.chat_request import check_model
+from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapted, adapter_named
 from turboserve.api.responses.body import (
     AllowedTools,
     CallItem,
@@ -62,13 +62,13 @@ def parse_response(
     required_model: str | None,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
+    adapters: AdapterNames = NO_ADAPTERS,
 ) -> ParsedResponse:
     """`model_id` is the served model's name. A `required_model` of None lets any name pass.
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
-    if body.model and required_model is not None:
-        check_model(body.model, required_model)
+    adapter = adapter_named(body.model, required_model, adapters)
     _refuse_unsupported(body)
     previous = _previous(body, store, tenant)
     history = previous.conversation if previous else ()
@@ -96,10 +96,11 @@ def parse_response(
         session_id=session,
         kv_format=normal_kv_format(body.kv_format) or (previous.kv_format if previous else None),
         cache_key=body.prompt_cache_key or inherited,
+        adapter=adapter,
     )
     head = ResponseHead(
         response_id=request_id,
-        model=model_id,
+        model=adapted(model_id, adapter),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata or {},
