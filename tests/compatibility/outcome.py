@@ -45,7 +45,8 @@ SAME = 5e-3
 # Compressed keys and values may change the first token's log-probability, but not so much.
 CLOSE = 0.5
 
-COMPRESSED, MIXED, EXACT, REFUSED, CRASHED = "compressed", "mixed", "exact only", "refused", "crashed"
+COMPRESSED, MIXED, EXACT, REFUSED = "compressed", "mixed", "exact only", "refused"
+CRASHED, NOT_HAD = "crashed", "not tried"
 TOGETHER, ONE_BY_ONE, FAILING, WRONG = "together", "row by row", "row by row, after a failure each step", "WRONG"
 
 
@@ -119,13 +120,13 @@ def try_out(model_type: str, folder: Path, seed: int, died: str = "") -> Outcome
     """
     cache_dir = folder.parent / "cache"
     if model_type in NOT_TRIED:
-        return Outcome(model_type, "not tried", why=NOT_TRIED[model_type])
+        return Outcome(model_type, NOT_HAD, why=NOT_TRIED[model_type])
     try:
         write_folder(model_type, folder, seed)
     except RuntimeError as exc:
         if "No Metal" not in str(exc):
             raise
-        return Outcome(model_type, "not tried", why="mlx-lm runs it on Metal only")
+        return Outcome(model_type, NOT_HAD, why="mlx-lm runs it on Metal only")
     setattr(key_guard, "KEY_CODECS", MEASURED_CODECS)  # noqa: B010 - a constant; half of a start's time goes into others
     parts, refusal = (None, f"{CRASHED}: {died}") if died else _start(folder, cache_dir)
     if parts is not None:

@@ -1,7 +1,7 @@
 """Makes docs/compatibility.md: what becomes of every model type of the installed mlx-lm.
 
     python -m tests.compatibility.table                 try all types and write the table
-    python -m tests.compatibility.table llama gemma2    try these alone and print their lines
+    python -m tests.compatibility.table llama gemma2    try these alone and put their lines into the table
 
 Types are tried in processes of their own, two at a time, so that one that ends its process or hangs costs only its
 own line. Weights are random, and new for every run unless --seed is given.
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     blas.interpose()  # before mlx is imported
 
 from tests.compatibility.configs import model_types
-from tests.compatibility.outcome import COMPRESSED, CRASHED, EXACT, MIXED, REFUSED, WRONG, Outcome, try_out
+from tests.compatibility.outcome import COMPRESSED, CRASHED, EXACT, MIXED, NOT_HAD, REFUSED, WRONG, Outcome, try_out
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -92,7 +92,8 @@ class Worker:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.compatibility.table", "--work", "--seed", str(self._seed)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+            # One thread each: there are as many processes as a small machine has cores.
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("COMPATIBILITY_LOG") else subprocess.DEVNULL,
@@ -161,13 +162,14 @@ def row(outcome: Outcome) -> str:
     return f"| `{outcome.model_type}` | {kv} | {rows} | {exact} | {why} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def table_of(outcomes: Sequence[Outcome]) -> str:
-    counts = Counter(outcome.kv for outcome in outcomes)
-    order = (COMPRESSED, MIXED, EXACT, REFUSED, CRASHED, "not tried")
+def table_of(rows: Sequence[str]) -> str:
+    """The whole page of these lines, in their order."""
+    counts = Counter(line.split("|")[2].split(",")[0].strip() for line in rows)
+    order = (COMPRESSED, MIXED, EXACT, REFUSED, CRASHED, NOT_HAD)
     counted = ", ".join(f"{counts[kv]} {kv}" for kv in order if counts[kv])
-    num_wrong = sum(WRONG in (o.rows.split(":")[0], o.exact_rows.split(":")[0]) for o in outcomes)
-    head = f"{len(outcomes)} types: {counted}; {num_wrong} with wrong answers.\n"
-    lines = [head, "| type | KV cache | rows | rows in f16 | why |", DIVIDER, *map(row, outcomes)]
+    num_wrong = sum(f"| {WRONG} |" in line for line in rows)
+    head = f"{len(rows)} types: {counted}; {num_wrong} with wrong answers.\n"
+    lines = [head, "| type | KV cache | rows | rows in f16 | why |", DIVIDER, *rows]
     return INTRODUCTION.format(version=metadata.version("mlx-lm")) + "\n".join(lines) + "\n"
 
 
@@ -194,10 +196,9 @@ def main() -> None:
         for text in {outcome.rows, outcome.exact_rows}:
             if text.startswith(WRONG):
                 print(f"{outcome.model_type}: {text}")
-    if args.types:
-        print("\n".join(map(row, outcomes)))
-    else:
-        TABLE.write_text(table_of(outcomes), "utf-8")
+    rows = rows_in(TABLE.read_text("utf-8")) if args.types and TABLE.exists() else {}
+    rows |= {outcome.model_type: row(outcome) for outcome in outcomes}
+    TABLE.write_text(table_of([rows[name] for name in model_types() if name in rows]), "utf-8")
 
 
 if __name__ == "__main__":

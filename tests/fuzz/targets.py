@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from pydantic import BaseModel
 
 from turboserve.api.anthropic.body import MessagesBody
 from turboserve.api.body import parse_object
+from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
 from turboserve.api.completion_body import CompletionBody
 from turboserve.api.ollama.bodies import OllamaChatBody
@@ -29,24 +31,54 @@ from turboserve.engine.text import REPLACEMENT, TextStream
 from turboserve.errors import TurboServeError
 
 MOST_MESSAGE_CHARS = 2000  # an error quotes no more of what a client sent
-_FOLDER = Path(tempfile.mkdtemp(prefix="turboserve-fuzz-"))
+_MEMORY = Path("/dev/shm")  # files there cost no disk
+_FOLDER = Path(tempfile.mkdtemp(prefix="turboserve-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
 
 Target = Callable[[bytes], None]
 
 
 def body(data: bytes) -> None:
-    """A request body, for every API."""
+    """A request body, for every API: as it is, and as the choices of which a body with known names is made."""
     try:
         parsed = parse_object(data)
     except TurboServeError as error:
         _check_error(error)
-        return
+    else:
+        _check_body(parsed)
+    chosen = _Choices(data).value(0)
+    if isinstance(chosen, dict):
+        _check_body(parse_object(json.dumps(chosen).encode()))
+
+
+def _check_body(parsed: Mapping[str, object]) -> None:
     _check_chat(parsed)
-    for model in (CompletionBody, MessagesBody, OllamaChatBody, ResponsesBody):
+    for model in BODIES:
         try:
             validated(model, parsed)
         except TurboServeError as error:
             _check_error(error)
+
+
+class _Choices:
+    """A JSON value made of bytes, each of which chooses one thing; at its end everything is null."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def _next(self) -> int:
+        self._at += 1
+        return self._data[self._at - 1] if self._at <= len(self._data) else 0
+
+    def value(self, depth: int) -> Any:
+        """An object on top; below it whatever is chosen, eight levels deep at most."""
+        kind = 11 if depth == 0 else self._next() % 12
+        if kind >= 10 and depth < 8:
+            return {NAMES[self._next() % len(NAMES)]: self.value(depth + 1) for _ in range(self._next() % 6 + 1)}
+        if kind >= 8 and depth < 8:
+            return [self.value(depth + 1) for _ in range(self._next() % 4)]
+        if kind >= 6:
+            return WORDS[self._next() % len(WORDS)]
+        return (None, True, False, self._next() - 2, NUMBERS[self._next() % len(NUMBERS)], chr(self._next()))[kind % 6]
 
 
 def _check_chat(parsed: Mapping[str, object]) -> None:
@@ -56,6 +88,21 @@ def _check_chat(parsed: Mapping[str, object]) -> None:
         _check_error(error)
     else:
         assert chat.requests
+
+
+BODIES: tuple[type[BaseModel], ...] = (CompletionBody, MessagesBody, OllamaChatBody, ResponsesBody)
+# Names that bodies and their parts have, and values that they are compared with.
+NAMES = sorted({name for body in (ChatBody, *BODIES) for name in body.model_fields}) + [
+    *("role", "content", "type", "text", "name", "function", "parameters", "arguments", "id", "tool_call_id", "schema"),
+    *("json_schema", "properties", "items", "enum", "strict", "call_id", "output", "thinking", "input_schema", "5"),
+    *("include_usage", "choice", "regex", "grammar", "json", "options", "effort", "budget_tokens", "refusal", "alien"),
+]
+WORDS = (
+    *("user", "assistant", "system", "tool", "function", "developer", "text", "image_url", "message", "auto", "none"),
+    *("required", "json_schema", "json_object", "function_call", "function_call_output", "input_text", "tool_use"),
+    *("tool_result", "object", "string", "number", "low", "4/3", "f16", "m", "", "\x00", "é🙂", "[0-9]+", "a" * 300),
+)
+NUMBERS = (0.5, -1, 1e308, 2**63, -(2**63), 2**31, 1e-300, 8192, 100_000, 2, 20, -0.0)
 
 
 def _check_error(error: TurboServeError) -> None:
