@@ -546,6 +546,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections")
     parser.add_argument("--limit-s", type=float, default=280.0, help="of a section: requests end by then")
     parser.add_argument("--rounds", type=int, default=3, help="figures are medians over them")
+    parser.add_argument("--cache-dir", type=Path, help="where compiled kernels and means are kept; else nowhere")
     parser.add_argument("--kv-format", default="4/4")
     parser.add_argument("--flag", action="append", default=[], help="more for `turboserve serve`, as --flag=--x=y")
     sizes = parser.add_argument_group("sizes, in tokens or as they are called")
@@ -580,8 +581,8 @@ def parse_arguments() -> argparse.Namespace:
 
 @contextmanager
 def both_servers(args: argparse.Namespace) -> Iterator[Bench]:
-    with tempfile.TemporaryDirectory() as cache_dir:
-        bench = Bench(args, Path(cache_dir))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, args.cache_dir or Path(folder))
         try:
             yield bench
         finally:

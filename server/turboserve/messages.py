@@ -99,6 +99,7 @@ class Request:
     )  # for the chat template, such as enable_thinking
     thinking_tokens: int | None = None  # most tokens of reasoning; None: as many as the model likes
     tenant: str = ""
+    num_draft_tokens: int | None = None  # of speculative decoding, a step; None: as the server is set, 0: none
     session_id: str | None = None  # an explicit session: continued when it exists, created when not
     kv_format: str | None = None  # "4/3", "f16", ...; None: the session's own, else the server's
     cache_key: str | None = None  # OpenAI's prompt_cache_key: of equally long prefixes, prefer this one's
@@ -227,6 +228,8 @@ class Usage:
     kv_format: str
     session_id: str = ""
     reasoning_tokens: int = 0  # of the completion's
+    draft_tokens: int = 0  # that were guessed for it
+    accepted_draft_tokens: int = 0  # of the completion's, those that had been guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,3 +452,4 @@ class EngineStats:
     admission: AdmissionStats = AdmissionStats()
     disk: DiskStatus = DiskStatus()
     kernel_trial: KernelTrial | None = None  # None: there was nothing to try, as on a CPU
+    rows_apart: bool = False  # requests that run at the same time are computed one by one; `details` say why

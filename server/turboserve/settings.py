@@ -83,6 +83,9 @@ NumQueued = Annotated[int, Field(ge=0, le=100_000)]
 NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Overlap = Literal["auto", "on", "off"]
+Projections = Literal["auto", "on", "off"]
+Speculate = Literal["auto", "off", "lookup", "draft"]
+NumDraftTokens = Annotated[int, Field(ge=1, le=7)]
 SamplingDefaults = Literal["model", "openai"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 
@@ -107,6 +110,10 @@ class ModelEntry(BaseModel):
     template_kwargs: tuple[str, ...] | None = None
     prefill_chunk_tokens: ChunkTokens | None = None
     overlap: Overlap | None = None
+    projections: Projections | None = None
+    speculate: Speculate | None = None
+    draft_model: str | None = None
+    num_draft_tokens: NumDraftTokens | None = None
     max_running: NumRunning | None = None
     max_queued: NumQueued | None = None
     dequantize: str | None = None
@@ -151,12 +158,18 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
+    projections: Projections = "auto"  # join linear layers of one input, and multiply small steps row by row
+    # guess tokens ahead and check them in one pass: draft (by draft_model), lookup (in prompt and answer), off, or auto
+    speculate: Speculate = "auto"  # draft where there is a draft_model
+    draft_model: str = ""  # folder or hub name of a smaller model with the same vocabulary
+    num_draft_tokens: NumDraftTokens = 7  # guessed of a row in a step, at most
     default_max_tokens: NotNegative = 4096  # of an answer, where none is asked; 0: up to the context
     sampling_defaults: SamplingDefaults = "model"  # where a request says nothing: generation_config.json's
     max_running: NumRunning = 32
     max_queued: NumQueued = 256
     grammar_timeout_s: Annotated[float, Field(gt=0)] = 0.7  # a constraint that takes longer to compile is refused
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    max_connections: NotNegative = 0  # at once; an idle one gives way to a new one; 0: what open files allow
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then

@@ -35,6 +35,8 @@ class Telemetry:
     def _define_engine_series(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of admitted requests.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._draft_tokens = self._counter("draft_tokens", "Tokens guessed ahead by speculative decoding.")
+        self._accepted_draft_tokens = self._counter("accepted_draft_tokens", "Guessed tokens that were right.")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in kept KV caches.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in kept KV caches.")
         self._success = self._counter("request_success", "Requests answered in full.", "finished_reason")
@@ -79,6 +81,11 @@ class Telemetry:
         """Counts newly generated tokens."""
         self._generation_tokens.inc(num_tokens)
 
+    def add_draft_tokens(self, num_drafted: int, num_accepted: int) -> None:
+        """Counts tokens that were guessed ahead, and those that were right."""
+        self._draft_tokens.inc(num_drafted)
+        self._accepted_draft_tokens.inc(num_accepted)
+
     def observe_queue_time(self, seconds: float) -> None:
         """Arrival of a request to the start of its prefill."""
         self._queue_time.observe(seconds)
@@ -122,7 +129,7 @@ class Telemetry:
         self._http_requests.labels(route, str(status)).inc()
 
     def http_disconnect(self, kind: str) -> None:
-        """`stream`, `whole` (a non-streaming request) or `stalled` (the reader stopped reading)."""
+        """`stream`, `whole` (not streamed), `stalled` (the reader stopped reading) or `gave_way` (to a new one)."""
         self._http_disconnects.labels(kind).inc()
 
     def use_readings(self, collector: Collector) -> None:

@@ -82,6 +82,9 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens,
     (3, 1, 256, 128, 17, 48, ("4t", "4t"), 1, 120, mx.float16),
     (2, 1, 112, 256, 0, 32, (4, "4t"), 2, 83, mx.float16),
     (4, 1, 64, 128, 4, 16, ("4t", 8), 3, 75, mx.float32),
+    (4, 2, 32, 48, 4, 32, (4, 4), 1, 150, mx.float16),
+    (2, 1, 48, 32, 8, 16, (3, 4), 2, 90, mx.bfloat16),
+    (3, 1, 160, 160, 0, 32, (4, 3), 1, 100, mx.float16),
 ]
 
 
@@ -100,6 +103,27 @@ def test_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
     out = feed(cache, history, num_tokens, num_tokens + num_rows, q, 0.1)
     assert out.dtype == dtype
     assert relative_error(out, expected(history, q, fmt, num_tokens, 0.1, means)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[6], CASES[9], CASES[12], CASES[19], CASES[23]])
+def test_capped_decode_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    """Of codes and of exact rows; attention sinks are above the cap. Means turn in every other run."""
+    turns = bool(rng.integers(2))
+    num_q, num_kv, k_dim, v_dim, sink, page, bits, num_rows, num_tokens, dtype = case
+    fmt = KVFormat(bits[0], bits[1], page_tokens=page, sink_tokens=sink)
+    num_tokens += int(rng.integers(0, page))
+    history = History.random(rng, num_kv, num_tokens + num_rows, k_dim, v_dim, dtype)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
+    cache = new_cache(fmt, "gpu", means)
+    cap = float(rng.uniform(0.3, 2))
+    feed(cache, history, 0, num_tokens, random_queries(rng, num_q, num_tokens, k_dim, dtype), 0.1, cap=cap)
+    q = random_queries(rng, num_q, num_rows, k_dim, dtype)
+    sinks = (rng.standard_normal(num_q) + 3).astype(np.float32)
+    out = feed(cache, history, num_tokens, num_tokens + num_rows, q, 0.1, sinks=mx.array(sinks), cap=cap)
+    want = expected(history, q, fmt, num_tokens, 0.1, means, sinks=sinks, cap=cap)
+    assert relative_error(out, want) < TOLERANCE[dtype]
+    plain = expected(history, q, fmt, num_tokens, 0.1, means, sinks=sinks)
+    assert relative_error(out, plain) > 5 * TOLERANCE[dtype], "the cap must have mattered"
 
 
 @pytest.mark.parametrize("device", [AMPERE, SMALL])

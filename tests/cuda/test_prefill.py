@@ -68,6 +68,7 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, codecs, dtype, where chun
     (2, 1, 192, 128, 8, 48, (4, 3), mx.float16, (90, 150)),
     (4, 2, 128, 64, 32, 64, ("3t", "2t"), mx.float16, (100, 170)),
     (2, 1, 96, 128, 5, 16, ("2t", "3t"), mx.bfloat16, (60, 110)),
+    (2, 1, 160, 160, 32, 64, (4, 3), mx.float16, (60, 110)),
 ]
 
 
@@ -89,6 +90,26 @@ def test_prefill_is_the_references(case: Any, turns: bool, rng: np.random.Genera
         seen = History(history.k[:, :stop], history.v[:, :stop], dtype)
         want = expected(seen, q, fmt, start, 0.1, means, sinks=sinks)
         assert relative_error(out, want) < (TURNING_TOLERANCE if turns else TOLERANCE)[dtype]
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[6], CASES[7], CASES[10], CASES[13]])
+def test_capped_prefill_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    """Caps are of scores before the scale in the kernel; attention sinks stay as they are."""
+    num_q, num_kv, k_dim, v_dim, sink, page, codecs, dtype, ends = case
+    fmt = KVFormat(codecs[0], codecs[1], page_tokens=page, sink_tokens=sink)
+    ends = [n + int(rng.integers(0, 20)) for n in ends]
+    history = History.random(rng, num_kv, ends[-1], k_dim, v_dim, dtype)
+    cache, scale = new_cache(fmt, "gpu"), float(rng.uniform(0.05, 0.3))
+    cap = float(rng.uniform(0.3, 2))
+    for start, stop in itertools.pairwise([0, *ends]):
+        q = random_queries(rng, num_q, stop - start, k_dim, dtype)
+        sinks = (rng.standard_normal(num_q) + 2).astype(np.float32) if start else None
+        out = feed(cache, history, start, stop, q, scale, sinks=None if sinks is None else mx.array(sinks), cap=cap)
+        seen = History(history.k[:, :stop], history.v[:, :stop], dtype)
+        want = expected(seen, q, fmt, start, scale, None, sinks=sinks, cap=cap)
+        assert relative_error(out, want) < TOLERANCE[dtype]
+        plain = expected(seen, q, fmt, start, scale, None, sinks=sinks)
+        assert relative_error(out, plain) > 5 * TOLERANCE[dtype], "the cap must have mattered"
 
 
 def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queries: int) -> SequenceView:
@@ -242,6 +263,9 @@ def test_what_has_no_kernel_is_refused(rng: np.random.Generator) -> None:
     group = alone(random_view(rng, KVFormat(), 50, 20), KVFormat(), 1)
     q, rows = mx.zeros((1, 2, 20, 64), mx.float16), mx.zeros((70, 64), mx.float16)  # 32 and 38 exact rows
     assert FLASH.attend(shape, q, (rows, rows), group, scale=1.0, sinks=None).shape == q.shape
-    for keys, scale in ((rows[1:], 1.0), (rows.astype(mx.bfloat16), 1.0), (rows, -1.0)):
+    for keys, scale, cap in (
+        *((rows[1:], 1.0, 0.0), (rows.astype(mx.bfloat16), 1.0, 0.0)),
+        *((rows, -1.0, 0.0), (rows, 1.0, 3.0)),  # compiled without a cap
+    ):
         with pytest.raises(UnsupportedFormatError):
-            FLASH.attend(shape, q, (keys, rows), group, scale=scale, sinks=None)
+            FLASH.attend(shape, q, (keys, rows), group, scale=scale, sinks=None, cap=cap)

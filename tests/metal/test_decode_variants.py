@@ -17,6 +17,7 @@ from tests.turboquant_kv.histories import (
     random_queries,
     random_rotary,
     relative_error,
+    rounded,
 )
 
 from turboquant_kv.backends.base import LayerShape
@@ -67,15 +68,17 @@ class Step:
     def inputs(self, launch: DecodeLaunch) -> tuple[LayerInputs, tuple[SequenceFigures, ...]]:
         return self.storage.layer_inputs(self.exact, self.plan, launch), self.plan.figures
 
-    def launch(self, made: DecodeKernels, q: mx.array) -> DecodeLaunch:
-        pairs = self.storage._turning
-        return made.launch_for(decode_shape(q.shape[1], q.shape[2], q.dtype, self.storage.shape, self.fmt, pairs))
+    def launch(self, made: DecodeKernels, q: mx.array, capped: bool = False) -> DecodeLaunch:
+        heads, pairs = (q.shape[1], q.shape[2], q.dtype), self.storage._turning
+        return made.launch_for(decode_shape(*heads, self.storage.shape, self.fmt, pairs, capped))
 
-    def attend(self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW) -> mx.array:
-        launch = self.launch(made, q)
+    def attend(
+        self, made: DecodeKernels, q: mx.array, sinks: Any = None, reach: int = NO_WINDOW, cap: float = 0.0
+    ) -> mx.array:
+        launch = self.launch(made, q, cap > 0)
         layer, figures = self.inputs(launch)
         sinks = None if sinks is None else mx.array(sinks)
-        return launch(layer, q, figures, self.plan.page_table, scale=0.1, sinks=sinks, reach=reach)
+        return launch(layer, q, figures, self.plan.page_table, scale=0.1, sinks=sinks, reach=reach, cap=cap)
 
     def error(self, out: mx.array, q: mx.array, **options: Any) -> float:
         return relative_error(out, expected(self.history, q, self.fmt, self.start, 0.1, self.means, **options))
@@ -122,6 +125,40 @@ def test_both_variants_are_the_references(case: Any, turns: bool, rng: np.random
         out = step.attend(kernels(variant), q)
         assert out.dtype == dtype
         assert step.error(out, q) < TOLERANCE[dtype], variant
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[7], CASES[9], CASES[13], CASES[22]])
+def test_both_variants_cap_scores(case: Any, turns: bool, rng: np.random.Generator) -> None:
+    """Of codes, sink and window, beyond a window as well; attention sinks are above the cap."""
+    num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits), num_rows, num_tokens, dtype = case
+    fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
+    num_tokens += int(rng.integers(0, page)) + num_rows
+    history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
+    step = Step(rng, fmt, history.steady(rng, fmt, means), num_rows, means)
+    q = random_queries(rng, num_q, num_rows, k_dim, dtype)
+    sinks = (rng.standard_normal(num_q) + 3).astype(np.float32)
+    cap = float(rng.uniform(0.3, 2))
+    for variant in VARIANTS:
+        for reach in (num_tokens // 2, NO_WINDOW):
+            out = step.attend(kernels(variant), q, sinks, reach, cap)
+            assert step.error(out, q, sinks=sinks, window=reach, cap=cap) < TOLERANCE[dtype], variant
+            assert step.error(out, q, sinks=sinks, window=reach) > 5 * TOLERANCE[dtype], "the cap must have mattered"
+
+
+@pytest.mark.parametrize("cap", [1e-3, 0.5, 50.0])
+def test_caps_of_scores_far_beyond_them(cap: float, rng: np.random.Generator) -> None:
+    """Scores up to thousands, of either sign: none overflows. All are the cap's, or its negative, but few."""
+    fmt = KVFormat(8, 8, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 1, 100, 64)
+    history.k *= 300
+    history = History(rounded(history.k, mx.float32), history.v, mx.float32)
+    step = Step(rng, fmt, history.steady(rng, fmt), 1, None)
+    q = random_queries(rng, 4, 1, 64, mx.float32)
+    for variant in VARIANTS:
+        # where a score lies near 0, float32 sums of large products decide
+        assert step.error(step.attend(kernels(variant), q, cap=cap), q, cap=cap) < 5e-4, variant
 
 
 def test_every_length_up_to_three_pages(rng: np.random.Generator) -> None:

@@ -20,6 +20,7 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.backends.base import LayerShape, Means, PageWrites
+from turboquant_kv.backends.gpu import masked_prefill
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
@@ -63,6 +64,8 @@ CASES = [  # query heads, KV heads, D, Dv, sink, page, bits, query rows, tokens
     (2, 2, 80, 96, 8, 32, ("2t", "3t"), 1, 90),
     (2, 1, 128, 64, 3, 16, ("4t", "3t"), 1, 77),
     (2, 2, 96, 80, 8, 32, ("4t", "4t"), 1, 90),
+    (4, 2, 32, 48, 4, 32, (4, 4), 1, 150),
+    (2, 1, 160, 32, 8, 16, (3, 4), 2, 90),
 ]
 
 
@@ -104,6 +107,37 @@ def test_attention_sinks_join_the_denominator(rng: np.random.Generator) -> None:
     sinks = rng.standard_normal(4).astype(np.float32) + 2
     out = feed(cache, history, 70, 71, q, 0.125, sinks=mx.array(sinks))
     assert relative_error(out, expected(history, q, fmt, 70, 0.125, None, sinks=sinks)) < TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("dims", [(64, 128), (256, 256), (80, 96)])
+def test_capped_steps_are_the_references(dims: Any, rng: np.random.Generator) -> None:
+    """A prompt in chunks, then several tokens, then one: prefill with a mask, decode, and rows that decode appends."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=12)
+    history = History.random(rng, 2, 96, dims[0], dims[1], mx.float16)
+    means = history.means(rng, random_rotary(rng, dims[0]))
+    history.steady(rng, fmt, means)
+    cache = new_cache(fmt, "gpu", means)
+    cap = float(rng.uniform(0.5, 3))
+    for start, stop in itertools.pairwise([0, 9, 40, 90, 95, 96]):
+        q = random_queries(rng, 4, stop - start, dims[0], mx.float16)
+        sinks = rng.standard_normal(4).astype(np.float32) + 2 if start else None
+        out = feed(cache, history, start, stop, q, 0.125, sinks=None if sinks is None else mx.array(sinks), cap=cap)
+        seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
+        want = expected(seen, q, fmt, start, 0.125, means, sinks=sinks, cap=cap)
+        # decoded histories are halves
+        assert relative_error(out, want) < (1 if stop - start <= 8 else 4) * TOLERANCE[mx.float16]
+
+
+def test_capped_queries_are_prefilled_in_parts(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at a time as scores may be in memory."""
+    fmt = KVFormat(4, 4, page_tokens=16, sink_tokens=8)
+    history = History.random(rng, 2, 90, 64).steady(rng, fmt)
+    q = random_queries(rng, 4, 90, 64, mx.float32)
+    want = expected(history, q, fmt, 0, 0.125, None, cap=1.0)
+    for most in (1, 4 * 90 * 7, 1 << 30):
+        monkeypatch.setattr(masked_prefill, "MOST_SCORES", most)
+        out = feed(new_cache(fmt, "gpu"), history, 0, 90, q, 0.125, cap=1.0)
+        assert relative_error(out, want) < TOLERANCE[mx.float32]
 
 
 def test_a_ragged_batch_equals_each_row_alone(rng: np.random.Generator) -> None:

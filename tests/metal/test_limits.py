@@ -30,7 +30,9 @@ from turboquant_kv.codec.trellis import TRELLIS_BITS
 # may spill a few: eight rows of 256 value dims are 64 alone, and pages of 112 dims hold three arrays of 32.
 MAX_ESTIMATE = {("decode", 256): 144, ("history", 112): 136}
 # A step of one sequence that holds nothing.
-STEP = StepFigures(tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW)
+STEP = StepFigures(
+    tiles_per_block=1, table_width=8, blocks_per_group=1, num_parts=1, scale=0.0, reach=NO_WINDOW, cap=0.0
+)
 EMPTY_PLAN = array_of(STEP, SequenceFigures(*[0] * 8))
 VARIANTS: tuple[Variant, ...] = ("portable", "simd")
 Checked = tuple[str, KernelText, int, int]
@@ -45,9 +47,11 @@ def decode_shape(
     trellis: tuple[bool, bool] = (False, False),
     turns: bool = False,
 ) -> DecodeShape:
-    """With the largest types, and with all dims of keys turning, which need most."""
+    """With the largest types, and with all dims of keys turning and scores with a cap, which need most."""
     pairs = k_dim // 2 if turns else 0
-    return DecodeShape(num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis, pairs)
+    return DecodeShape(
+        num_rows, 1, k_dim, v_dim, *bits, 16, 0, 1, mx.float32, mx.float32, *trellis, pairs, capped=turns
+    )
 
 
 def decode_texts(variant: Variant, k_dim: int) -> Iterator[Checked]:

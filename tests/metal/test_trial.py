@@ -251,13 +251,24 @@ def test_a_model_of_several_geometries_is_tried_in_each() -> None:
     rotary = Rotary(10000.0 ** (-np.arange(32) / 32), 1, 32, 1.0)
     wide = LayerShape(2, 128, 128, mx.float16)
     means = [Means(np.full((1, 64), x, np.float32), np.zeros((1, 64), np.float32), rotary) for x in (2.0, 9.0, 4.0)]
-    cases = cases_of([CASE.shape] * 3 + [wide], [SMALL] * 4, [*means, None], [4, 4, 4, 0])
+    cases = cases_of([CASE.shape] * 3 + [wide], [SMALL] * 4, [*means, None], [4, 4, 4, 0], [False] * 4)
     assert [(c.shape, c.num_q_heads, c.num_layers) for c in cases] == [
         (CASE.shape, 4, 3),
         (CASE.shape, 4, 0),
         (wide, 2, 1),
     ]
     assert [c.means for c in cases] == [means[1], means[0], None]
+
+
+def test_layers_that_cap_scores_are_tried_with_a_cap() -> None:
+    """Beside layers that do not, whose kernels are others; a cap that does nothing is wrong."""
+    cases = cases_of([CASE.shape] * 3, [SMALL] * 3, [None] * 3, [2] * 3, [True, False, True])
+    assert [(c.is_capped, c.num_layers) for c in cases] == [(True, 2), (False, 1)]
+    clock = Clock(-2e-5)
+    for case in cases:
+        assert tried(emulated(decode=clock.watched), clock, case).outcome == "faster"
+    uncapped = replacing("return cap - 2.0f * cap", "return score - 0.0f * cap")
+    assert tried(emulated(decode=uncapped), case=cases[0]).outcome == "wrong"
 
 
 @pytest.mark.parametrize(("seconds", "name"), [(-1e-6, "gpu-metal"), (1.0, "mlx-ops")])

@@ -208,7 +208,7 @@ def feed(
     """One model step: append tokens start..stop and attend with queries (1, Hq, stop-start, D)."""
     cache.update_and_fetch(*history.slice(start, stop))
     mask = options.pop("mask", None if stop - start == 1 else "causal")
-    return cache.attend(q, scale=scale, mask=mask, sinks=options.pop("sinks", None))
+    return cache.attend(q, scale=scale, mask=mask, sinks=options.pop("sinks", None), **options)
 
 
 def check_balanced_decode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import gemma3_text, gpt_oss, lfm2, qwen2
+from mlx_lm.models import baichuan_m1, falcon_h1, gemma2, gemma3_text, gpt_oss, lfm2, qwen2
 
 VOCAB = 256
 COMMON = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -88,4 +88,63 @@ def with_sinks(seed: int = 0) -> Any:
     return _evaluated(model, seed)
 
 
-EVERY_KIND = {"dense": dense, "sliding": sliding, "recurrent": recurrent, "with_sinks": with_sinks}
+def capped(seed: int = 0, head_dim: int = 64, num_kv_heads: int = 2) -> Any:
+    """Attention scores with a cap that they reach, and a cap of the logits."""
+    mx.random.seed(seed)
+    args = gemma2.ModelArgs(
+        model_type="gemma2",
+        **COMMON,
+        head_dim=head_dim,
+        num_key_value_heads=num_kv_heads,
+        intermediate_size=128,
+        rms_norm_eps=1e-6,
+        query_pre_attn_scalar=head_dim / 16,
+        attn_logit_softcapping=2.0,
+    )
+    return _evaluated(gemma2.Model(args), seed)
+
+
+def side_by_side(seed: int = 0) -> Any:
+    """Attention beside a state-space model in every layer, whose caches sit in one CacheList."""
+    mx.random.seed(seed)
+    args = falcon_h1.ModelArgs(
+        **COMMON,
+        head_dim=64,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        mamba_d_ssm=64,
+        mamba_d_head=16,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+        rope_theta=10000.0,
+    )
+    return _evaluated(falcon_h1.Model(args), seed)
+
+
+def convolved(seed: int = 0) -> Any:
+    """Keys and values that depend on the token before, kept in a CacheList beside full attention and a ring."""
+    mx.random.seed(seed)
+    args = baichuan_m1.ModelArgs(
+        **{**COMMON, "hidden_size": 256, "num_hidden_layers": 3},
+        num_key_value_heads=2,
+        intermediate_size=128,
+        rope_theta=10000.0,
+        sliding_window=24,
+        sliding_window_layers=[1],
+        conv_window=2,
+        rms_norm_eps=1e-6,
+    )
+    return _evaluated(baichuan_m1.Model(args), seed)
+
+
+EVERY_KIND = {
+    "dense": dense,
+    "sliding": sliding,
+    "recurrent": recurrent,
+    "with_sinks": with_sinks,
+    "side_by_side": side_by_side,
+    "convolved": convolved,
+    "capped": capped,
+}
+ALL_COMPRESSED = ("dense", "capped")
+"""Kinds without rings and recurrent state."""

@@ -27,6 +27,7 @@ from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat, UnsupportedFormatError
+from turboquant_kv.codec.limits import MIN_TRELLIS_DIM
 from turboquant_kv.codec.rotation import rotation_matrix
 
 BACKENDS = ("cpu-numpy", "cpu-native", "mlx-ops")
@@ -45,8 +46,13 @@ def tolerance(backend: str, dtype: Any = mx.float32, integers: float = INTEGER_T
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("head_dim", SUPPORTED_HEAD_DIMS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, "2t", "3t", "4t"])
+@pytest.mark.parametrize(
+    ("head_dim", "bits"),
+    [
+        *itertools.product(SUPPORTED_HEAD_DIMS, [2, 3, 4, 8]),
+        *itertools.product([d for d in SUPPORTED_HEAD_DIMS if d >= MIN_TRELLIS_DIM], ["2t", "3t", "4t"]),
+    ],
+)
 def test_codes_are_the_references(backend: str, head_dim: int, bits: int | str, rng: np.random.Generator) -> None:
     fmt = KVFormat(k_bits=bits, v_bits=bits, page_tokens=16)
     history = History.random(rng, 2, 48, head_dim)
@@ -188,6 +194,65 @@ def test_sinks_windows_and_masks(backend: str, kind: str, rng: np.random.Generat
     assert relative_error(out, want) < FLOAT32_TOLERANCE
     plain = expected(history, q, fmt, start, 0.125, means)
     assert relative_error(mx.array(plain.astype(np.float32)), want) > 0.02, "the option must have mattered"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_capped_scores_are_the_references(
+    backend: str, dtype: Any, turns: bool, case: Any, rng: np.random.Generator
+) -> None:
+    """Chunks and single tokens; caps from one that few scores reach to one that nearly all do."""
+    num_q, num_kv, k_dim, v_dim, sink, page, (k_bits, v_bits) = case
+    fmt = KVFormat(k_bits, v_bits, page_tokens=page, sink_tokens=sink)
+    num_tokens = int(rng.integers(3 * page, 6 * page + sink))
+    history = History.random(rng, num_kv, num_tokens, k_dim, v_dim, dtype)
+    means = history.means(rng, random_rotary(rng, k_dim) if turns else None)
+    history.steady(rng, fmt, means)
+    cache = new_cache(fmt, backend, means)
+    scale, cap = 2 * k_dim**-0.5, float(rng.uniform(0.5, 4.0))
+    cuts = [*random_cuts(rng, num_tokens - 2, 4), num_tokens - 1, num_tokens]
+    for start, stop in itertools.pairwise(cuts):
+        q = random_queries(rng, num_q, stop - start, k_dim, dtype)
+        out = feed(cache, history, start, stop, q, scale, cap=cap)
+        seen = History(history.k[:, :stop], history.v[:, :stop], dtype)
+        want = expected(seen, q, fmt, start, scale, means, cap=cap)
+        assert relative_error(out, want) < tolerance(backend, dtype)
+    plain = expected(history, q, fmt, start, scale, means)
+    assert relative_error(mx.array(plain.astype(np.float32)), want) > 0.02, "the cap must have mattered"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["sinks", "window", "bool", "additive"])
+def test_caps_come_before_masks_and_leave_sinks(backend: str, kind: str, rng: np.random.Generator) -> None:
+    fmt = KVFormat(4, 3, page_tokens=16, sink_tokens=8)
+    num_tokens, start, cap = 90, 70, 2.0
+    history = History.random(rng, 2, num_tokens, 64)
+    means = history.means(rng)
+    history.steady(rng, fmt, means)
+    cache = new_cache(fmt, backend, means)
+    feed(cache, history, 0, start, random_queries(rng, 4, start, 64, mx.float32), 0.5)
+    q = random_queries(rng, 4, num_tokens - start, 64, mx.float32)
+    causal = np.arange(num_tokens)[None] <= np.arange(start, num_tokens)[:, None]
+    options: dict[str, Any]
+    given: dict[str, Any]
+    if kind == "sinks":
+        sinks = rng.standard_normal(4).astype(np.float32) + 6  # above the cap
+        options, given = {"sinks": sinks}, {"sinks": mx.array(sinks)}
+    elif kind == "window":
+        options, given = {"window": 20}, {"mask": cache.make_mask(num_tokens - start, window_size=20)}
+    elif kind == "bool":
+        allowed = causal & (rng.random(causal.shape) < 0.5)
+        allowed[:, 0] = True
+        options, given = {"mask": allowed}, {"mask": mx.array(allowed)}
+    else:
+        bias = 5 * rng.standard_normal(causal.shape).astype(np.float32)
+        options = {"mask": bias}
+        given = {"mask": mx.array(np.where(causal, bias, -np.inf).astype(np.float32)[None])}
+    out = feed(cache, history, start, num_tokens, q, 0.5, cap=cap, **given)
+    want = expected(history, q, fmt, start, 0.5, means, cap=cap, **options)
+    assert relative_error(out, want) < FLOAT32_TOLERANCE
 
 
 def test_unknown_backends_are_refused() -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from tests.turboquant_kv import small_models
+from tests.turboquant_kv import odd_models, small_models
 from tests.turboquant_kv.test_calibration import ByteTokenizer
 from tests.turboquant_kv.test_runtime import random_tokens
 
@@ -307,6 +307,12 @@ def test_models_with_other_layers_are_evaluated_too(rng: np.random.Generator) ->
         evaluation = evaluate(model, ByteTokenizer(), ["4/4"], written, plan, rivals=[RIVALS["q8_0"]])
         for result in evaluation.results:
             assert 0 < result.figures(700).kl_mean.mean < 0.5
+
+
+@pytest.mark.parametrize("kind", ["absolute", "chunked"])
+def test_models_whose_rows_are_computed_one_by_one_are_evaluated_too(kind: str, rng: np.random.Generator) -> None:
+    evaluation = evaluate(odd_models.EVERY_KIND[kind](), ByteTokenizer(), ["4/4"], texts(rng, 150, 150), Plan(140))
+    assert 0 < evaluation.result("4/4").figures(0).kl_mean.mean < 0.5
 
 
 def test_means_are_measured_where_none_are_given(rng: np.random.Generator) -> None:

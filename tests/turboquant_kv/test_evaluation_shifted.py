@@ -43,7 +43,7 @@ def test_keys_stand_where_so_many_tokens_before_them_would_put_them(rng: np.rand
     np.testing.assert_allclose(got, expected[:, :, 100:], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dense", "sliding", "recurrent", "with_sinks"])
+@pytest.mark.parametrize("kind", ["dense", "sliding", "recurrent", "with_sinks", "capped"])
 def test_an_uncompressed_run_does_not_change(kind: str, rng: np.random.Generator) -> None:
     model, tokens = small_models.EVERY_KIND[kind](), random_tokens(rng, 60)
     shapes = KVRuntime(model, None).shapes

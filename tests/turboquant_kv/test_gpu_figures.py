@@ -26,12 +26,13 @@ def test_the_kernels_structs_are_pythons() -> None:
 
 def test_a_plan_is_its_structs_behind_each_other() -> None:
     """Floats as their bits; whole numbers of a float field too."""
-    step = StepFigures(tiles_per_block=3, table_width=8, blocks_per_group=2, num_parts=4, scale=2, reach=7)
+    step = StepFigures(tiles_per_block=3, table_width=8, blocks_per_group=2, num_parts=4, scale=2, reach=7, cap=3)
     sequences = [SequenceFigures(*range(start, start + 8)) for start in (100, 200)]
     words = np.array(array_of(step, *sequences))
     assert words.dtype == np.int32
-    assert words[:6].tolist() == [3, 8, 2, 4, int(np.float32(2).view(np.int32)), 7]
-    assert words[6:].tolist() == [*range(100, 108), *range(200, 208)]
+    scale, cap = (int(np.float32(x).view(np.int32)) for x in (2, 3))
+    assert words[:7].tolist() == [3, 8, 2, 4, scale, 7, cap]
+    assert words[7:].tolist() == [*range(100, 108), *range(200, 208)]
 
 
 @pytest.mark.parametrize("struct", STRUCTS)

@@ -17,6 +17,7 @@ from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
 from turboquant_kv.backends.base import SequenceView
 from turboquant_kv.backends.native.backend import sliding_window
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows, extend_rows, merge_rows
 from turboquant_kv.cache.model_runtimes import KVFamily
@@ -58,33 +59,38 @@ class Layer:
                 source.pool.check_integrity()
 
 
-def attend(cache: Any, keys: mx.array, values: mx.array, queries: mx.array, window: int | None = None) -> mx.array:
-    """One model step over any cache, plain ones through mlx-lm's own attention."""
+def attend(
+    cache: Any, keys: mx.array, values: mx.array, queries: mx.array, window: int | None = None, cap: float = 0.0
+) -> mx.array:
+    """One model step over any cache, plain ones through mlx-lm's own attention, which knows no cap."""
     mask = cache.make_mask(keys.shape[2], return_array=window is not None, window_size=window)
     k, v = cache.update_and_fetch(keys, values)
+    if isinstance(cache, KVCache) and cap:
+        return plain_attention(queries, k, v, scale=SCALE, mask=mask, cap=cap)
     if isinstance(cache, KVCache):
         return mx.fast.scaled_dot_product_attention(queries, k, v, scale=SCALE, mask=mask)
-    out: mx.array = cache.attend(queries, scale=SCALE, mask=mask, sinks=None)
+    out: mx.array = cache.attend(queries, scale=SCALE, mask=mask, sinks=None, cap=cap)
     return out
 
 
 def assert_rows_equal(
-    batch: Any, alone: list[Any], layer: Layer, *, window: int | None = None, tokens: int = 1
+    batch: Any, alone: list[Any], layer: Layer, *, window: int | None = None, tokens: int = 1, cap: float = 0.0
 ) -> None:
     """One step of the batch and of each row alone, compared bit for bit."""
     assert batch.offset.tolist() == [c.offset for c in alone]
     k, v, q = layer.step(len(alone), tokens)
-    out = attend(batch, k, v, q, window)
+    out = attend(batch, k, v, q, window, cap)
     for b, cache in enumerate(alone):
-        want = attend(cache, k[b : b + 1], v[b : b + 1], q[b : b + 1], window)
+        want = attend(cache, k[b : b + 1], v[b : b + 1], q[b : b + 1], window, cap)
         assert mx.array_equal(out[b : b + 1], want), f"row {b}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("cap", [0.0, 0.7])
 def test_every_row_gets_what_it_gets_alone(
-    backend: str, dtype: Any, window: int | None, rng: np.random.Generator
+    cap: float, backend: str, dtype: Any, window: int | None, rng: np.random.Generator
 ) -> None:
     layer = Layer(rng, backend, dtype)
     alone = [layer.new_row(fmt, int(n)) for fmt, n in zip(FORMATS, rng.integers(0, 70, len(FORMATS)), strict=True)]
@@ -92,7 +98,7 @@ def test_every_row_gets_what_it_gets_alone(
     assert isinstance(batch, MixedBatchCache)
     assert len(batch.groups) == 4
     for tokens in (1, 1, 5, 1):
-        assert_rows_equal(batch, alone, layer, window=window, tokens=tokens)
+        assert_rows_equal(batch, alone, layer, window=window, tokens=tokens, cap=cap)
     layer.check()
 
 

@@ -69,7 +69,7 @@ def test_signs_are_pinned() -> None:
     assert "".join(np.where(hadamard(112)[5, :16] < 0, "-", "+")) == "-+-+-+-++-+--+-+"
 
 
-@pytest.mark.parametrize("head_dim", [0, 32, 100, 576])
+@pytest.mark.parametrize("head_dim", [0, 24, 100, 576])
 def test_other_head_dims_are_refused_with_the_way_out(head_dim: int) -> None:
     with pytest.raises(UnsupportedFormatError, match="--kv-format f16"):
         rotation_matrix(head_dim, 0, "k")

@@ -240,6 +240,7 @@ class AttentionCall:
     mask     None for causal, else bool or additive, broadcastable to (B, Hq, T, N) with columns by absolute position;
              causality must be part of it
     sinks    (Hq,) logits that join the softmax's denominator and carry no value
+    cap      a score s becomes cap * tanh(s / cap) before the mask; sinks are no scores; 0: scores stay as they are
     """
 
     queries: mx.array
@@ -248,6 +249,7 @@ class AttentionCall:
     scale: float
     mask: mx.array | None = None
     sinks: mx.array | None = None
+    cap: float = 0.0
 
     @property
     def views(self) -> Sequence[SequenceView]:
@@ -342,10 +344,11 @@ class LayerStore(ABC):
         scale: float,
         mask: mx.array | None,
         sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
         """`append`, then `attend`; both at once where a backend can."""
         exact = self.append(plan, keys, values)
-        return self.attend(AttentionCall(queries, plan, exact, scale, mask, sinks))
+        return self.attend(AttentionCall(queries, plan, exact, scale, mask, sinks, cap))
 
     def pending_arrays(self) -> list[Array]:
         """What is still to be computed of pages and exact rows; nothing where that is done at once."""

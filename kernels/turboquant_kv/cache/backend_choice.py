@@ -93,6 +93,7 @@ def cases_of(
     formats: Sequence[KVFormat],
     means: Sequence[Means | None],
     num_q_heads: Sequence[int],
+    capped: Sequence[bool],
 ) -> list[Case]:
     """The kinds of layers among a model's compressed ones, each with how many there are.
 
@@ -100,17 +101,18 @@ def cases_of(
     one with the shortest is judged as well, but not timed.
     """
     kinds: dict[_Kind, list[Means | None]] = {}
-    for shape, fmt, mean, num_heads in zip(shapes, formats, means, num_q_heads, strict=True):
+    for shape, fmt, mean, num_heads, is_capped in zip(shapes, formats, means, num_q_heads, capped, strict=True):
         turn = None if mean is None or mean.rotary is None else mean.rotary.fingerprint()
         is_balanced = mean is not None and mean.key_factors is not None
-        kind = _Kind(shape, fmt, num_heads or shape.num_kv_heads, mean is not None, turn, is_balanced)
+        heads = num_heads or shape.num_kv_heads
+        kind = _Kind(shape, fmt, heads, mean is not None, turn, is_balanced, is_capped)
         kinds.setdefault(kind, []).append(mean)
     cases = []
     for kind, found in kinds.items():
         shortest, *_, longest = sorted([*found, *found], key=_longest)
-        cases.append(Case(kind.shape, kind.fmt, kind.num_q_heads, longest, len(found)))
+        cases.append(Case(kind.shape, kind.fmt, kind.num_q_heads, longest, len(found), kind.is_capped))
         if kind.turn is not None and shortest is not longest:
-            cases.append(Case(kind.shape, kind.fmt, kind.num_q_heads, shortest, 0))
+            cases.append(Case(kind.shape, kind.fmt, kind.num_q_heads, shortest, 0, kind.is_capped))
     return cases
 
 
@@ -123,6 +125,7 @@ class _Kind(NamedTuple):
     has_means: bool
     turn: str | None  # fingerprint of how key means turn with position
     is_balanced: bool  # keys against queries
+    is_capped: bool  # attention scores
 
 
 def _longest(means: Means | None) -> float:
@@ -160,7 +163,9 @@ def fingerprint_of(fused_name: str, cases: Sequence[Case], plan: Plan | None = N
     device = [str(info.get(key, "")) for key in ("device_name", "architecture")]
     digest = hashlib.sha256(repr([fused_name, device, metadata.version("mlx"), _sources(), plan]).encode())
     for case in cases:
-        digest.update(repr([case.shape, case.fmt.to_dict(), case.num_q_heads, case.num_layers]).encode())
+        digest.update(
+            repr([case.shape, case.fmt.to_dict(), case.num_q_heads, case.num_layers, case.is_capped]).encode()
+        )
         if case.means is not None:
             turn = "" if case.means.rotary is None else case.means.rotary.fingerprint()
             digest.update(turn.encode() + case.means.k.tobytes() + case.means.v.tobytes())

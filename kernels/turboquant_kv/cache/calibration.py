@@ -24,8 +24,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
+from turboquant_kv.cache.leaves import layer_numbers, leaves
 from turboquant_kv.cache.rope_probe import learn_rotary
-from turboquant_kv.codec.limits import SUPPORTED_HEAD_DIMS
+from turboquant_kv.codec.limits import UnsupportedFormatError, stored_dim
 from turboquant_kv.codec.rotary import Rotary
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ class CalibrationFileError(ValueError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means by layer index; layers that are not plain KV caches have none. `origin` is shown in stats.
+    """Means by place among the model's caches (leaves.py); those that are no plain KV caches have none.
 
-    divergences: what keys lose with each codec, by layer (key_guard.py); layers not measured have none.
+    `origin` is shown in stats. divergences: what keys lose with each codec, by the same place (key_guard.py); none of
+    those that are not measured.
     """
 
     layers: Mapping[int, Means]
@@ -72,12 +74,12 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     caches = make_prompt_cache(model)
     for start in range(0, len(tokens), CHUNK_TOKENS):
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
-        mx.eval([c.state for c in caches])
-    held = {i: c for i, c in enumerate(caches) if type(c) is KVCache and not c.empty()}
+        mx.eval([c.state for c in leaves(caches)])
+    held = {i: c for i, c in enumerate(leaves(caches)) if type(c) is KVCache and not c.empty()}
     dims = {i: c.keys.shape[3] for i, c in held.items()}
-    measured = [i for i, dim in dims.items() if dim in SUPPORTED_HEAD_DIMS]
+    measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
     recorded = [key_guard.record(model, tokens, measured, offset) for offset in key_guard.OFFSETS]
-    learnt = learn_rotary(model, {i: dims[i] for i in measured})
+    learnt = learn_rotary(model, {i: dims[i] for i in measured}, layer_numbers(caches))
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
     for i, rotary in rotaries.items():
@@ -86,6 +88,13 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
     origin = f"built-in text, {len(tokens)} tokens; {turning}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
+
+
+def _can_be_stored(head_dim: int) -> bool:
+    try:
+        return stored_dim(head_dim) >= head_dim
+    except UnsupportedFormatError:
+        return False
 
 
 def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, rotary: Rotary) -> bool:
@@ -117,7 +126,7 @@ def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
     """The means with factors of the layer's keys, if they gain something, and then of keys so multiplied."""
     first = SKIPPED_TOKENS
     residuals = given.keys[:, first:] - key_guard.mean_rows(means, given, first)
-    weights = key_balance.attention_weights(given.scores, given.query_positions, first)
+    weights = key_balance.attention_weights(given.logits, given.query_positions, first)
     factors = key_balance.find_factors(residuals, given.grouped_queries, weights, rotary)
     return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 

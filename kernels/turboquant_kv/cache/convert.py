@@ -15,6 +15,7 @@ from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.base import CanonicalPages, LayerStore, PageIds, PageWrites
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.sequence import PagedSequence
 
@@ -28,6 +29,7 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     A side (keys or values) whose codec does not change keeps its codes bit for bit. Raises ValueError when
     the formats differ in more than codecs.
     """
+    layers, caches, empty = caches, leaves(caches), leaves(empty)
     converted: list[Any] = [None] * len(caches)
     both, inflated = list[int](), list[int]()
     for i, (old, new) in enumerate(zip(caches, empty, strict=True)):
@@ -43,7 +45,7 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
         inflated, _compressed([caches[i] for i in inflated], [empty[i] for i in inflated]), strict=True
     ):
         converted[i] = cache
-    return converted
+    return with_leaves(layers, converted)
 
 
 def _conversations(places: Sequence[int], caches: Sequence[Any]) -> list[list[int]]:
@@ -127,6 +129,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
     pool = sequence.pool
     shape, store = pool.shapes[sequence.layer], pool.stores[sequence.layer]
     balance = pool.balances[sequence.layer]
+    k_dim, v_dim = cache.source.dims or (shape.k_dim, shape.v_dim)
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
     parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
@@ -135,6 +138,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))
         if balance is not None:
             k = balance.keys_from_store(k)
+        k, v = k[..., :k_dim], v[..., :v_dim]
         plain.update_and_fetch(k, v)
         mx.eval(plain.keys, plain.values)
     return plain

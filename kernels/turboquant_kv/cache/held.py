@@ -14,14 +14,16 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, CacheList, KVCache
 
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows
 from turboquant_kv.cache.protocol import BatchRows
+from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import LayerSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What one layer holds of one conversation."""
+    """What one cache holds of one conversation."""
 
     num_tokens: int  # 0 for a cache that does not count them
     plain_bytes: int = 0  # in mlx-lm's own arrays
@@ -34,6 +36,17 @@ def held_alone(cache: Any) -> Held:
     if isinstance(cache, TurboQuantKVCache):
         return Held(cache.offset, sequence=cache.sequence, is_cuttable=cache.sequence is None)
     return Held(num_tokens_of(cache), 0 if cache.empty() else int(cache.nbytes), is_cuttable=type(cache) is KVCache)
+
+
+def held_by_row(batch: Sequence[Any], index: int) -> list[Held]:
+    """Of row `index` of a batch with one cache per layer, in the order of `leaves`."""
+    held = []
+    for cache in leaves(batch):
+        if isinstance(cache, RowsApart):
+            held += [held_alone(part) for part in leaves([cache.rows[index]])]
+        else:
+            held.append(held_in_batch(cache, index))
+    return held
 
 
 def held_in_batch(cache: Any, index: int) -> Held:
@@ -51,23 +64,17 @@ def held_in_batch(cache: Any, index: int) -> Held:
 
 def num_tokens_of(cache: Any) -> int:
     """Tokens a single-conversation cache holds; 0 for one that does not count them."""
-    if isinstance(cache, CacheList):
-        return max((num_tokens_of(c) for c in cache.caches), default=0)
     offset = getattr(cache, "offset", None)
     return int(offset) if offset is not None else 0
 
 
 def _row_tokens(cache: Any, index: int) -> int:
-    if isinstance(cache, CacheList):
-        return max((_row_tokens(c, index) for c in cache.caches), default=0)
     offset = getattr(cache, "offset", None)
     return int(offset[index].item()) if offset is not None else 0
 
 
 def _row_bytes(cache: Any, num_tokens: int) -> int:
     """Bytes that the row would have alone, as `extract` makes it: its tokens without their padding."""
-    if isinstance(cache, CacheList):
-        return sum(_row_bytes(c, num_tokens) for c in cache.caches)
     if cache.empty():
         return 0
     if isinstance(cache, (BatchKVCache, BatchRotatingKVCache)):
@@ -77,11 +84,11 @@ def _row_bytes(cache: Any, num_tokens: int) -> int:
     return int(cache.nbytes) // max(1, int(cache.batch_size)) if isinstance(cache, ArraysCache) else int(cache.nbytes)
 
 
-def usable_prefix(layers: Sequence[Held], length: int) -> int:
-    """Longest n <= length to which all layers can be cut without loss; 0 when they cannot."""
-    num_tokens = max((held.num_tokens for held in layers), default=0)
+def usable_prefix(held_by_all: Sequence[Held], length: int) -> int:
+    """Longest n <= length to which all caches can be cut without loss; 0 when they cannot."""
+    num_tokens = max((held.num_tokens for held in held_by_all), default=0)
     usable = min(length, num_tokens)
-    for held in layers:
+    for held in held_by_all:
         if held.sequence is not None:
             usable = held.sequence.exact_cut(usable)
         elif held.is_cuttable:
@@ -93,7 +100,7 @@ def usable_prefix(layers: Sequence[Held], length: int) -> int:
 
 def extract(cache: Any, index: int) -> Any:
     """Row `index` of a batch cache as a cache of its own, sharing pages; the batch stays as it is."""
-    if isinstance(cache, BatchRows):
+    if isinstance(cache, (BatchRows, RowsApart)):
         return cache.extract(index)
     if isinstance(cache, CacheList):
         return CacheList(*(extract(c, index) for c in cache.caches))
@@ -108,7 +115,7 @@ def extract(cache: Any, index: int) -> Any:
 
 def cut_to(caches: list[Any], length: int) -> list[Any]:
     """Trim single caches, in place, to the first `length` tokens; returns them."""
-    for cache in caches:
+    for cache in leaves(caches):
         surplus = num_tokens_of(cache) - length
         if surplus > 0:
             cache.trim(surplus)

@@ -25,10 +25,13 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.backends.numpy_ops.backend import KIT
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
+from turboquant_kv.cache.leaves import leaves, with_leaves
+from turboquant_kv.cache.padding import widened_rows
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
-from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format import KVFormat, stored_dim
 from turboquant_kv.codec.registry import codec_named
 from turboquant_kv.codec.rotary import BLOCK_TOKENS
 from turboquant_kv.codec.rotation import rotation_matrix
@@ -60,6 +63,7 @@ class Recorded:
     keys: Floats
     queries: Floats
     scale: float
+    cap: float = 0.0  # of scores, as LayerInput has it
 
     def last(self, num_queries: int) -> Recorded:
         """The same with fewer queries."""
@@ -81,6 +85,14 @@ class Recorded:
         """(H, rows, T): of all keys, those after a query as well."""
         return np.asarray(np.float32(self.scale) * self.grouped_queries @ self.keys.swapaxes(1, 2), np.float32)
 
+    @property
+    def logits(self) -> Floats:
+        """The scores, capped if they are: what softmax gets."""
+        return self.capped(self.scores)
+
+    def capped(self, scores: Floats) -> Floats:
+        return self.cap * np.tanh(scores / self.cap) if self.cap else scores
+
 
 def mean_rows(means: Means, given: Recorded, first: int) -> Floats:
     """(H, T - first, D): what a store takes off the recorded keys from the `first` one on."""
@@ -95,11 +107,11 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
     Layers that do not attend through the seam are left out.
     """
     seam.install()
+    empty = make_prompt_cache(model)
     caches: list[Any] = [
-        _Recorder(offset) if i in layers and type(cache) is KVCache else cache
-        for i, cache in enumerate(make_prompt_cache(model))
+        _Recorder(offset) if i in layers and type(cache) is KVCache else cache for i, cache in enumerate(leaves(empty))
     ]
-    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=caches)
+    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
     found = {}
     for i, cache in enumerate(caches):
         if isinstance(cache, _Recorder):
@@ -159,10 +171,13 @@ class _Recorder(AttendingCache):
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.recorded = step
-        out: mx.array = mx.fast.scaled_dot_product_attention(
-            step.queries, step.keys, step.values, scale=step.scale, mask="causal", sinks=step.sinks
+        return plain_attention(
+            *(step.queries, step.keys, step.values),
+            scale=step.scale,
+            mask="causal",
+            sinks=step.sinks,
+            cap=step.cap,
         )
-        return out
 
     def pending_arrays(self) -> list[Any]:
         return [] if self.recorded is None else [self.recorded.queries, self.recorded.keys]
@@ -173,22 +188,22 @@ class _Recorder(AttendingCache):
 
 def _as_recorded(step: LayerInput, offset: int) -> Recorded:
     keys, queries = (np.array(x[0].astype(mx.float32)) for x in (step.keys, step.queries[:, :, -NUM_QUERIES:]))
-    return Recorded(offset, keys, queries, step.scale)
+    return Recorded(offset, keys, queries, step.scale, step.cap)
 
 
 def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     """Of one layer at one offset, by key codec."""
     given = given.last(NUM_MEASURED_QUERIES)
-    dim, hidden = given.keys.shape[2], np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
+    dim, hidden = stored_dim(given.keys.shape[2]), np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
     exact = given.scores
-    expected = _log_softmax(exact, hidden)
+    expected = _log_softmax(given.capped(exact), hidden)
     weights = np.exp(expected)
     factors = np.float32(1) if means.key_factors is None else means.key_factors[:, None]
     mean = mean_rows(means, given, SKIPPED_TOKENS)
     rotation = rotation_matrix(dim, KVFormat().rotation_seed, "k")
-    rotated = (given.keys[:, SKIPPED_TOKENS:] * factors - mean) @ rotation.T
+    rotated = widened_rows(given.keys[:, SKIPPED_TOKENS:] * factors - mean, dim) @ rotation.T
     queries = np.float32(given.scale) * given.grouped_queries / factors
-    turned, centre = queries @ rotation.T, queries @ mean.swapaxes(1, 2)
+    turned, centre = widened_rows(queries, dim) @ rotation.T, queries @ mean.swapaxes(1, 2)
     found = {}
     for name in KEY_CODECS:
         kernels = kernels_for(KIT, codec_named(name))
@@ -196,12 +211,12 @@ def _divergences(given: Recorded, means: Means) -> dict[str, float]:
         seen = exact.copy()
         decoded = kernels.decode(codes, dim) * scales.astype(np.float32)[..., None]
         seen[..., SKIPPED_TOKENS:] = turned @ decoded.swapaxes(1, 2) + centre
-        difference = np.where(hidden, 0.0, weights * (expected - _log_softmax(seen, hidden)))
+        difference = np.where(hidden, 0.0, weights * (expected - _log_softmax(given.capped(seen), hidden)))
         found[name] = float(np.float32(difference.sum(axis=-1).mean()))  # as the calibration file keeps it
     return found
 
 
-def _log_softmax(scores: npt.NDArray[np.floating[Any]], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    shown = np.where(hidden, -1e30, scores.astype(np.float64))
+def _log_softmax(logits: npt.NDArray[np.floating[Any]], hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    shown = np.where(hidden, -1e30, logits.astype(np.float64))
     shifted = shown - shown.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -17,6 +17,7 @@ from mlx_lm.models.base import create_causal_mask
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents
+from turboquant_kv.cache.padding import stored_shape, widened, widened_step
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError, row_indices
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
@@ -35,12 +36,13 @@ class LayerSource:
         self.fmt, self._backend, self._means = fmt, backend, means
         self.pool: PagePool | None = None
         self.layer = 0
+        self.dims: tuple[int, int] | None = None  # the model's own, of keys and values; None: not known yet
 
     @classmethod
-    def of_pool(cls, pool: PagePool, layer: int) -> LayerSource:
-        """One layer of a pool that exists."""
+    def of_pool(cls, pool: PagePool, layer: int, dims: tuple[int, int] | None = None) -> LayerSource:
+        """One layer of a pool that exists. dims: the model's own, of keys and values; None: as stored."""
         source = cls(pool.fmt, pool.backend.name)
-        source.pool, source.layer = pool, layer
+        source.pool, source.layer, source.dims = pool, layer, dims
         return source
 
     @property
@@ -50,7 +52,7 @@ class LayerSource:
 
     @property
     def shape(self) -> LayerShape | None:
-        """None until it is known."""
+        """The stored geometry (padding.py); None until it is known."""
         return None if self.pool is None else self.pool.shapes[self.layer]
 
     def get(self, shape: LayerShape) -> PagePool:
@@ -74,9 +76,11 @@ class CompressedCache(AttendingCache):
     def _attend(self, step: LayerInput) -> mx.array:
         shape = self.source.shape
         if shape is None or not shape.fits(step.keys, step.values):
-            shape = _geometry(step.keys, step.values)
+            shape = stored_shape(_geometry(step.keys, step.values))
+            self.source.dims = step.keys.shape[3], step.values.shape[3]
+            step = widened_step(step, shape)
         pool = self.source.get(shape)
-        layer = self.source.layer
+        layer, v_dim = self.source.layer, self.source.dims[1] if self.source.dims else shape.v_dim
         current = self._step(pool, shape, step.keys.shape[2])
         store, balance = pool.stores[layer], pool.balances[layer]
         try:
@@ -91,16 +95,19 @@ class CompressedCache(AttendingCache):
                 scale=step.scale,
                 mask=step.array_mask,
                 sinks=step.sinks,
+                cap=step.cap,
             )
         except BaseException:
             current.undo()
             raise
         current.done(layer)
-        return out
+        return out if v_dim == shape.v_dim else out[..., :v_dim]
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add keys (B, H, T, D) and values (B, H, T, Dv) without attending. Raises as attention does."""
-        shape = _geometry(keys, values)
+        shape = stored_shape(_geometry(keys, values))
+        self.source.dims = keys.shape[3], values.shape[3]
+        keys, values = widened(keys, shape.k_dim), widened(values, shape.v_dim)
         pool = self.source.get(shape)
         balance = pool.balances[self.source.layer]
         if balance is not None:
@@ -153,10 +160,11 @@ class TurboQuantKVCache(CompressedCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; columns of an array mask are absolute positions."""
-        if return_array or (window_size is not None and self.offset + N > window_size):
-            mask: mx.array = create_causal_mask(N, self.offset, window_size=window_size)
-            return mask
-        return None if N == 1 else "causal"
+        is_plain = window_size is None or self.offset + N <= window_size
+        if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
+            return None if N == 1 else "causal"
+        mask: mx.array = create_causal_mask(N, self.offset, window_size=window_size)
+        return mask
 
     def size(self) -> int:
         return self.offset
@@ -263,10 +271,14 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         self._known = pool.epoch, current.after
         return current
 
-    def _cut_rows(self, num_tokens: int) -> None:
-        for sequence in self.sequences:
-            if sequence is not None:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        for sequence, num_tokens in zip(self.sequences, counts, strict=True):
+            if sequence is not None and num_tokens:
                 sequence.cut(len(sequence) - num_tokens)
+
+    def exact_room(self, idx: int) -> int:
+        sequence = self.sequences[idx]
+        return self.source.fmt.page_room(0 if sequence is None else len(sequence))
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""

@@ -8,12 +8,14 @@ that format's own batch. Rings and recurrent state are the same in every format 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
 
@@ -39,13 +41,16 @@ class PlainRows(BatchRows):
             k, v = self.rows[b].update_and_fetch(keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
             q = queries[b : b + 1, :, :n]
             mask = _row_mask(step.mask, b, n, k.shape[2])
-            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks)
+            out = plain_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks, cap=step.cap)
             outputs.append(out if n == num_new else mx.pad(out, [(0, 0), (0, 0), (0, num_new - n), (0, 0)]))
         return mx.concatenate(outputs)
 
-    def _cut_rows(self, num_tokens: int) -> None:
-        for row in self.rows:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        for row, num_tokens in zip(self.rows, counts, strict=True):
             row.trim(num_tokens)
+
+    def exact_room(self, idx: int) -> int:
+        return sys.maxsize
 
     def extend(self, other: PlainRows) -> None:
         """Take over the other batch's rows; it is empty afterwards."""
@@ -141,7 +146,9 @@ class MixedBatchCache(BatchRows):
         for group, rows in zip(self.groups, split.rows, strict=True):
             part = mask if mask is None or isinstance(mask, str) or not _differs_by_row(mask) else mask[rows]
             group.update_and_fetch(step.keys[rows], step.values[rows])
-            outputs.append(group.attend(step.queries[rows], scale=step.scale, mask=part, sinks=step.sinks))
+            outputs.append(
+                group.attend(step.queries[rows], scale=step.scale, mask=part, sinks=step.sinks, cap=step.cap)
+            )
         return mx.concatenate(outputs)[split.inverse]
 
     def prepare(
@@ -165,9 +172,13 @@ class MixedBatchCache(BatchRows):
         for group in self.groups:
             group.finalize()
 
-    def _cut_rows(self, num_tokens: int) -> None:
+    def _cut_rows(self, counts: Sequence[int]) -> None:
         for group in self.groups:
-            group.trim(num_tokens)
+            group.trim_rows([counts[row] for row in self._rows_of(group)])
+
+    def exact_room(self, idx: int) -> int:
+        group, i = self.places[idx]
+        return group.exact_room(i)
 
     def extend(self, other: Any) -> None:
         """Take over the rows of a batch cache of any format; it is empty afterwards."""
@@ -254,9 +265,11 @@ def extend_rows(batch: list[Any], other: list[Any]) -> list[Any]:
 
 
 def _merge_layer(caches: list[Any], padded: bool) -> Any:
+    if isinstance(caches[0], CacheList):
+        return CacheList(*(_merge_layer(list(c), padded) for c in zip(*(c.caches for c in caches), strict=True)))
     kinds = {id(c.source) if isinstance(c, TurboQuantKVCache) else type(c) for c in caches}
     if kinds == {KVCache} and not padded:
-        return PlainRows(copy.deepcopy(caches))
+        return PlainRows([copy.deepcopy(cache) for cache in caches])  # each by itself: one may come twice
     if len(kinds) > 1 and any(isinstance(c, TurboQuantKVCache) for c in caches):
         return MixedBatchCache.of([_batch_of_one(c) for c in caches])
     return caches[0].merge(caches)
@@ -269,6 +282,8 @@ def _batch_of_one(cache: Any) -> Group:
 
 
 def _extend_layer(mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, CacheList):
+        return CacheList(*(_extend_layer(a, b) for a, b in zip(mine.caches, theirs.caches, strict=True)))
     if isinstance(mine, BatchTurboQuantKVCache) and isinstance(theirs, BatchTurboQuantKVCache):
         is_same = mine.source is theirs.source
     else:

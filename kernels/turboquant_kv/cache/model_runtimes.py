@@ -19,6 +19,7 @@ from turboquant_kv.cache import convert as converting
 from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
@@ -99,7 +100,7 @@ class KVFamily:
 
     def runtime_of(self, caches: Sequence[Any]) -> KVRuntime:
         """The runtime that one conversation's caches belong to."""
-        for cache in caches:
+        for cache in leaves(caches):
             if isinstance(cache, TurboQuantKVCache):
                 return self._runtimes[cache.source.fmt.name]
         return self.runtime(PLAIN_FORMAT)
@@ -110,7 +111,7 @@ class KVFamily:
         Pages are decoded and encoded again, in bounded pieces; exact ends are kept, and so are the codes
         of a side whose bits do not change. Lossy whenever the target has fewer bits.
         """
-        formats = {c.source.fmt.name for c in caches if isinstance(c, TurboQuantKVCache)}
+        formats = {c.source.fmt.name for c in leaves(caches) if isinstance(c, TurboQuantKVCache)}
         if formats - {self.normalise(source)}:
             raise ValueError(f"these caches are {formats}, not {source}")
         return converting.convert(caches, self.runtime(target).make_cache())
@@ -166,7 +167,7 @@ class KVFamily:
 
     def _is_worth_a_copy(self, runtime: KVRuntime) -> bool:
         totals = runtime.totals()
-        is_alone = len(self._runtimes) == 1 and not runtime.layers_uncompressed  # then slack serves its own sequences
+        is_alone = len(self._runtimes) == 1 and runtime.is_compressed_throughout  # then slack serves its own sequences
         used = totals.compressed + totals.exact
         return not used or (not is_alone and totals.slack >= WORTHWHILE_SLACK * (totals.slack + used))
 

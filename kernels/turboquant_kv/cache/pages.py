@@ -59,6 +59,8 @@ class PagePool:
         """
         self.backend, self.shapes, self.fmt = backend, tuple(shapes), fmt
         self.layer_formats = tuple(layer_formats) if layer_formats is not None else (fmt,) * len(self.shapes)
+        for shape, layer_fmt in zip(self.shapes, self.layer_formats, strict=True):
+            layer_fmt.check_dims(shape.k_dim, shape.v_dim)
         assert all(f.with_codecs(fmt.name) == fmt for f in self.layer_formats), "layers may differ in codecs alone"
         self.means = tuple(means) if means is not None else (None,) * len(self.shapes)
         factors = [None if m is None else m.key_factors for m in self.means]

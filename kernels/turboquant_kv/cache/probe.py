@@ -11,10 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import seam as attention
+from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
 from turboquant_kv.cache.mixed_batch import PlainRows
 from turboquant_kv.cache.protocol import LayerInput, UnsupportedModelError
 
@@ -23,12 +24,10 @@ _CHUNKS = ([0, 1], [2], [1])
 # Both runs compute the same attention on the same exact values; half-precision models differ by rounding only.
 _TOLERANCE = 0.02
 
-UNBOUNDED = 1 << 40  # tokens; a plain cache in a list of caches has no ring's limit
-
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """What a layer keeps that is no plain KV cache: a ring of its latest tokens, a state of one length, or both."""
+    """What a cache holds that is no plain KV cache: a ring of its latest tokens, or a state of one length."""
 
     fixed_bytes: int = 0
     token_bytes: int = 0
@@ -45,37 +44,65 @@ class StateBytes:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
-    """Each layer's cache class, geometry of plain KV caches, and what is known of other caches' bytes."""
+    """Each cache's class, geometry of plain KV caches, and what is known of other caches' bytes.
+
+    By place among `leaves` of the model's caches: a layer may keep several in a CacheList.
+    """
 
     kinds: tuple[type, ...]
     shapes: tuple[LayerShape | None, ...]
     states: tuple[StateBytes, ...]  # all zero for plain KV caches
     unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
-    query_heads: tuple[int, ...] = ()  # of each layer; 0 where it is not a plain KV cache
+    query_heads: tuple[int, ...] = ()  # 0 where it is not a plain KV cache
+    numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
+    capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
 
 
 def probe_layers(model: Any) -> ModelLayers:
     """Run a handful of tokens twice: through mlx-lm's caches, and through rows that attend for themselves."""
     attention.install()
-    caches = make_prompt_cache(model)
-    expected = _run(model, caches)
+    layers = make_prompt_cache(model)
+    expected = _run(model, layers)
+    caches = leaves(layers)
     kinds = tuple(type(cache) for cache in caches)
     shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     states = tuple(_state_of(c) if shape is None else StateBytes() for c, shape in zip(caches, shapes, strict=True))
-    watched = [_WatchedRows([c]) if type(c) is KVCache else c for c in make_prompt_cache(model)]
-    unsupported = _why_unsupported(model, watched, expected)
+    watched, unsupported = _watch(model, _WatchedRows, expected)
+    if unsupported is not None:  # maybe as a conversation by itself; in batches its rows are computed one by one then
+        alone, unsupported_alone = _watch(model, _WatchedRow, expected)
+        if unsupported_alone is None:
+            watched, unsupported = alone, None
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads)
+    capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
+    numbers = tuple(layer_numbers(layers))
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped)
 
 
 class _WatchedRows(PlainRows):
     """Remembers what only queries tell."""
 
     num_query_heads = 0
+    is_capped = False
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
+        self.is_capped = step.cap > 0
         return super()._attend(step)
+
+
+class _WatchedRow(_WatchedRows):
+    """Tells its position as a single conversation's cache does."""
+
+    @property
+    def offset(self) -> int:  # type: ignore[override]  # of a batch it is an array
+        return self.lengths[0]
+
+
+def _watch(model: Any, watched: type[_WatchedRows], expected: np.ndarray[Any, Any]) -> tuple[list[Any], str | None]:
+    """Caches that a run has filled, and why they do not serve this model, if they do not."""
+    empty = make_prompt_cache(model)
+    caches = [watched([c]) if type(c) is KVCache else c for c in leaves(empty)]
+    return caches, _why_unsupported(model, with_leaves(empty, caches), expected)
 
 
 def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, Any]) -> str | None:
@@ -104,18 +131,14 @@ def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:
 
 def _state_of(cache: Any) -> StateBytes:
     """From a cache that holds the probe's few tokens."""
-    if isinstance(cache, CacheList):
-        parts = [_state_of(c) for c in cache.caches]
-        most = max((p.most_tokens for p in parts), default=0)  # from above: the longest ring for all
-        return StateBytes(sum(p.fixed_bytes for p in parts), sum(p.token_bytes for p in parts), most)
     if cache.empty():
         return StateBytes()
     if isinstance(cache, RotatingKVCache):
         held = cache.keys.shape[2]
         return StateBytes(token_bytes=int(cache.keys.nbytes + cache.values.nbytes) // held, most_tokens=cache.max_size)
-    if isinstance(cache, KVCache):  # inside a list
-        shape = shape_of(cache)
-        return StateBytes(token_bytes=shape.raw_token_bytes, most_tokens=UNBOUNDED)
+    if isinstance(cache, ChunkedKVCache):
+        shape, most = shape_of(cache), int(cache.chunk_size) + cache.step
+        return StateBytes(token_bytes=shape.raw_token_bytes, most_tokens=most)
     return StateBytes(fixed_bytes=int(cache.nbytes))
 
 

@@ -25,7 +25,8 @@ class LayerInput(NamedTuple):
     """What a model hands one layer in one step.
 
     keys (B, H, T, D), values (B, H, T, Dv) of the new tokens, queries (B, Hq, T, D); mask: None for one query row,
-    "causal", or an array broadcastable to (B, Hq, T, N) with columns by absolute position; sinks (Hq,) or None.
+    "causal", or an array broadcastable to (B, Hq, T, N) with columns by absolute position; sinks (Hq,) or None; cap: a
+    score s becomes cap * tanh(s / cap) before the mask, unless it is 0.
     """
 
     keys: mx.array
@@ -34,6 +35,7 @@ class LayerInput(NamedTuple):
     scale: float
     mask: mx.array | str | None
     sinks: mx.array | None
+    cap: float = 0.0
 
     @property
     def array_mask(self) -> mx.array | None:
@@ -47,15 +49,24 @@ class AttendingCache(ABC):
     _pending: tuple[mx.array, mx.array] | None = None  # keys, values (B, H, T, D) of this step
 
     def attend(
-        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
-        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv)."""
+        """Append this step's tokens; attention of queries (B, Hq, T, D) over all that is held, (B, Hq, T, Dv).
+
+        scale, mask, sinks, cap: as LayerInput has them.
+        """
         if self._pending is None:
             raise UnsupportedModelError("attention was asked for without new keys in this cache")
         if mask is None and queries.shape[2] > 1:
             raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
         (keys, values), self._pending = self._pending, None
-        return self._attend(LayerInput(keys, values, queries, scale, mask, sinks))
+        return self._attend(LayerInput(keys, values, queries, scale, mask, sinks, cap))
 
     @abstractmethod
     def _attend(self, step: LayerInput) -> mx.array:
@@ -109,8 +120,12 @@ class BatchRows(AttendingCache):
         """Tokens appended per row."""
 
     @abstractmethod
-    def _cut_rows(self, num_tokens: int) -> None:
-        """Drop the last tokens of every row."""
+    def _cut_rows(self, counts: Sequence[int]) -> None:
+        """Drop so many of each row's last tokens, none of which is pending."""
+
+    @abstractmethod
+    def exact_room(self, idx: int) -> int:
+        """Tokens that row `idx` may take now, of which any number of the last can be cut off again without loss."""
 
     @abstractmethod
     def extract(self, idx: int) -> Any:
@@ -173,7 +188,8 @@ class BatchRows(AttendingCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As mlx-lm asks for it; an array is (B, 1, N, longest row), columns by absolute position."""
         longest = max(self.lengths) + N
-        if not return_array and (window_size is None or longest <= window_size):
+        is_plain = window_size is None or longest <= window_size
+        if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
             return None if N == 1 else "causal"
         rows = self.offset[:, None, None, None] + mx.arange(N)[:, None]
         columns = mx.arange(longest)
@@ -191,11 +207,23 @@ class BatchRows(AttendingCache):
 
     def trim(self, n: int) -> int:
         """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
-        n = min([n, *self.lengths])
+        lengths = self.lengths
+        n = min([n, *lengths])
         surplus = self._trim_pending(n)
         if surplus:
-            self._cut_rows(surplus)
+            self._cut_rows([surplus] * len(lengths))
         return n
+
+    def trim_rows(self, counts: Sequence[int]) -> None:
+        """Drop each row's last tokens, so many as `counts` says, after a step that all layers have written.
+
+        Into a compressed page the cut is lossy (sequence.py). Raises ValueError when a row holds fewer.
+        """
+        held = self._held_lengths
+        if self._pending is not None or any(not 0 <= n <= have for n, have in zip(counts, held, strict=True)):
+            raise ValueError(f"rows of {held} tokens cannot be cut by {list(counts)}")
+        if any(counts):
+            self._cut_rows(counts)
 
 
 def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:

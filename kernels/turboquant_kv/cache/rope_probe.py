@@ -8,7 +8,7 @@ and calibration.py looks at those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,18 +25,20 @@ _TOLERANCE = 0.01
 Matrix = npt.NDArray[np.float64]
 
 
-def learn_rotary(model: Any, head_dims: dict[int, int]) -> dict[int, Rotary]:
-    """Rotations by layer; of layers without a rope module, or with one that is not understood, none.
+def learn_rotary(model: Any, head_dims: dict[int, int], numbers: Sequence[int] | None = None) -> dict[int, Rotary]:
+    """Rotations by cache; of layers without a rope module, or with one that is not understood, none.
 
-    head_dims: of the keys of the layers that are wanted, by index in the model's caches.
+    head_dims: of the keys of the caches that are wanted, by their place among the model's caches. numbers: the layer
+    that each of the model's caches belongs to; None: it is the place.
     """
     layers = getattr(model, "layers", None) or ()
     found: dict[int, Rotary] = {}
     known: dict[tuple[int, int], Rotary | None] = {}  # modules are often shared, or equal in all layers
     for i, dim in head_dims.items():
-        if i >= len(layers):
+        number = i if numbers is None else numbers[i]
+        if number >= len(layers):
             continue
-        modules = list(_rope_modules(layers[i]))
+        modules = list(_rope_modules(layers[number]))
         if len(modules) != 1:
             continue
         key = id(modules[0]), dim

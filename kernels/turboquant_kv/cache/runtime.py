@@ -23,14 +23,18 @@ from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.backend_choice import cases_of, choose
+from turboquant_kv.cache.batch_probe import Batching, try_batches
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves, with_leaves
+from turboquant_kv.cache.padding import stored_means, stored_shape
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
+from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.cache.trial import Verdict
-from turboquant_kv.codec.format import KVFormat, check_head_dim
+from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
 
@@ -63,14 +67,15 @@ class KVRuntime:
         self.verdict: Verdict | None = None  # on the device's fused kernels, where they were tried
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
-        self.layer_formats: dict[int, KVFormat] = {}  # of compressed layers
+        self.layer_formats: dict[int, KVFormat] = {}  # of compressed caches, by their place among `leaves`
         self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds
         self._sources: dict[int, LayerSource] = {}
         self._pool: PagePool | None = None  # of all compressed layers
         if fmt is not None:
             self._make_pool(fmt, calibration, backend, cache_dir)
-        self.layers_compressed = len(self._sources)
-        self.layers_uncompressed = len(self.shapes) - len(self._sources)
+        numbers = self.layers.numbers
+        self.layers_compressed = len({numbers[i] for i in self._sources})
+        self.layers_uncompressed = len(set(numbers)) - self.layers_compressed
 
     @property
     def fmt_name(self) -> str:
@@ -93,27 +98,40 @@ class KVRuntime:
         raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
         self.layers_left_exact = tuple(i for i, layer in raised.items() if layer is None)
         compressed = {
-            i: shape for i, shape in enumerate(self.shapes) if shape is not None and i not in self.layers_left_exact
+            i: stored_shape(shape)
+            for i, shape in enumerate(self.shapes)
+            if shape is not None and i not in self.layers_left_exact
         }
-        for shape in compressed.values():
-            check_head_dim(shape.k_dim)
-            check_head_dim(shape.v_dim)
-        means = [calibration.layers.get(i) if calibration is not None else None for i in compressed]
         self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
+        for i, shape in compressed.items():
+            self.layer_formats[i].check_dims(shape.k_dim, shape.v_dim)
+        known = calibration.layers if calibration is not None else {}
+        means = [stored_means(known[i], shape) if i in known else None for i, shape in compressed.items()]
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
-        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed])
+        capped = self.layers.capped or (False,) * len(self.shapes)
+        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
-        self._sources = {i: LayerSource.of_pool(self._pool, layer) for layer, i in enumerate(compressed)}
+        self._sources = {i: LayerSource.of_pool(self._pool, layer, self._dims(i)) for layer, i in enumerate(compressed)}
+
+    @property
+    def is_compressed_throughout(self) -> bool:
+        """Whether no layer has a cache that mlx-lm keeps."""
+        return len(self._sources) == len(self.shapes)
+
+    def _dims(self, place: int) -> tuple[int, int]:
+        shape = self.shapes[place]
+        assert shape is not None
+        return shape.k_dim, shape.v_dim
 
     @property
     def token_bytes(self) -> float:
         """Bytes that one more token of a long conversation takes, all layers."""
         compressed = 0
         for i, fmt in self.layer_formats.items():
-            shape = self.shapes[i]
+            shape = self._sources[i].shape
             assert shape is not None
             compressed += fmt.token_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
@@ -134,17 +152,18 @@ class KVRuntime:
         """Most bytes of one conversation's exact rows behind its pages, in all layers."""
         if self.fmt is None:
             return 0.0
-        return float(2 * self.fmt.page_tokens * self.compressed_raw_bytes(1))
+        return float(2 * self.fmt.page_tokens * (0 if self._pool is None else self._pool.raw_token_bytes))
 
     def make_cache(self) -> list[Any]:
-        """One empty single-conversation cache per layer."""
-        caches = make_prompt_cache(self._model)
+        """One empty single-conversation cache per layer, or a list of them where the model keeps several."""
+        layers = make_prompt_cache(self._model)
         if self._pool is None:
-            return list(caches)
+            return list(layers)
+        caches = leaves(layers)
         conversation = PagedSequence(self._pool, range(len(self._sources)))
         for i, source in self._sources.items():
             caches[i] = TurboQuantKVCache(source, conversation.of_layer(source.layer))
-        return list(caches)
+        return with_leaves(layers, caches)
 
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes that a conversation of `num_tokens` allocates, exact windows included.
@@ -156,7 +175,9 @@ class KVRuntime:
             if shape is None:
                 continue
             if i in self._sources:
-                total += _compressed_bytes(self.layer_formats[i], shape, num_tokens)
+                stored = self._sources[i].shape
+                assert stored is not None
+                total += _compressed_bytes(self.layer_formats[i], stored, num_tokens)
             else:
                 step = KVCache.step
                 total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
@@ -164,21 +185,21 @@ class KVRuntime:
 
     def measure(self, caches: Sequence[Any]) -> KVBytes:
         """Where the bytes of one conversation are, summed over its arrays."""
-        return self._measure([rows.held_alone(cache) for cache in caches])
+        return self._measure([rows.held_alone(cache) for cache in leaves(caches)])
 
     def measure_row(self, batch: Sequence[Any], index: int) -> KVBytes:
         """The same of one row of a batch, which is not copied; padding between rows is nobody's."""
-        return self._measure([rows.held_in_batch(cache, index) for cache in batch])
+        return self._measure(rows.held_by_row(batch, index))
 
-    def _measure(self, layers: Sequence[rows.Held]) -> KVBytes:
+    def _measure(self, held_by_all: Sequence[rows.Held]) -> KVBytes:
         compressed = exact = uncompressed = raw = 0
-        for shape, held in zip(self.shapes, layers, strict=True):
+        for shape, held in zip(self.shapes, held_by_all, strict=True):
             if held.sequence is not None:
                 compressed += held.sequence.compressed_bytes
                 exact += held.sequence.exact_bytes
             uncompressed += held.plain_bytes
             raw += held.num_tokens * shape.raw_token_bytes if shape is not None else held.plain_bytes
-        tokens = max((held.num_tokens for held in layers), default=0)
+        tokens = max((held.num_tokens for held in held_by_all), default=0)
         return KVBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
     def totals(self) -> KVBytes:
@@ -191,12 +212,14 @@ class KVRuntime:
             compressed=pool.used_bytes,
             exact=pool.exact_bytes,
             slack=pool.slack_bytes,
-            raw_equivalent=pool.num_tokens * pool.raw_token_bytes,
+            raw_equivalent=self.compressed_raw_bytes(pool.num_tokens),
         )
 
     def compressed_raw_bytes(self, num_tokens: int) -> int:
         """What that many tokens would take uncompressed, in the layers that are compressed."""
-        return 0 if self._pool is None else num_tokens * self._pool.raw_token_bytes
+        return num_tokens * sum(
+            s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i in self._sources
+        )
 
     def allocated_bytes(self) -> int:
         """Everything the pool holds: pages and exact rows, free ones too."""
@@ -225,13 +248,17 @@ class KVRuntime:
         """The rows of both batches; only the returned caches are valid afterwards."""
         return mixed.extend_rows(batch, other)
 
+    def try_batches(self) -> Batching:
+        """Whether rows of this runtime get together what they get alone. Raises what the model raises for one row."""
+        return try_batches(self._model, self, {shape.num_kv_heads for shape in self.shapes if shape is not None})
+
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
-        return rows.usable_prefix([rows.held_alone(cache) for cache in caches], length)
+        return rows.usable_prefix([rows.held_alone(cache) for cache in leaves(caches)], length)
 
     def usable_prefix_row(self, batch: Sequence[Any], index: int, length: int) -> int:
         """The same of one row of a batch."""
-        return rows.usable_prefix([rows.held_in_batch(cache, index) for cache in batch], length)
+        return rows.usable_prefix(rows.held_by_row(batch, index), length)
 
     def fork(self, caches: Sequence[Any], length: int) -> list[Any]:
         """Caches of the first `length` tokens, sharing pages; `length` must come from usable_prefix."""
@@ -248,22 +275,23 @@ class KVRuntime:
     def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
         """Caches from what `exporting.export_caches` gave. Raises ValueError for anything inconsistent."""
         caches = exporting.import_caches(header, arrays, self.make_cache())
-        for cache, shape in zip(caches, self.shapes, strict=True):
+        for cache, shape in zip(leaves(caches), self.shapes, strict=True):
             if type(cache) is KVCache and not cache.empty() and shape_of(cache) != shape:
                 raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {shape}")
-        if len({rows.num_tokens_of(cache) for cache in caches} - {0}) > 1:
+        if len({rows.num_tokens_of(cache) for cache in leaves(caches)} - {0}) > 1:
             raise ValueError("the layers of a saved cache hold different numbers of tokens")
         return caches
 
     def release(self, caches: Sequence[Any]) -> None:
         """Give memory back now; idempotent."""
-        for cache in caches:
-            if isinstance(cache, AttendingCache):
+        for cache in leaves(caches):
+            if isinstance(cache, (AttendingCache, RowsApart)):
                 cache.release()
 
     def evaluate(self, caches: Sequence[Any]) -> None:
         """Finish all pending work on these caches, so that no lazy graph outlives a step; waits once for all layers."""
-        mx.eval([c.pending_arrays() if isinstance(c, AttendingCache) else c.state for c in caches])
+        is_ours = (AttendingCache, RowsApart)
+        mx.eval([c.pending_arrays() if isinstance(c, is_ours) else c.state for c in leaves(caches)])
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""

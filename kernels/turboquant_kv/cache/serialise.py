@@ -22,6 +22,7 @@ from mlx_lm.models.cache import CacheList
 from turboquant_kv.backends.base import CanonicalPages, LayerShape
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.layer_contents import LayerContents, contents_of, restore
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.plain_states import CHUNK_TOKENS, PLAIN_CODECS, Array, Exported, count, from_mlx, take
 from turboquant_kv.codec.format import KVFormat
 
@@ -33,7 +34,7 @@ def export_caches(caches: Sequence[Any]) -> tuple[Header, list[Array]]:
     """Header and copied arrays of one conversation's caches. Raises ValueError for a class without a known state."""
     exported: list[Exported] = []
     layers = [_export_layer(cache, exported) for cache in caches]
-    fmt = next((c.source.fmt for c in caches if isinstance(c, TurboQuantKVCache)), None)
+    fmt = next((c.source.fmt for c in leaves(caches) if isinstance(c, TurboQuantKVCache)), None)
     described = [{"dtype": e.dtype, "shape": list(e.array.shape), "cut": e.cut} for e in exported]
     saved_format = None if fmt is None else fmt.to_dict()
     header = {"version": VERSION, "format": saved_format, "layers": layers, "arrays": described}
@@ -54,15 +55,16 @@ def import_caches(header: Mapping[str, Any], arrays: Sequence[Array], empty: Seq
 def _import_caches(header: Mapping[str, Any], arrays: Sequence[Array], empty: Sequence[Any]) -> list[Any]:
     if header["version"] != VERSION:
         raise ValueError(f"a cache saved by version {header['version']!r} of this format, expected {VERSION}")
-    fmt = next((c.source.fmt for c in empty if isinstance(c, TurboQuantKVCache)), None)
+    fmt = next((c.source.fmt for c in leaves(empty) if isinstance(c, TurboQuantKVCache)), None)
     saved = None if header["format"] is None else KVFormat.from_dict(header["format"])
     if saved != fmt:
         raise ValueError(f"a cache saved as {saved}, wanted as {fmt}")
     if len(header["layers"]) != len(empty):
         raise ValueError(f"a cache of {len(header['layers'])} layers, the model has {len(empty)}")
     queue = _checked(header["arrays"], arrays)
-    caches, contents = list(empty), dict[int, LayerContents | None]()
-    for i, (layer, fresh) in enumerate(zip(header["layers"], empty, strict=True)):
+    saved_parts = [part for layer, fresh in zip(header["layers"], empty, strict=True) for part in _parts(layer, fresh)]
+    caches, contents = leaves(empty), dict[int, LayerContents | None]()
+    for i, (layer, fresh) in enumerate(zip(saved_parts, list(caches), strict=True)):
         if isinstance(fresh, TurboQuantKVCache):
             _check_kind(layer, "compressed")
             contents[i] = _import_compressed(layer, fresh, queue)
@@ -70,7 +72,7 @@ def _import_caches(header: Mapping[str, Any], arrays: Sequence[Array], empty: Se
             caches[i] = _import_layer(layer, fresh, queue)
     if next(queue, None) is not None:
         raise ValueError("a saved cache has more arrays than its layers name")
-    return _join_layers(caches, contents)
+    return with_leaves(empty, _join_layers(caches, contents))
 
 
 def _checked(described: Sequence[Mapping[str, Any]], arrays: Sequence[Array]) -> Iterator[mx.array]:
@@ -108,15 +110,20 @@ def _check_kind(layer: Mapping[str, Any], kind: str) -> None:
         raise ValueError(f"a saved layer is {layer['kind']!r}, the model's is {kind!r}")
 
 
+def _parts(layer: Mapping[str, Any], fresh: Any) -> list[Mapping[str, Any]]:
+    """A saved layer's caches one by one, as `leaves` has those of `fresh`."""
+    if not isinstance(fresh, CacheList):
+        return [layer]
+    _check_kind(layer, "CacheList")
+    if len(layer["caches"]) != len(fresh.caches):
+        raise ValueError("a saved layer holds another number of caches than the model's")
+    return [part for saved, empty in zip(layer["caches"], fresh.caches, strict=True) for part in _parts(saved, empty)]
+
+
 def _import_layer(layer: Mapping[str, Any], fresh: Any, arrays: Iterator[mx.array]) -> Any:
-    """A layer that mlx-lm's own caches hold."""
+    """One of mlx-lm's own caches."""
     kind = type(fresh).__name__
     _check_kind(layer, kind)
-    if isinstance(fresh, CacheList):
-        if len(layer["caches"]) != len(fresh.caches):
-            raise ValueError("a saved layer holds another number of caches than the model's")
-        parts = zip(layer["caches"], fresh.caches, strict=True)
-        return CacheList(*(_import_layer(part, empty, arrays) for part, empty in parts))
     codec = PLAIN_CODECS.get(type(fresh))
     if codec is None:
         raise ValueError(f"caches of class {kind} cannot be loaded")

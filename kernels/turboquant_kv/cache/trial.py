@@ -40,7 +40,8 @@ Outcome = Literal["faster", "slower", "wrong", "failed"]
 class Case:
     """A kind of layer: geometry, format and heads. `means` are one such layer's.
 
-    num_layers: how many the model has, their share in the times; a case of none is judged and not timed.
+    num_layers: how many the model has, their share in the times; a case of none is judged and not timed. is_capped:
+    whether attention scores have a cap.
     """
 
     shape: LayerShape
@@ -48,6 +49,7 @@ class Case:
     num_q_heads: int
     means: Means | None = None
     num_layers: int = 1
+    is_capped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def _compare(what: str, pair: Sequence[Any], drawn: _Drawn, num_tokens: int, tol
     """The relative error of the second cache's attention, both fed the same tokens."""
     num_rows = len(pair[0].sequences) if isinstance(pair[0], BatchTurboQuantKVCache) else 1
     tokens = drawn.tokens(pair[0].size(), num_tokens, num_rows)
-    want, got = (_attend(cache, tokens, drawn.scale) for cache in pair)
+    want, got = (_attend(cache, tokens, drawn) for cache in pair)
     error = _check(what, got, want, tolerance)
     for cache in pair:
         cache.evaluate()
@@ -232,7 +234,7 @@ def _step_seconds(
     tokens = drawn.tokens(num_tokens, 1)
 
     def run(caches: Sequence[TurboQuantKVCache]) -> mx.array:
-        outputs = [_attend(cache, tokens, drawn.scale) for _ in range(plan.num_steps) for cache in caches]
+        outputs = [_attend(cache, tokens, drawn) for _ in range(plan.num_steps) for cache in caches]
         mx.eval(outputs)
         for cache in caches:
             cache.evaluate()
@@ -267,6 +269,7 @@ class _Drawn:
         self._factors = np.ones((case.shape.num_kv_heads, 1), np.float32) if factors is None else factors
         # Scores get a deviation of about 1, however long the mean is: a softmax of one key would hide all others.
         self.scale = 1 / float(np.sqrt(case.shape.k_dim + longest**2))
+        self.cap = 1.0 if case.is_capped else 0.0  # one that such scores reach, whatever the model's
 
     def tokens(self, start: int, num_tokens: int, num_rows: int = 1) -> tuple[mx.array, mx.array, mx.array]:
         """The model's keys (B, H, n, D), values (B, H, n, Dv) and queries (B, Hq, n, D) of the tokens at `start`."""
@@ -333,10 +336,11 @@ def _layers(pool: PagePool, contents: LayerContents) -> list[TurboQuantKVCache]:
     return [TurboQuantKVCache(LayerSource.of_pool(pool, i), sequence.of_layer(i)) for i in layers]
 
 
-def _attend(cache: Any, tokens: tuple[mx.array, mx.array, mx.array], scale: float) -> mx.array:
+def _attend(cache: Any, tokens: tuple[mx.array, mx.array, mx.array], drawn: _Drawn) -> mx.array:
     keys, values, queries = tokens
     cache.update_and_fetch(keys, values)
-    out: mx.array = cache.attend(queries, scale=scale, mask=None if queries.shape[2] == 1 else "causal", sinks=None)
+    mask = None if queries.shape[2] == 1 else "causal"
+    out: mx.array = cache.attend(queries, scale=drawn.scale, mask=mask, sinks=None, cap=drawn.cap)
     return out
 
 

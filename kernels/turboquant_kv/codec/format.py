@@ -14,14 +14,17 @@ from typing import Any
 
 from .codec import Codec, ScaleKind
 from .limits import (
+    MIN_TRELLIS_DIM,
     SUPPORTED_BITS,
     SUPPORTED_HEAD_DIMS,
     UnsupportedFormatError,
     check_head_dim,
     code_bytes,
+    stored_dim,
 )
 from .registry import codec_named
 from .scalar import scalar_codec
+from .trellis import TrellisCodec
 
 __all__ = [
     "EXACT_ROWS_STEP",
@@ -34,6 +37,7 @@ __all__ = [
     "check_head_dim",
     "code_bytes",
     "exact_capacity",
+    "stored_dim",
 ]
 
 # Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
@@ -182,6 +186,16 @@ class KVFormat:
         except UnsupportedFormatError as exc:
             raise UnsupportedFormatError(f"KV format {text!r}: {exc}") from None
 
+    def check_dims(self, k_dim: int, v_dim: int) -> None:
+        """Raises UnsupportedFormatError for dimensions of stored keys and values that a codec cannot have."""
+        for codec, dim in ((self.keys, k_dim), (self.values, v_dim)):
+            check_head_dim(dim)
+            if isinstance(codec, TrellisCodec) and dim < MIN_TRELLIS_DIM:
+                raise UnsupportedFormatError(
+                    f"head_dim {dim} is too short for codec {codec.name}, which needs {MIN_TRELLIS_DIM}: "
+                    "choose one without a t, such as 4/4"
+                )
+
     def token_bytes(self, num_kv_heads: int, k_dim: int, v_dim: int) -> int:
         """Bytes of one compressed token in one layer, all heads."""
         return num_kv_heads * (self.keys.vector_bytes(k_dim) + self.values.vector_bytes(v_dim))
@@ -203,6 +217,15 @@ class KVFormat:
     def page_start(self, page_index: int) -> int:
         """Absolute position of the first token of a sequence's page."""
         return self.sink_tokens + page_index * self.page_tokens
+
+    def page_room(self, position: int) -> int:
+        """Tokens from `position` to its page's end, itself included; the sink's positions go on into the first page.
+
+        None of them closes the page that it is in, so a sequence that took them can be cut back to any without loss.
+        """
+        if position < self.sink_tokens:
+            return self.sink_tokens - position + self.page_tokens
+        return self.page_tokens - (position - self.sink_tokens) % self.page_tokens
 
     def fingerprint(self) -> str:
         """Stable hash of every field that changes stored bytes or their meaning."""

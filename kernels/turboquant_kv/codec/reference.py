@@ -65,6 +65,7 @@ def attend(
     sinks: Real | None = None,
     window: int | None = None,
     mask: NDArray[Any] | None = None,
+    cap: float = 0.0,
 ) -> Float64:
     """Causal attention over a compressed cache, given the full history in original precision.
 
@@ -77,6 +78,7 @@ def attend(
     window   key j is visible to position p only if p - j < window
     mask     broadcastable to (Hq, T, N) by absolute key position: bool (True is visible) or added to the logits;
              always on top of causality
+    cap      a score s becomes cap * tanh(s / cap) before masks and softmax; sinks stay; 0: no cap
 
     A row that sees nothing returns zeros. Raises ValueError for shapes that do not fit.
     """
@@ -93,7 +95,8 @@ def attend(
     out = np.empty((num_heads, num_queries, v.shape[-1]))
     for head in range(num_heads):
         kv = head // (num_heads // num_kv_heads)
-        logits = scale * np.where(exact, q[head] @ k[kv].T, q[head] @ k_seen[kv].T) + bias[head]  # (T, N)
+        scores = scale * np.where(exact, q[head] @ k[kv].T, q[head] @ k_seen[kv].T)  # (T, N)
+        logits = (cap * np.tanh(scores / cap) if cap else scores) + bias[head]
         weights = _softmax(logits, None if sinks is None else float(sinks[head]))
         out[head] = (weights * exact) @ v[kv] + (weights * ~exact) @ v_seen[kv]
     return out

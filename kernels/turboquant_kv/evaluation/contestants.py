@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from turboquant_kv.cache.calibration import Calibration
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.probe import ModelLayers
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
@@ -67,7 +68,7 @@ class FormatContestant(Contestant):
         self.name, self.description = runtime.fmt_name, runtime.description
         self.kind = "uncompressed" if fmt is None else "format"
         self.backend = runtime.backend_name
-        self.batches = all(callable(getattr(cache, "merge", None)) for cache in runtime.make_cache())
+        self.batches = runtime.try_batches().decode is None
 
     def _new_runtime(self, shift: int, backend: str) -> KVRuntime:
         calibration = self._calibration if self._fmt is not None and self._fmt.centred else None
@@ -109,8 +110,8 @@ class RivalContestant(Contestant):
 
     def new_caches(self, shift: int) -> list[Any]:
         own = make_prompt_cache(self._model)
-        shapes = self._layers.shapes
-        return [c if shape is None else self._rival.new_cache(shape) for c, shape in zip(own, shapes, strict=True)]
+        pairs = zip(leaves(own), self._layers.shapes, strict=True)
+        return with_leaves(own, [c if shape is None else self._rival.new_cache(shape) for c, shape in pairs])
 
     def merge(self, conversations: Sequence[list[Any]]) -> list[Any]:
         raise NotImplementedError(f"{self.name} has no batched form")

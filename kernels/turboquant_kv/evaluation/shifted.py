@@ -21,6 +21,7 @@ import numpy as np
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.calibration import Calibration
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
 
 
@@ -46,11 +47,17 @@ class ShiftedCache(AttendingCache):
         return mask
 
     def attend(
-        self, queries: mx.array, *, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
         assert self._fetched is not None, "attention was asked for without new keys in this cache"
         (keys, values), self._fetched = self._fetched, None
-        return seam.scaled_dot_product_attention(queries, keys, values, self.inner, scale, mask, sinks)
+        return seam.scaled_dot_product_attention(queries, keys, values, self.inner, scale, mask, sinks, cap)
 
     def _attend(self, step: LayerInput) -> mx.array:
         raise AssertionError("attend does it")
@@ -67,7 +74,8 @@ def at_offset(caches: Sequence[Any], shift: int, attention_layers: Sequence[bool
     """The caches as a model shall see them; rings and recurrent states, whose positions are nobody's, stay."""
     if shift == 0:
         return list(caches)
-    return [ShiftedCache(c, shift) if moves else c for c, moves in zip(caches, attention_layers, strict=True)]
+    pairs = zip(leaves(caches), attention_layers, strict=True)
+    return with_leaves(caches, [ShiftedCache(c, shift) if moves else c for c, moves in pairs])
 
 
 def shifted(calibration: Calibration, shift: int) -> Calibration:

@@ -139,6 +139,7 @@ TQ_FN void tq_attend_exact(TqPlace place, TqWork work, TqExactRows exact, const 
     }
     for (int r = 0; r < LIVE; r++) {
       const bool seen = tq_lives(work, r) && tq_sees_exact(work, tq_position_of(work, r), token);
+      if (CAPPED) score[r] = tq_capped(score[r], work.step.cap);
       score[r] = tq_weigh_row(running, r, seen ? score[r] : TQ_MASKED);
     }
     const int count = num_exact - start < 32 ? num_exact - start : 32;

@@ -72,7 +72,9 @@ TQ_FN void tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, co
     for (int r = 0; r < LIVE; r++) {
       const bool seen = token < limits[r] && token >= lows[r];
       const float mean = TURN_PAIRS > 0 ? tq_shuffle(turned, uint(2 * r) + place.lane / 16) : shared.rows.mean[r];
-      score[r] = tq_weigh_row(running, r, seen ? score[r] * k_scale + mean : TQ_MASKED) * v_scale;
+      float scaled = score[r] * k_scale + mean;
+      if (CAPPED) scaled = tq_capped(scaled, work.step.cap);
+      score[r] = tq_weigh_row(running, r, seen ? scaled : TQ_MASKED) * v_scale;
     }
     const int count = work.num_tokens - tile * 32 < 32 ? work.num_tokens - tile * 32 : 32;
 #pragma unroll 4

@@ -109,13 +109,17 @@ TQ_FN TqEight tq_flip(TQ_THREAD simdgroup_matrix<float, 8, 8>* s, TQ_SHARED floa
   return p;
 }
 
-// Scores scaled; those of tokens outside [low, limit) masked. first: of the lane's eight tokens.
-TQ_FN void tq_scale_scores(TQ_THREAD TqEight& p, const TQ_DEVICE Half* scales, float mean, int tile, int first, int low,
-                           int limit) {
+// Scores scaled and capped; those of tokens outside [low, limit) masked. first: of the lane's eight tokens.
+TQ_FN void tq_scale_scores(TQ_THREAD TqEight& p, const TQ_DEVICE Half* scales, float mean, float cap, int tile, int first,
+                           int low, int limit) {
   const TQ_DEVICE half4* k_scale = reinterpret_cast<const TQ_DEVICE half4*>(scales);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     p.at[i] = p.at[i] * float4(k_scale[i]) + mean;
+    if (CAPPED) {
+#pragma unroll
+      for (int u = 0; u < 4; u++) p.at[i][u] = tq_capped(p.at[i][u], cap);
+    }
     if (tile * 32 + 32 > limit || tile * 32 < low) {
 #pragma unroll
       for (int u = 0; u < 4; u++) {
@@ -189,7 +193,7 @@ TQ_FN void tq_attend_tiles(TqPlace place, TqDecodeInputs inputs, TqWork work, TQ
     TqEight p = tq_flip(s, flip, r, c);
     float mean = shared.rows.mean[r];
     if (TURN_PAIRS > 0) mean = tq_shuffle(tq_mean_scores(place, shared.rows, inputs.turns, tile), uint(2 * r + c / 2));
-    tq_scale_scores(p, inputs.k_scales + scored_id, mean, tile, tile * 32 + 8 * c, low, limit);
+    tq_scale_scores(p, inputs.k_scales + scored_id, mean, work.step.cap, tile, tile * 32 + 8 * c, low, limit);
     tq_weigh_tile(row, p, inputs.v_scales + scored_id);
     tq_add_values(place, inputs.v_codes, row_id, p, shared, row);
   }

@@ -9,10 +9,11 @@ struct TqStepFigures {
   int num_parts;
   float scale;
   int reach;
+  float cap;
 };
-TQ_CONSTANT int STEP_WORDS = 6;
+TQ_CONSTANT int STEP_WORDS = 7;
 TQ_FN TqStepFigures tq_step_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1], at[2], at[3], tq_as_float(at[4]), at[5]};
+  return {at[0], at[1], at[2], at[3], tq_as_float(at[4]), at[5], tq_as_float(at[6])};
 }
 
 struct TqSequenceFigures {
@@ -72,8 +73,9 @@ struct TqPrefillFigures {
   int window_start;
   int num_window;
   float scale;
+  float cap;
 };
-TQ_CONSTANT int PREFILL_WORDS = 9;
+TQ_CONSTANT int PREFILL_WORDS = 10;
 TQ_FN TqPrefillFigures tq_prefill_figures(const TQ_DEVICE int* at) {
-  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], tq_as_float(at[8])};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], tq_as_float(at[8]), tq_as_float(at[9])};
 }

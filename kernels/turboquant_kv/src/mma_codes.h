@@ -70,9 +70,9 @@ TQ_FN const __half* tq_scales(const uchar* tile, TqLane at) {
   return reinterpret_cast<const __half*>(tile + SCALES_AT) + (at.r >> 1) * BLOCK_TOKENS + (at.r & 1);
 }
 
-// Scores s of unit u: tokens r and r + 8 by query rows 2c and 2c + 1. t0: the tile's first token.
-TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, const float* means, TqBounds bounds, TqLane at,
-                         uint lane_4, int t0, int u, float* s) {
+// Scores s of unit u, capped: tokens r and r + 8 by query rows 2c and 2c + 1. t0: the tile's first token.
+TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFragments& queries, const float* means, TqBounds bounds, float cap,
+                         TqLane at, uint lane_4, int t0, int u, float* s) {
   const uint row = (at.r >> 1) * BLOCK_TOKENS + 4 * u + (at.r & 1);
   uint words[2][K_WORDS + 1], signs[(D / 4 + 15) / 16];
   if (K_TRELLIS) {
@@ -102,6 +102,10 @@ TQ_FN void tq_score_unit(const uchar* tile, const uchar* arena, const TqQueryFra
   s[1] = (even[1] + odd[1]) * scale_0 + means[1];
   s[2] = (even[2] + odd[2]) * scale_1 + means[0];
   s[3] = (even[3] + odd[3]) * scale_1 + means[1];
+  if (CAPPED) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = tq_capped(s[i], cap);
+  }
   if (QROWS > 1 || bounds.low_1 > t0) {
     const int token = t0 + int(row);
     if (token >= bounds.limit_0 || token < bounds.low_0) s[0] = TQ_MASKED;
@@ -210,7 +214,7 @@ TQ_FN int tq_attend_codes(TqPlace place, TqDecodeInputs inputs, TqWork work, uch
       float peak_0 = rows.peak[0], peak_1 = rows.peak[1];
 #pragma unroll
       for (int u = 0; u < UNITS; u++) {
-        tq_score_unit(tile, arena, queries, means, bounds, at, lane_4, t0, u, s[u]);
+        tq_score_unit(tile, arena, queries, means, bounds, work.step.cap, at, lane_4, t0, u, s[u]);
         peak_0 = fmaxf(peak_0, fmaxf(s[u][0], s[u][2]));
         peak_1 = fmaxf(peak_1, fmaxf(s[u][1], s[u][3]));
       }

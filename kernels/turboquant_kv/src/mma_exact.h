@@ -52,7 +52,9 @@ TQ_FN void tq_score_exact(const TqExactFragments& given, TqWork work, const Exac
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const bool seen = tq_sees_exact(work, i & 1 ? query_1 : query_0, start + at.r + (i & 2 ? 8 : 0));
-    s[i] = seen ? s[i] * work.step.scale : TQ_MASKED;
+    s[i] *= work.step.scale;
+    if (CAPPED) s[i] = tq_capped(s[i], work.step.cap);
+    if (!seen) s[i] = TQ_MASKED;
   }
 }
 
@@ -106,7 +108,9 @@ TQ_FN void tq_score_plainly(TqPlace place, TqDecodeInputs inputs, TqWork work, T
       }
       dot = tq_lane_sum(dot);
       const bool seen = lives && tq_sees_exact(work, tq_position_of(work, row), start + t);
-      if (place.lane == 0) scores[row * 16 + t] = seen ? dot * work.step.scale : TQ_MASKED;
+      dot *= work.step.scale;
+      if (CAPPED) dot = tq_capped(dot, work.step.cap);
+      if (place.lane == 0) scores[row * 16 + t] = seen ? dot : TQ_MASKED;
     }
   }
   __syncwarp();

@@ -102,6 +102,18 @@ TQ_FN void tq_score(const uchar* lane_queries, const uchar* keys, TqAddresses at
   }
 }
 
+// Scores before the scale, capped.
+TQ_FN void tq_cap(float (*s)[COLUMNS / 8][4], float cap) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; m++) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[m][j][i] = tq_capped(s[m][j][i], cap);
+    }
+  }
+}
+
 // Masks what a row does not see of a tile.
 TQ_FN void tq_mask(const TqWalk& walk, const int* figures, int warp_start, int tile, TqLane at, float (*s)[COLUMNS / 8][4]) {
   const int section = tq_section_of(walk, tile), column = tq_column_of(walk, tile) + 2 * at.c;
@@ -242,6 +254,7 @@ TQ_FN void tq_prefill(TqPlace place, TqPrefillInputs inputs, In* out) {
     if (!plain && !tq_sees_tile(walk, inputs.figures, run.warp_start, tile)) continue;
     float s[M_TILES][COLUMNS / 8][4];
     tq_score(lane_queries, tq_key_tile(arena, tile), addresses, s);
+    if (CAPPED) tq_cap(s, figures.cap);
     if (!plain) tq_mask(walk, inputs.figures, run.warp_start, tile, at, s);
     uint p[M_TILES][COLUMNS / 8][2];
     tq_weigh(sums, s, figures.scale, p);

@@ -7,6 +7,14 @@
 #define TQ_NO_PEAK -1e30f
 #define TQ_MASKED -2e30f
 
+// cap * tanh(score / cap), in whatever unit both are; 1e-7 of the cap off at most. NaN stays NaN.
+TQ_FN float tq_capped(float score, float cap) {
+  float twice = score * (2.88539008f / cap);  // exp(2 x) = exp2(twice); beyond these bounds tanh is 1
+  twice = twice > 40.0f ? 40.0f : twice;
+  twice = twice < -40.0f ? -40.0f : twice;
+  return cap - 2.0f * cap / (tq_exp2(twice) + 1.0f);
+}
+
 // A new score of the one row that each of a warp's lanes holds another token of. Raises the row's peak, lets its mass
 // fade and grow; returns the token's weight, and in `fade` what sums so far are multiplied with.
 TQ_FN float tq_weigh(float score, TQ_THREAD float& peak, TQ_THREAD float& mass, TQ_THREAD float& fade) {

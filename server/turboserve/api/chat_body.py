@@ -40,6 +40,26 @@ def _whole(value: object, info: ValidationInfo) -> object:
 
 
 Whole = BeforeValidator(_whole)
+
+
+class FirstError(FailFast):
+    """A list's first wrong item is the only one reported; unlike pydantic's own, it may stand in a union."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+def at_most(num_members: int) -> BeforeValidator:
+    """Refuses a larger object before its members are looked at; of lists `FirstError` looks at one wrong item alone."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > num_members:
+            raise ValueError(f"at most {num_members} members are taken")
+        return value
+
+    return BeforeValidator(check)
+
+
 Unlimited = Literal[-1]  # how local servers spell "no limit", and their clients send it unasked
 
 Name = Annotated[str, Field(max_length=256)]
@@ -51,7 +71,7 @@ NumThoughts = Annotated[Annotated[int, Field(ge=0, le=MAX_TOKENS)] | Unlimited, 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(gt=0, le=10)]
 GrammarText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]
-Options = Annotated[list[StopText], Field(max_length=MAX_OPTIONS)]
+Options = Annotated[list[StopText], FirstError(), Field(max_length=MAX_OPTIONS)]
 Schema = dict[str, Any]  # a JSON schema; the engine says what of it cannot be enforced
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -87,7 +107,7 @@ class RefusalPart(OpenModel):
     refusal: str
 
 
-Parts = Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_PARTS)]
+Parts = Annotated[list[TextPart | RefusalPart], FirstError(), Field(max_length=MAX_PARTS)]
 
 
 class FunctionCall(OpenModel):
@@ -127,7 +147,7 @@ class AssistantMessage(OpenModel):
     role: Literal["assistant"]
     content: str | Parts | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], FirstError(), Field(max_length=MAX_TOOL_CALLS)] | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -195,7 +215,7 @@ class AllowedTools(OpenModel):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[NamedTool], FirstError(), Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class AllowedToolsChoice(OpenModel):
@@ -300,16 +320,21 @@ class SamplingBody(OpenModel):
     repetition_penalty: Repetition | None = None
     repeat_penalty: Repetition | None = None
     logit_bias: (
-        Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
+        Annotated[
+            dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_BIASES), Field(max_length=MAX_BIASES)
+        ]
+        | None
     ) = None
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX), Whole] | None = None
 
     max_tokens: TokenLimit | None = None
     n_predict: TokenLimit | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS), Whole] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    num_draft_tokens: Annotated[int, Field(ge=0, le=1000), Whole] | None = None
+    stop: StopText | Annotated[list[StopText], FirstError(), Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: (
-        Annotated[list[Annotated[int, Field(ge=0, le=INT32_MAX), Whole]], Field(max_length=MAX_STOP_IDS)] | None
+        Annotated[list[Annotated[int, Field(ge=0, le=INT32_MAX), Whole]], FirstError(), Field(max_length=MAX_STOP_IDS)]
+        | None
     ) = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -335,16 +360,16 @@ class SamplingBody(OpenModel):
 class ChatBody(SamplingBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], FirstError(), Field(min_length=1, max_length=MAX_MESSAGES)]
 
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Whole] | None = None
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], FirstError(), Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
+    functions: Annotated[list[Function], FirstError(), Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
 
     add_generation_prompt: bool | None = None

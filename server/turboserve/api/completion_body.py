@@ -7,14 +7,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from turboserve.api.chat_body import INT32_MAX, MAX_CHOICES, SamplingBody
+from turboserve.api.chat_body import INT32_MAX, MAX_CHOICES, FirstError, SamplingBody
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 5  # OpenAI's limit on this route
 MAX_PROMPT_TOKENS = 10_000_000
 
 PromptTokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
-TokenIds = Annotated[list[PromptTokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+TokenIds = Annotated[list[PromptTokenId], FirstError(), Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 
 
 class CompletionBody(SamplingBody):
@@ -23,8 +23,8 @@ class CompletionBody(SamplingBody):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], FirstError(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], FirstError(), Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     suffix: Annotated[
         str | None, Field(description="Text behind the answer, for models with tokens for filling in the middle.")

@@ -125,6 +125,8 @@ def summed_usage(usages: Sequence[Usage], n: int) -> Usage:
         cached_tokens=sum(usage.cached_tokens for usage in prompts),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+        draft_tokens=sum(usage.draft_tokens for usage in usages),
+        accepted_draft_tokens=sum(usage.accepted_draft_tokens for usage in usages),
     )
 
 

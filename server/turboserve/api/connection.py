@@ -2,7 +2,7 @@
 
 Adds: 408 when a request takes too long to arrive, 431 for oversized headers, OpenAI-shaped
 400 for broken framing, an abort for readers that stall, half-closed sockets as disconnects,
-and disconnects noticed even while a client pipelines.
+disconnects noticed even while a client pipelines, and a bound on connections.
 """
 
 from __future__ import annotations
@@ -20,9 +20,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
+from turboserve.api.connection_watch import ConnectionLimit, CountingTransport, ReaderWatch, bound_send_buffer
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
 from turboserve.api.replies import dump
-from turboserve.errors import HeadersTooLargeError, InvalidRequestError, SlowRequestError, TurboServeError
+from turboserve.errors import (
+    HeadersTooLargeError,
+    InvalidRequestError,
+    OverloadedError,
+    SlowRequestError,
+    TurboServeError,
+)
 from turboserve.telemetry import Telemetry
 
 logger = logging.getLogger("turboserve.api")
@@ -48,11 +55,14 @@ class Connection(H11Protocol):
         request_timeout_s: float,
         send_timeout_s: float,
         telemetry: Telemetry,
+        limit: ConnectionLimit,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._request_timeout_s = request_timeout_s
         self._send_timeout_s = send_timeout_s
         self._telemetry = telemetry
+        self._limit = limit
+        self._watch: ReaderWatch | None = None
         self._arrival_deadline: asyncio.TimerHandle | None = None
         self._stall_deadline: asyncio.TimerHandle | None = None
         self._lingering = False
@@ -60,15 +70,31 @@ class Connection(H11Protocol):
     # Arrival: a request must be complete within the deadline.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        counting = CountingTransport(transport, lambda: watch.wrote())
+        self._watch = watch = ReaderWatch(counting, self._send_timeout_s, self._stalled)
+        super().connection_made(counting)  # type: ignore[arg-type]  # quacks like one
         # asyncio does so only for sockets created with an explicit protocol number; without it every
         # answer waits 40 ms for the client's delayed acknowledgement.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound_send_buffer(transport.get_extra_info("socket"))
         self._arm_arrival()
+        if not self._limit.enter(self):
+            self._refuse(OverloadedError("The server has as many connections as it can.", retry_after_s=5))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is being answered: whoever asks nothing, or not yet all of it, may be asked to come again."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def give_way(self) -> None:
+        """Another connection needs the place."""
+        self._telemetry.http_disconnect("gave_way")
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
             return
+        self._limit.touch(self)
         if self._receiving():
             self._arm_arrival()
         super().data_received(data)
@@ -168,6 +194,9 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm_arrival()
         self._disarm_stall()
+        self._limit.leave(self)
+        if self._watch is not None:
+            self._watch.stop()
         super().connection_lost(exc)
 
     # Stalled readers.
@@ -180,12 +209,25 @@ class Connection(H11Protocol):
         self._disarm_stall()
         super().resume_writing()
 
+    def _stalled(self) -> None:
+        self._telemetry.http_disconnect("stalled")
+        logger.warning("the client stopped reading")
+        self.transport.abort()
+
     def _disarm_stall(self) -> None:
         if self._stall_deadline is not None:
             self._stall_deadline.cancel()
             self._stall_deadline = None
 
 
-def connection_factory(*, request_timeout_s: float, send_timeout_s: float, telemetry: Telemetry) -> Any:
+def connection_factory(
+    *, request_timeout_s: float, send_timeout_s: float, telemetry: Telemetry, max_connections: int
+) -> Any:
     """What uvicorn's `Config.http` takes: called with config, server_state, app_state and _loop."""
-    return partial(Connection, request_timeout_s=request_timeout_s, send_timeout_s=send_timeout_s, telemetry=telemetry)
+    return partial(
+        Connection,
+        request_timeout_s=request_timeout_s,
+        send_timeout_s=send_timeout_s,
+        telemetry=telemetry,
+        limit=ConnectionLimit(max_connections),
+    )

@@ -7,6 +7,7 @@ import base64
 import math
 import sys
 from array import array
+from functools import partial
 from typing import Annotated, Literal
 
 import orjson
@@ -16,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from turboserve.api.answering import wait_for_disconnect
-from turboserve.api.body import read_json_object
-from turboserve.api.chat_body import OpenModel
+from turboserve.api.body import read_as
+from turboserve.api.chat_body import FirstError, OpenModel
 from turboserve.api.completion_body import TokenIds, texts_or_ids
 from turboserve.api.context import ApiContext, Context
 from turboserve.api.kv_reply_models import Reply
@@ -42,8 +43,8 @@ class EmbeddingBody(OpenModel):
     input: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[str], FirstError(), Field(min_length=1, max_length=MAX_INPUTS)]
+        | Annotated[list[TokenIds], FirstError(), Field(min_length=1, max_length=MAX_INPUTS)]
     )
     encoding_format: Annotated[
         Literal["float", "base64"] | None, Field(description="base64: float32 in little-endian order.")
@@ -95,9 +96,7 @@ class EmbeddingList(Reply):
 async def embed(request: Request, context: Context) -> Response:
     """Vectors of texts: the mean of the loaded chat model's last hidden states, scaled to unit length."""
     context.admit()
-    raw = await read_json_object(request, context.max_body_bytes)
-    body = validated(EmbeddingBody, raw, is_strict=context.chat_rules.is_strict)
-    ignored = not_declared(EmbeddingBody.model_fields, raw)
+    body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
     context.check_model(body.model)
     answer = await embeddings_of(texts_or_ids(body.input), request, context)
     vectors = [shortened(vector, body.dimensions) for vector in answer.vectors]
@@ -111,6 +110,11 @@ async def embed(request: Request, context: Context) -> Response:
     }
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
     return Response(orjson.dumps(reply), headers=headers, media_type=JSON_TYPE)
+
+
+def _parsed(raw: dict[str, object], context: ApiContext) -> tuple[EmbeddingBody, list[str]]:
+    body = validated(EmbeddingBody, raw, is_strict=context.chat_rules.is_strict)
+    return body, not_declared(EmbeddingBody.model_fields, raw)
 
 
 async def embeddings_of(inputs: tuple[str | tuple[int, ...], ...], request: Request, context: ApiContext) -> Embeddings:

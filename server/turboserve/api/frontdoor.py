@@ -83,6 +83,8 @@ class Frontdoor:
             raise HeadersTooLargeError(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
         if header(headers, b"content-length") and header(headers, b"transfer-encoding"):
             raise InvalidRequestError("Content-Length and Transfer-Encoding exclude each other.")
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise InvalidRequestError("This server speaks HTTP/1.1, and no other version.")
         self._hosts.check(headers)
 
     def _check_key(self, scope: Scope, introduced: Introduction | None) -> None:

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from turboserve.api.connection import connection_factory
 from turboserve.api.drain import Drain
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
 from turboserve.api.security import check_exposure
+from turboserve.descriptors import connection_limit, raise_limit
 from turboserve.engine.protocol import Engine
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
@@ -30,6 +32,9 @@ logger = logging.getLogger("turboserve.api")
 
 # Time for the last events to reach their readers once the grace period is over.
 FLUSH_S = 1
+BACKLOG = 2048  # connections that the system holds until they are accepted
+ACCEPT_BATCH = 64  # of them at once: more could use up the process's files before the first is counted
+COMPLAINT_EVERY_S = 60.0
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -39,11 +44,12 @@ def bind(settings: Settings) -> socket.socket:
     Call it before loading a model, so that a busy port is reported at once.
     """
     check_exposure(settings)
+    raise_limit()
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address, family=family, backlog=2048)
+        return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as exc:
         raise StartupError(_bind_failure(exc, settings)) from exc
 
@@ -71,6 +77,23 @@ class DrainingServer(uvicorn.Server):
         self._drain = drain
         self._grace_s = grace_s
         self._expires_at: float | None = None
+        self._complained_at = -COMPLAINT_EVERY_S
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, a few connections at a time."""
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_trouble)
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # asyncio has set its batch as the queue's length as well
+
+    def _on_loop_trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Without files for new connections asyncio tries again every second, and would write a traceback each time."""
+        exc = context.get("exception")
+        if not (isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._complained_at >= COMPLAINT_EVERY_S:
+            self._complained_at = time.monotonic()
+            logger.error("no new connections for now: %s", exc.strerror)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler. Unlike uvicorn's, it lets `run` return, so that the engine can be closed."""
@@ -99,6 +122,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
         request_timeout_s=settings.request_timeout_s,
         send_timeout_s=settings.send_timeout_s,
         telemetry=app.state.context.telemetry,
+        max_connections=settings.max_connections or connection_limit(),
     )
     config = uvicorn.Config(
         app,
@@ -109,6 +133,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        backlog=ACCEPT_BATCH,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=FLUSH_S,
     )

@@ -43,6 +43,8 @@ class EngineCollector(Collector):
         stats = self._engine.stats()
         yield _info(stats)
         yield from _kernel_trial(stats)
+        text = "1 when requests that run at the same time are computed one by one."
+        yield _gauge("rows_apart", text, float(stats.rows_apart))
         yield _gauge("num_requests_running", "Requests in prefill or decode.", stats.num_running)
         yield _gauge("num_requests_waiting", "Requests queued.", stats.num_waiting)
         yield from _kv_gauges(stats)

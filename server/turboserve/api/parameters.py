@@ -81,6 +81,9 @@ PARAMETERS: tuple[Parameter, ...] = (
         "1 to 1,000,000, or -1 for no limit of the caller's; several only if equal; what the context holds",
     ),
     _honoured("min_tokens", "up to `max_tokens`; before these no end token is drawn; 0"),
+    _honoured(
+        "num_draft_tokens", "tokens guessed ahead in a step where the server guesses, at most; 0: none; as it is set"
+    ),
     _honoured("stop", "a string, or up to 16 of them, each 1 to 1000 characters"),
     _honoured("stop_token_ids", "up to 256 token ids that end the answer as the model's own end tokens do"),
     _honoured("ignore_eos", "the model's own end tokens do not end the answer; false"),

@@ -221,6 +221,8 @@ def summed_usage(usages: Sequence[Usage]) -> Usage:
         usages[0],
         completion_tokens=sum(usage.completion_tokens for usage in usages),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+        draft_tokens=sum(usage.draft_tokens for usage in usages),
+        accepted_draft_tokens=sum(usage.accepted_draft_tokens for usage in usages),
     )
 
 
@@ -232,6 +234,10 @@ def completion_usage(usage: Usage) -> CompletionUsage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokens(cached_tokens=usage.cached_tokens),
-        completion_tokens_details=AnswerTokens(reasoning_tokens=usage.reasoning_tokens),
+        completion_tokens_details=AnswerTokens(
+            reasoning_tokens=usage.reasoning_tokens,
+            accepted_prediction_tokens=usage.accepted_draft_tokens,
+            rejected_prediction_tokens=usage.draft_tokens - usage.accepted_draft_tokens,
+        ),
         turboserve=memory,
     )

@@ -89,8 +89,8 @@ class AnswerTokens(Reply):
     """What the completion's tokens were."""
 
     reasoning_tokens: Annotated[int, Field(description="Before the answer itself, shown or not.")]
-    accepted_prediction_tokens: Literal[0] = 0
-    rejected_prediction_tokens: Literal[0] = 0
+    accepted_prediction_tokens: Annotated[int, Field(description="Of them, those that had been guessed ahead.")] = 0
+    rejected_prediction_tokens: Annotated[int, Field(description="Wrong guesses, in none of them.")] = 0
     audio_tokens: Literal[0] = 0
 
 

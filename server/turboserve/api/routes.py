@@ -6,6 +6,7 @@ caller sees its own sessions only. Nothing is remembered here.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from turboserve import __version__
 from turboserve.api.answering import AnswerResponse
 from turboserve.api.anthropic import routes as anthropic
-from turboserve.api.body import read_json_object
+from turboserve.api.body import read_as, read_json_object
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
 from turboserve.api.context import Context, Tenant, engine_answer
@@ -87,8 +88,8 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         context.telemetry.request_refused("draining")
     context.drain.check()
     engine = context.engine
-    requests, delivery, ignored = parse_chat(
-        await read_json_object(request, context.max_body_bytes),
+    parse = partial(
+        parse_chat,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
         model_id=context.required_model,
@@ -96,6 +97,7 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         defaults=engine.sampling_defaults,
         rules=context.chat_rules,
     )
+    requests, delivery, ignored = await read_as(request, context.max_body_bytes, parse)
     fingerprint = system_fingerprint(engine.stats(), requests[0].kv_format)
     replies = ChatReplies(requests[0].request_id, engine.model_id, delivery, fingerprint, len(requests))
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None

@@ -38,6 +38,7 @@ def common_request(
         sampling=_sampling(body, defaults),
         max_tokens=max_tokens,
         min_tokens=min_tokens,
+        num_draft_tokens=body.num_draft_tokens,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),

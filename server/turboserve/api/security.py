@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from turboserve.errors import AuthenticationError, ForeignHostError, StartupError
+from turboserve.errors import AuthenticationError, ForeignHostError, InvalidRequestError, StartupError
 from turboserve.settings import Settings
 
 # How containers call the machine they run on. Nobody can register names under .internal, so no foreign page has them.
@@ -25,6 +25,8 @@ TENANT_HEADER = b"x-turboserve-tenant"
 REQUEST_ID_HEADER = b"x-turboserve-request-id"
 FROM_ROUTER = (ROUTER_KEY_HEADER, TENANT_HEADER, REQUEST_ID_HEADER)
 _TENANT = re.compile(rb"[0-9a-f]{0,64}")
+# A name, an IPv4 or, in brackets, an IPv6 address; behind it a port, and nothing else.
+_HOST = re.compile(rb"([a-z0-9._~%!$&'()*+,;=-]+|\[[0-9a-f:.]+(?:%[a-z0-9]+)?\])(?::[0-9]{0,5})?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,80}")
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
@@ -66,22 +68,18 @@ class HostGuard:
         self._active = restricted and "*" not in self._allowed
 
     def check(self, headers: RawHeaders) -> None:
-        """Raises ForeignHostError."""
+        """Raises ForeignHostError, and InvalidRequestError for what names no host, also where any host will do."""
+        given = header(headers, b"host")
+        host = _HOST.fullmatch(given.strip().lower())
+        if given and host is None:
+            raise InvalidRequestError("The Host header is no name or address with a port.")
         if not self._active:
             return
-        name = _host_name(header(headers, b"host").decode("latin-1"))
+        name = host[1].decode() if host else ""
         if not (is_loopback(name) or name in self._allowed):
             raise ForeignHostError(
                 "This Host header is not served here; use localhost, or add the name to allowed_hosts."
             )
-
-
-def _host_name(host_header: str) -> str:
-    """`[::1]:8000` -> `[::1]`, `localhost:8000` -> `localhost`."""
-    host = host_header.strip().lower()
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    return host.partition(":")[0]
 
 
 class KeyGuard:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from turboserve.api.chat_body import StrictModel
+from turboserve.api.chat_body import FirstError, StrictModel
 from turboserve.api.completion_body import MAX_PROMPT_TOKENS, PromptTokenId
 
 ModelName = Annotated[str, Field(max_length=1024)]
@@ -33,4 +33,4 @@ class DetokenizeBody(StrictModel):
     """Token ids."""
 
     model: ModelName | None = None
-    tokens: Annotated[list[PromptTokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+    tokens: Annotated[list[PromptTokenId], FirstError(), Field(max_length=MAX_PROMPT_TOKENS)]

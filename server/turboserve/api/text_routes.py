@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from turboserve.api.answering import AnswerResponse
-from turboserve.api.body import read_json_object
+from turboserve.api.body import read_as, read_json_object
 from turboserve.api.chat_body import MAX_CHOICES, ChatBody
 from turboserve.api.completion_body import CompletionBody, texts_or_ids
 from turboserve.api.completion_models import Completion, CompletionChunk
@@ -51,9 +52,7 @@ COMPLETION_STREAM = stream_or_whole(
 async def completions(request: Request, context: Context, tenant: Tenant) -> Response:
     """Continue bare prompts, whole or as a stream of server-sent events."""
     context.admit()
-    raw = await read_json_object(request, context.max_body_bytes)
-    body = validated(CompletionBody, raw, is_strict=context.chat_rules.is_strict)
-    ignored = not_declared(CompletionBody.model_fields, raw)
+    body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
     context.check_model(body.model)
     asked = common_request(
         body,
@@ -79,6 +78,11 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     )
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
     return AnswerResponse(requests, replies, context, stream=bool(body.stream), extra_headers=headers)
+
+
+def _parsed(raw: dict[str, object], context: ApiContext) -> tuple[CompletionBody, list[str]]:
+    body = validated(CompletionBody, raw, is_strict=context.chat_rules.is_strict)
+    return body, not_declared(CompletionBody.model_fields, raw)
 
 
 Prompt = str | tuple[int, ...]
@@ -159,8 +163,11 @@ TOKENIZE_BODY = {
 @text_router.post("/tokenize", responses=failures(*OF_A_QUESTION), openapi_extra=TOKENIZE_BODY)
 async def tokenize(request: Request, context: Context, tenant: Tenant) -> Tokens:
     """The token ids of a bare prompt, or of the prompt that a conversation becomes."""
-    body = await read_json_object(request, context.max_body_bytes)
-    asked = _conversation(request, body, context, tenant) if "messages" in body else _bare_prompt(body, context)
+
+    def parse(body: dict[str, object]) -> EngineRequest:
+        return _conversation(request, body, context, tenant) if "messages" in body else _bare_prompt(body, context)
+
+    asked = await read_as(request, context.max_body_bytes, parse)
     tokens: tuple[int, ...] = await engine_answer(context.engine.ask(Tokenize(asked)))
     limit = context.engine.stats().max_context_tokens
     return Tokens(tokens=list(tokens), count=len(tokens), max_model_len=limit)
@@ -169,7 +176,7 @@ async def tokenize(request: Request, context: Context, tenant: Tenant) -> Tokens
 @text_router.post("/detokenize", responses=failures(*OF_A_QUESTION), openapi_extra=json_body(DetokenizeBody))
 async def detokenize(request: Request, context: Context) -> PlainText:
     """The text of token ids, control tokens included."""
-    body = validated(DetokenizeBody, await read_json_object(request, context.max_body_bytes))
+    body = await read_as(request, context.max_body_bytes, partial(validated, DetokenizeBody))
     context.check_model(body.model)
     text: str = await engine_answer(context.engine.ask(Detokenize(tuple(body.tokens))))
     return PlainText(prompt=text, content=text)
@@ -178,8 +185,8 @@ async def detokenize(request: Request, context: Context) -> PlainText:
 @text_router.post("/apply-template", responses=failures(*OF_A_QUESTION), openapi_extra=json_body(ChatBody))
 async def apply_template(request: Request, context: Context, tenant: Tenant) -> RenderedPrompt:
     """The text of the prompt that a chat completion with this body would have."""
-    body = await read_json_object(request, context.max_body_bytes)
-    asked = _conversation(request, body, context, tenant)
+    parse = partial(_conversation, request, context=context, tenant=tenant)
+    asked = await read_as(request, context.max_body_bytes, parse)
     return RenderedPrompt(prompt=await engine_answer(context.engine.ask(RenderTemplate(asked))))
 
 

@@ -70,11 +70,16 @@ class IdleConversations:
             self._ledger.family.runtime(kept.kv_format).release(kept.caches)
             return existing
         if existing is not None:
-            self.evict(existing, "superseded")
+            self._supersede(existing, kept)
         self.add(kept)
         for old in self._index.superseded_by(kept):
-            self.evict(old, "superseded")
+            self._supersede(old, kept)
         return kept
+
+    def _supersede(self, old: Conversation, kept: Conversation) -> None:
+        """Forget `old`, but not its file before `kept` is durable: a kill in between must not cost both."""
+        self._persistence.hand_over(old, kept)
+        self.evict(old, "superseded")
 
     def _is_held_already(self, kept: Conversation, existing: Conversation | None) -> bool:
         if len(kept.tokens) == 0:
@@ -97,11 +102,11 @@ class IdleConversations:
     # --- changing place
 
     def load(self, conversation: Conversation) -> bool:
-        """From disk to memory; False, and it is forgotten, when its file cannot be read."""
+        """From disk to memory; False when its file cannot be read: it is forgotten, or at an earlier turn again."""
         if self._persistence.load(conversation):
             self._ledger.hold(conversation)
             return True
-        self.evict(conversation, "unreadable")
+        self.fall_back(conversation, "unreadable")
         return False
 
     def unload(self, conversation: Conversation) -> None:
@@ -111,9 +116,9 @@ class IdleConversations:
         self._tally.spills["pressure"] += 1
 
     def replace_caches(self, conversation: Conversation, caches: Caches, kv_format: str, kv: KVBytes) -> None:
-        """Exchange its caches for the same tokens' in another format; its file holds the old ones, and goes."""
+        """Exchange its caches for the same tokens' in another format; its file keeps the old ones for now."""
         self._ledger.give_up(conversation)
-        self._persistence.forget(conversation)
+        self._persistence.outdate(conversation)
         conversation.caches, conversation.kv_format, conversation.kv = caches, kv_format, kv
         self._ledger.hold(conversation)
 
@@ -142,6 +147,16 @@ class IdleConversations:
         self._remove(conversation)
         self._tally.evictions[reason] += 1
 
+    def fall_back(self, conversation: Conversation, reason: str) -> None:
+        """Forget it as it is now; where its file holds an earlier state, the session stays on disk in that."""
+        earlier = self._persistence.earlier_state(conversation)
+        if earlier is None:
+            self.evict(conversation, reason)
+            return
+        self._remove(conversation)
+        self._tally.evictions[reason] += 1
+        self.add(earlier)
+
     def discard(self, conversation: Conversation) -> None:
         """Take back one that was just added and found no room; nobody has seen it."""
         self._remove(conversation)
@@ -152,12 +167,13 @@ class IdleConversations:
             if conversation.disk_key is not None:
                 self._ledger.give_up(conversation)
             else:
-                self.evict(conversation, "out_of_memory")
+                self.fall_back(conversation, "out_of_memory")
 
     def expire(self, now_s: float, default_ttl_s: float, busy: set[Key]) -> None:
         """Forget sessions past their time to live, pinned ones only if the time is their own. 0: no limit."""
         for conversation in list(self):
             session = conversation.session
+            session.last_used_s = min(session.last_used_s, now_s)  # by a file of a time when the clock was ahead
             ttl_s = session.ttl_s or (0.0 if session.is_pinned else default_ttl_s)
             is_over = bool(ttl_s) and now_s - session.last_used_s > ttl_s and conversation.key not in busy
             if is_over or self._persistence.is_lost(conversation):

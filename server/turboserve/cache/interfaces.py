@@ -161,7 +161,10 @@ class SessionDisk(Protocol):
     """Files by key. `put` only queues; nothing here ever raises for a disk's failure."""
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
-        """Write soon, in the background; False when that cannot be (full, read-only, too much queued)."""
+        """Write soon, in the background; False when that cannot be (full, read-only, too much queued).
+
+        What was there under this key stays until the new entry is on the device, and for good when it never gets there.
+        """
         ...
 
     def get(self, key: str) -> tuple[Meta, Header, Arrays] | None:
@@ -171,6 +174,10 @@ class SessionDisk(Protocol):
     def delete(self, key: str) -> None: ...
 
     def entries(self) -> Iterable[StoredEntry]: ...
+
+    def entry(self, key: str) -> StoredEntry | None:
+        """What is on the device under this key, whatever is queued for it; None when there is nothing."""
+        ...
 
     def entry_bytes(self, key: str) -> int | None:
         """Bytes of that file; None when it is gone (the store drops the least recently used by itself)."""

@@ -16,7 +16,7 @@ Used by the engine thread only; clocks are passed in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,7 @@ class MemoryLimits:
     max_sessions_per_caller: int = 0
     max_session_bytes_per_caller: int = 0
     allow_requantise: bool = False
+    has_one_caller: bool = False  # there is one API key: its pins take nothing from anybody
 
 
 class Memory:
@@ -86,15 +87,15 @@ class Memory:
         budget_bytes: int,
         limits: MemoryLimits | None = None,
         disk: SessionDisk | None = None,
-        wall_offset_s: float = 0.0,
+        wall_offset: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Takes over what an earlier process left on `disk`. wall_offset_s: Unix seconds less the engine's."""
+        """Takes over what an earlier process left on `disk`. wall_offset: Unix seconds less the engine's, now."""
         self.family, self._disk = family, disk
         self._limits = limits = limits if limits is not None else MemoryLimits()
         self._tally = Tally()
         self._ledger = Ledger(family, budget_bytes)
         self._index = PrefixIndex(family)
-        self._persistence = persistence = Persistence(family, disk, self._tally, wall_offset_s)
+        self._persistence = persistence = Persistence(family, disk, self._tally, wall_offset)
         self._idle = IdleConversations(self._ledger, self._index, persistence, self._tally)
         self._leases = Leases(self._ledger, self._index, self._idle, self._tally)
         self._room = Room(self._ledger, self._idle, persistence, self._tally, may_requantise=limits.allow_requantise)
@@ -104,6 +105,7 @@ class Memory:
             self._tally,
             max_sessions=limits.max_sessions_per_caller,
             max_session_bytes=limits.max_session_bytes_per_caller,
+            has_one_caller=limits.has_one_caller,
         )
         self._commands = SessionCommands(self._ledger, self._idle, self._room, self._quotas, persistence, self._tally)
         self._expired_s = 0.0
@@ -329,6 +331,7 @@ class Memory:
         kept = Conversation(session, np.asarray(tokens, np.int32), lease.kv_format, lease.wanted_format, caches, kv)
         found = self._idle.keep(kept)
         if found is kept:
+            self._quotas.unpin_if_too_large(kept)
             self._quotas.shrink(kept)
             self._idle.write_ahead_if_worthwhile(kept)
             self._room.make(Need(), now_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,13 +35,13 @@ _KV_FIELDS = ("tokens", "compressed", "exact", "slack", "uncompressed", "raw_equ
 class Persistence:
     """The disk side of the memory; with `disk` None it does nothing and says so.
 
-    wall_offset_s: Unix seconds less the engine's.
+    wall_offset: Unix seconds less the engine's, as they are now: computers learn the time while they run.
     """
 
     family: CacheFamily
     disk: SessionDisk | None
     tally: Tally
-    wall_offset_s: float = 0.0
+    wall_offset: Callable[[], float] = lambda: 0.0
     refused_s: float | None = None  # when the disk last did not take a conversation, and of what size
     refused_bytes: int = 0
 
@@ -69,21 +70,26 @@ class Persistence:
         if not self.is_writable:
             return False
         header, arrays = self.family.export_caches(conversation.caches)
-        key = new_id()
-        if not self.disk.put(key, _meta(conversation, self.wall_offset_s), header, arrays):
+        key = conversation.earlier_key or new_id()  # of its earlier state, which thus stays until this one is durable
+        if not self.disk.put(key, _meta(conversation, self.wall_offset()), header, arrays):
             return False
-        conversation.disk_key = key
+        conversation.disk_key, conversation.earlier_key = key, None
         conversation.disk_bytes = sum(a.nbytes for a in arrays)
         return True
 
     def load(self, conversation: Conversation) -> bool:
-        """Bring its caches back into memory; False, and no file any more, when that is not possible.
+        """Bring its caches back into memory; False when that is not possible, and its file is of no use then.
 
-        Who holds memory is for the caller to book.
+        Unless that holds an earlier state, because a later one could not be written. Who holds memory is for the
+        caller to book.
         """
         assert conversation.caches is None
         stored = self.disk.get(conversation.disk_key) if self.disk and conversation.disk_key else None
         try:
+            if stored is not None and not _is_of(stored[0], conversation):
+                self.outdate(conversation)
+                self.tally.restores["failed"] += 1
+                return False
             if stored is not None:
                 _, header, arrays = stored
                 caches = self.family.import_caches(conversation.kv_format, header, list(arrays))
@@ -98,25 +104,46 @@ class Persistence:
         return False
 
     def forget(self, conversation: Conversation) -> None:
-        """Delete its file."""
-        if self.disk is not None and conversation.disk_key is not None:
-            self.disk.delete(conversation.disk_key)
+        """Delete its file, whichever state that holds."""
+        self.outdate(conversation)
+        if self.disk is not None and conversation.earlier_key is not None:
+            self.disk.delete(conversation.earlier_key)
+        conversation.earlier_key = None
+
+    def outdate(self, conversation: Conversation) -> None:
+        """Its file, if there is one, is not of exactly these caches any more: it stays until another replaces it."""
+        conversation.earlier_key = conversation.disk_key or conversation.earlier_key
         conversation.disk_key, conversation.disk_bytes = None, 0
+
+    def hand_over(self, old: Conversation, new: Conversation) -> None:
+        """What is on disk of `old` stays until `new`, which takes its place, is written over it."""
+        self.outdate(old)
+        if new.disk_key is None and new.earlier_key is None:
+            new.earlier_key, old.earlier_key = old.earlier_key, None
+
+    def earlier_state(self, conversation: Conversation) -> Conversation | None:
+        """The same session as its file has it, on disk only; None: there is no such file."""
+        if self.disk is None or conversation.earlier_key is None:
+            return None
+        entry = self.disk.entry(conversation.earlier_key)
+        earlier = self._from_entry(entry) if entry is not None else None
+        if earlier is None or earlier.session.session_id != conversation.session.session_id:
+            return None  # of a nameless conversation that this one had taken the place of
+        earlier.session = conversation.session
+        return earlier
 
     def rewrite(self, conversation: Conversation) -> None:
         """Its session changed: let its file, if there is one, say so."""
-        old_key = conversation.disk_key
-        if self.disk is None or old_key is None:
+        key = conversation.disk_key
+        if self.disk is None or key is None:
             return
         if conversation.caches is not None:
-            self.forget(conversation)
+            self.outdate(conversation)
             self.save(conversation)
             return
-        stored = self.disk.get(old_key)
-        key = new_id()
-        if stored and self.disk.put(key, _meta(conversation, self.wall_offset_s), stored[1], list(stored[2])):
-            self.disk.delete(old_key)
-            conversation.disk_key = key
+        stored = self.disk.get(key)
+        if stored is not None and _is_of(stored[0], conversation):
+            self.disk.put(key, _meta(conversation, self.wall_offset()), stored[1], list(stored[2]))
 
     def is_lost(self, conversation: Conversation) -> bool:
         """Whether it was on disk only, and the store dropped its file."""
@@ -139,7 +166,7 @@ class Persistence:
 
     def _from_entry(self, entry: StoredEntry) -> Conversation | None:
         try:
-            conversation = _conversation(entry, self.wall_offset_s)
+            conversation = _conversation(entry, self.wall_offset())
             self.family.runtime(conversation.kv_format)
             return conversation
         except (KeyError, TypeError, ValueError, zlib.error, KVFormatError) as exc:
@@ -164,8 +191,17 @@ def _meta(conversation: Conversation, wall_offset_s: float) -> Meta:
         "kv_format": conversation.kv_format,
         "wanted_format": conversation.wanted_format,
         "kv": {name: int(getattr(conversation.kv, name)) for name in _KV_FIELDS},
-        "tokens": base64.b85encode(zlib.compress(conversation.tokens.astype("<i4").tobytes(), 1)).decode(),
+        "tokens": _packed(conversation.tokens),
     }
+
+
+def _packed(tokens: Tokens) -> str:
+    return base64.b85encode(zlib.compress(tokens.astype("<i4").tobytes(), 1)).decode()
+
+
+def _is_of(meta: Meta, conversation: Conversation) -> bool:
+    """Whether a file holds these caches and not those of an earlier turn or format."""
+    return meta.get("kv_format") == conversation.kv_format and meta.get("tokens") == _packed(conversation.tokens)
 
 
 def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:

@@ -16,7 +16,8 @@ from turboserve.cache.sessions import Conversation, Holder, Lease
 from turboserve.cache.sizes import usable_estimate
 from turboserve.messages import Request
 
-# A shorter match saves less than forking costs, and says only that both use the same chat template.
+# A shorter match saves less than forking costs, and says only that both use the same chat template. Not where a request
+# continues the session that it names: that is what its caller asked for, however short it is.
 MIN_REUSED_TOKENS = 16
 
 # Reading a file costs about as much as computing this many tokens of a small model: a conversation on
@@ -75,19 +76,24 @@ class PrefixIndex:
             return None
         must_be_exact = must_be_exact or request.kv_format is not None
         best: Match | None = None
-        best_rank = (0, 0)
+        best_rank = (-DISK_HANDICAP_TOKENS, 0)
+        least = MIN_REUSED_TOKENS if request.session_id is None else 1
         for found in tree.find(tokens):
             limit = min(found.common_len, len(tokens) - 1)
-            if limit < max(best_rank[0], MIN_REUSED_TOKENS):
+            if limit < max(best_rank[0], least):
                 break
             holder = found.holder
             if (must_be_exact and holder.kv_format != holder.wanted_format) or holder is without:
                 continue
             if in_memory_only and holder.tier == "disk":
                 continue
+            if _rank(holder, limit, request) <= best_rank:
+                continue  # however much of it can be used: asking all that run is what bursts would wait for
             usable = self.usable(holder, limit)
             rank = _rank(holder, usable, request)
-            if usable >= MIN_REUSED_TOKENS and rank > best_rank:
+            is_own = holder.session.session_id == request.session_id
+            is_long_enough = usable >= (1 if is_own and found.is_whole else MIN_REUSED_TOKENS)
+            if rank > best_rank and is_long_enough and (is_own or rank > (0, 0)):
                 best, best_rank = Match(holder, usable, found.is_whole and isinstance(holder, Conversation)), rank
         return best
 
@@ -95,7 +101,8 @@ class PrefixIndex:
         """The longest n <= limit of which its cache can be forked; for one on disk, an estimate from below."""
         if isinstance(holder, Lease):
             running = holder.running
-            return 0 if running is None else running.usable_prefix(min(limit, running.held_len()))
+            limit = min(limit, running.held_len()) if running is not None else 0
+            return running.usable_prefix(limit) if running is not None and limit > 0 else 0
         runtime = self._family.runtime(holder.kv_format)
         if holder.caches is not None:
             return runtime.usable_prefix(holder.caches, limit)

@@ -187,7 +187,7 @@ class Room:
         elif conversation.disk_key is not None:
             self._idle.unload(conversation)
         elif not conversation.session.is_pinned:
-            self._idle.evict(conversation, "pressure")
+            self._idle.fall_back(conversation, "pressure")
 
     def _spill(self, conversation: Conversation, now_s: float) -> None:
         if self._persistence.save(conversation):

@@ -138,8 +138,9 @@ class SessionCommands:
     def _update(self, command: UpdateSession) -> SessionInfo:
         holder = self._holder(command.tenant, command.session_id)
         session, idle = holder.session, self._idle.get(*holder.key)
-        if command.is_pinned and not session.is_pinned and idle is not None:
-            self._quotas.check_pin(idle)
+        if command.is_pinned and not session.is_pinned:
+            running = holder.reserved_bytes if isinstance(holder, Lease) else 0
+            self._quotas.check_pin(holder.key, max(running, idle.kv.total if idle is not None else 0))
         session.is_pinned = session.is_pinned if command.is_pinned is None else command.is_pinned
         session.ttl_s = session.ttl_s if command.ttl_s is None else (command.ttl_s or None)
         if idle is not None:
@@ -169,7 +170,7 @@ class SessionCommands:
     def _info(self, holder: Holder) -> SessionInfo:
         """As its caller sees it; of a running one, the cache as it is now."""
         session, idle = holder.session, self._idle.get(*holder.key)
-        wall_offset_s = self._persistence.wall_offset_s
+        wall_offset_s = self._persistence.wall_offset()
         return SessionInfo(
             session_id=session.session_id,
             is_explicit=session.is_explicit,

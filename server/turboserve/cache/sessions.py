@@ -74,6 +74,7 @@ class Conversation(_OfSession):
     kv: KVBytes
     disk_key: str | None = None  # of its file, when that holds exactly these caches
     disk_bytes: int = 0
+    earlier_key: str | None = None  # of its file, when that holds an earlier state, which the next write replaces
 
     @property
     def held_len(self) -> int:

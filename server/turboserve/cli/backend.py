@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from turboquant_kv import blas
+from turboserve.descriptors import limits_kept
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ def load_backend() -> blas.BlasStatus:
     status = blas.interpose()
     try:
         import mlx.core  # noqa: F401  here and not above: the order is the point
+
+        with limits_kept():
+            import mlx_lm.utils  # noqa: F401  would lower the limit of open files
     except ImportError as exc:
         raise StartupError(explain_import_error(str(exc), best_extra())) from exc
     return status

@@ -100,6 +100,14 @@ def serve_command(
     overlap: Annotated[
         Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
     ] = None,
+    projections: Annotated[
+        Text, Option(help="Join linear layers of one input, multiply small steps by rows: auto, on or off [auto].")
+    ] = None,
+    speculate: Annotated[
+        Text, Option(help="Guess tokens ahead: draft (by --draft-model), lookup (in prompt and answer), off or auto.")
+    ] = None,
+    draft_model: Annotated[Text, Option(help="Folder or hub name of a smaller model with the same vocabulary.")] = None,
+    num_draft_tokens: Annotated[Text, Option(help="Tokens guessed for a request in a step, at most 7 [7].")] = None,
     default_max_tokens: Annotated[
         Text, Option(help="Tokens of an answer where none are asked; 0: up to the context [4096].")
     ] = None,
@@ -110,6 +118,7 @@ def serve_command(
     max_queued: Annotated[Text, Option(help="Requests waiting before 503 [256].")] = None,
     grammar_timeout_s: Annotated[Text, Option(help="Seconds a constraint may take to compile [0.7].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    max_connections: Annotated[Text, Option(help="Connections at once; 0: what open files allow [0].")] = None,
     strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,
     template_kwargs: Annotated[
         list[str] | None,

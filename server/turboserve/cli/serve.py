@@ -68,7 +68,8 @@ def _follow_router(drain: Drain) -> None:
 
 def _check_local_model(model: str) -> None:
     """Report a mistyped folder before anything starts. Raises StartupError. OWNER/NAME may be a download: later."""
-    from turboserve.engine.model_folder import read_config, resolve_folder
+    from turboserve.engine.model_config import read_config
+    from turboserve.engine.model_folder import resolve_folder
 
     if model.count("/") != 1 or Path(model).expanduser().exists():
         read_config(resolve_folder(model))

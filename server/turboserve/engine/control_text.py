@@ -57,6 +57,9 @@ class ControlTexts:
         return ids
 
 
+_INDEX = re.compile(r"x(\d+)x")  # what follows the mark in a placeholder
+
+
 class Guard:
     """Swaps control texts for placeholders that no message contains, and back."""
 
@@ -99,10 +102,17 @@ class Guard:
     def split(self, rendered: str) -> list[tuple[str, bool]]:
         """Rendered text as (text, is a guarded control text) pieces, in order."""
         pieces: list[tuple[str, bool]] = []
-        for index, part in enumerate(re.split(rf"{self.mark}x(\d+)x", rendered)):
-            text = self._literals[int(part)] if index % 2 else part
-            if text:
-                pieces.append((text, bool(index % 2)))
+        first, *others = rendered.split(self.mark)  # a pattern of a new mark would be compiled for each prompt
+        if first:
+            pieces.append((first, False))
+        for part in others:
+            index = _INDEX.match(part)
+            if index is None:  # a template cut it
+                pieces.append((self.mark + part, False))
+                continue
+            pieces.append((self._literals[int(index[1])], True))
+            if text := part[index.end() :]:
+                pieces.append((text, False))
         return pieces
 
 

@@ -69,11 +69,14 @@ def sampler_of(rows: Sequence[Generation]) -> BatchSampler:
     return sampler
 
 
-def add_row(sampler: BatchSampler, row: Generation) -> None:
-    """Let a row draw with the others; of its answer nothing may be on its way."""
+def add_row(sampler: BatchSampler, row: Generation, ahead: Sequence[int] = ()) -> None:
+    """Let a row draw with the others; of its answer nothing may be on its way.
+
+    ahead: what its answer is taken to go on with before the draw.
+    """
     assert row.sampling is not None
     sampling = row.sampling if row.rule is None else replace(row.sampling, barred_until=0)  # its mask sees to that
-    sampler.join(sampling, row.prompt, row.answer)
+    sampler.join(sampling, row.prompt, [*row.answer, *ahead] if ahead else row.answer)
 
 
 def sample(sampler: BatchSampler, logits: mx.array, masks: StepMasks | None) -> Draws:

@@ -205,6 +205,9 @@ class TurboEngine:
         parts = self._build(self._settings, self._progress)
         loop = StepLoop(parts, self._settings, self._telemetry, self._clock)
         self._progress(f"overlap      {loop.overlap}")
+        if loop.runner.apart is not None:
+            self._progress(f"batching     {loop.runner.batching}")
+        self._progress(f"speculation  {loop.speculation_line}")
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
@@ -313,7 +316,8 @@ class TurboEngine:
             self._unready = f"the engine died ({type(cause).__name__})"
         if loop is None:
             reason = cause if isinstance(cause, StartupError) else None
-            self._startup_error = reason or StartupError(f"the model could not be started: {cause!r}")
+            what = f"The model could not be started ({type(cause).__name__}): the log has details."
+            self._startup_error = reason or StartupError(what)
             self._unready = "the model could not be loaded"
         try:
             self._end_all(loop, EngineUnavailableError("The engine died; restart the server."))

@@ -2,7 +2,8 @@
 
 whoever makes it                 rule, before it is prepared
 prepare.py                       prompt, max_answer_len, sampling, text, reader and eos_ids, once
-runner.py                        caches and cache_len, as it computes and as rows join and leave the batch
+runner.py                        caches and cache_len, as it computes and as rows join and leave the batch; with
+                                 speculation.py num_drafted and num_accepted
 step_loop.py, open_requests.py   all others; they alone move `stage`, and take caches away when it changes
 """
 
@@ -55,6 +56,8 @@ class Generation:
     lease: Lease | None = None
     caches: list[Any] | None = None
     cache_len: int = 0
+    num_drafted: int = 0  # tokens that were guessed for its answer...
+    num_accepted: int = 0  # ...and those of them that it has
     num_recoveries: int = 0  # times its cache was lost and computed again
     order: int | None = None  # of its first admission; the youngest is preempted first
     cached_len: int = 0  # prompt tokens that were not computed for it, at its first admission
@@ -118,5 +121,9 @@ class Drawn(NamedTuple):
     logprobs: DrawnLogprobs | None = None
 
 
-Outcomes = Mapping[Generation, "Drawn | Exception | None"]
-"""Per row of a decode step: its next token, what failed, or None when its cache was lost."""
+Outcomes = Mapping[Generation, "Drawn | Exception | list[Drawn | Exception] | None"]
+"""Per row of a decode step: its next token, what failed, or None when its cache was lost.
+
+A list: its next tokens, several of them guessed right, of which the last may be what failed. The row has the first;
+`Runner.take` gives it each further one.
+"""

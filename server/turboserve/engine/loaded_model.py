@@ -10,6 +10,7 @@ from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.runner import EvaluatingRuntime
+from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import SamplingParams
 
 Progress = Callable[[str], None]
@@ -84,3 +85,4 @@ class EngineParts:
     runtime: ServingRuntime
     memory: Memory
     details: Mapping[str, str] = field(default_factory=dict)
+    draft: DraftModel | None = None  # guesses tokens for the model

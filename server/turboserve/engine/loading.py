@@ -23,12 +23,18 @@ from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import weights
+from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
-from turboserve.engine.model_folder import model_id_for, read_config, resolve_folder
+from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
+from turboserve.engine.model_config import read_config, read_generation_config
+from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
+from turboserve.engine.speculation_choice import as_draft, wants_draft_model
+from turboserve.engine.weight_files import read_shapes
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.models.tiny.prompts import load_texts
@@ -44,17 +50,23 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
+    guessing = _load_draft(settings, progress, memory) if wants_draft_model(settings) else None
     formats = _serve_formats(settings, loaded, progress)
     runtime = formats.default_runtime
-    budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes)
+    more_bytes = 0 if guessing is None else guessing.weights_bytes
+    budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes + more_bytes)
+    draft = None if guessing is None else as_draft(guessing, loaded, budget_bytes)
+    if draft is not None:
+        budget_bytes -= draft.cache_bytes
     limits = MemoryLimits(
         session_ttl_s=settings.session_ttl_s,
         max_sessions_per_caller=settings.max_sessions_per_caller,
         max_session_bytes_per_caller=settings.max_session_bytes_per_caller,
         allow_requantise=settings.allow_requantise,
+        has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset_s=time.time() - time.monotonic())
+    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     for line in memory_plan(loaded, runtime, budget_bytes):
@@ -67,7 +79,7 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
-    return EngineParts(loaded, runtime, kv_memory, details)
+    return EngineParts(loaded, runtime, kv_memory, details, draft)
 
 
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
@@ -75,9 +87,9 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model)
-    config = read_config(folder)
+    config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(folder, memory)
-    model, tokenizer = _load_with_mlx_lm(folder, str(config["model_type"]))
+    model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
     model, note = _expand_if_wanted(model, settings, memory)
     if note:
         progress(note)
@@ -86,6 +98,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
     dtype = weights.activation_dtype(model)
+    arranged = choose_projections(model, settings.projections)
+    progress(f"projections  {arranged}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -96,11 +110,16 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         max_context=max_context(config, settings.max_context_tokens),
         weights_bytes=weights.parameter_bytes(model),
         weights_fingerprint=weights.fingerprint(folder, dtype),
-        eos_ids=frozenset(int(i) for i in tokenizer.eos_token_ids),
+        eos_ids=end_tokens(tokenizer.eos_token_ids, [config, read_generation_config(folder)]),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
-        details={"weights": note or "as stored"},
+        details={"weights": note or "as stored", "projections": str(arranged)},
     )
+
+
+def _load_draft(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
+    """The model that guesses tokens for the served one. Raises StartupError."""
+    return load(settings.model_copy(update={"model": settings.draft_model, "served_model_name": ""}), progress, memory)
 
 
 def max_context(config: dict[str, Any], wanted: int) -> int:
@@ -112,27 +131,6 @@ def max_context(config: dict[str, Any], wanted: int) -> int:
     if wanted > own:
         log.warning("max_context_tokens=%d is more than the model was made for: %d is used", wanted, own)
     return min(wanted or own, own)
-
-
-def _load_with_mlx_lm(folder: Path, model_type: str) -> tuple[Any, Any]:
-    import mlx_lm
-
-    try:
-        model, tokenizer = mlx_lm.load(
-            str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True, trust_remote_code=False
-        )
-    except ValueError as exc:
-        if "not supported" in str(exc):
-            raise StartupError(
-                f"Models of type {model_type} are not supported by the installed mlx-lm: "
-                "choose another model, or upgrade turboserve."
-            ) from exc
-        raise StartupError(f"The model in {folder} cannot be loaded: {_one_line(exc)}") from exc
-    except (OSError, KeyError, TypeError, RuntimeError, ImportError) as exc:
-        raise StartupError(
-            f"The model in {folder} cannot be loaded ({_one_line(exc)}): its files may be incomplete, fetch them again."
-        ) from exc
-    return model, tokenizer
 
 
 def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:

@@ -6,9 +6,7 @@ Python files are never downloaded, so none can be run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from turboserve import models
 from turboserve.errors import StartupError
@@ -32,6 +30,8 @@ def resolve_folder(model: str) -> Path:
     """The local folder with the model's files, downloaded if need be. Raises StartupError."""
     if not model:
         return _checked(EMBEDDED_DIR, "the embedded model")
+    if "\0" in model:
+        raise StartupError("A model's name holds a NUL character: name a folder, or a hub model as OWNER/NAME.")
     path = Path(model).expanduser()
     if path.is_dir():
         return _checked(path, model)
@@ -40,22 +40,6 @@ def resolve_folder(model: str) -> Path:
     if not _is_hub_name(model):
         raise StartupError(f"There is no folder {model}: check the path, or name a hub model as OWNER/NAME.")
     return _checked(_download(model), model)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model. Raises StartupError when it cannot be used or asks to run code."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise StartupError(f"{folder / 'config.json'} cannot be read ({exc}): fetch the model again.") from exc
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise StartupError(f"{folder / 'config.json'} names no model_type: this is not a language model's folder.")
-    if "model_file" in config:
-        raise StartupError(
-            f"The model in {folder} brings its own Python code (model_file), which is never run: "
-            "choose a model of a type that mlx-lm supports itself."
-        )
-    return config
 
 
 def _checked(folder: Path, name: str) -> Path:

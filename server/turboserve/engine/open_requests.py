@@ -107,6 +107,8 @@ class OpenRequests:
             kv_format=kv_format,
             session_id=self._end_keeping(generation),
             reasoning_tokens=reader.num_reasoning_tokens,
+            draft_tokens=generation.num_drafted,
+            accepted_draft_tokens=generation.num_accepted,
         )
         self._telemetry.request_finished(reason)
         self._telemetry.observe_e2e(self._clock() - generation.submitted_s)

@@ -133,6 +133,10 @@ class EngineTelemetry(Protocol):
         """That many tokens were generated."""
         ...
 
+    def add_draft_tokens(self, num_drafted: int, num_accepted: int, /) -> None:
+        """That many tokens were guessed ahead, of which so many were right."""
+        ...
+
 
 class NullTelemetry:
     """Counts nothing: the default where nobody asked for figures."""
@@ -156,3 +160,5 @@ class NullTelemetry:
     def add_prompt_tokens(self, num_tokens: int, num_cached: int, /) -> None: ...
 
     def add_generation_tokens(self, num_tokens: int, /) -> None: ...
+
+    def add_draft_tokens(self, num_drafted: int, num_accepted: int, /) -> None: ...

@@ -7,6 +7,11 @@ these: the device computes while the host delivers. A row that ends by a token t
 caches that it was not meant to have, and is cut back by it when it leaves; one whose last token is on its way is left
 out of the next step. `cache_len` never counts the token in flight.
 
+Drafts. Where there is speculation (speculation.py), a step may check guessed tokens behind each row's newest one and
+returns several of a row. The batch then holds them all; `take` tells which of them the row has, and whoever leaves
+before is cut back to what it has. A step with drafts is computed at once, and what fails in it is computed again
+without.
+
 Rules. A mask depends on all tokens before it, so while a row has a token rule nothing is enqueued ahead: what is in
 flight lands, and steps are computed at once, their masks being filled while the device computes the logits.
 
@@ -16,6 +21,9 @@ row is cut back to its length before the step and tried alone: rows that work ke
 reported. A step that raises while the last one's tokens are in flight never happened: once they are known it is tried
 again without overlap. Rows whose cache cannot be trusted any more (work was already submitted to the device, or the
 cache cannot be cut) are reported as lost, and the loop computes their caches again from their tokens.
+
+Rows apart. A model whose batches were found to be wrong at start, or fail again and again although each row works
+alone, is computed row by row from then on.
 """
 
 from __future__ import annotations
@@ -26,16 +34,22 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from turboquant_kv.cache.batch_probe import Batching
 from turboquant_kv.cache.protocol import BatchRows
+from turboquant_kv.cache.rows_apart import forward, merge_apart
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
+from turboserve.engine.speculation import Speculation
+from turboserve.engine.speculation_step import draw_runs, fed_tokens
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
+
+MOST_FAILED_BATCHES = 2  # in a row, all of whose rows work alone; the batch is what fails then
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
@@ -51,6 +65,10 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
 
     def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
         """The rows of both; only the returned caches are valid afterwards."""
+        ...
+
+    def try_batches(self) -> Batching:
+        """Whether rows get together what they get alone. Raises what the model raises for one row."""
         ...
 
     def measure_row(self, batch: list[Any], index: int) -> KVBytes: ...
@@ -74,14 +92,24 @@ class Runner:
         self._caches: list[Any] | None = None  # batched, one per layer, rows as in _rows
         self._sampler: BatchSampler | None = None  # rows as in _rows; None: to be made of them by the next draw
         self._masks = RowMasks()
+        self.apart: str | None = None  # why rows are computed one by one; None: they are computed together
+        self._num_failed_batches = 0  # since the last batch of several rows that worked
+        self._num_failed_passes = 0  # over several prompts, since the last one that worked
         self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
+        self.speculation: Speculation | None = None
+        self._ahead: dict[Generation, int] = {}  # tokens of the last step that a row has in the batch and not yet
         self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
 
     @property
     def num_rows(self) -> int:
         return len(self._rows)
+
+    @property
+    def batching(self) -> str:
+        """How requests that run at the same time are computed, and why."""
+        return "together" if self.apart is None else f"one by one ({self.apart})"
 
     def has(self, generation: Generation) -> bool:
         """Whether a request is decoding in the batch."""
@@ -90,19 +118,29 @@ class Runner:
     def warm_up(self) -> int:
         """One real batched forward pass; returns the vocabulary's length as the logits have it.
 
-        Raises StartupError when the model's caches cannot be batched.
+        Decides whether rows are computed together. Raises StartupError when the model cannot compute a single token.
         """
         caches = self._runtime.make_cache()
-        unbatched = {type(c).__name__ for c in caches if not callable(getattr(c, "merge", None))}
-        if unbatched:
-            raise StartupError(
-                f"This model uses {', '.join(sorted(unbatched))}, which mlx-lm cannot batch: choose another."
-            )
-        batch = self._merge([caches])
-        self.can_prefill_together = all(isinstance(cache, BatchRows) for cache in batch)
-        logits, _ = self._forward([[0]], batch)
+        try:
+            found = self._runtime.try_batches()
+            self._use(found)
+            batch = self._merge([caches])
+            logits, _ = self._forward([[0]], batch)
+        except Exception as exc:
+            log.exception("the model cannot be run")
+            name = type(exc.__cause__ or exc).__name__
+            raise StartupError(f"This model cannot compute a token ({name}): the log has details.") from exc
+        self.can_prefill_together = found.prefill is None and all(isinstance(cache, BatchRows) for cache in batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
+
+    def _use(self, found: Batching) -> None:
+        """What a trial of batches found; said once."""
+        self.apart = found.decode
+        if found.decode is not None:
+            log.warning("requests that run at the same time are computed one by one: %s", found.decode)
+        elif found.prefill is not None:
+            log.warning("prompts are read one by one: %s", found.prefill)
 
     def prefill(self, pieces: Sequence[tuple[Generation, int]]) -> Mapping[Generation, Exception]:
         """Feed the next tokens, so many of each request, into the requests' own caches, in one pass.
@@ -112,6 +150,7 @@ class Runner:
         if len(pieces) > 1:
             try:
                 self._prefill_together(pieces)
+                self._num_failed_passes = 0
                 return {}
             except Exception:
                 log.exception("prefill failed for %d requests together; each is tried alone", len(pieces))
@@ -122,6 +161,11 @@ class Runner:
             except Exception as exc:
                 log.exception("prefill failed for request %s", generation.request_id)
                 failed[generation] = exc.with_traceback(None)  # its frames would keep caches alive
+        if len(pieces) > 1 and not failed:
+            self._num_failed_passes += 1
+            if self._num_failed_passes == MOST_FAILED_BATCHES:
+                self.can_prefill_together = False
+                log.warning("prompts are read one by one from now on: several failed together, and none of them alone")
         return failed
 
     def _prefill_alone(self, generation: Generation, num_tokens: int) -> None:
@@ -181,7 +225,9 @@ class Runner:
             return
         for generation in leaving:
             index, flight = self._rows.index(generation), self._flight
-            if flight is not None and generation in flight:
+            if self._ahead.pop(generation, 0):
+                generation.caches = self._runtime.fork_row(self._batch(), index, generation.cache_len)
+            elif flight is not None and generation in flight:
                 generation.caches = self._runtime.fork_row(self._batch(), index, generation.cache_len)
                 flight.drop(generation)
             else:
@@ -230,8 +276,16 @@ class Runner:
         return [self._extract(i) for i in range(len(self._rows))]
 
     def num_in_flight(self, generation: Generation) -> int:
-        """Tokens in a request's caches, 0 or 1, that were fed before they were known."""
-        return int(self._flight is not None and generation in self._flight)
+        """Tokens in a request's caches that were fed before they were known, or before it took them."""
+        return int(self._flight is not None and generation in self._flight) + self._ahead.get(generation, 0)
+
+    def take(self, generation: Generation) -> None:
+        """A row gets the next of the several tokens that the last step has returned for it."""
+        self._ahead[generation] -= 1
+        if not self._ahead[generation]:
+            del self._ahead[generation]
+        generation.cache_len += 1
+        generation.num_accepted += 1
 
     def step(self) -> Outcomes:
         """Feed every row's newest token and draw the next one for each.
@@ -240,9 +294,12 @@ class Runner:
         have just joined there is none yet.
         """
         flight = self._flight
-        must_know = self._must_be_wary() or any(row.rule is not None for row in self._rows)
+        self._ahead.clear()
+        is_wary = self._must_be_wary()
+        has_drafts = not is_wary and self.speculation is not None and self._is_worth_drafting(self.speculation)
+        must_know = is_wary or has_drafts or any(row.rule is not None for row in self._rows)
         if flight is None and (not self.overlaps or must_know or self._is_awaited):
-            return self._step_at_once()
+            return self._step_at_once(has_drafts=has_drafts)
         if flight is not None and (flight.draws is None or self._sampler is None or must_know):
             return self.land()  # nothing can be built on it
         ending = [row for row in self._rows if flight is not None and row in flight and row.num_answer_left <= 1]
@@ -250,12 +307,23 @@ class Runner:
             row.caches = self._extract(self._rows.index(row))
         if ending:
             self._take_out(ending)
-        return self._fly_on(flight) if self._rows else self.land()
+        if not self._rows:
+            return self.land()
+        if self.speculation is None:
+            return self._fly_on(flight)
+        self.speculation.begin()
+        outcomes = self._fly_on(flight)
+        if flight is not None:
+            self.speculation.learn(None, (), len(self._rows))
+        return outcomes
 
     @property
     def _is_awaited(self) -> bool:
         """Whether the only row has no token yet: its reader would wait until a second step has been prepared."""
         return len(self._rows) == 1 and not self._rows[0].answer
+
+    def _is_worth_drafting(self, speculation: Speculation) -> bool:
+        return bool(self._rows) and speculation.is_worth_it(self._rows, self._batch())
 
     def _must_be_wary(self) -> bool:
         """A row whose cache was lost may do it again; without overlap the fault is found where it happens."""
@@ -282,7 +350,7 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        logits: mx.array = self._model(newest_tokens(rows, flight), cache=self._batch())[:, -1, :]
+        logits: mx.array = forward(self._model, newest_tokens(rows, flight), self._batch())[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -329,12 +397,16 @@ class Runner:
                 self._runtime.release(caches)
         return [row for row in rows if singles[row] is None]
 
-    def _step_at_once(self) -> Outcomes:
+    def _step_at_once(self, *, has_drafts: bool = False) -> Outcomes:
         """A step without overlap: its own tokens are returned."""
         self._is_wary = False
         if not self._rows:
             return {}
         rows = list(self._rows)
+        if self.speculation is not None:
+            drafts = self.speculation.drafts(rows)
+            if has_drafts and drafts is not None:
+                return self._step_with_drafts(self.speculation, rows, drafts)
         try:
             logits, masks = self._forward([[row.newest_token()] for row in rows], self._batch(), rows)
         except _DeviceError:
@@ -343,18 +415,66 @@ class Runner:
         except Exception:
             log.exception("a decode step of %d rows failed; each row is tried alone", len(rows))
             return self._step_alone(rows)
+        if len(rows) > 1:
+            self._num_failed_batches = 0
         for row in rows:
             row.cache_len += 1
-        return dict(zip(rows, self._draw(logits, masks), strict=True))
+        drawn = self._draw(logits, masks)
+        if self.speculation is not None:
+            self.speculation.learn(None, (), len(rows))
+        return dict(zip(rows, drawn, strict=True))
+
+    def try_guesses(self, most: int) -> None:
+        """Feed rows with 1 to `most` tokens more than a step, and forget it again, so that a device compiles it."""
+        batch = self._batch()
+        for num_tokens in range(2, most + 2):
+            self._forward([[0] * num_tokens] * len(self._rows), batch, last_only=False)
+            for cache in batch:
+                cache.trim_rows([num_tokens] * len(self._rows))
+
+    def _step_with_drafts(
+        self, speculation: Speculation, rows: list[Generation], drafts: Sequence[list[int]]
+    ) -> Outcomes:
+        """One pass over each row's newest token and its drafts; what is wrong of these is cut off again."""
+        tokens, lens = fed_tokens(rows, drafts)
+        padding = [len(tokens[0]) - n for n in lens]
+        batch = self._batch()
+        try:
+            for cache in batch:
+                cache.prepare(lengths=lens, right_padding=padding)
+            logits, masks = self._forward(tokens, batch, rows, last_only=False)
+            for cache in batch:
+                cache.finalize()
+            self._sampler = None  # rows move on by different numbers of tokens
+            runs = draw_runs(logits, rows, drafts, masks)
+            for cache in batch:
+                cache.trim_rows([n - len(run) for n, run in zip(lens, runs, strict=True)])
+        except _DeviceError:
+            log.exception("a step with drafts of %d rows failed on the device", len(rows))
+            return self._lose_all(rows)
+        except Exception:
+            log.exception("a step with drafts of %d rows failed; each row is tried alone, without", len(rows))
+            return self._step_alone(rows)
+        outcomes: dict[Generation, Drawn | Exception | list[Drawn | Exception] | None] = {}
+        for row, run in zip(rows, runs, strict=True):
+            row.cache_len += 1
+            if len(run) > 1:
+                self._ahead[row] = len(run) - 1
+            outcomes[row] = run if len(run) > 1 else run[0]
+        speculation.learn(drafts, [len(run) - 1 for run in runs], len(rows))
+        return outcomes
 
     def _forward(
-        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = ()
+        self, tokens: list[list[int]], caches: list[Any], rows: Sequence[Generation] = (), *, last_only: bool = True
     ) -> tuple[mx.array, StepMasks | None]:
         """Logits (B, V) after the last of `tokens` (B, T), and the masks of `rows`, filled while the device computes.
 
+        Without last_only the logits are (B, T, V), after each token.
         Raises _DeviceError when evaluation fails.
         """
-        logits: mx.array = self._model(mx.array(tokens), cache=caches)[:, -1, :]
+        logits: mx.array = forward(self._model, mx.array(tokens), caches)
+        if last_only:
+            logits = logits[:, -1, :]
         masks = None
         try:
             if any(row.rule is not None for row in rows):
@@ -374,7 +494,22 @@ class Runner:
         outcomes: dict[Generation, Drawn | Exception | None] = {}
         for row, caches in zip(rows, singles, strict=True):
             outcomes[row] = None if caches is None else self._try_row(row, caches)
+        if len(rows) > 1 and self.num_rows == len(rows):  # each of them works alone
+            self._note_failed_batch()
         return outcomes
+
+    def _note_failed_batch(self) -> None:
+        """A model whose batches fail is not asked for another one: each would cost a step and a traceback."""
+        self._num_failed_batches += 1
+        if self._num_failed_batches < MOST_FAILED_BATCHES or self.apart is not None:
+            return
+        self.apart, self.can_prefill_together = "several rows together failed, and each of them worked alone", False
+        log.warning("requests that run at the same time are computed one by one from now on: %s", self.apart)
+        singles = [self._extract(i) for i in range(self.num_rows)]
+        self._forget_batch()
+        self._caches = self._merge(singles)
+        for caches in singles:
+            self._runtime.release(caches)
 
     def _try_row(self, row: Generation, caches: list[Any]) -> Drawn | Exception | None:
         """One decode step of one row, which joins the new batch when it works."""
@@ -441,7 +576,7 @@ class Runner:
         self._sampler = None
 
     def _merge(self, singles: list[list[Any]]) -> list[Any]:
-        return self._runtime.merge_rows(singles)
+        return self._runtime.merge_rows(singles) if self.apart is None else list(merge_apart(singles))
 
     def _extract(self, index: int) -> list[Any]:
         return [cache.extract(index) for cache in self._batch()]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
@@ -66,7 +67,7 @@ class ServedFormats:
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
         """Pages of the compressed layers, which share one numbering; None where nothing is compressed."""
-        paged = [c.sequence for c in caches if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
+        paged = [c.sequence for c in leaves(caches) if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
         if not paged:
             return None
         pool, ids = paged[0].pool, paged[0].page_ids

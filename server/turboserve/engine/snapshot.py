@@ -17,6 +17,7 @@ def take_snapshot(
     scratch_bytes: int,
     now_s: float,
     more_details: Mapping[str, str],
+    rows_apart: bool = False,
 ) -> EngineStats:
     """A consistent copy, taken between two steps. scratch_bytes: the most that a step may hold beside the budget."""
     runtime, loaded, memory = parts.runtime, parts.loaded, parts.memory
@@ -45,6 +46,7 @@ def take_snapshot(
         admission=memory.admission(),
         disk=memory.disk_status(),
         kernel_trial=_kernel_trial(runtime.verdict),
+        rows_apart=rows_apart,
     )
 
 

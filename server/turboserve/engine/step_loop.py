@@ -9,7 +9,7 @@ of the engine itself and ends it; whatever one request's data can cause ends tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
@@ -26,6 +26,7 @@ from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
+from turboserve.engine.speculation_choice import new_speculation, reason_against
 from turboserve.engine.token_texts import TokenTexts
 from turboserve.errors import EngineFailureError, TurboServeError
 from turboserve.messages import EngineStats, SessionCommand, TextQuestion
@@ -58,10 +59,24 @@ class StepLoop:
             on_cpu=on_cpu(),
         )
         self.runner.overlaps = self.overlap.is_on
+        self.speculation = self._choose_speculation()
         self.prefill_tokens = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu())
         self._speed = scheduler.PrefillSpeed()
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
+
+    def _choose_speculation(self) -> str:
+        """Gives the runner what guesses tokens, if anything does; why nothing does, else ""."""
+        settings, family = self._settings, self._parts.memory.family
+        against = reason_against(
+            settings.speculate,
+            has_draft_model=self._parts.draft is not None,
+            can_cut=family.can_cut(family.default),
+            stores_no_padding=self.runner.can_prefill_together,
+        )
+        if against is None:
+            self.runner.speculation = new_speculation(self._parts.draft, settings, self.vocab_len)
+        return against or ""
 
     # --- from outside, between two steps
 
@@ -115,8 +130,18 @@ class StepLoop:
             num_waiting=self.num_waiting,
             scratch_bytes=self.scratch_bytes,
             now_s=self._clock(),
-            more_details={"overlap": str(self.overlap)},
+            more_details={
+                "overlap": str(self.overlap),
+                "batching": self.runner.batching,
+                "speculation": self.speculation_line,
+            },
+            rows_apart=self.runner.apart is not None,
         )
+
+    @property
+    def speculation_line(self) -> str:
+        """Who guesses tokens and how well, or why nobody does."""
+        return f"off ({self.speculation})" if self.speculation else str(self.runner.speculation)
 
     @property
     def scratch_bytes(self) -> int:
@@ -365,16 +390,35 @@ class StepLoop:
 
     def _decode(self) -> None:
         self._deliver(self.runner.step())
+        if self.runner.speculation is not None:
+            drafted, accepted = self.runner.speculation.take_counts()
+            if drafted:
+                self._telemetry.add_draft_tokens(drafted, accepted)
 
     def _deliver(self, outcomes: Outcomes) -> None:
         if not outcomes:
             return
         now_s = self._clock()
-        self._telemetry.add_generation_tokens(sum(isinstance(outcome, Drawn) for outcome in outcomes.values()))
+        num_before = sum(len(generation.answer) for generation in outcomes)
         for generation, outcome in outcomes.items():
             if outcome is None:
                 self._recover(generation)
+            elif isinstance(outcome, list):
+                self._accept_run(generation, outcome, now_s)
             elif isinstance(outcome, Exception):
+                self.requests.fail(generation, outcome)
+            else:
+                self._accept(generation, outcome, now_s)
+        self._telemetry.add_generation_tokens(sum(len(generation.answer) for generation in outcomes) - num_before)
+
+    def _accept_run(self, generation: Generation, run: Sequence[Drawn | Exception], now_s: float) -> None:
+        """Several tokens of one step, until one of them ends the answer."""
+        for place, outcome in enumerate(run):
+            if generation.stage is not Stage.DECODE:
+                return
+            if place:
+                self.runner.take(generation)
+            if isinstance(outcome, Exception):
                 self.requests.fail(generation, outcome)
             else:
                 self._accept(generation, outcome, now_s)

@@ -16,6 +16,7 @@ from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import row_sampling
+from turboserve.engine.speculation import MOST_DRAFTS
 from turboserve.engine.token_rules import Mask
 from turboserve.messages import Event, Request, SamplingParams
 
@@ -39,11 +40,15 @@ ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ra
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Chunks of the prompt that is read, with how many rows tokens are decoded, and how many tokens each time."""
+    """Chunks of the prompt that is read, with how many rows tokens are decoded, and how many tokens each time.
+
+    with_guesses: also what checks guessed tokens, where any are.
+    """
 
     chunks: tuple[int, ...]
     row_counts: tuple[int, ...]
     num_tokens: int
+    with_guesses: bool = False
 
     @classmethod
     def for_device(cls, prefill_tokens: int, max_running: int, max_context: int) -> Plan:
@@ -58,7 +63,7 @@ class Plan:
         room = max_context - num_tokens * (len(DRAWS) + len(row_counts)) - 1  # the rest is for answers
         while sum(chunks) > room:
             chunks = chunks[1:]
-        return cls(chunks, row_counts, num_tokens)
+        return cls(chunks, row_counts, num_tokens, mx.default_device() != mx.Device(mx.cpu))
 
 
 def _doubling(most: int) -> tuple[int, ...]:
@@ -119,6 +124,8 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
             runner.join(other)
         _decode(runner, plan.num_tokens)
     runner.land()
+    if runner.speculation is not None and plan.with_guesses:
+        runner.try_guesses(MOST_DRAFTS)
 
 
 def _decode(runner: Runner, num_tokens: int) -> None:
@@ -127,6 +134,7 @@ def _decode(runner: Runner, num_tokens: int) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
             if outcome is not None:
+                assert not isinstance(outcome, list), "nothing is guessed for rows without a lease"
                 row.answer.append(outcome.token)
 
 

@@ -111,4 +111,4 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 def config_value(config: dict[str, Any], key: str) -> Any:
     """A configuration value, also from the text part of a multimodal model."""
     value = config.get(key)
-    return value if value is not None else config.get("text_config", {}).get(key)
+    return value if value is not None else (config.get("text_config") or {}).get(key)

@@ -13,7 +13,7 @@ import httpx
 from starlette.requests import Request
 from starlette.responses import Response
 
-from turboserve.api.body import check_media_type, parse_object, read_body
+from turboserve.api.body import beside_the_loop, check_media_type, parse_object, read_body
 from turboserve.api.frontdoor import ID_PREFIXES
 from turboserve.api.security import header
 from turboserve.api.session_request import SESSION_HEADER
@@ -34,7 +34,7 @@ async def by_body(request: Request) -> Response:
     context.drain.check()
     check_media_type(request)
     raw = await read_body(request, context.max_body_bytes)
-    body = parse_object(raw)
+    body = await beside_the_loop(len(raw), lambda: parse_object(raw))
     question = _question(request, raw)
     plan = context.catalogue.find(_named_in(body, question, context))
     _remember(body, request, question, plan, context)

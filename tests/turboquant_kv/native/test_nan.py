@@ -54,13 +54,16 @@ def test_a_bad_key_or_value(
 
 @every_format
 @every_path
+@pytest.mark.parametrize("cap", [0.0, 3.0])
 @pytest.mark.parametrize("centred", [True, False])
-def test_a_bad_query(centred: bool, num_rows: int, bits: tuple[int | str, int | str], rng: np.random.Generator) -> None:
+def test_a_bad_query(
+    centred: bool, cap: float, num_rows: int, bits: tuple[int | str, int | str], rng: np.random.Generator
+) -> None:
     fmt = KVFormat(*bits, page_tokens=PAGE, sink_tokens=SINK, centred=centred)
     history = History.random(rng, KV_HEADS, NUM_TOKENS, DIM)
     q = queries(rng, num_rows)
     q[0, 4, num_rows - 1, int(rng.integers(DIM))] = np.nan
     want = np.zeros(q.shape, bool)
     want[0, 4, num_rows - 1] = True
-    got = as_float64(attended(history, fmt, mx.array(q), 0.125, history.means(rng)))
+    got = as_float64(attended(history, fmt, mx.array(q), 0.125, history.means(rng), cap=cap))
     np.testing.assert_array_equal(np.isnan(got), want)

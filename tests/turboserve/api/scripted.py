@@ -276,6 +276,7 @@ class ScriptedEngine(ScriptedSessions):
             ),
             admission=AdmissionStats(5, 5000, 4000, 1000, 800),
             disk=DiskStatus(True, False, "No space left on device.", 700, 1000, 3),
+            rows_apart=True,
             kernel_trial=KernelTrial(
                 "gpu-metal", "mlx-ops", "slower", {("gpu-metal", 1024): 2e-4, ("mlx-ops", 1024): 1e-4}
             ),

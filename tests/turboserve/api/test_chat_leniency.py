@@ -147,14 +147,18 @@ def test_two_names_of_one_thing_must_agree(ask: Ask, body: dict[str, Any]) -> No
 
 def test_what_ends_an_answer_reaches_the_engine(ask: Ask, service: Service) -> None:
     body = {"stop_token_ids": [5, 7], "ignore_eos": True, "min_tokens": 4, "include_stop_str_in_output": True}
+    body["num_draft_tokens"] = 0
     assert ask(**body, skip_special_tokens=False, max_tokens=4).status_code == 200
     got = service.engine.received[-1]
     assert (got.stop_token_ids, got.ignore_eos, got.min_tokens, got.include_stop) == ((5, 7), True, 4, True)
+    assert got.num_draft_tokens == 0
     assert got.skip_special_tokens is False
     assert error_of(ask(min_tokens=5, max_tokens=4))["param"] == "min_tokens"
     assert ask().status_code == 200
     usual = service.engine.received[-1]
     assert (usual.stop_token_ids, usual.ignore_eos, usual.min_tokens, usual.include_stop) == ((), False, 0, False)
+    assert usual.num_draft_tokens is None
+    assert error_of(ask(num_draft_tokens=-1))["param"] == "num_draft_tokens"
     assert usual.skip_special_tokens and usual.add_generation_prompt and usual.template_kwargs == {}
 
 

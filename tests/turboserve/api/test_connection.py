@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import json
+import logging
 import socket
 import time
 
 import httpx
 import pytest
-from tests.turboserve.api.conftest import Service, raw_request, read_all, running
+from tests.turboserve.api.conftest import Service, connect_client, raw_request, read_all, running
 
 
 def body_for(script: str, *, stream: bool) -> bytes:
@@ -68,6 +71,68 @@ def test_a_stalled_reader_is_cancelled_and_its_socket_freed(service: Service) ->
             assert time.monotonic() < deadline, "the stalled connection was kept"
             time.sleep(0.01)
     assert 'turboserve_http_disconnects_total{kind="stalled"}' in service.telemetry.exposition().decode()
+
+
+@pytest.mark.parametrize("script", ["chatter", "burst"])
+def test_a_stalled_reader_of_little_is_noticed(script: str) -> None:
+    """All of it fits into buffers, which never fill, and the reader's own is full."""
+    with running(send_timeout_s=0.5) as service, service.connect(receive_buffer_bytes=1) as sock:
+        sock.sendall(raw_request(body_for(script, stream=True)))
+        service.engine.wait_live()
+        deadline = time.monotonic() + 10
+        while service.served(sock):
+            assert time.monotonic() < deadline, "the stalled connection was kept"
+            time.sleep(0.01)
+        service.wait_quiet()
+        assert 'http_disconnects_total{kind="stalled"} 1.0' in service.telemetry.exposition().decode()
+
+
+def test_a_reader_of_a_quiet_stream_is_not_taken_for_stalled() -> None:
+    with running(send_timeout_s=0.1, keepalive_interval_s=5.0) as service, service.connect() as sock:
+        sock.sendall(raw_request(body_for("slow start", stream=True), "Connection: close"))
+        assert b"[DONE]" in read_all(sock)
+
+
+def test_idle_connections_give_way_to_those_that_ask() -> None:
+    """The longest idle one first; whoever is being answered stays."""
+    with running(max_connections=20) as service, contextlib.ExitStack() as stack:
+        streaming = stack.enter_context(service.connect())
+        streaming.sendall(raw_request(body_for("chatter", stream=True)))
+        service.engine.wait_live()
+        half_sent = stack.enter_context(service.connect())
+        half_sent.sendall(b"GET /health HTTP/1.1\r\n")
+        for _ in range(100):
+            stack.enter_context(service.connect())
+        for _ in range(5):
+            with connect_client(service) as client:
+                assert client.get("/health").status_code == 200
+        assert len(service.server.server_state.connections) <= 20
+        assert service.served(streaming) is not None and service.served(half_sent) is None
+        streaming.close()
+
+
+def test_with_every_connection_busy_a_new_one_is_told_so() -> None:
+    with running(max_connections=3) as service, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            busy = stack.enter_context(service.connect())
+            busy.sendall(raw_request(body_for("forever", stream=True)))
+        service.engine.wait_live(3)
+        with service.connect() as sock:
+            assert read_all(sock).startswith(b"HTTP/1.1 503")
+
+
+def test_a_lack_of_files_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with running() as service, service.connect() as sock:
+        while (link := service.served(sock)) is None:
+            time.sleep(0.001)
+        loop: asyncio.AbstractEventLoop = link.loop
+        trouble = {"message": "socket.accept() out of system resource", "exception": OSError(errno.EMFILE, "full")}
+        for _ in range(100):
+            loop.call_soon_threadsafe(loop.call_exception_handler, trouble)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
+    lines = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(lines) == 1 and lines[0].exc_info is None and "no new connections" in lines[0].getMessage()
 
 
 def test_a_reader_that_stalls_and_half_closes_is_gone_at_once() -> None:
@@ -131,6 +196,14 @@ def test_a_kept_connection_has_a_deadline_for_its_next_request_too(service: Serv
             continue
         sock.sendall(b"GET /health HTTP/1.1\r\n")
         assert read_all(sock).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"1.2", b"0.9", b"3.0"])
+def test_other_versions_of_http_are_refused(service: Service, version: bytes) -> None:
+    with service.connect() as sock:
+        sock.sendall(b"GET /health HTTP/" + version + b"\r\nHost: localhost\r\n\r\n")
+        reply = read_all(sock)
+    assert reply.startswith(b"HTTP/1.1 400") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"]
 
 
 def test_silent_connections_are_closed(service: Service) -> None:

@@ -19,6 +19,7 @@ from turboserve.api.responses.request import parse_response
 from turboserve.api.responses.routes import SHAPES as RESPONSES_SHAPES
 from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
+from turboserve.api.validation import validated
 from turboserve.errors import InvalidRequestError, ModelNotFoundError
 from turboserve.messages import Request, SamplingParams
 
@@ -118,7 +119,7 @@ def test_any_body_of_the_responses_api_is_parsed_or_refused(parameters: dict[str
     body = {**parameters, "input": items}
     try:
         parsed = parse_response(
-            body,
+            validated(ResponsesBody, body),
             STORE,
             request_id="resp_1",
             tenant="",

@@ -102,6 +102,18 @@ def test_foreign_hosts_are_refused_on_loopback(client: httpx.Client, host: str) 
 
 @pytest.mark.parametrize(
     "host",
+    ["[::1]evil.com", "[::1", "[::1]:80evil", "[::1].", "localhost:80evil", "localhost:80:80", "a b", "a/b", "[]"],
+)
+def test_what_names_no_host_is_refused_wherever_it_is_sent(client: httpx.Client, host: str) -> None:
+    reply = client.get("/health", headers={"host": host})
+    assert reply.status_code == 400 and "Host" in str(error_of(reply)["message"])
+    with running(host="0.0.0.0", allow_anonymous=True) as service, connect_client(service) as anywhere:
+        assert anywhere.get("/health", headers={"host": host}).status_code == 400
+        assert anywhere.get("/health", headers={"host": "evil.example:80"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
     [
         *("localhost", "LOCALHOST:9", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", "localhost."),
         *("host.docker.internal:8000", "host.containers.internal"),

@@ -114,6 +114,7 @@ def test_metrics_count_and_measure(ask: Ask, client: httpx.Client, service: Serv
     verdict = ("fused", "gpu-metal"), ("outcome", "slower"), ("taken", "mlx-ops")
     assert page["turboserve_kv_kernel_trial", verdict] == 1
     assert page["turboserve_kv_kernel_trial_step_seconds", (("backend", "gpu-metal"), ("tokens", "1024"))] == 2e-4
+    assert page["turboserve_rows_apart", ()] == 1
     assert page["turboserve_num_requests_running", ()] == 0
 
 
@@ -121,6 +122,7 @@ def test_engine_calls_show_on_the_page() -> None:
     telemetry = Telemetry()
     telemetry.add_prompt_tokens(100, 60)
     telemetry.add_generation_tokens(7)
+    telemetry.add_draft_tokens(9, 4)
     telemetry.request_finished("stop")
     telemetry.request_failed("engine_failure")
     telemetry.request_refused("queue_full")
@@ -132,6 +134,8 @@ def test_engine_calls_show_on_the_page() -> None:
     assert page["turboserve_prompt_tokens_total", ()] == page["turboserve_prefix_cache_queries_total", ()] == 100
     assert page["turboserve_prefix_cache_hits_total", ()] == 60
     assert page["turboserve_generation_tokens_total", ()] == 7
+    assert page["turboserve_draft_tokens_total", ()] == 9
+    assert page["turboserve_accepted_draft_tokens_total", ()] == 4
     assert page["turboserve_request_success_total", (("finished_reason", "stop"),)] == 1
     assert page["turboserve_request_cancelled_total", (("stage", "prefill"),)] == 1
     assert page["turboserve_time_to_first_token_seconds_count", ()] == 1

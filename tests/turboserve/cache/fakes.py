@@ -247,6 +247,9 @@ class FakeDisk:
     def entries(self) -> list[StoredEntry]:
         return [StoredEntry(k, meta, 1) for k, (meta, _, _) in self.files.items()]
 
+    def entry(self, key: str) -> StoredEntry | None:
+        return next((entry for entry in self.entries() if entry.key == key), None)
+
     def entry_bytes(self, key: str) -> int | None:
         return 1 if key in self.files else None
 

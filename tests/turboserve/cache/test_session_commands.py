@@ -15,6 +15,7 @@ from tests.turboserve.cache.fakes import (
     lease_for,
     memory_for,
     span,
+    try_extend,
 )
 
 from turboserve.cache.memory import Lease, Memory
@@ -158,6 +159,97 @@ def test_pins_may_not_take_what_requests_need() -> None:
     assert not info(memory, GetSession("", "b")).is_pinned
 
 
+def pin(memory: Memory, salt: str, session_id: str) -> None:
+    memory.answer(UpdateSession(salt, session_id, is_pinned=True), 0.0)
+
+
+def pinned_bytes(memory: Memory) -> int:
+    return sum(c.kv_bytes for c in memory.idle if c.session.is_pinned)
+
+
+def test_no_caller_can_pin_what_others_may_still_want_to() -> None:
+    """Half of what the others' pins leave, and all together half of the budget."""
+    memory = memory_for(FakeFamily("f16"), 1000 * RAW)
+    for salt in ("a", "b", "c"):
+        for i in range(20):
+            converse(memory, span(1000 * i, 16), salt=salt, session_id=f"{i}")
+    held = {}
+    for salt in ("a", "b", "c"):
+        with pytest.raises(QuotaExceededError, match="one caller") as caught:
+            for i in range(20):
+                pin(memory, salt, f"{i}")
+        assert caught.value.param == "kv_budget" and "\n" not in caught.value.message
+        held[salt] = sum(c.kv_bytes for c in memory.idle.of(salt) if c.session.is_pinned) // RAW
+    assert held == {"a": 240, "b": 128, "c": 64}  # of 500: at most 250, then 130, then 66
+    assert pinned_bytes(memory) <= 500 * RAW
+    converse(memory, span(0, 17), 1.0, "a", session_id="0")  # it goes on, as before the others came
+    memory.answer(UpdateSession("a", "0", is_pinned=False), 1.0)
+    with pytest.raises(QuotaExceededError):
+        pin(memory, "a", "0")
+
+
+def test_whoever_is_alone_may_pin_half_of_the_budget() -> None:
+    for salt, has_one_caller in (("", False), ("key", True)):
+        memory = memory_for(FakeFamily("f16"), 100 * RAW, has_one_caller=has_one_caller)
+        for name in ("s", "t"):
+            converse(memory, span(ord(name), 25), salt=salt, session_id=name)
+            pin(memory, salt, name)
+        assert pinned_bytes(memory) == 50 * RAW
+
+
+def test_a_pinned_session_does_not_grow_past_what_may_be_pinned() -> None:
+    memory = memory_for(FakeFamily("f16"), 100 * RAW)
+    converse(memory, span(0, 20), session_id="s")
+    pin(memory, "", "s")
+    with pytest.raises(QuotaExceededError, match="pinned") as caught:
+        lease_for(memory, span(0, 40), 51, session_id="s")
+    assert caught.value.param == "kv_budget"
+    assert info(memory, GetSession("", "s")).is_pinned
+    lease = lease_for(memory, span(0, 40), 50, session_id="s")
+    memory.drop(lease, lease.caches)
+    memory.answer(UpdateSession("", "s", is_pinned=False), 0.0)
+    converse(memory, span(0, 60), session_id="s")
+
+
+def test_a_pin_of_a_session_at_work_counts_what_is_reserved_for_it() -> None:
+    memory = memory_for(FakeFamily("f16"), 100 * RAW)
+    lease = lease_for(memory, span(0, 20), 60, session_id="s")
+    with pytest.raises(QuotaExceededError):
+        pin(memory, "", "s")
+    memory.drop(lease, lease.caches)
+    lease = lease_for(memory, span(0, 20), 40, session_id="s")
+    pin(memory, "", "s")
+    converse(memory, span(500, 15), session_id="t")
+    with pytest.raises(QuotaExceededError):
+        pin(memory, "", "t")
+    finish(memory, lease, span(0, 30))
+    pin(memory, "", "t")
+
+
+def test_pins_on_disk_count_for_they_come_back() -> None:
+    memory = memory_for(FakeFamily("f16"), 100 * RAW, FakeDisk())
+    for i in range(3):
+        converse(memory, span(1000 * i, 20), session_id=f"{i}")
+    pin(memory, "", "0")
+    pin(memory, "", "1")
+    memory.drop_idle()
+    with pytest.raises(QuotaExceededError):
+        pin(memory, "", "2")
+    converse(memory, span(0, 25), 1.0, session_id="0")  # within the limit still
+    assert {c.conversation_id for c in memory.idle if c.session.is_pinned} == {"0", "1"}
+
+
+def test_an_answer_that_outgrows_its_pin_loses_it() -> None:
+    """Its length was not known when it began; what is pinned stays within the limit."""
+    memory = memory_for(FakeFamily("f16"), 100 * RAW)
+    converse(memory, span(0, 20), session_id="s")
+    pin(memory, "", "s")
+    lease = lease_for(memory, span(0, 30), 40, session_id="s")
+    assert try_extend(memory, lease, 80, 0.0)
+    finish(memory, lease, span(0, 75))
+    assert not info(memory, GetSession("", "s")).is_pinned and pinned_bytes(memory) == 0
+
+
 def test_forks_share_every_page_and_live_apart() -> None:
     family = FakeFamily()
     memory = memory_for(family, ROOMY)
@@ -213,7 +305,7 @@ def test_after_a_restart_the_later_of_two_files_of_one_session_counts() -> None:
     assert kept is not None and kept.disk_key is not None
     (old,) = disk.files.items()
     converse(memory, span(0, 150), 2.0, session_id="s")
-    disk.files[old[0]] = old[1]  # killed before the old file was deleted
+    disk.files["another"] = old[1]  # of a server that wrote every turn under a name of its own, and was killed
     again = memory_for(FakeFamily(), ROOMY, disk)
     assert [len(c.tokens) for c in again.idle] == [150] and len(disk.files) == 1
     assert lease_for(again, span(0, 160), 170, 3.0, session_id="s").cached_len == 150

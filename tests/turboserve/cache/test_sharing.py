@@ -7,9 +7,10 @@ find alone. Always within: a caller's own beginnings are found whenever they are
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.turboserve.cache.fakes import FakeFamily, converse, lease_for, memory_for
+from tests.turboserve.cache.fakes import FakeFamily, FakeRunning, converse, lease_for, memory_for, span
 
 from turboserve.cache.memory import Memory
 from turboserve.cache.prefix_index import MIN_REUSED_TOKENS
@@ -91,3 +92,22 @@ def test_names_are_each_callers_own() -> None:
     theirs = memory.answer(ListSessions("b", 9), 0.0)
     assert isinstance(theirs, SessionPage) and [s.session_id for s in theirs.sessions] == ["chat"]
     assert memory.answer(ListSessions("a", 9), 0.0) == SessionPage()
+
+
+def test_a_burst_asks_few_of_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question looks at every layer: with as many as there are requests, a burst waits for its square."""
+    memory, asked = memory_for(FakeFamily(), ROOMY), 0
+    usable_prefix = FakeRunning.usable_prefix
+
+    def counted(self: FakeRunning, length: int) -> int:
+        nonlocal asked
+        asked += 1
+        return usable_prefix(self, length)
+
+    monkeypatch.setattr(FakeRunning, "usable_prefix", counted)
+    num_requests, common = 40, span(0, 32)
+    for i in range(num_requests):
+        lease = lease_for(memory, [*common, *span(1000 + 100 * i, 20)], 60)
+        lease.caches[0].grow([*common, *span(1000 + 100 * i, 20)][lease.cached_len :])
+        assert lease.cached_len == (32 if i else 0)
+    assert asked <= 2 * num_requests

@@ -227,6 +227,7 @@ class Machine(RuleBasedStateMachine):
         if is_orderly:
             self.memory.write_all()
         written = {c.conversation_id for c in self.memory.idle if c.disk_key is not None}
+        written |= {c.conversation_id for c in self.memory.idle if c.earlier_key is not None and c.session.is_explicit}
         for cache in list(self.family.live):
             cache.runtime.release([cache])
         self.running, self.preempted = [], []
@@ -237,6 +238,11 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         self.memory.check_integrity([lease.caches for lease, _ in self.running])
+
+    @invariant()
+    def every_file_belongs_to_one_conversation(self) -> None:
+        keys = [key for c in self.memory.idle for key in (c.disk_key, c.earlier_key) if key is not None]
+        assert sorted(keys) == sorted(self.disk.files)
 
     @invariant()
     def memory_is_within_budget(self) -> None:

@@ -39,6 +39,22 @@ def test_mixed_layers_batch_like_alone_and_are_shown(kind: str, fmt: Any, rng: n
     parts.memory.check_integrity()
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("num_rows", [2, 3])
+def test_capped_scores_batch_like_alone(num_rows: int, fmt: Any, rng: np.random.Generator) -> None:
+    """Two rows are as many as KV heads, where mlx-lm's own batch of Gemma 2 mixes rows up; three raise there."""
+    parts = make_parts(small_models.capped(int(rng.integers(99))), fmt=fmt)
+    prompts = [text_of([int(t) for t in rng.integers(0, VOCAB, n)]) for n in (5, 40, 90)[:num_rows]]
+    requests = [request(str(i), text, max_tokens=20, sampling=GREEDY) for i, text in enumerate(prompts)]
+    loop = make_loop(parts)
+    together = [sink.tokens for sink in run(loop, *requests)]
+    assert loop.snapshot().layers_uncompressed == (2 if fmt is None else 0)
+    alone = [run(make_loop(parts), one)[0].tokens for one in requests]
+    for text, a, b in zip(prompts, together, alone, strict=True):
+        assert_same_answer(parts, text, a, b)
+    parts.memory.check_integrity()
+
+
 @pytest.mark.parametrize("kind", ["sliding", "recurrent"])
 def test_a_conversation_over_mixed_layers_continues_at_its_end_only(kind: str, rng: np.random.Generator) -> None:
     parts = make_parts(small_models.EVERY_KIND[kind](), fmt=KVFormat(4, 4, page_tokens=16, sink_tokens=8))

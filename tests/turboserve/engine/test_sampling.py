@@ -9,15 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboserve.engine.sampling import (
+from turboserve.engine.sampling import BatchSampler, row_sampling
+from turboserve.engine.weighted_draw import (
     TIE_OCTAVES,
-    BatchSampler,
     _exp2,
     likeliest,
     random_numbers,
-    row_sampling,
     top_p_threshold,
     whole_weights,
+    within_top_p,
 )
 from turboserve.errors import InvalidRequestError
 from turboserve.messages import SamplingParams
@@ -393,3 +393,14 @@ def test_bias_outside_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         row_sampling(SamplingParams(logit_bias=((token, 1.0),)), VOCAB)
     assert caught.value.param == "logit_bias" and str(token) in caught.value.message
+
+
+def test_the_compiled_search_of_top_p_is_that_of_the_operations(rng: np.random.Generator) -> None:
+    """As a GPU runs it; one compiled function serves any number of rows."""
+    for num_rows in (1, 5, 2):
+        weights = mx.array(rng.integers(0, 1 << 20, (num_rows, 301), np.uint32))
+        top_p = mx.array(rng.uniform(0, 1, (num_rows, 1)).astype(np.float32))
+        tried, expected = (np.array(within_top_p(compiled)(weights, top_p)) for compiled in (True, False))
+        assert tried.shape == (num_rows, 301) and tried.dtype == np.uint32
+        assert 0 < np.count_nonzero(expected) < expected.size
+        np.testing.assert_array_equal(tried, expected)

@@ -273,9 +273,9 @@ def test_pinned_sessions_stay_and_what_they_leave_no_room_for_is_refused_at_once
     parts = make_parts(model, fmt=FMT)
     loop = make_loop(parts)
     fill(loop, rng, 2)
-    parts.memory.budget_bytes = parts.memory.committed_bytes * 2
     for i in range(2):
         loop.answer(UpdateSession(f"t{i}", "s", is_pinned=True))
+    parts.memory.budget_bytes = parts.memory.committed_bytes * 2
     (sink,) = run(loop, request("big", prompt(rng, 300), max_tokens=100, tenant="new"))
     assert isinstance(sink.error, OverloadedError) and sink.error.retry_after_s
     assert all(session_info(loop, GetSession(f"t{i}", "s")).is_pinned for i in range(2))
@@ -296,3 +296,28 @@ def test_memory_of_a_format_that_nobody_uses_any_more_is_given_back(model: Any, 
     assert sink.finished.usage.completion_tokens == 8
     assert family.allocated_bytes() <= parts.memory.budget_bytes and family.slack_bytes() < slack
     loop.check_integrity()
+
+
+@pytest.mark.parametrize("fmt", [None, FMT], ids=["f16", "4/4"])
+def test_named_sessions_of_any_length_are_read_back_after_a_restart(
+    model: Any, rng: np.random.Generator, fmt: KVFormat | None, tmp_path: Path
+) -> None:
+    """Shorter than a page, exact rows only, down to a few tokens: nothing of them is computed again."""
+    lengths = (1, 5, 15, 16, 17, 31, 33, 40, 64, 90)
+    loop = make_loop(make_parts(model, fmt=fmt, disk=store(tmp_path)))
+    contents = [prompt(rng, n) for n in lengths]
+    firsts = [
+        run(loop, request(str(n), text, tenant=str(n), session_id="s", max_tokens=3))[0]
+        for n, text in zip(lengths, contents, strict=True)
+    ]
+    seconds = [
+        request("x", text + first.text + prompt(rng, 4), tenant=str(n), session_id="s")
+        for n, text, first in zip(lengths, contents, firsts, strict=True)
+    ]
+    held = [session_info(loop, GetSession(str(n), "s")).tokens for n in lengths]
+    loop.close()
+    again = make_loop(make_parts(model, fmt=fmt, disk=store(tmp_path)))
+    found = [run(again, second)[0] for second in seconds]
+    assert [sink.finished.usage.cached_tokens for sink in found] == held
+    again.check_integrity()
+    again.close()

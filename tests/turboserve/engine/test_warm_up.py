@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,8 @@ from tests.turboserve.engine.fakes import MAX_CONTEXT, VOCAB, make_parts
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import Draws
+from turboserve.engine.speculation import Speculation
+from turboserve.engine.speculation_lookup import LookupDrafter
 from turboserve.engine.warm_up import DRAWS, Plan, warm_up
 from turboserve.messages import SamplingParams
 
@@ -34,12 +36,14 @@ class Watched:
         return out
 
 
+@pytest.mark.parametrize("with_guesses", [False, True])
 @pytest.mark.parametrize("fmt", [None, KVFormat.parse("4t/3t")])
 def test_everything_that_requests_bring_is_done_once(
-    model: Any, fmt: KVFormat | None, monkeypatch: pytest.MonkeyPatch
+    model: Any, fmt: KVFormat | None, with_guesses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts, watched = make_parts(model, fmt=fmt), Watched(model)
     runner = Runner(watched, parts.runtime)
+    runner.speculation = Speculation(LookupDrafter(), 7) if with_guesses else None
     masks, ask = [], runner._sample
 
     def noted(logits: mx.array, masks_of_step: Any = None) -> Draws:
@@ -48,10 +52,11 @@ def test_everything_that_requests_bring_is_done_once(
         return draws
 
     monkeypatch.setattr(runner, "_sample", noted)
-    seconds = warm_up(runner, parts, VOCAB, PLAN)
+    seconds = warm_up(runner, parts, VOCAB, replace(PLAN, with_guesses=True))  # where none are made, none are tried
     assert (True, True) in masks and (False, False) in masks
     decoded = [(1, 1)] * (2 * len(DRAWS) + 1) + [(rows, 1) for rows in PLAN.row_counts for _ in range(2)]
-    assert watched.fed == [(1, 100), (1, 37), *decoded]
+    guessed = [(PLAN.row_counts[-1], n) for n in range(2, 9)] if with_guesses else []
+    assert watched.fed == [(1, 100), (1, 37), *decoded, *guessed]
     assert seconds > 0 and runner.num_rows == 0
     family = parts.memory.family
     assert (family.allocated_bytes(), family.totals().total, family.slack_bytes()) == (0, 0, 0)
@@ -74,7 +79,7 @@ def test_a_gpu_is_given_the_chunks_and_rows_of_its_settings(monkeypatch: pytest.
     on_cpu = Plan.for_device(128, 12, MAX_CONTEXT)
     assert sum(on_cpu.chunks) < 30 and on_cpu.row_counts == (2,)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert Plan.for_device(128, 12, 1 << 15) == Plan((128, 128, 37), (2, 4, 8, 12), 2)
+    assert Plan.for_device(128, 12, 1 << 15) == Plan((128, 128, 37), (2, 4, 8, 12), 2, with_guesses=True)
     assert Plan.for_device(128, 12, 200).chunks == (128, 37)  # no longer than the model's context
     assert Plan.for_device(128, 1, 1 << 15).row_counts == ()
 

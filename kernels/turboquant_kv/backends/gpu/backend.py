@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -133,7 +133,7 @@ class GpuStore(CanonicalStorage, LayerStore):
             self._constants[1] if is_power_of_two(shape.v_dim) else _page_constants("v", fmt, v_mean),
         )
         self._k_rows, self._v_rows = (mx.zeros((heads, 0, d), shape.dtype) for d in (shape.k_dim, shape.v_dim))
-        self._launches: dict[tuple[int, int, mx.Dtype], DecodeLaunch] = {}
+        self._launches: dict[tuple[int, int, mx.Dtype, bool], DecodeLaunch] = {}
 
     # --- order: every launch on this layer's arrays behind the one before
 
@@ -293,14 +293,15 @@ class GpuStore(CanonicalStorage, LayerStore):
         scale: float,
         mask: mx.array | None,
         sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
         """A decode step's attention writes the new rows itself."""
         if not self._appends(plan, queries, mask):
-            return super().append_and_attend(plan, keys, values, queries, scale=scale, mask=mask, sinks=sinks)
+            return super().append_and_attend(plan, keys, values, queries, scale=scale, mask=mask, sinks=sinks, cap=cap)
         assert isinstance(plan, GpuStepPlan)
         if plan.rows.copies is not None or plan.rows.closed is not None:
             self._move(plan)
-        call = AttentionCall(queries, plan, self.exact(), scale, None, sinks)
+        call = AttentionCall(queries, plan, self.exact(), scale, None, sinks, cap)
         return self._decode_attention(call, (keys, values), self.balances(plan, queries, mask))
 
     def attend(self, call: AttentionCall) -> mx.array:
@@ -317,9 +318,10 @@ class GpuStore(CanonicalStorage, LayerStore):
         self, call: AttentionCall, new_rows: tuple[mx.array, mx.array] | None = None, balanced: bool = False
     ) -> mx.array:
         """All sequences in one launch, codes read where they lie. new_rows, balanced: as DecodeLaunch.run has them."""
-        launch, plan = self.launch_for(call.queries), call.plan
+        launch, plan = self.launch_for(call.queries, call.cap > 0), call.plan
         assert isinstance(plan, GpuStepPlan)
-        layer, launch_plan = self.layer_inputs(call.exact, plan, launch), plan.plan_for(launch, call.scale)
+        layer = self.layer_inputs(call.exact, plan, launch)
+        launch_plan = plan.plan_for(launch, call.scale, call.cap)
         out, self._fence = launch.run(
             *(layer, call.queries, launch_plan, plan.page_table),
             new_rows=new_rows,
@@ -365,19 +367,20 @@ class GpuStore(CanonicalStorage, LayerStore):
         history = self.histories(group, call.exact, page_table)
         flash = FlashShape(
             *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
-            *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype),
+            *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype, call.cap > 0),
         )
+        options: Any = {"scale": call.scale, "sinks": call.sinks, "cap": call.cap}
         if self._kernels.flash.has_kernel(flash):
-            return self._kernels.flash.attend(flash, queries, history, group, scale=call.scale, sinks=call.sinks)
-        return masked_attention(queries, history, group, self.fmt, scale=call.scale, sinks=call.sinks)
+            return self._kernels.flash.attend(flash, queries, history, group, **options)
+        return masked_attention(queries, history, group, self.fmt, **options)
 
-    def launch_for(self, queries: mx.array) -> DecodeLaunch:
-        """The launch for queries (B, Hq, T, D). Raises UnsupportedFormatError when there is none."""
-        key = queries.shape[1], queries.shape[2], queries.dtype
+    def launch_for(self, queries: mx.array, capped: bool = False) -> DecodeLaunch:
+        """The launch for queries (B, Hq, T, D), capped or not. Raises UnsupportedFormatError when there is none."""
+        key = queries.shape[1], queries.shape[2], queries.dtype, capped
         launch = self._launches.get(key)
         if launch is None:
             launch = self._launches[key] = self._kernels.decode.launch_for(
-                decode_shape(*key, self.shape, self.fmt, self._turning)
+                decode_shape(*key[:3], self.shape, self.fmt, self._turning, capped)
             )
         return launch
 
@@ -501,6 +504,7 @@ def decode_shape(
     layer: LayerShape,
     fmt: KVFormat,
     turning: tuple[int, bool, int] = (0, False, 1),
+    capped: bool = False,
 ) -> DecodeShape:
     """What these queries' kernels are compiled for. Raises UnsupportedFormatError when there are none.
 
@@ -515,6 +519,7 @@ def decode_shape(
         pairs=turning[0],
         neighbours=turning[1],
         turn_parts=turning[2],
+        capped=capped,
     )
     shape.check()
     return shape

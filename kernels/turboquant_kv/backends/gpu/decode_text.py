@@ -154,7 +154,7 @@ def _decode_constants(
     return {
         **_common_constants(shape, variant, sink_dtype),
         **{"D": shape.k_dim, "K_ROTATION": _rotation_size(shape.k_dim), "KBITS": shape.k_bits, "VBITS": shape.v_bits},
-        **{"K_TRELLIS": shape.k_trellis, "V_TRELLIS": shape.v_trellis},
+        **{"K_TRELLIS": shape.k_trellis, "V_TRELLIS": shape.v_trellis, "CAPPED": shape.capped},
     }
 
 

@@ -36,6 +36,8 @@ class StepFigures(NamedTuple):
     """Of the scores, times log2(e)."""
     reach: int
     """Keys that a query sees, itself included."""
+    cap: float
+    """Of the scores, times log2(e); read by kernels that cap."""
 
 
 class SequenceFigures(NamedTuple):
@@ -117,6 +119,8 @@ class PrefillFigures(NamedTuple):
     """Columns of the window."""
     scale: float
     """Of the scores, times log2(e)."""
+    cap: float
+    """Of the scores before that scale; read by kernels that cap."""
 
 
 AnyFigures = StepFigures | SequenceFigures | EncodeFigures | PutFigures | HistoryFigures | PrefillFigures

@@ -28,6 +28,7 @@ from turboquant_kv.backends.gpu.source import (
 from turboquant_kv.codec.format import UnsupportedFormatError
 
 FLASH_INPUTS = ("queries", "keys", "values", "figures", "sinks")
+MIN_DIM = 64  # shorter ones are not tried
 MAX_DIM = 256  # of 512 no tile's sums fit the registers
 DTYPES = (mx.float16, mx.bfloat16)
 # Two blocks of 128 threads, of 255 registers each, are what a processor's registers hold, and two stages of tiles what
@@ -49,6 +50,7 @@ class FlashShape:
     page_tokens: int
     sink_tokens: int
     dtype: mx.Dtype  # of queries, history and output
+    capped: bool = False
 
     @property
     def warp_rows(self) -> int:
@@ -75,7 +77,8 @@ class FlashKernels:
         self._made: dict[FlashShape, Kernel] = {}
 
     def has_kernel(self, shape: FlashShape) -> bool:
-        return self._dialect == "cuda" and max(shape.k_dim, shape.v_dim) <= MAX_DIM and shape.dtype in DTYPES
+        fits = min(shape.k_dim, shape.v_dim) >= MIN_DIM and max(shape.k_dim, shape.v_dim) <= MAX_DIM
+        return self._dialect == "cuda" and fits and shape.dtype in DTYPES
 
     def attend(
         self,
@@ -86,17 +89,19 @@ class FlashKernels:
         *,
         scale: float,
         sinks: mx.array | None,
+        cap: float = 0.0,
     ) -> mx.array:
         """Attention of the group's queries (B, Hq, T, D): (B, Hq, T, Dv) in their dtype, zeros past each one's queries.
 
         history: keys (rows, D) and values (rows, Dv) of all sequences, each where the group says. scale is positive;
-        sinks (Hq,) join the denominator. Raises UnsupportedFormatError for what has no kernel.
+        sinks (Hq,) join the denominator; cap: of a capped shape. Raises UnsupportedFormatError for what has no kernel.
         """
         num_rows, batch = queries.shape[2], len(group.sequences)
         k_shape, v_shape = (group.num_rows, shape.k_dim), (group.num_rows, shape.v_dim)
         if (
             not self.has_kernel(shape)
             or scale <= 0  # peaks are looked for before scores are scaled
+            or shape.capped != (cap > 0)
             or queries.shape != (batch, shape.num_q_heads, num_rows, shape.k_dim)
             or (history[0].shape, history[1].shape) != (k_shape, v_shape)
             or {queries.dtype, history[0].dtype, history[1].dtype} != {shape.dtype}
@@ -109,7 +114,7 @@ class FlashKernels:
             inputs=[
                 queries,
                 *history,
-                group.prefill_figures(num_rows, scale),
+                group.prefill_figures(num_rows, scale, cap),
                 _no_sinks(shape.num_q_heads) if sinks is None else sinks.astype(mx.float32),
             ],
             grid=(32 * WARPS * num_blocks, shape.num_q_heads, batch),
@@ -139,6 +144,7 @@ def flash_text(shape: FlashShape) -> KernelText:
         **{"HEADS": shape.num_kv_heads, "G": shape.num_q_heads // shape.num_kv_heads},
         **{"PAGE": shape.page_tokens, "SINK": shape.sink_tokens, "In": shape.dtype},
         **{"WARPS": WARPS, "STAGES": STAGES, "WARP_ROWS": shape.warp_rows, "COLUMNS": shape.columns},
+        "CAPPED": shape.capped,
         **arena.constants,
     }
     source = f"tq_prefill({PLACE['cuda']}, {{queries, keys, values, figures, sinks}}, out);\n"

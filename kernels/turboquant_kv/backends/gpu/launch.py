@@ -123,13 +123,14 @@ class DecodeLaunch:
         scale: float,
         sinks: mx.array | None = None,
         reach: int = NO_WINDOW,
+        cap: float = 0.0,
     ) -> mx.array:
         """Attention of queries (B, Hq, T, D), T <= 8, over each sequence; (B, Hq, T, Dv) in the queries' dtype.
 
         page_table (B, width) int32. sinks (Hq,) join the denominator. reach: keys that a query sees, itself included.
-        Raises UnsupportedFormatError for other shapes.
+        cap: of the scores, read by a launch whose shape is capped. Raises UnsupportedFormatError for other shapes.
         """
-        plan = self.plans.plan_for(PlanKey(sequences, page_table.shape[1], scale, reach))
+        plan = self.plans.plan_for(PlanKey(sequences, page_table.shape[1], scale, reach, cap))
         return self.run(layer, queries, plan, page_table, sinks=sinks)[0]
 
     def run(

@@ -1,7 +1,8 @@
 """Prefill by MLX's attention, where flash.py has no kernel: format.py's rule of who sees what as an additive mask.
 
 A history's columns are sink rows, all pages' tokens decoded, then the window's exact rows: a query sees a page's
-decoded tokens from later pages on, and exact rows of its own page up to itself.
+decoded tokens from later pages on, and exact rows of its own page up to itself. Scores with a cap, which MLX's
+attention has not, take its operations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from functools import lru_cache
 import mlx.core as mx
 
 from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup, PrefillSequence
+from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.codec.format import KVFormat
+
+MOST_SCORES = 1 << 25  # at a time, of capped ones, which MLX has no fused attention for: 128 MiB each of a few arrays
 
 
 def masked_attention(
@@ -22,11 +26,12 @@ def masked_attention(
     *,
     scale: float,
     sinks: mx.array | None,
+    cap: float = 0.0,
 ) -> mx.array:
     """Attention of the group's queries (B, Hq, T, D): (B, Hq, T, Dv) in their dtype, zeros past each one's queries.
 
     history: keys (rows, D) and values (rows, Dv) of all sequences, each where the group says. sinks (Hq,) join the
-    denominator. Sequences are attended one after the other.
+    denominator; cap is that of the scores, 0 for none. Sequences are attended one after the other.
     """
     if sinks is not None:
         sinks = sinks.astype(queries.dtype)
@@ -37,16 +42,40 @@ def masked_attention(
         if not num_queries:
             outputs.append(mx.zeros((1, *queries.shape[1:3], values.shape[3]), queries.dtype))
             continue
-        out = mx.fast.scaled_dot_product_attention(
-            queries[b : b + 1, :, :num_queries],
-            *(keys, values),
-            scale=scale,
-            mask=prefill_mask(sequence, fmt, queries.dtype),
-            sinks=sinks,
-        )
+        own, mask = queries[b : b + 1, :, :num_queries], prefill_mask(sequence, fmt, queries.dtype)
+        if cap:
+            out = _capped_attention(own, keys, values, mask, scale, sinks, cap)
+        else:
+            out = mx.fast.scaled_dot_product_attention(own, keys, values, scale=scale, mask=mask, sinks=sinks)
         short = num_queries < num_rows
         outputs.append(mx.pad(out, [(0, 0), (0, 0), (0, num_rows - num_queries), (0, 0)]) if short else out)
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def _capped_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: mx.array,
+    scale: float,
+    sinks: mx.array | None,
+    cap: float,
+) -> mx.array:
+    """In float32, so many queries at a time that their scores stay below MOST_SCORES; mask (T, N)."""
+    _, num_heads, num_queries, _ = queries.shape
+    exact = [x.astype(mx.float32) for x in (keys, values)]
+    step = max(1, MOST_SCORES // (num_heads * keys.shape[2]))
+    parts = [
+        plain_attention(
+            *(queries[:, :, i : i + step].astype(mx.float32), *exact),
+            scale=scale,
+            mask=mask[i : i + step],
+            sinks=sinks,
+            cap=cap,
+        ).astype(queries.dtype)
+        for i in range(0, num_queries, step)
+    ]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def _heads_of(rows: mx.array, group: PrefillGroup, sequence: PrefillSequence) -> mx.array:

@@ -24,7 +24,7 @@ PLANS_KEPT = 64
 ONE_ROW_MORE = SequenceFigures(
     q_start=1, num_queries=0, num_pages=0, sink_offset=0, num_sink=0, window_offset=0, window_start=0, num_window=1
 )
-_NO_CHANGE = StepFigures(tiles_per_block=0, table_width=0, blocks_per_group=0, num_parts=0, scale=0.0, reach=0)
+_NO_CHANGE = StepFigures(tiles_per_block=0, table_width=0, blocks_per_group=0, num_parts=0, scale=0.0, reach=0, cap=0.0)
 
 
 class Plan(NamedTuple):
@@ -44,6 +44,7 @@ class PlanKey(NamedTuple):
     table_width: int
     scale: float
     reach: int
+    cap: float = 0.0
 
 
 class StepPlans:
@@ -75,6 +76,7 @@ class StepPlans:
             num_parts=num_parts,
             scale=key.scale * LOG2_E,
             reach=key.reach,
+            cap=key.cap * LOG2_E,
         )
         return Plan(
             array_of(step, *key.sequences),

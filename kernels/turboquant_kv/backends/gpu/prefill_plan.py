@@ -45,7 +45,7 @@ class PrefillGroup:
         self.most_pages = max(one.figures.num_pages for one in sequences)
         self._table_width = table_width
         self._history_figures: mx.array | None = None
-        self._prefill_figures: dict[tuple[int, float], mx.array] = {}
+        self._prefill_figures: dict[tuple[int, float, float], mx.array] = {}
 
     @property
     def num_rows(self) -> int:
@@ -77,9 +77,9 @@ class PrefillGroup:
             )
         return self._history_figures
 
-    def prefill_figures(self, num_rows: int, scale: float) -> mx.array:
+    def prefill_figures(self, num_rows: int, scale: float, cap: float = 0.0) -> mx.array:
         """PrefillFigures of each sequence, flat. num_rows: of queries and output, of each sequence and head."""
-        key = num_rows, scale
+        key = num_rows, scale, cap
         if key not in self._prefill_figures:
             self._prefill_figures[key] = array_of(
                 *(
@@ -93,6 +93,7 @@ class PrefillGroup:
                         window_start=one.figures.window_start,
                         num_window=one.figures.num_window,
                         scale=scale * LOG2_E,
+                        cap=cap / scale,
                     )
                     for one in self.sequences
                 )

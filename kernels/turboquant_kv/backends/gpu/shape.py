@@ -53,6 +53,7 @@ class DecodeShape:
     pairs: int = 0  # of key dims that turn with position, and take the mean with them
     neighbours: bool = False  # partners lie side by side, else `pairs` apart
     turn_parts: int = 1  # halves that stand for each factor of a turning mean's product, on tensor cores
+    capped: bool = False  # scores have a cap, which the plan says
 
     def check(self) -> None:
         """Raises UnsupportedFormatError for a shape without a kernel: nothing is launched on a guess."""
@@ -83,7 +84,7 @@ class DecodeShape:
         dims = (self.k_dim, self.v_dim)
         if not has_whole_blocks(self, self.tile):
             return False
-        return all(d % 16 == 0 and d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
+        return all(d % 16 == 0 and 64 <= d <= 256 for d in dims) and max(self.k_bits, self.v_bits) <= 4
 
     @property
     def has_simd(self) -> bool:

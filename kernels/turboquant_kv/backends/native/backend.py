@@ -198,7 +198,7 @@ class NativeStore(NumpyRowStore):
         out = make((batch, num_q_heads, num_rows, self.shape.v_dim), NUMPY_DTYPES[dtype])
         sinks = None if call.sinks is None else np.ascontiguousarray(as_floats(as_rows(call.sinks)))
         queries = rows_from_mlx(self._kernels, call.queries)
-        self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window)
+        self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window, call.cap)
         return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
 
 

@@ -223,7 +223,7 @@ def attend_by_tiles(source: TileSource, shape: LayerShape, call: AttentionCall) 
             continue
         grouped = q[b, :, :n].reshape(heads, num_q_heads // heads, n, -1)
         row_mask = None if mask is None else mask[b][:, :n]
-        result = walk.attend(grouped, view, call.exact, v_dim=v_dim, mask=row_mask, sinks=sinks)
+        result = walk.attend(grouped, view, call.exact, v_dim=v_dim, mask=row_mask, sinks=sinks, cap=call.cap)
         out[b, :, :n] = result.reshape(num_q_heads, n, v_dim)
     return mx.array(out).astype(call.queries.dtype)
 

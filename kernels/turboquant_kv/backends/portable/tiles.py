@@ -181,8 +181,9 @@ class SequenceAttention:
         v_dim: int,
         mask: Array | None,
         sinks: Array | None,
+        cap: float = 0.0,
     ) -> Array:
-        """q (H, G, T, D) float32, already scaled; mask (1 or Hq, T, N); sinks (Hq,). Returns (H, G, T, Dv)."""
+        """q (H, G, T, D) float32, already scaled; mask (1 or Hq, T, N); sinks (Hq,); cap 0: none. To (H, G, T, Dv)."""
         xp = self._xp
         num_heads, num_groups, num_rows, _ = q.shape
         rows = q.reshape(num_heads, num_groups * num_rows, -1)
@@ -191,7 +192,7 @@ class SequenceAttention:
 
         exact = OnlineSoftmax.empty(xp, num_heads, rows.shape[1], v_dim)
         for tile, start, seen in self._exact_tiles(view, exact_rows, visible):
-            scores = self._scores(rows, tile, None, seen, extra, start, num_groups)
+            scores = self._scores(rows, tile, None, cap, seen, extra, start, num_groups)
             exact.absorb(scores, tile.v, None)
 
         compressed = OnlineSoftmax.empty(xp, num_heads, rows.shape[1], v_dim)
@@ -199,7 +200,7 @@ class SequenceAttention:
         for tile, start, seen in self._page_tiles(view, visible, rows.shape[1]):
             first_page, num_pages = (start - fmt.sink_tokens) // fmt.page_tokens, tile.k.shape[1] // fmt.page_tokens
             mean_scores = self._source.mean_scores(rows, first_page, num_pages)
-            scores = self._scores(rotated, tile, mean_scores, seen, extra, start, num_groups)
+            scores = self._scores(rotated, tile, mean_scores, cap, seen, extra, start, num_groups)
             compressed.absorb(scores, tile.v, tile.v_scales)
 
         restored = self._source.restore_output(compressed.total, compressed.mass)
@@ -238,6 +239,7 @@ class SequenceAttention:
         q: Array,
         tile: Tile,
         offset: Array | None,
+        cap: float,
         seen: Any,
         extra: ExtraMask | None,
         start: int,
@@ -249,6 +251,8 @@ class SequenceAttention:
             scores = scores * tile.k_scales[:, None, :]
         if offset is not None:
             scores = scores + offset
+        if cap:
+            scores = cap * xp.tanh(scores / cap)
         if seen is not None:
             seen_rows = xp.array(np.tile(seen, (num_groups, 1)))
             scores = xp.where(seen_rows[None], scores, NEG_INF)

@@ -60,6 +60,16 @@ TQ_INLINE float raise_peak(const float* s, int n, float& peak, float& mass, floa
     return peak;
 }
 
+// n scores, whole registers of them, to cap * tanh(score / cap). Scores are base-2 logits, the cap is of natural ones.
+TQ_INLINE void cap_scores(float* s, int n, float cap) {
+    const F slope = splat(2.0f / cap), top = splat(cap * kLog2e);
+    for (int i = 0; i < n; i += LANES) {
+        const F x = load<F>(s + i), e = exp2_minus_1((x < 0.0f ? x : -x) * slope); // exp(-2 |score / cap|) - 1
+        const F size = top * (e / (e + 2.0f));                                     // -cap * tanh(|score / cap|)
+        store_to(s + i, x < 0.0f ? size : -size);
+    }
+}
+
 // Turn scores into weights in place.
 TQ_INLINE void absorb_scores(float* s, int n, float& peak, float& mass, float* total, int dim) {
     const float subtract = raise_peak(s, n, peak, mass, total, dim);
@@ -137,6 +147,7 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
             }
         }
         const std::int64_t start = store.sink_tokens + at * page;
+        if (a.cap > 0) cap_scores(scores, G * n, a.cap);
         if (start < oldest) hide_old(a, item, first_head, G, start, n, scores);
         float peaks[kMaxGroup];
         F mass[kMaxGroup] = {};
@@ -218,6 +229,7 @@ static void attend_exact_rows(const Attention& a, const Item& item, int kv_head,
             for (int hh = first; hh < last; hh++) {
                 float *mine = partials + hh * stride, *scores = s + (hh - first) * kExactRows;
                 dot_rows(rows, n, k_dim, queries + hh * k_dim, scores);
+                if (a.cap > 0) cap_scores(scores, (n + LANES - 1) / LANES * LANES, a.cap);
                 const std::int64_t p = item.position + hh % item.num_rows, oldest = a.oldest(p);
                 for (int i = n; i < kExactRows; i++) scores[i] = kNothing;
                 for (int i = 0; i < n; i++)

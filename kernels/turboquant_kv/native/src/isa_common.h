@@ -33,14 +33,23 @@ TQ_INLINE I round_to_int(F x) {
     return (I)shifted - 0x4B400000;
 }
 
-// 2^f for f in [-0.5, 0.5], relative error 1e-7: a polynomial fitted for the smallest largest relative error.
-TQ_INLINE F exp2_fraction(F f) {
+// (2^f - 1) / f for f in [-0.5, 0.5], so that 2^f gets a relative error of 1e-7: a polynomial fitted for the smallest
+// largest one.
+TQ_INLINE F exp2_slope(F f) {
     F p = splat(1.32764715e-3f);
     p = p * f + 9.67554133e-3f;
     p = p * f + 5.55071327e-2f;
     p = p * f + 2.40221197e-1f;
-    p = p * f + 6.93146967e-1f;
-    return p * f + 1.0f;
+    return p * f + 6.93146967e-1f;
+}
+TQ_INLINE F exp2_fraction(F f) { return exp2_slope(f) * f + 1.0f; }
+
+// 2^x - 1 for x <= 0, relative error 2e-7 near 0 as well. NaN stays NaN.
+TQ_INLINE F exp2_minus_1(F x) {
+    x = x < splat(-60.0f) ? splat(-60.0f) : x; // in this order NaN is no less
+    const I whole = round_to_int(x);
+    const F power = (F)((127 + whole) << 23), f = x - to_float(whole);
+    return power * (exp2_slope(f) * f) + (power - 1.0f);
 }
 
 #if !defined(TQ_OWN_ROUNDING)

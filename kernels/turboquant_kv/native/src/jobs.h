@@ -44,6 +44,7 @@ struct Attention {
     Dtype out_dtype = Dtype::f32;
     int num_q_heads = 0, num_rows = 0, group = 1;
     float scale = 1.0f;
+    float cap = 0.0f;                           // scores s become cap * tanh(s / cap); 0: as they are
     const float* sinks = nullptr;               // (Hq,) or null
     std::int64_t window = 0;                    // keys j with p - j < window are seen; 0: all
     std::vector<Item> items;

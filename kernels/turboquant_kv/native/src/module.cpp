@@ -248,7 +248,7 @@ class NativeStore {
     // are, first row and number of rows of its sink, position, first row and number of rows of its window. exact: sink keys,
     // sink values, window keys, window values, each (H, rows, D) of all sequences.
     void attend(nb::handle q, nb::handle out, nb::handle figures, nb::handle page_ids, nb::handle exact, float scale, nb::handle sinks,
-                std::int64_t window) {
+                std::int64_t window, float cap) {
         expect_ready();
         const View q_view(q, "queries", 4), out_view(out, "out", 4, true);
         q_view.expect_shape({-1, -1, -1, store_.k.dim});
@@ -257,6 +257,7 @@ class NativeStore {
         out_view.expect_dense();
         if (q_view.shape(1) % store_.heads || q_view.shape(1) == 0) throw std::invalid_argument("query heads are no multiple of the KV heads");
         if (window < 0) throw std::invalid_argument("window is negative");
+        if (!(cap >= 0) || std::isinf(cap)) throw std::invalid_argument("cap is no finite number from 0 on");
         Attention a;
         a.store = &store_;
         a.q = q_view.data();
@@ -269,6 +270,7 @@ class NativeStore {
         a.group = a.num_q_heads / store_.heads;
         a.scale = scale;
         a.window = window;
+        a.cap = cap;
         a.segment_pages = std::max(1, kSegmentTokens / store_.page_tokens);
         std::optional<View> sinks_view;
         if (!sinks.is_none()) {
@@ -490,5 +492,5 @@ NB_MODULE(_kernels, m) {
         .def("decode", &NativeStore::decode, nb::arg("is_key"), nb::arg("restore"), nb::arg("page_ids"), nb::arg("first_page"), nb::arg("rows"),
              nb::arg("scales"))
         .def("attend", &NativeStore::attend, nb::arg("queries"), nb::arg("out"), nb::arg("figures"), nb::arg("page_ids"), nb::arg("exact"),
-             nb::arg("scale"), nb::arg("sinks").none(), nb::arg("window"));
+             nb::arg("scale"), nb::arg("sinks").none(), nb::arg("window"), nb::arg("cap") = 0.0f);
 }

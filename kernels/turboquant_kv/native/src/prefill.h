@@ -81,9 +81,9 @@ static PrefillState carve(const Attention& a, float* scratch) {
 
 // Scores of n columns (padded to LANES) of the K tile, hidden where `hide` says so, then absorbed with the V tile.
 template <class Hide>
-static void absorb_tile(const PrefillState& s, const Store& store, const float* q, int num_rows, int n, int depth, const float* shift,
+static void absorb_tile(const PrefillState& s, const Attention& a, const float* q, int num_rows, int n, int depth, const float* shift,
                         float* peak, float* mass, float* total, Hide hide) {
-    const int padded = (n + LANES - 1) / LANES * LANES, k_dim = store.k.dim, v_dim = store.v.dim;
+    const int padded = (n + LANES - 1) / LANES * LANES, k_dim = a.store->k.dim, v_dim = a.store->v.dim;
     for (int r = 0; r < num_rows; r += kRowBlock) {
         const int rows = min1(kRowBlock, num_rows - r);
         gemm(q + std::size_t(r) * k_dim, k_dim, rows, k_dim, s.k_tile, padded, s.scores, padded, false);
@@ -91,7 +91,8 @@ static void absorb_tile(const PrefillState& s, const Store& store, const float* 
             float* row = s.scores + std::size_t(m) * padded;
             if (shift)
                 for (int i = 0; i < padded; i += LANES)
-                    store_to(row + i, load<F>(row + i) + shift[(r + m) * tile_blocks(store) + i / kGroupTokens]);
+                    store_to(row + i, load<F>(row + i) + shift[(r + m) * tile_blocks(*a.store) + i / kGroupTokens]);
+            if (a.cap > 0) cap_scores(row, padded, a.cap);
             for (int i = n; i < padded; i++) row[i] = kNothing;
             hide(r + m, row);
             absorb_scores(row, padded, peak[r + m], mass[r + m], total + std::size_t(r + m) * v_dim, v_dim);
@@ -118,7 +119,7 @@ static void prefill_pages(const Attention& a, const Item& item, int kv_head, con
                 kSpanShifts[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * products,
                                                                products, s.constant + r, s.shift + r * blocks + b, blocks);
         const std::int64_t start = store.sink_tokens + at * page;
-        absorb_tile(s, store, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
+        absorb_tile(s, a, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
             if (start >= oldest) return;
             const std::int64_t hidden = a.oldest(item.position + row % item.num_rows) - start;
             for (std::int64_t i = 0; i < min1<std::int64_t>(n, hidden); i++) scores[i] = kNothing;
@@ -142,7 +143,7 @@ static void prefill_exact(const Attention& a, const Item& item, int kv_head, con
         row_to_floats(v.data, v.dtype, kv_head * v.head_stride + (from + i) * v.token_stride, store.v.dim, row);
         for (int d = 0; d < store.v.dim; d += LANES) store_to(s.v_tile + panel_at(n, i, d), load<F>(row + d));
     }
-    absorb_tile(s, store, s.raw, num_rows, n, n, nullptr, s.exact_peak, s.exact_mass, s.exact, [&](int r, float* scores) {
+    absorb_tile(s, a, s.raw, num_rows, n, n, nullptr, s.exact_peak, s.exact_mass, s.exact, [&](int r, float* scores) {
         const std::int64_t p = item.position + r % item.num_rows, oldest = a.oldest(p);
         for (int i = 0; i < n; i++) {
             const std::int64_t key = start + from + i;

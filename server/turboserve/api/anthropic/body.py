@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
-from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_STOPS, MAX_TOKENS, MAX_TOP_K, Name, StopText
+from turboserve.api.chat_body import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOPS,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    FirstError,
+    Name,
+    StopText,
+)
 
 MAX_TOOLS = 1024
 NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -91,7 +100,7 @@ class ToolResultBlock(LenientModel):
 
     type: Literal["tool_result"]
     tool_use_id: Name
-    content: str | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[ResultPart], FirstError(), Field(max_length=MAX_PARTS)] | None = None
     is_error: bool | None = None
 
 
@@ -110,7 +119,7 @@ class InputMessage(LenientModel):
     """One turn. A last one of the assistant's is the beginning of the answer."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(max_length=MAX_PARTS)]
+    content: str | Annotated[list[Block], FirstError(), Field(max_length=MAX_PARTS)]
 
 
 # --- tools
@@ -195,9 +204,9 @@ class PromptBody(LenientModel):
     """What a prompt is made of. `null` means "not given" everywhere."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[InputMessage], FirstError(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | Annotated[list[TextBlock], FirstError(), Field(max_length=MAX_PARTS)] | None = None
+    tools: Annotated[list[Tool], FirstError(), Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[AutoChoice | ToolChoice | NoneChoice, Field(discriminator="type")] | None = None
     thinking: Annotated[ThinkingOn | ThinkingAdaptive | ThinkingOff, Field(discriminator="type")] | None = None
     output_config: OutputConfig | None = None
@@ -214,7 +223,7 @@ class MessagesBody(PromptBody):
     """`POST /v1/messages`."""
 
     max_tokens: NumTokens
-    stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_sequences: Annotated[list[StopText], FirstError(), Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

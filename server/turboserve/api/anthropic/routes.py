@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -10,7 +12,7 @@ from turboserve.api.anthropic.body import CountTokensBody, MessagesBody
 from turboserve.api.anthropic.replies import MessageReplies
 from turboserve.api.anthropic.reply_models import MessageEvent, MessageReply, TokenCount
 from turboserve.api.anthropic.request import parse_count, parse_messages
-from turboserve.api.body import read_json_object
+from turboserve.api.body import read_as
 from turboserve.api.context import Context, Tenant, engine_answer
 from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, anthropic_failures, json_body
 from turboserve.api.session_request import SESSION_HEADER
@@ -73,14 +75,15 @@ async def messages(request: Request, context: Context, tenant: Tenant) -> Respon
     if context.drain.draining:
         context.telemetry.request_refused("draining")
     context.drain.check()
-    parsed, delivery = parse_messages(
-        await read_json_object(request, context.max_body_bytes),
+    parse = partial(
+        parse_messages,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
         required_model=context.required_model,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
+    parsed, delivery = await read_as(request, context.max_body_bytes, parse)
     replies = MessageReplies(
         parsed.request_id,
         context.engine.model_id,
@@ -99,10 +102,11 @@ async def messages(request: Request, context: Context, tenant: Tenant) -> Respon
 async def count_tokens(request: Request, context: Context, tenant: Tenant) -> TokenCount:
     """How many tokens the prompt of these messages and tools has."""
     context.drain.check()
-    parsed = parse_count(
-        await read_json_object(request, context.max_body_bytes),
+    parse = partial(
+        parse_count,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
         required_model=context.required_model,
     )
+    parsed = await read_as(request, context.max_body_bytes, parse)
     return TokenCount(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed)))))

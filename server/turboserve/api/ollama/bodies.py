@@ -18,6 +18,7 @@ from turboserve.api.chat_body import (
     MAX_STOPS,
     MAX_TOKENS,
     MAX_TOP_K,
+    FirstError,
     Penalty,
     StopText,
 )
@@ -41,7 +42,7 @@ class OllamaOptions(OpenBody):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=INT64_MIN, le=INT64_MAX)] = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], FirstError(), Field(max_length=MAX_STOPS)] | None = None
     repeat_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -67,8 +68,10 @@ class PastMessage(OpenBody):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str | None = None
-    images: Annotated[list[Any] | None, Field(description="Only empty: answers are made from text.")] = None
-    tool_calls: Annotated[list[PastCall] | None, Field(max_length=128)] = None
+    images: Annotated[
+        Annotated[list[Any], FirstError()] | None, Field(description="Only empty: answers are made from text.")
+    ] = None
+    tool_calls: Annotated[Annotated[list[PastCall], FirstError()] | None, Field(max_length=128)] = None
     tool_name: Annotated[str | None, Field(description="Whose result this is.")] = None
     tool_call_id: Annotated[str | None, Field(max_length=256)] = None
 
@@ -91,8 +94,8 @@ class AnswerBody(OpenBody):
 class OllamaChatBody(AnswerBody):
     """`POST /api/chat`. Without messages nothing is computed: Ollama loads the model then."""
 
-    messages: Annotated[list[PastMessage], Field(max_length=MAX_MESSAGES)] = []
-    tools: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_TOOLS)] = None
+    messages: Annotated[list[PastMessage], FirstError(), Field(max_length=MAX_MESSAGES)] = []
+    tools: Annotated[Annotated[list[dict[str, Any]], FirstError()] | None, Field(max_length=MAX_TOOLS)] = None
 
 
 class GenerateBody(AnswerBody):

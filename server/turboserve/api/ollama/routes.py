@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from turboserve.api.answering import AnswerResponse
-from turboserve.api.body import read_json_object
+from turboserve.api.body import read_as
 from turboserve.api.completion_body import CompletionBody
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.conversation import conversation_of
@@ -60,12 +61,18 @@ ollama_router = APIRouter(redirect_slashes=False)
 async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Response:
     """Answer a conversation, as JSON lines unless the body says otherwise."""
     context.admit()
-    body = validated(OllamaChatBody, await read_json_object(request, context.max_body_bytes))
-    context.check_model(plain_name(body.model))
+
+    def parse(raw: dict[str, object]) -> tuple[OllamaChatBody, EngineRequest | None]:
+        body = validated(OllamaChatBody, raw)
+        context.check_model(plain_name(body.model))
+        if not body.messages:
+            return body, None
+        return body, conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+
+    body, asked = await read_as(request, context.max_body_bytes, parse)
     replies = OllamaReplies(context.engine.model_id, is_chat=True)
-    if not body.messages:
+    if asked is None:
         return replies.loaded()
-    asked = conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
 
 
@@ -78,16 +85,21 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
 async def ollama_generate(request: Request, context: Context, tenant: Tenant) -> Response:
     """Answer one prompt, as JSON lines unless the body says otherwise."""
     context.admit()
-    body = validated(GenerateBody, await read_json_object(request, context.max_body_bytes))
-    context.check_model(plain_name(body.model))
-    refuse_unsupported(body)
+
+    def parse(raw: dict[str, object]) -> tuple[GenerateBody, EngineRequest | None]:
+        body = validated(GenerateBody, raw)
+        context.check_model(plain_name(body.model))
+        refuse_unsupported(body)
+        if not body.prompt or body.raw or body.suffix:
+            return body, None
+        return body, conversation_of(generate_chat_body(body), context, request_id=_request_id(request), tenant=tenant)
+
+    body, asked = await read_as(request, context.max_body_bytes, parse)
     replies = OllamaReplies(context.engine.model_id, is_chat=False)
     if not body.prompt:
         return replies.loaded()
-    if body.raw or body.suffix:
+    if asked is None:
         asked = await _raw_request(body, context, _request_id(request), tenant)
-    else:
-        asked = conversation_of(generate_chat_body(body), context, request_id=_request_id(request), tenant=tenant)
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
 
 
@@ -145,7 +157,7 @@ async def ollama_ps(context: Context) -> LoadedTags:
 )
 async def ollama_show(request: Request, context: Context) -> Shown:
     """The served model, by its name."""
-    body = validated(ShowBody, await read_json_object(request, context.max_body_bytes))
+    body = await read_as(request, context.max_body_bytes, partial(validated, ShowBody))
     context.check_model(plain_name(body.model or body.name or ""))
     stats, defaults = context.engine.stats(), context.engine.sampling_defaults
     return Shown(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
-from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, Name
+from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, FirstError, Name, at_most
 
 MAX_TOOLS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -62,7 +62,7 @@ Part = Annotated[
     | Annotated[OtherPart, Tag("<other>")],
     Discriminator(_kind_of_part),
 ]
-Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
+Parts = Annotated[list[Part], FirstError(), Field(max_length=MAX_PARTS)]
 
 
 class MessageItem(LenientModel):
@@ -153,7 +153,7 @@ class AllowedTools(LenientModel):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ToolName], Field(max_length=MAX_TOOLS)]
+    tools: Annotated[list[ToolName], FirstError(), Field(max_length=MAX_TOOLS)]
 
 
 # --- settings
@@ -192,11 +192,11 @@ class ResponsesBody(LenientModel):
     """`POST /v1/responses`. `null` means "not given" everywhere."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
-    input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES)] | None = None
+    input: str | Annotated[list[Item], FirstError(), Field(max_length=MAX_MESSAGES)] | None = None
     instructions: str | None = None
     previous_response_id: Name | None = None
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], FirstError(), Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | AllowedTools | ToolName | None = None
     parallel_tool_calls: bool | None = None
 
@@ -206,12 +206,12 @@ class ResponsesBody(LenientModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    include: Annotated[list[Name], Field(max_length=64)] | None = None
+    include: Annotated[list[Name], FirstError(), Field(max_length=64)] | None = None
 
     stream: bool | None = None
     background: bool | None = None
     store: bool | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], at_most(16), Field(max_length=16)] | None = None
     truncation: Literal["auto", "disabled"] | None = None  # too long a prompt is refused either way
 
     # Refused unless null: a template of OpenAI's, a conversation that OpenAI keeps, a judge of OpenAI's.

@@ -6,7 +6,7 @@ Every refusal names the parameter. Messages never quote the prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from turboserve.api.chat_request import check_model
@@ -28,7 +28,6 @@ from turboserve.api.responses.reply_models import FunctionTool, ReasoningSetting
 from turboserve.api.responses.store import ResponseStore, StoredResponse
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.thinking import thinking_kwargs
-from turboserve.api.validation import validated
 from turboserve.errors import (
     InvalidRequestError,
     PreviousResponseError,
@@ -54,7 +53,7 @@ class ParsedResponse:
 
 
 def parse_response(
-    raw: Mapping[str, object],
+    body: ResponsesBody,
     store: ResponseStore,
     *,
     request_id: str,
@@ -68,7 +67,6 @@ def parse_response(
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
-    body = validated(ResponsesBody, raw)
     if body.model and required_model is not None:
         check_model(body.model, required_model)
     _refuse_unsupported(body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from turboserve.api.answering import AnswerResponse
-from turboserve.api.body import check_media_type, read_json_object
+from turboserve.api.body import check_media_type, read_as
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.mailbox import Mailbox
 from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, failures, json_body
@@ -29,6 +30,7 @@ from turboserve.api.responses.reply_models import (
 from turboserve.api.responses.request import ParsedResponse, parse_response
 from turboserve.api.responses.store import ResponseStore, StoredResponse
 from turboserve.api.session_request import SESSION_HEADER
+from turboserve.api.validation import validated
 from turboserve.errors import (
     BodyTooLargeError,
     ContextLengthError,
@@ -202,7 +204,7 @@ async def input_items(
 
 async def _parsed(request: Request, context: ApiContext, tenant: str, store: ResponseStore) -> ParsedResponse:
     return parse_response(
-        await read_json_object(request, context.max_body_bytes),
+        await read_as(request, context.max_body_bytes, partial(validated, ResponsesBody)),
         store,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from turboserve.cache.disk.folder import File
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -81,25 +83,25 @@ def slices(head: bytes, data: list[Array]) -> Iterator[memoryview]:
             yield view[start : start + _SLICE_BYTES]
 
 
-def read_header(path: Path) -> Container:
+def read_header(file: File) -> Container:
     """A file's header alone, its checksum verified. Raises DamagedFileError, OSError."""
-    with path.open("rb") as file:
-        return _read_header(file, path.stat().st_size)
+    with file.open() as stream:
+        return _read_header(stream, file.name)
 
 
-def read(path: Path) -> tuple[Container, dict[str, Array]]:
+def read(file: File) -> tuple[Container, dict[str, Array]]:
     """A whole file, both checksums verified. Raises DamagedFileError, OSError."""
-    with path.open("rb") as file:
-        num_bytes = path.stat().st_size
-        head = _read_header(file, num_bytes)
-        data = np.fromfile(file, np.uint8)
+    with file.open() as stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+        head = _read_header(stream, file.name)
+        data = np.fromfile(stream, np.uint8)
     if head.data_start + len(data) != num_bytes or _checksum([data]) != head.data_checksum:
-        raise DamagedFileError(f"{path.name}: its data does not match its checksum")
-    return head, {name: _view(data, entry, path) for name, entry in head.arrays.items()}
+        raise DamagedFileError(f"{file.name}: its data does not match its checksum")
+    return head, {name: _view(data, entry, file.name) for name, entry in head.arrays.items()}
 
 
-def _read_header(file: BinaryIO, num_bytes: int) -> Container:
-    name = Path(file.name).name
+def _read_header(file: BinaryIO, name: str) -> Container:
+    num_bytes = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if num_bytes < _LENGTH_BYTES + 2 or length > num_bytes - _LENGTH_BYTES:
         raise DamagedFileError(f"{name}: too short for its header")
@@ -117,17 +119,17 @@ def _read_header(file: BinaryIO, num_bytes: int) -> Container:
         raise DamagedFileError(f"{name}: its header cannot be read ({type(exc).__name__})") from exc
 
 
-def _view(data: Array, entry: Mapping[str, Any], path: Path) -> Array:
+def _view(data: Array, entry: Mapping[str, Any], name: str) -> Array:
     """An array of the file without copying it."""
     try:
         (start, end), dtype, shape = entry["data_offsets"], np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
         fits = 0 <= start <= end <= len(data) and all(n >= 0 for n in shape)
         if not fits or math.prod(shape) * dtype.itemsize != end - start:
-            raise DamagedFileError(f"{path.name}: an array's place contradicts its shape")
+            raise DamagedFileError(f"{name}: an array's place contradicts its shape")
         flat = np.frombuffer(data, dtype, math.prod(shape), start)
         return np.require(flat.reshape(shape), requirements="A")
     except (KeyError, TypeError) as exc:
-        raise DamagedFileError(f"{path.name}: an array's description cannot be understood") from exc
+        raise DamagedFileError(f"{name}: an array's description cannot be understood") from exc
 
 
 def _dump(value: Any) -> str:

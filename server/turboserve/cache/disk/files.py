@@ -6,12 +6,14 @@ Raises OSError as the system does; what a failure means is store.py's business.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from turboserve.cache.disk.folder import FILE_MODE, File, Folder
 from turboserve.errors import StartupError
 
 TEMPORARY = ".tmp"
@@ -24,46 +26,41 @@ class StoreLockedError(StartupError):
     """Another process uses this store."""
 
 
-def write_atomically(path: Path, parts: Iterable[memoryview], after_write: Callable[[int], None]) -> None:
-    """Write beside `path`, flush to the device, rename. `after_write` learns each part's bytes.
+def write_atomically(file: File, parts: Iterable[memoryview], after_write: Callable[[int], None]) -> None:
+    """Write beside `file`, flush to the device, rename. `after_write` learns each part's bytes.
 
-    Until the rename, and after any failure, `path` is as it was. The rename itself is only lasting after
-    `sync_folder`.
+    Until the rename, and after any failure, `file` is as it was. The rename itself is only lasting after the
+    folder's `sync`.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = File(file.folder, file.name + TEMPORARY)
+    temporary.delete()  # of a failure that could not clean up
+    out = temporary.create()
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with out:
             for part in parts:
                 written = 0
                 while written < len(part):
-                    written += file.write(part[written:]) or 0
+                    written += out.write(part[written:]) or 0
                 after_write(len(part))
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            os.fsync(out.fileno())
+        temporary.rename(file.name)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            temporary.delete()
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder lasting."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def lock_folder(folder: Path, *, read_only: bool = False) -> tuple[int, bool]:
+def lock_folder(folder: Folder, *, read_only: bool = False) -> tuple[int, bool]:
     """Take a store's lock: an open descriptor (closing it gives the lock back), and whether files can be written.
 
     read_only: even where they could, nothing will be.
 
     Raises StoreLockedError when another process holds it, OSError when there can be no lock at all.
     """
-    handle, is_writable = _open_lock(folder / LOCK_NAME, read_only)
+    handle, is_writable = _open_lock(folder, read_only)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_nlink > 1:
+            raise OSError(errno.EINVAL, f"{LOCK_NAME} is not a file of the store's own")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_writable:
             os.ftruncate(handle, 0)
@@ -72,7 +69,7 @@ def lock_folder(folder: Path, *, read_only: bool = False) -> tuple[int, bool]:
         owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise StoreLockedError(
-            f"The session store {folder} is in use by process {owner}: stop that server or choose another folder."
+            f"The session store {folder.path} is in use by process {owner}: stop that server or choose another folder."
         ) from exc
     except BaseException:
         os.close(handle)
@@ -80,11 +77,12 @@ def lock_folder(folder: Path, *, read_only: bool = False) -> tuple[int, bool]:
     return handle, is_writable
 
 
-def _open_lock(path: Path, read_only: bool) -> tuple[int, bool]:
+def _open_lock(folder: Folder, read_only: bool) -> tuple[int, bool]:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     if not read_only:
         with contextlib.suppress(OSError):
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o600), True
-    return os.open(path, os.O_RDONLY), False
+            return os.open(LOCK_NAME, flags | os.O_RDWR | os.O_CREAT, FILE_MODE, dir_fd=folder.handle), True
+    return os.open(LOCK_NAME, flags | os.O_RDONLY, dir_fd=folder.handle), False
 
 
 class RateLimit:

@@ -23,6 +23,11 @@ class Entry:
     num_readers: int = 0  # it must not vanish under these
 
     @property
+    def is_pinned(self) -> bool:
+        """By its caller, as its meta says."""
+        return self.meta.get("is_pinned") is True
+
+    @property
     def num_bytes(self) -> int:
         return self.own_bytes + sum(self.pieces.values())
 
@@ -80,10 +85,13 @@ class Index:
                 unused.append(name)
         return unused
 
-    def oldest(self) -> Entry | None:
-        """Who makes room next: other models' entries first, then the least recently used; never one being read."""
-        candidates = [entry for entry in self if not entry.num_readers]
-        return min(candidates, key=lambda e: (not e.is_foreign, e.last_used_s), default=None)
+    def oldest(self, but: str) -> Entry | None:
+        """Who makes room next: other models' entries first, pinned ones last, else the least recently used.
+
+        Never one being read, nor `but`.
+        """
+        candidates = [entry for entry in self if not entry.num_readers and entry.key != but]
+        return min(candidates, key=lambda e: (not e.is_foreign, e.is_pinned, e.last_used_s), default=None)
 
     def check(self) -> None:
         """Raises AssertionError when the totals are not those of the entries: a bug in this project."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from turboserve.cache.disk import container, pieces
 from turboserve.cache.disk.container import Array, DamagedFileError
-from turboserve.cache.disk.scan import entry_path, piece_path
+from turboserve.cache.disk.layout import StoreFolder
 
 
 class DamagedPieceError(DamagedFileError):
@@ -19,9 +18,9 @@ class DamagedPieceError(DamagedFileError):
         self.name = name
 
 
-def read_entry(store: Path, key: str) -> tuple[dict[str, Any], list[Array]]:
+def read_entry(store: StoreFolder, key: str) -> tuple[dict[str, Any], list[Array]]:
     """An entry's fields and arrays. Raises DamagedFileError, OSError."""
-    head, rest = container.read(entry_path(store, key))
+    head, rest = container.read(store.entry(key))
     try:
         if head.kind != "entry" or head.fields["key"] != key:
             raise DamagedFileError("the entry's file holds another entry")
@@ -32,10 +31,10 @@ def read_entry(store: Path, key: str) -> tuple[dict[str, Any], list[Array]]:
         raise DamagedFileError(f"the entry's fields cannot be understood: {exc!r}") from exc
 
 
-def _read_pieces(store: Path, names: Iterable[str]) -> Iterable[dict[str, Array]]:
+def _read_pieces(store: StoreFolder, names: Iterable[str]) -> Iterable[dict[str, Array]]:
     for name in names:
         try:
-            head, arrays = container.read(piece_path(store, name))
+            head, arrays = container.read(store.piece(name))
         except (DamagedFileError, FileNotFoundError) as exc:
             raise DamagedPieceError(name, str(exc)) from exc
         if head.kind != "piece" or head.fields.get("name") != name:

@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from turboserve.cache.disk import files, scan
+from turboserve.cache.disk import files, layout, scan
 from turboserve.cache.disk.container import Array, DamagedFileError
+from turboserve.cache.disk.folder import File
 from turboserve.cache.disk.index import Entry, Index
+from turboserve.cache.disk.layout import StoreFolder
 from turboserve.cache.disk.reading import DamagedPieceError, read_entry
 from turboserve.cache.disk.switch import Switch
 from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 MiB = 1 << 20
 DEFAULT_PENDING_BYTES = 256 * MiB  # the stated scratch of writing; one conversation alone may exceed it
 CLOSE_S = 10.0
+CLOCK_STEP_S = 1e-3  # between two uses at least: what file systems tell apart
 STOP_S = 10.0  # for the piece that is being written when time is up
 _NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -54,7 +57,7 @@ class DiskCounts:
 class _Rubbish(NamedTuple):
     """A file to be deleted, unless its entry or piece is needed again by then."""
 
-    path: Path
+    file: File
     key: str | None = None
     piece: str | None = None
 
@@ -71,13 +74,15 @@ class DiskStore:
         fingerprint: str,
         max_pending_bytes: int = DEFAULT_PENDING_BYTES,
         clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens or makes the folder and learns what is in it.
 
         limit_bytes: of all files together. write_rate: bytes per second, on average. fingerprint: of
-        everything that gives stored caches their meaning; entries under another one are not offered.
-        Raises StoreLockedError when another process has the folder; any other trouble only shows in
-        `status`.
+        everything that gives stored caches their meaning; entries under another one are not offered. clock: Unix
+        time, which orders entries by their last use across restarts, and may jump.
+        Raises StoreLockedError when another process has the folder, StoreFolderError when it is something
+        else than a store; any other trouble only shows in `status`.
         """
         self.path = path
         self._limit_bytes, self._max_pending_bytes = limit_bytes, max_pending_bytes
@@ -87,10 +92,12 @@ class DiskStore:
         self._pending: dict[str, Job] = {}
         self._writing: Job | None = None
         self._trash: list[_Rubbish] = []
-        self._switch = Switch(clock)
+        self._switch = Switch(steady_clock)
+        self._latest_s = 0.0  # the last use of any entry
         self._is_closing = False
         self._hurry, self._stop = threading.Event(), threading.Event()
         self._rate = files.RateLimit(write_rate, self._hurry.wait)
+        self._folder: StoreFolder | None = None
         self._lock_handle: int | None = None
         self._thread: threading.Thread | None = None
         self._open()
@@ -99,23 +106,26 @@ class DiskStore:
 
     def _open(self) -> None:
         try:
-            with contextlib.suppress(PermissionError):
-                self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are in there
-            for folder in (scan.entries_folder(self.path), scan.pieces_folder(self.path)):
-                with contextlib.suppress(PermissionError):  # of a read-only store that is already there
-                    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_handle, is_writable = files.lock_folder(self.path)
-            found = scan.scan(self.path, self._fingerprint)
+            self._folder = layout.open_store_folder(self.path)
+            self._lock_handle, is_writable = files.lock_folder(self._folder.root)
+            if is_writable:
+                self._folder.make_private()
+            found = scan.scan(self._folder, self._fingerprint)
+        except files.StoreLockedError:
+            self._close_folder()
+            raise
         except OSError as exc:
+            self._close_folder()
             self._switch.turn_off(exc.strerror or str(exc))
             log.warning("the session store %s is off: %s", self.path, self._switch.reason)
             return
         for entry in found.entries:
             self._index.add(entry)
-        for path, why in found.damaged.items():
-            log.warning("the session store drops %s: %s", path.name, why)
+            self._latest_s = max(self._latest_s, entry.last_used_s)
+        for file, why in found.damaged.items():
+            log.warning("the session store drops %s: %s", file.name, why)
         self._count(integrity_failures=len(found.damaged))
-        self._trash = [_Rubbish(path) for path in (*found.damaged, *found.leftovers)]
+        self._trash = [_Rubbish(file) for file in (*found.damaged, *found.leftovers)]
         if not is_writable:
             self._trash = []
             self._switch.turn_off("the folder is read-only")
@@ -133,17 +143,24 @@ class DiskStore:
             self._thread.join(timeout_s)
             self._stop.set()
             self._thread.join(STOP_S)
-        if self._lock_handle is not None and not (self._thread and self._thread.is_alive()):
+        if not (self._thread and self._thread.is_alive()):
+            with self._changed:
+                self._close_folder()
+
+    def _close_folder(self) -> None:
+        if self._lock_handle is not None:
             os.close(self._lock_handle)
-            self._lock_handle = None
+        if self._folder is not None:
+            self._folder.close()
+        self._lock_handle = self._folder = None
 
     # What the memory sees.
 
     def put(self, key: str, meta: Mapping[str, Any], header: Mapping[str, Any], arrays: Sequence[Array]) -> bool:
         """Queue a conversation. Arrays must not change afterwards.
 
-        Its pieces are shared on disk only with entries whose meta has the same `salt`. False: the store is
-        off, closing, or has too much queued.
+        Its pieces are shared on disk only with entries whose meta has the same `salt`. An entry of this key stays
+        until the new one is durable. False: the store is off, closing, or has too much queued.
         """
         job = Job(key, dict(meta), dict(header), list(arrays))
         with self._changed:
@@ -163,11 +180,12 @@ class DiskStore:
                 job = self._pending[key]
                 return job.meta, job.header, list(job.arrays)
             entry = self._index.get(key)
-            if entry is None or entry.is_foreign:
+            if entry is None or entry.is_foreign or self._folder is None:
                 return None
             entry.num_readers += 1
+            folder = self._folder
         try:
-            fields, arrays = read_entry(self.path, key)
+            fields, arrays = read_entry(folder, key)
         except (DamagedFileError, OSError) as exc:
             self._drop_damaged(entry, exc)
             return None
@@ -177,7 +195,8 @@ class DiskStore:
         finally:
             with self._changed:
                 entry.num_readers -= 1
-        self._touch(entry)
+        self._note_use(entry)
+        self._count(read=1)
         return fields["meta"], fields["header"], arrays
 
     def delete(self, key: str) -> None:
@@ -192,6 +211,12 @@ class DiskStore:
         """What is on disk under this fingerprint."""
         with self._changed:
             return [StoredEntry(e.key, e.meta, e.num_bytes) for e in self._index if not e.is_foreign]
+
+    def entry(self, key: str) -> StoredEntry | None:
+        """What is on disk under a key and this fingerprint, whatever is queued for it."""
+        with self._changed:
+            entry = self._index.get(key)
+            return None if entry is None or entry.is_foreign else StoredEntry(key, entry.meta, entry.num_bytes)
 
     def entry_bytes(self, key: str) -> int | None:
         """Bytes of an entry, shared pieces included; None when it is gone."""
@@ -244,7 +269,7 @@ class DiskStore:
         while (job := self._next_job()) is not None:
             try:
                 self._make_room(job)
-                entry = write_job(self.path, job, self._fingerprint, self._has_piece, self._after_write)
+                entry = write_job(self._opened, job, self._fingerprint, self._has_piece, self._after_write)
                 self._finish(job, entry)
             except Stopped:
                 self._finish(job, None)
@@ -283,11 +308,14 @@ class DiskStore:
             return self._index.piece_bytes(name)
 
     def _make_room(self, job: Job) -> None:
-        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot."""
+        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot.
+
+        Never the entry that the job replaces: that goes when the new one is durable.
+        """
         _ = job.parts  # hashed here, not under the lock
         with self._changed:
             while self._index.total_bytes + new_bytes(job, self._has_piece) > self._limit_bytes:
-                oldest = self._index.oldest()
+                oldest = self._index.oldest(but=job.key)
                 if oldest is None:
                     self._count(refused=1)
                     raise Stopped
@@ -299,7 +327,7 @@ class DiskStore:
         """Book what was written; of a job that was stopped, the files go."""
         with self._changed:
             if entry is not None:
-                entry.last_used_s = self._clock()
+                self._note_use(entry)
                 self._throw_away(self._index.add(entry))
                 self._count(written=1)
                 self._switch.worked()
@@ -325,7 +353,7 @@ class DiskStore:
         for rubbish in trash:
             if not self._is_needed(rubbish):  # again, meanwhile; only this thread adds files
                 with contextlib.suppress(OSError):
-                    rubbish.path.unlink()
+                    rubbish.file.delete()
         with self._changed:
             del self._trash[: len(trash)]  # only this thread takes anything out
 
@@ -336,18 +364,23 @@ class DiskStore:
 
     # Under the lock.
 
+    @property
+    def _opened(self) -> StoreFolder:
+        assert self._folder is not None, "nothing is written or deleted without a folder"
+        return self._folder
+
     def _accepts(self) -> bool:
         return self._thread is not None and not self._is_closing and self._switch.is_on
 
     def _drop(self, key: str) -> None:
-        if self._index.get(key) is not None:
+        if self._index.get(key) is not None and self._folder is not None:
             # The entry first: a process that is killed in between leaves pieces that nobody names, not a broken entry.
-            self._trash.append(_Rubbish(scan.entry_path(self.path, key), key=key))
+            self._trash.append(_Rubbish(self._folder.entry(key), key=key))
             self._throw_away(self._index.remove(key))
 
     def _throw_away(self, pieces: Sequence[str]) -> None:
         unused = [name for name in pieces if self._index.piece_bytes(name) is None]
-        self._trash += [_Rubbish(scan.piece_path(self.path, name), piece=name) for name in unused]
+        self._trash += [_Rubbish(self._opened.piece(name), piece=name) for name in unused]
         self._changed.notify_all()
 
     def _drop_damaged(self, entry: Entry, exc: Exception) -> None:
@@ -364,11 +397,14 @@ class DiskStore:
             self._count(integrity_failures=1)
         log.warning("a stored conversation cannot be read and is dropped (%d in all): %s", len(victims), exc)
 
-    def _touch(self, entry: Entry) -> None:
-        entry.last_used_s = self._clock()
-        self._count(read=1)
-        with contextlib.suppress(OSError):
-            os.utime(scan.entry_path(self.path, entry.key), (entry.last_used_s, entry.last_used_s))
+    def _note_use(self, entry: Entry) -> None:
+        """It is the last used one from now on, and its file says so; also when the clock was set back meanwhile."""
+        with self._changed:
+            entry.last_used_s = self._latest_s = max(self._clock(), self._latest_s + CLOCK_STEP_S)
+            folder = self._folder
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.entry(entry.key).touch(entry.last_used_s)
 
     def _count(self, **more: int) -> None:
         with self._changed:

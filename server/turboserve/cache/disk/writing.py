@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from turboserve.cache.disk import files, scan
+from turboserve.cache.disk import files
 from turboserve.cache.disk.container import Array, pack, packed_bytes, slices
+from turboserve.cache.disk.folder import File
 from turboserve.cache.disk.index import Entry
+from turboserve.cache.disk.layout import StoreFolder
 from turboserve.cache.disk.pieces import name_of, split
+from turboserve.cache.disk.scan import entry_fields
 
 # A file's header and what meta and header take as JSON, generously; used to plan, never to account.
 _FILE_OVERHEAD_BYTES = 4096
@@ -55,7 +57,7 @@ def new_bytes(job: Job, piece_bytes: PieceBytes) -> int:
 
 
 def write_job(
-    store: Path, job: Job, fingerprint: str, piece_bytes: PieceBytes, after_write: Callable[[int], None]
+    store: StoreFolder, job: Job, fingerprint: str, piece_bytes: PieceBytes, after_write: Callable[[int], None]
 ) -> Entry:
     """Write what is not there yet; the entry as it now is on disk. Raises OSError, and what after_write raises."""
     pieces, rest = job.parts
@@ -64,19 +66,19 @@ def write_job(
         there = sizes.get(name) or piece_bytes(name)
         if there is None:
             head, data = pack("piece", {"name": name}, piece)
-            files.write_atomically(scan.piece_path(store, name), slices(head, data), after_write)
+            files.write_atomically(store.piece(name), slices(head, data), after_write)
             job.written_pieces.append(name)
             there = packed_bytes(head, data)
         sizes[name] = there
     if job.written_pieces:
-        files.sync_folder(scan.pieces_folder(store))
-    fields = scan.entry_fields(job.key, fingerprint, job.meta, job.header, [(name, sizes[name]) for name, _ in pieces])
-    own_bytes = _write_own(scan.entry_path(store, job.key), fields, rest, after_write)
+        store.pieces.sync()
+    fields = entry_fields(job.key, fingerprint, job.meta, job.header, [(name, sizes[name]) for name, _ in pieces])
+    own_bytes = _write_own(store.entry(job.key), fields, rest, after_write)
     return Entry(job.key, job.meta, own_bytes, sizes, last_used_s=0.0)
 
 
-def _write_own(path: Path, fields: dict[str, Any], rest: dict[str, Array], after_write: Callable[[int], None]) -> int:
+def _write_own(file: File, fields: dict[str, Any], rest: dict[str, Array], after_write: Callable[[int], None]) -> int:
     head, data = pack("entry", fields, rest)
-    files.write_atomically(path, slices(head, data), after_write)
-    files.sync_folder(path.parent)
+    files.write_atomically(file, slices(head, data), after_write)
+    file.folder.sync()
     return packed_bytes(head, data)

@@ -63,7 +63,7 @@ def test_a_store_in_use_and_leftovers_are_shown(tmp_path: Path, capsys: pytest.C
     assert doctor(tmp_path, capsys)[0] == 0
     assert check_store(tmp_path).is_in_use
     store.close()
-    (tmp_path / "pieces" / "x.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "pieces" / f"{'0' * 40}.safetensors.tmp").write_bytes(b"half")
     status, output = doctor(tmp_path, capsys)
     assert status == 0
     assert "1 unfinished files" in output

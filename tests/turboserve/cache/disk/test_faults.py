@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.turboserve.cache.disk.conversations import assert_holds, close_clean, conversation, file_bytes, open_store
 
+from turboserve.cache.disk.folder import File
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -69,13 +71,13 @@ def test_an_entry_goes_before_its_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     store.put("k", *conversation(1, 9))
     assert store.flush(20)
     gone: list[str] = []
-    unlink = Path.unlink
+    delete = File.delete
 
-    def noted(path: Path, missing_ok: bool = False) -> None:
-        gone.append(path.parent.name)
-        unlink(path, missing_ok)
+    def noted(file: File) -> None:
+        gone.append(file.folder.path.name)
+        delete(file)
 
-    monkeypatch.setattr(Path, "unlink", noted)
+    monkeypatch.setattr(File, "delete", noted)
     store.delete("k")
     assert store.flush(20)
     assert gone == ["entries", *["pieces"] * (len(gone) - 1)]
@@ -89,7 +91,7 @@ from pathlib import Path
 from tests.turboserve.cache.disk.conversations import assert_holds, conversation, open_store
 
 now = 1000.0
-store = open_store(Path(sys.argv[1]), clock=lambda: now)
+store = open_store(Path(sys.argv[1]), steady_clock=lambda: now)
 assert store.put("before", *conversation(1)) and store.flush(20)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the system refuses every longer file from now on
@@ -194,18 +196,24 @@ def test_damaged_files_are_dropped_and_counted(pristine: Path, tmp_path: Path, d
 
 def test_strange_files_in_the_folder_do_no_harm(pristine: Path, tmp_path: Path) -> None:
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "entries" / "notes.txt").write_text("mine")
-    (tmp_path / "entries" / "x.safetensors").write_bytes(b"")
-    (tmp_path / "entries" / "y.safetensors").write_bytes(b"\xff" * 4096)
-    (tmp_path / "entries" / "z.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
-    (tmp_path / "entries" / "half.safetensors.tmp").write_bytes(b"half")
-    (tmp_path / "pieces" / "orphan.safetensors").write_bytes(b"orphan")
+    foreign = ["notes.txt", "mine.safetensors", "mine.safetensors.tmp", "mine.tmp"]
+    for name in foreign:
+        (tmp_path / "entries" / name).write_text("mine")
+        (tmp_path / "pieces" / name).write_text("mine")
+    (tmp_path / "entries" / f"{'a' * 40}.safetensors").write_bytes(b"")
+    (tmp_path / "entries" / f"{'b' * 40}.safetensors").write_bytes(b"\xff" * 4096)
+    (tmp_path / "entries" / f"{'c' * 40}.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    (tmp_path / "entries" / f"{'d' * 40}.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "pieces" / f"{'e' * 40}.safetensors").write_bytes(b"orphan")
     store = open_store(tmp_path)
     assert len(store.entries()) == 6
     assert store.counts.integrity_failures == store.status().num_damaged == 3
-    close_clean(store)
-    assert (tmp_path / "entries" / "notes.txt").read_text() == "mine"
-    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("orphan*"))
+    assert store.flush(20)
+    store.close()
+    left = [path for letter in "abcde" for path in tmp_path.rglob(f"{letter * 40}*")]
+    assert left == [], "what is the store's own went"
+    for name in foreign:
+        assert (tmp_path / "entries" / name).read_text() == (tmp_path / "pieces" / name).read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_is_off_with_a_reason(tmp_path: Path) -> None:
@@ -224,10 +232,10 @@ def test_a_folder_that_cannot_be_is_off_with_a_reason(tmp_path: Path) -> None:
 def test_a_read_only_folder_is_still_read(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really_open = os.open
 
-    def read_only(path: Any, flags: int, *rest: int) -> int:
+    def read_only(path: Any, flags: int, *rest: int, **options: Any) -> int:
         if flags & (os.O_RDWR | os.O_WRONLY):
             raise OSError(30, "Read-only file system")
-        return really_open(path, flags, *rest)
+        return really_open(path, flags, *rest, **options)
 
     before = file_bytes(pristine)
     with monkeypatch.context() as patch:

@@ -132,6 +132,24 @@ def test_the_size_limit_drops_the_least_recently_used(tmp_path: Path) -> None:
     close_clean(again)
 
 
+def test_pinned_conversations_make_room_last(tmp_path: Path) -> None:
+    one = open_store(tmp_path / "probe")
+    one.put("0", *conversation(0))
+    close_clean(one)
+    store = open_store(tmp_path / "store", limit_bytes=int(3.5 * file_bytes(tmp_path / "probe")))
+    for number in range(6):
+        meta, header, arrays = conversation(number)
+        store.put(str(number), meta | {"is_pinned": number in (0, 2)}, header, arrays)
+        assert store.flush(20)
+    assert [e.key for e in store.entries()] == ["0", "2", "5"]
+    for number in (6, 7):
+        meta, header, arrays = conversation(number)
+        store.put(str(number), meta | {"is_pinned": True}, header, arrays)
+        assert store.flush(20)
+    assert [e.key for e in store.entries()] == ["2", "6", "7"], "of nothing but pinned ones the oldest"
+    close_clean(store)
+
+
 def test_what_is_queued_is_bounded_and_can_be_taken_back(tmp_path: Path) -> None:
     num_bytes = sum(a.nbytes for a in conversation(0)[2])
     store = open_store(tmp_path, write_rate=100_000, max_pending_bytes=int(2.5 * num_bytes))

@@ -1,0 +1,80 @@
+"""Conversations that decode side by side and are computed one by one, for models whose batches cannot be trusted.
+
+Each layer's rows keep the caches that they had alone, of whatever class and format, so a row gets what it gets alone.
+`forward` runs the model over such a batch, or over any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from turboquant_kv.cache.leaves import leaves
+from turboquant_kv.cache.protocol import AttendingCache, row_indices
+
+Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
+
+
+class RowsApart:
+    """One layer's single-conversation caches, row by row; has the verbs of a batch that do not compute."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = list(rows)
+
+    def extend(self, other: RowsApart) -> None:
+        """Take over the other batch's rows; it is empty afterwards."""
+        self.rows += other.rows
+        other.rows = []
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        """Keep these rows, in this order; the others' memory is given back."""
+        kept = [self.rows[i] for i in row_indices(batch_indices)]
+        for row in self.rows:
+            if not any(row is other for other in kept):
+                _release(row)
+        self.rows = kept
+
+    def extract(self, idx: int) -> Any:
+        """Row `idx` as a single cache; pages and arrays are shared until one of the two is written."""
+        return copy.deepcopy(self.rows[idx])
+
+    def pending_arrays(self) -> list[Any]:
+        """What is still to be computed, as `mx.eval` takes it."""
+        caches = leaves(self.rows)
+        return [cache.pending_arrays() if isinstance(cache, AttendingCache) else cache.state for cache in caches]
+
+    def release(self) -> None:
+        """Give all rows' memory back now; the batch is empty afterwards."""
+        self.filter([])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(row.nbytes) for row in self.rows if not row.empty())
+
+    @property
+    def state(self) -> list[Any]:
+        """Of every row."""
+        return [row.state for row in self.rows]
+
+
+def _release(row: Any) -> None:
+    for cache in leaves([row]):
+        if isinstance(cache, AttendingCache):
+            cache.release()
+
+
+def merge_apart(rows: Sequence[Sequence[Any]]) -> list[RowsApart]:
+    """One batch per layer over copies of these conversations' caches, which stay as they are."""
+    return [RowsApart([copy.deepcopy(cache) for cache in layer]) for layer in zip(*rows, strict=True)]
+
+
+def forward(model: Model, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+    """Logits (B, T, V) of tokens (B, T) over a batch with one cache per layer; rows that are apart one by one."""
+    if not any(isinstance(cache, RowsApart) for cache in batch):
+        logits: mx.array = model(tokens, cache=batch)
+        return logits
+    num_rows = tokens.shape[0]
+    return mx.concatenate([model(tokens[i : i + 1], cache=[cache.rows[i] for cache in batch]) for i in range(num_rows)])

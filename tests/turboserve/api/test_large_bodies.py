@@ -1,0 +1,173 @@
+"""Bodies that are large for no good reason: refused or read, and nobody else waits meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from tests.turboserve.api.conftest import Service, connect_client, running
+
+from turboserve.api import body as body_module
+from turboserve.api.body import MAX_CONTAINERS, MAX_MEMBERS, MAX_STRINGS, MAX_VALUES, parse_object
+from turboserve.errors import InvalidRequestError
+
+NUM_BYTES = 8_000_000
+HI = '"messages":[{"role":"user","content":"hi"}]'
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+ANTHROPIC, EMBED, TOKENIZE, OLLAMA = "/v1/messages", "/v1/embeddings", "/tokenize", "/api/chat"
+EVERY_PATH = (CHAT, TEXT, RESPONSES, ANTHROPIC, EMBED, TOKENIZE, "/detokenize", OLLAMA, "/api/generate")
+
+LONGEST_S = 0.15  # of what was between 0.2 and 60 s; a collection of this process's garbage alone takes a third of it
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Service]:
+    with running(max_body_bytes=8 << 20, request_timeout_s=30.0) as service:
+        yield service
+
+
+def full(begin: str, piece: Callable[[int], str], end: str, num_pieces: int | None = None) -> bytes:
+    """So many pieces, or as many as fill the body."""
+    if num_pieces is None:
+        num_pieces = NUM_BYTES // (len(piece(1_000_000)) + 1)
+    return (begin + ",".join(map(piece, range(num_pieces))) + end).encode()
+
+
+@contextmanager
+def turns(service: Service) -> Iterator[list[float]]:
+    """How long the event loop had to wait for its turns, in seconds.
+
+    Of the time on the clock and the time that this process computed the smaller one counts: while another program has
+    the processor, both would grow by turns that nobody here took.
+    """
+    gaps: list[float] = []
+    is_over = False
+
+    async def beat() -> None:
+        wall_s, cpu_s = time.monotonic(), time.process_time()
+        while not is_over:
+            await asyncio.sleep(0.001)
+            now_s, computed_s = time.monotonic(), time.process_time()
+            gaps.append(min(now_s - wall_s, computed_s - cpu_s))
+            wall_s, cpu_s = now_s, computed_s
+
+    with service.connect() as sock:
+        while (link := service.served(sock)) is None:
+            time.sleep(0.001)
+        beating = asyncio.run_coroutine_threadsafe(beat(), link.loop)
+        yield gaps
+        is_over = True
+        beating.result(5)
+
+
+def unknown_keys() -> bytes:
+    return full("{" + HI + ',"model":"scripted/model","prompt":"x","input":"x",', lambda i: f'"k{i}":0', "}")
+
+
+CASES = [
+    *((path, unknown_keys()) for path in EVERY_PATH),
+    (CHAT, full("{" + HI + ',"metadata":{', lambda i: f'"k{i}":0', "}}")),
+    (RESPONSES, full('{"input":"x","metadata":{', lambda i: f'"k{i}":0', "}}")),
+    (RESPONSES, full('{"input":"x","metadata":{', lambda i: f'"k{i}":0', "}}", MAX_MEMBERS)),
+    (CHAT, full("{" + HI + ',"logit_bias":{', lambda i: f'"x{i}":0', "}}")),
+    (CHAT, full("{" + HI + ',"logit_bias":{', lambda i: f'"x{i}":0', "}}", MAX_MEMBERS)),
+    (CHAT, full('{"messages":[{"role":"user","content":[', lambda i: '{"type":"text"}', "]}]}")),
+    (CHAT, full('{"messages":[{"role":"user","content":[', lambda i: "{}", "]}]}", MAX_CONTAINERS - 9)),
+    (
+        ANTHROPIC,
+        full('{"max_tokens":5,"messages":[{"role":"user","content":[', lambda i: "{}", "]}]}", MAX_CONTAINERS - 9),
+    ),
+    (CHAT, full('{"messages":[{"role":"assistant","content":"x","annotations":[', lambda i: "[]", "]}]}")),
+    (CHAT, full('{"messages":[', lambda i: "{}", "]}", MAX_CONTAINERS - 9)),
+    (CHAT, full("{" + HI + ',"stop":[', lambda i: "1", "]}", MAX_VALUES - 9)),
+    (CHAT, full("{" + HI + ',"tools":[', lambda i: '{"type":1}', "]}", MAX_CONTAINERS - 9)),
+    (RESPONSES, full('{"input":[', lambda i: "{}", "]}", MAX_CONTAINERS - 9)),
+    (OLLAMA, full('{"model":"scripted/model","messages":[', lambda i: "{}", "]}", MAX_CONTAINERS - 9)),
+    (TEXT, full('{"prompt":[', lambda i: '""', "]}")),
+    (TEXT, full('{"prompt":[', lambda i: '""', "]}", MAX_STRINGS - 9)),
+    (TEXT, full('{"prompt":[', lambda i: "1", "]}")),
+    (TEXT, full('{"prompt":[1,', lambda i: '"x"', "]}", MAX_STRINGS - 9)),
+    (EMBED, full('{"input":[', lambda i: '"a"', "]}")),
+    (EMBED, full('{"input":[', lambda i: "[]", "]}", MAX_CONTAINERS - 9)),
+    ("/detokenize", full('{"tokens":[', lambda i: "-1", "]}", MAX_VALUES - 9)),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), CASES, ids=[f"{i}-{path}" for i, (path, _) in enumerate(CASES)])
+def test_no_body_keeps_others_from_their_turn(roomy: Service, path: str, body: bytes) -> None:
+    with turns(roomy) as gaps, connect_client(roomy) as client:
+        reply = client.post(path, content=body, headers={"content-type": "application/json"}, timeout=60)
+    assert reply.status_code == 400 and len(reply.content) < 1000, reply.text[:300]
+    assert max(gaps) < LONGEST_S, sorted(gaps)[-5:]
+    roomy.wait_quiet()
+
+
+@pytest.mark.parametrize("text", ['said "yes, no" [{' * 300_000, '\\"' * 1_500_000, "ä" * 1_300_000, "\\" * 3_000_000])
+def test_punctuation_inside_texts_is_no_structure(roomy: Service, text: str) -> None:
+    """Prompts may be made of what separates values elsewhere."""
+    with connect_client(roomy) as client:
+        body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+        reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=60)
+    assert reply.status_code == 200, reply.text[:300]
+    assert roomy.engine.received[-1].messages[0]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[" + ",".join(['"x"'] * (MAX_STRINGS + 1)) + "]", "strings"),
+        ("[" + ",".join(["[]"] * (MAX_CONTAINERS + 1)) + "]", "strings"),
+        ("[" + ",".join(["1"] * (MAX_VALUES + 2)) + "]", "values"),
+        ("{" + ",".join(f'"{i}":1' for i in range(MAX_MEMBERS + 1)) + "}", "members"),
+        ("[" * 251 + "]" * 251, "250 levels"),
+    ],
+)
+def test_what_is_too_much_is_refused_by_its_kind(text: str, named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        parse_object(f'{{"x": {text}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" + ",".join(['"x"'] * (MAX_STRINGS - 1)) + "]",
+        "[" + ",".join(["[]"] * (MAX_CONTAINERS - 2)) + "]",
+        "[" + ",".join(["1"] * MAX_VALUES) + "]",
+        "{" + ",".join(f'"{i}":1' for i in range(MAX_MEMBERS)) + "}",
+        "[" * 249 + "]" * 249,
+    ],
+)
+def test_what_is_just_not_too_much_is_read(text: str) -> None:
+    assert parse_object(f'{{"x": {text}}}'.encode()) == {"x": json.loads(text)}
+
+
+def test_strings_are_told_from_structure_as_json_does(monkeypatch: pytest.MonkeyPatch, rng: object) -> None:
+    """With limits near the truth: exactly what is over them is refused, whatever stands inside strings."""
+    from random import Random
+
+    random = Random(str(rng))
+    for _ in range(200):
+        words = ["".join(random.choice('\\",[]{}ab') for _ in range(random.randrange(9))) for _ in range(9)]
+        num_strings = random.randrange(1, 9)
+        text = json.dumps({"x": words[:num_strings]})
+        monkeypatch.setattr(body_module, "MAX_STRINGS", num_strings + 1)
+        monkeypatch.setattr(body_module, "MAX_CONTAINERS", 2)
+        monkeypatch.setattr(body_module, "MAX_VALUES", num_strings - 1)
+        assert parse_object(text.encode()) == {"x": words[:num_strings]}
+        monkeypatch.setattr(body_module, "MAX_STRINGS", num_strings)
+        with pytest.raises(InvalidRequestError, match="too many parts"):
+            parse_object(text.encode())
+
+
+def test_a_large_honest_body_is_answered(roomy: Service) -> None:
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"turn {i}"} for i in range(4000)]
+    messages.append({"role": "user", "content": "hi"})
+    with turns(roomy) as gaps, connect_client(roomy) as client:
+        reply: httpx.Response = client.post(CHAT, json={"messages": messages}, timeout=60)
+    assert reply.status_code == 200 and len(roomy.engine.received[-1].messages) == 4001
+    assert max(gaps) < LONGEST_S, sorted(gaps)[-5:]
