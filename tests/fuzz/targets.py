@@ -27,12 +27,13 @@ from turboserve.api.responses.body import ResponsesBody
 from turboserve.api.validation import validated
 from turboserve.cache.disk import container
 from turboserve.cache.disk.container import DamagedFileError
+from turboserve.cache.disk.folder import File, Folder
 from turboserve.engine.text import REPLACEMENT, TextStream
 from turboserve.errors import TurboServeError
 
 MOST_MESSAGE_CHARS = 2000  # an error quotes no more of what a client sent
 _MEMORY = Path("/dev/shm")  # files there cost no disk
-_FOLDER = Path(tempfile.mkdtemp(prefix="turboserve-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
+_FOLDER = Folder.open(Path(tempfile.mkdtemp(prefix="turboserve-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None)))
 
 Target = Callable[[bytes], None]
 
@@ -92,7 +93,10 @@ def _check_chat(parsed: Mapping[str, object]) -> None:
 
 BODIES: tuple[type[BaseModel], ...] = (CompletionBody, MessagesBody, OllamaChatBody, ResponsesBody)
 # Names that bodies and their parts have, and values that they are compared with.
-NAMES = sorted({name for body in (ChatBody, *BODIES) for name in body.model_fields}) + [
+BODY_NAMES = sorted({name for fields in (ChatBody, CompletionBody, MessagesBody) for name in fields.model_fields})
+NAMES = [
+    *BODY_NAMES,
+    *("input", "instructions", "num_predict", "keep_alive", "reasoning", "previous_response_id", "think", "raw"),
     *("role", "content", "type", "text", "name", "function", "parameters", "arguments", "id", "tool_call_id", "schema"),
     *("json_schema", "properties", "items", "enum", "strict", "call_id", "output", "thinking", "input_schema", "5"),
     *("include_usage", "choice", "regex", "grammar", "json", "options", "effort", "budget_tokens", "refusal", "alien"),
@@ -113,11 +117,11 @@ def _check_error(error: TurboServeError) -> None:
 
 def store(data: bytes) -> None:
     """A file of the store. What is believed without both checksums would be a fault, so they are made to fit first."""
-    path = _FOLDER / "file.safetensors"
+    file = File(_FOLDER, "file.safetensors")
     for content in (data, _with_header_checksum(data)):
-        path.write_bytes(content)
+        file.path.write_bytes(content)
         try:
-            _, arrays = container.read(path)
+            _, arrays = container.read(file)
         except DamagedFileError:
             continue
         for array in arrays.values():

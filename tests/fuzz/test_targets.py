@@ -31,7 +31,7 @@ def test_a_body_that_raises_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_array_beyond_its_file_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     beyond = {"a": np.zeros(1 << 20)}
-    monkeypatch.setattr(container, "read", lambda path: (None, beyond))
+    monkeypatch.setattr(container, "read", lambda file: (None, beyond))
     with pytest.raises(AssertionError):
         targets.store(b"{}\n")
 
