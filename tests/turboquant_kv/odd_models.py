@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import afm7, gemma2, gpt_bigcode, llama4
+from mlx_lm.models import afm7, gpt_bigcode, llama4
 from tests.turboquant_kv.small_models import VOCAB
 
 CHUNK = 16  # tokens that a chunked attention layer sees
@@ -15,23 +15,6 @@ def _evaluated(model: Any) -> Any:
     model.eval()
     mx.eval(model.parameters())
     return model
-
-
-def capped(seed: int = 0, num_kv_heads: int = 2) -> Any:
-    """Logits are capped inside attention (Gemma 2): wrong with as many rows as KV heads, else it raises."""
-    mx.random.seed(seed)
-    args = gemma2.ModelArgs(
-        model_type="gemma2",
-        hidden_size=256,
-        num_hidden_layers=2,
-        intermediate_size=128,
-        num_attention_heads=2 * num_kv_heads,
-        head_dim=64,
-        rms_norm_eps=1e-6,
-        vocab_size=VOCAB,
-        num_key_value_heads=num_kv_heads,
-    )
-    return _evaluated(gemma2.Model(args))
 
 
 def reusing(seed: int = 0) -> Any:
@@ -92,4 +75,4 @@ def chunked(seed: int = 0) -> Any:
     return _evaluated(llama4.Model(llama4.ModelArgs(text_config=text, model_type="llama4")))
 
 
-EVERY_KIND = {"capped": capped, "reusing": reusing, "absolute": absolute, "chunked": chunked}
+EVERY_KIND = {"reusing": reusing, "absolute": absolute, "chunked": chunked}

@@ -173,7 +173,7 @@ def test_models_that_bypass_the_seam_are_refused(monkeypatch: pytest.MonkeyPatch
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     monkeypatch.setattr(qwen2, "scaled_dot_product_attention", direct)
-    with pytest.raises(UnsupportedModelError, match="--kv-format f16"):
+    with pytest.raises(UnsupportedModelError, match="without mlx-lm's scaled_dot_product_attention"):
         KVRuntime(model, KVFormat())
     KVRuntime(model, None)
 

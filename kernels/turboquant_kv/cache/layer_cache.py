@@ -186,8 +186,7 @@ class TurboQuantKVCache(CompressedCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Not offered: it would be a full-precision copy of the history. Raises UnsupportedModelError."""
         raise UnsupportedModelError(
-            "this model shares raw keys and values between layers, which a compressed cache does not hold; "
-            "serve it with --kv-format f16"
+            "this model shares raw keys and values between layers, which a compressed cache does not hold"
         )
 
     def fork(self) -> TurboQuantKVCache:

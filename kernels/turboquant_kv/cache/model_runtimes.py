@@ -77,7 +77,8 @@ class KVFamily:
         if name == PLAIN_FORMAT:
             return KVRuntime(self._model, None, layers=self.layers)
         fmt = self._base.with_codecs(name)
-        calibration = self.calibration if fmt.centred else None
+        is_wanted = fmt.centred and self.layers.unsupported is None  # else the runtime says why there is none
+        calibration = self.calibration if is_wanted else None
         return KVRuntime(
             *(self._model, fmt),
             calibration=calibration,

@@ -6,6 +6,7 @@ what is done with the answer is runtime.py's business.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
 from turboquant_kv.cache.mixed_batch import PlainRows
 from turboquant_kv.cache.protocol import LayerInput, UnsupportedModelError
+
+log = logging.getLogger(__name__)
 
 # A chunk with a causal mask, then single tokens: an update that nobody attends over shows at the next one.
 _CHUNKS = ([0, 1], [2], [1])
@@ -72,6 +75,8 @@ def probe_layers(model: Any) -> ModelLayers:
         alone, unsupported_alone = _watch(model, _WatchedRow, expected)
         if unsupported_alone is None:
             watched, unsupported = alone, None
+    if unsupported is not None and _caches_latents(model):
+        unsupported = "this model caches latents from which it computes keys and values, which cannot be compressed"
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
     numbers = tuple(layer_numbers(layers))
@@ -110,15 +115,21 @@ def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, An
         got = _run(model, caches)
     except UnsupportedModelError as exc:
         return str(exc)
+    except AttributeError as exc:
+        return f"this model asks its KV cache for {exc.name}, which a compressed one does not have"
     except Exception as exc:  # whatever it is: this model needs more of its caches than the common verbs
-        return f"this model uses its KV cache in a way of its own ({exc!r}); serve it with --kv-format f16"
+        log.debug("the model cannot use compressed caches", exc_info=True)
+        return f"this model uses its KV cache as a compressed one cannot be used ({type(exc).__name__})"
     error = np.linalg.norm(np.nan_to_num(got - expected))
     if error <= _TOLERANCE * np.linalg.norm(np.nan_to_num(expected)):
         return None
-    return (
-        "this model does not attend over its keys and values as they are cached (latent attention, for one), "
-        "so they cannot be compressed; serve it with --kv-format f16"
-    )
+    return "this model does not attend over its keys and values as it caches them, so they cannot be compressed"
+
+
+def _caches_latents(model: Any) -> bool:
+    """Whether its attention is multi-head latent attention, as mlx-lm's models name it."""
+    layers = getattr(model, "layers", None) or ()
+    return any(getattr(getattr(layer, "self_attn", None), "kv_lora_rank", None) for layer in layers)
 
 
 def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:

@@ -89,7 +89,7 @@ class AttendingCache(ABC):
         if self._pending is not None:
             raise UnsupportedModelError(
                 "this model reads its KV cache without mlx-lm's scaled_dot_product_attention, "
-                "so it cannot be compressed; serve it with --kv-format f16"
+                "so it cannot be compressed"
             )
         self._pending = keys, values
 

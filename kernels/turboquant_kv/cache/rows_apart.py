@@ -1,6 +1,6 @@
 """Conversations that decode side by side and are computed one by one, for models whose batches cannot be trusted.
 
-Each layer's rows keep the caches that they had alone, of whatever class and format, so a row gets what it gets alone.
+Rows keep the caches that they had alone, of whatever class and format, so a row gets what it gets alone.
 `forward` runs the model over such a batch, or over any other.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from turboquant_kv.cache.leaves import leaves
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.protocol import AttendingCache, row_indices
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
 
 class RowsApart:
-    """One layer's single-conversation caches, row by row; has the verbs of a batch that do not compute."""
+    """Single-conversation caches of one kind, row by row; has the verbs of a batch that do not compute."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = list(rows)
@@ -33,8 +33,8 @@ class RowsApart:
         """Keep these rows, in this order; the others' memory is given back."""
         kept = [self.rows[i] for i in row_indices(batch_indices)]
         for row in self.rows:
-            if not any(row is other for other in kept):
-                _release(row)
+            if isinstance(row, AttendingCache) and not any(row is other for other in kept):
+                row.release()
         self.rows = kept
 
     def extract(self, idx: int) -> Any:
@@ -43,8 +43,7 @@ class RowsApart:
 
     def pending_arrays(self) -> list[Any]:
         """What is still to be computed, as `mx.eval` takes it."""
-        caches = leaves(self.rows)
-        return [cache.pending_arrays() if isinstance(cache, AttendingCache) else cache.state for cache in caches]
+        return [row.pending_arrays() if isinstance(row, AttendingCache) else row.state for row in self.rows]
 
     def release(self) -> None:
         """Give all rows' memory back now; the batch is empty afterwards."""
@@ -60,21 +59,17 @@ class RowsApart:
         return [row.state for row in self.rows]
 
 
-def _release(row: Any) -> None:
-    for cache in leaves([row]):
-        if isinstance(cache, AttendingCache):
-            cache.release()
-
-
-def merge_apart(rows: Sequence[Sequence[Any]]) -> list[RowsApart]:
-    """One batch per layer over copies of these conversations' caches, which stay as they are."""
-    return [RowsApart([copy.deepcopy(cache) for cache in layer]) for layer in zip(*rows, strict=True)]
+def merge_apart(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """One batch per cache, in lists as the model has them, over copies of these conversations' caches."""
+    by_cache = zip(*(leaves(row) for row in rows), strict=True)
+    return with_leaves(rows[0], [RowsApart(copy.deepcopy(caches)) for caches in by_cache])
 
 
 def forward(model: Model, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
     """Logits (B, T, V) of tokens (B, T) over a batch with one cache per layer; rows that are apart one by one."""
-    if not any(isinstance(cache, RowsApart) for cache in batch):
+    caches = leaves(batch)
+    if not any(isinstance(cache, RowsApart) for cache in caches):
         logits: mx.array = model(tokens, cache=batch)
         return logits
-    num_rows = tokens.shape[0]
-    return mx.concatenate([model(tokens[i : i + 1], cache=[cache.rows[i] for cache in batch]) for i in range(num_rows)])
+    rows = [with_leaves(batch, [cache.rows[i] for cache in caches]) for i in range(tokens.shape[0])]
+    return mx.concatenate([model(tokens[i : i + 1], cache=row) for i, row in enumerate(rows)])

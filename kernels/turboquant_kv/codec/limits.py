@@ -29,8 +29,7 @@ def check_head_dim(head_dim: int) -> None:
     """Raises UnsupportedFormatError unless a Hadamard rotation of this size is implemented."""
     if head_dim not in SUPPORTED_HEAD_DIMS:
         raise UnsupportedFormatError(
-            f"head_dim {head_dim} has no rotation here; supported: {', '.join(map(str, SUPPORTED_HEAD_DIMS))}. "
-            "Serve this model with --kv-format f16."
+            f"head_dim {head_dim} has no rotation here; supported: {', '.join(map(str, SUPPORTED_HEAD_DIMS))}"
         )
 
 

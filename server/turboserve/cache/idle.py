@@ -120,6 +120,7 @@ class IdleConversations:
         self._ledger.give_up(conversation)
         self._persistence.outdate(conversation)
         conversation.caches, conversation.kv_format, conversation.kv = caches, kv_format, kv
+        conversation.version = new_id()
         self._ledger.hold(conversation)
 
     def write_ahead(self, conversation: Conversation) -> None:

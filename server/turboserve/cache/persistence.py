@@ -191,17 +191,19 @@ def _meta(conversation: Conversation, wall_offset_s: float) -> Meta:
         "kv_format": conversation.kv_format,
         "wanted_format": conversation.wanted_format,
         "kv": {name: int(getattr(conversation.kv, name)) for name in _KV_FIELDS},
-        "tokens": _packed(conversation.tokens),
+        "tokens": base64.b85encode(zlib.compress(conversation.tokens.astype("<i4").tobytes(), 1)).decode(),
+        "version": conversation.version,
     }
-
-
-def _packed(tokens: Tokens) -> str:
-    return base64.b85encode(zlib.compress(tokens.astype("<i4").tobytes(), 1)).decode()
 
 
 def _is_of(meta: Meta, conversation: Conversation) -> bool:
     """Whether a file holds these caches and not those of an earlier turn or format."""
-    return meta.get("kv_format") == conversation.kv_format and meta.get("tokens") == _packed(conversation.tokens)
+    return _version(meta) == conversation.version
+
+
+def _version(meta: Meta) -> str:
+    """Empty in files of older servers, which wrote each under a key of its own."""
+    return str(meta.get("version", ""))
 
 
 def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:
@@ -229,4 +231,5 @@ def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:
         kv=KVBytes(**{name: int(meta["kv"][name]) for name in _KV_FIELDS}),
         disk_key=entry.key,
         disk_bytes=entry.num_bytes,
+        version=_version(meta),
     )

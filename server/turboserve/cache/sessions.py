@@ -75,6 +75,7 @@ class Conversation(_OfSession):
     disk_key: str | None = None  # of its file, when that holds exactly these caches
     disk_bytes: int = 0
     earlier_key: str | None = None  # of its file, when that holds an earlier state, which the next write replaces
+    version: str = field(default_factory=new_id)  # of these caches; tells whether a file holds them
 
     @property
     def held_len(self) -> int:

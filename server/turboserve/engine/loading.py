@@ -16,9 +16,11 @@ import mlx.core as mx
 
 from turboquant_kv import blas
 from turboquant_kv.cache.calibration import Calibration, calibration_for
+from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
+from turboquant_kv.evaluation.contestants import check_compressible
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
@@ -155,19 +157,16 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
         cache_dir = settings.cache_dir.expanduser()
         return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
+    cache_dir = settings.cache_dir.expanduser()
     try:
         name = settings.kv_format
         if name == AUTO_FORMAT:
-            measured = calibrate()
-            text = held_out_text()
-            cache_dir = settings.cache_dir.expanduser()
-            name = choose_format(loaded, measured, settings.kv_auto_limit, cache_dir, text, progress)
+            check_compressible(probe_layers(loaded.model))
+            name = choose_format(loaded, calibrate(), settings.kv_auto_limit, cache_dir, held_out_text(), progress)
         fmt = None if name == PLAIN_FORMAT else KVFormat.parse(name)
-        return ServedFormats(loaded.model, fmt, calibrate, settings.cache_dir.expanduser())
-    except UnsupportedModelError as exc:
-        raise StartupError(f"{_one_line(exc)} (or serve it with --kv-format f16)") from exc
-    except UnsupportedFormatError as exc:
-        raise StartupError(_one_line(exc)) from exc
+        return ServedFormats(loaded.model, fmt, calibrate, cache_dir)
+    except (UnsupportedModelError, UnsupportedFormatError) as exc:
+        raise StartupError(f"KV format {settings.kv_format}: {_one_line(exc)}. Use --kv-format f16.") from exc
     except ValueError as exc:  # the calibration text gave too few tokens
         raise StartupError(f"{_one_line(exc)}: serve this model with --kv-format f16") from exc
 

@@ -16,11 +16,6 @@ from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-# What a tokenizer can be read from; without any of them an empty one would be made up.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "*.tiktoken", "*.jsonl"),
-)
 SAMPLE = "Hello, world"  # that any tokenizer has tokens for
 
 GROUP_SIZES = (16, 32, 64, 128)  # that MLX quantises by
@@ -107,9 +102,6 @@ def _check_packed(model: Any, shapes: Shapes) -> None:
 def _load_tokenizer(folder: Path) -> Any:
     """Raises StartupError, also for one that knows no text."""
     from mlx_lm.utils import load_config, load_tokenizer
-
-    if not any(path.is_file() for name in TOKENIZER_FILES for path in folder.glob(name)):
-        raise StartupError(f"{folder} holds no tokenizer (tokenizer.json): fetch the model again, with all its files.")
 
     def load() -> Any:
         eos_ids = load_config(folder).get("eos_token_id")

@@ -15,6 +15,11 @@ EMBEDDED_MODEL_ID = "turboserve-tiny"
 EMBEDDED_DIR = Path(models.__file__).parent / "tiny" / "model"
 
 _PATTERNS = ("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja")
+# What a tokenizer can be read from; without any of them an empty one would be made up.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "*.tiktoken", "*.jsonl"),
+)
 
 
 def model_id_for(model: str, served_model_name: str = "") -> str:
@@ -47,6 +52,8 @@ def _checked(folder: Path, name: str) -> Path:
         raise StartupError(f"{name} holds no config.json: name a folder in Hugging Face or MLX format.")
     if not any(folder.glob("model*.safetensors")):
         raise StartupError(f"{name} holds no model*.safetensors: convert the model with `mlx_lm.convert` first.")
+    if not any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise StartupError(f"{name} holds no tokenizer (tokenizer.json): fetch the model again, with all its files.")
     return folder
 
 

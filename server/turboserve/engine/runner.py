@@ -403,7 +403,7 @@ class Runner:
         if not self._rows:
             return {}
         rows = list(self._rows)
-        if self.speculation is not None:
+        if self.speculation is not None and self.apart is None:
             drafts = self.speculation.drafts(rows)
             if has_drafts and drafts is not None:
                 return self._step_with_drafts(self.speculation, rows, drafts)

@@ -221,13 +221,13 @@ class FakeFamily:
 
 
 class FakeDisk:
-    """Implements SessionDisk; `is_full`, `is_hesitant` (says that it is writable, and takes nothing) and `damaged`
-    play its failures.
+    """Implements SessionDisk; `is_full`, `is_hesitant` (says that it is writable, and takes nothing), `is_failing`
+    (takes what it then cannot write) and `damaged` play its failures.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[Meta, Header, Arrays]] = {}
-        self.is_full = self.is_hesitant = False
+        self.is_full = self.is_hesitant = self.is_failing = False
         self.num_asked = 0
         self.damaged: set[str] = set()
 
@@ -235,6 +235,8 @@ class FakeDisk:
         self.num_asked += 1
         if self.is_full or self.is_hesitant:
             return False
+        if self.is_failing:
+            return True
         self.files[key] = (meta, header, [a.copy() for a in arrays])
         return True
 

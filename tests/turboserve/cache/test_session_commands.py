@@ -322,6 +322,29 @@ def test_a_pin_is_written_to_the_file_that_is_there_already() -> None:
     assert session.is_pinned and session.ttl_s == 7.0 and len(disk.files) == 1
 
 
+@pytest.mark.parametrize("tokens", [span(0, 100), span(0, 150), span(0, 60)], ids=["same", "longer", "another"])
+def test_what_could_not_be_written_leaves_the_session_as_its_file_has_it(tokens: list[int]) -> None:
+    disk = FakeDisk()
+    memory = memory_for(FakeFamily(), ROOMY, disk)
+    converse(memory, span(0, 100), 1.0, session_id="s", kv_format="8/4")
+    before = dict(disk.files)
+    disk.is_failing = True
+    tokens = [*tokens[:-1], 7] if len(tokens) < 100 else tokens
+    converse(memory, tokens, 2.0, session_id="s", kv_format="4/4")
+    assert info(memory, GetSession("", "s")).kv_format == "4/4" and disk.files == before
+    memory.drop_idle()
+    disk.is_failing = False
+    lease = lease_for(memory, [*tokens, 9], 200, 3.0, session_id="s", kv_format="4/4")
+    assert lease.cached_len == 0, "the file is of other caches"
+    memory.drop(lease, lease.caches)
+    shown = info(memory, GetSession("", "s"))
+    assert (shown.kv_format, shown.tokens, shown.tier) == ("8/4", 100, "disk")
+    lease = lease_for(memory, [*span(0, 100), 9], 200, 4.0, session_id="s", kv_format="8/4")
+    assert lease.cached_len == 100
+    memory.drop(lease, lease.caches)
+    memory.check_integrity()
+
+
 def test_a_fork_that_is_refused_costs_no_session() -> None:
     memory = memory_for(FakeFamily("f16"), ROOMY, max_sessions_per_caller=2)
     converse(memory, span(0, 40), 0.0, session_id="old")

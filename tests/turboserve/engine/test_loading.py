@@ -13,15 +13,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from huggingface_hub import errors as hub
+from mlx_lm.models import qwen2
+from tests.turboquant_kv import odd_models
 from tests.turboserve.engine.fakes import make_parts, random_model
 
 from turboquant_kv.backends.mlx_ops.backend import MlxBackend
 from turboquant_kv.cache import runtime
 from turboquant_kv.cache.backend_choice import Chosen
+from turboquant_kv.cache.protocol import AttendingCache
 from turboquant_kv.cache.trial import Case, Timing, Verdict
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.sizes import peak_bytes
-from turboserve.engine import weights
+from turboserve.engine import loading, weights
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_config import read_config
@@ -173,6 +176,32 @@ def test_a_downloaded_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(EMBEDDED_DIR))
     assert resolve_folder("owner/name") == EMBEDDED_DIR
     assert read_config(EMBEDDED_DIR)["model_type"] == "qwen2"
+
+
+@pytest.mark.parametrize("kv_format", ["4/4", "auto"])
+def test_a_model_that_cannot_be_compressed_is_one_plain_line(
+    kv_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does and what to do, each once."""
+
+    def refusal(model: Any) -> str:
+        loaded = make_parts(model).loaded
+        with pytest.raises(StartupError) as caught:
+            loading._serve_formats(Settings(kv_format=kv_format, cache_dir=tmp_path), loaded, quiet)
+        message = str(caught.value)
+        assert message.endswith(". Use --kv-format f16.") and message.count("f16") == 1, message
+        assert not [word for word in ("Error", "latent", "<", "\n", "object") if word in message], message
+        return message
+
+    assert "asks its KV cache for keys_and_values" in refusal(odd_models.reusing())
+    model, whole = random_model(1), qwen2.Attention.__call__
+
+    def attends_to_others(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        return whole(self, x, mask, cache) + (x if isinstance(cache, AttendingCache) else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qwen2.Attention, "__call__", attends_to_others)
+        assert "does not attend over" in refusal(model)
 
 
 def test_context_limits() -> None:

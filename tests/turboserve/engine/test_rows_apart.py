@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from mlx_lm.models import qwen2
 from tests.turboquant_kv import odd_models
-from tests.turboserve.engine.fakes import GREEDY, VOCAB, make_loop, make_parts, request, run, text_of
+from tests.turboserve.engine.fakes import GREEDY, VOCAB, make_loop, make_parts, make_settings, request, run, text_of
 from tests.turboserve.engine.ties import assert_same_answer
 
 from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.engine import TurboEngine
 from turboserve.engine.runner import MOST_FAILED_BATCHES
 from turboserve.errors import StartupError
 
 FORMAT = KVFormat(4, 4, page_tokens=16, sink_tokens=8, centred=False)
 SERVED = [
-    ("capped", None),
     ("reusing", None),
     ("absolute", None),
     ("absolute", FORMAT),
@@ -177,7 +177,7 @@ def test_a_row_that_fails_among_rows_apart_is_the_only_one(
 
 
 def test_rows_apart_are_what_the_runner_holds() -> None:
-    loop = make_loop(make_parts(odd_models.capped()))
+    loop = make_loop(make_parts(odd_models.reusing()))
     assert all(isinstance(cache, RowsApart) for cache in loop.runner._merge([loop._parts.runtime.make_cache()]))
 
 
@@ -186,3 +186,18 @@ def test_a_model_that_cannot_compute_a_token_is_one_line(model: Any, monkeypatch
     monkeypatch.setattr(qwen2.Attention, "__call__", lambda *args, **options: 1 / 0)
     with pytest.raises(StartupError, match=r"cannot compute a token \(ZeroDivisionError\)"):
         make_loop(parts)
+
+
+@pytest.mark.parametrize("is_odd", [True, False])
+def test_start_up_says_it_once(model: Any, is_odd: bool) -> None:
+    lines: list[str] = []
+    served = odd_models.reusing() if is_odd else model
+    engine = TurboEngine(make_settings(), lambda *_: make_parts(served), model_id="odd", progress=lines.append)
+    engine.start()
+    try:
+        engine.wait_until_ready(60)
+        assert engine.stats().rows_apart == is_odd
+    finally:
+        engine.stop()
+    told = [line for line in lines if line.startswith("batching")]
+    assert len(told) == is_odd and all("one by one (" in line for line in told)
