@@ -87,7 +87,7 @@ class Bench:
         parts = build_parts(settings, lambda line: print(line, flush=True))
         self.settings, self.parts, self.clock = settings, parts, clock
         self.loop = StepLoop(parts, settings, NullTelemetry(), time.monotonic)
-        self._number = 0
+        self._number = self.num_steps = 0
 
     def speculation(self) -> Speculation:
         """One that has learnt nothing yet."""
@@ -115,8 +115,10 @@ class Bench:
             loop.step()
         loop.runner.speculation = speculation
         before, began = sum(len(row.answer) for row in rows), self.clock()
+        self.num_steps = 0
         while loop.has_work:
             loop.step()
+            self.num_steps += 1
         seconds = self.clock() - began
         for row in rows:
             if isinstance(row.sink, Answer) and row.sink.failed is not None:
@@ -129,19 +131,20 @@ class Bench:
         for name, (text, sampling) in tasks().items():
             for count in streams:
                 found += self._task(name, text, sampling, count, rounds, num_tokens)
-                print_rows(found[-4:])
+                print_rows(found[-5:])
         return found
 
     def _task(
         self, name: str, text: str, sampling: SamplingParams, streams: int, rounds: int, num_tokens: int
     ) -> list[Row]:
         speculation, speeds = self.speculation(), dict[str, list[float]](off=[], on=[])
-        same, num_answers = 0, 0
+        same, num_answers, steps = 0, 0, {"off": 0, "on": 0}
         for _ in range(rounds):
             results: dict[str, Any] = {}
             for kind, one in (("off", None), ("on", speculation)):
                 speed, results[kind] = self.answers(one, text, sampling, streams, num_tokens)
                 speeds[kind].append(speed)
+                steps[kind] += self.num_steps
             same += sum(a == b for a, b in zip(results["off"], results["on"], strict=True))
             num_answers += streams
         off, on = statistics.median(speeds["off"]), statistics.median(speeds["on"])
@@ -152,6 +155,7 @@ class Bench:
         return [
             Row.plain(f"{label}: tokens per second", on, "1/s", off),
             Row.at_least(f"{label}: median ratio of rounds", ratio, "x", target),
+            Row.plain(f"{label}: steps", steps["on"], "", steps["off"]),
             Row.plain(f"{label}: accepted of drafted", speculation.num_accepted / drafted, ""),
             Row.plain(f"{label}: same answers", same / num_answers, ""),
         ]
