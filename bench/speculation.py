@@ -17,7 +17,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,15 @@ class Answer:
 class Bench:
     """One loaded model, asked with and without speculation."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
         parts = build_parts(settings, lambda line: print(line, flush=True))
-        self.settings, self.parts = settings, parts
+        self.settings, self.parts, self.clock = settings, parts, clock
         self.loop = StepLoop(parts, settings, NullTelemetry(), time.monotonic)
-        self._number = 0
+        self._number = self.num_steps = 0
 
     def speculation(self) -> Speculation:
         """One that has learnt nothing yet."""
-        return new_speculation(self.parts.draft, self.settings, self.loop.vocab_len)
+        return new_speculation(self.parts.draft, self.settings, self.loop.vocab_len, self.clock)
 
     def answers(
         self, speculation: Speculation | None, text: str, sampling: SamplingParams, streams: int, num_tokens: int
@@ -114,10 +114,12 @@ class Bench:
         while any(not row.answer for row in rows):
             loop.step()
         loop.runner.speculation = speculation
-        before, began = sum(len(row.answer) for row in rows), time.perf_counter()
+        before, began = sum(len(row.answer) for row in rows), self.clock()
+        self.num_steps = 0
         while loop.has_work:
             loop.step()
-        seconds = time.perf_counter() - began
+            self.num_steps += 1
+        seconds = self.clock() - began
         for row in rows:
             if isinstance(row.sink, Answer) and row.sink.failed is not None:
                 raise SystemExit(f"{row.request_id}: {row.sink.failed.error}")
@@ -129,19 +131,20 @@ class Bench:
         for name, (text, sampling) in tasks().items():
             for count in streams:
                 found += self._task(name, text, sampling, count, rounds, num_tokens)
-                print_rows(found[-4:])
+                print_rows(found[-5:])
         return found
 
     def _task(
         self, name: str, text: str, sampling: SamplingParams, streams: int, rounds: int, num_tokens: int
     ) -> list[Row]:
         speculation, speeds = self.speculation(), dict[str, list[float]](off=[], on=[])
-        same, num_answers = 0, 0
+        same, num_answers, steps = 0, 0, {"off": 0, "on": 0}
         for _ in range(rounds):
             results: dict[str, Any] = {}
             for kind, one in (("off", None), ("on", speculation)):
                 speed, results[kind] = self.answers(one, text, sampling, streams, num_tokens)
                 speeds[kind].append(speed)
+                steps[kind] += self.num_steps
             same += sum(a == b for a, b in zip(results["off"], results["on"], strict=True))
             num_answers += streams
         off, on = statistics.median(speeds["off"]), statistics.median(speeds["on"])
@@ -152,6 +155,7 @@ class Bench:
         return [
             Row.plain(f"{label}: tokens per second", on, "1/s", off),
             Row.at_least(f"{label}: median ratio of rounds", ratio, "x", target),
+            Row.plain(f"{label}: steps", steps["on"], "", steps["off"]),
             Row.plain(f"{label}: accepted of drafted", speculation.num_accepted / drafted, ""),
             Row.plain(f"{label}: same answers", same / num_answers, ""),
         ]
@@ -165,6 +169,8 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time: for a CPU that others use as well")
+    parser.add_argument("--cache-dir", type=Path, help="where calibrations are kept; without one they are made anew")
     add_json_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -173,9 +179,10 @@ def main() -> None:
             kv_format=arguments.kv_format,
             speculate="draft" if arguments.draft else "lookup",
             draft_model=arguments.draft,
-            cache_dir=Path(cache_dir),
+            cache_dir=arguments.cache_dir or Path(cache_dir),
         )
-        rows = Bench(settings).rows(arguments.streams, arguments.rounds, arguments.answer_tokens)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        rows = Bench(settings, clock).rows(arguments.streams, arguments.rounds, arguments.answer_tokens)
     print_rows(rows)
     write_rows(arguments.json, rows)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from turboserve.engine import scheduler
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.runner import on_cpu
@@ -33,13 +36,15 @@ def as_draft(draft: LoadedModel, served: LoadedModel, budget_bytes: int) -> Draf
     return DraftModel(draft.model, draft.model_id, draft.weights_bytes, budget_bytes // CACHE_SHARE)
 
 
-def new_speculation(draft: DraftModel | None, settings: Settings, vocab_len: int) -> Speculation:
+def new_speculation(
+    draft: DraftModel | None, settings: Settings, vocab_len: int, clock: Callable[[], float] = time.perf_counter
+) -> Speculation:
     """As the settings say, where `reason_against` has none. Raises StartupError, as ModelDrafter does."""
     if settings.speculate == "lookup":
-        return Speculation(LookupDrafter(), settings.num_draft_tokens)
+        return Speculation(LookupDrafter(), settings.num_draft_tokens, clock)
     assert draft is not None, "reason_against has a reason"
     chunk = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu())
-    return Speculation(ModelDrafter(draft, vocab_len, chunk), settings.num_draft_tokens)
+    return Speculation(ModelDrafter(draft, vocab_len, chunk), settings.num_draft_tokens, clock)
 
 
 def reason_against(wanted: str, *, has_draft_model: bool, can_cut: bool, stores_no_padding: bool) -> str | None:

@@ -15,6 +15,7 @@ HOPED_ACCEPTANCE = 0.6
 ACCEPTANCE_STEP = 0.15  # what one more draft that came true or did not weighs in a row's acceptance
 FADING = 0.005  # of what is known, with each step in which drafts were there and not worth it
 TIME_MEMORY = 0.9  # what a step's time still weighs when the next one of its kind has been measured
+MOST_SURPRISE = 2.0  # times what was expected, more of which is taken for a stall of the machine
 LEAST_GAIN = 1.03  # tokens per second over those of plain steps, below which nothing is drafted
 GUESS_WEIGHT = 0.3  # of the guess below, in measured steps
 GUESSED_COSTS = ((1, 1.1), (8, 1.4))  # further tokens of each row, and a step's time by a plain one's
@@ -78,11 +79,13 @@ class StepTimes:
         """A step took so long; most_drafts: the most that any row had, 0 for a plain step."""
         plain_s = self._plain_s.get(num_rows)
         if most_drafts == 0:
+            seconds = seconds if plain_s is None else min(seconds, MOST_SURPRISE * plain_s)
             self._plain_s[num_rows] = seconds if plain_s is None else plain_s + (1 - TIME_MEMORY) * (seconds - plain_s)
         elif plain_s:
+            expected = self.cost(num_rows, most_drafts) or 1.0
             fit = self._fits.setdefault(num_rows, _Fit())
             fit.scale(TIME_MEMORY)
-            fit.add(most_drafts, seconds / plain_s)
+            fit.add(most_drafts, min(seconds / plain_s, MOST_SURPRISE * expected))
 
     def fade(self, num_rows: int) -> None:
         """Drafts were there and were not tried."""

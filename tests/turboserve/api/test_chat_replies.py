@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,8 @@ from tests.turboserve.api.scripted import LIKELY, SCRIPTS, USAGE
 from tests.turboserve.api.test_chat import events_of
 
 from turboserve.api.chat_request import Delivery
-from turboserve.api.replies import ChatReplies, system_fingerprint
+from turboserve.api.completion_replies import summed_usage as summed_completions
+from turboserve.api.replies import ChatReplies, completion_usage, summed_usage, system_fingerprint
 from turboserve.messages import TextDelta
 
 ENDING = [name for name, script in SCRIPTS.items() if name in ("calls", "one_call", "thoughts", "likely", "burst")]
@@ -104,6 +106,13 @@ def test_logprobs_are_openais(ask: Ask, service: Service) -> None:
     silent = ask("hi", logprobs=True).json()["choices"][0]["logprobs"]
     assert silent == {"content": [], "refusal": None} and ask().json()["choices"][0]["logprobs"] is None
     assert service.engine.received[-1].num_top_logprobs is None
+
+
+def test_guessed_tokens_are_counted_over_all_answers() -> None:
+    one, other = replace(USAGE, draft_tokens=9, accepted_draft_tokens=4), replace(USAGE, draft_tokens=2)
+    for usage in (summed_usage([one, other]), summed_completions([one, other], 2)):
+        details = completion_usage(usage).completion_tokens_details
+        assert (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (4, 7)
 
 
 def test_reasoning_has_both_names_and_is_counted(ask: Ask) -> None:
