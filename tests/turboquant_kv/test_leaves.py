@@ -39,7 +39,7 @@ def test_attention_inside_a_list_is_compressed(kind: str, rng: np.random.Generat
     caches = runtime.make_cache()
     logits_of(model, caches, random_tokens(rng, 200), [198, 199])
     attention = [c for c in leaves(caches) if isinstance(c, TurboQuantKVCache)]
-    assert len(attention) == 2
+    assert len(attention) == len(model.layers)
     measured = runtime.measure(caches)
     assert measured.compressed == sum(c.sequence.compressed_bytes for c in attention if c.sequence is not None) > 0
     assert measured.total <= runtime.bytes_for(200)

@@ -6,6 +6,7 @@ what is done with the answer is runtime.py's business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,26 @@ class StateBytes:
         return self.fixed_bytes + self.token_bytes * min(num_tokens + step - 1, self.most_tokens)
 
 
+class WindowedKVCache(KVCache):  # type: ignore[misc]  # mlx-lm has no types
+    """All tokens of a layer whose ring keeps the latest alone, masked to what that ring would show."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """As mlx-lm asks for it; columns are absolute positions."""
+        return super().make_mask(N, return_array=return_array, window_size=min(window_size or self.window, self.window))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A sliding-window layer that could be compressed: geometry, and keys that a query sees, its own included."""
+
+    shape: LayerShape
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
     """Each cache's class, geometry of plain KV caches, and what is known of other caches' bytes.
@@ -55,6 +76,7 @@ class ModelLayers:
     unsupported: str | None  # why the caches that attend for themselves cannot serve this model, or None
     query_heads: tuple[int, ...] = ()  # 0 where it is not a plain KV cache
     numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
+    windows: tuple[Window | None, ...] = ()  # of rings that can be compressed; their states say what mlx-lm's keep
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -66,17 +88,47 @@ def probe_layers(model: Any) -> ModelLayers:
     kinds = tuple(type(cache) for cache in caches)
     shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     states = tuple(_state_of(c) if shape is None else StateBytes() for c, shape in zip(caches, shapes, strict=True))
-    empty = make_prompt_cache(model)
-    watched = [_WatchedRows([c]) if type(c) is KVCache else c for c in leaves(empty)]
-    unsupported = _why_unsupported(model, with_leaves(empty, watched), expected)
+    windows = tuple(_window_of(c) for c in caches)
+    watched, unsupported = _watch(model, expected, windows)
+    if unsupported is not None and any(windows):  # rings stay mlx-lm's, then
+        windows = (None,) * len(caches)
+        watched, unsupported = _watch(model, expected, windows)
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, tuple(layer_numbers(layers)))
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, tuple(layer_numbers(layers)), windows)
+
+
+def _watch(
+    model: Any, expected: np.ndarray[Any, Any], windows: Sequence[Window | None]
+) -> tuple[list[Any], str | None]:
+    """Caches that the model was run with, rows that attend for themselves among them, and why they do not serve it."""
+    empty = make_prompt_cache(model)
+    watched = [
+        _WatchedRows([WindowedKVCache(window.num_tokens)])
+        if window is not None
+        else _WatchedRows([c])
+        if type(c) is KVCache
+        else c
+        for c, window in zip(leaves(empty), windows, strict=True)
+    ]
+    return watched, _why_unsupported(model, with_leaves(empty, watched), expected)
+
+
+def _window_of(cache: Any) -> Window | None:
+    """Of a ring that holds the probe's few tokens. One that keeps its first tokens for ever stays mlx-lm's."""
+    if type(cache) is not RotatingKVCache or cache.empty() or cache.keep:
+        return None
+    return Window(shape_of(cache), int(cache.max_size))
 
 
 class _WatchedRows(PlainRows):
     """Remembers what only queries tell."""
 
     num_query_heads = 0
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        own: int = getattr(self.rows[0], "window", 0)
+        narrowest = min(own, window_size) if own and window_size else own or window_size
+        return super().make_mask(N, return_array, narrowest)
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
