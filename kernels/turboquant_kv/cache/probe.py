@@ -93,6 +93,8 @@ def probe_layers(model: Any) -> ModelLayers:
     if unsupported is not None and any(windows):  # rings stay mlx-lm's, then
         windows = (None,) * len(caches)
         watched, unsupported = _watch(model, expected, windows)
+    if unsupported is not None:
+        unsupported = _why_latent(model, shapes) or unsupported
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     return ModelLayers(kinds, shapes, states, unsupported, query_heads, tuple(layer_numbers(layers)), windows)
 
@@ -148,6 +150,20 @@ def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, An
     return (
         "this model does not attend over its keys and values as they are cached (latent attention, for one), "
         "so they cannot be compressed; serve it with --kv-format f16"
+    )
+
+
+def _why_latent(model: Any, shapes: Sequence[LayerShape | None]) -> str | None:
+    """Of a model with multi-head latent attention: that its caches hold something else than keys and values."""
+    parts = (model, getattr(model, "language_model", None))
+    ranks = {getattr(getattr(part, "args", None), "kv_lora_rank", None) for part in parts} - {None}
+    found = next((s for s in shapes if s is not None and s.num_kv_heads == 1 and s.k_dim in ranks), None)
+    if found is None:
+        return None
+    return (
+        f"this model caches latents, {found.k_dim + found.v_dim} numbers for each token and layer, from which it "
+        "computes keys and values (multi-head latent attention); there is no compressed format for latents: "
+        "serve it with --kv-format f16"
     )
 
 
