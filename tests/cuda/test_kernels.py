@@ -31,7 +31,7 @@ from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
 from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.cache import layer_cache as caches
-from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import reference
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.rotary import Rotary
@@ -341,3 +341,20 @@ def test_codes_are_the_references(case: Any, rng: np.random.Generator) -> None:
     got_scales = pages.k_scales.transpose(1, 0, 2).reshape(2, 48)
     unmoved = same.all(axis=-1)
     np.testing.assert_allclose(got_scales[unmoved], want.scales[unmoved], rtol=2e-3)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_layers_window_bounds_every_path(turns: bool, rng: np.random.Generator) -> None:
+    """Prefill on MLX operations, decode by `reach`; pages and the sink that left the window are nobody's by then."""
+    fmt = KVFormat(4, 4, page_tokens=32, sink_tokens=8)
+    history = History.random(rng, 1, 330, 64, dtype=mx.float16)
+    means = history.means(rng, random_rotary(rng, 64) if turns else None)
+    cache = TurboQuantKVCache(LayerSource(fmt, "gpu", means, window=50))
+    for start, stop in itertools.pairwise([0, 40, 190, 300, 303, 304, 305, 330]):
+        q = random_queries(rng, 2, stop - start, 64, mx.float16)
+        out = feed(cache, history, start, stop, q, 0.1, mask=cache.make_mask(stop - start, window_size=50))
+        seen = History(history.k[:, :stop], history.v[:, :stop], mx.float16)
+        want = expected(seen, q, fmt, start, 0.1, means, window=50)
+        assert relative_error(out, want) < TOLERANCE[mx.float16]
+    assert cache.sequence is not None
+    assert cache.sequence.forgotten > fmt.sink_tokens

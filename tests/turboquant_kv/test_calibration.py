@@ -76,8 +76,8 @@ def test_a_layer_that_does_not_use_its_rope_keeps_a_constant_mean(rng: np.random
     assert measured.layers[1].rotary is None
 
 
-def test_only_plain_kv_layers_are_measured(rng: np.random.Generator) -> None:
-    assert set(calibrate(small_models.sliding(), tokens(rng, 80)).layers) == {2}
+def test_only_attention_layers_are_measured(rng: np.random.Generator) -> None:
+    assert set(calibrate(small_models.sliding(), tokens(rng, 80)).layers) == {0, 1, 2}
     assert set(calibrate(small_models.recurrent(), tokens(rng, 80)).layers) == {1}
 
 

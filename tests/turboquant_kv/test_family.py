@@ -109,7 +109,7 @@ def test_latent_attention_is_refused_and_still_runs_uncompressed(rng: np.random.
     )
     mx.random.seed(0)
     model = deepseek_v3.Model(args)
-    with pytest.raises(UnsupportedModelError, match="caches latents"):
+    with pytest.raises(UnsupportedModelError, match="caches latents, 192 numbers"):
         KVRuntime(model, KVFormat())
     family = KVFamily(model)
     runtime = family.runtime("f16")

@@ -261,6 +261,9 @@ class LayerStore(ABC):
 
     shape: LayerShape
     fmt: KVFormat
+    window: int = 0
+    """Keys that a query sees, its own included; 0: all before it. Pages and exact rows before a step's first query's
+    window may be anybody's by then. Set before anything is written."""
 
     @property
     @abstractmethod

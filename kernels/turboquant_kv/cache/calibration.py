@@ -20,11 +20,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import xxhash
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
-from turboquant_kv.cache.leaves import layer_numbers, leaves
+from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
+from turboquant_kv.cache.probe import WindowedKVCache
 from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.codec.limits import UnsupportedFormatError, stored_dim
 from turboquant_kv.codec.rotary import Rotary
@@ -36,7 +37,7 @@ NUM_TOKENS = 1024
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "4"
+FILE_VERSION = "5"
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -47,7 +48,7 @@ class CalibrationFileError(ValueError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Means by place among the model's caches (leaves.py); those that are no plain KV caches have none.
+    """Means by place among the model's caches (leaves.py); those that hold no keys of attention have none.
 
     `origin` is shown in stats. divergences: what keys lose with each codec, by the same place (key_guard.py); none of
     those that are not measured.
@@ -71,11 +72,12 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     tokens = token_ids[:NUM_TOKENS]
     if len(tokens) <= 2 * SKIPPED_TOKENS:
         raise ValueError(f"calibration needs more than {2 * SKIPPED_TOKENS} tokens, got {len(tokens)}")
-    caches = make_prompt_cache(model)
+    own = make_prompt_cache(model)
+    caches = with_leaves(own, [WindowedKVCache(c.max_size) if _is_ring(c) else c for c in leaves(own)])
     for start in range(0, len(tokens), CHUNK_TOKENS):
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
         mx.eval([c.state for c in leaves(caches)])
-    held = {i: c for i, c in enumerate(leaves(caches)) if type(c) is KVCache and not c.empty()}
+    held = {i: c for i, c in enumerate(leaves(caches)) if type(c) in (KVCache, WindowedKVCache) and not c.empty()}
     dims = {i: c.keys.shape[3] for i, c in held.items()}
     measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
     recorded = [key_guard.record(model, tokens, measured, offset) for offset in key_guard.OFFSETS]
@@ -88,6 +90,10 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
     origin = f"built-in text, {len(tokens)} tokens; {turning}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
+
+
+def _is_ring(cache: Any) -> bool:
+    return type(cache) is RotatingKVCache and not cache.keep
 
 
 def _can_be_stored(head_dim: int) -> bool:

@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from turboquant_kv.backends.base import CanonicalPages, LayerStore, PageIds, PageWrites
+from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerStore, PageIds, PageWrites
+from turboquant_kv.cache import windows
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves, with_leaves
+from turboquant_kv.cache.padding import stored_shape, widened
 from turboquant_kv.cache.pages import PagePool
+from turboquant_kv.cache.probe import shape_of
 from turboquant_kv.cache.sequence import PagedSequence
 
 # 16 pages of 64 tokens x 8 heads x 128 dims are 8 MiB in float32, keys and values.
@@ -31,12 +34,13 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     """
     layers, caches, empty = caches, leaves(caches), leaves(empty)
     converted: list[Any] = [None] * len(caches)
-    both, inflated = list[int](), list[int]()
+    both, inflated, rings = list[int](), list[int](), list[int]()
     for i, (old, new) in enumerate(zip(caches, empty, strict=True)):
         if isinstance(new, TurboQuantKVCache):
-            (both if isinstance(old, TurboQuantKVCache) else inflated).append(i)
+            is_ring = isinstance(old, RotatingKVCache)
+            (both if isinstance(old, TurboQuantKVCache) else rings if is_ring else inflated).append(i)
         else:
-            converted[i] = _decompressed(old) if isinstance(old, TurboQuantKVCache) else copy.deepcopy(old)
+            converted[i] = _decompressed(old, new) if isinstance(old, TurboQuantKVCache) else copy.deepcopy(old)
     for places in _conversations(both, caches):
         fresh = [empty[i] for i in places]
         for i, cache in zip(places, _requantised([caches[i] for i in places], fresh), strict=True):
@@ -45,6 +49,10 @@ def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
         inflated, _compressed([caches[i] for i in inflated], [empty[i] for i in inflated]), strict=True
     ):
         converted[i] = cache
+    for places in _conversations(rings, empty):
+        filled = _compressed_rings([caches[i] for i in places], [empty[i] for i in places])
+        for i, cache in zip(places, filled, strict=True):
+            converted[i] = cache
     return with_leaves(layers, converted)
 
 
@@ -72,23 +80,29 @@ def _requantised(old: Sequence[TurboQuantKVCache], new: Sequence[TurboQuantKVCac
     target = new[0].source.get(source.shapes[old[0].source.layer])
     layers = [(a.source.layer, b.source.layer) for a, b in zip(old, new, strict=True)]
     sequence = PagedSequence(target, [layer for _, layer in layers])
-    new_ids = _encoded_again(source, held[0].page_ids, target, layers)
+    new_ids = _encoded_again(source, held[0].page_ids, target, layers, held[0].first_page)
     ends = {layer: kept.exact_ends() for (_, layer), kept in zip(layers, held, strict=True)}
-    sequence.fill(new_ids, ends)
+    sequence.fill(new_ids, ends, held[0].forgotten)
     return [TurboQuantKVCache(cache.source, sequence.of_layer(cache.source.layer)) for cache in new]
 
 
-def _pieces(page_ids: PageIds) -> Iterator[tuple[int, PageIds]]:
-    """Runs of a conversation's pages, with the number of each run's first."""
-    return ((i, page_ids[i : i + PAGES_AT_ONCE]) for i in range(0, len(page_ids), PAGES_AT_ONCE))
+def _pieces(page_ids: PageIds, first_page: int = 0) -> Iterator[tuple[int, PageIds]]:
+    """Runs of a conversation's pages, the first of which has that number, with the number of each run's first."""
+    runs = range(0, len(page_ids), PAGES_AT_ONCE)
+    return ((first_page + i, page_ids[i : i + PAGES_AT_ONCE]) for i in runs)
 
 
-def _encoded_again(source: PagePool, page_ids: PageIds, target: PagePool, layers: Sequence[tuple[int, int]]) -> PageIds:
-    """New pages of the target pool with what the source's pages hold; layers: (of the source, of the target)."""
+def _encoded_again(
+    source: PagePool, page_ids: PageIds, target: PagePool, layers: Sequence[tuple[int, int]], first_page: int
+) -> PageIds:
+    """New pages of the target pool with what the source's pages hold; layers: (of the source, of the target).
+
+    first_page: number of the first one in its conversation.
+    """
     new_ids = target.allocate(len(page_ids))
     try:
         for from_layer, to_layer in layers:
-            for (first, old), (_, new) in zip(_pieces(page_ids), _pieces(new_ids), strict=True):
+            for (first, old), (_, new) in zip(_pieces(page_ids, first_page), _pieces(new_ids), strict=True):
                 _encode_layer_again(source.stores[from_layer], old, target.stores[to_layer], new, first)
     except BaseException:
         target.free(new_ids)
@@ -120,8 +134,70 @@ def _compressed(caches: Sequence[KVCache], targets: Sequence[TurboQuantKVCache])
     return filled
 
 
-def _decompressed(cache: TurboQuantKVCache) -> KVCache:
-    """An uncompressed cache of what the pages say; what the codes lost stays lost."""
+def _compressed_rings(
+    rings: Sequence[RotatingKVCache], targets: Sequence[TurboQuantKVCache]
+) -> list[TurboQuantKVCache]:
+    """Rings of one conversation and one length. What they have forgotten is zeros where they share a page with it."""
+    num_tokens = int(rings[0].offset)
+    if not num_tokens:
+        return [TurboQuantKVCache(target.source, target.sequence) for target in targets]
+    pool = targets[0].source.get(stored_shape(shape_of(rings[0])))
+    fmt, forgotten = pool.fmt, max(0, num_tokens - pool.window)
+    first, has_lost_sink = windows.first_page(fmt, forgotten), forgotten >= fmt.sink_tokens and forgotten > 0
+    start, num_sink = (fmt.page_start(first), 0) if has_lost_sink else (0, min(num_tokens, fmt.sink_tokens))
+    page_ids = pool.allocate(fmt.num_pages(num_tokens) - first)
+    tail = num_sink + len(page_ids) * fmt.page_tokens
+    ends: dict[int, tuple[ExactRows | None, ExactRows | None]] = {}
+    try:
+        for ring, target in zip(rings, targets, strict=True):
+            layer = target.source.layer
+            k, v = _rows_of_ring(ring, pool, layer, forgotten - start)
+            if len(page_ids):
+                pages = PageWrites.following(page_ids, first, fmt.page_tokens)
+                pool.stores[layer].encode(pages, k[:, num_sink:tail], v[:, num_sink:tail])
+            ends[layer] = (
+                ExactRows(k[:, :num_sink], v[:, :num_sink]) if num_sink else None,
+                ExactRows(k[:, tail:], v[:, tail:]) if tail < k.shape[1] else None,
+            )
+    except BaseException:
+        pool.free(page_ids)
+        raise
+    sequence = PagedSequence(pool, ends)
+    sequence.fill(page_ids, ends, forgotten)
+    return [TurboQuantKVCache(target.source, sequence.of_layer(target.source.layer)) for target in targets]
+
+
+def _rows_of_ring(ring: RotatingKVCache, pool: PagePool, layer: int, num_before: int) -> tuple[Any, Any]:
+    """A ring's latest tokens in order, behind so many zeros, as a store has them: (H, n, D) and (H, n, Dv)."""
+    shape, balance, num_kept = pool.shapes[layer], pool.balances[layer], min(ring.offset, ring.max_size)
+    rows = []
+    for x, dim in ((ring.keys, shape.k_dim), (ring.values, shape.v_dim)):
+        kept = widened(ring._temporal_order(x)[..., -num_kept:, :], dim)
+        rows.append(mx.pad(kept, [(0, 0), (0, 0), (num_before, 0), (0, 0)]))
+    if balance is not None:
+        rows[0] = balance.keys_to_store(rows[0])
+    mx.eval(rows)
+    k, v = (pool.backend.from_mlx(x)[0] for x in rows)
+    return k, v
+
+
+def _decompressed(cache: TurboQuantKVCache, empty: Any) -> Any:
+    """An uncompressed cache of what the pages say, a KVCache or a ring; what the codes lost stays lost.
+
+    empty: what the model has in this place.
+    """
+    plain = _all_rows(cache)
+    if not isinstance(empty, RotatingKVCache) or plain.empty():
+        return plain
+    ring = RotatingKVCache(empty.max_size, empty.keep)
+    ring.update_and_fetch(*(mx.contiguous(x[..., -ring.max_size :, :]) for x in plain.keys_and_values()))
+    mx.eval(ring.keys, ring.values)
+    ring.offset = cache.offset
+    return ring
+
+
+def _all_rows(cache: TurboQuantKVCache) -> KVCache:
+    """What a compressed cache still has of its conversation."""
     plain = KVCache()
     sequence = cache.sequence
     if sequence is None or not len(sequence):
@@ -132,7 +208,7 @@ def _decompressed(cache: TurboQuantKVCache) -> KVCache:
     k_dim, v_dim = cache.source.dims or (shape.k_dim, shape.v_dim)
     sink, tail = sequence.exact_ends()
     parts = [(sink.k, sink.v)] if sink is not None else []
-    parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids)]
+    parts += [store.decode(ids, first) for first, ids in _pieces(sequence.page_ids, sequence.first_page)]
     parts += [(tail.k, tail.v)] if tail is not None else []
     for k, v in parts:
         k, v = (pool.backend.to_mlx(x, shape.dtype)[None] for x in (k, v))

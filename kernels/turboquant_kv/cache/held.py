@@ -87,14 +87,16 @@ def _row_bytes(cache: Any, num_tokens: int) -> int:
 def usable_prefix(held_by_all: Sequence[Held], length: int) -> int:
     """Longest n <= length to which all caches can be cut without loss; 0 when they cannot."""
     num_tokens = max((held.num_tokens for held in held_by_all), default=0)
-    usable = min(length, num_tokens)
-    for held in held_by_all:
-        if held.sequence is not None:
-            usable = held.sequence.exact_cut(usable)
-        elif held.is_cuttable:
-            usable = min(usable, held.num_tokens)
-        elif usable < num_tokens:
-            return 0  # rings and recurrent state exist at their end only
+    usable, before = min(length, num_tokens), -1
+    while usable != before:  # a sliding window may have forgotten what another layer would go back to
+        before = usable
+        for held in held_by_all:
+            if held.sequence is not None:
+                usable = held.sequence.exact_cut(usable)
+            elif held.is_cuttable:
+                usable = min(usable, held.num_tokens)
+            elif usable < num_tokens:
+                return 0  # rings and recurrent state exist at their end only
     return usable
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.backends.numpy_ops.backend import KIT
@@ -109,7 +109,8 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
     seam.install()
     empty = make_prompt_cache(model)
     caches: list[Any] = [
-        _Recorder(offset) if i in layers and type(cache) is KVCache else cache for i, cache in enumerate(leaves(empty))
+        _Recorder(offset) if i in layers and type(cache) in (KVCache, RotatingKVCache) else cache
+        for i, cache in enumerate(leaves(empty))
     ]
     model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
     found = {}

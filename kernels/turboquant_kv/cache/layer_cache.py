@@ -16,7 +16,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
-from turboquant_kv.cache import layer_contents
+from turboquant_kv.cache import layer_contents, windows
 from turboquant_kv.cache.padding import stored_shape, widened, widened_step
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import AttendingCache, BatchRows, LayerInput, UnsupportedModelError, row_indices
@@ -32,8 +32,9 @@ class LayerSource:
     gets a pool of one layer when the first keys tell the layer's geometry.
     """
 
-    def __init__(self, fmt: KVFormat, backend: str, means: Means | None = None) -> None:
-        self.fmt, self._backend, self._means = fmt, backend, means
+    def __init__(self, fmt: KVFormat, backend: str, means: Means | None = None, window: int = 0) -> None:
+        """window: keys that a query sees, its own included; 0: all before it."""
+        self.fmt, self._backend, self._means, self.window = fmt, backend, means, window
         self.pool: PagePool | None = None
         self.layer = 0
         self.dims: tuple[int, int] | None = None  # the model's own, of keys and values; None: not known yet
@@ -41,7 +42,7 @@ class LayerSource:
     @classmethod
     def of_pool(cls, pool: PagePool, layer: int, dims: tuple[int, int] | None = None) -> LayerSource:
         """One layer of a pool that exists. dims: the model's own, of keys and values; None: as stored."""
-        source = cls(pool.fmt, pool.backend.name)
+        source = cls(pool.fmt, pool.backend.name, window=pool.window)
         source.pool, source.layer, source.dims = pool, layer, dims
         return source
 
@@ -58,7 +59,8 @@ class LayerSource:
     def get(self, shape: LayerShape) -> PagePool:
         """The pool. Raises UnsupportedModelError when a later sequence has another geometry."""
         if self.pool is None:
-            self.pool = PagePool(choose_backend(self._backend), [shape], self.fmt, [self._means])
+            backend = choose_backend(self._backend)
+            self.pool = PagePool(backend, [shape], self.fmt, [self._means], window=self.window)
         elif self.shape != shape:
             raise UnsupportedModelError(f"a layer's cache changed from {self.shape} to {shape}")
         return self.pool
@@ -159,7 +161,11 @@ class TurboQuantKVCache(CompressedCache):
         return step_for(pool, self.source.layer, [self.sequence.shared], num_new, None)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-        """As mlx-lm asks for it; columns of an array mask are absolute positions."""
+        """As mlx-lm asks for it; columns of an array mask are absolute positions.
+
+        A layer with a sliding window keeps to it by itself: a mask of the same window says no more than "causal".
+        """
+        window_size = windows.window_to_ask(self.source.window, window_size, return_array)
         is_plain = window_size is None or self.offset + N <= window_size
         if (is_plain and not return_array) or (N == 1 and window_size is None):  # the latter as mlx-lm's caches
             return None if N == 1 else "causal"
@@ -241,6 +247,15 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     def offset(self) -> mx.array:
         """Tokens held per row, (B,) int32: each row's next position."""
         return super().offset if self._num_pending else self._positions().array
+
+    @property
+    def window(self) -> int:
+        """Keys that a query sees, its own included; 0: all before it."""
+        return self.source.window
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """As TurboQuantKVCache makes it, for all rows."""
+        return super().make_mask(N, return_array, windows.window_to_ask(self.source.window, window_size, return_array))
 
     def _positions(self) -> Positions:
         """Lengths without pending tokens; known from the last step unless a conversation was changed otherwise."""
@@ -338,7 +353,7 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
 def _loaded(states: Sequence[Sequence[Any]]) -> list[TurboQuantKVCache]:
     """Caches from what `state` gave for rows of one batch, in one new pool. Raises ValueError if they contradict it."""
     fmt, means = layer_contents.format_and_means(states)
-    source = LayerSource(fmt, "auto", means)
+    source = LayerSource(fmt, "auto", means, layer_contents.saved_window(states))
     caches = []
     for state in states:
         contents = layer_contents.load_state(fmt, state)

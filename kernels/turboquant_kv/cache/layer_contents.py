@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerShape, Means
+from turboquant_kv.cache import windows
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 from turboquant_kv.codec.format import KVFormat
@@ -28,6 +29,7 @@ class LayerContents(NamedTuple):
     sink: tuple[mx.array, mx.array]
     pages: CanonicalPages
     tail: tuple[mx.array, mx.array]
+    forgotten: int = 0  # tokens before this position are gone, and their pages with them (windows.py)
 
     @property
     def num_sink(self) -> int:
@@ -39,7 +41,12 @@ class LayerContents(NamedTuple):
 
     def num_tokens(self, fmt: KVFormat) -> int:
         """Tokens in all."""
-        return self.num_sink + self.pages.num_pages * fmt.page_tokens + self.num_tail
+        num_pages = windows.first_page(fmt, self.forgotten) + self.pages.num_pages
+        num_sink = fmt.sink_tokens if self._has_lost_sink(fmt) else self.num_sink
+        return num_sink + num_pages * fmt.page_tokens + self.num_tail
+
+    def _has_lost_sink(self, fmt: KVFormat) -> bool:
+        return self.forgotten >= fmt.sink_tokens and self.forgotten > 0
 
     def check(self, fmt: KVFormat, num_tokens: int) -> None:
         """Raises ValueError unless sink, pages and tail are those of a conversation of this length."""
@@ -50,7 +57,8 @@ class LayerContents(NamedTuple):
             if k.dtype != shape.dtype or v.dtype != shape.dtype:
                 raise ValueError(f"exact rows are {k.dtype} and {v.dtype}, the layer is {shape}")
         self.pages.check(shape, fmt)
-        is_whole = self.num_sink == min(num_tokens, fmt.sink_tokens) and self.num_tail <= fmt.page_tokens
+        num_sink = 0 if self._has_lost_sink(fmt) else min(num_tokens, fmt.sink_tokens)
+        is_whole = self.num_sink == num_sink and self.num_tail <= fmt.page_tokens and self.forgotten <= num_tokens
         if not is_whole or self.num_tokens(fmt) != num_tokens:
             raise ValueError(
                 f"{self.num_sink} first, {self.num_tail} last exact tokens and {self.pages.num_pages} pages do not "
@@ -71,7 +79,7 @@ def contents_of(sequence: LayerSequence) -> LayerContents:
         return k, v
 
     sink, tail = sequence.exact_ends()
-    return LayerContents(shape, exact(sink), sequence.pages(), exact(tail))
+    return LayerContents(shape, exact(sink), sequence.pages(), exact(tail), sequence.forgotten)
 
 
 def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequence:
@@ -87,6 +95,9 @@ def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequenc
         if contents.shape != pool.shapes[layer]:
             raise ValueError(f"a saved layer has the geometry {contents.shape}, the model's {pool.shapes[layer]}")
         contents.check(pool.layer_formats[layer], num_tokens)
+    forgotten = {contents.forgotten for contents in layers.values()}
+    if len(forgotten) != 1 or max(forgotten) > (max(0, num_tokens - pool.window + 1) if pool.window else 0):
+        raise ValueError("the layers of a saved cache have forgotten what the model still sees")
     sequence = PagedSequence(pool, layers)
     page_ids = pool.allocate(next(iter(layers.values())).pages.num_pages)
     try:
@@ -97,7 +108,7 @@ def restore(pool: PagePool, layers: Mapping[int, LayerContents]) -> PagedSequenc
     except BaseException:
         pool.free(page_ids)
         raise
-    sequence.fill(page_ids, ends)
+    sequence.fill(page_ids, ends, forgotten.pop())
     return sequence
 
 
@@ -121,6 +132,8 @@ def save_state(fmt: KVFormat, sequence: LayerSequence | None) -> tuple[Any, ...]
         "tail_start": sequence.tail_start,
         "dtype": str(shape.dtype).removeprefix("mlx.core."),
     }
+    if pool.window:
+        header |= {"window": pool.window, "forgotten": sequence.forgotten}
     if means is not None and means.rotary is not None:
         header["rotary"] = means.rotary.to_dict()
     if means is not None and means.key_factors is not None:
@@ -166,6 +179,22 @@ def load_state(fmt: KVFormat, state: Sequence[Any]) -> LayerContents | None:
         exact(state[1], state[2]),
         CanonicalPages(*(np.array(a) for a in state[3:7])),
         exact(state[7], state[8]),
+        _forgotten(header),
     )
     contents.check(fmt, header["tail_start"] + contents.num_tail)
     return contents
+
+
+def saved_window(states: Sequence[Sequence[Any]]) -> int:
+    """Of rows of one batch, as `save_state` gave them; 0: none. Raises ValueError when they differ."""
+    found = {json.loads(state[0]).get("window", 0) for state in states if len(state) > 1}
+    if len(found) > 1 or not all(type(window) is int and window >= 0 for window in found):
+        raise ValueError("saved rows of one batch have different sliding windows")
+    return int(found.pop()) if found else 0
+
+
+def _forgotten(header: Mapping[str, Any]) -> int:
+    forgotten = header.get("forgotten", 0)
+    if type(forgotten) is not int or forgotten < 0:
+        raise ValueError(f"a saved cache has forgotten {forgotten!r} tokens")
+    return forgotten

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, CacheList, KVCache, RotatingKVCache
 
 from turboquant_kv.backends.plain_attention import plain_attention
+from turboquant_kv.cache import windows
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
 
@@ -23,7 +24,9 @@ from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
 class PlainRows(BatchRows):
     """Uncompressed conversations side by side, each in an mlx-lm KVCache of its own: no padding, no copies."""
 
-    def __init__(self, rows: Sequence[KVCache]) -> None:
+    window = 0  # keys that a query sees, its own included; 0: all before it
+
+    def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = list(rows)
 
     @property
@@ -38,12 +41,18 @@ class PlainRows(BatchRows):
             if n == 0:
                 outputs.append(mx.zeros((1, queries.shape[1], num_new, values.shape[3]), queries.dtype))
                 continue
-            k, v = self.rows[b].update_and_fetch(keys[b : b + 1, :, :n], values[b : b + 1, :, :n])
+            k, v, mask = self._update_row(b, keys[b : b + 1, :, :n], values[b : b + 1, :, :n], step.mask)
             q = queries[b : b + 1, :, :n]
-            mask = _row_mask(step.mask, b, n, k.shape[2])
             out = plain_attention(q, k, v, scale=step.scale, mask=mask, sinks=step.sinks, cap=step.cap)
             outputs.append(out if n == num_new else mx.pad(out, [(0, 0), (0, 0), (0, num_new - n), (0, 0)]))
         return mx.concatenate(outputs)
+
+    def _update_row(
+        self, row: int, keys: mx.array, values: mx.array, mask: mx.array | str | None
+    ) -> tuple[mx.array, mx.array, mx.array | str | None]:
+        """A row's keys and values with these behind them, and what its queries see of them by the batch's mask."""
+        k, v = self.rows[row].update_and_fetch(keys, values)
+        return k, v, _row_mask(mask, row, keys.shape[2], k.shape[2])
 
     def _cut_rows(self, counts: Sequence[int]) -> None:
         for row, num_tokens in zip(self.rows, counts, strict=True):
@@ -61,7 +70,7 @@ class PlainRows(BatchRows):
         """Keep these rows, in this order."""
         self.rows = [self.rows[i] for i in row_indices(batch_indices)]
 
-    def extract(self, idx: int) -> KVCache:
+    def extract(self, idx: int) -> Any:
         """Row `idx` as a single cache; arrays are shared until one of the two is written."""
         return copy.deepcopy(self.rows[idx])
 
@@ -80,6 +89,32 @@ class PlainRows(BatchRows):
     def state(self) -> list[Any]:
         """Of every row; for mlx-lm programs that evaluate it between steps."""
         return [row.state for row in self.rows]
+
+
+class RingRows(PlainRows):
+    """Rings of one window side by side, for batches with compressed rows: each keeps to its window by itself."""
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        return int(self.rows[0].max_size) if self.rows else 0
+
+    def _update_row(
+        self, row: int, keys: mx.array, values: mx.array, mask: mx.array | str | None
+    ) -> tuple[mx.array, mx.array, mx.array | str | None]:
+        ring, num_queries = self.rows[row], keys.shape[2]
+        own = ring.make_mask(num_queries)  # by its length before
+        k, v = ring.update_and_fetch(keys, values)
+        if not isinstance(mask, mx.array):
+            return k, v, own
+        if num_queries == 1:
+            k, v = (ring._temporal_order(x) for x in (k, v))  # columns of the batch's mask are absolute positions
+        length = int(ring.offset)
+        shown = _row_mask(mask, row, num_queries, length)
+        assert isinstance(shown, mx.array)
+        return k, v, shown[..., length - k.shape[2] :]
+
+    def is_trimmable(self) -> bool:
+        return all(row.is_trimmable() for row in self.rows)
 
 
 def _differs_by_row(mask: mx.array) -> bool:
@@ -130,6 +165,15 @@ class MixedBatchCache(BatchRows):
         """The batch's rows that live in a group, in the group's order."""
         rows = [(i, row) for row, (owner, i) in enumerate(self.places) if owner is group]
         return [row for _, row in sorted(rows)]
+
+    @property
+    def window(self) -> int:
+        """Keys that a query sees, its own included; 0: all before it. The same in every format."""
+        return self.groups[0].window if self.groups else 0
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """As mlx-lm asks for it; rows with a sliding window keep to that by themselves."""
+        return super().make_mask(N, return_array, windows.window_to_ask(self.window, window_size, return_array))
 
     def _current_split(self) -> _Split:
         if self._split is None:
@@ -246,6 +290,8 @@ def _is_same_kind(a: Group, b: Group) -> bool:
 def _as_group(batch: Any) -> Group:
     if isinstance(batch, BatchKVCache):
         return PlainRows([batch.extract(i) for i in range(len(batch.left_padding))])
+    if isinstance(batch, BatchRotatingKVCache):
+        return RingRows([batch.extract(i) for i in range(len(batch.left_padding))])
     assert isinstance(batch, (BatchTurboQuantKVCache, PlainRows)), f"{type(batch).__name__} has no compressed sibling"
     return batch
 
@@ -278,7 +324,7 @@ def _merge_layer(caches: list[Any], padded: bool) -> Any:
 def _batch_of_one(cache: Any) -> Group:
     if isinstance(cache, TurboQuantKVCache):
         return TurboQuantKVCache.merge([cache])
-    return PlainRows([copy.deepcopy(cache)])
+    return (RingRows if isinstance(cache, RotatingKVCache) else PlainRows)([copy.deepcopy(cache)])
 
 
 def _extend_layer(mine: Any, theirs: Any) -> Any:

@@ -51,13 +51,16 @@ class PagePool:
         fmt: KVFormat,
         means: Sequence[Means | None] | None = None,
         layer_formats: Sequence[KVFormat] | None = None,
+        window: int = 0,
     ) -> None:
         """One store for each layer's shape. means: calibrated ones, per layer; None: none anywhere.
+
+        window: keys that queries of these layers see, their own included; 0: all before them (windows.py).
 
         layer_formats: of each layer, where some need other codecs than `fmt`; they differ from it in nothing else.
         Raises UnsupportedFormatError for a geometry that the backend has no kernel for.
         """
-        self.backend, self.shapes, self.fmt = backend, tuple(shapes), fmt
+        self.backend, self.shapes, self.fmt, self.window = backend, tuple(shapes), fmt, window
         self.layer_formats = tuple(layer_formats) if layer_formats is not None else (fmt,) * len(self.shapes)
         for shape, layer_fmt in zip(self.shapes, self.layer_formats, strict=True):
             layer_fmt.check_dims(shape.k_dim, shape.v_dim)
@@ -77,7 +80,9 @@ class PagePool:
         return [self._new_store(layer) for layer in range(len(self.shapes))]
 
     def _new_store(self, layer: int) -> LayerStore:
-        return self.backend.new_store(self.shapes[layer], self.layer_formats[layer], self.means[layer])
+        store = self.backend.new_store(self.shapes[layer], self.layer_formats[layer], self.means[layer])
+        store.window = self.window
+        return store
 
     def layer_page_bytes(self, layer: int) -> int:
         """Bytes of one page in one layer."""

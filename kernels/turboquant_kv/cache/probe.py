@@ -7,6 +7,7 @@ what is done with the answer is runtime.py's business.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,26 @@ class StateBytes:
         return self.fixed_bytes + self.token_bytes * min(num_tokens + step - 1, self.most_tokens)
 
 
+class WindowedKVCache(KVCache):  # type: ignore[misc]  # mlx-lm has no types
+    """All tokens of a layer whose ring keeps the latest alone, masked to what that ring would show."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """As mlx-lm asks for it; columns are absolute positions."""
+        return super().make_mask(N, return_array=return_array, window_size=min(window_size or self.window, self.window))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A sliding-window layer that could be compressed: geometry, and keys that a query sees, its own included."""
+
+    shape: LayerShape
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
     """Each cache's class, geometry of plain KV caches, and what is known of other caches' bytes.
@@ -59,6 +80,7 @@ class ModelLayers:
     query_heads: tuple[int, ...] = ()  # 0 where it is not a plain KV cache
     numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
     capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
+    windows: tuple[Window | None, ...] = ()  # of rings that can be compressed; their states say what mlx-lm's keep
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -70,17 +92,28 @@ def probe_layers(model: Any) -> ModelLayers:
     kinds = tuple(type(cache) for cache in caches)
     shapes = tuple(shape_of(c) if type(c) is KVCache and not c.empty() else None for c in caches)
     states = tuple(_state_of(c) if shape is None else StateBytes() for c, shape in zip(caches, shapes, strict=True))
-    watched, unsupported = _watch(model, _WatchedRows, expected)
+    windows = tuple(_window_of(c) for c in caches)
+    watched, unsupported = _watch(model, _WatchedRows, expected, windows)
+    if unsupported is not None and any(windows):  # rings stay mlx-lm's, then
+        windows = (None,) * len(caches)
+        watched, unsupported = _watch(model, _WatchedRows, expected, windows)
     if unsupported is not None:  # maybe as a conversation by itself; in batches its rows are computed one by one then
-        alone, unsupported_alone = _watch(model, _WatchedRow, expected)
+        alone, unsupported_alone = _watch(model, _WatchedRow, expected, windows)
         if unsupported_alone is None:
             watched, unsupported = alone, None
-    if unsupported is not None and _caches_latents(model):
-        unsupported = "this model caches latents from which it computes keys and values, which cannot be compressed"
+    if unsupported is not None:
+        unsupported = _why_latent(model, shapes) or unsupported
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
     numbers = tuple(layer_numbers(layers))
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped)
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows)
+
+
+def _window_of(cache: Any) -> Window | None:
+    """Of a ring that holds the probe's few tokens. One that keeps its first tokens for ever stays mlx-lm's."""
+    if type(cache) is not RotatingKVCache or cache.empty() or cache.keep:
+        return None
+    return Window(shape_of(cache), int(cache.max_size))
 
 
 class _WatchedRows(PlainRows):
@@ -88,6 +121,11 @@ class _WatchedRows(PlainRows):
 
     num_query_heads = 0
     is_capped = False
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        own: int = getattr(self.rows[0], "window", 0)
+        narrowest = min(own, window_size) if own and window_size else own or window_size
+        return super().make_mask(N, return_array, narrowest)
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]
@@ -103,10 +141,17 @@ class _WatchedRow(_WatchedRows):
         return self.lengths[0]
 
 
-def _watch(model: Any, watched: type[_WatchedRows], expected: np.ndarray[Any, Any]) -> tuple[list[Any], str | None]:
-    """Caches that a run has filled, and why they do not serve this model, if they do not."""
+def _watch(
+    model: Any, watched: type[_WatchedRows], expected: np.ndarray[Any, Any], windows: Sequence[Window | None]
+) -> tuple[list[Any], str | None]:
+    """Caches that a run has filled, some of them rows that attend for themselves, and why they do not serve it."""
     empty = make_prompt_cache(model)
-    caches = [watched([c]) if type(c) is KVCache else c for c in leaves(empty)]
+    caches: list[Any] = []
+    for cache, window in zip(leaves(empty), windows, strict=True):
+        if window is not None:
+            caches.append(watched([WindowedKVCache(window.num_tokens)]))
+        else:
+            caches.append(watched([cache]) if type(cache) is KVCache else cache)
     return caches, _why_unsupported(model, with_leaves(empty, caches), expected)
 
 
@@ -130,6 +175,23 @@ def _caches_latents(model: Any) -> bool:
     """Whether its attention is multi-head latent attention, as mlx-lm's models name it."""
     layers = getattr(model, "layers", None) or ()
     return any(getattr(getattr(layer, "self_attn", None), "kv_lora_rank", None) for layer in layers)
+
+
+def _why_latent(model: Any, shapes: Sequence[LayerShape | None]) -> str | None:
+    """Of a model with multi-head latent attention: that its caches hold something else than keys and values."""
+    if not _caches_latents(model):
+        return None
+    ranks = {getattr(getattr(part, "args", None), "kv_lora_rank", None) for part in (model, _text_model(model))}
+    found = next((s for s in shapes if s is not None and s.num_kv_heads == 1 and s.k_dim in ranks - {None}), None)
+    size = f", {found.k_dim + found.v_dim} numbers for each token and layer," if found is not None else ""
+    return (
+        f"this model caches latents{size} from which it computes keys and values (multi-head latent attention), "
+        "and there is no compressed format for latents"
+    )
+
+
+def _text_model(model: Any) -> Any:
+    return getattr(model, "language_model", None)
 
 
 def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.cache import held as rows
-from turboquant_kv.cache import key_guard
+from turboquant_kv.cache import key_guard, windows
 from turboquant_kv.cache import mixed_batch as mixed
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
@@ -70,9 +70,9 @@ class KVRuntime:
         self.layer_formats: dict[int, KVFormat] = {}  # of compressed caches, by their place among `leaves`
         self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds
         self._sources: dict[int, LayerSource] = {}
-        self._pool: PagePool | None = None  # of all compressed layers
+        self._pools: tuple[PagePool, ...] = ()  # of compressed layers, one for each length of sliding windows
         if fmt is not None:
-            self._make_pool(fmt, calibration, backend, cache_dir)
+            self._make_pools(fmt, calibration, backend, cache_dir)
         numbers = self.layers.numbers
         self.layers_compressed = len({numbers[i] for i in self._sources})
         self.layers_uncompressed = len(set(numbers)) - self.layers_compressed
@@ -84,23 +84,36 @@ class KVRuntime:
 
     @property
     def description(self) -> str:
-        """The name, with what deviates from it: `4/4, 1 of 24 layers 8/4`."""
+        """The name, with what deviates from it: `4/4, 1 of 24 layers 8/4`; and what sliding windows gain."""
         others = Counter(fmt.name for fmt in self.layer_formats.values() if fmt != self.fmt)
         if self.layers_left_exact:
             others[PLAIN_FORMAT] = len(self.layers_left_exact)
         num_layers = len(self.layer_formats) + len(self.layers_left_exact)
         parts = [f"{count} of {num_layers} layers {name}" for name, count in sorted(others.items())]
+        for window, ratio in self._window_ratios().items():
+            count = sum(self._window_of(i) == window for i in self._sources)
+            parts.append(f"{count} of {num_layers} layers see {window} tokens, in 1/{ratio:.1f} of their bytes")
         return ", ".join([self.fmt_name, *parts])
 
-    def _make_pool(self, fmt: KVFormat, calibration: Calibration | None, backend: str, cache_dir: Path | None) -> None:
+    def _window_ratios(self) -> dict[int, float]:
+        """By length of sliding windows: bytes of mlx-lm's rings over those of compressed layers, long conversations."""
+        ratios: dict[int, float] = {}
+        for window in sorted({self._window_of(i) for i in self._sources} - {0}):
+            own = [i for i in self._sources if self._window_of(i) == window]
+            stored = [(self.layer_formats[i], shape) for i in own if (shape := self._sources[i].shape) is not None]
+            needed = sum(windows.longest_bytes(fmt, shape, window) for fmt, shape in stored)
+            ratios[window] = self._raw_token_bytes(own) * window / needed
+        return ratios
+
+    def _make_pools(self, fmt: KVFormat, calibration: Calibration | None, backend: str, cache_dir: Path | None) -> None:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
         raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
         self.layers_left_exact = tuple(i for i, layer in raised.items() if layer is None)
         compressed = {
             i: stored_shape(shape)
-            for i, shape in enumerate(self.shapes)
-            if shape is not None and i not in self.layers_left_exact
+            for i in range(len(self.shapes))
+            if (shape := self._shape_of(i)) is not None and i not in self.layers_left_exact
         }
         self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
         for i, shape in compressed.items():
@@ -113,16 +126,34 @@ class KVRuntime:
         cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
         chosen = choose(backend, cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
-        self._pool = PagePool(chosen.backend, shapes, fmt, means, formats)
-        self._sources = {i: LayerSource.of_pool(self._pool, layer, self._dims(i)) for layer, i in enumerate(compressed)}
+        places = list(compressed)
+        for window in sorted({self._window_of(i) for i in places}):
+            own = [n for n, i in enumerate(places) if self._window_of(i) == window]
+            pool = PagePool(
+                copy.copy(chosen.backend),  # each knows the step before of its own pool
+                *([shapes[n] for n in own], fmt, [means[n] for n in own], [formats[n] for n in own], window),
+            )
+            self._pools += (pool,)
+            for layer, n in enumerate(own):
+                self._sources[places[n]] = LayerSource.of_pool(pool, layer, self._dims(places[n]))
 
     @property
     def is_compressed_throughout(self) -> bool:
         """Whether no layer has a cache that mlx-lm keeps."""
         return len(self._sources) == len(self.shapes)
 
+    def _shape_of(self, place: int) -> LayerShape | None:
+        """Geometry of a cache that can be compressed."""
+        window = self.layers.windows[place] if self.layers.windows else None
+        return self.shapes[place] if window is None else window.shape
+
+    def _window_of(self, place: int) -> int:
+        """Keys that queries of a layer see; 0: all before them."""
+        window = self.layers.windows[place] if self.layers.windows else None
+        return 0 if window is None else window.num_tokens
+
     def _dims(self, place: int) -> tuple[int, int]:
-        shape = self.shapes[place]
+        shape = self._shape_of(place)
         assert shape is not None
         return shape.k_dim, shape.v_dim
 
@@ -133,6 +164,8 @@ class KVRuntime:
         for i, fmt in self.layer_formats.items():
             shape = self._sources[i].shape
             assert shape is not None
+            if self._window_of(i):
+                continue  # full, and gives back what it takes
             compressed += fmt.token_bytes(shape.num_kv_heads, shape.k_dim, shape.v_dim)
         plain = sum(s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i not in self._sources)
         return float(compressed + plain)
@@ -152,33 +185,34 @@ class KVRuntime:
         """Most bytes of one conversation's exact rows behind its pages, in all layers."""
         if self.fmt is None:
             return 0.0
-        return float(2 * self.fmt.page_tokens * (0 if self._pool is None else self._pool.raw_token_bytes))
+        return float(2 * self.fmt.page_tokens * sum(pool.raw_token_bytes for pool in self._pools))
 
     def make_cache(self) -> list[Any]:
         """One empty single-conversation cache per layer, or a list of them where the model keeps several."""
         layers = make_prompt_cache(self._model)
-        if self._pool is None:
+        if not self._pools:
             return list(layers)
         caches = leaves(layers)
-        conversation = PagedSequence(self._pool, range(len(self._sources)))
+        conversations = {id(pool): PagedSequence(pool, range(len(pool.shapes))) for pool in self._pools}
         for i, source in self._sources.items():
-            caches[i] = TurboQuantKVCache(source, conversation.of_layer(source.layer))
+            caches[i] = TurboQuantKVCache(source, conversations[id(source.pool)].of_layer(source.layer))
         return with_leaves(layers, caches)
 
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes that a conversation of `num_tokens` allocates, exact windows included.
 
-        Of rings and recurrent states the most they can take; the rest is exact.
+        Of sliding windows and recurrent states the most they can take; the rest is exact.
         """
-        total = sum(state.bytes_for(num_tokens) for state in self.layers.states)
+        total = sum(s.bytes_for(num_tokens) for i, s in enumerate(self.layers.states) if i not in self._sources)
         for i, shape in enumerate(self.shapes):
-            if shape is None:
-                continue
             if i in self._sources:
-                stored = self._sources[i].shape
+                stored, fmt, window = self._sources[i].shape, self.layer_formats[i], self._window_of(i)
                 assert stored is not None
-                total += _compressed_bytes(self.layer_formats[i], stored, num_tokens)
-            else:
+                if window:
+                    total += windows.bytes_for(fmt, stored, window, num_tokens)
+                else:
+                    total += _compressed_bytes(fmt, stored, num_tokens)
+            elif shape is not None:
                 step = KVCache.step
                 total += shape.raw_token_bytes * (-(-num_tokens // step) * step)
         return total
@@ -193,52 +227,60 @@ class KVRuntime:
 
     def _measure(self, held_by_all: Sequence[rows.Held]) -> KVBytes:
         compressed = exact = uncompressed = raw = 0
-        for shape, held in zip(self.shapes, held_by_all, strict=True):
+        for i, held in enumerate(held_by_all):
             if held.sequence is not None:
                 compressed += held.sequence.compressed_bytes
                 exact += held.sequence.exact_bytes
             uncompressed += held.plain_bytes
-            raw += held.num_tokens * shape.raw_token_bytes if shape is not None else held.plain_bytes
+            is_plain = held.sequence is None and self.shapes[i] is None
+            raw += held.plain_bytes if is_plain else self._raw_bytes(i, held.num_tokens)
         tokens = max((held.num_tokens for held in held_by_all), default=0)
         return KVBytes(tokens, compressed, exact, 0, uncompressed, raw)
 
     def totals(self) -> KVBytes:
         """Of all compressed layers and conversations together: from the pool, shared pages and rows once."""
-        pool = self._pool
-        if pool is None:
+        if not self._pools:
             return KVBytes()
+        places = {id(pool): [i for i, source in self._sources.items() if source.pool is pool] for pool in self._pools}
         return KVBytes(
-            tokens=pool.num_tokens,
-            compressed=pool.used_bytes,
-            exact=pool.exact_bytes,
-            slack=pool.slack_bytes,
-            raw_equivalent=self.compressed_raw_bytes(pool.num_tokens),
+            tokens=max(pool.num_tokens for pool in self._pools),
+            compressed=sum(pool.used_bytes for pool in self._pools),
+            exact=sum(pool.exact_bytes for pool in self._pools),
+            slack=self.slack_bytes(),
+            raw_equivalent=sum(pool.num_tokens * self._raw_token_bytes(places[id(pool)]) for pool in self._pools),
         )
+
+    def _raw_token_bytes(self, places: Sequence[int]) -> int:
+        """Bytes of one uncompressed token in some of the caches."""
+        return sum(shape.raw_token_bytes for i in places if (shape := self._shape_of(i)) is not None)
+
+    def _raw_bytes(self, place: int, num_tokens: int) -> int:
+        """What a cache that can be compressed would take of a conversation, uncompressed: no more than its window."""
+        window = self._window_of(place)
+        return self._raw_token_bytes([place]) * (min(num_tokens, window) if window else num_tokens)
 
     def compressed_raw_bytes(self, num_tokens: int) -> int:
         """What that many tokens would take uncompressed, in the layers that are compressed."""
-        return num_tokens * sum(
-            s.raw_token_bytes for i, s in enumerate(self.shapes) if s is not None and i in self._sources
-        )
+        return sum(self._raw_bytes(i, num_tokens) for i in self._sources)
 
     def allocated_bytes(self) -> int:
-        """Everything the pool holds: pages and exact rows, free ones too."""
-        return 0 if self._pool is None else self._pool.allocated_bytes
+        """Everything the pools hold: pages and exact rows, free ones too."""
+        return sum(pool.allocated_bytes for pool in self._pools)
 
     def unique_bytes(self) -> int:
         """Pages and exact rows in use by the compressed layers; what conversations share counts once."""
-        return 0 if self._pool is None else self._pool.used_bytes + self._pool.exact_bytes
+        return sum(pool.used_bytes + pool.exact_bytes for pool in self._pools)
 
     def slack_bytes(self) -> int:
         """Held for pages and exact rows that nobody uses."""
-        return 0 if self._pool is None else self._pool.slack_bytes
+        return sum(pool.slack_bytes for pool in self._pools)
 
     def trim(self) -> int:
         """Give memory of unused pages and exact rows back, for other formats to use; returns the bytes.
 
         Takes a copy of the used ones, one layer at a time. Not between a batch's update and its attention.
         """
-        return 0 if self._pool is None else self._pool.trim()
+        return sum(pool.trim() for pool in self._pools)
 
     def merge_rows(self, singles: Sequence[Sequence[Any]]) -> list[Any]:
         """A batch over these conversations, of whatever formats; their own caches stay as they are."""
@@ -295,8 +337,8 @@ class KVRuntime:
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""
-        if self._pool is not None:
-            self._pool.check_integrity()
+        for pool in self._pools:
+            pool.check_integrity()
 
 
 def _compressed_bytes(fmt: KVFormat, shape: LayerShape, num_tokens: int) -> int:

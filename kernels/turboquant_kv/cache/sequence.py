@@ -20,6 +20,7 @@ from weakref import ReferenceType, ref
 import numpy as np
 
 from turboquant_kv.backends.base import CanonicalPages, ExactRows, PageIds
+from turboquant_kv.cache import windows
 from turboquant_kv.cache.exact_rows import ExactRegion, grown
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import UnsupportedModelError
@@ -71,14 +72,30 @@ class PagedSequence:
 
     @property
     def page_ids(self) -> PageIds:
-        return self._state.page_ids
+        """Of the pages that it holds, from number `first_page` on."""
+        return self._state.page_ids[self.first_page :]
+
+    @property
+    def forgotten(self) -> int:
+        """Position of the first token that it still has; 0 without a sliding window."""
+        return self._state.forgotten
+
+    @property
+    def first_page(self) -> int:
+        """Number of the first page that it holds."""
+        return windows.first_page(self.pool.fmt, self._state.forgotten)
 
     def renumber(self, new_ids: PageIds) -> None:
         """The pool moved its pages: new_ids[old] is each one's new id."""
-        self._state = self._state._replace(page_ids=new_ids[self._state.page_ids])
+        first = self.first_page
+
+        def moved(page_ids: PageIds) -> PageIds:
+            return np.concatenate([page_ids[:first], new_ids[page_ids[first:]]])
+
+        self._state = self._state._replace(page_ids=moved(self._state.page_ids))
         if self._append is not None:  # it failed, and nobody has undone it yet
             before = self._append.before
-            self._append.before = before._replace(page_ids=new_ids[before.page_ids])
+            self._append.before = before._replace(page_ids=moved(before.page_ids))
 
     @property
     def tail_start(self) -> int:
@@ -182,6 +199,23 @@ class PagedSequence:
         if before.tail is not None and before.tail is not state.tail:
             before.tail.release()
         self._step = self._append = None
+        if self.pool.window:
+            self._forget(windows.forgotten_after(self.pool.fmt, self.pool.window, self._num_tokens))
+
+    def _forget(self, forgotten: int) -> None:
+        """Give back what stands before a page's start: no query will see it again."""
+        state, first = self._state, self.first_page
+        if forgotten <= state.forgotten:
+            return
+        last = windows.first_page(self.pool.fmt, forgotten)
+        if last > first:
+            self.pool.free(state.page_ids[first:last])
+            kept = state.page_ids.copy()
+            kept[:last] = 0
+            state = state._replace(page_ids=kept)
+        if state.sink is not None:
+            state.sink.release()
+        self._state = state._replace(sink=None, forgotten=forgotten)
 
     def undo(self) -> None:
         """A step that not all layers wrote never happened; without one, nothing happens."""
@@ -227,7 +261,7 @@ class PagedSequence:
 
     def _new_fork(self) -> PagedSequence:
         other = PagedSequence(self.pool, ())
-        self.pool.share(self._state.page_ids)
+        self.pool.share(self.page_ids)
         for region in (self._state.sink, self._state.tail):
             if region is not None:
                 region.hold()
@@ -239,18 +273,32 @@ class PagedSequence:
         self._forks, self._is_joinable = [], False
 
     def exact_cut(self, length: int) -> int:
-        """The longest n <= length to which `cut` loses nothing: any row of sink and tail, else a page's start."""
+        """The longest n <= length to which `cut` loses nothing: any row of sink and tail, else a page's start.
+
+        0 where a sliding window would have to see what it has forgotten.
+        """
         length = min(length, self._num_tokens)
         fmt = self.pool.fmt
-        if length <= self._state.num_sink or length >= self.tail_start:
-            return length
-        return fmt.page_start((length - fmt.sink_tokens) // fmt.page_tokens)
+        if length > self._state.num_sink and length < self.tail_start:
+            length = fmt.page_start((length - fmt.sink_tokens) // fmt.page_tokens)
+        return length if self._has_window_of(length) else 0
+
+    def _has_window_of(self, length: int) -> bool:
+        """Whether all keys are there that a query behind `length` tokens sees."""
+        return length - self.pool.window + 1 >= self._state.forgotten or length == self._num_tokens
 
     def cut(self, layer: int, length: int) -> None:
-        """Keep a layer's first `length` tokens. A page cut in its middle comes back decoded, not exact."""
+        """Keep a layer's first `length` tokens. A page cut in its middle comes back decoded, not exact.
+
+        Raises UnsupportedModelError where a sliding window has forgotten what it would see from there.
+        """
         self.undo()
         assert 0 <= length <= self.length_of(layer), f"cannot cut {self.length_of(layer)} tokens to {length}"
         if length < self._num_tokens:
+            if length and not self._has_window_of(length):
+                raise UnsupportedModelError(
+                    f"a sliding window cannot go back from {self._num_tokens} tokens to {length}"
+                )
             self._forget_forks()
             self._uncut = {other: self.length_of(other) for other in self._layers}
             self._cut(length)
@@ -269,9 +317,9 @@ class PagedSequence:
         tail = self._decoded(state.page_ids[keep : keep + 1], keep, num_partial) if num_partial else None
         if state.tail is not None:
             state.tail.release()
-        self.pool.free(state.page_ids[keep:])
-        num_sink = min(state.num_sink, length)
-        self._state = state._replace(num_sink=num_sink, page_ids=state.page_ids[:keep], tail=tail, num_tail=num_partial)
+        self.pool.free(state.page_ids[max(keep, self.first_page) :])
+        num_sink, forgotten = min(state.num_sink, length), state.forgotten if length else 0
+        self._state = Contents(state.sink, num_sink, state.page_ids[:keep], tail, num_partial, forgotten)
         self._num_tokens = length
 
     def _decoded(self, page_ids: PageIds, number: int, num_rows: int) -> ExactRegion:
@@ -300,8 +348,9 @@ class PagedSequence:
 
     def _release_all(self) -> None:
         self.undo()
-        state, self._state, self._num_tokens, self._uncut = self._state, Contents(), 0, {}
-        self.pool.free(state.page_ids)
+        held, state = self.page_ids, self._state
+        self._state, self._num_tokens, self._uncut = Contents(), 0, {}
+        self.pool.free(held)
         for region in (state.sink, state.tail):
             if region is not None:
                 region.release()
@@ -320,23 +369,23 @@ class PagedSequence:
         tail = store.get_rows(state.tail.first, state.num_tail) if state.tail is not None and state.num_tail else None
         return sink, tail
 
-    def fill(self, page_ids: PageIds, ends: Mapping[int, Ends]) -> None:
+    def fill(self, page_ids: PageIds, ends: Mapping[int, Ends], forgotten: int = 0) -> None:
         """Take over pages of this pool and, per layer, copies of exact ends, into an empty sequence.
 
-        All layers must bring the same numbers of rows.
+        All layers must bring the same numbers of rows. forgotten: position of the first token that is there; pages
+        are those from the one on that holds it.
         """
         assert self._num_tokens == 0, "only an empty sequence can be filled"
         fmt, (sink, tail) = self.pool.fmt, next(iter(ends.values()))
-        self._state = self._state._replace(page_ids=page_ids)
         num_sink, num_tail = (0 if rows is None else rows.num_rows for rows in (sink, tail))
+        page_ids = np.concatenate([np.zeros(windows.first_page(fmt, forgotten), np.int64), page_ids])
+        self._state = self._state._replace(page_ids=page_ids, forgotten=forgotten)
+        kept_sink = self._copied(num_sink, fmt.sink_tokens, {layer: end[0] for layer, end in ends.items()})
+        kept_tail = self._copied(num_tail, fmt.page_tokens, {layer: end[1] for layer, end in ends.items()})
+        if forgotten >= fmt.sink_tokens > 0:
+            num_sink = fmt.sink_tokens
         self._num_tokens = num_sink + len(page_ids) * fmt.page_tokens + num_tail
-        self._state = Contents(
-            self._copied(num_sink, fmt.sink_tokens, {layer: end[0] for layer, end in ends.items()}),
-            num_sink,
-            page_ids,
-            self._copied(num_tail, fmt.page_tokens, {layer: end[1] for layer, end in ends.items()}),
-            num_tail,
-        )
+        self._state = Contents(kept_sink, num_sink, page_ids, kept_tail, num_tail, forgotten)
         self.pool.epoch += 1
 
     def _copied(self, num_rows: int, most: int, rows: Mapping[int, ExactRows | None]) -> ExactRegion | None:
@@ -367,6 +416,14 @@ class LayerSequence:
     @property
     def page_ids(self) -> PageIds:
         return self.shared.page_ids
+
+    @property
+    def first_page(self) -> int:
+        return self.shared.first_page
+
+    @property
+    def forgotten(self) -> int:
+        return self.shared.forgotten
 
     @property
     def tail_start(self) -> int:

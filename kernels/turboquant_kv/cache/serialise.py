@@ -145,7 +145,8 @@ def _export_compressed(cache: TurboQuantKVCache, out: list[Exported]) -> dict[st
     out += [from_mlx(x) for x in contents.sink]
     out += [Exported(np.array(a), a.dtype.name, cut) for a in codes]
     out += [from_mlx(x) for x in contents.tail]
-    return {"kind": "compressed", "tokens": len(sequence)}
+    header = {"kind": "compressed", "tokens": len(sequence)}
+    return {**header, "forgotten": sequence.forgotten} if sequence.pool.window else header
 
 
 def _import_compressed(
@@ -159,7 +160,8 @@ def _import_compressed(
     if fresh.source.shape not in (None, shape):
         raise ValueError(f"a saved layer has the geometry {shape}, the model's {fresh.source.shape}")
     pages = CanonicalPages(*(np.array(c) for c in codes))
-    contents = LayerContents(shape, (sink_k, sink_v), pages, (tail_k, tail_v))
+    forgotten = count(layer.get("forgotten", 0), num_tokens)
+    contents = LayerContents(shape, (sink_k, sink_v), pages, (tail_k, tail_v), forgotten)
     contents.check(fresh.source.layer_fmt, num_tokens)
     return contents
 

@@ -27,13 +27,18 @@ def _no_pages() -> PageIds:
 
 
 class Contents(NamedTuple):
-    """Where a conversation's tokens are; regions are None while empty."""
+    """Where a conversation's tokens are; regions are None while empty.
+
+    page_ids: by page number. Tokens before position `forgotten` are gone with their pages and, from its end on, the
+    sink (windows.py); pages before it have the id 0, which nobody holds for them.
+    """
 
     sink: ExactRegion | None = None
     num_sink: int = 0
     page_ids: PageIds = NO_PAGES
     tail: ExactRegion | None = None
     num_tail: int = 0
+    forgotten: int = 0
 
 
 @dataclass(slots=True)

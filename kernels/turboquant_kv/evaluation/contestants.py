@@ -73,7 +73,8 @@ class FormatContestant(Contestant):
     def _new_runtime(self, shift: int, backend: str) -> KVRuntime:
         calibration = self._calibration if self._fmt is not None and self._fmt.centred else None
         if calibration is not None and shift:
-            calibration = shifted(calibration, shift)
+            moved = [shape is not None for shape in self._layers.shapes]
+            calibration = shifted(calibration, shift, moved)
         return KVRuntime(self._model, self._fmt, calibration=calibration, backend=backend, layers=self._layers)
 
     def _runtime(self, shift: int) -> KVRuntime:

@@ -78,12 +78,16 @@ def at_offset(caches: Sequence[Any], shift: int, attention_layers: Sequence[bool
     return with_leaves(caches, [ShiftedCache(c, shift) if moves else c for c, moves in pairs])
 
 
-def shifted(calibration: Calibration, shift: int) -> Calibration:
+def shifted(calibration: Calibration, shift: int, attention_layers: Sequence[bool] | None = None) -> Calibration:
     """Means for pages whose first token stands `shift` positions further on; a mean that does not turn stays.
+
+    attention_layers: as `at_offset` has them, which leaves other caches where they are; None: all move.
 
     R(p + shift) m = R(p) R(shift) m, so the mean before the turn is turned once.
     """
-    return replace(calibration, layers={i: _shifted(means, shift) for i, means in calibration.layers.items()})
+    moved = {i for i in calibration.layers if attention_layers is None or attention_layers[i]}
+    layers = {i: _shifted(means, shift) if i in moved else means for i, means in calibration.layers.items()}
+    return replace(calibration, layers=layers)
 
 
 def _shifted(means: Means, shift: int) -> Means:

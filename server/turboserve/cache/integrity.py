@@ -53,15 +53,14 @@ def _check_pages(ledger: Ledger, running: Sequence[Caches]) -> None:
     holders: dict[tuple[Hashable, int], int] = {}
     used = 0
     for caches in (*idle, *running):
-        pages = family.held_pages(caches)
-        if pages is None:
-            continue
-        for page, references in zip(pages.ids.tolist(), pages.references.tolist(), strict=True):
-            key = (pages.pool, page)
-            used += pages.page_bytes if key not in holders else 0
-            holders[key] = holders.get(key, 0) + 1
-            if holders[key] > references:
-                raise CacheIntegrityError(f"page {page} has {references} references and more holders")
+        held = family.held_pages(caches)
+        for pages in () if held is None else held.each():
+            for page, references in zip(pages.ids.tolist(), pages.references.tolist(), strict=True):
+                key = (pages.pool, page)
+                used += pages.page_bytes if key not in holders else 0
+                holders[key] = holders.get(key, 0) + 1
+                if holders[key] > references:
+                    raise CacheIntegrityError(f"page {page} has {references} references and more holders")
     totals = family.totals()
     if totals.compressed != used:
         raise CacheIntegrityError(f"{totals.compressed} bytes of pages in use, {used} held by anyone")

@@ -24,12 +24,18 @@ Arrays = list[NDArray[Any]]
 
 
 class HeldPages(NamedTuple):
-    """Compressed pages of one sequence, in order; every layer has its own copy of each."""
+    """Compressed pages of one sequence, in order; every layer of a pool has its own copy of each."""
 
     pool: Hashable  # tells formats apart: pages of different formats never are the same
     ids: NDArray[np.int64]  # (P,), unique within a pool
     references: NDArray[np.int64]  # (P,), how many sequences hold each page now
     page_bytes: int  # of one page in all layers
+    first: int = 0  # number of the first one in its sequence: a sliding window has forgotten those before
+    others: tuple[HeldPages, ...] = ()  # of other pools: layers with sliding windows have pages of their own
+
+    def each(self) -> tuple[HeldPages, ...]:
+        """Of every pool."""
+        return (self, *self.others)
 
 
 class CacheRuntime(Protocol):

@@ -149,23 +149,29 @@ class Release:
     def __init__(self, shared: HeldPages | None = None) -> None:
         self._taken: dict[Hashable, NDArray[np.int64]] = {}  # per pool and page: holders given up so far
         self.freed_bytes = 0
-        if shared is not None and len(shared.ids):
-            self._taken_of(shared)[shared.ids] -= 1
+        self._count(shared, -1)
 
     def add(self, own_bytes: int, pages: HeldPages | None) -> int:
         """Count one more as given up; returns the bytes that this frees."""
         freed = own_bytes + self.would_free(pages)
-        if pages is not None and len(pages.ids):
-            self._taken_of(pages)[pages.ids] += 1
+        self._count(pages, 1)
         self.freed_bytes += freed
         return freed
 
+    def _count(self, pages: HeldPages | None, more: int) -> None:
+        """So many more of these pages' holders are given up."""
+        for of_pool in () if pages is None else pages.each():
+            if len(of_pool.ids):
+                self._taken_of(of_pool)[of_pool.ids] += more
+
     def would_free(self, pages: HeldPages | None) -> int:
         """Bytes of those pages whose last holder would go."""
-        if pages is None or not len(pages.ids):
-            return 0
-        taken = self._taken_of(pages)[pages.ids]
-        return int(np.count_nonzero(pages.references - taken <= 1)) * pages.page_bytes
+        freed = 0
+        for of_pool in () if pages is None else pages.each():
+            if len(of_pool.ids):
+                taken = self._taken_of(of_pool)[of_pool.ids]
+                freed += int(np.count_nonzero(of_pool.references - taken <= 1)) * of_pool.page_bytes
+        return freed
 
     def copy(self) -> Release:
         """A calculation of its own that goes on from here."""

@@ -131,7 +131,10 @@ class Room:
         finally:
             lease.runtime.release(view)
         # The view was one more holder.
-        return None if pages is None else pages._replace(references=pages.references - 1)
+        if pages is None:
+            return None
+        own, *others = (of_pool._replace(references=of_pool.references - 1) for of_pool in pages.each())
+        return own._replace(others=tuple(others))
 
     def pages(self, key: Key) -> HeldPages | None:
         """Pages of an idle conversation in memory."""

@@ -31,8 +31,13 @@ def shared_pages(runtime: CacheRuntime, pages: HeldPages | None, length: int) ->
     fmt = runtime.fmt
     if pages is None or fmt is None:
         return None
-    num_shared = max(0, length - fmt.sink_tokens) // fmt.page_tokens
-    return pages._replace(ids=pages.ids[:num_shared], references=pages.references[:num_shared])
+    num_pages = max(0, length - fmt.sink_tokens) // fmt.page_tokens
+
+    def shared(of_pool: HeldPages) -> HeldPages:
+        num_shared = max(0, num_pages - of_pool.first)
+        return of_pool._replace(ids=of_pool.ids[:num_shared], references=of_pool.references[:num_shared])
+
+    return shared(pages)._replace(others=tuple(shared(other) for other in pages.others))
 
 
 def usable_estimate(runtime: CacheRuntime, num_held: int, length: int, *, can_cut: bool) -> int:

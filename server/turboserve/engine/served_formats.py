@@ -18,6 +18,7 @@ from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.model_runtimes import CalibrationSource, KVFamily
 from turboquant_kv.cache.runtime import KVRuntime, UnsupportedModelError
+from turboquant_kv.cache.sequence import LayerSequence
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboquant_kv.kv_bytes import KVBytes
@@ -66,13 +67,12 @@ class ServedFormats:
         return self.kv.totals()
 
     def held_pages(self, caches: Caches) -> HeldPages | None:
-        """Pages of the compressed layers, which share one numbering; None where nothing is compressed."""
+        """Pages of the compressed layers, those of a pool under one numbering; None where nothing is compressed."""
         paged = [c.sequence for c in leaves(caches) if isinstance(c, TurboQuantKVCache) and c.sequence is not None]
-        if not paged:
+        of_pools = [_pages_of(sequence) for sequence in {id(s.pool): s for s in paged}.values()]
+        if not of_pools:
             return None
-        pool, ids = paged[0].pool, paged[0].page_ids
-        references = np.array([pool.references(int(page)) for page in ids], np.int64)
-        return HeldPages(id(pool), ids, references, pool.page_bytes)
+        return of_pools[0]._replace(others=tuple(of_pools[1:]))
 
     def can_cut(self, name: str) -> bool:
         return all(kind is KVCache for kind in self.kv.layers.kinds)
@@ -102,3 +102,10 @@ class ServedFormats:
 
     def check_integrity(self) -> None:
         self.kv.check_integrity()
+
+
+def _pages_of(sequence: LayerSequence) -> HeldPages:
+    """Of a conversation in one pool."""
+    pool, ids = sequence.pool, sequence.page_ids
+    references = np.array([pool.references(int(page)) for page in ids], np.int64)
+    return HeldPages(id(pool), ids, references, pool.page_bytes, sequence.first_page)

@@ -36,6 +36,7 @@ from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
+from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
@@ -307,7 +308,7 @@ class GpuStore(CanonicalStorage, LayerStore):
     def attend(self, call: AttentionCall) -> mx.array:
         if call.mask is None and call.queries.shape[2] <= MAX_QUERY_ROWS:
             return self._decode_attention(call)
-        if call.mask is None and call.queries.dtype == self.shape.dtype:
+        if call.mask is None and call.queries.dtype == self.shape.dtype and not self.window:
             return self._prefill_attention(call)
         self.settle()
         out = attend_by_tiles(self, self.shape, call)
@@ -321,7 +322,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         launch, plan = self.launch_for(call.queries, call.cap > 0), call.plan
         assert isinstance(plan, GpuStepPlan)
         layer = self.layer_inputs(call.exact, plan, launch)
-        launch_plan = plan.plan_for(launch, call.scale, call.cap)
+        launch_plan = plan.plan_for(launch, call.scale, self.window or NO_WINDOW, call.cap)
         out, self._fence = launch.run(
             *(layer, call.queries, launch_plan, plan.page_table),
             new_rows=new_rows,
@@ -424,7 +425,8 @@ class GpuBackend(MlxBackend):
         dialect = self.kernels.dialect
         return (
             f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {dialect} kernels; "
-            f"prefill over one layer's decoded histories at a time: {PREFILL[dialect]}; array masks: MLX operations"
+            f"prefill over one layer's decoded histories at a time: {PREFILL[dialect]}; array masks and prefill of "
+            "sliding windows: MLX operations"
         )
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:

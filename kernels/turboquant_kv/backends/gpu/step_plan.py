@@ -34,7 +34,7 @@ class GpuStepPlan(StepPlan):
         self._before = before if follows and before is not None and before.page_table is page_table else None
         if before is not None:
             before._before = None  # no chain of all steps
-        self._plans: dict[tuple[int, float, float], Plan] = {}  # by launch, scale and cap
+        self._plans: dict[tuple[int, float, int, float], Plan] = {}  # by launch, scale, reach and cap
         self._groups: dict[tuple[int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens and KV heads
 
     @cached_property
@@ -42,19 +42,21 @@ class GpuStepPlan(StepPlan):
         """Where each sequence's rows and pages lie."""
         return tuple(SequenceFigures(*row) for row in self._words.tolist())
 
-    def plan_for(self, launch: DecodeLaunch, scale: float, cap: float = 0.0) -> Plan:
+    def plan_for(self, launch: DecodeLaunch, scale: float, reach: int = NO_WINDOW, cap: float = 0.0) -> Plan:
         """The launch's plan; that of a step that only adds a row to each sequence is made on the GPU.
+
+        reach: keys that a query sees, itself included; with one, each step's plan is made anew.
 
         An array that the host has written costs a CUDA device a page fault, about 180 us.
         """
-        key = id(launch), scale, cap
+        key = id(launch), scale, reach, cap
         plan = self._plans.get(key)
         if plan is None:
-            before = None if self._before is None else self._before._plans.get(key)
+            before = None if self._before is None or reach != NO_WINDOW else self._before._plans.get(key)
             if before is not None:
                 plan = launch.plans.following(before)
             else:
-                plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, NO_WINDOW, cap))
+                plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, reach, cap))
             self._plans[key] = plan
         return plan
 

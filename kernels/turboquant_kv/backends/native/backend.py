@@ -185,13 +185,13 @@ class NativeStore(NumpyRowStore):
         return out if self._v_mean is None else out + mass * self._v_mean[:, None]
 
     def attend(self, call: AttentionCall) -> mx.array:
-        window, plan = 0, call.plan
+        window, plan = self.window, call.plan
         assert isinstance(plan, NativeStepPlan)
         if call.mask is not None:
             found = sliding_window(call.mask, call.views)
             if found is None:
                 return attend_by_tiles(self, self.shape, call)
-            window = found
+            window = min(found, window) if found and window else found or window
         batch, num_q_heads, num_rows, _ = call.queries.shape
         dtype = call.queries.dtype
         make = np.empty if plan.fewest_queries == num_rows else np.zeros

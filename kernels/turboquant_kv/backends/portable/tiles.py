@@ -38,6 +38,7 @@ class TileSource(Protocol):
     """What a storage must know for attention."""
 
     fmt: KVFormat
+    window: int
 
     def tile(self, page_ids: PageIds) -> Tile: ...
 
@@ -115,6 +116,7 @@ class Visibility:
 
     fmt: KVFormat
     positions: np.ndarray[Any, np.dtype[np.int64]]  # (T,) of the query rows
+    window: int = 0  # keys that a query sees, its own included; 0: all before it
 
     @property
     def page_of_query(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -122,25 +124,42 @@ class Visibility:
 
     def of_pages(self, first: int, last: int) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """(T, tokens of pages first..last-1), or None when all rows see all of them."""
-        page_of_query = self.page_of_query
-        if page_of_query[0] >= last:
+        page_of_query, start = self.page_of_query, self.fmt.page_start(first)
+        if page_of_query[0] >= last and self._reach(start):
             return None
         seen: np.ndarray[Any, np.dtype[np.bool_]] = np.arange(first, last)[None] < page_of_query[:, None]
-        return np.repeat(seen, self.fmt.page_tokens, axis=1)
+        seen = np.repeat(seen, self.fmt.page_tokens, axis=1)
+        return seen & self._within(start + np.arange(seen.shape[1]))
+
+    def _reach(self, position: int) -> bool:
+        """Whether all rows' windows reach back to a position."""
+        return not self.window or position > self.positions[-1] - self.window
+
+    def _within(self, keys: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """(T, n): whether keys at these positions are no further back than a row's window reaches."""
+        first = self.positions - (self.window or self.positions[-1] + 1)
+        within: np.ndarray[Any, np.dtype[np.bool_]] = keys[None] > first[:, None]
+        return within
 
     def of_sink(self, num_keys: int) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-        if self.positions[0] >= num_keys - 1:
+        if self.positions[0] >= num_keys - 1 and self._reach(0):
             return None
         seen: np.ndarray[Any, np.dtype[np.bool_]] = np.arange(num_keys)[None] <= self.positions[:, None]
-        return seen
+        return seen & self._within(np.arange(num_keys))
 
     def of_window(self, start: int, num_keys: int) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         keys = np.arange(start, start + num_keys)
-        if len(self.positions) == 1 and keys[-1] == self.positions[0]:
+        if len(self.positions) == 1 and keys[-1] == self.positions[0] and self._reach(start):
             return None  # decode: the window is the query's own page, up to the query
         same_page = (keys - self.fmt.sink_tokens)[None] // self.fmt.page_tokens == self.page_of_query[:, None]
         seen: np.ndarray[Any, np.dtype[np.bool_]] = same_page & (keys[None] <= self.positions[:, None])
-        return seen
+        return seen & self._within(keys)
+
+    @property
+    def first_page(self) -> int:
+        """Of those that any row sees; none before it is looked at."""
+        oldest = int(self.positions[0]) - self.window + 1 if self.window else 0
+        return max(0, oldest - self.fmt.sink_tokens) // self.fmt.page_tokens
 
 
 class ExtraMask:
@@ -188,7 +207,8 @@ class SequenceAttention:
         num_heads, num_groups, num_rows, _ = q.shape
         rows = q.reshape(num_heads, num_groups * num_rows, -1)
         extra = None if mask is None else ExtraMask(xp, mask, num_heads, num_groups, num_rows)
-        visible = Visibility(self._source.fmt, np.arange(view.q_start, view.q_start + num_rows))
+        positions = np.arange(view.q_start, view.q_start + num_rows)
+        visible = Visibility(self._source.fmt, positions, self._source.window)
 
         exact = OnlineSoftmax.empty(xp, num_heads, rows.shape[1], v_dim)
         for tile, start, seen in self._exact_tiles(view, exact_rows, visible):
@@ -229,7 +249,7 @@ class SequenceAttention:
         step = max(1, tokens // fmt.page_tokens)
         last_seen = int(visible.page_of_query[-1])
         num_pages = max(0, min(len(view.page_ids), last_seen))
-        for first in range(0, num_pages, step):
+        for first in range(visible.first_page, num_pages, step):
             last = min(first + step, num_pages)
             tile = self._source.tile(view.page_ids[first:last])
             yield tile, fmt.page_start(first), visible.of_pages(first, last)

@@ -373,7 +373,7 @@ class NativeStore {
             item.window_v = part_of(given.window_v, row[7], row[8]);
         }
         item.window_start = row[8] ? row[6] : 0;
-        check_exact(item, q_start, q_start + num_queries);
+        check_exact(item, q_start, q_start + num_queries, few.oldest(q_start));
         for (std::int64_t t = 0; t < num_queries;) {
             const std::int64_t p = q_start + t, sink = store_.sink_tokens;
             const std::int64_t page = p < sink ? -1 : (p - sink) / store_.page_tokens;
@@ -390,10 +390,12 @@ class NativeStore {
         }
     }
 
-    // Sink and window must hold every exact key that the queries [first, end) see.
-    void check_exact(const Item& item, std::int64_t first, std::int64_t end) const {
+    // Sink and window must hold every exact key that the queries [first, end) see; a sink that no sliding window reaches
+    // any more may be gone. oldest: the first key that they see.
+    void check_exact(const Item& item, std::int64_t first, std::int64_t end, std::int64_t oldest) const {
         const std::int64_t sink = store_.sink_tokens;
-        if (item.sink_k.num_tokens != std::min(end, sink)) throw std::invalid_argument("the sink rows do not match the queries' positions");
+        const bool is_gone = item.sink_k.num_tokens == 0 && oldest >= sink;
+        if (!is_gone && item.sink_k.num_tokens != std::min(end, sink)) throw std::invalid_argument("the sink rows do not match the queries' positions");
         if (end <= sink) return;
         const std::int64_t p = std::max(first, sink), page_start = p - (p - sink) % store_.page_tokens;
         if (item.window_start < sink || item.window_start > page_start || item.window_start + item.window_k.num_tokens != end)
