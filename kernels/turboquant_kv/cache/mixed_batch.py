@@ -98,6 +98,9 @@ class RingRows(PlainRows):
     def window(self) -> int:  # type: ignore[override]
         return int(self.rows[0].max_size) if self.rows else 0
 
+    def exact_room(self, idx: int) -> int:
+        return 0  # what a ring has overwritten does not come back
+
     def _update_row(
         self, row: int, keys: mx.array, values: mx.array, mask: mx.array | str | None
     ) -> tuple[mx.array, mx.array, mx.array | str | None]:
