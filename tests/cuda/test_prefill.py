@@ -99,8 +99,8 @@ def test_capped_prefill_is_the_references(case: Any, rng: np.random.Generator) -
     fmt = KVFormat(codecs[0], codecs[1], page_tokens=page, sink_tokens=sink)
     ends = [n + int(rng.integers(0, 20)) for n in ends]
     history = History.random(rng, num_kv, ends[-1], k_dim, v_dim, dtype)
-    cache, scale = new_cache(fmt, "gpu"), float(rng.uniform(0.05, 0.3))
-    cap = float(rng.uniform(0.3, 2))
+    cache, scale = new_cache(fmt, "gpu"), float(rng.uniform(0.15, 0.3))
+    cap = float(rng.uniform(0.3, 1))
     for start, stop in itertools.pairwise([0, *ends]):
         q = random_queries(rng, num_q, stop - start, k_dim, dtype)
         sinks = (rng.standard_normal(num_q) + 2).astype(np.float32) if start else None
