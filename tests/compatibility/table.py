@@ -38,7 +38,7 @@ from tests.compatibility.outcome import COMPRESSED, CRASHED, EXACT, MIXED, NOT_H
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
-TIMEOUT_S = 300.0  # of one type; only a hang reaches it
+TIMEOUT_S = 120.0  # of one type; only a hang reaches it
 NUM_WORKERS = 2
 DIVIDER = "| --- | --- | --- | --- | --- |"
 INTRODUCTION = """# Model types
