@@ -51,7 +51,7 @@ def test_the_next_dimension_that_has_a_rotation_is_taken(head_dim: int, stored: 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 36, 200, 320, 513, 576])
 def test_what_would_cost_too_much_is_refused_with_its_number(head_dim: int) -> None:
-    with pytest.raises(UnsupportedFormatError, match=f"head_dim {head_dim} .*f16"):
+    with pytest.raises(UnsupportedFormatError, match=f"head_dim {head_dim} "):
         stored_dim(head_dim)
 
 

@@ -171,27 +171,18 @@ def _why_unsupported(model: Any, caches: list[Any], expected: np.ndarray[Any, An
     return "this model does not attend over its keys and values as it caches them, so they cannot be compressed"
 
 
-def _caches_latents(model: Any) -> bool:
-    """Whether its attention is multi-head latent attention, as mlx-lm's models name it."""
-    layers = getattr(model, "layers", None) or ()
-    return any(getattr(getattr(layer, "self_attn", None), "kv_lora_rank", None) for layer in layers)
-
-
 def _why_latent(model: Any, shapes: Sequence[LayerShape | None]) -> str | None:
     """Of a model with multi-head latent attention: that its caches hold something else than keys and values."""
-    if not _caches_latents(model):
+    parts = (model, getattr(model, "language_model", None))
+    ranks = {getattr(getattr(part, "args", None), "kv_lora_rank", None) for part in parts} - {None, 0}
+    if not ranks:
         return None
-    ranks = {getattr(getattr(part, "args", None), "kv_lora_rank", None) for part in (model, _text_model(model))}
-    found = next((s for s in shapes if s is not None and s.num_kv_heads == 1 and s.k_dim in ranks - {None}), None)
+    found = next((s for s in shapes if s is not None and s.num_kv_heads == 1 and s.k_dim in ranks), None)
     size = f", {found.k_dim + found.v_dim} numbers for each token and layer," if found is not None else ""
     return (
         f"this model caches latents{size} from which it computes keys and values (multi-head latent attention), "
         "and there is no compressed format for latents"
     )
-
-
-def _text_model(model: Any) -> Any:
-    return getattr(model, "language_model", None)
 
 
 def _run(model: Any, caches: list[Any]) -> np.ndarray[Any, Any]:
