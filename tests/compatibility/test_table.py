@@ -11,16 +11,13 @@ from tests.compatibility.table import TABLE, row, rows_in, try_all
 # One of each kind of cache and each kind of line.
 SAMPLE = (
     "afm7",
-    "cohere2",
     "deepseek_v3",
     "falcon_h1",
     "gemma2",
     "gemma3_text",
     "gpt_bigcode",
-    "jamba",
     "llama",
-    "llama4",
-    "mamba2",
+    "mamba",
     "olmo",
 )
 

@@ -55,7 +55,8 @@ def test_a_row_forks_off_a_running_batch(kind: str, fmt: KVFormat | None, rng: n
     whole = runtime.usable_prefix_row(batch, 1, 200)
     assert whole == len(history)
     cut = runtime.usable_prefix_row(batch, 1, 60)
-    assert cut == ((60 if fmt is None else 56) if kind in small_models.ALL_COMPRESSED else 0)
+    can_be_cut = kind in small_models.ALL_COMPRESSED or (fmt is not None and kind in ("sliding", "with_sinks"))
+    assert cut == ((60 if fmt is None else 56) if can_be_cut else 0)
     for length in {whole, cut} - {0}:
         used = runtime.unique_bytes()
         fork = runtime.fork_row(batch, 1, length)
@@ -64,7 +65,9 @@ def test_a_row_forks_off_a_running_batch(kind: str, fmt: KVFormat | None, rng: n
         more = random_tokens(rng, 20)
         want = logits_of(model, runtime.make_cache(), history[:length] + more, [length])[length:]
         got = logits_of(model, fork, more, [])
-        assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-3
+        # The decoded tokens were computed over codes, the same in one chunk were not: an eighth of what a window holds.
+        is_coarse = kind == "sliding" and fmt is not None and length == whole
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < (0.1 if is_coarse else 5e-3)
         runtime.release(fork)
     for step in steps[3:]:
         assert np.array_equal(decode(model, batch, step), decode(model, undisturbed, step))

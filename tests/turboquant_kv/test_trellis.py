@@ -75,7 +75,7 @@ def test_the_table_is_symmetric_and_tuned(bits: int, rng: np.random.Generator) -
     book = trellis.levels(bits).astype(np.float64)
     assert np.all(np.diff(book) > 0)
     np.testing.assert_array_equal(book, -book[::-1])
-    z = rng.standard_normal((1500, 128))
+    z = rng.standard_normal((6000, 128))  # of the outermost levels of 32 few values are nearest
     z /= np.sqrt(np.mean(z * z, axis=1, keepdims=True))
     found = trellis.search(z, book)
     for level in range(len(book)):  # each level is the mean of what it stands for

@@ -80,8 +80,10 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     held = {i: c for i, c in enumerate(leaves(caches)) if type(c) in (KVCache, WindowedKVCache) and not c.empty()}
     dims = {i: c.keys.shape[3] for i, c in held.items()}
     measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
-    recorded = [key_guard.record(model, tokens, measured, offset) for offset in key_guard.OFFSETS]
     learnt = learn_rotary(model, {i: dims[i] for i in measured}, layer_numbers(caches))
+    # Without rotation nothing turns with position, and a table of learned positions has an end.
+    offsets = key_guard.OFFSETS if learnt else key_guard.OFFSETS[:1]
+    recorded = [key_guard.record(model, tokens, measured, offset) for offset in offsets]
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
     for i, rotary in rotaries.items():

@@ -189,7 +189,8 @@ class KVFamily:
         digest.update(scalar_tables())
         for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):
             digest.update(f"{kind.__name__}:{shape};".encode())
-        digest.update(repr(self.layers.windows).encode())
+        if any(self.layers.windows):
+            digest.update(repr(self.layers.windows).encode())
         calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None
         for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
             turn = "" if means.rotary is None else means.rotary.fingerprint()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.turboquant_kv import small_models
 from tests.turboserve.engine.fakes import GREEDY, VOCAB, add, make_loop, make_parts, request, run, text_of
-from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
+from tests.turboserve.engine.ties import BATCH_TIE, RECOMPUTED_TIE, WINDOW_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
 
@@ -34,8 +34,10 @@ def test_mixed_layers_batch_like_alone_and_are_shown(kind: str, fmt: Any, rng: n
     assert (stats.kv.uncompressed == 0) == is_compressed_throughout
     assert stats.kv.total == sum(c.kv.uncompressed for c in stats.conversations) + parts.runtime.allocated_bytes()
     alone = [run(make_loop(parts), one)[0].tokens for one in requests]
+    # Rounding in a batch may decide a code, and one of the 24 tokens that a window holds weighs much.
+    tie = WINDOW_TIE if kind in ("sliding", "with_sinks") and fmt is not None else BATCH_TIE
     for text, a, b in zip(prompts, together, alone, strict=True):
-        assert_same_answer(parts, text, a, b)
+        assert_same_answer(parts, text, a, b, tie)
     assert [len(t) for t in together] == [12, 4, 20]
     parts.memory.check_integrity()
 
@@ -68,12 +70,13 @@ def test_a_conversation_over_mixed_layers_is_found_again(kind: str, rng: np.rand
     assert second.finished.usage.cached_tokens > 60
     cold = make_parts(small_models.EVERY_KIND[kind](), fmt=KVFormat(4, 4, page_tokens=16, sink_tokens=8))
     fresh = run(make_loop(cold), request("3", follow_up, max_tokens=6))[0]
-    assert_same_answer(parts, follow_up, second.tokens, fresh.tokens, RECOMPUTED_TIE)
+    tie = WINDOW_TIE if kind == "sliding" else RECOMPUTED_TIE
+    assert_same_answer(parts, follow_up, second.tokens, fresh.tokens, tie)
     other_way = opening + text_of([1, 2, 3])
     branch = run(loop, request("4", other_way, max_tokens=2))[0]
     assert branch.finished.usage.cached_tokens == (56 if kind == "sliding" else 0)
     again = run(make_loop(cold), request("5", other_way, max_tokens=2))[0]
-    assert_same_answer(parts, other_way, branch.tokens, again.tokens, RECOMPUTED_TIE)
+    assert_same_answer(parts, other_way, branch.tokens, again.tokens, tie)
     loop.check_integrity()
 
 

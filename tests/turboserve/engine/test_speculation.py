@@ -394,7 +394,8 @@ def test_no_page_is_encoded_twice_or_decoded(model: Any, rng: np.random.Generato
     (free,) = run(make_loop(make_parts(model, fmt=fmt)), one)
     for wrong in (0.0, 0.4):
         parts = make_parts(model, fmt=fmt)
-        stores = parts.runtime._pool.stores  # type: ignore[attr-defined]
+        (pool,) = parts.runtime._pools  # type: ignore[attr-defined]
+        stores = pool.stores
         encoded: list[int] = []
         for store in stores:
             monkeypatch.setattr(store, "encode", _noting(store.encode, encoded))
