@@ -144,12 +144,12 @@ def test_answers_are_the_same_with_and_without(
             (u.completion_tokens, u.cached_tokens, u.kv.tokens) for u in (want.finished.usage, got.finished.usage)
         ]
         assert usages[0] == usages[1]
-    # a wider product is another order of summing, which may decide one draw among hundreds (ties.py)
-    assert differing <= 1
+    # A wider product is another order of summing, which may decide one draw among hundreds (ties.py), and a code.
+    assert differing <= (1 if fmt is None else 3)
     used = [s.finished.usage for s in guessed]
     assert all(u.accepted_draft_tokens <= min(u.draft_tokens, u.completion_tokens) for u in used)
     drafted, accepted = (sum(u.draft_tokens for u in used), sum(u.accepted_draft_tokens for u in used))
-    assert drafted > 0 and (accepted == 0 if wrong == 1.0 else accepted > 0.2 * drafted)
+    assert drafted > 0 and (accepted < 0.05 * drafted if wrong == 1.0 else accepted > 0.2 * drafted)
 
 
 def contents(parts: Any, caches: list[Any]) -> list[Any]:
@@ -344,10 +344,12 @@ def test_a_step_with_drafts_that_fails_is_made_again_without(
         loop.step()
     loop.check_integrity()
     assert next(failures, None) is None
+    differing = 0
     for want, got in zip(free, sinks, strict=True):
         assert len(got.tokens) == len(want.tokens)
         # lost caches are computed again, and their last bits differ
-        assert got.tokens[:6] == want.tokens[:6] if what == "device" else got.tokens == want.tokens
+        differing += got.tokens[:6] != want.tokens[:6] if what == "device" else got.tokens != want.tokens
+    assert differing <= (0 if fmt is None else 1)  # rounding may decide a code
 
 
 def test_logits_that_are_not_finite_behind_accepted_drafts_end_their_row_there(
