@@ -42,7 +42,8 @@ def _check_figures(ledger: Ledger, idle: IdleConversations) -> None:
         measured = ledger.family.runtime(conversation.kv_format).measure(conversation.caches)
         if measured.total != conversation.kv_bytes:
             raise CacheIntegrityError(f"{conversation.kv_bytes} bytes booked, {measured.total} held by a conversation")
-        if measured.tokens not in (0, len(conversation.tokens)):  # 0: recurrent state alone counts no tokens
+        counts_tokens = measured.tokens or measured.compressed or measured.exact  # recurrent state alone does not
+        if counts_tokens and measured.tokens != len(conversation.tokens):
             raise CacheIntegrityError(f"{measured.tokens} tokens cached, {len(conversation.tokens)} known")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -51,7 +52,10 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
     loaded = load(settings, progress, memory)
-    guessing = _load_draft(settings, progress, memory) if wants_draft_model(settings) else None
+    guessing = None
+    if wants_draft_model(settings):  # into what the served model has left
+        left_bytes = max(0, memory.available_bytes - loaded.weights_bytes)
+        guessing = _load_draft(settings, progress, replace(memory, available_bytes=left_bytes))
     formats = _serve_formats(settings, loaded, progress)
     runtime = formats.default_runtime
     more_bytes = 0 if guessing is None else guessing.weights_bytes
@@ -129,7 +133,12 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
 
 def _load_draft(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
     """The model that guesses tokens for the served one. Raises StartupError."""
-    return load(settings.model_copy(update={"model": settings.draft_model, "served_model_name": ""}), progress, memory)
+    own = {
+        "model": settings.draft_model,
+        "served_model_name": "",
+        "adapters": (),
+    }  # the adapters are the served model's
+    return load(settings.model_copy(update=own), progress, memory)
 
 
 def max_context(config: dict[str, Any], wanted: int) -> int:

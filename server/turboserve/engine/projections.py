@@ -122,11 +122,12 @@ class ProjectionPart(nn.Module):  # type: ignore[misc]
         return self._joined.part(x, self._index)
 
 
-def arrange_projections(model: Module, *, join: bool, most_rows: Callable[[int, int], int]) -> Arrangement:
+def arrange_projections(model: Module, *, join: bool, most_rows: Callable[[Module], int], reason: str) -> Arrangement:
     """Rearrange a model's linear layers in place; weights are evaluated, so that no copy outlives its layer.
 
-    most_rows: of a step that is to multiply row by row, for a weight (out, in); 0 for none. Layers of other classes
-    than MLX's own (adapters, for one) stay. Groups that the model does not ask for all parts of are taken apart again.
+    most_rows: of a step that is to multiply row by row, for a linear layer; 0 for none. reason: for the record. Layers
+    of other classes than MLX's own (adapters, for one) stay. Groups that the model does not ask for all parts of are
+    taken apart again.
     """
     groups = _join(model) if join else []
     unasked = _unasked(model, groups)
@@ -135,14 +136,14 @@ def arrange_projections(model: Module, *, join: bool, most_rows: Callable[[int, 
             setattr(parent, name, linear)
     most = 0
     for parent, name, linear in list(_plain_linears(model)):
-        rows = most_rows(*linear.weight.shape)
+        rows = most_rows(linear)
         if rows:
             most = max(most, rows)
             by_rows = RowLinear(linear.weight, linear.get("bias"), rows)
             setattr(parent, name, by_rows)
             if isinstance(parent, ProjectionPart):
                 parent._joined.linear = by_rows
-    return Arrangement(len(groups) - len(unasked), most, "by trial")
+    return Arrangement(len(groups) - len(unasked), most, reason)
 
 
 Group = tuple[Module, tuple[str, ...], JoinedProjections]  # the parent, its children's names, and what they are now
@@ -229,16 +230,18 @@ def choose_projections(model: Module, wanted: str) -> Arrangement:
     if mx.default_device().type == mx.DeviceType.cpu:
         if wanted == "auto":
             return Arrangement(0, 0, "a CPU's step is not bound by launches")
-        return arrange_projections(model, join=True, most_rows=lambda *_: 0)
-    known: dict[tuple[int, int], int] = {}
-    dtypes = {linear.weight.shape: linear.weight.dtype for *_, linear in _plain_linears(model)}
+        return arrange_projections(model, join=True, most_rows=lambda _: 0, reason="as set")
+    known: dict[tuple[tuple[int, ...], mx.Dtype], int] = {}
 
-    def most_rows(out: int, width: int) -> int:
-        if (out, width) not in known:
-            known[out, width] = most_rows_by_trial(out, width, dtypes.get((out, width), mx.float16))
-        return known[out, width]
+    def most_rows(linear: Module) -> int:
+        kind = linear.weight.shape, linear.weight.dtype
+        if kind not in known:
+            known[kind] = most_rows_by_trial(*linear.weight.shape, linear.weight.dtype)
+        return known[kind]
 
-    return arrange_projections(model, join=wanted == "on" or joining_pays(model), most_rows=most_rows)
+    join = wanted == "on" or joining_pays(model)
+    reason = "joined as set, rows by trial" if wanted == "on" else "by trial"
+    return arrange_projections(model, join=join, most_rows=most_rows, reason=reason)
 
 
 def most_rows_by_trial(out: int, width: int, dtype: mx.Dtype) -> int:
@@ -274,7 +277,9 @@ def joining_pays(model: Module) -> bool:
 def _input_of(linear: Any, num_rows: int) -> mx.array:
     """A step's input (num_rows, 1, in) of random numbers."""
     is_quantised = isinstance(linear, nn.QuantizedLinear)
-    width = linear.weight.shape[1] * (32 // linear.bits if is_quantised else 1)
+    width = linear.weight.shape[1]
+    if is_quantised:
+        width = width * 32 // linear.bits
     dtype = linear.scales.dtype if is_quantised else linear.weight.dtype
     if not mx.issubdtype(dtype, mx.floating):  # scales of some quantisations are bytes
         dtype = mx.float16

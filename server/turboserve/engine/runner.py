@@ -412,7 +412,7 @@ class Runner:
         if not self._rows:
             return {}
         rows = list(self._rows)
-        if self.speculation is not None and self.apart is None:
+        if self.speculation is not None:
             drafts = self.speculation.drafts(rows)
             if has_drafts and drafts is not None:
                 return self._step_with_drafts(self.speculation, rows, drafts)
@@ -521,6 +521,7 @@ class Runner:
         if self._num_failed_batches < MOST_FAILED_BATCHES or self.apart is not None:
             return
         self.apart, self.can_prefill_together = "several rows together failed, and each of them worked alone", False
+        self.speculation = None  # guesses are checked in batches
         log.warning("requests that run at the same time are computed one by one from now on: %s", self.apart)
         singles = [self._extract(i) for i in range(self.num_rows)]
         self._forget_batch()

@@ -49,7 +49,7 @@ class ModelDrafter:
         """
         self._model, self._vocab_len, self._chunk_tokens = draft.model, vocab_len, chunk_tokens
         self._runtime = KVRuntime(draft.model, None)
-        self._most_tokens = int(draft.cache_bytes / max(1.0, self._runtime.token_bytes))
+        self._cache_bytes = draft.cache_bytes
         single = self._runtime.make_cache()
         batch = self._runtime.merge_rows([single])
         if not all(isinstance(cache, BatchRows) for cache in batch):
@@ -91,8 +91,8 @@ class ModelDrafter:
             self._keep([other for other in self._rows if other is not row])
         if row is not self._reading:
             self._stop_reading()
-            held = sum(len(fed) for fed in self._fed.values())
-            if held + row.num_tokens + row.num_answer_left > self._most_tokens:
+            taken = [self._runtime.bytes_for(one.num_tokens + one.num_answer_left) for one in (*self._fed, row)]
+            if sum(taken) > self._cache_bytes:
                 return
             self._reading, self._single = row, self._runtime.make_cache()
             self._fed[row] = []

@@ -171,7 +171,9 @@ class StepLoop:
     @property
     def speculation_line(self) -> str:
         """Who guesses tokens and how well, or why nobody does."""
-        return f"off ({self.speculation})" if self.speculation else str(self.runner.speculation)
+        if self.runner.speculation is not None:
+            return str(self.runner.speculation)
+        return f"off ({self.speculation or 'requests are computed one by one'})"
 
     @property
     def scratch_bytes(self) -> int:

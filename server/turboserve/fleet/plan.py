@@ -85,6 +85,8 @@ def make_catalogue(settings: Settings, memory: MemoryInfo) -> tuple[Catalogue, i
 
 def _plan(name: str, entry: ModelEntry, base: Settings, memory: MemoryInfo, budget_bytes: int) -> ModelPlan:
     num_weight_bytes = weights_bytes(entry.model, entry.adapters)
+    draft_model = base.draft_model if entry.draft_model is None else entry.draft_model
+    num_weight_bytes += weights_bytes(draft_model) if draft_model else 0
     kv_text = entry.kv_budget or base.kv_budget
     if kv_text.strip().lower() == "auto":  # a process by itself would take all that is free
         kv_bytes = _kv_share(num_weight_bytes, budget_bytes, len(base.models))

@@ -12,12 +12,15 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2
 
+from turboserve.engine import projections
 from turboserve.engine.projections import (
     JoinedProjections,
     ProjectionPart,
     RowLinear,
     arrange_projections,
     choose_projections,
+    joining_pays,
+    most_rows_by_trial,
 )
 
 nn: Any = mlx.nn  # whose stubs say too little
@@ -58,7 +61,7 @@ def test_a_rearranged_model_computes_the_same(kind: str, quantised: bool) -> Non
         nn.quantize(model, group_size=32, bits=4)
     batches = [[[3], [9], [60]], [[1, 2, 3, 4]], [[5]], [[i] for i in range(9)]]
     expected, held = [logits_of(model, tokens) for tokens in batches], num_bytes(model)
-    arranged = arrange_projections(model, join=True, most_rows=lambda *_: 4)
+    arranged = arrange_projections(model, join=True, most_rows=lambda _: 4, reason="")
     assert arranged.num_joined == 4  # two groups in each of two layers
     assert arranged.most_rows == (0 if quantised else 4)
     assert num_bytes(model) == held, "joined weights take the place of the others"
@@ -100,7 +103,7 @@ def test_parts_may_be_asked_for_in_any_order_and_of_other_inputs_between() -> No
 
 def test_no_activations_are_kept() -> None:
     model = make_model()
-    arrange_projections(model, join=True, most_rows=lambda *_: 4)
+    arrange_projections(model, join=True, most_rows=lambda _: 4, reason="")
     logits_of(model, [[1, 2, 3]])
     gc.collect()
     parts = [m for _, m in model.named_modules() if isinstance(m, ProjectionPart)]
@@ -120,7 +123,7 @@ def test_projections_that_are_not_all_asked_for_stay_apart() -> None:
 
     model = Half()
     gate, up = np.array(model.gate_proj.weight), np.array(model.up_proj.weight)
-    assert arrange_projections(model, join=True, most_rows=lambda *_: 0).num_joined == 0
+    assert arrange_projections(model, join=True, most_rows=lambda _: 0, reason="").num_joined == 0
     assert type(model.gate_proj) is type(model.up_proj) is nn.Linear
     np.testing.assert_array_equal(np.array(model.gate_proj.weight), gate)
     np.testing.assert_array_equal(np.array(model.up_proj.weight), up)
@@ -151,7 +154,7 @@ def test_what_differs_is_not_joined(changed: str) -> None:
 
         assert not _can_join([attention.q_proj, attention.k_proj, attention.v_proj])
         return
-    assert arrange_projections(model, join=True, most_rows=lambda *_: 0).num_joined == 3
+    assert arrange_projections(model, join=True, most_rows=lambda _: 0, reason="").num_joined == 3
     assert attention.q_proj is before
 
 
@@ -160,3 +163,64 @@ def test_the_choice_is_the_settings_and_the_devices() -> None:
     assert str(choose_projections(model, "off")) == "as loaded (as set)"
     assert choose_projections(model, "auto").num_joined == 0, "a CPU"
     assert "4 groups joined" in str(choose_projections(model, "on"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_joining_is_tried_at_all_widths_of_weights(bits: int) -> None:
+    model = make_model()
+    nn.quantize(model, group_size=32, bits=bits)
+    assert joining_pays(model) in (True, False)
+
+
+def test_layers_are_tried_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined ones too, in their own type: with a device and a clock that always favour what is tried."""
+    model, tried = make_model(), set()
+    model.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+    def noted(out: int, width: int, dtype: mx.Dtype) -> int:
+        tried.add((out, width, dtype))
+        return 2
+
+    monkeypatch.setattr(projections, "_is_faster", lambda tried, usual: True)
+    monkeypatch.setattr(projections, "most_rows_by_trial", noted)
+    assert choose_projections(model, "auto") == projections.Arrangement(4, 2, "by trial")
+    shapes = {
+        (128, 64),
+        (64, 64),
+        (192, 64),
+        (64, 96),
+    }  # of the embedding, which is the head as well, no linear layer is made
+    assert tried == {(*shape, mx.bfloat16) for shape in shapes}
+
+
+def test_rows_are_multiplied_one_by_one_up_to_where_it_stops_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def is_faster(tried: Any, usual: Any) -> bool:
+        np.testing.assert_allclose(np.array(tried()), np.array(usual()), rtol=1e-4, atol=1e-4)
+        counts.append(tried().shape[0])
+        return len(counts) < 3
+
+    monkeypatch.setattr(projections, "_is_faster", is_faster)
+    assert most_rows_by_trial(40, 64, mx.float32) == 8 and counts == [2, 8, 32]
+
+
+def test_rows_one_by_one_are_one_launch_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    whole = mx.matmul
+
+    def noted(a: mx.array, b: mx.array) -> mx.array:
+        shapes.append(b.shape)
+        return whole(a, b)
+
+    monkeypatch.setattr(mx, "matmul", noted)
+    linear = RowLinear(mx.random.normal((6, 8)), None, most_rows=3)
+    for x, expected in (
+        (mx.ones((3, 1, 8)), [(3, 8, 1)]),
+        (mx.ones((4, 1, 8)), []),
+        (mx.ones((2, 5, 8)), []),
+    ):
+        shapes.clear()
+        linear(x)
+        assert shapes == expected

@@ -107,18 +107,19 @@ def failing_batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return seen
 
 
-@pytest.mark.parametrize("overlap", ["off", "on"])
+@pytest.mark.parametrize(("overlap", "speculate"), [("off", "off"), ("on", "off"), ("off", "lookup")])
 @pytest.mark.parametrize("fmt", [None, FORMAT])
 def test_a_batch_that_fails_again_and_again_is_not_tried_any_more(
     model: Any,
     fmt: Any,
     overlap: str,
+    speculate: str,
     failing_batches: dict[str, int],
     rng: np.random.Generator,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     parts = make_parts(model, fmt=fmt)
-    loop = make_loop(parts, overlap=overlap)
+    loop = make_loop(parts, overlap=overlap, speculate=speculate)
     assert loop.runner.apart is None
     requests = random_requests(rng, (9, 9, 10, 10), max_tokens=20)
     together = [sink.tokens for sink in run(loop, *requests)]
@@ -131,6 +132,7 @@ def test_a_batch_that_fails_again_and_again_is_not_tried_any_more(
     caplog.clear()
     again = run(loop, *random_requests(rng, (9, 9, 10, 10), max_tokens=20))
     assert all(len(sink.tokens) == 20 for sink in again)
+    assert loop.runner.speculation is None and loop.speculation_line.startswith("off (")
     assert not [r for r in caplog.records if r.exc_info]
     parts.memory.check_integrity()
 

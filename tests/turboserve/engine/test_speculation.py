@@ -145,11 +145,11 @@ def test_answers_are_the_same_with_and_without(
         ]
         assert usages[0] == usages[1]
     # A wider product is another order of summing, which may decide one draw among hundreds (ties.py), and a code.
-    assert differing <= (1 if fmt is None else 3)
-    used = [s.finished.usage for s in guessed]
+    assert differing <= (1 if fmt is None else 2)
+    used = [got.finished.usage for want, got in zip(without, guessed, strict=True) if want.tokens == got.tokens]
     assert all(u.accepted_draft_tokens <= min(u.draft_tokens, u.completion_tokens) for u in used)
     drafted, accepted = (sum(u.draft_tokens for u in used), sum(u.accepted_draft_tokens for u in used))
-    assert drafted > 0 and (accepted < 0.05 * drafted if wrong == 1.0 else accepted > 0.2 * drafted)
+    assert drafted > 0 and (accepted == 0 if wrong == 1.0 else accepted > 0.2 * drafted)
 
 
 def contents(parts: Any, caches: list[Any]) -> list[Any]:
