@@ -236,7 +236,8 @@ def choose_projections(model: Module, wanted: str) -> Arrangement:
     def most_rows(linear: Module) -> int:
         kind = linear.weight.shape, linear.weight.dtype
         if kind not in known:
-            known[kind] = most_rows_by_trial(*linear.weight.shape, linear.weight.dtype)
+            out, width = linear.weight.shape
+            known[kind] = most_rows_by_trial(out, width, linear.weight.dtype)
         return known[kind]
 
     join = wanted == "on" or joining_pays(model)
