@@ -88,8 +88,12 @@ def test_every_layer_mix_can_go_down_and_back_to_plain(kind: str, rng: np.random
         converted = family.convert(caches, "8/8", target)
         assert [type(c) for c in converted] == [type(c) for c in family.runtime(target).make_cache()]
         got = logits_of(model, converted, more, [])
-        limit = {"8/8": 0.0, "8/4": 0.2, "f16": 1e-3}[target]
-        assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
+        error = np.linalg.norm(got - want)
+        if target == "8/4":  # how much a format costs is the model's matter: no more than where it was prefilled so
+            prefilled = logits_of(model, held(family, model, target, tokens), more, [])
+            assert 0 < error <= 1.5 * np.linalg.norm(prefilled - want)
+        else:
+            assert error <= {"8/8": 0.0, "f16": 1e-3}[target] * np.linalg.norm(want)
     assert np.array_equal(logits_of(model, caches, more, []), want), "the original stays as it was"
 
 

@@ -9,10 +9,8 @@ ordinary cache of its own, which is given back with its last chunk.
 from __future__ import annotations
 
 import logging
-import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +39,6 @@ log = logging.getLogger(__name__)
 MAX_INPUT_TOKENS = 8192  # of one input: its cache is outside the KV budget; OpenAI takes as many
 MAX_TOTAL_TOKENS = 300_000  # of all inputs of a request, as OpenAI has it
 MAX_JOBS = 64
-ENCODE_S = 0.01  # of a step, for turning texts into tokens
 
 
 @dataclass(slots=True)
@@ -59,20 +56,15 @@ class _Job:
     """One question on its way to its answer."""
 
     call: Call
-    inputs: Sequence[str | tuple[int, ...]]
+    tokens: list[list[int]]  # of each input
     adapter: Adapter | None = None
-    tokens: list[list[int]] = field(default_factory=list)  # of the inputs that have been read so far
     left: deque[int] = field(default_factory=deque)  # places of inputs to be computed, shortest first
     long: _Long | None = None
     vectors: dict[int, array[float]] = field(default_factory=dict)
 
     @property
-    def is_read(self) -> bool:
-        return len(self.tokens) == len(self.inputs)
-
-    @property
     def is_done(self) -> bool:
-        return self.is_read and not self.left and self.long is None
+        return not self.left and self.long is None
 
 
 class EmbeddingJobs:
@@ -92,10 +84,10 @@ class EmbeddingJobs:
         """Tokens in caches outside the budget."""
         return sum(job.long.num_done for job in self._jobs if job.long is not None)
 
-    def add(self, call: Call, tokens: list[list[int]] | None = None) -> None:
-        """Queue a call whose question is an Embed; a caller that cancels its future is forgotten.
+    def add(self, call: Call, tokens: list[list[int]]) -> None:
+        """Queue a call whose question is an Embed, and the tokens that `read` has made of its inputs.
 
-        `tokens`: of its inputs, where they have been read already.
+        A caller that cancels its future is forgotten.
         """
         assert isinstance(call.asked, Embed)
         if len(self._jobs) >= MAX_JOBS:
@@ -106,11 +98,7 @@ class EmbeddingJobs:
         except TurboServeError as exc:
             call.refuse(exc)
             return
-        job = _Job(call, call.asked.inputs, adapter)
-        if tokens is not None:
-            job.tokens = tokens
-            job.left.extend(_shortest_first(tokens))
-        self._jobs.append(job)
+        self._jobs.append(_Job(call, tokens, adapter, deque(_shortest_first(tokens))))
 
     def read(self, question: Embed, patience: Patience) -> list[list[int]]:
         """Token ids of each input: any thread. Raises InvalidRequestError, of whatever kind, and as `patience`."""
@@ -135,9 +123,7 @@ class EmbeddingJobs:
             return False
         job, has_run = self._jobs[0], False
         try:
-            if not job.is_read:
-                self._read_some(job)
-            elif not job.is_done:
+            if not job.is_done:
                 has_run = True
                 self._compute(job, num_tokens)
         except Exception as exc:
@@ -148,20 +134,10 @@ class EmbeddingJobs:
             return has_run
         if job.is_done:
             self._jobs.popleft()
-            vectors = tuple(job.vectors[place] for place in range(len(job.inputs)))
+            vectors = tuple(job.vectors[place] for place in range(len(job.tokens)))
             answer = Embeddings(vectors, num_tokens=sum(map(len, job.tokens)))
             job.call.run(lambda _: answer)
         return has_run
-
-    def _read_some(self, job: _Job) -> None:
-        """Tokens of the next inputs. Raises InvalidRequestError, of whatever kind."""
-        inner_of(self._loaded.model)  # before any work: whether there can be an answer
-        began_s = time.perf_counter()
-        while not job.is_read and time.perf_counter() - began_s < ENCODE_S:
-            job.tokens.append(self._tokens_of(job.inputs[len(job.tokens)], len(job.tokens)))
-        _check_total(job.tokens)
-        if job.is_read:
-            job.left.extend(_shortest_first(job.tokens))
 
     def _tokens_of(self, text: str | tuple[int, ...], place: int) -> list[int]:
         param = f"input[{place}]"

@@ -144,9 +144,8 @@ class StepLoop:
         self.embeddings.fail_all(error)
 
     def answer(self, asked: SessionCommand | TextQuestion) -> object:
-        """A caller's command on a session of theirs, or a question. Raises the TurboServeErrors that HTTP shows."""
-        if isinstance(asked, TextQuestion):
-            return self._questions.answer(asked)
+        """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
+        assert not isinstance(asked, TextQuestion), "the thread that reads prompts answers these"
         return self._memory.answer(asked, self._clock())
 
     def close(self) -> None:

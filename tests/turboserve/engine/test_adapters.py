@@ -30,6 +30,7 @@ from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loading import load
 from turboserve.engine.model_folder import EMBEDDED_DIR
 from turboserve.engine.step_loop import StepLoop
+from turboserve.engine.template_process import Patience
 from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.errors import ModelNotFoundError, StartupError
 from turboserve.machine_memory import MemoryInfo
@@ -115,24 +116,26 @@ def test_each_is_as_mlx_lm_alone_has_it(
     plain = logits_of(model, tokens)
     installed = install(model, specs(folders), weights.activation_dtype(model))
     assert np.array_equal(logits_of(model, tokens), plain)
-    alone = {}
-    for name, folder in folders.items():
-        reference = mlx_lm.load(str(EMBEDDED_DIR), adapter_path=str(folder))[0]
-        wanted = logits_of(weights.expand(reference) if expanded else reference, tokens)
-        with installed.applied([installed.get(name)]):
-            alone[name] = logits_of(model, tokens)
-        tolerance = (1e-4 if expanded else 3e-2) * wanted.std()
-        np.testing.assert_allclose(alone[name], wanted, atol=tolerance, rtol=0)
-        assert np.abs(wanted - plain).max() > 20 * tolerance, "an adapter that changes nothing proves nothing"
     rows = ["all", "", "table", "last", "some", "all"]
     with installed.applied([installed.get(name) for name in rows]):
         together = logits_of(model, tokens * len(rows))
     without = logits_of(model, tokens * len(rows))
-    for i, name in enumerate(rows):
-        if name:
-            np.testing.assert_allclose(together[i], alone[name][0], atol=(1e-4 if expanded else 3e-2) * plain.std())
-        else:
-            assert np.array_equal(together[i], without[i]), "a row without an adapter keeps its bits"
+    for name, folder in folders.items():
+        reference = mlx_lm.load(str(EMBEDDED_DIR), adapter_path=str(folder))[0]
+        stored = logits_of(reference, tokens)
+        wanted = logits_of(weights.expand(reference), tokens)
+        # One rounding of bfloat16 more or less goes through all layers: what mlx-lm itself is off by is the measure.
+        tolerance = 1e-4 * wanted.std() if expanded else 1.5 * _rms(stored - wanted)
+        assert not expanded or _rms(wanted - plain) > 20 * tolerance, "one that is left out would be seen"
+        with installed.applied([installed.get(name)]):
+            assert _rms(logits_of(model, tokens) - wanted) < tolerance
+        for i in (i for i, row in enumerate(rows) if row == name):
+            assert _rms(together[i] - wanted[0]) < tolerance
+    assert np.array_equal(together[1], without[1]), "a row without an adapter keeps its bits"
+
+
+def _rms(values: np.ndarray[Any, Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def test_rows_that_a_layer_cannot_tell_apart_are_an_error() -> None:
@@ -265,7 +268,7 @@ def test_an_unknown_one_is_not_found(make_model: Callable[[], Any], folders: dic
     (sink,) = run(loop, asked("a", "hello", "nobody"))
     assert isinstance(sink.error, ModelNotFoundError)
     call = Call(Embed(((1, 2),), "nobody"), Future())
-    loop.embeddings.add(call)
+    loop.embeddings.add(call, [[1, 2]])
     assert isinstance(call.future.exception(), ModelNotFoundError)
 
 
@@ -275,8 +278,9 @@ def test_embeddings_have_the_adapter(
     """Inputs that are computed together, and one that takes several pieces."""
     loop, _ = loop_with(make_model, folders, None)
     inputs = tuple(tuple(int(t) for t in rng.integers(0, VOCAB, n)) for n in (3, 5, 60))
-    call = Call(Embed(inputs, "all"), Future())
-    loop.embeddings.add(call)
+    asked = Embed(inputs, "all")
+    call = Call(asked, Future())
+    loop.embeddings.add(call, loop.read_inputs(asked, Patience(10.0)))
     while loop.has_work:
         loop.step()
     reference = mlx_lm_with(folders["all"], make_model)

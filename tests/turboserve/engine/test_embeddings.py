@@ -14,12 +14,14 @@ from turboserve.engine import embeddings
 from turboserve.engine.embeddings import EmbeddingJobs, unit_vector
 from turboserve.engine.inbox import Call
 from turboserve.engine.step_loop import StepLoop
+from turboserve.engine.template_process import Patience
 from turboserve.errors import (
     ContextLengthError,
     EngineFailureError,
     EngineUnavailableError,
     InvalidRequestError,
     OverloadedError,
+    TurboServeError,
     UnsupportedParameterError,
 )
 from turboserve.messages import Embed, Embeddings
@@ -39,8 +41,14 @@ def random_tokens(rng: np.random.Generator, length: int) -> Tokens:
 
 
 def ask(loop: StepLoop, *inputs: str | Tokens) -> Future[Embeddings]:
-    call = Call(Embed(inputs), Future())
-    loop.embeddings.add(call)
+    asked = Embed(inputs)
+    call = Call(asked, Future())
+    try:
+        tokens = loop.read_inputs(asked, Patience(10.0))  # as the engine's prompt thread does
+    except TurboServeError as exc:
+        call.refuse(exc)
+    else:
+        loop.embeddings.add(call, tokens)
     return call.future
 
 
@@ -104,7 +112,6 @@ def test_the_cache_of_a_long_input_is_scratch_and_given_back(model: Any, rng: np
     loop = make_loop(make_parts(model))
     idle_bytes = loop.scratch_bytes
     future = ask(loop, random_tokens(rng, 100))
-    loop.step()  # reads it
     loop.step()
     assert loop.scratch_bytes - idle_bytes == 16 * loop._parts.runtime.token_raw_bytes
     finish(loop)
@@ -174,8 +181,12 @@ class Broken:
 def test_models_that_give_no_states_say_so(model: Any, other: Any, error: type[Exception]) -> None:
     loaded = make_parts(model).loaded
     jobs = EmbeddingJobs(type(loaded)(other, loaded.tokenizer, "other", "float32", 64, 1, "", frozenset()), VOCAB)
-    call = Call(Embed(((1, 2),)), Future())
-    jobs.add(call)
+    asked = Embed(((1, 2),))
+    call = Call(asked, Future())
+    try:
+        jobs.add(call, jobs.read(asked, Patience(10.0)))
+    except TurboServeError as exc:
+        call.refuse(exc)
     while jobs.has_work:
         jobs.step(16)
     assert isinstance(call.future.exception(timeout=0), error)

@@ -133,19 +133,21 @@ def test_answers_are_the_same_with_and_without(
     guessed = in_turn(
         guessing(make_loop(make_parts(model, fmt=fmt, eos_ids=eos_ids), overlap=overlap), oracle), requests
     )
-    assert oracle.num_steps > 5 and {s.finished.reason for s in without} == {"stop", "length"}
-    differing = 0
-    for want, got in zip(without, guessed, strict=True):
+    assert oracle.num_steps > 5
+    differing = []
+    for i, (want, got) in enumerate(zip(without, guessed, strict=True)):
         if want.tokens != got.tokens:
-            differing += 1
+            assert want.tokens[:1] == got.tokens[:1], "no guess comes before the first token"
+            differing.append(i % len(SAMPLINGS))
             continue
         assert want.finished.reason == got.finished.reason
         usages = [
             (u.completion_tokens, u.cached_tokens, u.kv.tokens) for u in (want.finished.usage, got.finished.usage)
         ]
         assert usages[0] == usages[1]
-    # A wider product is another order of summing, which may decide one draw among hundreds (ties.py), and a code.
-    assert differing <= (1 if fmt is None else 2)
+    # A wider product is another order of summing, which may decide one draw among hundreds (ties.py), and a code; both
+    # answers of one way to sample differ by a fault.
+    assert len(differing) <= (1 if fmt is None else 2) and len(set(differing)) == len(differing)
     used = [got.finished.usage for want, got in zip(without, guessed, strict=True) if want.tokens == got.tokens]
     assert all(u.accepted_draft_tokens <= min(u.draft_tokens, u.completion_tokens) for u in used)
     drafted, accepted = (sum(u.draft_tokens for u in used), sum(u.accepted_draft_tokens for u in used))

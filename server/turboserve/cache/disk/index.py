@@ -32,6 +32,10 @@ class Entry:
         return self.own_bytes + sum(self.pieces.values())
 
 
+def _stays(entry: Entry, but: str) -> bool:
+    return bool(entry.num_readers) or entry.key == but
+
+
 class Index:
     """Entries by key. `total_bytes` is what all files take together."""
 
@@ -90,8 +94,14 @@ class Index:
 
         Never one being read, nor `but`.
         """
-        candidates = [entry for entry in self if not entry.num_readers and entry.key != but]
+        candidates = [entry for entry in self if not _stays(entry, but)]
         return min(candidates, key=lambda e: (not e.is_foreign, e.is_pinned, e.last_used_s), default=None)
+
+    def staying(self, but: str) -> tuple[int, Mapping[str, int]]:
+        """Bytes that remain once all have made room that can (`oldest`), and the pieces among them with theirs."""
+        entries = [entry for entry in self if _stays(entry, but)]
+        pieces = {name: num_bytes for entry in entries for name, num_bytes in entry.pieces.items()}
+        return sum(entry.own_bytes for entry in entries) + sum(pieces.values()), pieces
 
     def check(self) -> None:
         """Raises AssertionError when the totals are not those of the entries: a bug in this project."""

@@ -308,17 +308,19 @@ class DiskStore:
             return self._index.piece_bytes(name)
 
     def _make_room(self, job: Job) -> None:
-        """Drop the least recently used entries until the job fits the limit. Raises Stopped when it cannot.
+        """Drop the least recently used entries until the job fits the limit; none if it cannot. Raises Stopped then.
 
         Never the entry that the job replaces: that goes when the new one is durable.
         """
         _ = job.parts  # hashed here, not under the lock
         with self._changed:
+            least_bytes, pieces = self._index.staying(but=job.key)
+            if least_bytes + new_bytes(job, pieces.get) > self._limit_bytes:
+                self._count(refused=1)
+                raise Stopped
             while self._index.total_bytes + new_bytes(job, self._has_piece) > self._limit_bytes:
                 oldest = self._index.oldest(but=job.key)
-                if oldest is None:
-                    self._count(refused=1)
-                    raise Stopped
+                assert oldest is not None, "what stays leaves room"
                 self._drop(oldest.key)
                 self._count(dropped=1)
         self._empty_trash()

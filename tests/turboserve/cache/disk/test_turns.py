@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.turboserve.cache.disk.conversations import MiB, close_clean, file_bytes
 from tests.turboserve.cache.disk.kill_worker import PIECE_TOKENS, ROW_BYTES, history, open_memory
@@ -96,10 +97,14 @@ def test_a_store_too_small_for_both_turns_keeps_the_earlier_one(tmp_path: Path) 
     store._limit_bytes = MiB // 4
     talk(memory, 10)
     assert store.flush(20)
+    other = {"salt": "other", "is_pinned": True}
+    header = {"arrays": [{"dtype": "uint8", "shape": [100]}]}
+    assert store.put("a" * 40, other, header, [np.zeros(100, np.uint8)]) and store.flush(20)
     written = store.counts.written
     talk(memory, 21)  # less than the limit alone
     assert store.flush(20)
     assert (store.counts.written, store.counts.dropped, store.counts.refused) == (written, 0, 1)
+    assert store.get("a" * 40) is not None, "nobody makes room for what cannot be written all the same"
     assert file_bytes(tmp_path) <= MiB // 4
     close_clean(store)
     again, store = open_memory(tmp_path)
