@@ -13,10 +13,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+INSTRUMENTED = (
+    "turboserve.api",
+    "turboserve.cache.disk",
+    "turboserve.cache.persistence",
+    "turboserve.engine.text",
+    "turboquant_kv.cache.serialise",
+    "turboquant_kv.cache.layer_contents",
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=("body", "store", "text"))
+    parser.add_argument("target", choices=("body", "store", "entry", "text"))
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--input", type=Path)
     args = parser.parse_args()
@@ -28,7 +37,7 @@ def main() -> None:
     import atheris
 
     # Only our own code is instrumented: what it stands on has fuzzers of its own.
-    with atheris.instrument_imports(include=["turboserve.api", "turboserve.cache.disk", "turboserve.engine.text"]):
+    with atheris.instrument_imports(include=[*INSTRUMENTED]):
         from tests.fuzz.targets import TARGETS, seeds
     with tempfile.TemporaryDirectory() as corpus:
         for i, seed in enumerate(seeds()[args.target]):

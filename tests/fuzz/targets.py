@@ -2,6 +2,7 @@
 
 body    any bytes as the body of each API that takes one: a request, or one of our errors
 store   any bytes as a file of the session store: its arrays, or DamagedFileError; and a good file with bytes changed
+entry   a stored conversation with its JSON changed behind the checksums (entries.py): caches, or an error that is known
 text    any tokens through incremental decoding and stop strings: what is sent is the text up to the first stop
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from pydantic import BaseModel
+from tests.fuzz import entries
 
 from turboserve.api.anthropic.body import MessagesBody
 from turboserve.api.body import parse_object
@@ -205,6 +207,9 @@ def seeds() -> dict[str, list[bytes]]:
         "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}},
     }
     described = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    huge = {"a": {"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]}}
+    deep = {"a": {"dtype": "F32", "shape": [1] * 100, "data_offsets": [0, 4]}}
+    headers = [json.dumps(header).encode() + b"\n" for header in (described, huge, deep)]
     return {
         "body": [
             json.dumps(chat).encode(),
@@ -213,9 +218,10 @@ def seeds() -> dict[str, list[bytes]]:
             b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"x"}],"system":"s"}',
             b"\xff{",
         ],
-        "store": [good_file(), json.dumps(described).encode() + b"\n" + bytes(24), b"", bytes(8)],
+        "store": [good_file(), headers[0] + bytes(24), headers[1], headers[2] + bytes(4), b"", bytes(8)],
+        "entry": entries.seeds(),
         "text": [b"\x02xxabcab", "\x04aéééb".encode(), "\x05🙂🙂".encode(), b"\x03\n\n\xf0\x9f"],
     }
 
 
-TARGETS: dict[str, Target] = {"body": body, "store": store, "text": text}
+TARGETS: dict[str, Target] = {"body": body, "store": store, "entry": entries.entry, "text": text}

@@ -166,10 +166,10 @@ class Persistence:
 
     def _from_entry(self, entry: StoredEntry) -> Conversation | None:
         try:
-            conversation = _conversation(entry, self.wall_offset())
+            conversation = conversation_of(entry, self.wall_offset())
             self.family.runtime(conversation.kv_format)
             return conversation
-        except (KeyError, TypeError, ValueError, zlib.error, KVFormatError) as exc:
+        except (ValueError, KVFormatError) as exc:
             log.warning("a file of the session store is of no use (%s): deleted", exc)
             return None
 
@@ -205,6 +205,14 @@ def _is_of(meta: Meta, conversation: Conversation) -> bool:
 def _version(meta: Meta) -> str:
     """Empty in files of older servers, which wrote each under a key of its own."""
     return str(meta.get("version", ""))
+
+
+def conversation_of(entry: StoredEntry, wall_offset_s: float) -> Conversation:
+    """What an entry says of its conversation, whose caches stay on disk. Raises ValueError."""
+    try:
+        return _conversation(entry, wall_offset_s)
+    except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as exc:
+        raise ValueError(f"what it says of its conversation cannot be understood: {exc!r}") from exc
 
 
 def _conversation(entry: StoredEntry, wall_offset_s: float) -> Conversation:

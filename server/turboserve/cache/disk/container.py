@@ -128,7 +128,9 @@ def _view(data: Array, entry: Mapping[str, Any], name: str) -> Array:
             raise DamagedFileError(f"{name}: an array's place contradicts its shape")
         flat = np.frombuffer(data, dtype, math.prod(shape), start)
         return np.require(flat.reshape(shape), requirements="A")
-    except (KeyError, TypeError) as exc:
+    except DamagedFileError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
         raise DamagedFileError(f"{name}: an array's description cannot be understood") from exc
 
 

@@ -45,7 +45,7 @@ def join(header: Mapping[str, Any], pieces: Sequence[Mapping[str, Array]], rest:
             arrays.append(array)
     except DamagedFileError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError) as exc:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as exc:
         raise DamagedFileError(f"the parts of an entry do not fit together: {exc}") from exc
     return arrays
 

@@ -54,7 +54,7 @@ def _entry(store: StoreFolder, file: File, head: Container, fingerprint: str) ->
         key, pieces = str(head.fields["key"]), {str(name): int(n) for name, n in head.fields["pieces"]}
         is_foreign = head.fields["fingerprint"] != fingerprint
         meta = dict(head.fields["meta"])
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
         raise DamagedFileError(f"its fields cannot be understood: {exc!r}") from exc
     if head.kind != "entry" or store.entry(key) != file:
         raise DamagedFileError("it is not the entry that its name says")
