@@ -20,12 +20,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import xxhash
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
 from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
-from turboquant_kv.cache.probe import WindowedKVCache
+from turboquant_kv.cache.probe import WindowedKVCache, window_of_ring
 from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.codec.limits import UnsupportedFormatError, stored_dim
 from turboquant_kv.codec.rotary import Rotary
@@ -37,7 +37,7 @@ NUM_TOKENS = 1024
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "5"
+FILE_VERSION = "6"
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -73,7 +73,7 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     if len(tokens) <= 2 * SKIPPED_TOKENS:
         raise ValueError(f"calibration needs more than {2 * SKIPPED_TOKENS} tokens, got {len(tokens)}")
     own = make_prompt_cache(model)
-    caches = with_leaves(own, [WindowedKVCache(c.max_size) if _is_ring(c) else c for c in leaves(own)])
+    caches = with_leaves(own, [WindowedKVCache(w) if (w := window_of_ring(c)) else c for c in leaves(own)])
     for start in range(0, len(tokens), CHUNK_TOKENS):
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
         mx.eval([c.state for c in leaves(caches)])
@@ -92,10 +92,6 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
     origin = f"built-in text, {len(tokens)} tokens; {turning}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
-
-
-def _is_ring(cache: Any) -> bool:
-    return type(cache) is RotatingKVCache and not cache.keep
 
 
 def _can_be_stored(head_dim: int) -> bool:
@@ -134,7 +130,7 @@ def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
     """The means with factors of the layer's keys, if they gain something, and then of keys so multiplied."""
     first = SKIPPED_TOKENS
     residuals = given.keys[:, first:] - key_guard.mean_rows(means, given, first)
-    weights = key_balance.attention_weights(given.logits, given.query_positions, first)
+    weights = key_balance.attention_weights(given.logits, given.query_positions, given.hidden, first)
     factors = key_balance.find_factors(residuals, given.grouped_queries, weights, rotary)
     return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 
