@@ -168,6 +168,21 @@ def test_rows_apart_get_what_they_get_alone(kind: str, name: str, rng: np.random
     runtime.check_integrity()
 
 
+@pytest.mark.parametrize("name", ["f16", "4/4"])
+def test_a_conversation_may_come_twice(name: str, rng: np.random.Generator) -> None:
+    model = small_models.sliding()
+    runtime = runtime_of(model, name)
+    single = runtime.make_cache()
+    model(mx.array([[int(t) for t in rng.integers(0, small_models.VOCAB, 30)]]), cache=single)
+    batch = list(merge_apart([single, single]))
+    for _ in range(3):
+        token = int(rng.integers(0, small_models.VOCAB))
+        got = np.array(forward(model, mx.array([[token], [token]]), batch))
+        want = np.array(model(mx.array([[token]]), cache=single))
+        assert np.array_equal(got[:1], want)
+        assert np.array_equal(got[1:], want)
+
+
 def test_an_extracted_row_is_not_written_by_its_batch(rng: np.random.Generator) -> None:
     model = odd_models.chunked()
     runtime = runtime_of(model, "4/4")

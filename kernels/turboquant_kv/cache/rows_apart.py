@@ -70,7 +70,7 @@ class RowsApart:
 def merge_apart(rows: Sequence[Sequence[Any]]) -> list[Any]:
     """One batch per cache, in lists as the model has them, over copies of these conversations' caches."""
     by_cache = zip(*(leaves(row) for row in rows), strict=True)
-    return with_leaves(rows[0], [RowsApart(copy.deepcopy(caches)) for caches in by_cache])
+    return with_leaves(rows[0], [RowsApart([copy.deepcopy(cache) for cache in caches]) for caches in by_cache])
 
 
 def forward(model: Model, tokens: mx.array, batch: Sequence[Any], around: Around = _nothing) -> mx.array:
