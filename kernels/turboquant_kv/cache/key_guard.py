@@ -73,6 +73,10 @@ class Recorded:
         return replace(self, queries=self.queries[:, -num_queries:])
 
     @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.keys).all() and np.isfinite(self.queries).all())
+
+    @property
     def grouped_queries(self) -> Floats:
         """(H, rows, D): of each KV head, the queries of its group one head after the other."""
         return self.queries.reshape(len(self.keys), -1, self.keys.shape[2])
