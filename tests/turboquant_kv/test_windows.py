@@ -126,7 +126,7 @@ def test_forks_and_cuts_see_what_they_would_have_seen(backend: str, rng: np.rand
         feed(cache, history, start, stop, random_queries(rng, 2, stop - start, 64, mx.float32), 0.1)
         sequence = cache.sequence
         assert sequence is not None
-        length = sequence.exact_cut(stop - int(rng.integers(0, 60)))
+        length = sequence.exact_cut(max(0, stop - int(rng.integers(0, 60))))
         if not length:
             continue
         num_cut += length < stop
@@ -153,6 +153,23 @@ def test_forks_and_cuts_see_what_they_would_have_seen(backend: str, rng: np.rand
     assert cache.source.pool is not None
     cache.source.pool.check_integrity()
     assert cache.source.pool.num_used == 0
+
+
+@pytest.mark.parametrize("num_tokens", [7, 39, 45])
+def test_a_conversation_that_forgot_nothing_goes_back_anywhere(num_tokens: int, rng: np.random.Generator) -> None:
+    history = History.random(rng, 1, num_tokens, 64)
+    cache = TurboQuantKVCache(LayerSource(FMT, "cpu-numpy", None, 40))
+    cache.append(*history.slice(0, num_tokens))
+    sequence = cache.sequence
+    assert sequence is not None
+    unbounded = TurboQuantKVCache(LayerSource(FMT, "cpu-numpy"))
+    unbounded.append(*history.slice(0, num_tokens))
+    assert unbounded.sequence is not None
+    for length in range(num_tokens + 1):
+        assert sequence.exact_cut(length) == unbounded.sequence.exact_cut(length)
+    cut = int(rng.integers(1, num_tokens))
+    cache.trim(num_tokens - cut)
+    assert cache.offset == cut
 
 
 def test_a_saved_prompt_cache_goes_on(rng: np.random.Generator) -> None:
