@@ -98,6 +98,9 @@ class RingRows(PlainRows):
     def window(self) -> int:  # type: ignore[override]
         return int(self.rows[0].max_size) if self.rows else 0
 
+    def can_cut(self, idx: int) -> bool:
+        return bool(self.rows[idx].is_trimmable())
+
     def exact_room(self, idx: int) -> int:
         return 0  # what a ring has overwritten does not come back
 
@@ -115,9 +118,6 @@ class RingRows(PlainRows):
         shown = _row_mask(mask, row, num_queries, length)
         assert isinstance(shown, mx.array)
         return k, v, shown[..., length - k.shape[2] :]
-
-    def is_trimmable(self) -> bool:
-        return all(row.is_trimmable() for row in self.rows)
 
 
 def _differs_by_row(mask: mx.array) -> bool:
@@ -226,6 +226,10 @@ class MixedBatchCache(BatchRows):
     def exact_room(self, idx: int) -> int:
         group, i = self.places[idx]
         return group.exact_room(i)
+
+    def can_cut(self, idx: int) -> bool:
+        group, i = self.places[idx]
+        return group.can_cut(i)
 
     def extend(self, other: Any) -> None:
         """Take over the rows of a batch cache of any format; it is empty afterwards."""
