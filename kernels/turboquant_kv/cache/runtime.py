@@ -177,8 +177,12 @@ class KVRuntime:
 
     @property
     def chunk_token_bytes(self) -> float:
-        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, rings included."""
-        return self.token_raw_bytes + sum(state.token_bytes for state in self.layers.states)
+        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, as that stores it."""
+        total = 0
+        for i, (shape, state) in enumerate(zip(self.shapes, self.layers.states, strict=True)):
+            stored = self._sources[i].shape if i in self._sources else shape
+            total += state.token_bytes if stored is None else stored.raw_token_bytes
+        return float(total)
 
     @property
     def tail_bytes(self) -> float:
