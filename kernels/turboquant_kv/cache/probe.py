@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _CHUNKS = ([0, 1], [2], [1])
 # Both runs compute the same attention on the same exact values; half-precision models differ by rounding only.
 _TOLERANCE = 0.02
+_ATTENDED = (KVCache, RotatingKVCache, ChunkedKVCache)  # mlx-lm's caches of keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class ModelLayers:
     numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
     capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
     windows: tuple[Window | None, ...] = ()  # of rings that can be compressed; their states say what mlx-lm's keep
+    kv_heads: frozenset[int] = frozenset()  # how many any layer's attention has, rings included
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -106,7 +108,8 @@ def probe_layers(model: Any) -> ModelLayers:
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
     numbers = tuple(layer_numbers(layers))
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows)
+    kv_heads = frozenset(shape_of(c).num_kv_heads for c in caches if isinstance(c, _ATTENDED) and not c.empty())
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows, kv_heads)
 
 
 def window_of_ring(cache: Any) -> int:

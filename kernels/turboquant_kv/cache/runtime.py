@@ -314,7 +314,7 @@ class KVRuntime:
 
     def try_batches(self) -> Batching:
         """Whether rows of this runtime get together what they get alone. Raises what the model raises for one row."""
-        return try_batches(self._model, self, {shape.num_kv_heads for shape in self.shapes if shape is not None})
+        return try_batches(self._model, self, self.layers.kv_heads)
 
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
