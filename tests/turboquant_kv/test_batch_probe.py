@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import qwen2
+from mlx_lm.models import gemma3_text, qwen2
 from tests.turboquant_kv import odd_models, small_models
 
 from turboquant_kv.cache import batch_probe
@@ -78,6 +79,47 @@ def test_a_model_that_fails_with_as_many_rows_as_kv_heads_is_found(name: str, mo
     monkeypatch.setattr(qwen2.Attention, "__call__", mixes)
     found = runtime_of(model, name).try_batches()
     assert found.decode is not None and "5 rows" in found.decode
+
+
+@pytest.mark.parametrize("name", ["f16", "4/4"])
+def test_kv_heads_of_rings_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full layers have two of them, which is tried anyway."""
+    model, whole = small_models.sliding(), gemma3_text.Attention.__call__
+    args = dataclasses.replace(model.args, num_attention_heads=5, num_key_value_heads=5)
+    for number in (0, 1):
+        model.layers[number].self_attn = gemma3_text.Attention(args, number)
+
+    def mixes(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> Any:
+        out = whole(self, x, mask, cache)
+        return out[::-1] if x.shape[:2] == (5, 1) else out
+
+    monkeypatch.setattr(gemma3_text.Attention, "__call__", mixes)
+    found = runtime_of(model, name).try_batches()
+    assert found.decode is not None and "5 rows" in found.decode
+
+
+@pytest.mark.parametrize(
+    ("fail", "expected"),
+    [
+        ({("prefill", 0), ("decode", 1)}, Batching()),
+        ({("decode", 0), ("prefill", 1)}, Batching()),
+        ({("prefill", 0), ("prefill", 1), ("decode", 1)}, Batching(None, "prefill 1")),
+        ({("decode", 0), ("decode", 1), ("prefill", 0)}, Batching("decode 1", "decode 1")),
+    ],
+)
+def test_a_verdict_needs_both_sets_of_tokens(
+    fail: set[tuple[str, int]], expected: Batching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("decode", "prefill"):
+        real = getattr(batch_probe._Trial, kind)
+
+        def fails_for(trial: Any, *given: Any, kind: str = kind, real: Any = real) -> None:
+            if (kind, trial._seed) in fail:
+                raise batch_probe._WrongError(f"{kind} {trial._seed}")
+            real(trial, *given)
+
+        monkeypatch.setattr(batch_probe._Trial, kind, fails_for)
+    assert runtime_of(small_models.dense(), "4/4").try_batches() == expected
 
 
 def test_wrong_padding_of_prompts_costs_only_their_reading_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +208,21 @@ def test_rows_apart_get_what_they_get_alone(kind: str, name: str, rng: np.random
         runtime.release(caches)
     assert runtime.unique_bytes() == 0
     runtime.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["f16", "4/4"])
+def test_a_conversation_may_come_twice(name: str, rng: np.random.Generator) -> None:
+    model = small_models.sliding()
+    runtime = runtime_of(model, name)
+    single = runtime.make_cache()
+    model(mx.array([[int(t) for t in rng.integers(0, small_models.VOCAB, 30)]]), cache=single)
+    batch = list(merge_apart([single, single]))
+    for _ in range(3):
+        token = int(rng.integers(0, small_models.VOCAB))
+        got = np.array(forward(model, mx.array([[token], [token]]), batch))
+        want = np.array(model(mx.array([[token]]), cache=single))
+        assert np.array_equal(got[:1], want)
+        assert np.array_equal(got[1:], want)
 
 
 def test_an_extracted_row_is_not_written_by_its_batch(rng: np.random.Generator) -> None:

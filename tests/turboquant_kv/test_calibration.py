@@ -10,7 +10,7 @@ import mlx.nn
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from tests.turboquant_kv import small_models
+from tests.turboquant_kv import odd_models, small_models
 
 from turboquant_kv.cache import calibration
 from turboquant_kv.cache.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
@@ -74,6 +74,48 @@ def test_a_layer_that_does_not_use_its_rope_keeps_a_constant_mean(rng: np.random
     measured = calibrate(model, text)
     assert measured.layers[0].rotary is not None
     assert measured.layers[1].rotary is None
+
+
+class FarRope(nn.Module):  # type: ignore[misc]
+    """Turns as another one does, and from position 4096 on adds what calibration has to see there; not understood."""
+
+    def __init__(self, rope: Any, added: Any) -> None:
+        super().__init__()
+        self.whole, self.added = rope, added
+
+    def __call__(self, x: Any, offset: int = 0) -> Any:
+        turned = self.whole(x, offset=offset)
+        return turned + self.added if offset >= 4096 else turned
+
+
+def test_keys_are_looked_at_far_away_though_their_turn_is_not_understood(rng: np.random.Generator) -> None:
+    model, text = small_models.dense(), tokens(rng, 300)
+    for layer, length in zip(model.layers, (0.0, 3000.0), strict=True):
+        direction = rng.standard_normal(layer.self_attn.rope.dims)
+        layer.self_attn.q_proj.weight *= 3  # random models attend evenly: errors of keys would not show
+        added = mx.array((length * direction / np.linalg.norm(direction)).astype(np.float32))
+        layer.self_attn.rope = FarRope(layer.self_attn.rope, added)
+    measured = calibrate(model, text)
+    assert measured.origin.endswith("in 0 of 2 layers; keys measured from position 0, 8192 and 32768 on")
+    assert measured.divergences[1]["4"] > 10 * measured.divergences[0]["4"]
+
+
+def test_positions_where_keys_are_no_numbers_are_left_out_and_told(rng: np.random.Generator) -> None:
+    model, text = small_models.dense(), tokens(rng, 300)
+    attention = model.layers[1].self_attn
+    plain, attention.rope = calibrate(model, text), FarRope(attention.rope, mx.array(np.nan))
+    measured = calibrate(model, text)
+    where = "keys measured from position 0 on, not from 8192 and 32768, where they are no numbers"
+    assert measured.origin.endswith(where)
+    assert set(measured.divergences) == {0, 1}
+    assert all(np.isfinite(list(by_codec.values())).all() for by_codec in measured.divergences.values())
+    assert plain.origin.endswith("in 2 of 2 layers; keys measured from position 0, 8192 and 32768 on")
+
+
+def test_learned_positions_are_measured_where_they_are(rng: np.random.Generator) -> None:
+    measured = calibrate(odd_models.absolute(), tokens(rng, 300))
+    assert measured.origin.endswith("0 of 2 layers; keys measured from position 0 on, for no layer has a rope module")
+    assert set(measured.divergences) == {0, 1}
 
 
 def test_only_attention_layers_are_measured(rng: np.random.Generator) -> None:

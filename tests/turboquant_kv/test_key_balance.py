@@ -84,7 +84,7 @@ def test_dead_dims_are_harmless(rng: np.random.Generator) -> None:
 
 def test_weights_are_those_of_attention(rng: np.random.Generator) -> None:
     scores, positions = rng.standard_normal((2, 3, 100)).astype(np.float32), np.array([70, 80, 99])
-    weights = attention_weights(scores, positions, 8)
+    weights = attention_weights(scores, positions, np.arange(100) > positions[:, None], 8)
     assert weights.shape == (2, 3, 92)
     p = np.exp(scores[1, 1, :81]) / np.exp(scores[1, 1, :81]).sum()
     last = 80 - key_balance.RECENT_TOKENS

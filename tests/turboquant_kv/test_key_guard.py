@@ -8,15 +8,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.test_calibration import WEIGHTS, ByteTokenizer
 from tests.turboquant_kv.test_runtime import logits_of, random_tokens
 
+from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
 from turboquant_kv.cache.calibration import Calibration, calibrate, calibration_for
 from turboquant_kv.cache.layer_cache import TurboQuantKVCache
+from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.cache.probe import WindowedKVCache, window_of_ring
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.evaluation import Comparison, compare
@@ -168,3 +171,42 @@ def test_a_layer_that_no_codec_holds_stays_uncompressed_and_is_told(backend: str
         assert np.linalg.norm(lossy - close) / np.linalg.norm(close) < 0.3
     together = np.array(model(mx.array([more, more]), cache=batch).astype(mx.float32))
     assert np.linalg.norm(together[0] - want) / np.linalg.norm(want) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["sliding", "with_sinks", "convolved", "capped"])
+def test_layers_are_given_what_they_are_given_anywhere(kind: str, rng: np.random.Generator) -> None:
+    """Windows of 16 and 24 tokens are kept to, so that the layers behind get what they should; far away as well."""
+    model, text = small_models.EVERY_KIND[kind](), random_tokens(rng, 150)
+    plain = make_prompt_cache(model)
+    held = [WindowedKVCache(w) if (w := window_of_ring(c)) else c for c in leaves(plain)]
+    mx.eval(model(mx.array([text]), cache=with_leaves(plain, held)))
+    places = [i for i, cache in enumerate(held) if isinstance(cache, KVCache)]
+    near, far = (key_guard.record(model, text, places, offset) for offset in (0, 4096))
+    assert list(near) == list(far) == places
+    for i in places:
+        want = np.array(held[i].keys_and_values()[0][0])
+        np.testing.assert_allclose(near[i].keys, want, atol=1e-4 * np.abs(want).max())
+        seen = [np.where(given.hidden, 0, given.logits) for given in (near[i], far[i])]
+        assert np.linalg.norm(seen[1] - seen[0]) < 1e-2 * np.linalg.norm(seen[0]), "scores do not know where they are"
+        assert near[i].window == getattr(held[i], "window", 0)
+
+
+def test_keys_that_left_the_window_do_not_count(rng: np.random.Generator) -> None:
+    num_tokens, window = key_guard.NUM_TOKENS, 96
+    keys = rng.standard_normal((2, num_tokens, 64)).astype(np.float32)
+    queries = rng.standard_normal((4, key_guard.NUM_MEASURED_QUERIES, 64)).astype(np.float32)
+    means = {0: Means(np.zeros((2, 64), np.float32), np.zeros((2, 64), np.float32))}
+    other = keys.copy()
+    gone = num_tokens - key_guard.NUM_MEASURED_QUERIES - window + 1
+    other[:, key_guard.SKIPPED_TOKENS : gone] *= 1000  # a code's error grows with its key
+    for width, is_same in ((window, True), (window + 1, False), (0, False)):
+        given = [key_guard.Recorded(0, k, queries, 0.125, window=width) for k in (keys, other)]
+        near, far = (key_guard.measure([{0: one}], means)[0]["3"] for one in given)
+        assert (near == far) == is_same
+        hidden = given[0].hidden
+        weights = key_balance.attention_weights(given[0].logits, given[0].query_positions, hidden, 0)
+        assert not np.where(hidden, weights, 0).any()
+        p = np.where(hidden, 0, np.exp(given[0].logits))
+        p /= p.sum(axis=-1, keepdims=True)
+        is_old = np.arange(num_tokens) <= given[0].query_positions[:, None] - key_balance.RECENT_TOKENS
+        np.testing.assert_allclose(weights, p * (1 - p) * is_old, atol=1e-6)

@@ -21,7 +21,7 @@ from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.mixed_batch import MixedBatchCache, PlainRows, extend_rows, merge_rows
 from turboquant_kv.cache.model_runtimes import KVFamily
-from turboquant_kv.cache.protocol import AttendingCache
+from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 
 BASE = KVFormat(page_tokens=16, sink_tokens=8)
@@ -218,3 +218,31 @@ def test_rows_shorter_than_a_window_do_not_hide_it(lengths: tuple[int, int], rng
     narrower = batch.make_mask(1, return_array=True, window_size=4)
     assert sliding_window(mx.concatenate([mask[:1], narrower[1:]]), views) is None, "two windows are none"
     assert_rows_equal(batch, alone, layer, window=30)
+
+
+def test_rows_whose_ring_has_wrapped_lose_nothing_and_say_so(rng: np.random.Generator) -> None:
+    """A row in compressed pages goes back anywhere near; a ring that was written over cannot, whatever row it is."""
+    model = small_models.sliding()
+    family = KVFamily(model, base=BASE)
+    for num_more, can_go_back in ((3, True), (40, False)):
+        rows = [family.runtime(name).make_cache() for name in ("4/4", "f16")]
+        for row in rows:
+            logits_of(model, row, random_tokens(rng, 10), [])
+        batch = merge_rows(rows)
+        for _ in range(num_more):
+            mx.eval(model(mx.array([random_tokens(rng, 1)] * 2), cache=batch))
+        assert isinstance(batch[0], MixedBatchCache)
+        assert [cache.is_trimmable() for cache in batch] == [can_go_back, can_go_back, True]
+        before = [cache.lengths for cache in batch]
+        if can_go_back:
+            batch[0].trim_rows([1, 2])
+            assert batch[0].trim(1) == 1
+            assert batch[0].lengths == [before[0][0] - 2, before[0][1] - 3]
+            continue
+        with pytest.raises(UnsupportedModelError, match="its ring has overwritten"):
+            batch[0].trim(1)
+        with pytest.raises(UnsupportedModelError, match="its ring has overwritten"):
+            batch[0].trim_rows([1, 1])
+        assert [cache.lengths for cache in batch] == before
+        batch[0].trim_rows([1, 0])
+        assert batch[0].lengths == [before[0][0] - 1, before[0][1]]

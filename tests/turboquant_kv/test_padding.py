@@ -73,6 +73,19 @@ def test_models_compute_what_they_do_uncompressed(head_dim: int, backend: str, r
     runtime.check_integrity()
 
 
+@pytest.mark.parametrize("head_dim", [72, 64])
+def test_a_chunk_is_planned_with_its_zeros(head_dim: int, rng: np.random.Generator) -> None:
+    model, num_tokens = with_head_dim(head_dim), 40
+    for fmt in (KVFormat(page_tokens=64, sink_tokens=8), None):
+        runtime = KVRuntime(model, fmt)
+        caches = runtime.make_cache()
+        logits_of(model, caches, random_tokens(rng, num_tokens), [])
+        dim = head_dim if fmt is None else stored_dim(head_dim)
+        assert runtime.chunk_token_bytes == 2 * 2 * 2 * dim * 4
+        if fmt is not None:
+            assert runtime.measure(caches).exact >= num_tokens * runtime.chunk_token_bytes, "a page that is not full"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_a_batch_get_what_they_get_alone(backend: str, rng: np.random.Generator) -> None:
     source = LayerSource(KVFormat(page_tokens=16, sink_tokens=8), backend)

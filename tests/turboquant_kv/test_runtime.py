@@ -43,7 +43,8 @@ def test_every_layer_mix_computes_what_it_does_uncompressed(kind: str, backend: 
     compressed = logits_of(model, runtime.make_cache(), tokens, [40, 80, 81])
     assert runtime.layers_compressed + runtime.layers_uncompressed == len(model.layers)
     assert runtime.layers_compressed >= 1
-    # 8-bit codes have a relative error of 0.6%; attention and two or three layers do not amplify it much.
+    # 8-bit codes have a relative error of 0.6%; attention and two or three layers do not amplify it much. In `sliding`
+    # norms of queries and keys make attention sharp: random noise of that size on its keys moves its logits by 3 to 4%.
     assert np.linalg.norm(compressed - plain) / np.linalg.norm(plain) < (0.05 if kind == "sliding" else 0.02)
     coarse = KVRuntime(model, KVFormat(2, 2, page_tokens=16, sink_tokens=0), backend=backend).make_cache()
     assert np.linalg.norm(logits_of(model, coarse, tokens, []) - plain) > np.linalg.norm(compressed - plain)

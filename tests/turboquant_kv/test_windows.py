@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import re
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import gemma3_text
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.histories import (
@@ -29,9 +32,10 @@ from turboquant_kv.cache.calibration import calibrate
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves
 from turboquant_kv.cache.model_runtimes import KVFamily
+from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.protocol import BatchRows, UnsupportedModelError
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 
 BACKENDS = ["cpu-numpy", "cpu-native", "mlx-ops"]
 FMT = KVFormat(page_tokens=16, sink_tokens=8)
@@ -126,7 +130,7 @@ def test_forks_and_cuts_see_what_they_would_have_seen(backend: str, rng: np.rand
         feed(cache, history, start, stop, random_queries(rng, 2, stop - start, 64, mx.float32), 0.1)
         sequence = cache.sequence
         assert sequence is not None
-        length = sequence.exact_cut(stop - int(rng.integers(0, 60)))
+        length = sequence.exact_cut(max(0, stop - int(rng.integers(0, 60))))
         if not length:
             continue
         num_cut += length < stop
@@ -153,6 +157,23 @@ def test_forks_and_cuts_see_what_they_would_have_seen(backend: str, rng: np.rand
     assert cache.source.pool is not None
     cache.source.pool.check_integrity()
     assert cache.source.pool.num_used == 0
+
+
+@pytest.mark.parametrize("num_tokens", [7, 39, 45])
+def test_a_conversation_that_forgot_nothing_goes_back_anywhere(num_tokens: int, rng: np.random.Generator) -> None:
+    history = History.random(rng, 1, num_tokens, 64)
+    cache = TurboQuantKVCache(LayerSource(FMT, "cpu-numpy", None, 40))
+    cache.append(*history.slice(0, num_tokens))
+    sequence = cache.sequence
+    assert sequence is not None
+    unbounded = TurboQuantKVCache(LayerSource(FMT, "cpu-numpy"))
+    unbounded.append(*history.slice(0, num_tokens))
+    assert unbounded.sequence is not None
+    for length in range(num_tokens + 1):
+        assert sequence.exact_cut(length) == unbounded.sequence.exact_cut(length)
+    cut = int(rng.integers(1, num_tokens))
+    cache.trim(num_tokens - cut)
+    assert cache.offset == cut
 
 
 def test_a_saved_prompt_cache_goes_on(rng: np.random.Generator) -> None:
@@ -209,6 +230,57 @@ def test_long_windows_take_a_third() -> None:
     shape, fmt = LayerShape(4, 256, 256, mx.bfloat16), KVFormat()
     ratios = [w * shape.raw_token_bytes / windows.longest_bytes(fmt, shape, w) for w in (128, 512, 1024, 4096)]
     assert [round(ratio, 1) for ratio in ratios] == [1.2, 2.5, 3.0, 3.7]
+
+
+def test_what_short_windows_cost_is_told() -> None:
+    """Pages of 96 tokens are longer than a window of 24."""
+    model = small_models.sliding()
+    for fmt, told in ((KVFormat(), r"times their bytes$"), (FMT, r"in 1/[12]\.\d of their bytes$")):
+        runtime = KVRuntime(model, fmt)
+        assert re.search(told, runtime.description)
+        (shape,) = {window.shape for window in runtime.layers.windows if window is not None}
+        ratio = windows.longest_bytes(fmt, shape, 24) / (24 * shape.raw_token_bytes)
+        assert f"{max(ratio, 1 / ratio):.1f}" in runtime.description
+
+
+def with_odd_rings(head_dim: int) -> Any:
+    """Rings whose heads have another dimension than the full layer's, which is 64."""
+    model = small_models.sliding()
+    for number in (0, 1):
+        attention = gemma3_text.Attention(dataclasses.replace(model.args, head_dim=head_dim), number)
+        model.layers[number].self_attn = attention
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize(("head_dim", "name"), [(24, "8/8"), (48, "4t/4t")])
+def test_rings_that_cannot_be_stored_stay_as_they_are(head_dim: int, name: str, rng: np.random.Generator) -> None:
+    model, tokens = with_odd_rings(head_dim), random_tokens(rng, 150)
+    family = KVFamily(model, base=FMT, calibration=calibrate(model, tokens))
+    runtime = family.runtime(name)
+    assert runtime.description == f"{name}, 2 of 3 layers f16"
+    caches, plain = runtime.make_cache(), family.runtime("f16").make_cache()
+    assert [type(cache) for cache in caches] == [RotatingKVCache, RotatingKVCache, TurboQuantKVCache]
+    got, want = (logits_of(model, held, tokens, [149]) for held in (caches, plain))  # a ring keeps its latest chunk
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 0.5
+    assert runtime.measure(caches).total <= runtime.bytes_for(len(tokens))
+    more = random_tokens(rng, 3)
+    want = logits_of(model, runtime.fork(caches, len(tokens)), more, [])
+    loaded = family.import_caches(*family.export_caches(caches))
+    assert np.array_equal(logits_of(model, loaded, more, []), want)
+    exact = family.convert(caches, name, "f16")
+    assert [type(cache) for cache in exact] == [RotatingKVCache, RotatingKVCache, KVCache]
+    batch = runtime.merge_rows([caches, exact])
+    together = np.array(model(mx.array([more, more]), cache=batch))
+    assert np.linalg.norm(together[0] - want) / np.linalg.norm(want) < 0.05
+
+
+def test_a_model_of_which_nothing_can_be_stored_is_refused() -> None:
+    model = with_odd_rings(24)
+    layers = probe_layers(model)
+    only_rings = dataclasses.replace(layers, shapes=(None,) * 3)
+    with pytest.raises(UnsupportedFormatError, match="head_dim 24"):
+        KVRuntime(model, FMT, layers=only_rings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,11 @@ Array = Any
 PageIds = npt.NDArray[np.int64]
 
 
+def narrower(window: int, other: int | None) -> int:
+    """Of two sliding windows, of which 0 or None hides nothing."""
+    return min(window, other) if window and other else window or other or 0
+
+
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """Geometry of one attention layer's cache."""

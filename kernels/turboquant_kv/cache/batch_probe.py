@@ -4,6 +4,9 @@ Rows of different lengths are decoded together and alone, with the very caches t
 compared; then their prompts. mlx-lm's models are written for one conversation, or for several of one length, and some
 give wrong numbers for others without a sign: a mask that is laid over the wrong axis, a padded length taken for a
 position. What is found here costs such a model its batches, never an answer.
+
+Not seen: what goes wrong beyond LENGTHS and a few steps, such as where sliding windows of more than about a dozen
+tokens begin to hide some.
 """
 
 from __future__ import annotations
@@ -67,18 +70,19 @@ class _WrongError(Exception):
 def try_batches(model: Any, runtime: BatchingRuntime, kv_heads: Iterable[int] = ()) -> Batching:
     """Decode and read prompts with rows of this runtime, together and alone.
 
-    kv_heads: numbers of KV heads in the model's layers; as many rows are tried as well. A difference has to show with
-    two sets of tokens. Raises what the model raises for a single row.
+    kv_heads: numbers of KV heads in the model's layers; as many rows are tried as well. What is wrong has to be so, in
+    decode steps or in prompts, with both sets of tokens. Raises what the model raises for a single row.
     """
     counts = sorted(count for count in set(kv_heads) if 3 < count <= MOST_ROWS)
-    found = Batching()
+    decode: str | None = ""
+    prefill: str | None = ""  # both None once that was right with one set of tokens
     for seed in _SEEDS:
         with _Trial(model, runtime, seed) as trial:
-            decode = _reason(partial(trial.decode, counts))
-            found = Batching(decode, decode or _reason(trial.prefill))
-        if found.prefill is None:
+            decode = None if decode is None else _reason(partial(trial.decode, counts))
+            prefill = None if prefill is None else _reason(trial.prefill)
+        if decode is None and prefill is None:
             break
-    return found
+    return Batching(decode, decode or prefill)
 
 
 def _reason(attempt: Callable[[], None]) -> str | None:

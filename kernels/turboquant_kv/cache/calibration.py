@@ -20,13 +20,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import xxhash
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
 from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
-from turboquant_kv.cache.probe import WindowedKVCache
-from turboquant_kv.cache.rope_probe import learn_rotary
+from turboquant_kv.cache.probe import WindowedKVCache, window_of_ring
+from turboquant_kv.cache.rope_probe import has_rope, learn_rotary
 from turboquant_kv.codec.limits import UnsupportedFormatError, stored_dim
 from turboquant_kv.codec.rotary import Rotary
 
@@ -37,7 +37,7 @@ NUM_TOKENS = 1024
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
-FILE_VERSION = "5"
+FILE_VERSION = "6"
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -73,7 +73,7 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     if len(tokens) <= 2 * SKIPPED_TOKENS:
         raise ValueError(f"calibration needs more than {2 * SKIPPED_TOKENS} tokens, got {len(tokens)}")
     own = make_prompt_cache(model)
-    caches = with_leaves(own, [WindowedKVCache(c.max_size) if _is_ring(c) else c for c in leaves(own)])
+    caches = with_leaves(own, [WindowedKVCache(w) if (w := window_of_ring(c)) else c for c in leaves(own)])
     for start in range(0, len(tokens), CHUNK_TOKENS):
         model(mx.array([tokens[start : start + CHUNK_TOKENS]]), cache=caches)
         mx.eval([c.state for c in leaves(caches)])
@@ -81,21 +81,46 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     dims = {i: c.keys.shape[3] for i, c in held.items()}
     measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
     learnt = learn_rotary(model, {i: dims[i] for i in measured}, layer_numbers(caches))
-    # Without rotation nothing turns with position, and a table of learned positions has an end.
-    offsets = key_guard.OFFSETS if learnt else key_guard.OFFSETS[:1]
-    recorded = [key_guard.record(model, tokens, measured, offset) for offset in offsets]
+    recorded, tried = _recorded(model, tokens, measured)
     rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
     for i, rotary in rotaries.items():
         means[i] = _balanced(means[i], rotary, recorded[0][i])
     del caches, held  # their memory, before more is needed
     turning = f"key means turn with position in {len(rotaries)} of {len(means)} layers"
-    origin = f"built-in text, {len(tokens)} tokens; {turning}"
+    origin = f"built-in text, {len(tokens)} tokens; {turning}; {tried}"
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
 
 
-def _is_ring(cache: Any) -> bool:
-    return type(cache) is RotatingKVCache and not cache.keep
+def _recorded(
+    model: Any, tokens: Sequence[int], places: Sequence[int]
+) -> tuple[list[dict[int, key_guard.Recorded]], str]:
+    """What layers are given at the beginning and, if the model can be there, far from it; and where that was, in words.
+
+    Without a rope module nothing turns with position, and a table of learned positions has an end.
+    """
+    first, *far = key_guard.OFFSETS
+    recorded, tried = [key_guard.record(model, tokens, places, first)], [first]
+    is_turning, failed = has_rope(model), []
+    for offset in far if is_turning else ():
+        try:
+            given = key_guard.record(model, tokens, places, offset)
+        except Exception:  # a table of positions that ends before
+            log.debug("keys at %d are not measured", offset, exc_info=True)
+            given = {}
+        if given.keys() == recorded[0].keys() and all(one.is_finite for one in given.values()):
+            recorded.append(given)
+            tried.append(offset)
+        else:
+            failed.append(offset)
+    told = f"keys measured from position {_listed(tried)} on"
+    if not is_turning:
+        told += ", for no layer has a rope module"
+    return recorded, f"{told}, not from {_listed(failed)}, where they are no numbers" if failed else told
+
+
+def _listed(offsets: Sequence[int]) -> str:
+    return " and ".join(filter(None, (", ".join(map(str, offsets[:-1])), str(offsets[-1]))))
 
 
 def _can_be_stored(head_dim: int) -> bool:
@@ -117,7 +142,7 @@ def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, 
         given = at_offset[layer]
         back.append(rotary.turned_back(given.keys, given.offset + np.arange(given.keys.shape[1])))
     length = np.linalg.norm(back[0])
-    return all(float(np.linalg.norm(other - back[0])) <= _SAME_KEYS * length for other in back[1:])
+    return len(back) > 1 and all(float(np.linalg.norm(other - back[0])) <= _SAME_KEYS * length for other in back[1:])
 
 
 def _means_of(cache: Any, rotary: Rotary | None) -> Means:
@@ -134,7 +159,7 @@ def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
     """The means with factors of the layer's keys, if they gain something, and then of keys so multiplied."""
     first = SKIPPED_TOKENS
     residuals = given.keys[:, first:] - key_guard.mean_rows(means, given, first)
-    weights = key_balance.attention_weights(given.logits, given.query_positions, first)
+    weights = key_balance.attention_weights(given.logits, given.query_positions, given.hidden, first)
     factors = key_balance.find_factors(residuals, given.grouped_queries, weights, rotary)
     return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 

@@ -47,22 +47,23 @@ def find_factors(residuals: Floats, queries: Floats, weights: Floats, rotary: Ro
     factors /= np.exp(np.log(factors).mean(axis=1, keepdims=True))  # a common one changes nothing
     factors = np.clip(factors, 1 / MOST, MOST)
     before = _score_error(k2, q2, weights, np.ones_like(factors))
-    if _score_error(k2, q2, weights, factors) > (1 - LEAST_GAIN) * before:
+    if _score_error(k2, q2, weights, factors) >= (1 - LEAST_GAIN) * before:  # both are zero where nothing has weight
         return None
     return factors.astype(np.float32)
 
 
-def attention_weights(scores: Floats, positions: npt.NDArray[np.int64], num_exact: int) -> Floats:
+def attention_weights(
+    scores: Floats, positions: npt.NDArray[np.int64], hidden: npt.NDArray[np.bool_], num_exact: int
+) -> Floats:
     """p (1 - p) of scores (H, R, T) of queries at `positions` (R,), for keys from num_exact on: (H, R, T - num_exact).
 
-    Zero for the query's future and for its RECENT_TOKENS.
+    Zero for the keys that are hidden (R, T) from a query, and for its RECENT_TOKENS.
     """
-    columns = np.arange(scores.shape[-1])
-    shown = np.where(columns > positions[:, None], -np.inf, scores)
+    shown = np.where(hidden, -np.inf, scores)
     p = np.exp(shown - shown.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    weights = np.where(columns > positions[:, None] - RECENT_TOKENS, 0.0, p * (1 - p))
-    return weights[..., num_exact:].astype(np.float32)
+    is_recent = np.arange(scores.shape[-1]) > positions[:, None] - RECENT_TOKENS
+    return np.where(is_recent, 0.0, p * (1 - p))[..., num_exact:].astype(np.float32)
 
 
 def _sizes(k2: Float64, q2: Float64, weights: Floats, factors: Float64, rotary: Rotary) -> tuple[Float64, Float64]:

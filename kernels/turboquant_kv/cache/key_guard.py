@@ -21,15 +21,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from turboquant_kv.backends.base import Means
+from turboquant_kv.backends.base import Means, narrower
 from turboquant_kv.backends.numpy_ops.backend import KIT
 from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.backends.portable.kernels import kernels_for
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.padding import widened_rows
+from turboquant_kv.cache.probe import window_of_ring
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
 from turboquant_kv.codec.format import KVFormat, stored_dim
 from turboquant_kv.codec.registry import codec_named
@@ -64,10 +66,15 @@ class Recorded:
     queries: Floats
     scale: float
     cap: float = 0.0  # of scores, as LayerInput has it
+    window: int = 0  # keys that a query sees, its own included; 0: all before it
 
     def last(self, num_queries: int) -> Recorded:
         """The same with fewer queries."""
         return replace(self, queries=self.queries[:, -num_queries:])
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.keys).all() and np.isfinite(self.queries).all())
 
     @property
     def grouped_queries(self) -> Floats:
@@ -81,8 +88,14 @@ class Recorded:
         return np.tile(np.arange(num_tokens - num_rows, num_tokens), len(self.queries) // len(self.keys))
 
     @property
+    def hidden(self) -> npt.NDArray[np.bool_]:
+        """(rows, T): the keys that a query does not see, those after it and those that left its window."""
+        distance = self.query_positions[:, None] - np.arange(self.keys.shape[1])
+        return (distance < 0) | (distance >= (self.window or self.keys.shape[1]))
+
+    @property
     def scores(self) -> Floats:
-        """(H, rows, T): of all keys, those after a query as well."""
+        """(H, rows, T): of all keys, hidden ones as well."""
         return np.asarray(np.float32(self.scale) * self.grouped_queries @ self.keys.swapaxes(1, 2), np.float32)
 
     @property
@@ -109,7 +122,7 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
     seam.install()
     empty = make_prompt_cache(model)
     caches: list[Any] = [
-        _Recorder(offset) if i in layers and type(cache) in (KVCache, RotatingKVCache) else cache
+        _Recorder(offset, window_of_ring(cache)) if i in layers and type(cache) in (KVCache, RotatingKVCache) else cache
         for i, cache in enumerate(leaves(empty))
     ]
     model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
@@ -118,7 +131,7 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
         if isinstance(cache, _Recorder):
             cache.evaluate()
             if cache.recorded is not None:
-                found[i] = _as_recorded(cache.recorded, offset)
+                found[i] = _as_recorded(cache.recorded, offset, cache.window)
             cache.release()
     return found
 
@@ -159,23 +172,30 @@ def limit(measured: Divergences, codec: str) -> float:
 class _Recorder(AttendingCache):
     """One layer's exact attention over one chunk whose first token stands at `offset`."""
 
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
+    def __init__(self, offset: int, window: int) -> None:
+        """window: keys that a query sees, its own included; 0: all before it."""
+        self.offset, self.window = offset, window
         self.recorded: LayerInput | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._hold(keys, values)
         return keys, values
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> str:
-        return "causal"
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str:
+        """As mlx-lm asks for it; an array is (N, N), for this chunk is all that there is."""
+        window = narrower(self.window, window_size)
+        if not return_array and not 0 < window < N:
+            return "causal"
+        mask: mx.array = create_causal_mask(N, window_size=window or None)
+        return mask
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.recorded = step
+        num_tokens, mask = step.keys.shape[2], step.array_mask
         return plain_attention(
             *(step.queries, step.keys, step.values),
             scale=step.scale,
-            mask="causal",
+            mask=self.make_mask(num_tokens) if mask is None else mask[..., -num_tokens:],
             sinks=step.sinks,
             cap=step.cap,
         )
@@ -187,15 +207,15 @@ class _Recorder(AttendingCache):
         self.recorded = None
 
 
-def _as_recorded(step: LayerInput, offset: int) -> Recorded:
+def _as_recorded(step: LayerInput, offset: int, window: int) -> Recorded:
     keys, queries = (np.array(x[0].astype(mx.float32)) for x in (step.keys, step.queries[:, :, -NUM_QUERIES:]))
-    return Recorded(offset, keys, queries, step.scale, step.cap)
+    return Recorded(offset, keys, queries, step.scale, step.cap, window)
 
 
 def _divergences(given: Recorded, means: Means) -> dict[str, float]:
     """Of one layer at one offset, by key codec."""
     given = given.last(NUM_MEASURED_QUERIES)
-    dim, hidden = stored_dim(given.keys.shape[2]), np.arange(given.keys.shape[1])[None] > given.query_positions[:, None]
+    dim, hidden = stored_dim(given.keys.shape[2]), given.hidden
     exact = given.scores
     expected = _log_softmax(given.capped(exact), hidden)
     weights = np.exp(expected)

@@ -7,7 +7,6 @@ that format's own batch. Rings and recurrent state are the same in every format 
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,15 +18,13 @@ from turboquant_kv.backends.plain_attention import plain_attention
 from turboquant_kv.cache import windows
 from turboquant_kv.cache.layer_cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from turboquant_kv.cache.protocol import BatchRows, LayerInput, row_indices
+from turboquant_kv.cache.single_rows import SingleRows
 
 
-class PlainRows(BatchRows):
+class PlainRows(SingleRows, BatchRows):
     """Uncompressed conversations side by side, each in an mlx-lm KVCache of its own: no padding, no copies."""
 
     window = 0  # keys that a query sees, its own included; 0: all before it
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.rows = list(rows)
 
     @property
     def _held_lengths(self) -> list[int]:
@@ -61,34 +58,9 @@ class PlainRows(BatchRows):
     def exact_room(self, idx: int) -> int:
         return sys.maxsize
 
-    def extend(self, other: PlainRows) -> None:
-        """Take over the other batch's rows; it is empty afterwards."""
-        self.rows += other.rows
-        other.rows = []
-
-    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
-        """Keep these rows, in this order."""
-        self.rows = [self.rows[i] for i in row_indices(batch_indices)]
-
-    def extract(self, idx: int) -> Any:
-        """Row `idx` as a single cache; arrays are shared until one of the two is written."""
-        return copy.deepcopy(self.rows[idx])
-
-    def pending_arrays(self) -> list[Any]:
-        return [row.state for row in self.rows]
-
     def release(self) -> None:
-        self.rows = []
+        super().release()
         self._pending = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(row.nbytes) for row in self.rows if not row.empty())
-
-    @property
-    def state(self) -> list[Any]:
-        """Of every row; for mlx-lm programs that evaluate it between steps."""
-        return [row.state for row in self.rows]
 
 
 class RingRows(PlainRows):
@@ -97,6 +69,9 @@ class RingRows(PlainRows):
     @property
     def window(self) -> int:  # type: ignore[override]
         return int(self.rows[0].max_size) if self.rows else 0
+
+    def can_cut(self, idx: int) -> bool:
+        return bool(self.rows[idx].is_trimmable())
 
     def exact_room(self, idx: int) -> int:
         return 0  # what a ring has overwritten does not come back
@@ -115,9 +90,6 @@ class RingRows(PlainRows):
         shown = _row_mask(mask, row, num_queries, length)
         assert isinstance(shown, mx.array)
         return k, v, shown[..., length - k.shape[2] :]
-
-    def is_trimmable(self) -> bool:
-        return all(row.is_trimmable() for row in self.rows)
 
 
 def _differs_by_row(mask: mx.array) -> bool:
@@ -227,6 +199,10 @@ class MixedBatchCache(BatchRows):
         group, i = self.places[idx]
         return group.exact_room(i)
 
+    def can_cut(self, idx: int) -> bool:
+        group, i = self.places[idx]
+        return group.can_cut(i)
+
     def extend(self, other: Any) -> None:
         """Take over the rows of a batch cache of any format; it is empty afterwards."""
         self._split = None
@@ -318,7 +294,7 @@ def _merge_layer(caches: list[Any], padded: bool) -> Any:
         return CacheList(*(_merge_layer(list(c), padded) for c in zip(*(c.caches for c in caches), strict=True)))
     kinds = {id(c.source) if isinstance(c, TurboQuantKVCache) else type(c) for c in caches}
     if kinds == {KVCache} and not padded:
-        return PlainRows([copy.deepcopy(cache) for cache in caches])  # each by itself: one may come twice
+        return PlainRows.copied(caches)
     if len(kinds) > 1 and any(isinstance(c, TurboQuantKVCache) for c in caches):
         return MixedBatchCache.of([_batch_of_one(c) for c in caches])
     return caches[0].merge(caches)
@@ -327,7 +303,7 @@ def _merge_layer(caches: list[Any], padded: bool) -> Any:
 def _batch_of_one(cache: Any) -> Group:
     if isinstance(cache, TurboQuantKVCache):
         return TurboQuantKVCache.merge([cache])
-    return (RingRows if isinstance(cache, RotatingKVCache) else PlainRows)([copy.deepcopy(cache)])
+    return (RingRows if isinstance(cache, RotatingKVCache) else PlainRows).copied([cache])
 
 
 def _extend_layer(mine: Any, theirs: Any) -> Any:

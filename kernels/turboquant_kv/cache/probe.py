@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.base import LayerShape, narrower
 from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache.leaves import layer_numbers, leaves, with_leaves
 from turboquant_kv.cache.mixed_batch import PlainRows
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _CHUNKS = ([0, 1], [2], [1])
 # Both runs compute the same attention on the same exact values; half-precision models differ by rounding only.
 _TOLERANCE = 0.02
+_ATTENDED = (KVCache, RotatingKVCache, ChunkedKVCache)  # mlx-lm's caches of keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class WindowedKVCache(KVCache):  # type: ignore[misc]  # mlx-lm has no types
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """As mlx-lm asks for it; columns are absolute positions."""
-        return super().make_mask(N, return_array=return_array, window_size=min(window_size or self.window, self.window))
+        return super().make_mask(N, return_array=return_array, window_size=narrower(self.window, window_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class ModelLayers:
     numbers: tuple[int, ...] = ()  # the layer that each cache belongs to
     capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
     windows: tuple[Window | None, ...] = ()  # of rings that can be compressed; their states say what mlx-lm's keep
+    kv_heads: frozenset[int] = frozenset()  # how many any layer's attention has, rings included
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -106,14 +108,19 @@ def probe_layers(model: Any) -> ModelLayers:
     query_heads = tuple(c.num_query_heads if isinstance(c, _WatchedRows) else 0 for c in watched)
     capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
     numbers = tuple(layer_numbers(layers))
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows)
+    kv_heads = frozenset(shape_of(c).num_kv_heads for c in caches if isinstance(c, _ATTENDED) and not c.empty())
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows, kv_heads)
+
+
+def window_of_ring(cache: Any) -> int:
+    """Keys that a query sees of a ring; 0: it is none, or one that keeps its first tokens for ever, as is mlx-lm's."""
+    return int(cache.max_size) if type(cache) is RotatingKVCache and not cache.keep else 0
 
 
 def _window_of(cache: Any) -> Window | None:
-    """Of a ring that holds the probe's few tokens. One that keeps its first tokens for ever stays mlx-lm's."""
-    if type(cache) is not RotatingKVCache or cache.empty() or cache.keep:
-        return None
-    return Window(shape_of(cache), int(cache.max_size))
+    """Of a ring that holds the probe's few tokens."""
+    window = window_of_ring(cache)
+    return Window(shape_of(cache), window) if window and not cache.empty() else None
 
 
 class _WatchedRows(PlainRows):
@@ -124,8 +131,7 @@ class _WatchedRows(PlainRows):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         own: int = getattr(self.rows[0], "window", 0)
-        narrowest = min(own, window_size) if own and window_size else own or window_size
-        return super().make_mask(N, return_array, narrowest)
+        return super().make_mask(N, return_array, narrower(own, window_size) or None)
 
     def _attend(self, step: LayerInput) -> mx.array:
         self.num_query_heads = step.queries.shape[1]

@@ -202,14 +202,20 @@ class BatchRows(AttendingCache):
     def empty(self) -> bool:
         return self.size() == 0
 
-    def is_trimmable(self) -> bool:
+    def can_cut(self, idx: int) -> bool:
+        """Whether row `idx` may lose tokens that it has written."""
         return True
 
+    def is_trimmable(self) -> bool:
+        return all(self.can_cut(i) for i in range(len(self._held_lengths)))
+
     def trim(self, n: int) -> int:
-        """Drop the last n tokens of every row, at most the shortest row's; returns how many."""
+        """Drop the last n tokens of every row, at most the shortest row's; returns how many. Raises as `trim_rows`."""
         lengths = self.lengths
         n = min([n, *lengths])
-        surplus = self._trim_pending(n)
+        surplus = max(0, n - self._num_pending)
+        self._check_cut([surplus] * len(lengths))
+        self._trim_pending(n)
         if surplus:
             self._cut_rows([surplus] * len(lengths))
         return n
@@ -217,13 +223,21 @@ class BatchRows(AttendingCache):
     def trim_rows(self, counts: Sequence[int]) -> None:
         """Drop each row's last tokens, so many as `counts` says, after a step that all layers have written.
 
-        Into a compressed page the cut is lossy (sequence.py). Raises ValueError when a row holds fewer.
+        Into a compressed page the cut is lossy (sequence.py). Raises ValueError when a row holds fewer, and
+        UnsupportedModelError when one cannot go back; no row has lost anything then.
         """
         held = self._held_lengths
         if self._pending is not None or any(not 0 <= n <= have for n, have in zip(counts, held, strict=True)):
             raise ValueError(f"rows of {held} tokens cannot be cut by {list(counts)}")
+        self._check_cut(counts)
         if any(counts):
             self._cut_rows(counts)
+
+    def _check_cut(self, counts: Sequence[int]) -> None:
+        """Raises UnsupportedModelError for a row that is to lose tokens and cannot."""
+        for i, num_tokens in enumerate(counts):
+            if num_tokens and not self.can_cut(i):
+                raise UnsupportedModelError(f"row {i} cannot lose {num_tokens} tokens: its ring has overwritten others")
 
 
 def row_indices(batch_indices: Sequence[int] | mx.array) -> list[int]:

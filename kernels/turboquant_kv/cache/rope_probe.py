@@ -51,6 +51,11 @@ def learn_rotary(model: Any, head_dims: dict[int, int], numbers: Sequence[int] |
     return found
 
 
+def has_rope(model: Any) -> bool:
+    """Whether a layer has a rope module, understood or not."""
+    return any(True for layer in getattr(model, "layers", None) or () for _ in _rope_modules(layer))
+
+
 def _rope_modules(layer: Any) -> Iterator[Any]:
     seen: set[int] = set()
     for name, module in layer.named_modules() if hasattr(layer, "named_modules") else ():

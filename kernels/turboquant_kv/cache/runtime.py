@@ -34,7 +34,7 @@ from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import PagedSequence
 from turboquant_kv.cache.trial import Verdict
-from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
 
@@ -68,7 +68,7 @@ class KVRuntime:
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
         self.layer_formats: dict[int, KVFormat] = {}  # of compressed caches, by their place among `leaves`
-        self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds
+        self.layers_left_exact: tuple[int, ...] = ()  # plain ones whose keys no codec holds, rings of odd head dims
         self._sources: dict[int, LayerSource] = {}
         self._pools: tuple[PagePool, ...] = ()  # of compressed layers, one for each length of sliding windows
         if fmt is not None:
@@ -92,7 +92,9 @@ class KVRuntime:
         parts = [f"{count} of {num_layers} layers {name}" for name, count in sorted(others.items())]
         for window, ratio in self._window_ratios().items():
             count = sum(self._window_of(i) == window for i in self._sources)
-            parts.append(f"{count} of {num_layers} layers see {window} tokens, in 1/{ratio:.1f} of their bytes")
+            # Pages are longer than short windows.
+            share = f"1/{ratio:.1f} of" if ratio >= 1 else f"{1 / ratio:.1f} times"
+            parts.append(f"{count} of {num_layers} layers see {window} tokens, in {share} their bytes")
         return ", ".join([self.fmt_name, *parts])
 
     def _window_ratios(self) -> dict[int, float]:
@@ -109,15 +111,7 @@ class KVRuntime:
         if self.layers.unsupported is not None and any(self.shapes):
             raise UnsupportedModelError(self.layers.unsupported)
         raised = {} if calibration is None else key_guard.raised(fmt, calibration.divergences)
-        self.layers_left_exact = tuple(i for i, layer in raised.items() if layer is None)
-        compressed = {
-            i: stored_shape(shape)
-            for i in range(len(self.shapes))
-            if (shape := self._shape_of(i)) is not None and i not in self.layers_left_exact
-        }
-        self.layer_formats = {i: raised.get(i) or fmt for i in compressed}
-        for i, shape in compressed.items():
-            self.layer_formats[i].check_dims(shape.k_dim, shape.v_dim)
+        compressed = self._choose_compressed(fmt, raised)
         known = calibration.layers if calibration is not None else {}
         means = [stored_means(known[i], shape) if i in known else None for i, shape in compressed.items()]
         formats = list(self.layer_formats.values())
@@ -136,6 +130,30 @@ class KVRuntime:
             self._pools += (pool,)
             for layer, n in enumerate(own):
                 self._sources[places[n]] = LayerSource.of_pool(pool, layer, self._dims(places[n]))
+
+    def _choose_compressed(self, fmt: KVFormat, raised: Mapping[int, KVFormat | None]) -> dict[int, LayerShape]:
+        """Stored geometry of the caches that are to be compressed. Sets their formats, and which others stay exact.
+
+        Rings that `fmt` cannot store stay mlx-lm's, as long as there is something that it can; raises for other caches.
+        """
+        compressed: dict[int, LayerShape] = {}
+        refused: UnsupportedFormatError | None = None
+        for i in range(len(self.shapes)):
+            shape, layer_fmt = self._shape_of(i), raised.get(i, fmt)
+            if shape is None:
+                continue
+            try:
+                if layer_fmt is not None:
+                    compressed[i], self.layer_formats[i] = _stored(shape, layer_fmt), layer_fmt
+            except UnsupportedFormatError as error:
+                if not self._window_of(i):
+                    raise
+                refused = error
+            if i not in compressed:
+                self.layers_left_exact += (i,)
+        if refused is not None and not compressed:
+            raise refused
+        return compressed
 
     @property
     def is_compressed_throughout(self) -> bool:
@@ -177,8 +195,12 @@ class KVRuntime:
 
     @property
     def chunk_token_bytes(self) -> float:
-        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, rings included."""
-        return self.token_raw_bytes + sum(state.token_bytes for state in self.layers.states)
+        """Bytes of one token of a prompt's chunk while it is being read: exact in every layer, as that stores it."""
+        total = 0
+        for i, (shape, state) in enumerate(zip(self.shapes, self.layers.states, strict=True)):
+            stored = self._sources[i].shape if i in self._sources else shape
+            total += state.token_bytes if stored is None else stored.raw_token_bytes
+        return float(total)
 
     @property
     def tail_bytes(self) -> float:
@@ -292,7 +314,7 @@ class KVRuntime:
 
     def try_batches(self) -> Batching:
         """Whether rows of this runtime get together what they get alone. Raises what the model raises for one row."""
-        return try_batches(self._model, self, {shape.num_kv_heads for shape in self.shapes if shape is not None})
+        return try_batches(self._model, self, self.layers.kv_heads)
 
     def usable_prefix(self, caches: Sequence[Any], length: int) -> int:
         """Longest n <= length to which a fork of these caches can be cut without loss; 0 if their mix cannot."""
@@ -339,6 +361,13 @@ class KVRuntime:
         """Raises PageAccountingError when the pool's books do not agree."""
         for pool in self._pools:
             pool.check_integrity()
+
+
+def _stored(shape: LayerShape, fmt: KVFormat) -> LayerShape:
+    """A cache's geometry in pages of a format. Raises UnsupportedFormatError."""
+    stored = stored_shape(shape)
+    fmt.check_dims(stored.k_dim, stored.v_dim)
+    return stored
 
 
 def _compressed_bytes(fmt: KVFormat, shape: LayerShape, num_tokens: int) -> int:

@@ -285,7 +285,7 @@ class PagedSequence:
 
     def _has_window_of(self, length: int) -> bool:
         """Whether all keys are there that a query behind `length` tokens sees."""
-        return length - self.pool.window + 1 >= self._state.forgotten or length == self._num_tokens
+        return max(0, length - self.pool.window + 1) >= self._state.forgotten or length == self._num_tokens
 
     def cut(self, layer: int, length: int) -> None:
         """Keep a layer's first `length` tokens. A page cut in its middle comes back decoded, not exact.

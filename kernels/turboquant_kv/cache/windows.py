@@ -7,7 +7,7 @@ conversation can be cut back to the start of its latest page.
 
 from __future__ import annotations
 
-from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.base import LayerShape, narrower
 from turboquant_kv.codec.format import KVFormat, exact_capacity
 
 SPARE_TOKENS = 16
@@ -65,5 +65,5 @@ def window_to_ask(own: int, asked: int | None, as_array: bool) -> int | None:
     """
     if not own:
         return asked
-    narrowest = min(own, asked) if asked else own
+    narrowest = narrower(own, asked)
     return narrowest if as_array or narrowest < own else None

@@ -31,6 +31,7 @@ from turboquant_kv.backends.base import (
     PageWrites,
     SequenceView,
     StepRows,
+    narrower,
 )
 from turboquant_kv.backends.numpy_ops.backend import (
     KIT,
@@ -191,7 +192,7 @@ class NativeStore(NumpyRowStore):
             found = sliding_window(call.mask, call.views)
             if found is None:
                 return attend_by_tiles(self, self.shape, call)
-            window = min(found, window) if found and window else found or window
+            window = narrower(window, found)
         batch, num_q_heads, num_rows, _ = call.queries.shape
         dtype = call.queries.dtype
         make = np.empty if plan.fewest_queries == num_rows else np.zeros
