@@ -219,7 +219,7 @@ class Settings(BaseSettings):
     )
     model_wait_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a request waits so long for its model to be loaded
 
-    dequantize: str = "auto"  # auto | always | never: expand quantised weights to float32 (CPU only)
+    dequantize: str = "auto"  # auto: on a CPU, by the weights as stored; always: expand to float32; never: MLX
     cache_dir: Path = Path("~/.cache/turboserve")
     log_level: str = "info"
     log_json: bool = False

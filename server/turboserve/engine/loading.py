@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from turboquant_kv import blas
+from turboquant_kv.backends.native.backend import is_available
 from turboquant_kv.cache.calibration import Calibration, calibration_for
 from turboquant_kv.cache.probe import probe_layers
 from turboquant_kv.cache.runtime import UnsupportedModelError
@@ -32,6 +33,7 @@ from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.native_linears import install_native_linears, native_bytes, native_candidates
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
@@ -95,16 +97,21 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
-    model, note = _expand_if_wanted(model, settings, memory)
-    if note:
-        progress(note)
-    dtype = weights.activation_dtype(model)
+    is_native = _multiplies_as_stored(model, settings, memory)
+    note = ""
+    if not is_native:
+        model, note = _expand_if_wanted(model, settings, memory)
+    dtype = "float32" if is_native else weights.activation_dtype(model)
     try:
         mx.eval(model.parameters())
         installed = adapters.install(model, settings.adapters, dtype)
+        if is_native:
+            model, note = _take_as_stored(model)  # under the adapters
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
+    if note:
+        progress(note)
     if settings.adapters:
         progress(f"adapters     {adapters.described(installed)}")
     arranged = choose_projections(model, settings.projections)  # of what lies under the adapters as well
@@ -117,7 +124,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         model_id=model_id,
         dtype=dtype,
         max_context=max_context(config, settings.max_context_tokens),
-        weights_bytes=weights.parameter_bytes(model),
+        weights_bytes=weights.parameter_bytes(model) + native_bytes(model),
         weights_fingerprint=weights.fingerprint(folder, dtype),
         eos_ids=end_tokens(tokenizer.eos_token_ids, [config, read_generation_config(folder)]),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
@@ -152,13 +159,30 @@ def max_context(config: dict[str, Any], wanted: int) -> int:
     return min(wanted or own, own)
 
 
+def _multiplies_as_stored(model: Any, settings: Settings, memory: MemoryInfo) -> bool:
+    """Whether the CPU kernels are to multiply by the weights as they are. Raises StartupError."""
+    if settings.dequantize not in ("auto", "always", "never"):
+        raise StartupError(f"dequantize={settings.dequantize!r}: expected auto, always or never.")
+    if mx.default_device().type != mx.DeviceType.cpu or settings.dequantize != "auto" or not is_available():
+        return False
+    linears = native_candidates(model)
+    rest_bytes = weights.expanded_bytes(model, without=linears)  # of experts, say, which become float32
+    wanted = weights.should_expand("auto", on_cpu=True, needed_bytes=rest_bytes, available_bytes=memory.available_bytes)
+    return bool(linears) and wanted
+
+
+def _take_as_stored(model: Any) -> tuple[Any, str]:
+    """The model with native linear layers, everything else in float32; and what to tell about it."""
+    native = install_native_linears(model)
+    expanded = weights.expand(model)
+    return expanded, "weights expanded to float32" if native is None else f"weights {native}"
+
+
 def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
     """The model, maybe with float32 weights, and what to tell about it."""
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     stored, needed = weights.parameter_bytes(model), weights.expanded_bytes(model)
     choice = settings.dequantize
-    if choice not in ("auto", "always", "never"):
-        raise StartupError(f"dequantize={choice!r}: expected auto, always or never.")
     wanted = weights.should_expand(choice, on_cpu=on_cpu, needed_bytes=needed, available_bytes=memory.available_bytes)
     if not wanted or needed == stored:
         return model, ""

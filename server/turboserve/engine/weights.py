@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def parameter_bytes(model: Module) -> int:
     return sum(int(p.nbytes) for _, p in _flat(model.parameters()))
 
 
-def expanded_bytes(model: Module) -> int:
-    """Bytes of the weights as float32, estimated without expanding them."""
-    total = 0
+def expanded_bytes(model: Module, without: Sequence[Module] = ()) -> int:
+    """Bytes of the weights as float32, `without` those of some modules, estimated without expanding them."""
+    total, left_out = 0, {id(module) for module in without}
     for _, module in model.named_modules():
+        if id(module) in left_out:
+            continue
         arrays = {name: value for name, value in module.items() if isinstance(value, mx.array)}  # its own only
         packed = getattr(module, "bits", None)
         for name, array in arrays.items():

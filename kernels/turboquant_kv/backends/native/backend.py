@@ -80,6 +80,11 @@ def num_threads() -> int:
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else thread_limit()
 
 
+def isa_choice() -> str:
+    """The level that TURBOQUANT_ISA names, or "": the fastest."""
+    return os.environ.get(ISA_SWITCH, "").strip()
+
+
 def is_available() -> bool:
     return load_kernels()[0] is not None
 
@@ -234,7 +239,7 @@ class NativeBackend(NumpyBackend):
             raise UnsupportedFormatError(f"KV backend cpu-native: the kernels are not built ({reason})")
         self._kernels = kernels
         levels: list[str] = kernels.isa_levels()
-        self.isa = os.environ.get(ISA_SWITCH, "").strip() or levels[0]
+        self.isa = isa_choice() or levels[0]
         if self.isa not in levels:
             raise UnsupportedFormatError(f"{ISA_SWITCH}={self.isa}: this CPU and build have {', '.join(levels)}")
         self.name = f"cpu-native/{self.isa}"

@@ -68,6 +68,39 @@ TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
     __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
     return (I)_mm256_add_epi32((__m256i)acc, _mm256_add_epi32(even, odd));
 }
+// Linear layers: a unit is four registers of 16 neighbouring words, codes as well as inputs.
+constexpr int kParts = 4;
+using Part = __m256i;
+using Dot = __m256i;
+TQ_INLINE Part load_part(const std::int16_t* unit, int part) { return _mm256_loadu_si256((const __m256i*)(unit + 16 * part)); }
+TQ_INLINE Dot dot_part(Dot acc, Part codes, Part inputs) { return _mm256_add_epi32(acc, _mm256_madd_epi16(codes, inputs)); }
+TQ_INLINE I dot_sum(Dot acc) { return (I)acc; }
+#define TQ_OWN_SMALL_UNPACKING
+TQ_INLINE void store_words(__m128i bytes, std::int16_t* out) { _mm256_storeu_si256((__m256i*)out, _mm256_cvtepu8_epi16(bytes)); }
+TQ_INLINE void unpack_8bit(const std::uint8_t* p, std::int16_t* out) {
+    for (int i = 0; i < 64; i += 16) store_words(_mm_loadu_si128((const __m128i*)(p + i)), out + i);
+}
+// The low and the high `Bits` bits of each byte, which are neighbours: 16 bytes become 32.
+template <int Bits> TQ_INLINE void part_bytes(__m128i x, __m128i out[2]) {
+    const __m128i mask = _mm_set1_epi8((1 << Bits) - 1);
+    const __m128i low = _mm_and_si128(x, mask), high = _mm_and_si128(_mm_srli_epi16(x, Bits), mask);
+    out[0] = _mm_unpacklo_epi8(low, high), out[1] = _mm_unpackhi_epi8(low, high);
+}
+TQ_INLINE void unpack_4bit(const std::uint8_t* p, std::int16_t* out) {
+    for (int s = 0; s < 2; s++) {
+        __m128i bytes[2];
+        part_bytes<4>(_mm_loadu_si128((const __m128i*)(p + 16 * s)), bytes);
+        for (int i = 0; i < 2; i++) store_words(bytes[i], out + 32 * s + 16 * i);
+    }
+}
+TQ_INLINE void unpack_2bit(const std::uint8_t* p, std::int16_t* out) {
+    __m128i pairs[2], bytes[2];
+    part_bytes<4>(_mm_loadu_si128((const __m128i*)p), pairs);
+    for (int s = 0; s < 2; s++) {
+        part_bytes<2>(pairs[s], bytes);
+        for (int i = 0; i < 2; i++) store_words(bytes[i], out + 32 * s + 16 * i);
+    }
+}
 struct Spread {
     __m256i even, odd;
 };

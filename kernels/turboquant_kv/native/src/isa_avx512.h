@@ -73,6 +73,37 @@ template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, 
 }
 // acc + sum of four unsigned times signed bytes per lane.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+// Linear layers: a unit is two registers of 32 neighbouring words, codes as well as inputs.
+constexpr int kParts = 2;
+using Part = __m512i;
+using Dot = __m512i;
+TQ_INLINE Part load_part(const std::int16_t* unit, int part) { return _mm512_loadu_si512(unit + 32 * part); }
+TQ_INLINE Dot dot_part(Dot acc, Part codes, Part inputs) { return _mm512_dpwssd_epi32(acc, codes, inputs); }
+TQ_INLINE I dot_sum(Dot acc) { return (I)acc; }
+#define TQ_OWN_UNPACKING
+// Codes of 64 neighbouring inputs: of a 64-bit lane's four words each takes its code from the bits where that begins.
+template <int Bits> TQ_INLINE void unpack_unit(const std::uint8_t* p, std::int16_t* out) {
+    if constexpr (Bits == 8) {
+        for (int h = 0; h < 2; h++) _mm512_storeu_si512(out + 32 * h, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * h))));
+    } else {
+        alignas(64) static constexpr auto places = [] { // bytes to fetch for each half, then bits to skip
+            std::array<std::uint8_t, 256> t{};
+            for (int h = 0; h < 2; h++)
+                for (int i = 0; i < 64; i++) {
+                    const int lane_bit = (32 * h + i / 8 * 4) * Bits, word_bit = i % 8 / 2 * Bits + lane_bit % 8;
+                    t[64 * h + i] = std::uint8_t(lane_bit / 8 + i % 8);
+                    t[128 + 64 * h + i] = std::uint8_t(i % 2 ? 0 : word_bit);
+                }
+            return t;
+        }();
+        const __m512i raw = _mm512_maskz_loadu_epi8((std::uint64_t(1) << (8 * Bits)) - 1, p), mask = _mm512_set1_epi16((1 << Bits) - 1);
+        for (int h = 0; h < 2; h++) {
+            const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(places.data() + 64 * h), raw);
+            const __m512i words = _mm512_multishift_epi64_epi8(_mm512_load_si512(places.data() + 128 + 64 * h), lanes);
+            _mm512_storeu_si512(out + 32 * h, _mm512_and_si512(words, mask));
+        }
+    }
+}
 using Spread = B4;
 TQ_INLINE Spread spread(B4 c) { return c; }
 TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {

@@ -53,6 +53,43 @@ TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
     int32x4_t sum = vdotq_s32((int32x4_t)acc, vreinterpretq_s8_u8(veorq_u8((uint8x16_t)a, vdupq_n_u8(128))), y);
     return (I)vdotq_s32(vdotq_s32(sum, y, half), y, half);
 }
+// Linear layers: a unit is eight registers of 8 neighbouring words, codes as well as inputs.
+constexpr int kParts = 8;
+using Part = int16x8_t;
+struct Dot { // of the words' lower and upper halves
+    int32x4_t low, high;
+};
+TQ_INLINE Part load_part(const std::int16_t* unit, int part) { return vld1q_s16(unit + 8 * part); }
+TQ_INLINE Dot dot_part(Dot acc, Part codes, Part inputs) {
+    return {vmlal_s16(acc.low, vget_low_s16(codes), vget_low_s16(inputs)), vmlal_high_s16(acc.high, codes, inputs)};
+}
+TQ_INLINE I dot_sum(Dot acc) { return (I)vaddq_s32(acc.low, acc.high); }
+#define TQ_OWN_SMALL_UNPACKING
+TQ_INLINE void store_words(uint8x16_t bytes, std::int16_t* out) {
+    vst1q_s16(out, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes))));
+    vst1q_s16(out + 8, vreinterpretq_s16_u16(vmovl_high_u8(bytes)));
+}
+TQ_INLINE void unpack_8bit(const std::uint8_t* p, std::int16_t* out) {
+    for (int i = 0; i < 64; i += 16) store_words(vld1q_u8(p + i), out + i);
+}
+// The low and the high `Bits` bits of each byte, which are neighbours: 16 bytes become 32.
+template <int Bits> TQ_INLINE uint8x16x2_t part_bytes(uint8x16_t x) {
+    const uint8x16_t mask = vdupq_n_u8((1 << Bits) - 1);
+    return vzipq_u8(vandq_u8(x, mask), vandq_u8(vshrq_n_u8(x, Bits), mask));
+}
+TQ_INLINE void unpack_4bit(const std::uint8_t* p, std::int16_t* out) {
+    for (int s = 0; s < 2; s++) {
+        const uint8x16x2_t bytes = part_bytes<4>(vld1q_u8(p + 16 * s));
+        for (int i = 0; i < 2; i++) store_words(bytes.val[i], out + 32 * s + 16 * i);
+    }
+}
+TQ_INLINE void unpack_2bit(const std::uint8_t* p, std::int16_t* out) {
+    const uint8x16x2_t pairs = part_bytes<4>(vld1q_u8(p));
+    for (int s = 0; s < 2; s++) {
+        const uint8x16x2_t bytes = part_bytes<2>(pairs.val[s]);
+        for (int i = 0; i < 2; i++) store_words(bytes.val[i], out + 32 * s + 16 * i);
+    }
+}
 using Spread = B4;
 TQ_INLINE Spread spread(B4 c) { return c; }
 TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {

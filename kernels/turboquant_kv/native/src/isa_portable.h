@@ -48,6 +48,16 @@ TQ_INLINE I dot_us(I acc, B4 a, B4 b) {
         for (int j = 0; j < 4; j++) acc[i] += int(a[4 * i + j]) * int(std::int8_t(b[4 * i + j]));
     return acc;
 }
+// Linear layers: a unit is eight parts of 8 neighbouring words, codes as well as inputs.
+constexpr int kParts = 8;
+typedef std::int16_t Part __attribute__((vector_size(16)));
+using Dot = I;
+TQ_INLINE Part load_part(const std::int16_t* unit, int part) { return load<Part>(unit + 8 * part); }
+TQ_INLINE Dot dot_part(Dot acc, Part codes, Part inputs) {
+    for (int i = 0; i < 8; i++) acc[i / 2] += int(codes[i]) * int(inputs[i]);
+    return acc;
+}
+TQ_INLINE I dot_sum(Dot acc) { return acc; }
 using Spread = B4;
 TQ_INLINE Spread spread(B4 c) { return c; }
 TQ_INLINE I dot_key(I acc, Spread c, const std::int32_t* words, const std::int32_t*) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "linear_jobs.h"
 #include "store.h"
 
 namespace tq {
@@ -75,6 +76,7 @@ struct KernelTable {
     void (*to_canonical)(const Store&, const Side&, const std::uint8_t* codes, std::uint8_t* packed);
     void (*from_canonical)(const Store&, const Side&, const std::uint8_t* packed, std::uint8_t* codes);
     void (*unrotate_rows)(const Side&, Centre, float* rows, int num_rows); // and add what was subtracted
+    LinearTable linear;
 };
 
 const KernelTable* avx512_kernels(); // null where the compiler or architecture has none

@@ -19,6 +19,7 @@ namespace tq::avx2_level {
 #include "gemm.h"
 #include "prefill.h"
 #include "encode.h"
+#include "linear.h"
 #include "level.h"
 } // namespace tq::avx2_level
 

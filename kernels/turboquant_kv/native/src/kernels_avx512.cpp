@@ -1,4 +1,5 @@
 // The avx512 level; see level.h. Compiled with its own flags (CMakeLists.txt).
+#include <array>
 #include <cstring>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -19,6 +20,7 @@ namespace tq::avx512_level {
 #include "gemm.h"
 #include "prefill.h"
 #include "encode.h"
+#include "linear.h"
 #include "level.h"
 } // namespace tq::avx512_level
 

@@ -15,6 +15,7 @@ namespace tq::portable_level {
 #include "gemm.h"
 #include "prefill.h"
 #include "encode.h"
+#include "linear.h"
 #include "level.h"
 } // namespace tq::portable_level
 

@@ -17,6 +17,7 @@
 
 #include "buffers.h"
 #include "dispatch.h"
+#include "linear_module.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -479,6 +480,7 @@ NB_MODULE(_kernels, m) {
     m.def("as_bfloat16", &tq::as_bfloat16, nb::arg("bits"));
     m.def("set_num_threads", &tq::set_num_threads, nb::arg("num_threads"));
     m.def("num_threads", &tq::num_threads);
+    tq::bind_linear(m);
     nb::class_<NativeStore>(m, "Store")
         .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
              nb::arg("scale"), nb::arg("isa"))

@@ -1,0 +1,73 @@
+"""Products with a linear layer's weights as MLX stores them, by the CPU kernels (docs/cpu.md).
+
+Inputs are rounded to 16 bits, with a scale for every block of 64 (32 where the weights' groups are that small), so that
+a product is made of integers: y = x W^T with W = scale * code + bias per group. Floats of 16 bits are widened in
+registers and multiplied as float32. `reference_product` is the same in NumPy, to be read and compared with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from turboquant_kv.backends.native.backend import isa_choice, load_kernels
+
+Floats = npt.NDArray[np.float32]
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+UNIT = 64  # inputs that are unpacked together; a layer has a multiple of it
+_LEVELS = 32512  # of a rounded input, to either side of zero (linear_jobs.h)
+
+
+class NativeWeights:
+    """One layer's W (N, K), held in MLX's own memory. Threads may share it.
+
+    Raises ValueError for shapes, bits, groups or types that the kernels do not take, RuntimeError without kernels.
+    """
+
+    def __init__(self, weight: mx.array, quantised: Quantised | None = None, bias: mx.array | None = None) -> None:
+        """weight: (N, K) float16 or bfloat16, or with `quantised` its codes, (N, K * bits / 32) uint32; bias (N,)."""
+        kernels, reason = load_kernels()
+        if kernels is None:
+            raise RuntimeError(f"the native kernels are missing: {reason}")
+        offset = None if bias is None else np.array(bias.astype(mx.float32))
+        mx.eval(weight)
+        isa = isa_choice()
+        if quantised is None:
+            self._weights: Any = kernels.LinearWeights(None, None, None, weight, offset, 0, 0, isa)
+        else:
+            mx.eval(quantised.scales, quantised.biases)
+            parts = (weight, quantised.scales, quantised.biases, None, offset)
+            self._weights = kernels.LinearWeights(*parts, quantised.bits, quantised.group, isa)
+
+    def multiply(self, x: mx.array) -> mx.array:
+        """x (..., K) to x W^T + bias, (..., N) float32. A row with a NaN or an infinity becomes NaN."""
+        rows = np.ascontiguousarray(np.asarray(x.astype(mx.float32)))
+        out = np.empty((*x.shape[:-1], self._weights.num_out), np.float32)
+        num_rows = out.size // self._weights.num_out
+        self._weights.multiply(
+            rows.reshape(num_rows, self._weights.num_in), out.reshape(num_rows, self._weights.num_out)
+        )
+        return mx.array(out)
+
+
+class Quantised:
+    """What MLX's affine quantisation keeps beside the codes: scales and biases (N, K / group) of one float type."""
+
+    def __init__(self, scales: mx.array, biases: mx.array, bits: int, group: int) -> None:
+        self.scales, self.biases, self.bits, self.group = scales, biases, bits, group
+
+
+def reference_product(x: Floats, weight: Floats, block: int) -> Floats:
+    """What the kernels compute, for x (M, K) and dequantised weights (N, K): (M, N). block: inputs with one scale."""
+    blocks = x.reshape(len(x), -1, block)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(largest > 0, np.float32(_LEVELS) / largest, 0).astype(np.float32)
+        rounded = np.rint(blocks * inverse) * (largest / np.float32(_LEVELS))
+    product: Floats = rounded.reshape(x.shape) @ weight.T
+    return product

@@ -1,0 +1,187 @@
+"""Linear layers of a model on a CPU, multiplied by the native kernels straight from the weights as they are stored.
+
+Expanding weights to float32 takes up to eight times their memory and, in a decode step, as much of its bandwidth; MLX's
+own products of quantised and 16-bit weights are many times slower on a CPU. Layers that the kernels cannot take (other
+classes, shapes or kinds of quantisation) are left to weights.expand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn
+import numpy as np
+
+from turboquant_kv.backends.native.backend import isa_choice, load_kernels
+from turboquant_kv.backends.native.linear import BITS, GROUPS, UNIT, NativeWeights, Quantised
+
+nn: Any = mlx.nn  # whose stubs say too little
+Module = Any  # one of its modules
+log = logging.getLogger(__name__)
+
+_TRIED_ROWS = 3
+_MOST_ERROR = 1e-3  # between a product and MLX's own, of the results' size: that of inputs of 16 bits is a tenth of it
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLinears:
+    """Which layers of a model the kernels multiply."""
+
+    kinds: dict[str, int]  # "4-bit": number of layers
+    num_bytes: int
+    level: str
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} of {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"multiplied as stored: {counts} (cpu-native/{self.level})"
+
+
+class NativeLinear(nn.Module):  # type: ignore[misc]
+    """A linear layer multiplied by the kernels. Its arrays are no parameters: nothing else may convert them."""
+
+    def __init__(self, linear: Module) -> None:
+        super().__init__()
+        self._held = _arrays(linear)
+        self._weights = _weights_of(linear)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) to (..., out) float32."""
+        return self._weights.multiply(x)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its arrays."""
+        return sum(int(a.nbytes) for a in self._held.values())
+
+
+class NativeEmbedding(nn.Module):  # type: ignore[misc]
+    """A table of embeddings whose output side, where a model uses it as such, is multiplied by the kernels."""
+
+    def __init__(self, embedding: Module) -> None:
+        super().__init__()
+        self._held = _arrays(embedding)
+        self._quantised = _quantised_of(embedding)
+        self._weights = _weights_of(embedding)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """tokens (...) to their rows, (..., width) float32."""
+        rows = self._held["weight"][tokens]
+        if self._quantised is None:
+            return rows.astype(mx.float32)
+        scales, biases = (self._held[name][tokens].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(rows, scales, biases, self._quantised.group, self._quantised.bits)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x (..., width) to (..., rows of the table) float32."""
+        return self._weights.multiply(x)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its arrays."""
+        return sum(int(a.nbytes) for a in self._held.values())
+
+
+def native_candidates(model: Module) -> list[Module]:
+    """The model's layers that the kernels take."""
+    return [child for _, _, child in _replaceable(model)]
+
+
+def install_native_linears(model: Module) -> NativeLinears | None:
+    """Replace a model's linear layers in place; None, and nothing is changed, where there are none to replace.
+
+    One layer of each kind is compared with MLX's own product first. A model that then cannot compute a token (it looks
+    into its layers, say) gets its own layers back.
+    """
+    kernels, _ = load_kernels()
+    if kernels is None:
+        return None
+    found = list(_replaceable(model))
+    if not found:
+        return None
+    for linear in {_kind(child): child for _, _, child in found}.values():
+        if not _is_right(linear):
+            log.warning("native linear layers: %s differs from MLX's own product and is left to MLX", _kind(linear))
+            found = [(parent, name, child) for parent, name, child in found if _kind(child) != _kind(linear)]
+    kinds, num_bytes = Counter[str](), 0
+    for parent, name, child in found:
+        native = NativeEmbedding(child) if _is_embedding(child) else NativeLinear(child)
+        num_bytes += native.num_bytes
+        kinds[_kind(child).split(",")[0]] += 1
+        setattr(parent, name, native)
+    try:
+        mx.eval(model(mx.array([[0]])))
+    except Exception as exc:  # a model's own code, which may expect any attribute of a layer
+        log.warning("native linear layers: the model does not work with them (%s) and keeps MLX's", exc)
+        for parent, name, child in found:
+            setattr(parent, name, child)
+        return None
+    return NativeLinears(dict(kinds), num_bytes, isa_choice() or kernels.isa_levels()[0]) if kinds else None
+
+
+def native_bytes(model: Module) -> int:
+    """Of weights that are no parameters because the kernels hold them."""
+    modules = (module for _, module in model.named_modules())
+    return sum(m.num_bytes for m in modules if isinstance(m, (NativeLinear, NativeEmbedding)))
+
+
+def _replaceable(model: Module) -> Iterator[tuple[Module, str, Module]]:
+    for _, parent in list(model.named_modules()):
+        for name, child in list(parent.items()):
+            if _can_replace(child):
+                yield parent, name, child
+
+
+def _can_replace(child: Any) -> bool:
+    kind = type(child)
+    if kind in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        is_known = child.bits in BITS and child.group_size in GROUPS and getattr(child, "mode", "affine") == "affine"
+        width = child.weight.shape[-1] * 32 // child.bits
+        return is_known and child.weight.ndim == 2 and width % UNIT == 0 and width % child.group_size == 0
+    if kind in (nn.Linear, nn.Embedding):
+        weight = child.weight
+        return weight.dtype in (mx.float16, mx.bfloat16) and weight.ndim == 2 and weight.shape[1] % UNIT == 0
+    return False
+
+
+def _is_embedding(child: Module) -> bool:
+    return type(child) in (nn.Embedding, nn.QuantizedEmbedding)
+
+
+def _arrays(child: Module) -> dict[str, mx.array]:
+    return {name: value for name, value in child.items() if isinstance(value, mx.array)}
+
+
+def _quantised_of(child: Module) -> Quantised | None:
+    if "scales" not in child:
+        return None
+    return Quantised(child.scales, child.biases, child.bits, child.group_size)
+
+
+def _weights_of(child: Module) -> NativeWeights:
+    return NativeWeights(child.weight, _quantised_of(child), child.get("bias"))
+
+
+def _kind(child: Module) -> str:
+    if "scales" in child:
+        return f"{child.bits}-bit, groups of {child.group_size}, {child.scales.dtype}"
+    return str(child.weight.dtype).removeprefix("mlx.core.")
+
+
+def _is_right(child: Module) -> bool:
+    """Whether the kernels' product is MLX's own, but for rounding."""
+    weight, quantised = child.weight, _quantised_of(child)
+    if quantised is not None:
+        scales, biases = quantised.scales.astype(mx.float32), quantised.biases.astype(mx.float32)
+        weight = mx.dequantize(weight, scales, biases, quantised.group, quantised.bits)
+    x = mx.random.normal((_TRIED_ROWS, weight.shape[1]), key=mx.random.key(0))
+    wanted = x @ weight.astype(mx.float32).T
+    if "bias" in child:
+        wanted = wanted + child.bias.astype(mx.float32)
+    got = _weights_of(child).multiply(x)
+    error = np.array(mx.linalg.norm(got - wanted) / mx.linalg.norm(wanted))
+    return bool(error < _MOST_ERROR)  # not for NaN

@@ -1,0 +1,134 @@
+"""Products with weights as MLX stores them, at every level, beside their reference and beside MLX's own arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from turboquant_kv.backends.native import linear
+from turboquant_kv.backends.native.backend import load_kernels
+from turboquant_kv.backends.native.linear import BITS, GROUPS, NativeWeights, Quantised, reference_product
+
+kernels, _ = load_kernels()
+pytestmark = pytest.mark.skipif(kernels is None, reason="the native kernels are not built")
+LEVELS: list[str] = [] if kernels is None else kernels.isa_levels()
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+@pytest.fixture(params=LEVELS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    level: str = request.param
+    monkeypatch.setattr(linear, "isa_choice", lambda: level)
+    return level
+
+
+def random_rows(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, Any]:
+    """With a few rows and columns much larger than the others, as in real models."""
+    scales = np.exp(rng.normal(0, 2, shape[-1])).astype(np.float32)
+    return (rng.standard_normal(shape) * scales).astype(np.float32)
+
+
+def step_of(x: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
+    """How far apart neighbouring values of rounded inputs are, for every input."""
+    largest = np.abs(x.reshape(len(x), -1, block)).max(axis=-1)
+    return np.repeat(largest / 32512, block, axis=-1)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("isa")
+def test_quantised_products_are_those_of_the_reference_and_of_float32(
+    bits: int, group: int, rng: np.random.Generator
+) -> None:
+    for num_out, num_in in ((1, 128), (7, 384), (66, 2304)):
+        dtype = FLOATS[int(rng.integers(len(FLOATS)))]
+        stored = mx.quantize(mx.array(rng.standard_normal((num_out, num_in))).astype(dtype), group, bits)
+        codes, scales, biases = stored
+        bias = mx.array(rng.standard_normal(num_out)).astype(dtype) if num_out > 1 else None
+        weights = NativeWeights(codes, Quantised(scales, biases, bits, group), bias)
+        dense = np.array(mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group, bits))
+        added = 0 if bias is None else np.array(bias.astype(mx.float32))
+        for num_rows in (1, int(rng.integers(2, 9)), 37):
+            x = random_rows(rng, num_rows, num_in)
+            got = np.array(weights.multiply(mx.array(x)))
+            steps, summing = step_of(x, min(group, 64)), 2e-6 * (np.abs(x) @ np.abs(dense).T + np.abs(added))
+            # An input between two steps may go to either: one or two of a row's do so, never all.
+            flips = 2 * steps.max(-1, keepdims=True) * np.abs(dense).max()
+            assert (np.abs(got - reference_product(x, dense, min(group, 64)) - added) <= flips + summing).all()
+            assert (np.abs(got - x @ dense.T - added) <= 0.51 * steps @ np.abs(dense).T + summing).all()
+            # Whoever else is multiplied in the same call: a row keeps its bits.
+            alone = np.concatenate([np.array(weights.multiply(mx.array(x[i : i + 1]))) for i in range(num_rows)])
+            assert np.array_equal(alone, got)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.usefixtures("isa")
+def test_products_with_16_bit_floats_are_those_of_float32(dtype: mx.Dtype, rng: np.random.Generator) -> None:
+    for num_out, num_in in ((1, 64), (7, 192), (131, 1088)):
+        weight = mx.array(rng.standard_normal((num_out, num_in))).astype(dtype)
+        weights, dense = NativeWeights(weight), np.array(weight.astype(mx.float32))
+        x = random_rows(rng, 2, int(rng.integers(1, 20)), num_in)
+        got = np.array(weights.multiply(mx.array(x)))
+        assert got.shape == (*x.shape[:2], num_out)
+        assert np.linalg.norm(got - x @ dense.T) <= 1e-5 * np.linalg.norm(np.abs(x) @ np.abs(dense).T)
+
+
+@pytest.mark.usefixtures("isa")
+def test_rows_that_are_no_numbers_spoil_themselves_only(rng: np.random.Generator) -> None:
+    codes, scales, biases = mx.quantize(mx.array(rng.standard_normal((9, 128)).astype(np.float32)), 64, 4)
+    weights = NativeWeights(codes, Quantised(scales, biases, 4, 64))
+    x = random_rows(rng, 5, 128)
+    x[0] = 0
+    clean = np.array(weights.multiply(mx.array(x)))
+    assert np.array_equal(clean[0], np.zeros(9))
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = x.copy()
+        spoilt[2, int(rng.integers(128))] = bad
+        got = np.array(weights.multiply(mx.array(spoilt)))
+        assert np.isnan(got[2]).all() and np.array_equal(np.delete(got, 2, 0), np.delete(clean, 2, 0))
+
+
+def test_inputs_may_be_views_of_any_float_type(rng: np.random.Generator) -> None:
+    weights = NativeWeights(mx.array(rng.standard_normal((12, 64))).astype(mx.float16))
+    x = mx.array(random_rows(rng, 64, 3, 2))
+    turned = x.transpose(2, 1, 0)
+    assert mx.array_equal(weights.multiply(turned), weights.multiply(mx.array(np.array(turned))))
+    half = turned.astype(mx.bfloat16)
+    assert mx.array_equal(weights.multiply(half), weights.multiply(half.astype(mx.float32)))
+    assert weights.multiply(mx.zeros((0, 64))).shape == (0, 12)
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    assert kernels is not None
+    codes, scales, biases = mx.quantize(mx.zeros((4, 128)), 64, 4)
+    good = {"codes": codes, "scales": scales, "biases": biases, "floats": None, "offset": None, "bits": 4, "group": 64}
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"bits": 7}, "bits"),
+        ({"bits": 0}, "bits"),
+        ({"group": 16}, "groups"),
+        ({"group": 128}, "along axis 1"),
+        ({"codes": mx.contiguous(codes[:, :4])}, "multiple of 64"),
+        ({"codes": mx.contiguous(codes[:3])}, "along axis 0"),
+        ({"scales": scales.astype(mx.float16)}, "another type"),
+        ({"scales": scales.astype(mx.int32)}, "float32, float16 or bfloat16"),
+        ({"offset": mx.zeros(5)}, "along axis 0"),
+        ({"floats": mx.zeros((4, 128))}, "float32"),
+        ({"floats": mx.zeros((4, 100), mx.float16)}, "multiple of 64"),
+        ({"isa": "abacus"}, "abacus"),
+    ]
+    for change, said in bad:
+        with pytest.raises(ValueError, match=said):
+            kernels.LinearWeights(**{**good, "isa": "auto", **change})
+    weights = kernels.LinearWeights(**good, isa="auto")
+    for x, y, said in (
+        (np.zeros((2, 127), np.float32), np.zeros((2, 4), np.float32), "along axis 1"),
+        (np.zeros((2, 128), np.float64), np.zeros((2, 4), np.float32), "type"),
+        (np.zeros((2, 128), np.float32), np.zeros((3, 4), np.float32), "along axis 0"),
+        (np.zeros((2, 256), np.float32)[:, ::2], np.zeros((2, 4), np.float32), "contiguous"),
+        (np.zeros((2, 128), np.float32), np.zeros((2, 8), np.float32)[:, ::2], "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            weights.multiply(x, y)
