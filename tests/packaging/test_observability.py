@@ -66,8 +66,8 @@ def test_every_metric_asked_for_is_on_a_servers_or_a_routers_page(start: Start) 
         body = {"messages": [{"role": "user", "content": "hi"}]}
         assert httpx.post(service.url + "/v1/chat/completions", json=body).status_code == 200
         series = shown(httpx.get(service.url + "/metrics").text)
-    for name, labels in shown(start({"a": {}}).get("/metrics").text).items():
-        series.setdefault(name, set()).update(labels)
+    for name, given in shown(start({"a": {}}).get("/metrics").text).items():
+        series.setdefault(name, set()).update(given)
     of_prometheus = {"instance", "job"}
     asked = {metric for expression in expressions() for metric in metrics(expression)}
     assert len(asked) > 40

@@ -23,6 +23,7 @@ from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
 from turboserve.api.shapes import SHAPES
+from turboserve.api.vllm_metrics import VllmCollector
 from turboserve.engine.protocol import Engine
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -36,7 +37,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
     Raises StartupError when the settings would expose the server without a key.
     """
     check_exposure(settings)
-    telemetry.use_readings(EngineCollector(engine))
+    telemetry.use_readings(EngineCollector(engine), VllmCollector(engine, telemetry))
     # Its own documentation loads scripts from other hosts; `routes.py` serves ours.
     app = FastAPI(title="TurboServe", version=__version__, openapi_url=None, redirect_slashes=False)
     app.state.context = ApiContext(
