@@ -1,9 +1,9 @@
 # Homebrew's formula, for a tap of one's own; docs/install.md has the steps. There is no release to name yet, so it installs
-# from the Git checkout that HOMEBREW_TURBOSERVE_GIT names, by --HEAD.
+# from the Git checkout that HOMEBREW_CHECKOUT names, by --HEAD.
 class Turboserve < Formula
   desc "OpenAI-compatible server for MLX models with compressed KV caches"
   license "MIT"
-  head ENV.fetch("HOMEBREW_TURBOSERVE_GIT", ""), using: :git
+  head ENV.fetch("HOMEBREW_CHECKOUT", ""), using: :git
 
   depends_on arch: :arm64
   depends_on :macos
