@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ def drawing(model: Model = MODELS[5]) -> str:
     width, height, left, bottom, most_tokens = 640, 320, 56, 40, 131072
     most = model.token_f16_bytes * most_tokens
     curves: dict[str, Callable[[int], int]] = {"f16": lambda n: model.token_f16_bytes * n}
-    curves |= {name: lambda n, fmt=fmt: model.kv_bytes(fmt, n) for name, fmt in FORMATS.items()}  # type: ignore[misc]
+    curves |= {name: partial(model.kv_bytes, fmt) for name, fmt in FORMATS.items()}
 
     def place(num_tokens: int, num_bytes: int) -> str:
         x = left + (width - left - 90) * num_tokens / most_tokens

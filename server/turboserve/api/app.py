@@ -23,6 +23,7 @@ from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
 from turboserve.api.shapes import SHAPES
+from turboserve.api.tracing import tracing_from_environment
 from turboserve.api.vllm_metrics import VllmCollector
 from turboserve.engine.protocol import Engine
 from turboserve.settings import Settings
@@ -59,7 +60,12 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
     app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=shapes)
     app.include_router(router)
     app.add_middleware(
-        Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes), router_key=router_key
+        Frontdoor,
+        settings=settings,
+        telemetry=telemetry,
+        aliases=PathAliases(router.routes),
+        router_key=router_key,
+        tracing=tracing_from_environment(),
     )
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)
