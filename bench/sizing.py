@@ -10,7 +10,6 @@ that `--kv-budget auto` follows on a Mac. A test holds the page to what this pri
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -150,8 +149,9 @@ def drawing(model: Model = MODELS[5]) -> str:
 def filled(page: str) -> str:
     """The page with both tables between its marks."""
     for mark, lines in (("tokens", token_table()), ("fitting", fitting_table())):
-        text = "\n".join(lines)
-        page = re.sub(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", lambda m, t=text: m[1] + t + m[2], page, flags=re.S)
+        before, begin, rest = page.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition("\n<!-- end -->")
+        page = before + begin + "\n".join(lines) + end + after
     return page
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from tests.turboserve.api.conftest import running
-from tests.turboserve.api.scripted import MODEL_ID
 
 from turboserve.api.tracing import tracing_from_environment
 
@@ -94,12 +93,10 @@ def test_a_request_is_a_span_below_its_callers(collector: Collector, stream: boo
     assert noted["http.response.status_code"] == 200 and noted["gen_ai.usage.output_tokens"] > 0
     assert noted["gen_ai.response.finish_reasons"] == ["stop"]
     assert [event.name for event in span.events] == ["first_token"]
-    assert plain(spans["GET /v1/models/{model_id}"].attributes)["http.response.status_code"] == 404
+    (other,) = [span for name, span in spans.items() if name.startswith("GET /v1/models/{")]
+    assert plain(other.attributes)["http.response.status_code"] == 404
     everything = b"".join(collector.bodies)
-    assert (
-        b"do not trace" not in everything and b"Hello, world" not in everything and b"a-secret-name" not in everything
-    )
-    assert MODEL_ID.encode() not in span.SerializeToString()
+    assert not [text for text in (b"do not trace", b"Hello, world", b"a-secret-name") if text in everything]
 
 
 def test_without_a_collector_there_are_no_traces() -> None:
