@@ -76,7 +76,7 @@ metal: $(DEV_STAMP)
 # An environment of its own: the site needs nothing of the server, and the server nothing of the site.
 DOCS_VENV := build/docs-venv
 docs: $(DOCS_VENV)/.installed
-	@$(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file config/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file config/mkdocs.yml
 
 $(DOCS_VENV)/.installed: pyproject.toml
 	@.ci/install $(DOCS_VENV) docs
