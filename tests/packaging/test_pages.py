@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -49,6 +50,14 @@ def test_sizes_are_those_that_the_formats_have() -> None:
     page = (DOCS / "sizing.md").read_text("utf-8")
     assert sizing["filled"](page) == page, "python bench/sizing.py --write"
     assert (DOCS / "kv-memory.svg").read_text("utf-8") == sizing["drawing"](), "python bench/sizing.py --write"
+
+
+def test_the_drawing_of_rotation_is_what_the_codec_does() -> None:
+    """Up to a pixel: sums of floats differ in their last bits from machine to machine."""
+    drawn, kept = (runpy.run_path(str(ROOT / "bench" / "explain.py"))["drawing"](), (DOCS / "rotation.svg").read_text())
+    numbers = [np.array([float(text) for text in re.findall(r"\d+(?:\.\d+)?", image)]) for image in (drawn, kept)]
+    assert len(numbers[0]) == len(numbers[1]) > 500
+    assert np.abs(numbers[0] - numbers[1]).max() < 1
 
 
 def test_the_site_has_every_page() -> None:
