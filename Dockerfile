@@ -1,4 +1,4 @@
-# The CPU server. Build: docker build -t turboserve .   Run: see docs/deploy.md
+# The server. Build: docker build -t turboserve .   (--build-arg BACKEND=cuda12 for NVIDIA)   Run: see docs/deploy.md
 FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
@@ -8,10 +8,12 @@ COPY server ./server
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim
+# The MLX backend: cpu, cuda12 or cuda13. The CUDA libraries come as Python packages; the host brings the driver.
+ARG BACKEND=cpu
 # g++ stays: on a CPU, MLX compiles fused element-wise operations at run time.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=build /wheels /wheels
-RUN wheel="$(ls /wheels/turboserve-*.whl)" && pip install --no-cache-dir "${wheel}[cpu]" && rm -rf /wheels
+RUN wheel="$(ls /wheels/turboserve-*.whl)" && pip install --no-cache-dir "${wheel}[${BACKEND}]" && rm -rf /wheels
 
 RUN useradd --uid 10001 --create-home turboserve && mkdir -p /models /cache && chown turboserve /models /cache
 USER turboserve

@@ -4,6 +4,8 @@
 # make lint    ruff, mypy --strict and the import contracts
 # make sanitize  the native kernels' tests under the address, undefined-behaviour and thread sanitizers
 # make emulate   the NEON kernels against the portable ones under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
+# make metal   the GPU kernels' tests and benchmarks on this machine, into build/metal/report.md (MODEL)
+# make docs    the documentation as a site, into build/site; a broken link fails
 # make clean   remove .venv and build output
 
 PORT ?= 8000
@@ -23,7 +25,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard kernels/turboquant_kv/native
 BASE_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: serve test clients lint sanitize emulate clean
+.PHONY: serve test clients lint sanitize emulate metal docs clean
 
 serve: $(BASE_STAMP)
 	@exec $(BIN)/turboserve serve $(MODEL) --port $(PORT) $(ARGS)
@@ -67,6 +69,18 @@ emulate:
 	$(ARM_CXX) $(NATIVE_TESTS)/levels_test.cpp $(NATIVE_SOURCES)/dispatch.cpp $(wildcard $(NATIVE_SOURCES)/kernels_*.cpp) \
 		-o $(EMULATED)/levels_test
 	qemu-aarch64 $(EMULATED)/levels_test
+
+metal: $(DEV_STAMP)
+	@MODEL="$(MODEL)" .ci/metal $(VENV) build/metal
+
+# An environment of its own: the site needs nothing of the server, and the server nothing of the site.
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --config-file config/mkdocs.yml
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	@.ci/install $(DOCS_VENV) docs
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -18,6 +18,9 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request being handled in this context; empty outside of requests."""
 
+trace_id: ContextVar[str] = ContextVar("trace_id", default="")
+"""Of the request being handled, in hexadecimal; empty outside of requests and without traces."""
+
 # They report every connection, file or step at INFO; uvicorn's steps are logged by turboserve.api already.
 _CHATTY = ("httpx", "httpcore", "huggingface_hub", "filelock", "urllib3", "asyncio", "uvicorn.error")
 
@@ -43,7 +46,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (Unix seconds), level, logger, message, request_id, exception."""
+    """One JSON object per line: time (Unix seconds), level, logger, message, request_id, trace_id, exception.
+
+    A record's own `fields` (`logger.info(text, extra={"fields": {...}})`) follow under their names.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -54,6 +60,9 @@ class JsonFormatter(logging.Formatter):
         }
         if rid := request_id.get():
             entry["request_id"] = rid
+        if tid := trace_id.get():
+            entry["trace_id"] = tid
+        entry |= getattr(record, "fields", {})
         if traceback := _traceback(self, record):
             entry["exception"] = traceback
         # Pure ASCII, so that neither C1 controls nor lone surrogates reach a terminal; only DEL is left over.

@@ -8,8 +8,11 @@ All methods are thread-safe and cheap enough to be called once per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 # From one step of a small model to a long prompt on a laptop.
@@ -27,7 +30,8 @@ class Telemetry:
         # `*_created` series double the page and no dashboard reads them.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._readings: Collector | None = None
+        self._readings: tuple[Collector, ...] = ()
+        self._counted: list[Counter | Histogram] = []
         ProcessCollector(registry=self.registry)
         self._define_engine_series()
         self._define_http_series()
@@ -67,10 +71,14 @@ class Telemetry:
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"turboserve_{name}", text, labels, registry=self.registry)
+        counter = Counter(f"turboserve_{name}", text, labels, registry=self.registry)
+        self._counted.append(counter)
+        return counter
 
     def _histogram(self, name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
-        return Histogram(f"turboserve_{name}", text, buckets=buckets_s, registry=self.registry)
+        histogram = Histogram(f"turboserve_{name}", text, buckets=buckets_s, registry=self.registry)
+        self._counted.append(histogram)
+        return histogram
 
     # Called by the engine.
 
@@ -139,12 +147,18 @@ class Telemetry:
         """`stream`, `whole` (not streamed), `stalled` (the reader stopped reading) or `gave_way` (to a new one)."""
         self._http_disconnects.labels(kind).inc()
 
-    def use_readings(self, collector: Collector) -> None:
-        """Makes `collector` the source of gauges, in place of an earlier one."""
-        if self._readings is not None:
-            self.registry.unregister(self._readings)
-        self.registry.register(collector)
-        self._readings = collector
+    def use_readings(self, *collectors: Collector) -> None:
+        """Makes `collectors` the source of gauges and of what is derived from counts, in place of earlier ones."""
+        for collector in self._readings:
+            self.registry.unregister(collector)
+        for collector in collectors:
+            self.registry.register(collector)
+        self._readings = collectors
+
+    def counted(self) -> Iterator[Metric]:
+        """The counters and histograms as they stand now, without readings and the process's own series."""
+        for metric in self._counted:
+            yield from metric.collect()
 
     def exposition(self) -> bytes:
         """The `/metrics` page in Prometheus text format 0.0.4."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -63,37 +65,82 @@ def test_command_and_health_check_are_real() -> None:
 
 def test_environment_names_settings() -> None:
     names = {key for key in environment() if key.startswith("TURBOSERVE_")}
-    names |= {key for key in COMPOSE["services"]["turboserve"]["environment"] if key.startswith("TURBOSERVE_")}
+    names |= {key for server in servers() for key in server["environment"] if key.startswith("TURBOSERVE_")}
     assert {name.removeprefix("TURBOSERVE_").lower() for name in names} <= set(Settings.model_fields)
     volumes = json.loads(arguments("VOLUME")[0])
     assert any(environment()["TURBOSERVE_CACHE_DIR"].startswith(volume) for volume in volumes)
     assert environment()["TURBOSERVE_PORT"] in arguments("EXPOSE")
 
 
+def servers() -> list[dict[str, Any]]:
+    """The CPU's and the GPU's."""
+    return [service for service in COMPOSE["services"].values() if "build" in service]
+
+
 def test_compose_publishes_on_this_machine_only_and_demands_a_key() -> None:
     for service in COMPOSE["services"].values():
         assert service["ports"], "unpublished"
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        assert service["cap_drop"] == ["ALL"]
-    server = COMPOSE["services"]["turboserve"]
-    assert server["environment"]["TURBOSERVE_API_KEY"].startswith("${TURBOSERVE_API_KEY:?")
-    assert server["ports"][0].endswith(":" + environment()["TURBOSERVE_PORT"])
-    mounts = {volume.split(":")[1] for volume in server["volumes"]}
-    assert mounts == set(json.loads(arguments("VOLUME")[0]))
+    for server in servers():
+        assert server["environment"]["TURBOSERVE_API_KEY"].startswith("${TURBOSERVE_API_KEY:?")
+        assert server["ports"][0].endswith(":" + environment()["TURBOSERVE_PORT"])
+        mounts = {volume.split(":")[1] for volume in server["volumes"]}
+        assert mounts == set(json.loads(arguments("VOLUME")[0]))
 
 
 def test_compose_refers_only_to_what_it_defines() -> None:
-    named = {key for key in ("volumes", "secrets") for key in COMPOSE[key]}
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in named or source == "./models" or (ROOT / source).exists(), source
-        assert set(service.get("secrets", [])) <= named
+            assert source in COMPOSE["volumes"] or source == "./models" or (ROOT / source).exists(), source
         assert set(service.get("depends_on", {})) <= set(COMPOSE["services"])
 
 
-@pytest.mark.parametrize("name", ["turboserve", "prometheus"])
-def test_services_restart_and_cannot_gain_privileges(name: str) -> None:
+def test_each_profile_has_one_server_and_what_watches_it() -> None:
+    """Both servers answer to the name that Prometheus asks, and no service starts without a profile."""
+    for profile, backend in (("cpu", "cpu"), ("cuda", "${CUDA_BACKEND:-cuda12}")):
+        started = {name: s for name, s in COMPOSE["services"].items() if profile in s["profiles"]}
+        (server,) = [service for service in servers() if service in started.values()]
+        assert set(started) - {"prometheus", "grafana"} == {n for n, s in started.items() if s is server}
+        names = {name for name, service in started.items() if service is server}
+        names |= set(server.get("networks", {}).get("default", {}).get("aliases", []))
+        assert "turboserve" in names
+        (default,) = arguments("ARG")
+        build = server["build"] if isinstance(server["build"], dict) else {}
+        assert build.get("args", {}).get("BACKEND", default.removeprefix("BACKEND=")) == backend
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_services_write_to_volumes_only_and_cannot_gain_privileges(name: str) -> None:
     service = COMPOSE["services"][name]
     assert service["restart"] == "unless-stopped"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+    if "build" in service:
+        assert arguments("USER") and arguments("HEALTHCHECK")
+    else:
+        assert not service["user"].startswith(("0", "root"))
+        assert service["healthcheck"]["test"][0] == "CMD"
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "an image that may change"
+
+
+def test_prometheus_finds_the_key_where_its_configuration_looks(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The shell that stands before Prometheus, run here with another folder and with `echo` in Prometheus' place."""
+    service = COMPOSE["services"]["prometheus"]
+    config = yaml.safe_load((ROOT / "config" / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    key_file = Path(job["authorization"]["credentials_file"])
+    (mount,) = service["tmpfs"]
+    assert Path(mount.split(":")[0]) == key_file.parent and "mode=0700,uid=65534" in mount
+    assert service["user"].startswith("65534")
+    shell = [part.replace("$$", "$").replace(str(key_file.parent), str(tmp_path)) for part in service["entrypoint"]]
+    shell = [part.replace("/bin/prometheus", "/bin/echo") for part in shell]
+    key = rng.bytes(8).hex() + " %s\\n"
+    done = subprocess.run(
+        [*shell, *service["command"]], env={"TURBOSERVE_API_KEY": key}, capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / key_file.name).read_text() == key
+    assert done.stdout.split() == service["command"]
+    files = {volume.split(":")[1] for volume in service["volumes"]}
+    assert {"/etc/prometheus/prometheus.yml", *(f"/etc/prometheus/{rule}" for rule in config["rule_files"])} <= files

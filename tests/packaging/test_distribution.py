@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from importlib import metadata, resources
@@ -21,8 +22,24 @@ LINUX = {"platform_system": "Linux", "platform_machine": "x86_64", "sys_platform
 MACOS = {"platform_system": "Darwin", "platform_machine": "arm64", "sys_platform": "darwin", "extra": ""}
 
 
-def test_version_is_stated_once_and_a_half() -> None:
-    assert PROJECT["project"]["version"] == __version__
+def test_version_is_stated_once() -> None:
+    """In the package; the build reads it there."""
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    source = PROJECT["tool"]["scikit-build"]["metadata"]["version"]["input"]
+    assert f'__version__ = "{__version__}"' in (ROOT / source).read_text()
+    texts = [
+        ROOT / name for name in ("Dockerfile", "docker-compose.yml", "pyproject.toml", "CMakeLists.txt", "Makefile")
+    ]
+    assert not [
+        file.name for file in texts if re.search(rf"(turboserve|version)\W+{re.escape(__version__)}", file.read_text())
+    ]
+
+
+def test_wheels_are_built_for_every_python_that_is_supported() -> None:
+    oldest = int(PROJECT["project"]["requires-python"].removeprefix(">=3."))
+    built = [int(text.removeprefix("cp3").removesuffix("-*")) for text in PROJECT["tool"]["cibuildwheel"]["build"]]
+    assert built == list(range(oldest, built[-1] + 1))
+    assert sys.version_info[1] in built
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
@@ -58,7 +75,8 @@ def test_what_is_imported_is_declared_and_nothing_more() -> None:
     foreign = imported - set(sys.stdlib_module_names) - {"turboserve", "turboquant_kv", "pydantic_core"}
     declared = {requirement.name.replace("-", "_") for requirement in REQUIREMENTS}
     # transformers is capped because mlx-lm needs it; scipy_openblas32 is found, never imported.
-    assert foreign | {"transformers", "scipy_openblas32"} == declared
+    # OpenTelemetry is optional: an extra.
+    assert foreign | {"transformers", "scipy_openblas32"} == declared | {"opentelemetry"}
 
 
 def test_openblas_is_for_linux_only() -> None:

@@ -84,3 +84,12 @@ def test_level_and_repeated_configuration(stream: io.StringIO) -> None:
     logging.getLogger("turboserve.test").warning("shown")
     assert len(stream.getvalue().splitlines()) == 1
     assert not logging.getLogger("uvicorn.access").handlers
+
+
+def test_fields_and_the_trace_are_keys_of_their_own(stream: io.StringIO) -> None:
+    logs.configure("info", json_lines=True, stream=stream)
+    token = logs.trace_id.set("0af7")
+    logging.getLogger("turboserve.test").info("GET /health", extra={"fields": {"status": 200, "ms": 0.4}})
+    logs.trace_id.reset(token)
+    entry = json.loads(stream.getvalue())
+    assert (entry["status"], entry["ms"], entry["trace_id"], entry["message"]) == (200, 0.4, "0af7", "GET /health")

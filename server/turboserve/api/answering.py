@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from turboserve.api import tracing
 from turboserve.api.context import ApiContext
 from turboserve.api.mailbox import Mailbox
 from turboserve.errors import TurboServeError
@@ -198,6 +199,7 @@ class AnswerResponse(Response):
             event = None
             while not isinstance(event, Finished | Failed):
                 event = await mailboxes[0].next(silence_s)
+                tracing.saw(event)
                 yield 0, event
             return
         waiting = {asyncio.ensure_future(box.next(silence_s)): i for i, box in enumerate(mailboxes)}
@@ -206,6 +208,7 @@ class AnswerResponse(Response):
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in sorted(done, key=waiting.__getitem__):
                     choice, event = waiting.pop(task), task.result()
+                    tracing.saw(event)
                     yield choice, event
                     if isinstance(event, Failed):
                         return

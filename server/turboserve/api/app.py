@@ -23,6 +23,8 @@ from turboserve.api.responses.store import ResponseStore
 from turboserve.api.routes import router
 from turboserve.api.security import check_exposure
 from turboserve.api.shapes import SHAPES
+from turboserve.api.tracing import tracing_from_environment
+from turboserve.api.vllm_metrics import VllmCollector
 from turboserve.engine.protocol import Engine
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -36,7 +38,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
     Raises StartupError when the settings would expose the server without a key.
     """
     check_exposure(settings)
-    telemetry.use_readings(EngineCollector(engine))
+    telemetry.use_readings(EngineCollector(engine), VllmCollector(engine, telemetry))
     # Its own documentation loads scripts from other hosts; `routes.py` serves ours.
     app = FastAPI(title="TurboServe", version=__version__, openapi_url=None, redirect_slashes=False)
     app.state.context = ApiContext(
@@ -58,7 +60,12 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
     app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=shapes)
     app.include_router(router)
     app.add_middleware(
-        Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(router.routes), router_key=router_key
+        Frontdoor,
+        settings=settings,
+        telemetry=telemetry,
+        aliases=PathAliases(router.routes),
+        router_key=router_key,
+        tracing=tracing_from_environment(),
     )
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)

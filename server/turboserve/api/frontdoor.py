@@ -20,6 +20,7 @@ from turboserve.api.cors import CorsGuard
 from turboserve.api.exception_replies import answer_exception
 from turboserve.api.held_bytes import CountedBody, HeldBytes
 from turboserve.api.security import HostGuard, Introduction, KeyGuard, RouterGuard, header
+from turboserve.api.tracing import Tracing
 from turboserve.errors import AuthenticationError, HeadersTooLargeError, InvalidRequestError
 from turboserve.logs import request_id as log_request_id
 from turboserve.settings import Settings
@@ -44,9 +45,16 @@ class Frontdoor:
     """Sets `scope["state"]["request_id"]` and `["tenant"]` for the routes."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, telemetry: Telemetry, aliases: PathAliases, router_key: str = ""
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        telemetry: Telemetry,
+        aliases: PathAliases,
+        router_key: str = "",
+        tracing: Tracing | None = None,
     ) -> None:
         """With `router_key`, only the router that knows it is let in; it says whose a request is."""
+        self._tracing = tracing
         self._app, self._aliases = app, aliases
         self._router = RouterGuard(router_key)
         self._cors = CorsGuard(settings.cors_allowed_origins)
@@ -61,6 +69,17 @@ class Frontdoor:
         scope["path"] = self._aliases.canonical(scope["path"])
         introduced = self._router.introduction(scope["headers"])
         visit = Visit(scope, send, self._cors.grants(scope["headers"]), introduced.request_id if introduced else None)
+        if self._tracing is None:
+            return await self._answer(visit, introduced, scope, receive, send)
+        with self._tracing.request(scope["headers"]) as span:
+            try:
+                await self._answer(visit, introduced, scope, receive, send)
+            finally:
+                span.end(visit.method, visit.route, visit.status or 499, visit.request_id)
+
+    async def _answer(
+        self, visit: Visit, introduced: Introduction | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         body = CountedBody(receive, self._held)
         log_context = log_request_id.set(visit.request_id)
         try:
@@ -107,7 +126,8 @@ class Frontdoor:
         # 499: the client had left before a status was sent.
         status = visit.status or 499
         self._telemetry.http_request(visit.route, status)
-        logger.info("%s %s %d %.1f ms", visit.method, visit.route, status, visit.elapsed_ms)
+        fields = {"method": visit.method, "route": visit.route, "status": status, "ms": round(visit.elapsed_ms, 1)}
+        logger.info("%s %s %d %.1f ms", *fields.values(), extra={"fields": fields})
 
 
 async def _send_empty(visit: Visit, headers: list[tuple[bytes, bytes]]) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from turboserve.api.activation import inherited_listener
 from turboserve.api.connection import connection_factory
 from turboserve.api.drain import Drain
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
-from turboserve.api.security import check_exposure
+from turboserve.api.security import check_exposure, is_loopback
 from turboserve.descriptors import connection_limit, raise_limit
 from turboserve.engine.protocol import Engine
 from turboserve.errors import StartupError
@@ -38,13 +39,15 @@ COMPLAINT_EVERY_S = 60.0
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A listening socket on settings.host:port; port 0 takes any free one.
+    """A listening socket: systemd's, where it handed one over, else on settings.host:port; port 0 takes any free one.
 
     Raises StartupError, in one line that names the fix, when that cannot or must not be done.
     Call it before loading a model, so that a busy port is reported at once.
     """
     check_exposure(settings)
     raise_limit()
+    if (sock := inherited_listener()) is not None:
+        return _checked(sock, settings)
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -52,6 +55,15 @@ def bind(settings: Settings) -> socket.socket:
         return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as exc:
         raise StartupError(_bind_failure(exc, settings)) from exc
+
+
+def _checked(sock: socket.socket, settings: Settings) -> socket.socket:
+    """`sock`, if it reaches as far as `settings.host` says, by which keys and Host headers are judged."""
+    host = sock.getsockname()[0]
+    if is_loopback(host) != is_loopback(settings.host):
+        sock.close()
+        raise StartupError(f"systemd's socket listens on {host}, and host is {settings.host}: set --host {host}.")
+    return sock
 
 
 def _bind_failure(exc: OSError, settings: Settings) -> str:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Argument, Option
 
-from turboserve import __version__
 from turboserve.cli import config, doctor, stats
 from turboserve.cli.config import UsageError
 from turboserve.errors import StartupError
@@ -29,14 +28,22 @@ ConfigFile = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"turboserve {__version__}")
+        from turboserve.installed import version_line  # late: looks around among what is installed
+
+        typer.echo(version_line())
         raise typer.Exit
 
 
 @app.callback()
 def root(
     version: Annotated[
-        bool, Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+        bool,
+        Option(
+            "--version",
+            help="Print the version and the backends.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """An OpenAI-compatible server for MLX models over compressed KV caches.

@@ -25,6 +25,7 @@ from turboserve.api.responses import routes as responses
 from turboserve.api.routes import router as api_router
 from turboserve.api.security import check_exposure
 from turboserve.api.shapes import SHAPES
+from turboserve.api.tracing import tracing_from_environment
 from turboserve.fleet.context import FleetContext
 from turboserve.fleet.fleet import Fleet
 from turboserve.fleet.forwarding import by_body, by_id, by_query
@@ -69,7 +70,13 @@ def create_router_app(fleet: Fleet, catalogue: Catalogue, settings: Settings, te
     shapes = (*SHAPES, *anthropic.SHAPES, *responses.SHAPES)
     app.state.description = ApiDescription(described, needs_key=needs_key, shapes=shapes)
     app.router.routes.extend(_answered(route, own) for route in described)
-    app.add_middleware(Frontdoor, settings=settings, telemetry=telemetry, aliases=PathAliases(described))
+    app.add_middleware(
+        Frontdoor,
+        settings=settings,
+        telemetry=telemetry,
+        aliases=PathAliases(described),
+        tracing=tracing_from_environment(),
+    )
     for kind in EXPECTED:
         app.add_exception_handler(kind, answer_exception)
     return app

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from turboquant_kv.backends.native import backend as native
 from turboserve import __version__
 from turboserve.cli import main as main_module
 from turboserve.errors import StartupError
@@ -34,7 +37,12 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_version() -> None:
     result = run("--version")
-    assert (result.returncode, result.stdout.strip()) == (0, f"turboserve {__version__}")
+    assert result.returncode == 0
+    # The backends are those of this very process: MLX runs here, and so do the kernels where they are built.
+    kernels, _ = native.load_kernels()
+    isa = kernels.isa_levels()[0] if kernels else "not built"
+    line = rf"turboserve {__version__} \(mlx {metadata.version('mlx')}: (metal|cuda1[23]|cpu); CPU kernels: {isa}\)"
+    assert re.fullmatch(line, result.stdout.strip())
 
 
 @pytest.mark.parametrize(

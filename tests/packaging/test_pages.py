@@ -1,0 +1,85 @@
+"""Pages that quote the program say what it says: error texts, sizes; the site has all of them, links reach sections."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from turboserve import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+SITE: dict[str, Any] = yaml.safe_load((ROOT / "config" / "mkdocs.yml").read_text())
+
+
+def texts_of_the_code() -> str:
+    """All string literals of the server, those of one expression joined, with a NUL where something is filled in."""
+    found = []
+    for file in (ROOT / "server" / "turboserve").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_troubles_are_in_the_programs_own_words() -> None:
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    said = texts_of_the_code()
+    codes = {kind.code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "code")}
+    rows = re.findall(r"^\| (.*?) \|", page, flags=re.M)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 25
+    for text in quoted:
+        assert text in said or text in codes, text
+
+
+def test_sizes_are_those_that_the_formats_have() -> None:
+    sizing = runpy.run_path(str(ROOT / "bench" / "sizing.py"))
+    page = (DOCS / "sizing.md").read_text("utf-8")
+    assert sizing["filled"](page) == page, "python bench/sizing.py --write"
+    assert (DOCS / "kv-memory.svg").read_text("utf-8") == sizing["drawing"](), "python bench/sizing.py --write"
+
+
+def test_the_drawing_of_rotation_is_what_the_codec_does() -> None:
+    """Up to a pixel: sums of floats differ in their last bits from machine to machine."""
+    drawn, kept = (runpy.run_path(str(ROOT / "bench" / "explain.py"))["drawing"](), (DOCS / "rotation.svg").read_text())
+    numbers = [np.array([float(text) for text in re.findall(r"\d+(?:\.\d+)?", image)]) for image in (drawn, kept)]
+    assert len(numbers[0]) == len(numbers[1]) > 500
+    assert np.abs(numbers[0] - numbers[1]).max() < 1
+
+
+def test_the_site_has_every_page() -> None:
+    def leaves(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for child in entry.values() if isinstance(entry, dict) else entry:
+                yield from leaves(child)
+
+    named = list(leaves(SITE["nav"]))
+    assert sorted(named) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert SITE["strict"] is True
+
+
+def anchor(heading: str) -> str:
+    """As both GitHub and the site make it of a heading."""
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_reach_sections_that_exist(page: Path) -> None:
+    for target, section in re.findall(r"\]\(([\w./-]*\.md)?#([\w-]+)\)", page.read_text("utf-8")):
+        text = (page.parent / target if target else page).read_text("utf-8")
+        assert section in {anchor(heading) for heading in re.findall(r"^#+ (.+)$", text, flags=re.M)}, (target, section)
