@@ -23,7 +23,8 @@ from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
-from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.progress import Progress, step
 from turboserve.engine.prompt_jobs import PromptJobs
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.rule_jobs import RuleJobs
@@ -245,7 +246,8 @@ class TurboEngine:
         self._progress(f"speculation  {loop.speculation_line}")
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
-        warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+        with step(self._progress, "warming up"):
+            warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
         self._progress(f"warm-up      {warmed_s:.1f} s")
         can_make_rules.result()
         can_read.result()

@@ -27,11 +27,12 @@ from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.format_choice import choose_format
-from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
+from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
@@ -44,6 +45,8 @@ from turboserve.settings import AUTO_FORMAT, Settings
 
 log = logging.getLogger(__name__)
 
+# Enough to keep readers and cores busy, little enough to be seen growing.
+READ_TOGETHER_BYTES = 256 << 20
 # For a model whose configuration names no limit; about the shortest context in use today.
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -91,7 +94,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     """A model ready to run, weights in memory. Raises StartupError."""
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
-    folder = resolve_folder(settings.model)
+    folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
@@ -100,7 +103,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         progress(note)
     dtype = weights.activation_dtype(model)
     try:
-        mx.eval(model.parameters())
+        _read_weights(model, progress)
         installed = adapters.install(model, settings.adapters, dtype)
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
@@ -129,6 +132,19 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         },
         adapters=installed,
     )
+
+
+def _read_weights(model: Any, progress: Progress) -> None:
+    """Have the weights in memory, some at a time, so that it can be seen how far that is."""
+    arrays = weights.parameters(model)
+    with step(progress, "reading weights", sum(int(a.nbytes) for a in arrays)) as advance:
+        waiting: list[mx.array] = []
+        for array in arrays:
+            waiting.append(array)
+            if (num_bytes := sum(int(a.nbytes) for a in waiting)) >= READ_TOGETHER_BYTES or array is arrays[-1]:
+                mx.eval(waiting)
+                advance(num_bytes)
+                waiting = []
 
 
 def _load_draft(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
@@ -172,7 +188,8 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
     def calibrate() -> Calibration:
         progress("key and value means: measured at the first start, then read from the cache folder")
         cache_dir = settings.cache_dir.expanduser()
-        return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
+        with step(progress, "measuring key and value means"):
+            return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     cache_dir = settings.cache_dir.expanduser()
     try:

@@ -29,6 +29,11 @@ def parameter_bytes(model: Module) -> int:
     return sum(int(p.nbytes) for _, p in _flat(model.parameters()))
 
 
+def parameters(model: Module) -> list[mx.array]:
+    """All parameters of a model."""
+    return [array for _, array in _flat(model.parameters())]
+
+
 def expanded_bytes(model: Module) -> int:
     """Bytes of the weights as float32, estimated without expanding them."""
     total = 0
