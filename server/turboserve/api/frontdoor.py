@@ -31,6 +31,7 @@ MAX_HEADER_BYTES = 64 * 1024  # ample for any client; a giant header costs us me
 # Answer without a key: a supervisor needs no secret, and a browser cannot send one for a page that a person opens.
 # The description of the routes is the same on every server of this version and holds nothing of this one's.
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
+PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds; who looks for them logs at debug
 # The id of a request that makes an answer is the answer's.
 ID_PREFIXES = {
     "/v1/chat/completions": "chatcmpl-",
@@ -107,7 +108,8 @@ class Frontdoor:
         # 499: the client had left before a status was sent.
         status = visit.status or 499
         self._telemetry.http_request(visit.route, status)
-        logger.info("%s %s %d %.1f ms", visit.method, visit.route, status, visit.elapsed_ms)
+        level = logging.DEBUG if visit.route in PROBES else logging.INFO
+        logger.log(level, "%s %s %d %.1f ms", visit.method, visit.route, status, visit.elapsed_ms)
 
 
 async def _send_empty(visit: Visit, headers: list[tuple[bytes, bytes]]) -> None:

@@ -5,6 +5,7 @@ Lines go to stdout, or wherever the command has its report from. Where stderr is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import threading
@@ -28,9 +29,9 @@ class Bars:
         self._num_steps = 0
 
     def __call__(self, line: str) -> None:
-        """A line, above the bars where both are on one terminal."""
+        """A line, above the bars where both are on one terminal. That nobody can read it any more ends nothing."""
         stream = self._lines or sys.stdout
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             if self._shown is not None and stream.isatty():
                 self._shown.console.print(line, markup=False, highlight=False, soft_wrap=True)
             else:

@@ -226,7 +226,10 @@ class TurboEngine:
             loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
             self._busy_since_s = None
-            log.critical("the engine thread died", exc_info=not isinstance(exc, StartupError))
+            if isinstance(exc, StartupError):
+                log.info("the model cannot be served; whoever started the engine is told why")
+            else:
+                log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:
             self._is_ready_or_dead.set()

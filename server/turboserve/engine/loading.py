@@ -24,8 +24,10 @@ from turboquant_kv.evaluation.contestants import check_compressible
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
+from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
+from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
@@ -54,6 +56,7 @@ DEFAULT_MAX_CONTEXT = 4096
 def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
+    _tell_what_fits(settings, progress, memory)
     loaded = load(settings, progress, memory)
     guessing = None
     if wants_draft_model(settings):  # into what the served model has left
@@ -77,6 +80,9 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
+    if (needed_bytes := peak_bytes(runtime, MIN_TOKENS)) > budget_bytes:
+        tokens = largest_fitting(lambda n: peak_bytes(runtime, n), budget_bytes, MIN_TOKENS)
+        raise StartupError(too_small(budget_bytes, tokens, needed_bytes, formats.default))
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
@@ -88,6 +94,31 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     return EngineParts(loaded, runtime, kv_memory, details, draft)
+
+
+def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) -> None:
+    """Before the model is loaded. Raises StartupError, with the figures, when it cannot be served."""
+    folder = resolve_folder(settings.model, progress)
+    config, shapes = read_config(folder), read_shapes(folder)
+    stored_bytes = weights.file_bytes(folder) + adapters.file_bytes(settings.adapters)
+    _check_fits(stored_bytes, memory)
+    float32_bytes = expanded_bytes(config, shapes)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    is_expanded = weights.should_expand(
+        settings.dequantize, on_cpu=on_cpu, needed_bytes=float32_bytes, available_bytes=memory.available_bytes
+    )
+    expected = forecast(
+        config,
+        stored_bytes,
+        float32_bytes if is_expanded else None,
+        memory,
+        settings.kv_budget,
+        settings.kv_format,
+        max_context(config, settings.max_context_tokens),
+    )
+    expected.check()
+    for line in expected.lines():
+        progress(line)
 
 
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
