@@ -9,7 +9,17 @@ import typer
 from typer import Argument, Option
 
 from turboserve.cli import config
-from turboserve.cli.options import ApiKey, ConfigFile, HelpAll, brief, commands_app, example
+from turboserve.cli.options import (
+    ApiKey,
+    CacheDir,
+    ConfigFile,
+    HelpAll,
+    Model,
+    Text,
+    brief,
+    commands_app,
+    example,
+)
 
 app = commands_app(help="Measure parts of the service on this machine.", epilog=example("turboserve bench kernels"))
 
@@ -29,6 +39,24 @@ def bench_kernels_command(
         num_q_heads, num_kv_heads, dim, bench_kernels.parse_lengths(lengths.split(",")), tuple(formats.split(","))
     )
     raise typer.Exit(bench_kernels.run(bench))
+
+
+@app.command("memory", epilog=example("turboserve bench memory ./model --formats balanced,tiny --lengths 4K,16K"))
+def bench_memory_command(
+    model: Model = None,
+    formats: Annotated[str, Option(help="KV formats, comma-separated.", metavar="F,...")] = "f16,balanced,compact,tiny",
+    lengths: Annotated[str, Option(help="Tokens of the conversation, comma-separated.", metavar="N,...")] = "1K,4K",
+    json_file: Annotated[Path | None, Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    dequantize: Annotated[Text, Option(help="Expand quantised weights on a CPU: auto, always, never.")] = None,
+    cache_dir: CacheDir = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Measure what a conversation's cache takes in each KV format while MODEL reads a text."""
+    from turboserve.cli import bench_memory
+
+    settings = config.resolve({"model": model, "dequantize": dequantize, "cache_dir": cache_dir}, config_file)
+    names, tokens = bench_memory.parse_wanted(formats, lengths)
+    bench_memory.run(settings, names, tokens, json_file)
 
 
 @app.command(

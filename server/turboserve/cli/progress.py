@@ -49,6 +49,19 @@ class Bars:
 
             yield advance
 
+    @contextmanager
+    def report(self, what: str) -> Iterator[Callable[[str], None]]:
+        """What says where something is: beside `what` on a terminal, elsewhere a line each."""
+        with self._bar(what, None) as (shown, task):
+
+            def tell(text: str) -> None:
+                if shown is None:
+                    self(text)
+                else:
+                    shown.update(task, description=f"{what}: {text}")
+
+            yield tell
+
     def close(self) -> None:
         """Show nothing more, and give the terminal its cursor back; for an end that no context sees."""
         with self._lock:
