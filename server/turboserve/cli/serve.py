@@ -53,6 +53,8 @@ def run(settings: Settings) -> None:
     caught = None
     try:
         caught = http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
+    except KeyboardInterrupt:  # before the HTTP server takes the signals
+        caught = signal.SIGINT
     finally:
         if caught is not None and not starter.is_settled:
             progress.close()

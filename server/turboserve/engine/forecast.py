@@ -58,7 +58,8 @@ def geometry(config: Mapping[str, Any]) -> Geometry | None:
         return found if isinstance(found, int) and found > 0 else None
 
     is_recurrent = any(word in str(config.get("model_type")).lower() for word in RECURRENT)
-    if is_recurrent or config_value(dict(config), "kv_lora_rank") is not None:
+    differs_by_layer = isinstance(config_value(dict(config), "num_key_value_heads"), list)
+    if is_recurrent or differs_by_layer or config_value(dict(config), "kv_lora_rank") is not None:
         return None
     layers, heads = value("num_hidden_layers", "n_layer", "num_layers"), value("num_attention_heads", "n_head")
     kv_heads, hidden = value("num_key_value_heads") or heads, value("hidden_size", "n_embd")

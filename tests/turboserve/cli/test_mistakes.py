@@ -1,0 +1,164 @@
+"""Ten mistakes that people make, each answered by one line with its cause and its cure, and without a traceback.
+
+Two more of them, a busy port and an address for everybody without a key, are in test_main.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.turboserve.cli.hub_server import hub_of
+from tests.turboserve.cli.test_main import ROOT, run
+
+from turboserve.machine_memory import detect_memory
+
+PATHS = [str(ROOT / "kernels"), str(ROOT / "server")]
+
+
+def only_line(stderr: str, *words: str) -> None:
+    """What the command said at last is one line with these words, and nothing looks like a traceback."""
+    own = [line for line in stderr.splitlines() if line.startswith("turboserve: ")]
+    assert len(own) == 1 and "Traceback" not in stderr, stderr
+    assert all(word in own[0] for word in words), own[0]
+
+
+def test_a_hub_model_that_is_spelled_wrongly(tmp_path: Path, rng: np.random.Generator) -> None:
+    name = f"owner/model-{rng.integers(1 << 40):x}"
+    with hub_of({}) as url:
+        result = run("serve", name, "--port", "0", HF_ENDPOINT=url, HF_HOME=str(tmp_path))
+    assert result.returncode == 1
+    only_line(result.stderr, name, "check the spelling")
+
+
+def test_a_missing_backend(tmp_path: Path) -> None:
+    package = tmp_path / "mlx"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    result = run("serve", "--port", "0", PYTHONPATH=os.pathsep.join([str(tmp_path), *PATHS]))
+    assert result.returncode == 1
+    only_line(result.stderr, "MLX has no backend installed", "pip install 'turboserve[")
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [("1MiB", ("holds 64 tokens", "set --kv-budget to 4MiB or more")), ("1kB", ("holds 0 tokens", "--kv-budget"))],
+)
+def test_a_budget_in_which_nothing_fits(budget: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    result = run("serve", "--port", "0", "--kv-budget", budget, "--cache-dir", str(tmp_path))
+    assert result.returncode == 1
+    only_line(result.stderr, *words)
+    assert "loading" not in result.stdout, "it is known before anything is loaded"
+
+
+def test_a_model_that_cannot_fit(tmp_path: Path) -> None:
+    """Weights larger than memory: files with holes, which take no room on the disk."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (ROOT / "server/turboserve/models/tiny/model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    num_bytes = 2 * detect_memory().total_bytes
+    with (folder / "model-00002.safetensors").open("wb") as file:
+        header = b'{"x":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (num_bytes, num_bytes)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)
+    result = run("serve", str(folder), "--port", "0", "--cache-dir", str(tmp_path))
+    assert result.returncode == 1
+    only_line(
+        result.stderr, "The weights take", f"{num_bytes >> 20}"[:3], "MiB of memory are available", "choose a smaller"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"port = [", ("not valid TOML",)),
+        (b"\xff\xfe", ("not valid TOML",)),
+        (None, ("holds no *.toml",)),
+        (b'kv_fromat = "4/3"', ("kv_fromat", "unknown key", "did you mean kv_format?")),
+    ],
+)
+def test_a_settings_file_that_cannot_be_used(content: bytes | None, words: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    if content is not None:
+        file.write_bytes(content)
+    result = run("serve", "--config", str(tmp_path if content is None else file))
+    assert result.returncode == 2
+    only_line(result.stderr, str(tmp_path), *words)
+
+
+def test_a_variable_that_is_no_setting_is_named_and_ends_nothing() -> None:
+    result = run("config", "show", "--changed", TURBOSERVE_KV_FROMAT="4/3", TURBOSERVE_SERVICE_HOST="10.0.0.1")
+    assert result.returncode == 0
+    only_line(result.stderr, "TURBOSERVE_KV_FROMAT", "did you mean TURBOSERVE_KV_FORMAT?")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("command", [["config", "show"], ["config", "init", "-"], ["--help"]])
+def test_a_full_disk(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "turboserve", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+        )
+    assert result.returncode == 1
+    only_line(result.stderr, "No space left on device", "free some")
+
+
+def test_a_reader_who_leaves_early_hears_no_complaint() -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "turboserve", "config", "show"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+    )
+    assert command.stdout is not None
+    command.stdout.close()
+    _, stderr = command.communicate(timeout=60)
+    assert b"Traceback" not in stderr and b"Exception" not in stderr
+
+
+def test_an_old_python() -> None:
+    code = "import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_module('turboserve', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+    )
+    assert result.returncode == 1
+    only_line(result.stderr, "Python 3.11 or newer is needed", "3.9.18", "-m venv")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_model_is_loaded(sent: signal.Signals, tmp_path: Path) -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "turboserve", "serve", "--port", "0", "--cache-dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
+    )
+    assert server.stdout is not None
+    while "loading" not in (line := server.stdout.readline()):
+        assert line, server.communicate()
+    server.send_signal(sent)
+    _, stderr = server.communicate(timeout=60)
+    assert server.returncode == 128 + sent
+    only_line(stderr, "interrupted by", "while the model was loaded", "start it again")
+
+
+def test_nobody_answers() -> None:
+    for command in (["chat", "Hello"], ["ps", "--once"], ["sessions", "list"], ["stats"]):
+        result = run(*command, "--url", "http://127.0.0.1:9")
+        assert result.returncode == 1
+        only_line(result.stderr, "no turboserve answers at http://127.0.0.1:9", "turboserve serve")
