@@ -26,6 +26,7 @@ class CachedModel:
     num_bytes: int
     used_at: float  # Unix time
     commits: tuple[str, ...]
+    folder: Path
     problem: str
 
 
@@ -38,7 +39,7 @@ def cached_models() -> list[CachedModel]:
         revisions = sorted(repo.revisions, key=lambda revision: -revision.last_modified)
         problem = _problem(revisions[0].snapshot_path) if revisions else "nothing of it is here"
         commits = tuple(revision.commit_hash for revision in revisions)
-        found.append(CachedModel(repo.repo_id, repo.size_on_disk, repo.last_accessed, commits, problem))
+        found.append(CachedModel(repo.repo_id, repo.size_on_disk, repo.last_accessed, commits, repo.repo_path, problem))
     return sorted(found, key=lambda model: model.name.lower())
 
 
@@ -117,6 +118,8 @@ def pull(names: list[str]) -> None:
 
 def remove(names: list[str]) -> None:
     """Delete models from the cache, all their revisions. Raises StartupError when one is not there; then none goes."""
+    from huggingface_hub import DeleteCacheStrategy
+
     models = {model.name: model for model in cached_models()}
     for name in names:
         if name not in models:
@@ -125,10 +128,19 @@ def remove(names: list[str]) -> None:
                 f"no model {name} is downloaded"
                 + (f"; did you mean {near}?" if near else "; `turboserve ls` lists them")
             )
-    scan = _scan()
-    plan = scan.delete_revisions(*(commit for name in names for commit in models[name].commits))
-    try:
-        plan.execute()
-    except OSError as exc:
-        raise StartupError(f"not all of it could be deleted: {exc.strerror or exc}") from exc
+    going = [models[name] for name in names]
+    # By folders: two repositories may have a commit in common, and the library deletes by commits.
+    plan = DeleteCacheStrategy(
+        expected_freed_size=sum(model.num_bytes for model in going),
+        blobs=frozenset(),
+        refs=frozenset(),
+        repos=frozenset(model.folder for model in going),
+        snapshots=frozenset(),
+    )
+    plan.execute()  # logs what it cannot delete
+    left = [model.name for model in going if model.folder.exists()]
+    if left:
+        raise StartupError(
+            f"{', '.join(left)} could not be deleted: see whose files they are in {going[0].folder.parent}"
+        )
     print(f"{amount(plan.expected_freed_size)} freed")

@@ -64,10 +64,10 @@ def test_a_model_that_cannot_fit(tmp_path: Path) -> None:
     for file in (ROOT / "server/turboserve/models/tiny/model").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     num_bytes = 2 * detect_memory().total_bytes
-    with (folder / "model-00002.safetensors").open("wb") as file:
+    with (folder / "model-00002.safetensors").open("wb") as weights:
         header = b'{"x":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (num_bytes, num_bytes)
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + num_bytes)
+        weights.write(len(header).to_bytes(8, "little") + header)
+        weights.truncate(8 + len(header) + num_bytes)
     result = run("serve", str(folder), "--port", "0", "--cache-dir", str(tmp_path))
     assert result.returncode == 1
     only_line(
