@@ -18,6 +18,7 @@ from turboserve.cli.conversations import Conversation, Conversations
 from turboserve.errors import StartupError
 
 READY_INTERVAL_S = 0.5
+BUSY_S = 2.0  # for a stopped answer to leave its session
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -53,7 +54,7 @@ class Screen:
         if self._is_dim:
             self._stream.write(PLAIN)
             self._is_dim = False
-        if self.is_terminal or not text.endswith("\n"):
+        if not text.endswith("\n"):
             self._stream.write("\n")
         self._stream.flush()
 
@@ -101,6 +102,7 @@ class Chat:
     kept: Conversations
     screen: Screen
     sampling: Sampling = field(default_factory=Sampling)
+    is_named: bool = True  # to the server, as a session; what ends with its first answer need not be
     last: Turn | None = None
     unanswered: str = ""  # the last question, where nothing at all was said to it
     _used: set[str] = field(default_factory=set)  # names that end with the chat, and that the server knows
@@ -131,10 +133,11 @@ class Chat:
     def _stream(self, turn: Turn) -> None:
         asked_s = time.perf_counter()
         body = {"model": self.model, "messages": self.conversation.to_send(), **self.sampling.fields()}
-        body["session_id"] = self.conversation.name
         if self.conversation.kv_format:
             body["kv_format"] = self.conversation.kv_format
-        self._used |= set() if self.conversation.is_kept else {self.conversation.name}
+        if self.is_named or self.conversation.is_kept:
+            body["session_id"] = self.conversation.name
+            self._used |= set() if self.conversation.is_kept else {self.conversation.name}
         try:
             with closing(self.client.answer(body)) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
@@ -174,11 +177,16 @@ class Chat:
 
     def close(self) -> None:
         """Give back what the server holds of conversations that nobody named."""
+        deadline = time.monotonic() + BUSY_S
         for name in self._used:
-            try:
-                self.client.delete(name)
-            except ServerError:
-                continue  # gone already, or the server is
+            while True:
+                try:
+                    self.client.delete(name)
+                except ServerError as exc:
+                    if exc.status == 409 and time.monotonic() < deadline:  # an answer that was stopped ends by and by
+                        time.sleep(0.1)
+                        continue
+                break  # else it is gone already, or the server is
 
 
 def wait_until_ready(client: ServerClient, screen: Screen) -> None:
@@ -206,7 +214,8 @@ def choose_model(client: ServerClient, wanted: str) -> dict[str, Any]:
 
 
 def answer_once(chat: Chat, text: str) -> int:
-    """One question, one answer; the exit status."""
+    """One question, one answer; the exit status. The server keeps what it read for the next such question."""
+    chat.is_named = False
     if not chat.ask(text):
         return 130
     if chat.last is None:
@@ -216,10 +225,10 @@ def answer_once(chat: Chat, text: str) -> int:
     return 0
 
 
-def read_question(argument: str | None, stdin: TextIO) -> str:
+def read_question(argument: str | None, stdin: TextIO | None) -> str:
     """The argument with what is piped in behind it; empty where there is neither. Raises UsageError."""
     piped = ""
-    if not stdin.isatty():
+    if stdin is not None and not stdin.isatty():
         try:
             piped = stdin.buffer.read().decode("utf-8").strip("\n") if hasattr(stdin, "buffer") else stdin.read()
         except UnicodeDecodeError as exc:

@@ -34,7 +34,7 @@ def run(url: str, settings: Settings, wanted: Wanted) -> int:
     conversation = _conversation(wanted, kept)
     question = read_question(wanted.text, sys.stdin)
     screen = Screen()
-    if not question and not (sys.stdin.isatty() and screen.is_terminal):
+    if not question and not (sys.stdin is not None and sys.stdin.isatty() and screen.is_terminal):
         raise UsageError("there is no question: give it as TEXT, or pipe it in")
     with ServerClient(url, settings.api_key) as client:
         wait_until_ready(client, screen)

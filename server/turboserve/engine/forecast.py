@@ -109,6 +109,8 @@ class Forecast:
             f"will fit     weights of about {self.weights_bytes >> 20:,} MiB ({dtype}), KV caches of "
             f"{self.budget_bytes >> 20:,} MiB; {available:,} of {total:,} MiB are free"
         )
+        if (over := self.weights_bytes + self.budget_bytes - self.memory.available_bytes) > 0:
+            yield f"             that is {-(-over >> 20):,} MiB more than is free: lower --kv-budget, or free memory"
         tokens = self._tokens(self.kv_format)
         if tokens is None:
             return

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from tests.turboserve.cli.test_main import run
 
 from turboserve.cli.main import app
 from turboserve.cli.options import EXAMPLE_HEADING, HELP_COLUMNS
@@ -96,3 +97,9 @@ def test_the_manual_names_every_command_and_every_option() -> None:
         options = [opt for param in command.params for opt in param.opts if opt.startswith("--")]
         missing = [opt for opt in options if not re.search(rf"{opt}(?![\w-])", manual)]
         assert not missing, (path, missing)
+
+
+def test_a_shell_completes_commands_and_rare_options() -> None:
+    for words, wanted in (("turboserve se", {"serve", "sessions"}), ("turboserve serve --stu", {"--stuck-step-s"})):
+        asked = {"_TURBOSERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert set(run(**asked).stdout.split()) == wanted

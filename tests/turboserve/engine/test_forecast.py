@@ -75,6 +75,8 @@ def test_what_cannot_fit_is_refused_with_the_figures(rng: np.random.Generator) -
     little = forecast(config, GIB, None, memory, str(1 + few * layers.token_bytes(None, 2)), "4/4", 4096)
     with pytest.raises(StartupError, match=rf"holds {few} tokens .* {MIN_TOKENS} .*--kv-budget to \d+MiB"):
         little.check()
+    greedy = forecast(config, GIB, None, memory, "7GiB", "4/4", 4096)
+    assert "1,024 MiB more than is free: lower --kv-budget" in "\n".join(greedy.lines())
     with pytest.raises(StartupError, match=r"7,168 MiB available, of which weights take 6,656 MiB and 819 MiB stay"):
         forecast(config, 13 * GIB // 2, None, memory, "auto", "4/4", 4096)
 
