@@ -108,9 +108,9 @@ class Chat:
     _used: set[str] = field(default_factory=set)  # names that end with the chat, and that the server knows
 
     def ask(self, text: str) -> bool:
-        """A turn. False when it was stopped by Ctrl-C; then what there is of the answer is kept.
+        """A turn. False when it was stopped by Ctrl-C. Raises ServerError when it broke off, or never began.
 
-        Raises ServerError when there is no answer; the conversation is as before then.
+        Whatever there is of an answer is kept; where there is nothing, the conversation is as before.
         """
         messages = self.conversation.messages
         messages.append({"role": "user", "content": text})
@@ -126,8 +126,9 @@ class Chat:
             else:
                 messages.pop()
                 self.last, self.unanswered = None, text
-        self.screen.end(turn.text)
-        self._keep()
+            if turn.text or not is_whole:
+                self.screen.end(turn.text)
+            self._keep()
         return is_whole
 
     def _stream(self, turn: Turn) -> None:
@@ -139,7 +140,7 @@ class Chat:
             body["session_id"] = self.conversation.name
             self._used |= set() if self.conversation.is_kept else {self.conversation.name}
         try:
-            with closing(self.client.answer(body)) as pieces:  # type: ignore[type-var]
+            with closing(self.client.answer(body)) as pieces:
                 for piece in pieces:
                     if not turn.first_s and (piece.text or piece.reasoning):
                         turn.first_s = time.perf_counter() - asked_s
@@ -160,9 +161,11 @@ class Chat:
         answer, question = messages.pop(), messages.pop()
         try:
             return self.ask(question["content"])
-        except BaseException:
-            messages += [question, answer]
-            raise
+        finally:
+            if self.unanswered:  # the old answer is better than none
+                messages += [question, answer]
+                self.unanswered = ""
+                self._keep()
 
     def take(self, conversation: Conversation) -> None:
         """Go on with another one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -111,8 +111,8 @@ class ServerClient:
     def delete(self, name: str) -> None:
         self._ask("DELETE", _session_path(name))
 
-    def answer(self, body: dict[str, Any]) -> Iterator[Piece]:
-        """The pieces of a chat completion as they come. Closing the iterator ends the answer on the server."""
+    def answer(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
+        """The pieces of a chat completion as they come. Closing the generator ends the answer on the server."""
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
         try:
             timeout = httpx.Timeout(TIMEOUT_S, read=ANSWER_TIMEOUT_S)
