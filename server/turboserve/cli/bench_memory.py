@@ -65,7 +65,9 @@ def parse_wanted(formats: str, lengths: str) -> tuple[tuple[str, ...], tuple[int
 
 
 def run(settings: Settings, formats: tuple[str, ...], lengths: tuple[int, ...], json_file: Path | None) -> None:
-    """Measure and print. Raises UsageError for a text or context too short, StartupError for the model."""
+    """Measure and print. Raises UsageError for a context too short or a file's folder, StartupError for the model."""
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
     load_backend()
     from turboserve.engine.loading import load
     from turboserve.machine_memory import detect_memory

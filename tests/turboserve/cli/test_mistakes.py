@@ -16,6 +16,7 @@ import pytest
 from tests.turboserve.cli.hub_server import hub_of
 from tests.turboserve.cli.test_main import ROOT, run
 
+from turboserve.cli.main import main
 from turboserve.machine_memory import detect_memory
 
 PATHS = [str(ROOT / "kernels"), str(ROOT / "server")]
@@ -26,6 +27,13 @@ def only_line(stderr: str, *words: str) -> None:
     own = [line for line in stderr.splitlines() if line.startswith("turboserve: ")]
     assert len(own) == 1 and "Traceback" not in stderr, stderr
     assert all(word in own[0] for word in words), own[0]
+
+
+def status_of(*args: str) -> int:
+    """The exit status of a command that is carried out here."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    return int(ended.value.code or 0)
 
 
 def test_a_hub_model_that_is_spelled_wrongly(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -46,14 +54,10 @@ def test_a_missing_backend(tmp_path: Path) -> None:
     only_line(result.stderr, "MLX has no backend installed", "pip install 'turboserve[")
 
 
-@pytest.mark.parametrize(
-    ("budget", "words"),
-    [("1MiB", ("holds 64 tokens", "set --kv-budget to 4MiB or more")), ("1kB", ("holds 0 tokens", "--kv-budget"))],
-)
-def test_a_budget_in_which_nothing_fits(budget: str, words: tuple[str, ...], tmp_path: Path) -> None:
-    result = run("serve", "--port", "0", "--kv-budget", budget, "--cache-dir", str(tmp_path))
+def test_a_budget_in_which_nothing_fits(tmp_path: Path) -> None:
+    result = run("serve", "--port", "0", "--kv-budget", "1MiB", "--cache-dir", str(tmp_path))
     assert result.returncode == 1
-    only_line(result.stderr, *words)
+    only_line(result.stderr, "holds 64 tokens", "set --kv-budget to 4MiB or more")
     assert "loading" not in result.stdout, "it is known before anything is loaded"
 
 
@@ -84,23 +88,27 @@ def test_a_model_that_cannot_fit(tmp_path: Path) -> None:
         (b'kv_fromat = "4/3"', ("kv_fromat", "unknown key", "did you mean kv_format?")),
     ],
 )
-def test_a_settings_file_that_cannot_be_used(content: bytes | None, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_settings_file_that_cannot_be_used(
+    content: bytes | None, words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "settings.toml"
     if content is not None:
         file.write_bytes(content)
-    result = run("serve", "--config", str(tmp_path if content is None else file))
-    assert result.returncode == 2
-    only_line(result.stderr, str(tmp_path), *words)
+    assert status_of("serve", "--config", str(tmp_path if content is None else file)) == 2
+    only_line(capsys.readouterr().err, str(tmp_path), *words)
 
 
-def test_a_variable_that_is_no_setting_is_named_and_ends_nothing() -> None:
-    result = run("config", "show", "--changed", TURBOSERVE_KV_FROMAT="4/3", TURBOSERVE_SERVICE_HOST="10.0.0.1")
-    assert result.returncode == 0
-    only_line(result.stderr, "TURBOSERVE_KV_FROMAT", "did you mean TURBOSERVE_KV_FORMAT?")
+def test_a_variable_that_is_no_setting_is_named_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TURBOSERVE_KV_FROMAT", "4/3")
+    monkeypatch.setenv("TURBOSERVE_SERVICE_HOST", "10.0.0.1")
+    assert status_of("config", "show", "--changed") == 0
+    only_line(capsys.readouterr().err, "TURBOSERVE_KV_FROMAT", "did you mean TURBOSERVE_KV_FORMAT?")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-@pytest.mark.parametrize("command", [["config", "show"], ["config", "init", "-"], ["--help"]])
+@pytest.mark.parametrize("command", [["config", "show"], ["--help"]])
 def test_a_full_disk(command: list[str]) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -157,8 +165,7 @@ def test_ctrl_c_while_the_model_is_loaded(sent: signal.Signals, tmp_path: Path) 
     only_line(stderr, "interrupted by", "while the model was loaded", "start it again")
 
 
-def test_nobody_answers() -> None:
+def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["chat", "Hello"], ["ps", "--once"], ["sessions", "list"], ["stats"]):
-        result = run(*command, "--url", "http://127.0.0.1:9")
-        assert result.returncode == 1
-        only_line(result.stderr, "no turboserve answers at http://127.0.0.1:9", "turboserve serve")
+        assert status_of(*command, "--url", "http://127.0.0.1:9") == 1
+        only_line(capsys.readouterr().err, "no turboserve answers at http://127.0.0.1:9", "turboserve serve")
