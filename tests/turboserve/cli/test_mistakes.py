@@ -5,6 +5,7 @@ Two more of them, a busy port and an address for everybody without a key, are in
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -165,7 +166,8 @@ def test_ctrl_c_while_the_model_is_loaded(sent: signal.Signals, tmp_path: Path) 
     only_line(stderr, "interrupted by", "while the model was loaded", "start it again")
 
 
-def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     for command in (["chat", "Hello"], ["ps", "--once"], ["sessions", "list"], ["stats"]):
         assert status_of(*command, "--url", "http://127.0.0.1:9") == 1
         only_line(capsys.readouterr().err, "no turboserve answers at http://127.0.0.1:9", "turboserve serve")
