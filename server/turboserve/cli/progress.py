@@ -62,6 +62,19 @@ class Bars:
 
             yield tell
 
+    def log_stream(self) -> TextIO:
+        """Stderr for whoever writes whole lines, which then stand above the bars."""
+        return _LogStream(self)
+
+    def log(self, text: str) -> None:
+        """Text that ends with a line's end, to stderr."""
+        with self._lock:
+            if self._shown is not None:
+                self._shown.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            else:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
     def close(self) -> None:
         """Show nothing more, and give the terminal its cursor back; for an end that no context sees."""
         with self._lock:
@@ -104,6 +117,18 @@ class Bars:
             if self._num_steps == 0:
                 self._shown.stop()
                 self._shown = None
+
+
+class _LogStream(io.StringIO):
+    """What a logging handler needs of a stream; keeps nothing."""
+
+    def __init__(self, bars: Bars) -> None:
+        super().__init__()
+        self._bars = bars
+
+    def write(self, text: str) -> int:
+        self._bars.log(text)
+        return len(text)
 
 
 _NO_TASK: Any = 0

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 def run(settings: Settings) -> None:
     """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used."""
-    logs.configure(settings.log_level, settings.log_json)
     progress = Bars()
+    logs.configure(settings.log_level, settings.log_json, progress.log_stream())
     listener = http_server.bind(settings)  # before the model: a busy port is worth knowing at once
     with progress.step("importing MLX"):
         blas = load_backend()

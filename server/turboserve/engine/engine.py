@@ -251,9 +251,9 @@ class TurboEngine:
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         with step(self._progress, "warming up"):
             warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+            can_make_rules.result()
+            can_read.result()
         self._progress(f"warm-up      {warmed_s:.1f} s")
-        can_make_rules.result()
-        can_read.result()
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:

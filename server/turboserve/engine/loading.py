@@ -229,7 +229,8 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
             check_compressible(probe_layers(loaded.model))
             name = choose_format(loaded, calibrate(), settings.kv_auto_limit, cache_dir, held_out_text(), progress)
         fmt = None if name == PLAIN_FORMAT else KVFormat.parse(name)
-        return ServedFormats(loaded.model, fmt, calibrate, cache_dir)
+        with step(progress, "preparing KV caches"):  # a GPU's kernels are compiled and tried
+            return ServedFormats(loaded.model, fmt, calibrate, cache_dir)
     except (UnsupportedModelError, UnsupportedFormatError) as exc:
         raise StartupError(f"KV format {settings.kv_format}: {_one_line(exc)}. Use --kv-format f16.") from exc
     except ValueError as exc:  # the calibration text gave too few tokens

@@ -33,14 +33,18 @@ def test_bars_are_for_terminals_and_lines_for_everybody(monkeypatch: pytest.Monk
             advance(40)
             bars("a line")
             tell("text 1 of 2")
+            bars.log_stream().write("one [log] line\n")
         bars("another")
+        before, found, after = stderr.getvalue().partition("one [log] line\n")
+        assert (found and before.endswith(("\x1b[2K", "\n"))) or not before, "on a line of its own"
         if stderr.isatty():
             assert "reading weights" in stderr.getvalue() and stderr.getvalue().endswith("\x1b[?25h\r"), (
                 "cursor is back"
             )
             assert lines.getvalue() == "a line\nanother\n"
         else:
-            assert stderr.getvalue() == "" and lines.getvalue() == "a line\ntext 1 of 2\nanother\n"
+            assert "\x1b" not in before + after and "weights" not in before + after
+            assert lines.getvalue() == "a line\ntext 1 of 2\nanother\n"
 
 
 def test_lines_that_nobody_can_read_end_nothing() -> None:
