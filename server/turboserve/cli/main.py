@@ -73,7 +73,9 @@ app.command(
     ),
 )
 def chat_command(
-    text: Annotated[Text, Argument(help="One question; none: a prompt, where /help helps.", metavar="TEXT")] = None,
+    words: Annotated[
+        list[str] | None, Argument(help="One question; none: a prompt, where /help helps.", metavar="TEXT")
+    ] = None,
     session: Annotated[Text, Option(help="Continue this chat, or begin it; it is kept.", metavar="NAME")] = None,
     system: Annotated[Text, Option(help="What the model is told first.", metavar="TEXT")] = None,
     model: Annotated[str, Option(help="Model to ask [the first of /v1/models].", metavar="NAME")] = "",
@@ -88,6 +90,7 @@ def chat_command(
     from turboserve.cli import chat_start
 
     settings = config.resolve({"api_key": api_key}, config_file)
+    text = " ".join(words) if words else None
     wanted = chat_start.Wanted(text, session, system, model, kv_format, temperature, max_tokens)
     raise typer.Exit(chat_start.run(server_url(url, settings), settings, wanted))
 
@@ -128,7 +131,7 @@ def ls_command(as_json: Annotated[bool, Option("--json", help="As JSON.")] = Fal
     hub.show(as_json)
 
 
-Names = Annotated[list[str], Argument(help="Models of the hub, as OWNER/NAME.", metavar="MODEL...")]
+Names = Annotated[list[str], Argument(help="Models of the hub, as OWNER/NAME.", metavar="MODEL")]
 
 
 @app.command("pull", epilog=example("turboserve pull mlx-community/Qwen3-4B-4bit"))

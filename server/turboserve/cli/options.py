@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
+
+from turboserve.cli.config import UsageError
 
 # Values arrive as text and are judged by Settings alone, so that a flag, a variable and a file get the same answer.
 Text = str | None
@@ -29,15 +32,35 @@ class Interrupted(Exception):
     """Ctrl-C, on its way past what would call it an abort; exit status 130."""
 
 
+_WrongUsage: type[Any] = typer.BadParameter.__mro__[1]  # of the click that this typer brings or depends on
+
+
 class Commands(TyperGroup):
-    """A group of commands that tells Ctrl-C from a failure."""
+    """A group of commands that tells Ctrl-C from a failure, and mistakes in one line."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Raises UsageError for what the group itself does not understand."""
+        with _in_one_line():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Raises Interrupted for KeyboardInterrupt."""
+        """Raises Interrupted for KeyboardInterrupt, UsageError for what a command does not understand."""
         try:
-            return super().invoke(ctx)
+            with _in_one_line():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted from None
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except _WrongUsage as exc:
+        if type(exc).__name__ == "NoArgsIsHelpError":  # the help text is what it says
+            raise
+        where = exc.ctx.command_path if exc.ctx is not None else "turboserve"
+        raise UsageError(f"{exc.format_message().rstrip('.')} (`{where} --help` shows what there is)") from exc
 
 
 def commands_app(**options: Any) -> typer.Typer:

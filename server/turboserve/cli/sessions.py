@@ -121,7 +121,7 @@ def unpin_command(name: Name, url: Url = None, api_key: ApiKey = None, config_fi
 
 @app.command("rm", epilog=example("turboserve sessions rm trip trip-2"))
 def rm_command(
-    names: Annotated[list[str], Argument(help="Ids of sessions.", metavar="NAME...")],
+    names: Annotated[list[str], Argument(help="Ids of sessions.", metavar="NAME")],
     url: Url = None,
     api_key: ApiKey = None,
     config_file: ConfigFile = None,
