@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 64 * 1024  # ample for any client; a giant header costs us me
 # Answer without a key: a supervisor needs no secret, and a browser cannot send one for a page that a person opens.
 # The description of the routes is the same on every server of this version and holds nothing of this one's.
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
+PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds; who looks for them logs at debug
 # The id of a request that makes an answer is the answer's.
 ID_PREFIXES = {
     "/v1/chat/completions": "chatcmpl-",
@@ -127,7 +128,8 @@ class Frontdoor:
         status = visit.status or 499
         self._telemetry.http_request(visit.route, status)
         fields = {"method": visit.method, "route": visit.route, "status": status, "ms": round(visit.elapsed_ms, 1)}
-        logger.info("%s %s %d %.1f ms", *fields.values(), extra={"fields": fields})
+        level = logging.DEBUG if visit.route in PROBES else logging.INFO
+        logger.log(level, "%s %s %d %.1f ms", *fields.values(), extra={"fields": fields})
 
 
 async def _send_empty(visit: Visit, headers: list[tuple[bytes, bytes]]) -> None:

@@ -90,6 +90,7 @@ class DrainingServer(uvicorn.Server):
         self._grace_s = grace_s
         self._expires_at: float | None = None
         self._complained_at = -COMPLAINT_EVERY_S
+        self.last_signal: int | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept, a few connections at a time."""
@@ -109,6 +110,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler. Unlike uvicorn's, it lets `run` return, so that the engine can be closed."""
+        self.last_signal = sig
         self.force_exit = self._drain.draining
         self._drain.begin()
 
@@ -159,11 +161,11 @@ def run(
     *,
     sock: socket.socket | None = None,
     on_started: Callable[[str], None] | None = None,
-) -> None:
-    """Serves until a signal has been handled, then returns; the engine is still the caller's to close.
+) -> int | None:
+    """Serves until a signal has been handled, then returns it; the engine is still the caller's to close.
 
     `sock` is what `bind` returned, if it has been called already. `on_started` gets the URL once
-    connections are accepted. Raises StartupError.
+    connections are accepted. None: the shutdown began in another way. Raises StartupError.
     """
     listener = sock or bind(settings)
     server = make_server(app, settings)
@@ -172,3 +174,4 @@ def run(
     if on_started is not None:
         on_started(address_url(listener))
     asyncio.run(server.serve(sockets=[listener]))
+    return server.last_signal

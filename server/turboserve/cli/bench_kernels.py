@@ -16,6 +16,7 @@ import numpy as np
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format import check_head_dim
+from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 
 NUM_ROUNDS = 5
@@ -54,9 +55,11 @@ def run(bench: KernelBench) -> int:
     backend = choose_backend(_backend_name())
     print(f"backend {backend.name}, {bench.num_q_heads}/{bench.num_kv_heads} heads, {bench.dim} dims; us per call")
     print(f"{'tokens':>8} {'f16':>9}" + "".join(f"{name:>16}" for name in bench.formats), flush=True)
+    bars = Bars()
     for num_tokens in bench.lengths:
-        plain = plain_us(bench, num_tokens)
-        figures = [compressed_us(backend, bench, KVFormat.parse(name), num_tokens) for name in bench.formats]
+        with bars.step(f"measuring {num_tokens:,} tokens"):
+            plain = plain_us(bench, num_tokens)
+            figures = [compressed_us(backend, bench, KVFormat.parse(name), num_tokens) for name in bench.formats]
         print(f"{num_tokens:8} {plain:9.1f}" + "".join(f"{x:9.1f} {plain / x:5.2f}x" for x in figures), flush=True)
     return 0
 

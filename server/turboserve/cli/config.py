@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from turboserve.settings import ModelEntry, Settings, named_adapter
 
 ENV_PREFIX = "TURBOSERVE_"
 CONFIG_ENV = "TURBOSERVE_CONFIG"
+# Variables of ours that are no settings.
+OTHER_VARIABLES = (CONFIG_ENV, "TURBOSERVE_BLAS", "TURBOSERVE_ROUTER_KEY")
 DEQUANTIZE_MODES = ("auto", "always", "never")
 SECRET_KEYS = ("api_key", "api_keys")
 # Judges the budget's spelling before a model is loaded; whether it fits is asked again with the real memory.
@@ -35,14 +38,19 @@ class UsageError(Exception):
     """A setting that cannot be used; the message is one line naming key, value and expectation. Exit status 2."""
 
 
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """Of `names` the one that was probably meant."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
 def resolve(flags: Mapping[str, object], config_file: Path | None = None) -> Settings:
     """Settings from `flags` (None: not given), the environment and `config_file`. Raises UsageError.
 
     `config_file` may be a folder: then all its `*.toml` but `*.example.toml` count as one file.
     """
     given = {key: value for key, value in flags.items() if value not in (None, [])}
-    file = config_file or (Path(env) if (env := os.environ.get(CONFIG_ENV)) else None)
-    parts = [] if file is None else _files_of(file)
+    file = settings_file(config_file)
+    parts = [] if file is None else files_of(file)
     _check_together([(part, _read_toml(part)) for part in parts])
 
     class FromFile(Settings):
@@ -56,10 +64,33 @@ def resolve(flags: Mapping[str, object], config_file: Path | None = None) -> Set
         raise UsageError(_bad_list(str(exc))) from exc
     _check_choices(settings, given, file)
     _check_models(settings)
+    _warn_of_variables()
     return settings
 
 
-def _files_of(file: Path) -> list[Path]:
+def _warn_of_variables() -> None:
+    """Variables that look like a setting and are none are ours by mistake, or another program's: they end nothing."""
+    for name in os.environ:
+        key = name.upper().removeprefix(ENV_PREFIX).lower()
+        if not name.upper().startswith(ENV_PREFIX) or key in Settings.model_fields or name.upper() in OTHER_VARIABLES:
+            continue
+        near = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.8)
+        if near:
+            sys.stderr.write(f"turboserve: {name} is no setting; did you mean {ENV_PREFIX}{near[0].upper()}?\n")
+
+
+def settings_file(config_file: Path | None) -> Path | None:
+    """The file or folder that was named, by flag or by variable."""
+    return config_file or (Path(env) if (env := os.environ.get(CONFIG_ENV)) else None)
+
+
+def variable_of(key: str) -> str | None:
+    """The environment variable that sets `key`, if one does."""
+    return next((name for name in os.environ if name.upper() == ENV_PREFIX + key.upper()), None)
+
+
+def files_of(file: Path) -> list[Path]:
+    """The TOML files that a --config means. Raises UsageError for a folder without any."""
     if not file.is_dir():
         return [file]
     parts = sorted(part for part in file.glob("*.toml") if not part.name.endswith(".example.toml"))
@@ -156,10 +187,8 @@ def _complaint(error: ErrorDetails, given: Mapping[str, object], file: Path | No
         return _complaint_about_model(error, file)
     key = str(error["loc"][0]) if error["loc"] else "settings"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, Settings.model_fields, n=1)
-        return f"{_named(key, error['input'], given, file)}: unknown key" + (
-            f"; did you mean {near[0]}?" if near else ""
-        )
+        near = closest(key, Settings.model_fields)
+        return f"{_named(key, error['input'], given, file)}: unknown key" + (f"; did you mean {near}?" if near else "")
     return f"{_named(key, error['input'], given, file)}: expected {_expectation(error)}"
 
 
@@ -172,9 +201,9 @@ def _complaint_about_model(error: ErrorDetails, file: Path | None) -> str:
     place += f"models.{name}.{key} = {repr(value) if isinstance(value, str) else value}"
     if error["type"] != "extra_forbidden":
         return f"{place}: expected {_expectation(error)}"
-    near = difflib.get_close_matches(key, ModelEntry.model_fields, n=1)
+    near = closest(key, ModelEntry.model_fields)
     served = " of a model; it may be one of the whole server" if key in Settings.model_fields else ""
-    return f"{place}: unknown key{served}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{place}: unknown key{served}" + (f"; did you mean {near}?" if near else "")
 
 
 def _expectation(error: ErrorDetails) -> str:
@@ -187,6 +216,6 @@ def _named(key: str, value: object, given: Mapping[str, object], file: Path | No
     shown = "***" if key in SECRET_KEYS else repr(value) if isinstance(value, str) else str(value)
     if key in given:
         return "MODEL " + shown if key == "model" else f"--{key.replace('_', '-')} {shown}"
-    if any(name.upper() == ENV_PREFIX + key.upper() for name in os.environ):
+    if variable_of(key) is not None:
         return f"{ENV_PREFIX}{key.upper()}={shown}"
     return f"{file}: {key} = {shown}" if file else f"{key} = {shown}"

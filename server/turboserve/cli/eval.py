@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant_kv.codec.format_name import FORMAT_NAMES, PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboserve.cli.backend import load_backend
 from turboserve.cli.config import UsageError
+from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 
@@ -145,31 +146,28 @@ def _evaluate(settings: Settings, wanted: Wanted, plan: Plan, texts: dict[str, s
     from turboserve.engine.loading import load
     from turboserve.machine_memory import detect_memory
 
-    loaded = load(settings, say, detect_memory())
-    say("key and value means: measured at the first start, then read from the cache folder")
+    bars = Bars(sys.stderr)  # stdout has the table alone
+    loaded = load(settings, bars, detect_memory())
+    bars("key and value means: measured at the first start, then read from the cache folder")
     try:
-        calibration = calibration_for(
-            loaded.model, loaded.tokenizer, settings.cache_dir.expanduser(), loaded.weights_fingerprint
-        )
-        evaluation = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            wanted.formats,
-            texts,
-            plan,
-            rivals=standard_rivals() if wanted.rivals else (),
-            calibration=calibration,
-            progress=say,
-        )
+        with bars.step("measuring key and value means"):
+            calibration = calibration_for(
+                loaded.model, loaded.tokenizer, settings.cache_dir.expanduser(), loaded.weights_fingerprint
+            )
+        with bars.report("evaluating") as progress:
+            evaluation = evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                wanted.formats,
+                texts,
+                plan,
+                rivals=standard_rivals() if wanted.rivals else (),
+                calibration=calibration,
+                progress=progress,
+            )
     except (UnsupportedModelError, UnsupportedFormatError, ValueError) as exc:
         raise StartupError(str(exc)) from exc
     return replace(evaluation, model=loaded.model_id)
-
-
-def say(line: str) -> None:
-    """Progress, on stderr: stdout has the table alone."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def _write(option: str, file: Path | None, text: str) -> None:

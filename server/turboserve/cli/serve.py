@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from turboserve import logs
 from turboserve.api import http_server
 from turboserve.api.app import create_app
 from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
+from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -30,36 +32,50 @@ if TYPE_CHECKING:
     from turboserve.engine.engine import TurboEngine
 
 
-def say(line: str) -> None:
-    """Progress for whoever started the command; logs go to stderr, this to stdout."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def run(settings: Settings) -> None:
     """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used."""
-    logs.configure(settings.log_level, settings.log_json)
+    progress = Bars()
+    logs.configure(settings.log_level, settings.log_json, progress.log_stream())
     listener = http_server.bind(settings)  # before the model: a busy port is worth knowing at once
-    blas = load_backend()
+    with progress.step("importing MLX"):
+        blas = load_backend()
     keep_compiled_kernels(settings.cache_dir)
-    say(f"MLX on {device_name()}, BLAS: {blas.describe()}")
+    progress(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     _check_local_model(settings.model)
     telemetry = Telemetry()
-    engine = _make_engine(settings, telemetry)
+    engine = _make_engine(settings, telemetry, progress)
     router_key = os.environ.pop(ROUTER_KEY_VARIABLE, "")
     app = create_app(engine, settings, telemetry, router_key=router_key)
     drain = app.state.context.drain
     if router_key:
         threading.Thread(target=_follow_router, args=(drain,), name="router", daemon=True).start()
-    starter = _Starter(engine, settings, drain, is_behind_router=bool(router_key))
+    starter = _Starter(engine, settings, drain, progress, is_behind_router=bool(router_key))
+    caught = None
     try:
-        http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
+        caught = http_server.run(app, engine, settings, sock=listener, on_started=starter.begin)
+    except KeyboardInterrupt:  # before the HTTP server takes the signals
+        caught = signal.SIGINT
     finally:
+        if caught is not None and not starter.is_settled:
+            progress.close()
+            _leave_loading(caught)
         if not engine.stop():  # answers under way had their grace period in `http_server.run`
             logging.shutdown()
             os._exit(1)  # an ordinary exit would wait for the thread that is stuck
     if starter.error is not None:
         raise starter.error
+
+
+def _leave_loading(caught: int) -> NoReturn:
+    """End now: nobody is served yet, and nothing but the process's end can stop what loads the model."""
+    said = "by Ctrl-C" if caught == signal.SIGINT else f"by {signal.Signals(caught).name}"
+    sys.stderr.write(
+        f"turboserve: interrupted {said} while the model was loaded; start it again when you like, "
+        "what was downloaded and measured is kept\n"
+    )
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(128 + caught)
 
 
 def _follow_router(drain: Drain) -> None:
@@ -78,23 +94,26 @@ def _check_local_model(model: str) -> None:
         read_config(resolve_folder(model))
 
 
-def _make_engine(settings: Settings, telemetry: Telemetry) -> TurboEngine:
+def _make_engine(settings: Settings, telemetry: Telemetry, progress: Bars) -> TurboEngine:
     # Late, because both import MLX, which must find the interposed BLAS.
     from turboserve.engine.engine import TurboEngine
     from turboserve.engine.loading import build_parts
     from turboserve.engine.model_folder import model_id_for
 
     model_id = model_id_for(settings.model, settings.served_model_name)
-    return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=say)
+    return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=progress)
 
 
 class _Starter:
     """Starts the engine once the port answers, and waits for the model beside the HTTP server."""
 
-    def __init__(self, engine: TurboEngine, settings: Settings, drain: Drain, *, is_behind_router: bool) -> None:
-        self._engine, self._settings, self._drain = engine, settings, drain
+    def __init__(
+        self, engine: TurboEngine, settings: Settings, drain: Drain, progress: Bars, *, is_behind_router: bool
+    ) -> None:
+        self._engine, self._settings, self._drain, self._progress = engine, settings, drain, progress
         self._is_behind_router = is_behind_router
         self.error: StartupError | None = None
+        self.is_settled = False  # the model is loaded, or cannot be
 
     def begin(self, url: str) -> None:
         self._engine.start()
@@ -104,12 +123,13 @@ class _Starter:
         try:
             self._engine.wait_until_ready()
         except StartupError as exc:
-            self.error = exc
+            self.error, self.is_settled = exc, True
             self._drain.begin()  # ends `http_server.run`
             return
-        say(f"Ready: {self._engine.model_id} at {url}")  # a router reads this line
+        self.is_settled = True
+        self._progress(f"Ready: {self._engine.model_id} at {url}")  # a router reads this line
         if not self._is_behind_router:
-            say(f"\n{curl_line(url, self._engine.model_id, self._settings)}\n")
+            self._progress(f"\n{curl_line(url, self._engine.model_id, self._settings)}\n")
 
 
 def curl_line(url: str, model_id: str, settings: Settings) -> str:

@@ -5,26 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import httpx
-
-from turboserve.errors import StartupError
+from turboserve.cli.figures import mib
 
 EVENT_KINDS = ("evictions", "requantisations", "spills", "restores", "preemptions", "refusals")
-
-
-def fetch(url: str, api_key: str, timeout_s: float = 10.0) -> dict[str, Any]:
-    """The statistics of the server at `url`. Raises StartupError with one line naming the fix."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        reply = httpx.get(f"{url.rstrip('/')}/v1/kv/stats", headers=headers, timeout=timeout_s)
-        reply.raise_for_status()
-        stats: dict[str, Any] = reply.json()
-    except httpx.HTTPStatusError as exc:
-        hint = "; set TURBOSERVE_API_KEY" if exc.response.status_code == 401 else ""
-        raise StartupError(f"{url} answered {exc.response.status_code}{hint}") from exc
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as exc:
-        raise StartupError(f"no turboserve answers at {url}: {exc}; start one with `turboserve serve`") from exc
-    return stats
 
 
 def lines(stats: Mapping[str, Any]) -> Iterator[str]:
@@ -90,7 +73,3 @@ def _conversations(stats: Mapping[str, Any]) -> Iterator[str]:
     more = sum(stats["num_conversations"].values()) - len(shown)
     if more > 0:
         yield f"  and {more:,} more"
-
-
-def mib(num_bytes: float) -> str:
-    return f"{num_bytes / (1 << 20):,.1f} MiB"

@@ -23,7 +23,8 @@ from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
-from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.progress import Progress, step
 from turboserve.engine.prompt_jobs import PromptJobs
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.rule_jobs import RuleJobs
@@ -225,7 +226,10 @@ class TurboEngine:
             loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
             self._busy_since_s = None
-            log.critical("the engine thread died", exc_info=not isinstance(exc, StartupError))
+            if isinstance(exc, StartupError):
+                log.info("the model cannot be served; whoever started the engine is told why")
+            else:
+                log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:
             self._is_ready_or_dead.set()
@@ -245,10 +249,11 @@ class TurboEngine:
         self._progress(f"speculation  {loop.speculation_line}")
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
-        warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+        with step(self._progress, "warming up"):
+            warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+            can_make_rules.result()
+            can_read.result()
         self._progress(f"warm-up      {warmed_s:.1f} s")
-        can_make_rules.result()
-        can_read.result()
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:

@@ -16,7 +16,8 @@ from pathlib import Path
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, PRESETS
 from turboquant_kv.evaluation import Plan, evaluate
-from turboserve.engine.loaded_model import LoadedModel, Progress
+from turboserve.engine.loaded_model import LoadedModel
+from turboserve.engine.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,6 @@ from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import SamplingParams
-
-Progress = Callable[[str], None]
-"""Told what start-up is doing, one line at a time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,15 +25,18 @@ from turboquant_kv.evaluation.contestants import check_compressible
 from turboserve.cache.disk import DiskStore, StoreLockedError
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
+from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
+from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
-from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
+from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
 from turboserve.engine.native_linears import install_native_linears, native_bytes, native_candidates
+from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
@@ -46,6 +49,8 @@ from turboserve.settings import AUTO_FORMAT, Settings
 
 log = logging.getLogger(__name__)
 
+# Enough to keep readers and cores busy, little enough to be seen growing.
+READ_TOGETHER_BYTES = 256 << 20
 # For a model whose configuration names no limit; about the shortest context in use today.
 DEFAULT_MAX_CONTEXT = 4096
 
@@ -53,6 +58,7 @@ DEFAULT_MAX_CONTEXT = 4096
 def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     """Model, runtime and cache memory as the settings say. Raises StartupError."""
     memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
+    _tell_what_fits(settings, progress, memory)
     loaded = load(settings, progress, memory)
     guessing = None
     if wants_draft_model(settings):  # into what the served model has left
@@ -76,6 +82,9 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
+    if (needed_bytes := peak_bytes(runtime, MIN_TOKENS)) > budget_bytes:
+        tokens = largest_fitting(lambda n: peak_bytes(runtime, n), budget_bytes, MIN_TOKENS)
+        raise StartupError(too_small(budget_bytes, tokens, needed_bytes, formats.default))
     for line in memory_plan(loaded, runtime, budget_bytes):
         progress(line)
     details = {"blas": blas.interpose().describe()}  # put in place before MLX was imported; only asked for here
@@ -89,11 +98,37 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     return EngineParts(loaded, runtime, kv_memory, details, draft)
 
 
+def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) -> None:
+    """Before the model is loaded. Raises StartupError, with the figures, when it cannot be served."""
+    folder = resolve_folder(settings.model, progress)
+    config, shapes = read_config(folder), read_shapes(folder)
+    stored_bytes = weights.file_bytes(folder) + adapters.file_bytes(settings.adapters)
+    _check_fits(stored_bytes, memory)
+    float32_bytes = expanded_bytes(config, shapes)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    is_native = on_cpu and settings.dequantize == "auto" and is_available()
+    is_expanded = not is_native and weights.should_expand(
+        settings.dequantize, on_cpu=on_cpu, needed_bytes=float32_bytes, available_bytes=memory.available_bytes
+    )
+    expected = forecast(
+        config,
+        float32_bytes if is_expanded else stored_bytes,
+        is_expanded or is_native,
+        memory,
+        settings.kv_budget,
+        settings.kv_format,
+        max_context(config, settings.max_context_tokens),
+    )
+    expected.check()
+    for line in expected.lines():
+        progress(line)
+
+
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
     """A model ready to run, weights in memory. Raises StartupError."""
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
-    folder = resolve_folder(settings.model)
+    folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
     _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
@@ -103,7 +138,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         model, note = _expand_if_wanted(model, settings, memory)
     dtype = "float32" if is_native else weights.activation_dtype(model)
     try:
-        mx.eval(model.parameters())
+        _read_weights(model, progress)
         installed = adapters.install(model, settings.adapters, dtype)
         if is_native:
             model, note = _take_as_stored(model)  # under the adapters
@@ -136,6 +171,19 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         },
         adapters=installed,
     )
+
+
+def _read_weights(model: Any, progress: Progress) -> None:
+    """Have the weights in memory, some at a time, so that it can be seen how far that is."""
+    arrays = weights.parameters(model)
+    with step(progress, "reading weights", sum(int(a.nbytes) for a in arrays)) as advance:
+        waiting: list[mx.array] = []
+        for array in arrays:
+            waiting.append(array)
+            if (num_bytes := sum(int(a.nbytes) for a in waiting)) >= READ_TOGETHER_BYTES or array is arrays[-1]:
+                mx.eval(waiting)
+                advance(num_bytes)
+                waiting = []
 
 
 def _load_draft(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
@@ -196,7 +244,8 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
     def calibrate() -> Calibration:
         progress("key and value means: measured at the first start, then read from the cache folder")
         cache_dir = settings.cache_dir.expanduser()
-        return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
+        with step(progress, "measuring key and value means"):
+            return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     cache_dir = settings.cache_dir.expanduser()
     try:
@@ -205,7 +254,8 @@ def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) 
             check_compressible(probe_layers(loaded.model))
             name = choose_format(loaded, calibrate(), settings.kv_auto_limit, cache_dir, held_out_text(), progress)
         fmt = None if name == PLAIN_FORMAT else KVFormat.parse(name)
-        return ServedFormats(loaded.model, fmt, calibrate, cache_dir)
+        with step(progress, "preparing KV caches"):  # a GPU's kernels are compiled and tried
+            return ServedFormats(loaded.model, fmt, calibrate, cache_dir)
     except (UnsupportedModelError, UnsupportedFormatError) as exc:
         raise StartupError(f"KV format {settings.kv_format}: {_one_line(exc)}. Use --kv-format f16.") from exc
     except ValueError as exc:  # the calibration text gave too few tokens

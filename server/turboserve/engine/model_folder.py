@@ -6,10 +6,14 @@ Python files are never downloaded, so none can be run.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from turboserve import models
+from turboserve.engine.progress import Progress, download_bar
 from turboserve.errors import StartupError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 EMBEDDED_MODEL_ID = "turboserve-tiny"
 EMBEDDED_DIR = Path(models.__file__).parent / "tiny" / "model"
@@ -28,11 +32,14 @@ def model_id_for(model: str, served_model_name: str = "") -> str:
         return served_model_name
     if not model:
         return EMBEDDED_MODEL_ID
-    return model if _is_hub_name(model) else Path(model).expanduser().resolve().name
+    return model if is_hub_name(model) else Path(model).expanduser().resolve().name
 
 
-def resolve_folder(model: str) -> Path:
-    """The local folder with the model's files, downloaded if need be. Raises StartupError."""
+def resolve_folder(model: str, progress: Progress | None = None) -> Path:
+    """The local folder with the model's files, downloaded if need be. Raises StartupError.
+
+    progress: shows a download, where it can.
+    """
     if not model:
         return _checked(EMBEDDED_DIR, "the embedded model")
     if "\0" in model:
@@ -42,9 +49,9 @@ def resolve_folder(model: str) -> Path:
         return _checked(path, model)
     if path.is_file():
         raise StartupError(f"{model} is a file: name the folder that holds config.json and model*.safetensors.")
-    if not _is_hub_name(model):
+    if not is_hub_name(model):
         raise StartupError(f"There is no folder {model}: check the path, or name a hub model as OWNER/NAME.")
-    return _checked(_download(model), model)
+    return _checked(download(model, progress), model)
 
 
 def _checked(folder: Path, name: str) -> Path:
@@ -57,19 +64,21 @@ def _checked(folder: Path, name: str) -> Path:
     return folder
 
 
-def _is_hub_name(model: str) -> bool:
+def is_hub_name(model: str) -> bool:
     """OWNER/NAME, and no such folder here."""
     is_path_like = model.startswith(("/", "./", "../", "~", ".")) or "\\" in model
     parts = model.split("/")
     return not is_path_like and len(parts) == 2 and all(parts) and not Path(model).expanduser().exists()
 
 
-def _download(name: str) -> Path:
+def download(name: str, progress: Progress | None = None) -> Path:
+    """A model of the hub in its local cache, whatever of it is there already. Raises StartupError."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download  # late: costs a third of a second that local models need not pay
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
+        with download_bar(progress) as bar:
+            return Path(snapshot_download(name, allow_patterns=list(_PATTERNS), tqdm_class=bar))
     except hub.GatedRepoError as exc:
         raise StartupError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN to your token."
@@ -79,6 +88,11 @@ def _download(name: str) -> Path:
             f"There is neither a folder nor a hub model named {name}: check the spelling; private models need HF_TOKEN."
         ) from exc
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as exc:
+        if isinstance(exc, OSError) and exc.errno in FULL_DISK:
+            raise StartupError(
+                f"The disk is full, so that {name} cannot be downloaded: `turboserve rm` deletes models, "
+                "and HF_HOME puts their cache elsewhere. What has arrived is kept."
+            ) from exc
         # Lack of internet shows as one of many OS and HTTP errors, all of them OSErrors.
         raise StartupError(
             f"{name} is not in the local hub cache and cannot be downloaded ({_first_line(exc)}): "

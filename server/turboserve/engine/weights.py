@@ -30,6 +30,11 @@ def parameter_bytes(model: Module) -> int:
     return sum(int(p.nbytes) for _, p in _flat(model.parameters()))
 
 
+def parameters(model: Module) -> list[mx.array]:
+    """All parameters of a model."""
+    return [array for _, array in _flat(model.parameters())]
+
+
 def expanded_bytes(model: Module, without: Sequence[Module] = ()) -> int:
     """Bytes of the weights as float32, `without` those of some modules, estimated without expanding them."""
     total, left_out = 0, {id(module) for module in without}

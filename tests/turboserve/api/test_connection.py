@@ -287,3 +287,16 @@ def test_no_line_of_the_log_carries_prompt_or_path(
             time.sleep(0.002)  # a line is written when its answer has left
     assert "POST /v1/chat/completions 200" in caplog.text and "GET unmatched 404" in caplog.text
     assert "staple" not in caplog.text and "forged" not in caplog.text
+
+
+def test_probes_are_no_news(service: Service, client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    """Who asks every second whether all is well must not fill the log; at debug they are there."""
+    with caplog.at_level("DEBUG", logger="turboserve"):
+        for path in ("/health", "/ready", "/metrics", "/v1/models"):
+            client.get(path)
+        service.wait_quiet()
+        deadline = time.monotonic() + 5
+        while "/v1/models" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.002)
+    levels = {record.getMessage().split()[1]: record.levelname for record in caplog.records if "GET" in record.message}
+    assert levels == {"/health": "DEBUG", "/ready": "DEBUG", "/metrics": "DEBUG", "/v1/models": "INFO"}

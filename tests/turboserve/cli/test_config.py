@@ -11,7 +11,7 @@ import pytest
 
 from turboserve.cli import config
 from turboserve.cli.config import UsageError
-from turboserve.cli.main import serve_command
+from turboserve.cli.serve_flags import NO_SETTINGS, serve_command
 from turboserve.settings import Settings, named_adapter
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -168,5 +168,5 @@ def test_default_toml_states_every_default() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    flags = set(inspect.signature(serve_command).parameters) - {"config_file"}
+    flags = set(inspect.signature(serve_command).parameters) - {*NO_SETTINGS}
     assert flags == set(Settings.model_fields) - {"models"}  # tables of a file

@@ -61,11 +61,35 @@ def test_bad_setting_is_one_line_and_status_2(args: tuple[str, ...], env: dict[s
     assert result.stdout == ""
 
 
-def test_unknown_flag_is_status_2() -> None:
-    result = run("serve", "--prot", "1")
-    assert result.returncode == 2
-    assert "--prot" in result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["serve", "--prot", "1"], ("--prot", "--port", "`turboserve serve --help`")),
+        (["cht"], ("'cht'", "chat")),
+        (["--versoin"], ("--versoin", "--version")),
+        (["sessions", "forkk"], ("forkk", "fork", "`turboserve sessions --help`")),
+        (["sessions", "fork"], ("NAME",)),
+        (["bench", "serve", "--streams", "0"], ("--streams", "`turboserve bench serve --help`")),
+        (["chat", "--max-tokens", "many"], ("--max-tokens", "integer")),
+    ],
+)
+def test_what_is_not_understood_is_one_line_and_status_2(
+    args: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main_module.main(args)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert said.err.startswith("turboserve: ") and said.err.count("\n") == 1
+    assert all(word in said.err for word in words), said.err
+
+
+@pytest.mark.parametrize("args", [[], ["sessions"], ["bench"], ["config"]])
+def test_a_group_alone_shows_its_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main_module.main(args)
+    said = capsys.readouterr()
+    assert "Commands:" in said.out + said.err and "Example:" in said.out + said.err
 
 
 def test_startup_error_is_one_line_and_status_1(

@@ -11,7 +11,8 @@ import pytest
 from tests.turboserve.engine.fakes import RecordingTelemetry, Sink, make_parts, make_settings, request
 
 from turboserve.engine.engine import Build, TurboEngine
-from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.progress import Progress
 from turboserve.engine.protocol import Engine
 from turboserve.errors import (
     EngineUnavailableError,

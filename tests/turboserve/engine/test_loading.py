@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,15 @@ def test_the_embedded_model_loads_as_stored_on_a_cpu(tmp_path: Path) -> None:
         assert weights.file_bytes(EMBEDDED_DIR) * 0.95 < loaded.weights_bytes < weights.file_bytes(EMBEDDED_DIR) * 1.05
     assert parts.memory.budget_bytes == 64 << 20 and parts.runtime.layers_compressed == 8
     assert any("compressed as 4t/3t" in line for line in lines)
+    foretold, found = (_tokens(lines, pattern) for pattern in (r"about ([\d,]+) tokens as 4t/3t", r"holds +([\d,]+) "))
+    assert abs(foretold - found) <= 0.01 * found, "what is told before loading is what it is"
+    assert next(i for i, line in enumerate(lines) if "will fit" in line) < lines.index(f"loading {EMBEDDED_MODEL_ID}")
+
+
+def _tokens(lines: list[str], pattern: str) -> int:
+    match = re.search(pattern, "\n".join(lines))
+    assert match is not None, lines
+    return int(match[1].replace(",", ""))
 
 
 def test_a_trial_of_gpu_kernels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +157,12 @@ def test_too_little_memory_is_reported(tmp_path: Path) -> None:
         load(Settings(), quiet, MemoryInfo(1 << 20, 1 << 20))
 
 
+class FullDisk(OSError):
+    """As the system tells it."""
+
+    errno = errno.ENOSPC
+
+
 def hub_error(kind: type[Exception]) -> Exception:
     error = kind.__new__(kind)
     Exception.__init__(error, "said the hub\nin two lines")
@@ -160,6 +177,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         (hub.LocalEntryNotFoundError, "internet"),
         (hub.OfflineModeIsEnabled, "internet"),
         (ConnectionError, "internet"),
+        (FullDisk, "turboserve rm"),
     ],
 )
 def test_the_hubs_refusals_name_the_cure(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], cure: str) -> None:

@@ -13,7 +13,8 @@ from tests.turboserve.engine.tools import templates
 
 from turboserve.engine import engine as engine_module
 from turboserve.engine.engine import TurboEngine
-from turboserve.engine.loaded_model import EngineParts, Progress
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.progress import Progress
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.template_process import Patience, TemplateProcess

@@ -1,0 +1,189 @@
+"""`turboserve sessions`: list, show, fork, pin, delete, export and import conversations of a running server."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from turboserve.cli import config
+from turboserve.cli.client import ServerClient, ServerError, server_url
+from turboserve.cli.config import UsageError
+from turboserve.cli.conversations import Conversation, Conversations, check_name, read_conversation
+from turboserve.cli.figures import amount, duration, session_lines
+from turboserve.cli.options import ApiKey, ConfigFile, Text, Url, commands_app, example
+from turboserve.errors import StartupError
+from turboserve.settings import Settings
+
+app = commands_app(
+    help="Your conversations on a running server.",
+    epilog=example("turboserve sessions list", "turboserve sessions fork trip trip-2"),
+)
+Name = Annotated[str, Argument(help="The session's id.", metavar="NAME")]
+AsJson = Annotated[bool, Option("--json", help="The server's reply, as it is.")]
+
+
+def _opened(url: str | None, api_key: str | None, config_file: Path | None) -> tuple[ServerClient, Settings]:
+    settings = config.resolve({"api_key": api_key}, config_file)
+    return ServerClient(server_url(url, settings), settings.api_key), settings
+
+
+@app.command("list", epilog=example("turboserve sessions list --all"))
+def list_command(
+    show_all: Annotated[bool, Option("--all", help="Also those that nobody named.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """List your sessions, those used last first."""
+    client, settings = _opened(url, api_key, config_file)
+    with client:
+        found = [one for one in client.sessions() if show_all or one["explicit"]]
+    if as_json:
+        _print_json(found)
+        return
+    kept = Conversations(settings.cache_dir).names()
+    for line in table(found, kept, time.time()):
+        typer.echo(line)
+
+
+def table(sessions: list[dict[str, Any]], kept: set[str], now_s: float) -> list[str]:
+    """Lines with columns of one width."""
+    rows = [["NAME", "STATE", "FORMAT", "TOKENS", "KV MEMORY", "RATIO", "DISK", "HITS", "USED", "TEXTS"]]
+    for one in sessions:
+        state = one["tier"] + (", pinned" if one["pinned"] else "")
+        rows.append(
+            [
+                *(one["id"], state, one["kv_format"], f"{one['tokens']:,}", amount(one["kv_bytes"]["total"])),
+                *(f"{one['ratio']:.2f}x", amount(one["disk_bytes"]) if one["disk_bytes"] else "-", f"{one['hits']:,}"),
+                *(f"{duration(now_s - one['last_used_at'])} ago", "kept" if one["id"] in kept else "-"),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+@app.command("show", epilog=example("turboserve sessions show trip"))
+def show_command(
+    name: Name, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None, config_file: ConfigFile = None
+) -> None:
+    """Show what one session holds, takes and saves."""
+    client, _ = _opened(url, api_key, config_file)
+    with client:
+        found = client.session(name)
+    if as_json:
+        _print_json(found)
+        return
+    for line in session_lines(found):
+        typer.echo(line)
+
+
+@app.command("fork", epilog=example("turboserve sessions fork trip trip-2"))
+def fork_command(
+    name: Name,
+    new_name: Annotated[Text, Argument(help="The fork's id; none: the server chooses.", metavar="NEW")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Begin a session that shares all that NAME holds; nothing is copied. Prints its id."""
+    client, settings = _opened(url, api_key, config_file)
+    with client:
+        made = client.fork(name, None if new_name is None else check_name(new_name, "NEW"))
+    kept = Conversations(settings.cache_dir)
+    texts = kept.try_load(name)
+    if texts is not None:
+        kept.save(texts.forked(made["id"]))
+    typer.echo(made["id"])
+
+
+@app.command("pin", epilog=example("turboserve sessions pin trip"))
+def pin_command(name: Name, url: Url = None, api_key: ApiKey = None, config_file: ConfigFile = None) -> None:
+    """Keep a session from being dropped or shrunk for others."""
+    client, _ = _opened(url, api_key, config_file)
+    with client:
+        client.pin(name, True)
+
+
+@app.command("unpin", epilog=example("turboserve sessions unpin trip"))
+def unpin_command(name: Name, url: Url = None, api_key: ApiKey = None, config_file: ConfigFile = None) -> None:
+    """Let a pinned session make room again."""
+    client, _ = _opened(url, api_key, config_file)
+    with client:
+        client.pin(name, False)
+
+
+@app.command("rm", epilog=example("turboserve sessions rm trip trip-2"))
+def rm_command(
+    names: Annotated[list[str], Argument(help="Ids of sessions.", metavar="NAME")],
+    url: Url = None,
+    api_key: ApiKey = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Delete sessions: the server's memory and files, and the texts kept here."""
+    client, settings = _opened(url, api_key, config_file)
+    kept, missing = Conversations(settings.cache_dir), []
+    with client:
+        for name in names:
+            check_name(name, "NAME")
+            try:
+                client.delete(name)
+            except ServerError as exc:
+                if exc.status != 404:
+                    raise
+                if not kept.forget(name):
+                    missing.append(name)
+            else:
+                kept.forget(name)
+    if missing:
+        raise StartupError(f"no such session: {', '.join(missing)}; `turboserve sessions list --all` shows all")
+
+
+@app.command("export", epilog=example("turboserve sessions export trip trip.json"))
+def export_command(
+    name: Name,
+    file: Annotated[Path | None, Argument(help="Where to; none: standard output.", metavar="FILE")] = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Write what was said in a kept chat, as JSON. Its cache is left out: any server computes it again."""
+    settings = config.resolve({}, config_file)
+    found = Conversations(settings.cache_dir).try_load(check_name(name, "NAME"))
+    if found is None:
+        raise StartupError(
+            f"no texts of {name} are kept here: servers keep caches, not texts; `turboserve chat --session` keeps them"
+        )
+    text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    if file is None:
+        sys.stdout.write(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise StartupError(f"{file}: {exc.strerror or exc}") from exc
+
+
+@app.command("import", epilog=example("turboserve sessions import trip.json --as trip-home"))
+def import_command(
+    file: Annotated[Path, Argument(help="What `sessions export` wrote.", metavar="FILE")],
+    new_name: Annotated[Text, Option("--as", help="Its name here [the exported one].", metavar="NAME")] = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Keep an exported chat here; `turboserve chat --session NAME` continues it on whichever server."""
+    settings = config.resolve({}, config_file)
+    found = read_conversation(file)
+    name = found.name if new_name is None else check_name(new_name, "--as")
+    kept = Conversations(settings.cache_dir)
+    if kept.path(name).exists():
+        raise UsageError(f"there is a chat named {name} here: choose another name by --as, or delete it first")
+    kept.save(Conversation(name, True, found.system, found.kv_format, found.messages))
+    typer.echo(name)
+
+
+def _print_json(found: Any) -> None:
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
