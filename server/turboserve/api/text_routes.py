@@ -53,7 +53,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     """Continue bare prompts, whole or as a stream of server-sent events."""
     context.admit()
     body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
-    adapter = context.adapter_of(body.model)
+    adapter = context.names.adapter_of(body.model)
     asked = common_request(
         body,
         request_id=request.scope["state"]["request_id"],
@@ -70,7 +70,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
         requests += choices_of(await _with_prompt(asked, prompt, body.suffix, context), n, first=i * n)
     replies = CompletionReplies(
         asked.request_id,
-        context.name_of(adapter),
+        context.names.name_of(adapter),
         n,
         [text for text in await _echoes(body, prompts, context) for _ in range(n)],
         has_logprobs=body.logprobs is not None,
@@ -177,7 +177,7 @@ async def tokenize(request: Request, context: Context, tenant: Tenant) -> Tokens
 async def detokenize(request: Request, context: Context) -> PlainText:
     """The text of token ids, control tokens included."""
     body = await read_as(request, context.max_body_bytes, partial(validated, DetokenizeBody))
-    context.adapter_of(body.model)
+    context.names.adapter_of(body.model)
     text: str = await engine_answer(context.engine.ask(Detokenize(tuple(body.tokens))))
     return PlainText(prompt=text, content=text)
 
@@ -196,7 +196,7 @@ def _conversation(request: Request, body: dict[str, object], context: ApiContext
 
 def _bare_prompt(body: dict[str, object], context: ApiContext) -> EngineRequest:
     asked = validated(TokenizeBody, body)
-    context.adapter_of(asked.model)
+    context.names.adapter_of(asked.model)
     for name in ("return_token_strs", "with_pieces"):
         if getattr(asked, name):
             raise UnsupportedParameterError(f"{name} is not supported: ask /detokenize for texts.", param=name)

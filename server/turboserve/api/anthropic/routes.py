@@ -79,15 +79,14 @@ async def messages(request: Request, context: Context, tenant: Tenant) -> Respon
         parse_messages,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
     parsed, delivery = await read_as(request, context.max_body_bytes, parse)
     replies = MessageReplies(
         parsed.request_id,
-        context.name_of(parsed.adapter),
+        context.names.name_of(parsed.adapter),
         hides_thinking=delivery.hides_thinking,
         # The first event of a stream has the prompt's tokens. The engine counts them before it reads the prompt.
         num_prompt_tokens=context.engine.ask(Tokenize(parsed)) if delivery.stream else None,
@@ -107,8 +106,7 @@ async def count_tokens(request: Request, context: Context, tenant: Tenant) -> To
         parse_count,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
     )
     parsed = await read_as(request, context.max_body_bytes, parse)
     return TokenCount(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed)))))

@@ -64,14 +64,14 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
 
     def parse(raw: dict[str, object]) -> tuple[OllamaChatBody, str, EngineRequest | None]:
         body = validated(OllamaChatBody, raw)
-        adapter = context.adapter_of(plain_name(body.model))
+        adapter = context.names.adapter_of(plain_name(body.model))
         if not body.messages:
             return body, adapter, None
         asked = conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
         return body, adapter, replace(asked, adapter=adapter)
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.name_of(adapter), is_chat=True)
+    replies = OllamaReplies(context.names.name_of(adapter), is_chat=True)
     if asked is None:
         return replies.loaded()
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
@@ -89,7 +89,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
 
     def parse(raw: dict[str, object]) -> tuple[GenerateBody, str, EngineRequest | None]:
         body = validated(GenerateBody, raw)
-        adapter = context.adapter_of(plain_name(body.model))
+        adapter = context.names.adapter_of(plain_name(body.model))
         refuse_unsupported(body)
         if not body.prompt or body.raw or body.suffix:
             return body, adapter, None
@@ -97,7 +97,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
         return body, adapter, asked
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.name_of(adapter), is_chat=False)
+    replies = OllamaReplies(context.names.name_of(adapter), is_chat=False)
     if not body.prompt:
         return replies.loaded()
     if asked is None:
@@ -135,7 +135,7 @@ async def ollama_tags(context: Context) -> Tags:
             digest=_digest(name),
             details=_details(context, adapter),
         )
-        for adapter, name in context.served_names()
+        for adapter, name in context.names.listed()
     ]
     return Tags(models=tags)
 
@@ -155,7 +155,7 @@ async def ollama_ps(context: Context) -> LoadedTags:
             size_vram=stats.kv.total,
             context_length=stats.max_context_tokens,
         )
-        for adapter, name in context.served_names()
+        for adapter, name in context.names.listed()
     ]
     return LoadedTags(models=tags)
 
@@ -166,7 +166,7 @@ async def ollama_ps(context: Context) -> LoadedTags:
 async def ollama_show(request: Request, context: Context) -> Shown:
     """The served model, by its name."""
     body = await read_as(request, context.max_body_bytes, partial(validated, ShowBody))
-    adapter = context.adapter_of(plain_name(body.model or body.name or ""))
+    adapter = context.names.adapter_of(plain_name(body.model or body.name or ""))
     stats, defaults = context.engine.stats(), context.engine.sampling_defaults
     return Shown(
         modelfile="",
@@ -176,7 +176,7 @@ async def ollama_show(request: Request, context: Context) -> Shown:
         details=_details(context, adapter),
         model_info={
             "general.architecture": "turboserve",
-            "general.basename": context.name_of(adapter),
+            "general.basename": context.names.name_of(adapter),
             "turboserve.context_length": stats.max_context_tokens,
             "turboserve.kv_format": stats.kv_format,
         },

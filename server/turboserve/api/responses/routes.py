@@ -208,9 +208,7 @@ async def _parsed(request: Request, context: ApiContext, tenant: str, store: Res
         store,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=context.engine.model_id,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
