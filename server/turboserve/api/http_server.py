@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from turboserve.api.connection import connection_factory
 from turboserve.api.drain import Drain
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
+from turboserve.api.held_bytes import check_body_limits
 from turboserve.api.security import check_exposure
 from turboserve.descriptors import connection_limit, raise_limit
 from turboserve.engine.protocol import Engine
@@ -44,6 +45,7 @@ def bind(settings: Settings) -> socket.socket:
     Call it before loading a model, so that a busy port is reported at once.
     """
     check_exposure(settings)
+    check_body_limits(settings)
     raise_limit()
     try:
         family, _, _, _, address = socket.getaddrinfo(
