@@ -64,7 +64,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     asked = replace(asked, num_top_logprobs=body.logprobs, adapter=adapter)
     n = body.n or 1
     prompts = _prompts(body, n)
-    checked_choices(asked, n * len(prompts), MAX_CHOICES)  # of many prompts some wait
+    checked_choices(asked, n, MAX_CHOICES, len(prompts))  # of many prompts some wait
     requests: list[EngineRequest] = []
     for i, prompt in enumerate(prompts):
         requests += choices_of(await _with_prompt(asked, prompt, body.suffix, context), n, first=i * n)
