@@ -92,6 +92,8 @@ def test_prompts_of_every_kind(complete: Complete, service: Service, prompt: obj
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": [[1]] * 129}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
         ({"prompt": [1, -1]}, "prompt[1]"),
         ({"prompt": [[1], "a"]}, "prompt[1]"),

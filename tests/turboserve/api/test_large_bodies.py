@@ -19,6 +19,7 @@ from tests.turboserve.api.conftest import Service, connect_client, error_of, raw
 
 from turboserve.api import body as body_module
 from turboserve.api.body import MAX_CONTAINERS, MAX_MEMBERS, MAX_STRINGS, MAX_VALUES, parse_object
+from turboserve.api.completion_body import MAX_PROMPT_TOKENS
 from turboserve.api.held_bytes import CountedBody, HeldBytes
 from turboserve.api.http_server import bind
 from turboserve.errors import InvalidRequestError, StartupError
@@ -153,6 +154,18 @@ def test_what_is_too_much_is_refused_by_its_kind(text: str, named: str) -> None:
 )
 def test_what_is_just_not_too_much_is_read(text: str) -> None:
     assert parse_object(f'{{"x": {text}}}'.encode()) == {"x": json.loads(text)}
+
+
+@pytest.mark.parametrize(("path", "name"), [(TEXT, "prompt"), (EMBED, "input"), ("/detokenize", "tokens")])
+def test_as_many_token_ids_as_are_declared_are_taken(roomy: Service, path: str, name: str) -> None:
+    """The limit in /openapi.json is one that a body can reach."""
+    ids = full(f'{{"model":null,"{name}":[', lambda i: "7", "", MAX_PROMPT_TOKENS)
+    with connect_client(roomy) as client:
+        for end, status in (("]}", 200), (",7]}", 400)):
+            reply = client.post(path, content=ids + end.encode(), headers={"content-type": "application/json"})
+            assert reply.status_code == status, reply.text[:300]
+    assert error_of(reply)["param"] == name and f"{MAX_PROMPT_TOKENS}" in str(error_of(reply)["message"])
+    roomy.wait_quiet()
 
 
 def test_strings_are_told_from_structure_as_json_does(monkeypatch: pytest.MonkeyPatch, rng: object) -> None:
