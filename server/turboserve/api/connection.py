@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
 from turboserve.api.connection_watch import ConnectionLimit, CountingTransport, ReaderWatch, bound_send_buffer
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
-from turboserve.api.replies import dump
+from turboserve.api.replies import dump, error_headers
 from turboserve.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
@@ -167,6 +167,7 @@ class Connection(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            *((name.encode(), value.encode()) for name, value in error_headers(error).items()),
         ]
         for event in (
             h11.Response(status_code=error.status, headers=headers),
