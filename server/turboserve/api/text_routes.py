@@ -18,7 +18,7 @@ from turboserve.api.completion_replies import CompletionReplies
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.conversation import conversation_of
 from turboserve.api.kv_reply_models import Reply
-from turboserve.api.openapi import SESSION_PARAMETER, failures, json_body, stream_or_whole
+from turboserve.api.openapi import SESSION_PARAMETER, event_stream, failures, json_body, stream_or_whole
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header, not_declared
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
 from turboserve.api.sampling_request import checked_choices, choices_of, common_request
@@ -36,10 +36,11 @@ text_router = APIRouter(redirect_slashes=False)
 # --- completions
 
 COMPLETION_STREAM = stream_or_whole(
-    CompletionChunk,
-    "text/event-stream",
-    "Events `data: {...}`, each a CompletionChunk, then `data: [DONE]`. An error after the first byte is the last "
-    "event instead, an ErrorEnvelope. Comment lines bridge silence.",
+    event_stream(
+        CompletionChunk,
+        "Events `data: {...}`, each a CompletionChunk, then `data: [DONE]`. An error after the first byte is the last "
+        "event instead, an ErrorEnvelope. Comment lines bridge silence.",
+    )
 )
 
 

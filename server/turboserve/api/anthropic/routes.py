@@ -14,7 +14,14 @@ from turboserve.api.anthropic.reply_models import MessageEvent, MessageReply, To
 from turboserve.api.anthropic.request import parse_count, parse_messages
 from turboserve.api.body import read_as
 from turboserve.api.context import Context, Tenant, engine_answer
-from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, anthropic_failures, json_body
+from turboserve.api.openapi import (
+    SESSION_PARAMETER,
+    Shape,
+    anthropic_failures,
+    event_stream,
+    json_body,
+    stream_or_whole,
+)
 from turboserve.api.session_request import SESSION_HEADER
 from turboserve.errors import (
     BodyTooLargeError,
@@ -46,19 +53,13 @@ OF_A_PROMPT = (
     EngineUnavailableError,
 )
 
-STREAM_OR_WHOLE: Json = {
-    "description": "The answer: whole, or as server-sent events when the body says stream.",
-    "content": {
-        "text/event-stream": {
-            "schema": {
-                "type": "string",
-                "description": "Events `event: TYPE`, `data: {...}`, each a MessageEvent, from message_start to "
-                "message_stop. An error after the first byte is the last event instead.",
-            },
-            "x-event-schema": {"$ref": REF.format(model=MessageEvent.__name__)},
-        }
-    },
-}
+STREAM_OR_WHOLE = stream_or_whole(
+    event_stream(
+        MessageEvent,
+        "Events `event: TYPE`, `data: {...}`, each a MessageEvent, from message_start to message_stop. An error after "
+        "the first byte is the last event instead.",
+    )
+)
 
 router = APIRouter(redirect_slashes=False)
 

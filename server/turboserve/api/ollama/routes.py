@@ -37,7 +37,7 @@ from turboserve.api.ollama.models import (
     Tags,
 )
 from turboserve.api.ollama.replies import NDJSON_TYPE, OllamaReplies, timestamp
-from turboserve.api.openapi import failures, json_body, stream_or_whole
+from turboserve.api.openapi import failures, json_body, line_stream, stream_or_whole
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
 from turboserve.api.sampling_request import common_request
 from turboserve.api.validation import validated
@@ -55,7 +55,8 @@ ollama_router = APIRouter(redirect_slashes=False)
 @ollama_router.post(
     "/api/chat",
     response_model=OllamaChat,
-    responses=failures(*OF_AN_ANSWER, shape=OllamaError) | {200: stream_or_whole(OllamaChat, NDJSON_TYPE, LINES)},
+    responses=failures(*OF_AN_ANSWER, shape=OllamaError)
+    | {200: stream_or_whole(line_stream(OllamaChat, NDJSON_TYPE, LINES))},
     openapi_extra=json_body(OllamaChatBody),
 )
 async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Response:
@@ -80,7 +81,8 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
 @ollama_router.post(
     "/api/generate",
     response_model=OllamaGeneration,
-    responses=failures(*OF_AN_ANSWER, shape=OllamaError) | {200: stream_or_whole(OllamaGeneration, NDJSON_TYPE, LINES)},
+    responses=failures(*OF_AN_ANSWER, shape=OllamaError)
+    | {200: stream_or_whole(line_stream(OllamaGeneration, NDJSON_TYPE, LINES))},
     openapi_extra=json_body(GenerateBody),
 )
 async def ollama_generate(request: Request, context: Context, tenant: Tenant) -> Response:
