@@ -15,6 +15,7 @@ import httpx
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, raw_request, read_all, running
 
+from turboserve.api.connection_watch import CountingTransport, ReaderWatch
 from turboserve.api.http_server import bind
 from turboserve.settings import ModelEntry, Settings
 
@@ -89,6 +90,38 @@ def test_a_stalled_reader_of_little_is_noticed(script: str) -> None:
             time.sleep(0.01)
         service.wait_quiet()
         assert 'http_disconnects_total{kind="stalled"} 1.0' in service.telemetry.exposition().decode()
+
+
+@pytest.mark.parametrize("takes_all", [True, False])
+def test_a_reader_has_to_take_all_that_is_there_in_its_time(takes_all: bool) -> None:
+    """One who takes a little now and then is as stalled as one who takes nothing."""
+
+    class SlowTransport(asyncio.Transport):
+        num_pending = 0
+
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            self.num_pending += len(data)
+
+        def get_write_buffer_size(self) -> int:
+            return self.num_pending
+
+        def is_closing(self) -> bool:
+            return False
+
+    async def stalls() -> bool:
+        stalled, slow = asyncio.Event(), SlowTransport()
+        counting = CountingTransport(slow, lambda: watch.wrote())
+        watch = ReaderWatch(counting, 1.0, stalled.set)
+        counting.write(b"x" * 1_000_000)
+        for _ in range(80):
+            slow.num_pending = 0 if takes_all else slow.num_pending - 1
+            counting.write(b"x")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stalled.wait(), 0.02)
+        watch.stop()
+        return stalled.is_set()
+
+    assert asyncio.run(stalls()) != takes_all
 
 
 def test_a_reader_of_a_quiet_stream_is_not_taken_for_stalled() -> None:
