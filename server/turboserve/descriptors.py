@@ -13,7 +13,7 @@ except ImportError:  # Windows
 
 ENOUGH = 65_536  # more would only make tables larger
 RESERVED = 256  # for the model's files, the store, processes and their pipes
-PER_CONNECTION = 2  # a router holds a second one, to the model's process
+PER_CONNECTION = 2  # of a router, which holds a second one, to the model's process
 MOST_CONNECTIONS = 4096
 FEWEST_CONNECTIONS = 16
 
@@ -53,11 +53,22 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def file_limit() -> int | None:
+    """How many files this process may hold open now; None: any number, or the system does not tell."""
+    if resource is None:
+        return None
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def files_for(num_connections: int, *, is_router: bool) -> int:
+    """Open files that so many connections need beside everything else."""
+    return num_connections * (PER_CONNECTION if is_router else 1) + RESERVED
+
+
 def connection_limit() -> int:
     """Connections that leave enough open files for everything else."""
-    if resource is None:
+    limit = file_limit()
+    if limit is None:
         return MOST_CONNECTIONS
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS
-    return min(MOST_CONNECTIONS, max(FEWEST_CONNECTIONS, (soft - RESERVED) // PER_CONNECTION))
+    return min(MOST_CONNECTIONS, max(FEWEST_CONNECTIONS, (limit - RESERVED) // PER_CONNECTION))

@@ -143,7 +143,12 @@ TYPES: dict[str, Config] = {
     "gemma4_text": {"num_kv_shared_layers": 0, "layer_types": SLIDING_AND_FULL},
     "glm_moe_dsa": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (NUM_LAYERS // 2), "mamba_conv_bias": True},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2, "rope_scaling": {"alpha": 1.0}},
+    "hunyuan": {
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+        "rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"},
+    },
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_period": 2},
     "kimi_k25": {"text_config": Inner("deepseek_v3")},
     "kimi_k3": {
@@ -188,6 +193,7 @@ TYPES: dict[str, Config] = {
         "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False,
     },
+    "minicpm": {"tie_word_embeddings": False},  # mlx-lm makes weights for a head in any case
     "minicpm3": {"rope_scaling": {"original_max_position_embeddings": MAX_CONTEXT}},
     "minimax_m3_vl": {"text_config": Inner("minimax_m3_vl", "TextArgs", {"moe_layer_freq": [0, 1, 1, 1]})},
     "ministral3": {"rope_parameters": LLAMA_4_ROPE, "layer_types": SLIDING_AND_FULL},
@@ -217,19 +223,22 @@ TYPES: dict[str, Config] = {
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "M", "*"], "num_hidden_layers": 5},
     "olmo_hybrid": {"layer_types": RECURRENT_AND_FULL, "linear_allow_neg_eigval": True},
     "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    # Its code writes to the logits of tokens up to 100,351, and with a smaller vocabulary into other memory.
+    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "vocab_size": 100_352},
     "pixtral": {"text_config": Inner("llama")},
     "plamo": {"n_shared_head": 2},
     "qwen2_vl": {"text_config": Inner("qwen2")},
     "qwen3_5": {"text_config": Inner("qwen3_5", "TextModelArgs", {**HYBRID_QWEN, "num_experts": 0})},
     "qwen3_5_moe": {"text_config": Inner("qwen3_5", "TextModelArgs", HYBRID_QWEN)},
     "qwen3_vl": {"text_config": Inner("qwen3")},
-    "qwen3_vl_moe": {"text_config": Inner("qwen3_moe")},
+    "qwen3_vl_moe": {"text_config": Inner("qwen3_moe", own={"tie_word_embeddings": False})},  # as published
     "recurrent_gemma": {"logits_soft_cap": 30.0, "block_types": ["recurrent", "recurrent", "attention"]},
     "rwkv7": dict.fromkeys(("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 16),
     "spark2_5": {"rope_parameters": ROPE_BY_LAYER, "layer_types": SLIDING_AND_FULL},
     "stablelm": {"use_qkv_bias": True},
 }
+# What a published config.json has for transformers, which reads it with the tokenizer, and mlx-lm's ModelArgs do not.
+BESIDES: dict[str, Config] = {"exaone4": {"layer_types": SLIDING_AND_FULL}}
 GEMMA_3N: Config = {
     "num_kv_shared_layers": 0,
     "rope_local_base_freq": 10000.0,
@@ -265,7 +274,8 @@ def config_of(model_type: str) -> Config:
     """A config.json of that type. Raises LookupError for a field that nothing here names."""
     if model_type in NOT_IMPORTABLE:
         return {"model_type": model_type}
-    return _filled(_module(model_type).ModelArgs, model_type, TYPES.get(model_type, {}))
+    config = _filled(_module(model_type).ModelArgs, model_type, TYPES.get(model_type, {}))
+    return {**BESIDES.get(model_type, {}), **config}
 
 
 def _filled(args: Any, model_type: str, own: Config) -> Config:

@@ -53,7 +53,8 @@ What becomes of every model type of mlx-lm {version}: each is built with a few l
 - **rows**: whether requests that decode *together* in one batch get the answers they get alone, or decode *row by row*.
   *WRONG* is a fault. First in the default format, then uncompressed (`f16`).
 - Real models of a type may have other head sizes than the 64 dimensions here, and layers of other kinds.
-- Uncompressed answers are compared with mlx-lm's own. The table is of Linux on a CPU: what needs Metal is not tried.
+- Uncompressed answers are compared with mlx-lm's own; compressed ones must be far closer to these than to what mlx-lm
+  says of another prompt. The table is of Linux on a CPU: what needs Metal is not tried.
 
 """
 
@@ -84,8 +85,9 @@ class Worker:
         line = process.stdout.readline() if is_there else ""
         if line:
             return Outcome(**json.loads(line))
+        end = f"the process ends by {_signal_of(process)}" if is_there else f"no answer in {TIMEOUT_S:.0f} s"
         self.close()
-        return f"no answer in {TIMEOUT_S:.0f} s" if not is_there else f"the process ends by {_signal_of(process)}"
+        return end
 
     def _start(self) -> subprocess.Popen[str]:
         paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])

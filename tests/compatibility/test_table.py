@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from tests.compatibility.configs import config_of, model_types
-from tests.compatibility.outcome import SAME, Answer, WatchedModel, differ
-from tests.compatibility.table import TABLE, row, rows_in, try_all
+from tests.compatibility.outcome import CRASHED, SAME, Answer, WatchedModel, differ, far_from
+from tests.compatibility.table import TABLE, Worker, row, rows_in, try_all
 
-# One of each kind of cache and each kind of line.
+# One of each kind of cache and each kind of line, but those that crash or are not tried.
 SAMPLE = (
     "afm7",
     "deepseek_v3",
@@ -16,6 +20,7 @@ SAMPLE = (
     "gemma2",
     "gemma3_text",
     "gpt_bigcode",
+    "lfm2",
     "llama",
     "mamba",
     "olmo",
@@ -48,6 +53,31 @@ def test_other_answers_would_be_noticed() -> None:
         Answer(want.tokens, [-1.0, float("nan"), -3.0], want.leads),
     ):
         assert differ(other, want)
+
+
+def test_compressed_answers_are_held_to_the_likelihood_of_their_own_tokens(rng: np.random.Generator) -> None:
+    """A wrong cache finds its own favourites as likely as mlx-lm finds others."""
+    spread = float(rng.uniform(0.1, 3))
+    best = np.full(5, -5.0)
+    unlikely = best - spread * rng.uniform(2, 4, 5)
+    noise = 0.3 * spread * rng.uniform(-1, 1, 5)
+    tokens, leads = [1, 2, 3, 4, 5], [0.0] * 5
+    assert far_from(Answer(tokens, list(best + noise), leads), best, unlikely) == ""
+    assert far_from(Answer(tokens, list(best + noise), leads), unlikely, unlikely[::-1])
+    assert far_from(Answer(tokens, [float("nan"), *best[1:]], leads), best, unlikely)
+
+
+def test_an_end_is_told_as_it_was() -> None:
+    """Not as the kill that makes sure of it: a process closes its pipes a while before it ends."""
+
+    class Ending(Worker):
+        def _start(self) -> subprocess.Popen[str]:
+            program = "import os, sys, time; sys.stdin.readline(); os.close(1); time.sleep(0.3); os._exit(3)"
+            pipe = subprocess.PIPE
+            return subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
+
+    outcome = Ending(0).outcome("llama")
+    assert (outcome.kv, outcome.why) == (CRASHED, "the process ends by status 3")
 
 
 def test_batches_that_fail_are_counted() -> None:

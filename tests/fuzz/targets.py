@@ -24,6 +24,7 @@ from turboserve.api.body import parse_object
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
 from turboserve.api.completion_body import CompletionBody
+from turboserve.api.model_names import ServedNames
 from turboserve.api.ollama.bodies import OllamaChatBody
 from turboserve.api.responses.body import ResponsesBody
 from turboserve.api.validation import validated
@@ -86,7 +87,7 @@ class _Choices:
 
 def _check_chat(parsed: Mapping[str, object]) -> None:
     try:
-        chat = parse_chat(parsed, request_id="r", tenant="", model_id=None)
+        chat = parse_chat(parsed, request_id="r", tenant="", names=ServedNames("m", takes_any_name=True))
     except TurboServeError as error:
         _check_error(error)
     else:

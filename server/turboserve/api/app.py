@@ -16,7 +16,7 @@ from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
 from turboserve.api.metrics import EngineCollector
-from turboserve.api.model_names import adapter_names
+from turboserve.api.model_names import ServedNames, adapter_names
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.responses import routes as responses
 from turboserve.api.responses.store import ResponseStore
@@ -35,7 +35,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
 
     `router_key`: of a router in front, which alone may then ask and says whose each request is.
 
-    Raises StartupError when the settings would expose the server without a key.
+    Raises StartupError when the settings would expose the server without a key, or a name could mean two models.
     """
     check_exposure(settings)
     telemetry.use_readings(EngineCollector(engine), VllmCollector(engine, telemetry))
@@ -49,8 +49,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
         chat_rules=ChatRules.of(settings),
-        any_model_name=settings.any_model_name,
-        adapters=adapter_names(settings.adapters),
+        names=ServedNames(engine.model_id, adapter_names(settings.adapters), settings.any_model_name),
     )
     app.state.responses = ResponseStore(
         settings.max_responses_per_caller, settings.max_response_bytes_per_caller, settings.response_ttl_s

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from turboserve.api.chat_body import ChatBody, Reasoning, Thinking
 from turboserve.api.chat_messages import plain_messages
 from turboserve.api.chat_tools import tool_use
-from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapter_named
+from turboserve.api.model_names import ServedNames
 from turboserve.api.parameters import without_unsupported
 from turboserve.api.sampling_request import checked_choices, choices_of, common_request, token_limit
 from turboserve.api.validation import validated
@@ -63,11 +63,10 @@ def parse_chat(
     *,
     request_id: str,
     tenant: str,
-    model_id: str | None,
+    names: ServedNames,
     session_headers: Iterable[str] = (),
     defaults: SamplingParams = NO_DEFAULTS,
     rules: ChatRules = USUAL_RULES,
-    adapters: AdapterNames = NO_ADAPTERS,
 ) -> ChatRequest:
     """What to ask of the engine, and how to answer. `defaults` apply where the body says nothing.
 
@@ -75,7 +74,7 @@ def parse_chat(
     """
     known, ignored = without_unsupported(body, is_strict=rules.is_strict)
     chat = validated(ChatBody, known, is_strict=rules.is_strict)
-    adapter = adapter_named(chat.model, model_id, adapters)
+    adapter = names.adapter_of(chat.model)
     is_continued = _is_continued(chat)
     common = common_request(
         chat, request_id=request_id, tenant=tenant, defaults=defaults, session_headers=session_headers

@@ -7,11 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from turboserve.api.body import MAX_VALUES
 from turboserve.api.chat_body import INT32_MAX, MAX_CHOICES, FirstError, SamplingBody
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 5  # OpenAI's limit on this route
-MAX_PROMPT_TOKENS = 10_000_000
+MAX_PROMPT_TOKENS = MAX_VALUES - 10_000  # what else a body has is among its values as well
 
 PromptTokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[PromptTokenId], FirstError(), Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]

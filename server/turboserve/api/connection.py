@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
 from turboserve.api.connection_watch import ConnectionLimit, CountingTransport, ReaderWatch, bound_send_buffer
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
-from turboserve.api.replies import dump
+from turboserve.api.replies import dump, error_headers
 from turboserve.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
@@ -35,8 +35,6 @@ from turboserve.telemetry import Telemetry
 logger = logging.getLogger("turboserve.api")
 
 MAX_PIPELINED_BYTES = 64 * 1024
-# The response has its own send timeout and gets to report the stall first.
-STALL_MARGIN_S = 1.0
 # After a refusal we read on this long: closing with unread input would reset the connection
 # and take the answer away from the client.
 LINGER_S = 2.0
@@ -64,7 +62,6 @@ class Connection(H11Protocol):
         self._limit = limit
         self._watch: ReaderWatch | None = None
         self._arrival_deadline: asyncio.TimerHandle | None = None
-        self._stall_deadline: asyncio.TimerHandle | None = None
         self._lingering = False
 
     # Arrival: a request must be complete within the deadline.
@@ -167,6 +164,7 @@ class Connection(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            *((name.encode(), value.encode()) for name, value in error_headers(error).items()),
         ]
         for event in (
             h11.Response(status_code=error.status, headers=headers),
@@ -193,7 +191,6 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm_arrival()
-        self._disarm_stall()
         self._limit.leave(self)
         if self._watch is not None:
             self._watch.stop()
@@ -201,23 +198,10 @@ class Connection(H11Protocol):
 
     # Stalled readers.
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall_deadline = self.loop.call_later(self._send_timeout_s + STALL_MARGIN_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        self._disarm_stall()
-        super().resume_writing()
-
     def _stalled(self) -> None:
         self._telemetry.http_disconnect("stalled")
         logger.warning("the client stopped reading")
         self.transport.abort()
-
-    def _disarm_stall(self) -> None:
-        if self._stall_deadline is not None:
-            self._stall_deadline.cancel()
-            self._stall_deadline = None
 
 
 def connection_factory(

@@ -82,8 +82,9 @@ class CountingTransport:
 
 
 class ReaderWatch:
-    """Tells when a reader has acknowledged nothing for too long, though there was something to read.
+    """Tells when a reader has not acknowledged for too long what there was to read.
 
+    All of it counts: one who takes a byte now and then would keep a connection, and what is held for it, for ever.
     A transport takes a few kilobytes into the system's buffer at once, so that its own buffer, and with it
     `pause_writing`, says nothing about readers of short answers and slow streams.
     """
@@ -92,12 +93,12 @@ class ReaderWatch:
         self._transport, self._timeout_s, self._on_stall = transport, timeout_s, on_stall
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._num_taken, self._since_s = 0, 0.0
+        self._num_due, self._since_s = 0, 0.0  # bytes in all that should be taken, and since when
 
     def wrote(self) -> None:
         """Something was written: watch until it is taken."""
         if self._timer is None:
-            self._since_s = self._loop.time()
+            self._num_due, self._since_s = self._transport.num_written, self._loop.time()
             self._timer = self._loop.call_later(self._timeout_s / CHECKS, self._check)
 
     def stop(self) -> None:
@@ -111,8 +112,8 @@ class ReaderWatch:
         num_pending = self._transport.get_write_buffer_size() + num_unacknowledged(self._transport)
         num_taken = self._transport.num_written - num_pending
         now_s = self._loop.time()
-        if num_taken > self._num_taken:
-            self._num_taken, self._since_s = num_taken, now_s
+        if num_taken >= self._num_due:
+            self._num_due, self._since_s = self._transport.num_written, now_s
         if num_pending and now_s - self._since_s >= self._timeout_s:
             self._on_stall()
         elif num_pending and not self._transport.is_closing():

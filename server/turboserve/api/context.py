@@ -15,7 +15,7 @@ from turboserve import messages
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
-from turboserve.api.model_names import AdapterNames, adapted, adapter_named
+from turboserve.api.model_names import ServedNames
 from turboserve.api.running import RunningRequests
 from turboserve.engine.protocol import Engine
 from turboserve.errors import OverloadedError
@@ -38,29 +38,8 @@ class ApiContext:
     send_timeout_s: float
     keepalive_interval_s: float
     chat_rules: ChatRules
-    any_model_name: bool = False
-    adapters: AdapterNames = field(default_factory=dict)
+    names: ServedNames
     running: RunningRequests = field(default_factory=RunningRequests)
-
-    @property
-    def required_model(self) -> str | None:
-        """The only model that a request may name; None: any name will do."""
-        return None if self.any_model_name else self.engine.model_id
-
-    def adapter_of(self, name: str | None) -> str:
-        """The adapter that a request's `model` names; "": the model alone.
-
-        Raises ModelNotFoundError for a name of neither, where names matter.
-        """
-        return adapter_named(name, self.required_model, self.adapters)
-
-    def served_names(self) -> list[tuple[str, str]]:
-        """What lists show, as (adapter, name): the model alone, then with each adapter, once."""
-        return [(adapter, self.name_of(adapter)) for adapter in ("", *dict.fromkeys(self.adapters.values()))]
-
-    def name_of(self, adapter: str) -> str:
-        """What replies call the model with this adapter, or without any."""
-        return adapted(self.engine.model_id, adapter)
 
     def admit(self) -> None:
         """Raises EngineUnavailableError once the server is shutting down, and counts that."""

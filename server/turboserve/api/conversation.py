@@ -22,10 +22,9 @@ def conversation_of(
         body,
         request_id=request_id,
         tenant=tenant,
-        model_id=context.required_model,
+        names=context.names,
         session_headers=session_headers,
         defaults=context.engine.sampling_defaults,
         rules=context.chat_rules,
-        adapters=context.adapters,
     )
     return request

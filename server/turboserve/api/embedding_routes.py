@@ -97,14 +97,14 @@ async def embed(request: Request, context: Context) -> Response:
     """Vectors of texts: the mean of the loaded chat model's last hidden states, scaled to unit length."""
     context.admit()
     body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
-    adapter = context.adapter_of(body.model)
+    adapter = context.names.adapter_of(body.model)
     answer = await embeddings_of(texts_or_ids(body.input), request, context, adapter)
     vectors = [shortened(vector, body.dimensions) for vector in answer.vectors]
     written = [_base64(vector) for vector in vectors] if body.encoding_format == "base64" else map(list, vectors)
     reply = {
         "object": "list",
         "data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(written)],
-        "model": context.name_of(adapter),
+        "model": context.names.name_of(adapter),
         "usage": {"prompt_tokens": answer.num_tokens, "total_tokens": answer.num_tokens},
         "turboserve": EmbeddingSource().model_dump(),
     }

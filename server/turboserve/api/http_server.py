@@ -23,8 +23,9 @@ from turboserve.api.activation import inherited_listener
 from turboserve.api.connection import connection_factory
 from turboserve.api.drain import Drain
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
+from turboserve.api.held_bytes import check_body_limits
 from turboserve.api.security import check_exposure, is_loopback
-from turboserve.descriptors import connection_limit, raise_limit
+from turboserve.descriptors import connection_limit, file_limit, files_for, raise_limit
 from turboserve.engine.protocol import Engine
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
@@ -36,6 +37,13 @@ FLUSH_S = 1
 BACKLOG = 2048  # connections that the system holds until they are accepted
 ACCEPT_BATCH = 64  # of them at once: more could use up the process's files before the first is counted
 COMPLAINT_EVERY_S = 60.0
+# What a system is short of when it accepts no connection, and what helps.
+SHORTAGES = {
+    errno.EMFILE: "raise this process's limit of open files (ulimit -n N), or lower max_connections",
+    errno.ENFILE: "raise the system's limit of open files (sysctl fs.file-max on Linux, kern.maxfiles on macOS)",
+    errno.ENOBUFS: "the system has no memory for them; end other programs, or lower max_connections",
+    errno.ENOMEM: "the system has no memory for them; end other programs, or lower max_connections",
+}
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -45,7 +53,9 @@ def bind(settings: Settings) -> socket.socket:
     Call it before loading a model, so that a busy port is reported at once.
     """
     check_exposure(settings)
+    check_body_limits(settings)
     raise_limit()
+    _warn_of_few_files(settings)
     if (sock := inherited_listener()) is not None:
         return _checked(sock, settings)
     try:
@@ -64,6 +74,18 @@ def _checked(sock: socket.socket, settings: Settings) -> socket.socket:
         sock.close()
         raise StartupError(f"systemd's socket listens on {host}, and host is {settings.host}: set --host {host}.")
     return sock
+
+
+def _warn_of_few_files(settings: Settings) -> None:
+    limit, needed = file_limit(), files_for(settings.max_connections, is_router=bool(settings.models))
+    if settings.max_connections and limit is not None and needed > limit:
+        logger.warning(
+            "max_connections = %d may need %d open files, and the limit is %d: raise it (ulimit -n %d), or allow fewer",
+            settings.max_connections,
+            needed,
+            limit,
+            needed,
+        )
 
 
 def _bind_failure(exc: OSError, settings: Settings) -> str:
@@ -102,11 +124,12 @@ class DrainingServer(uvicorn.Server):
     def _on_loop_trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Without files for new connections asyncio tries again every second, and would write a traceback each time."""
         exc = context.get("exception")
-        if not (isinstance(exc, OSError) and exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)):
+        cure = SHORTAGES.get(exc.errno or 0) if isinstance(exc, OSError) else None
+        if not (isinstance(exc, OSError) and cure):
             loop.default_exception_handler(context)
         elif time.monotonic() - self._complained_at >= COMPLAINT_EVERY_S:
             self._complained_at = time.monotonic()
-            logger.error("no new connections for now: %s", exc.strerror)
+            logger.error("no new connections for now (%s): %s", exc.strerror, cure)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler. Unlike uvicorn's, it lets `run` return, so that the engine can be closed."""

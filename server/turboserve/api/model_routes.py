@@ -42,20 +42,20 @@ models_router = APIRouter(redirect_slashes=False)
 @models_router.get("/v1/models", responses=failures())
 async def models(context: Context) -> ModelList:
     """The served model, alone and with each of its adapters."""
-    return ModelList(data=[_served_model(context, adapter) for adapter, _ in context.served_names()])
+    return ModelList(data=[_served_model(context, adapter) for adapter, _ in context.names.listed()])
 
 
 # `:path`, because hub names contain a slash.
 @models_router.get("/v1/models/{model_id:path}", responses=failures(ModelNotFoundError))
 async def model(model_id: str, context: Context) -> ModelObject:
     """The served model, or one of its adapters, by its name."""
-    return _served_model(context, context.adapter_of(model_id))
+    return _served_model(context, context.names.adapter_of(model_id))
 
 
 def _served_model(context: ApiContext, adapter: str) -> ModelObject:
     stats = context.engine.stats()
     return ModelObject(
-        id=context.name_of(adapter),
+        id=context.names.name_of(adapter),
         root=adapter or context.engine.model_id,
         parent=context.engine.model_id if adapter else None,
         created=context.engine.created,

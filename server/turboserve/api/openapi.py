@@ -1,7 +1,7 @@
 """What `/openapi.json` and `/docs` say: FastAPI's document, and what it cannot see from the routes' signatures.
 
 That is: bodies, which `body.py` reads strictly; the errors of every route; keys; and what a stream consists of.
-Routes use `failures`, `json_body` and `STREAM_OR_WHOLE`; `ApiDescription` puts the document together.
+Routes use `failures`, `json_body` and `stream_or_whole`; `ApiDescription` puts the document together.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from turboserve.errors import (
 
 DESCRIPTION = "OpenAI's chat completions over compressed KV caches; docs/api.md has the words to these figures."
 REF = "#/components/schemas/{model}"
+EVENTS_TYPE = "text/event-stream"
 BODIES = (ChatBody, ForkBody, UpdateBody, EmptyBody)
 
 # What the front door, the connection or a bug of ours may answer, whatever the route.
@@ -103,8 +104,38 @@ SESSION_PARAMETER: Json = {
     "schema": {"type": "string", "pattern": f"^{SESSION_ID.pattern}$"},
 }
 
+
+def event_stream(event: type[BaseModel], words: str) -> Json:
+    """The content of a reply that is server-sent events whose data have this shape.
+
+    Before OpenAPI 3.2 the schema of such a media type is the one of an event, as its reader has it.
+    """
+    schema = {"$ref": REF.format(model=event.__name__)}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    fields = {"event": {"type": "string"}, "data": data}
+    sent = {"type": "object", "description": words, "properties": fields, "required": ["data"]}
+    return {EVENTS_TYPE: {"schema": sent, "x-event-schema": schema}}
+
+
+def line_stream(line: type[BaseModel], media_type: str, words: str) -> Json:
+    """The same of a reply that is lines of this shape."""
+    schema = {"$ref": REF.format(model=line.__name__)}
+    return {media_type: {"schema": {"type": "string", "description": words}, "x-event-schema": schema}}
+
+
+def stream_or_whole(stream: Json) -> Json:
+    """What a route answers that streams where the body says so; its whole reply is its response model."""
+    return {"description": "The answer: whole, or as a stream when the body says stream.", "content": stream}
+
+
 STREAM_OR_WHOLE: Json = {
-    "description": "The answer: whole, or as server-sent events when the body says stream.",
+    **stream_or_whole(
+        event_stream(
+            ChatCompletionChunk,
+            "Events `data: {...}`, each a ChatCompletionChunk, then `data: [DONE]`. An error after the first byte is "
+            "the last event instead, an ErrorEnvelope. Comment lines bridge silence.",
+        )
+    ),
     "headers": {
         IGNORED_HEADER: {
             "schema": {"type": "string"},
@@ -112,26 +143,7 @@ STREAM_OR_WHOLE: Json = {
             "description": "Parameters of the body that had no say, separated by commas.",
         }
     },
-    "content": {
-        "text/event-stream": {
-            "schema": {
-                "type": "string",
-                "description": "Events `data: {...}`, each a ChatCompletionChunk, then `data: [DONE]`. An error after "
-                "the first byte is the last event instead, an ErrorEnvelope. Comment lines bridge silence.",
-            },
-            "x-event-schema": {"$ref": REF.format(model=ChatCompletionChunk.__name__)},
-        }
-    },
 }
-
-
-def stream_or_whole(event: type[BaseModel], media_type: str, words: str) -> Json:
-    """The same for another kind of stream, whose events have this shape."""
-    stream = {
-        "schema": {"type": "string", "description": words},
-        "x-event-schema": {"$ref": REF.format(model=event.__name__)},
-    }
-    return {"description": "The answer: whole, or as a stream.", "content": {media_type: stream}}
 
 
 class ApiDescription:

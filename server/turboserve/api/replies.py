@@ -55,13 +55,15 @@ def dump(value: Mapping[str, object]) -> bytes:
 
 
 def error_response(error: TurboServeError, headers: Mapping[str, str] | None = None) -> Response:
-    """The envelope OpenAI clients expect, with Retry-After on 429 and 503 and the challenge on 401."""
-    extra = dict(headers or {})
+    """The envelope OpenAI clients expect, with `error_headers`."""
+    return Response(dump(error.envelope()), error.status, {**(headers or {}), **error_headers(error)}, JSON_TYPE)
+
+
+def error_headers(error: TurboServeError) -> dict[str, str]:
+    """Retry-After on 429 and 503, and the challenge on 401."""
     if error.status in (429, 503):
-        extra["Retry-After"] = str(error.retry_after_s or DEFAULT_RETRY_AFTER_S)
-    if error.status == 401:
-        extra["WWW-Authenticate"] = "Bearer"
-    return Response(dump(error.envelope()), error.status, extra, JSON_TYPE)
+        return {"Retry-After": str(error.retry_after_s or DEFAULT_RETRY_AFTER_S)}
+    return {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
 
 
 def sse(value: Mapping[str, object]) -> bytes:

@@ -92,15 +92,14 @@ async def chat_completions(request: Request, context: Context, tenant: Tenant) -
         parse_chat,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=context.required_model,
+        names=context.names,
         session_headers=request.headers.getlist(SESSION_HEADER),
         defaults=engine.sampling_defaults,
         rules=context.chat_rules,
-        adapters=context.adapters,
     )
     requests, delivery, ignored = await read_as(request, context.max_body_bytes, parse)
     fingerprint = system_fingerprint(engine.stats(), requests[0].kv_format, requests[0].adapter)
-    name = context.name_of(requests[0].adapter)
+    name = context.names.name_of(requests[0].adapter)
     replies = ChatReplies(requests[0].request_id, name, delivery, fingerprint, len(requests))
     headers = {IGNORED_HEADER: ignored_header(ignored)} if ignored else None
     return AnswerResponse(requests, replies, context, stream=delivery.stream, extra_headers=headers)

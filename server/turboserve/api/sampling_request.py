@@ -52,10 +52,16 @@ def common_request(
     )
 
 
-def checked_choices(request: Request, num_choices: int, max_choices: int) -> int:
-    """The number of answers. Raises InvalidRequestError for more than run together, or continue a session."""
-    if num_choices > max_choices:
-        raise InvalidRequestError(f"n: at most {max_choices} answers of a request run together here.", param="n")
+def checked_choices(request: Request, num_choices: int, max_choices: int, num_prompts: int = 1) -> int:
+    """The number of answers to each prompt.
+
+    Raises InvalidRequestError for more in all than one request may have, or than continue a session.
+    """
+    if num_choices * num_prompts > max_choices:
+        asked = "" if num_prompts == 1 else f"{num_choices} answers to each of {num_prompts} prompts are too many: "
+        raise InvalidRequestError(f"n: {asked}at most {max_choices} answers of a request run together here.", param="n")
+    if num_prompts > 1 and request.session_id is not None:
+        raise InvalidRequestError("prompt: a session continues with one prompt, so give only one.", param="prompt")
     if num_choices > 1 and request.session_id is not None:
         raise InvalidRequestError("n: a session continues with one answer, so n must be 1.", param="n")
     return num_choices

@@ -18,7 +18,7 @@ from turboserve.api.completion_replies import CompletionReplies
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.conversation import conversation_of
 from turboserve.api.kv_reply_models import Reply
-from turboserve.api.openapi import SESSION_PARAMETER, failures, json_body, stream_or_whole
+from turboserve.api.openapi import SESSION_PARAMETER, event_stream, failures, json_body, stream_or_whole
 from turboserve.api.parameters import IGNORED_HEADER, ignored_header, not_declared
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
 from turboserve.api.sampling_request import checked_choices, choices_of, common_request
@@ -36,10 +36,11 @@ text_router = APIRouter(redirect_slashes=False)
 # --- completions
 
 COMPLETION_STREAM = stream_or_whole(
-    CompletionChunk,
-    "text/event-stream",
-    "Events `data: {...}`, each a CompletionChunk, then `data: [DONE]`. An error after the first byte is the last "
-    "event instead, an ErrorEnvelope. Comment lines bridge silence.",
+    event_stream(
+        CompletionChunk,
+        "Events `data: {...}`, each a CompletionChunk, then `data: [DONE]`. An error after the first byte is the last "
+        "event instead, an ErrorEnvelope. Comment lines bridge silence.",
+    )
 )
 
 
@@ -53,7 +54,7 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     """Continue bare prompts, whole or as a stream of server-sent events."""
     context.admit()
     body, ignored = await read_as(request, context.max_body_bytes, partial(_parsed, context=context))
-    adapter = context.adapter_of(body.model)
+    adapter = context.names.adapter_of(body.model)
     asked = common_request(
         body,
         request_id=request.scope["state"]["request_id"],
@@ -64,13 +65,13 @@ async def completions(request: Request, context: Context, tenant: Tenant) -> Res
     asked = replace(asked, num_top_logprobs=body.logprobs, adapter=adapter)
     n = body.n or 1
     prompts = _prompts(body, n)
-    checked_choices(asked, n * len(prompts), MAX_CHOICES)  # of many prompts some wait
+    checked_choices(asked, n, MAX_CHOICES, len(prompts))  # of many prompts some wait
     requests: list[EngineRequest] = []
     for i, prompt in enumerate(prompts):
         requests += choices_of(await _with_prompt(asked, prompt, body.suffix, context), n, first=i * n)
     replies = CompletionReplies(
         asked.request_id,
-        context.name_of(adapter),
+        context.names.name_of(adapter),
         n,
         [text for text in await _echoes(body, prompts, context) for _ in range(n)],
         has_logprobs=body.logprobs is not None,
@@ -177,7 +178,7 @@ async def tokenize(request: Request, context: Context, tenant: Tenant) -> Tokens
 async def detokenize(request: Request, context: Context) -> PlainText:
     """The text of token ids, control tokens included."""
     body = await read_as(request, context.max_body_bytes, partial(validated, DetokenizeBody))
-    context.adapter_of(body.model)
+    context.names.adapter_of(body.model)
     text: str = await engine_answer(context.engine.ask(Detokenize(tuple(body.tokens))))
     return PlainText(prompt=text, content=text)
 
@@ -196,7 +197,7 @@ def _conversation(request: Request, body: dict[str, object], context: ApiContext
 
 def _bare_prompt(body: dict[str, object], context: ApiContext) -> EngineRequest:
     asked = validated(TokenizeBody, body)
-    context.adapter_of(asked.model)
+    context.names.adapter_of(asked.model)
     for name in ("return_token_strs", "with_pieces"):
         if getattr(asked, name):
             raise UnsupportedParameterError(f"{name} is not supported: ask /detokenize for texts.", param=name)

@@ -39,9 +39,12 @@ def json_text(value: object, param: str) -> str:
 
 
 def complaint(errors: Sequence[ErrorDetails], body: Mapping[str, object]) -> InvalidRequestError:
-    """The first error; for a union such as `content`, of the branch that got furthest into the value."""
-    same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
-    return _explain(*max(((error, json_path(error, body)) for error in same_field), key=lambda pair: len(pair[1])))
+    """The first error; for a union such as `content`, of the branch that got furthest into the value.
+
+    That is one that only found too many or too few items; the others found the first item wrong.
+    """
+    same_field = [(error, json_path(error, body)) for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return _explain(*max(same_field, key=lambda pair: (pair[0]["type"] in ("too_long", "too_short"), len(pair[1]))))
 
 
 def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequestError:

@@ -22,12 +22,12 @@ from mlx.utils import tree_unflatten
 from turboserve.engine.adapter_layers import EMBEDDINGS, RowAdapters, adapted_layer
 from turboserve.errors import ModelNotFoundError, StartupError
 from turboserve.settings import named_adapter
+from turboserve.weight_sizes import MLX_ADAPTER, PEFT_ADAPTER, adapter_file
 
 nn: Any = mlx.nn  # whose stubs say too little
 
 QUANTISED: Any = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 CONFIG_FILE = "adapter_config.json"
-MLX_FILE, PEFT_FILE = "adapters.safetensors", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 # Of PEFT's configuration: what changes the arithmetic beyond rank and scale.
 PEFT_UNSUPPORTED = (
@@ -91,13 +91,6 @@ class Read(NamedTuple):
     fingerprint: str
 
 
-def file_bytes(specs: Sequence[str]) -> int:
-    """Bytes of the adapters' weights on disk; 0 for what is not there."""
-    folders = {named_adapter(spec).path.expanduser().resolve() for spec in specs}
-    files = (folder / name for folder in folders for name in (MLX_FILE, PEFT_FILE))
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
 def install(model: Any, specs: Sequence[str], activation_dtype: str) -> Adapters:
     """Put all adapters (`NAME=PATH` or `PATH`) into the model's layers, and try them. Raises StartupError.
 
@@ -159,15 +152,15 @@ def _read(name: str, folder: Path, model: Any) -> Read:
     if not folder.is_dir():
         raise _refusal(name, f"there is no folder {folder}")
     config = _config(name, folder)
-    file = next((folder / one for one in (MLX_FILE, PEFT_FILE) if (folder / one).is_file()), None)
+    file = adapter_file(folder)
     if file is None:
-        raise _refusal(name, f"{folder} holds neither {MLX_FILE} nor {PEFT_FILE}")
+        raise _refusal(name, f"{folder} holds neither {MLX_ADAPTER} nor {PEFT_ADAPTER}")
     try:
         tensors: Any = mx.load(str(file))
         mx.eval(tensors)
     except (OSError, RuntimeError, ValueError) as exc:
         raise _refusal(name, f"{file} cannot be read ({_one_line(exc)}): fetch it again") from exc
-    is_peft = file.name == PEFT_FILE or "peft_type" in config
+    is_peft = file.name == PEFT_ADAPTER or "peft_type" in config
     scale = _peft_scale(name, config) if is_peft else _mlx_scale(name, config)
     paths = dict(model.named_modules())
     matrices = _matrices(name, _peft_names(name, tensors, paths) if is_peft else tensors, paths)

@@ -26,6 +26,7 @@ from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.prompt_jobs import PromptJobs
+from turboserve.engine.prompt_texts import is_long
 from turboserve.engine.protocol import EngineTelemetry, EventSink, NullTelemetry
 from turboserve.engine.rule_jobs import RuleJobs
 from turboserve.engine.step_loop import Clock, StepLoop
@@ -120,6 +121,7 @@ class TurboEngine:
             raise self._startup_error
 
     def submit(self, request: Request, sink: EventSink) -> None:
+        takes_long = is_long(request)  # before the lock, for which the engine thread may wait
         with self._changed:
             if self._unready is not None:
                 self._telemetry.request_refused("not_ready")
@@ -132,7 +134,7 @@ class TurboEngine:
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
-            self._prompt_jobs.add(Generation(request, sink, self._clock()))
+            self._prompt_jobs.add(Generation(request, sink, self._clock()), is_long=takes_long)
 
     def _has_read(self, generation: Generation) -> None:
         """The request's prompt is there. With the lock."""
@@ -179,10 +181,11 @@ class TurboEngine:
 
     def _call(self, asked: SessionCommand | TextQuestion) -> Future[Any]:
         call = Call(asked, Future())
+        takes_long = isinstance(asked, TextQuestion) and is_long(asked)
         with self._changed:
             unready = self._unready
             if unready is None and isinstance(asked, TextQuestion):
-                self._prompt_jobs.ask(call)
+                self._prompt_jobs.ask(call, is_long=takes_long)
             elif unready is None:
                 self._inbox.append(call)
                 self._changed.notify()

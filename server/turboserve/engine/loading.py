@@ -46,6 +46,7 @@ from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory, resolve_budget
 from turboserve.models.tiny.prompts import load_texts
 from turboserve.settings import AUTO_FORMAT, Settings
+from turboserve.weight_sizes import adapters_bytes, model_bytes
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
-    _check_fits(weights.file_bytes(folder) + adapters.file_bytes(settings.adapters), memory)
+    _check_fits(model_bytes(folder) + adapters_bytes(settings.adapters), memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
     is_native = _multiplies_as_stored(model, settings, memory)
     note = ""

@@ -5,18 +5,17 @@ All refusals that depend on the request alone happen here, before any memory or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from turboserve.cache.memory import Memory
 from turboserve.engine.answers import decoder_of, reader_of, ruled
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
+from turboserve.engine.prompt_texts import beginning
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.template import USUAL_TIMEOUT_S, ChatTemplate, Prompt
 from turboserve.engine.template_process import Patience, TemplateProcess
 from turboserve.engine.text import TextStream
 from turboserve.errors import ContextLengthError, InvalidRequestError
-from turboserve.messages import Request, ToolUse
+from turboserve.messages import Request
 
 # Without max_tokens an answer could take the whole context; room for it is reserved in blocks of
 # this many tokens as it grows, so that a few open-ended chats do not shut everyone else out.
@@ -93,13 +92,13 @@ class Preparer:
         Raises ContextLengthError, and what `patience` raises.
         """
         limit = self._loaded.max_context
-        beginning = _beginning((request.prompt, request.messages, request.tools), limit * CHARS_PER_TOKEN)
-        if beginning is None:
+        text = beginning((request.prompt, request.messages, request.tools), limit * CHARS_PER_TOKEN)
+        if text is None:
             return
         num_tokens = 0
-        for start in range(0, len(beginning), PIECE_CHARS):
+        for start in range(0, len(text), PIECE_CHARS):
             patience.check()
-            piece = beginning[start : start + PIECE_CHARS]
+            piece = text[start : start + PIECE_CHARS]
             ids = self._loaded.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
             num_tokens += max(0, len(ids) - 1)  # the cut may have made one more
             if num_tokens > limit:
@@ -131,24 +130,6 @@ def _too_long(num_tokens: str, max_context: int) -> ContextLengthError:
         f"answer, and the prompt has {num_tokens}. Shorten the messages.",
         param="messages",
     )
-
-
-def _beginning(value: object, num_chars: int) -> str | None:
-    """The first characters of all text in nested values; None when there are fewer."""
-    parts: list[str] = []
-    left, pending = num_chars, [value]
-    while pending and left > 0:
-        one = pending.pop()
-        if isinstance(one, str):
-            parts.append(one[:left])
-            left -= len(one)
-        elif isinstance(one, Mapping):
-            pending += [item for pair in reversed(list(one.items())) for item in reversed(pair)]
-        elif isinstance(one, list | tuple):
-            pending += reversed(one)
-        elif isinstance(one, ToolUse):
-            pending.append(one.functions)
-    return "".join(parts) if left <= 0 else None
 
 
 def tokens_to_reserve(generation: Generation) -> int:

@@ -12,9 +12,9 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 from turboserve.engine.failures import as_failure
 from turboserve.engine.generation import Generation
@@ -22,11 +22,9 @@ from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, InboxItem, ReadIn
 from turboserve.engine.template import Prompt
 from turboserve.engine.template_process import Patience
 from turboserve.errors import EngineUnavailableError, RequestCancelledError, TurboServeError
-from turboserve.messages import Embed, Request, TextQuestion, ToolUse
+from turboserve.messages import Embed, Request, TextQuestion
 
 log = logging.getLogger(__name__)
-
-LONG_CHARS = 1 << 16  # takes some ten milliseconds
 
 
 class ReadsPrompts(Protocol):
@@ -84,18 +82,15 @@ class PromptJobs:
         self._thread.start()
         return ready
 
-    def add(self, generation: Generation) -> None:
+    def add(self, generation: Generation, *, is_long: bool) -> None:
         """Read this request's prompt, then tell so; or leave in the inbox the news that there is none."""
         with self._changed:
             self._generations[generation] = None
-            request = generation.request
-            size = num_chars((request.prompt, request.messages, request.tools))
-            self._put(size, lambda: self._read(generation))
+            self._put(is_long, lambda: self._read(generation))
 
-    def ask(self, call: Call) -> None:
+    def ask(self, call: Call, *, is_long: bool) -> None:
         """Answer a question about text; of one for embeddings, the inbox gets the tokens."""
-        asked = call.asked
-        self._put(num_chars(_texts_of(asked)), lambda: self._answer(call))
+        self._put(is_long, lambda: self._answer(call))
 
     def cancel(self, request_id: str) -> bool:
         """Whether a request with this id was here; it is taken out, and the inbox told."""
@@ -117,8 +112,8 @@ class PromptJobs:
         self._is_closed = True
         self._queue.put((False, -1, None))
 
-    def _put(self, size: int, work: Callable[[], None]) -> None:
-        self._queue.put((size > LONG_CHARS, next(self._numbers), work))
+    def _put(self, is_long: bool, work: Callable[[], None]) -> None:
+        self._queue.put((is_long, next(self._numbers), work))
 
     def _run(self) -> None:
         while not self._is_closed:
@@ -135,7 +130,7 @@ class PromptJobs:
         assert self._reader is not None
         if generation not in self._generations:
             return
-        patience = Patience(self._timeout_s, lambda: self._is_closed or generation not in self._generations)
+        patience = self._patience(lambda: generation not in self._generations)
         try:
             read, error = self._reader.read_prompt(generation.request, patience), None
         except Exception as exc:
@@ -154,9 +149,9 @@ class PromptJobs:
         reader, asked = self._reader, call.asked
         assert reader is not None
         if self._is_closed:
-            call.refuse(EngineUnavailableError("The server is shutting down.", retry_after_s=RETRY_AFTER_START_S))
+            call.refuse(_shutting_down())
             return
-        patience = Patience(self._timeout_s, lambda: self._is_closed or call.future.cancelled())
+        patience = self._patience(call.future.cancelled)
         if not isinstance(asked, Embed):
             call.run(lambda question: reader.answer_text(question, patience))  # type: ignore[arg-type]  # no command
             return
@@ -169,39 +164,25 @@ class PromptJobs:
             self._inbox.append(ReadInputs(call, tokens))
             self._changed.notify()
 
+    def _patience(self, has_left: Callable[[], bool]) -> Patience:
+        def is_over() -> bool:
+            if self._is_closed:
+                raise _shutting_down()
+            return has_left()
+
+        return Patience(self._timeout_s, is_over)
+
     def _refuse(self, generation: Generation, error: TurboServeError) -> None:
         self._generations.pop(generation, None)
         self._inbox.append(Refused(generation, error))
         self._changed.notify()
 
 
+def _shutting_down() -> EngineUnavailableError:
+    return EngineUnavailableError("The server is shutting down.", retry_after_s=RETRY_AFTER_START_S)
+
+
 def _as_error(exc: Exception, what: str) -> TurboServeError:
     if not isinstance(exc, TurboServeError):
         log.exception(what)
     return as_failure(exc, RETRY_AFTER_START_S)
-
-
-def _texts_of(asked: Any) -> object:
-    if isinstance(asked, Embed):
-        return asked.inputs
-    request = getattr(asked, "request", None)
-    return (request.prompt, request.messages, request.tools) if request is not None else ""
-
-
-def num_chars(value: object) -> int:
-    """Characters of all texts in nested values."""
-    count, pending = 0, [value]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, str):
-            count += len(one)
-        elif isinstance(one, Mapping):
-            pending += one.values()
-        elif isinstance(one, list | tuple):
-            if one and isinstance(one[0], int):
-                count += len(one)
-            else:
-                pending += one
-        elif isinstance(one, ToolUse):
-            pending.append(one.functions)
-    return count

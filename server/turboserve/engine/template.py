@@ -14,6 +14,7 @@ A model without a template gets the plain form
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ from turboserve.engine.template_process import Patience, TemplateProcess, templa
 from turboserve.engine.tools.dialect import Dialect, dialect_of
 from turboserve.engine.tools.history import described_functions, shaped_messages
 from turboserve.engine.tools.markup import Markup, markup_of
-from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
+from turboserve.errors import ContextLengthError, EngineUnavailableError, InvalidRequestError, TurboServeError
 from turboserve.messages import Request, ToolUse
 
 Message = Mapping[str, object]
@@ -89,7 +90,8 @@ class ChatTemplate:
         """Find out what the template expects, before the first prompt's time begins."""
         self._patience = Patience(USUAL_TIMEOUT_S)
         if self._tokenizer.has_chat_template:
-            _ = self.dialect
+            with suppress(EngineUnavailableError):  # the first prompt that needs it tries again
+                _ = self.dialect
 
     def prompt_of(self, request: Request, vocab_len: int | None = None, *, patience: Patience | None = None) -> Prompt:
         """What the model reads for this request. Raises InvalidRequestError where there is nothing to read.
@@ -203,7 +205,7 @@ class ChatTemplate:
     ) -> str:
         try:
             rendered = self._render_raw(messages, tools, add_generation_prompt, template_kwargs)
-        except (InvalidRequestError, RequestCancelledError):  # ours: too long, or too late
+        except TurboServeError:  # ours: too long, too late, or not by this template's doing
             raise
         except Exception as exc:  # templates are programs: anything can come out of one
             reason = str(exc).strip() or type(exc).__name__

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from turboserve.errors import InvalidRequestError, RequestCancelledError
+from turboserve.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    RequestCancelledError,
+    TurboServeError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +38,17 @@ class Patience:
     """How long the reading of one prompt may take, and whether anybody still waits for it."""
 
     def __init__(self, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """`is_over`: whether nobody waits any more; what it raises, `check` raises."""
         self._timeout_s, self._is_over = timeout_s, is_over
-        self._deadline_s = time.monotonic() + timeout_s
+        self.restart()
+
+    def restart(self) -> None:
+        """What took time until now was none of the prompt's doing."""
+        self._deadline_s = time.monotonic() + self._timeout_s
+
+    def for_start(self) -> Patience:
+        """For the same caller, who waits for the process that renders to be there."""
+        return _StartPatience(START_TIMEOUT_S, self._is_over)
 
     @property
     def left_s(self) -> float:
@@ -45,25 +60,34 @@ class Patience:
         if self._is_over():
             raise RequestCancelledError("The request was cancelled.")
         if self.left_s <= 0:
-            raise InvalidRequestError(
-                f"Making a prompt of these messages takes over {self._timeout_s:g} s: the model's chat template or "
-                "the text is too much work.",
-                param="messages",
-            )
+            raise self._lateness()
+
+    def _lateness(self) -> TurboServeError:
+        return InvalidRequestError(
+            f"Making a prompt of these messages takes over {self._timeout_s:g} s: the model's chat template or "
+            "the text is too much work.",
+            param="messages",
+        )
+
+
+class _StartPatience(Patience):
+    def _lateness(self) -> TurboServeError:
+        return EngineUnavailableError(f"The process that renders templates did not start in {self._timeout_s:g} s.")
 
 
 class TemplateError(Exception):
-    """What the template said, or the process in its place."""
+    """What the template said, or how its process ended."""
 
 
 class TemplateProcess:
-    """One process, started by `start`, and again when it had to be ended. Used by one thread at a time."""
+    """One process, started by `start`, and again when it had to be ended. It renders one text at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
         self._is_closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the fields
+        self._pipes = threading.Lock()  # whoever talks with the process
 
     def start(self) -> None:
         """Begin to start the process; returns at once. Raises OSError when the system does not."""
@@ -84,7 +108,12 @@ class TemplateProcess:
     def close(self) -> None:
         """Any thread: end the process, and start no other."""
         self._is_closed = True
-        self._end()
+        with self._lock:
+            process = self._process
+        if process is not None:
+            process.kill()  # so that whoever waits for its answer stops
+        with self._pipes:
+            self._end()
 
     def render(
         self,
@@ -99,7 +128,8 @@ class TemplateProcess:
     ) -> str | None:
         """The text, None when it has more than `max_chars` characters. Its time begins when the process is there.
 
-        Raises TemplateError, and what `Patience.check` raises.
+        Raises TemplateError, what `Patience.check` raises, and EngineUnavailableError where there is no process: it
+        does not start, or `close` has ended it.
         """
         asked = {
             "template": template,
@@ -110,41 +140,57 @@ class TemplateProcess:
             "max_chars": max_chars,
         }
         line = json.dumps(asked).encode() + b"\n"
-        self._wait_until_ready()
-        answer = json.loads(self._ask(line, patience))
+        with self._pipes:
+            self._wait_until_ready(patience)
+            answer = json.loads(self._ask(line, patience))
         if "error" in answer:
             raise TemplateError(answer["error"])
         text: str | None = answer.get("text")
         return text
 
-    def _wait_until_ready(self) -> None:
-        self.start()
+    def _wait_until_ready(self, patience: Patience) -> None:
+        try:
+            self.start()
+        except OSError as exc:
+            raise _unavailable(f"cannot be started ({exc.strerror or exc})") from exc
         process = self._process
         if process is None:
-            raise TemplateError("the server is shutting down")
+            raise _closing()
         if self._is_ready:
             return
-        if self._read_line(process, Patience(START_TIMEOUT_S)) != b"ready\n":
+        try:
+            line = self._read_line(process, patience.for_start())
+        except EngineUnavailableError as exc:
+            log.warning("no chat template is rendered: %s", exc.message)
+            self._end()  # the next render starts another one
+            raise
+        if line != b"ready\n":
+            how = _end_of(process)
             self._end()
-            raise TemplateError("the process that renders templates did not start")
+            raise _closing() if self._is_closed else _unavailable(f"ended while it started ({how})")
         self._is_ready = True
+        patience.restart()
 
     def _ask(self, line: bytes, patience: Patience) -> bytes:
         process = self._process
-        assert process is not None and process.stdin is not None
+        if process is None or process.stdin is None:
+            raise _closing()
         patience.check()
         try:
             process.stdin.write(line)
             process.stdin.flush()
             answer = self._read_line(process, patience)
-        except (InvalidRequestError, RequestCancelledError):
+        except TurboServeError:
             self._restart()
             raise
-        except (OSError, ValueError):
+        except OSError:  # nobody reads: it has ended
             answer = b""
         if not answer.endswith(b"\n"):
+            how = _end_of(process)
             self._restart()
-            raise TemplateError("it took more memory than there is for it")
+            if self._is_closed:
+                raise _closing()
+            raise TemplateError(f"its process ended ({how}), as one does that takes too much memory")
         return answer
 
     def _read_line(self, process: subprocess.Popen[bytes], patience: Patience) -> bytes:
@@ -177,6 +223,27 @@ class TemplateProcess:
                 if pipe is not None:
                     with suppress(OSError):
                         pipe.close()
+
+
+def _closing() -> EngineUnavailableError:
+    return EngineUnavailableError("The server is shutting down.")
+
+
+def _unavailable(how: str) -> EngineUnavailableError:
+    error = EngineUnavailableError(f"The process that renders templates {how}.")
+    log.warning("no chat template is rendered: %s", error.message)
+    return error
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """How a process that has closed its end of the pipe ended: by which signal, or with which status."""
+    try:
+        code = process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return "it fell silent"
+    if code >= 0:
+        return f"status {code}"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
 
 
 def template_of(tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from turboserve.errors import StartupError
+from turboserve.weight_sizes import MODEL_FILES
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each tensor, by its name in the files."""
@@ -23,7 +24,7 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, 
 def read_shapes(folder: Path) -> Shapes:
     """Of all weights in a model's folder. Raises StartupError for a file that is not whole."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob(MODEL_FILES)):
         try:
             shapes |= _shapes_of(path)
         except OSError as exc:

@@ -105,11 +105,6 @@ def _content_hash(path: Path) -> str:
     return str(content.hexdigest())
 
 
-def file_bytes(folder: Path) -> int:
-    """Bytes of a folder's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-
-
 def _flat(tree: Any) -> list[tuple[str, Any]]:
     """(dotted name, array) of every parameter."""
     flat: Any = tree_flatten(tree)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from turboserve import models
-from turboserve.settings import named_adapter
+from turboserve.weight_sizes import adapters_bytes, model_bytes
 
 MiB = 1 << 20
 
@@ -23,10 +23,7 @@ EMBEDDED_DIR = Path(models.__file__).parent / "tiny" / "model"
 def weights_bytes(model: str, adapters: Sequence[str] = ()) -> int:
     """Bytes of the model's weights and its adapters' on disk; 0 where nothing is here yet, as before a download."""
     folder = _local_folder(model)
-    files = list(folder.glob("model*.safetensors")) if folder else []
-    for adapter in {named_adapter(spec).path.expanduser().resolve() for spec in adapters}:
-        files += adapter.glob("adapter*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    return (model_bytes(folder) if folder else 0) + adapters_bytes(adapters)
 
 
 def _local_folder(model: str) -> Path | None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from turboserve.api.context import Tenant
 from turboserve.api.kv_reply_models import KVStatistics
-from turboserve.api.model_names import adapted, adapter_named
+from turboserve.api.model_names import ServedNames, adapted
 from turboserve.api.openapi import failures
 from turboserve.api.route_errors import OF_A_SESSION
 from turboserve.api.session_request import MAX_PAGE, PageQuery
@@ -59,7 +59,8 @@ async def models(context: RouterContext) -> FleetModelList:
 async def model(model_id: str, context: RouterContext) -> FleetModelObject:
     """One of them, by its name or an alias."""
     plan = context.catalogue.find(model_id)
-    return _model_object(context.fleet[plan.name], adapter_named(model_id, None, plan.adapters))
+    names = ServedNames(plan.name, plan.adapters, takes_any_name=True)  # aliases are among them
+    return _model_object(context.fleet[plan.name], names.adapter_of(model_id))
 
 
 @own_router.api_route("/ready", methods=["GET", "HEAD"], responses=failures(EngineUnavailableError))

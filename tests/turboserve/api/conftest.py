@@ -90,10 +90,12 @@ def running(**changes: object) -> Iterator[Service]:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="http")
         thread.start()
         contract = Contract(app.state.description.document)
-        yield Service(url, engine, settings, telemetry, server, app.state.context.drain, contract, thread)
-        server.handle_exit(signal.SIGTERM, None)
-        server.handle_exit(signal.SIGTERM, None)
-        thread.join(timeout=10)
+        try:
+            yield Service(url, engine, settings, telemetry, server, app.state.context.drain, contract, thread)
+        finally:
+            server.handle_exit(signal.SIGTERM, None)
+            server.handle_exit(signal.SIGTERM, None)
+            thread.join(timeout=10)
         assert not thread.is_alive(), "the server did not stop"
     finally:
         engine.close()

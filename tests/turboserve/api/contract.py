@@ -64,6 +64,8 @@ class Contract:
                 )
                 self.validate(schema, json.loads(line))
         elif media_type == "text/event-stream":
+            for sent in _sent_events(reply.text):
+                self.validate(declared["schema"], sent)
             for event in _events(reply.text):
                 is_envelope = "error" in event and "type" not in event  # other streams declare their error events
                 self.validate(ENVELOPE if is_envelope else declared["x-event-schema"], event)
@@ -74,6 +76,14 @@ class Contract:
 
     def _new_validator(self, schema: str) -> Draft202012Validator:
         return Draft202012Validator({**json.loads(schema), "components": self._components})
+
+
+def _sent_events(text: str) -> Iterator[dict[str, str]]:
+    """Their fields, as a reader of server-sent events has them; comments are none."""
+    for block in text.split("\n\n"):
+        fields = [line.partition(": ") for line in block.split("\n") if line and not line.startswith(":")]
+        if fields:
+            yield {name: value for name, _, value in fields}
 
 
 def _events(text: str) -> Iterator[Json]:

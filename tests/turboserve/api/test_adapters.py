@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, ScriptedEngine
 
-from turboserve.api.model_names import adapted, adapter_named, adapter_names
-from turboserve.errors import ModelNotFoundError
+from turboserve.api.model_names import ServedNames, adapted, adapter_names
+from turboserve.errors import ModelNotFoundError, StartupError
 from turboserve.messages import Embed
 
 HI = [{"role": "user", "content": "hi"}]
@@ -106,16 +106,39 @@ def test_lists(client: httpx.Client) -> None:
 
 
 def test_where_any_name_will_do() -> None:
-    names = adapter_names(SPECS)
-    for name, adapter in (("gpt-4o", ""), ("gpt-4o:law", "law"), ("legal", "law"), ("gpt-4o:nobody", ""), (None, "")):
-        assert adapter_named(name, None, names) == adapter
+    known = {"gpt-4o": "", "gpt-4o:law": "law", "legal": "law", "gpt-4o:nobody": "", None: ""}
+    for model_id in ("m", "m:law", "m:nobody"):
+        names = ServedNames(model_id, adapter_names(SPECS), takes_any_name=True)
+        for name, adapter in (known | {model_id: "", f"{model_id}:tax": "tax"}).items():
+            assert names.adapter_of(name) == adapter
+
+
+@pytest.mark.parametrize("any_model_name", [True, False])
+def test_an_adapter_with_the_models_own_name_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, any_model_name: bool
+) -> None:
+    monkeypatch.setattr(ScriptedEngine, "model_id", "law")
+    with (
+        pytest.raises(StartupError, match="names the model and an adapter: name the adapter otherwise"),
+        running(adapters=SPECS, any_model_name=any_model_name),
+    ):
+        pass
+
+
+def test_the_models_own_name_never_means_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a router, where any name will do: a model of a name that ends like an adapter's."""
+    monkeypatch.setattr(ScriptedEngine, "model_id", "chat:law")
+    with running(adapters=SPECS, any_model_name=True) as service, connect_client(service) as client:
+        for path, body in ROUTES:
+            assert client.post(path, json={"model": "chat:law", **body}).json()["model"] == "chat:law"
+            assert service.engine.received[-1].adapter == ""
 
 
 @given(st.text() | st.sampled_from(["law", "m", "m:law", "m:m", "law:law", "m:law:law"]))
 def test_a_name_is_found_or_refused(name: str) -> None:
-    names = {"law": "law", "legal": "law"}
-    known = {"": "", "m": ""} | {spelling: "law" for one in names for spelling in (one, adapted("m", one))}
+    adapters = {"law": "law", "legal": "law"}
+    known = {"": "", "m": ""} | {spelling: "law" for one in adapters for spelling in (one, adapted("m", one))}
     try:
-        assert adapter_named(name, "m", names) == known[name]
+        assert ServedNames("m", adapters).adapter_of(name) == known[name]
     except ModelNotFoundError as error:
         assert name not in known and error.param == "model"

@@ -14,6 +14,7 @@ from tests.turboserve.api.conftest import Ask, Service, connect_client, error_of
 from turboserve.api import parameters
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
+from turboserve.api.model_names import ServedNames
 from turboserve.api.parameters import HONOURED, IGNORED_HEADER, MAX_LOGGED, PARAMETERS, ignored_header, parameter_table
 from turboserve.messages import SamplingParams
 
@@ -167,7 +168,9 @@ def test_the_models_own_sampling_applies_where_the_body_is_silent() -> None:
 
     def sampling(**body: object) -> SamplingParams:
         asked = {**HI, **body}
-        return parse_chat(asked, request_id="r", tenant="", model_id="m", defaults=defaults).requests[0].sampling
+        return (
+            parse_chat(asked, request_id="r", tenant="", names=ServedNames("m"), defaults=defaults).requests[0].sampling
+        )
 
     assert sampling() == sampling(temperature=None) == defaults
     assert sampling(temperature=0, top_k=-1) == SamplingParams(0, 0.95, 0, repetition_penalty=1.05)
@@ -190,7 +193,7 @@ ASSISTANT = {"role": "assistant", "content": "Sure, "}
 )
 def test_an_answers_beginning_is_continued(body: dict[str, Any], opens: bool, continues: bool) -> None:
     messages = [*HI["messages"], ASSISTANT]
-    (request,), *_ = parse_chat({"messages": messages, **body}, request_id="r", tenant="", model_id="m")
+    (request,), *_ = parse_chat({"messages": messages, **body}, request_id="r", tenant="", names=ServedNames("m"))
     assert (request.add_generation_prompt, request.continue_final_message) == (opens, continues)
 
 

@@ -92,6 +92,8 @@ def test_prompts_of_every_kind(complete: Complete, service: Service, prompt: obj
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": [[1]] * 129}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
         ({"prompt": [1, -1]}, "prompt[1]"),
         ({"prompt": [[1], "a"]}, "prompt[1]"),
@@ -272,6 +274,12 @@ def test_numbers_are_read_as_chat_completions_read_them(complete: Complete, serv
 
 
 def test_a_session_continues_with_one_answer(complete: Complete) -> None:
-    for body in ({"n": 2}, {"prompt": ["a", "b"]}):
+    for body, blamed in (({"n": 2}, "n"), ({"prompt": ["a", "b"]}, "prompt"), ({"prompt": ["a"], "n": 2}, "n")):
         reply = complete(session_id="s", **body)
-        assert reply.status_code == 400 and error_of(reply)["param"] == "n"
+        assert reply.status_code == 400 and error_of(reply)["param"] == blamed
+        assert str(error_of(reply)["message"]).startswith(f"{blamed}: ")
+
+
+def test_too_many_answers_are_told_with_both_numbers(complete: Complete) -> None:
+    reply = complete(prompt=["a"] * 20, n=7)
+    assert error_of(reply)["param"] == "n" and "7 answers to each of 20 prompts" in str(error_of(reply)["message"])

@@ -7,12 +7,17 @@ import contextlib
 import errno
 import json
 import logging
+import resource
 import socket
 import time
 
 import httpx
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, raw_request, read_all, running
+
+from turboserve.api.connection_watch import CountingTransport, ReaderWatch
+from turboserve.api.http_server import bind
+from turboserve.settings import ModelEntry, Settings
 
 
 def body_for(script: str, *, stream: bool) -> bytes:
@@ -87,6 +92,38 @@ def test_a_stalled_reader_of_little_is_noticed(script: str) -> None:
         assert 'http_disconnects_total{kind="stalled"} 1.0' in service.telemetry.exposition().decode()
 
 
+@pytest.mark.parametrize("takes_all", [True, False])
+def test_a_reader_has_to_take_all_that_is_there_in_its_time(takes_all: bool) -> None:
+    """One who takes a little now and then is as stalled as one who takes nothing."""
+
+    class SlowTransport(asyncio.Transport):
+        num_pending = 0
+
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            self.num_pending += len(data)
+
+        def get_write_buffer_size(self) -> int:
+            return self.num_pending
+
+        def is_closing(self) -> bool:
+            return False
+
+    async def stalls() -> bool:
+        stalled, slow = asyncio.Event(), SlowTransport()
+        counting = CountingTransport(slow, lambda: watch.wrote())
+        watch = ReaderWatch(counting, 1.0, stalled.set)
+        counting.write(b"x" * 1_000_000)
+        for _ in range(80):
+            slow.num_pending = 0 if takes_all else slow.num_pending - 1
+            counting.write(b"x")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stalled.wait(), 0.02)
+        watch.stop()
+        return stalled.is_set()
+
+    assert asyncio.run(stalls()) != takes_all
+
+
 def test_a_reader_of_a_quiet_stream_is_not_taken_for_stalled() -> None:
     with running(send_timeout_s=0.1, keepalive_interval_s=5.0) as service, service.connect() as sock:
         sock.sendall(raw_request(body_for("slow start", stream=True), "Connection: close"))
@@ -118,21 +155,43 @@ def test_with_every_connection_busy_a_new_one_is_told_so() -> None:
             busy.sendall(raw_request(body_for("forever", stream=True)))
         service.engine.wait_live(3)
         with service.connect() as sock:
-            assert read_all(sock).startswith(b"HTTP/1.1 503")
+            reply = read_all(sock)
+        assert reply.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 5\r\n" in reply.lower()
 
 
-def test_a_lack_of_files_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+SHORTAGES = [(errno.EMFILE, "ulimit -n"), (errno.ENFILE, "fs.file-max"), (errno.ENOMEM, "memory")]
+
+
+@pytest.mark.parametrize(("number", "cure"), SHORTAGES)
+def test_a_lack_of_files_is_one_line_of_the_log_with_its_cure(
+    caplog: pytest.LogCaptureFixture, number: int, cure: str
+) -> None:
     with running() as service, service.connect() as sock:
         while (link := service.served(sock)) is None:
             time.sleep(0.001)
         loop: asyncio.AbstractEventLoop = link.loop
-        trouble = {"message": "socket.accept() out of system resource", "exception": OSError(errno.EMFILE, "full")}
+        trouble = {"message": "socket.accept() out of system resource", "exception": OSError(number, "full")}
         for _ in range(100):
             loop.call_soon_threadsafe(loop.call_exception_handler, trouble)
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert read_all(sock).startswith(b"HTTP/1.1 200")
     lines = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(lines) == 1 and lines[0].exc_info is None and "no new connections" in lines[0].getMessage()
+    assert cure in lines[0].getMessage()
+
+
+@pytest.mark.parametrize(("num_models", "most"), [(0, 744), (1, 372)])
+def test_more_connections_than_open_files_allow_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_models: int, most: int
+) -> None:
+    """A router needs two files for each: the other one leads to the model's process."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1000, 1000))
+    models = {f"m{i}": ModelEntry() for i in range(num_models)}
+    for max_connections in (0, most, most + 1):
+        assert not caplog.records
+        bind(Settings(port=0, max_connections=max_connections, models=models)).close()
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert f"max_connections = {most + 1}" in warning and "ulimit -n" in warning
 
 
 def test_a_reader_that_stalls_and_half_closes_is_gone_at_once() -> None:

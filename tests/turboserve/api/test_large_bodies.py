@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import itertools
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
-from tests.turboserve.api.conftest import Service, connect_client, raw_request, running
+from tests.turboserve.api.conftest import Service, connect_client, error_of, raw_request, running
 
 from turboserve.api import body as body_module
 from turboserve.api.body import MAX_CONTAINERS, MAX_MEMBERS, MAX_STRINGS, MAX_VALUES, parse_object
-from turboserve.errors import InvalidRequestError
+from turboserve.api.completion_body import MAX_PROMPT_TOKENS
+from turboserve.api.held_bytes import CountedBody, HeldBytes
+from turboserve.api.http_server import bind
+from turboserve.errors import InvalidRequestError, StartupError
+from turboserve.settings import Settings
+from turboserve.telemetry import Telemetry
 
 NUM_BYTES = 8_000_000
 HI = '"messages":[{"role":"user","content":"hi"}]'
@@ -147,6 +156,18 @@ def test_what_is_just_not_too_much_is_read(text: str) -> None:
     assert parse_object(f'{{"x": {text}}}'.encode()) == {"x": json.loads(text)}
 
 
+@pytest.mark.parametrize(("path", "name"), [(TEXT, "prompt"), (EMBED, "input"), ("/detokenize", "tokens")])
+def test_as_many_token_ids_as_are_declared_are_taken(roomy: Service, path: str, name: str) -> None:
+    """The limit in /openapi.json is one that a body can reach."""
+    ids = full(f'{{"model":null,"{name}":[', lambda i: "7", "", MAX_PROMPT_TOKENS)
+    with connect_client(roomy) as client:
+        for end, status in (("]}", 200), (",7]}", 400)):
+            reply = client.post(path, content=ids + end.encode(), headers={"content-type": "application/json"})
+            assert reply.status_code == status, reply.text[:300]
+    assert error_of(reply)["param"] == name and f"{MAX_PROMPT_TOKENS}" in str(error_of(reply)["message"])
+    roomy.wait_quiet()
+
+
 def test_strings_are_told_from_structure_as_json_does(monkeypatch: pytest.MonkeyPatch, rng: object) -> None:
     """With limits near the truth: exactly what is over them is refused, whatever stands inside strings."""
     from random import Random
@@ -221,3 +242,53 @@ def test_text_that_python_holds_in_four_bytes_a_character_counts_so() -> None:
                 )
                 assert reply.status_code == status
         service.wait_quiet()
+
+
+LISTS: dict[str, Callable[[int], str]] = {
+    "token ids": lambda i: str(100_000 + i),
+    "texts": lambda i: f'"{i:x}"',
+    "texts of wide characters": lambda i: f'"{i:x}🙂"',
+    "lists": lambda i: "[]",
+    "small objects": lambda i: '{"a":1}',
+    "members": lambda i: "{" + ",".join(f'"{i % 7}-{j}":{1000 + j}' for j in range(2731)) + "}",
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("end", ["x", "é", "🙂", "\\u00e9", "\\ud83d\\ude42"])
+def test_a_body_is_counted_as_at_least_what_it_takes(kind: str, end: str, rng: np.random.Generator) -> None:
+    """As it came and as the values that are made of it; one wide character at its end widens all of its text."""
+    num = int(rng.integers(1, 12)) if kind == "members" else int(rng.integers(1, 28_000))
+    text = "x" * int(rng.integers(0, 200_000)) + end
+    body = full(f'{{"text":"{text}","values":[', LISTS[kind], "]}", num)
+    cuts = sorted([0, *rng.integers(0, len(body), 9).tolist(), len(body) - 7, len(body)])
+    parts = iter([body[cut:after] for cut, after in itertools.pairwise(cuts)])
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": next(parts)}
+
+    held = HeldBytes(1 << 40, Telemetry())
+    counted = CountedBody(receive, held)
+    for _ in cuts[1:]:
+        asyncio.run(counted.receive())
+    gc.collect()
+    tracemalloc.start()
+    value = parse_object(body)
+    num_kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert value and held.num_bytes >= len(body) + num_kept - 1000, (held.num_bytes, len(body), num_kept)
+    counted.close()
+    assert held.num_bytes == 0
+
+
+def test_what_can_never_be_held_is_too_large() -> None:
+    """Coming again would not help: the body alone takes more than all bodies together may."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 40_000_000}]})
+    with running(max_body_bytes=64 << 20, max_held_bytes=64 << 20) as service, connect_client(service) as client:
+        reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=30)
+        assert reply.status_code == 413 and error_of(reply)["code"] == "request_too_large"
+
+
+def test_a_body_limit_beyond_what_all_may_hold_ends_the_start() -> None:
+    with pytest.raises(StartupError, match=r"max_body_bytes = 67108865 is more than max_held_bytes = 67108864"):
+        bind(Settings(port=0, max_body_bytes=(64 << 20) + 1, max_held_bytes=64 << 20))

@@ -11,6 +11,7 @@ from tests.turboserve.api.scripted import MODEL_ID
 from turboserve.api.body import parse_object
 from turboserve.api.chat_body import MAX_TOKENS, ChatBody
 from turboserve.api.chat_request import ChatRules, parse_chat
+from turboserve.api.model_names import ServedNames
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.parameters import PARAMETERS
 from turboserve.api.routes import router
@@ -38,7 +39,7 @@ def parse(body: dict[str, object], *, is_strict: bool = False) -> Request | None
     """The first choice's; None for a refusal, whose shape is checked."""
     try:
         requests, *_ = parse_chat(
-            body, request_id="r", tenant="", model_id=MODEL_ID, rules=ChatRules(is_strict=is_strict)
+            body, request_id="r", tenant="", names=ServedNames(MODEL_ID), rules=ChatRules(is_strict=is_strict)
         )
     except (InvalidRequestError, ModelNotFoundError) as error:
         assert error.param and error.message and error.status in (400, 404)

@@ -13,6 +13,7 @@ from tests.turboserve.api.test_parse import JSON, TEXT
 from turboserve.api.anthropic.body import KINDS, CountTokensBody, MessagesBody
 from turboserve.api.anthropic.request import parse_count, parse_messages
 from turboserve.api.anthropic.routes import SHAPES as ANTHROPIC_SHAPES
+from turboserve.api.model_names import ServedNames
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.responses.body import ITEM_KINDS, TEXT_KINDS, ResponsesBody
 from turboserve.api.responses.request import parse_response
@@ -103,13 +104,13 @@ def test_any_body_of_anthropics_is_parsed_or_refused(parameters: dict[str, objec
     body = {"max_tokens": 5, **parameters, "messages": messages}
     try:
         request, _ = parse_messages(
-            body, request_id="msg_1", tenant="", required_model=MODEL_ID, sampling_defaults=SamplingParams()
+            body, request_id="msg_1", tenant="", names=ServedNames(MODEL_ID), sampling_defaults=SamplingParams()
         )
     except (InvalidRequestError, ModelNotFoundError) as error:
         return refused(error)
     check(request)
     assert fits(MessagesBody, body)
-    assert parse_count(body, request_id="r", tenant="", required_model=None).messages == request.messages
+    assert parse_count(body, request_id="r", tenant="", names=ServedNames(MODEL_ID)).messages == request.messages
     assert fits(CountTokensBody, body)
 
 
@@ -123,8 +124,7 @@ def test_any_body_of_the_responses_api_is_parsed_or_refused(parameters: dict[str
             STORE,
             request_id="resp_1",
             tenant="",
-            model_id=MODEL_ID,
-            required_model=MODEL_ID,
+            names=ServedNames(MODEL_ID),
             sampling_defaults=SamplingParams(),
         )
     except (InvalidRequestError, ModelNotFoundError) as error:

@@ -22,7 +22,7 @@ from tests.turboserve.engine.ties import BATCH_TIE, RECOMPUTED_TIE, assert_same_
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.memory import MemoryLimits
-from turboserve.engine import adapters, weights
+from turboserve.engine import weights
 from turboserve.engine.adapter_layers import AdaptedLinear, MixedRowsError, RowAdapters
 from turboserve.engine.adapters import Adapters, install
 from turboserve.engine.inbox import Call
@@ -36,6 +36,7 @@ from turboserve.errors import ModelNotFoundError, StartupError
 from turboserve.machine_memory import MemoryInfo
 from turboserve.messages import Embed, Request
 from turboserve.settings import Settings
+from turboserve.weight_sizes import adapters_bytes
 
 nn: Any = mlx.nn  # whose stubs say too little
 
@@ -441,7 +442,7 @@ def test_a_bad_folder_is_one_line(
 def test_a_missing_folder_is_one_line(make_model: Callable[[], Any], tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="there is no folder"):
         install(make_model(), [f"x={tmp_path / 'absent'}"], "float32")
-    assert adapters.file_bytes([f"x={tmp_path / 'absent'}"]) == 0
+    assert adapters_bytes([f"x={tmp_path / 'absent'}"]) == 0
 
 
 def test_experts_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:

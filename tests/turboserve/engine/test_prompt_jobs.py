@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.turboserve.engine.fakes import RecordingTelemetry, Sink, make_parts, make_settings, request
 from tests.turboserve.engine.tools import templates
 
 from turboserve.engine import engine as engine_module
+from turboserve.engine import template_process
 from turboserve.engine.engine import TurboEngine
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.progress import Progress
+from turboserve.engine.prompt_texts import LONG_CHARS, is_long
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.template import ChatTemplate
 from turboserve.engine.template_process import Patience, TemplateProcess
-from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
-from turboserve.messages import Failed, Request, Tokenize, ToolUse
+from turboserve.errors import (
+    ContextLengthError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
+from turboserve.messages import Embed, Failed, Request, TextQuestion, Tokenize, ToolUse
 from turboserve.settings import Settings
 
 TIMEOUT_S = 60.0  # generous: only a hang reaches it
@@ -93,6 +105,134 @@ def test_a_caller_who_leaves_ends_the_rendering(process: TemplateProcess) -> Non
             patience=Patience(TIMEOUT_S, lambda: time.monotonic() - began_s > 0.3),
         )
     assert time.monotonic() - began_s < 30
+
+
+USUAL_SCRIPT = template_process.SCRIPT
+AS_USUAL = "exec(open({script!r}).read())"
+READY_LATE = "import time; time.sleep(1.5); " + AS_USUAL
+HANGS = "import time; time.sleep(99)"
+ENDS = "import sys; sys.exit(3)"
+HI = Request("r", ({"role": "user", "content": "x"},))
+
+
+class AnotherProgram:
+    """A process that runs another program in place of the one that renders; `pid` once it runs."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self._monkeypatch = folder, monkeypatch
+        self.process = TemplateProcess()
+
+    def run(self, program: str) -> TemplateProcess:
+        first = f"import os; open({str(self._folder / 'pid')!r}, 'w').write(str(os.getpid())); "
+        script = self._folder / "script.py"
+        script.write_text(first + program.format(script=str(USUAL_SCRIPT)))
+        self._monkeypatch.setattr(template_process, "SCRIPT", script)
+        self.process.start()
+        return self.process
+
+    @property
+    def pid(self) -> int:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (text := (self._folder / "pid").read_text() if (self._folder / "pid").exists() else ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return int(text)
+
+
+@pytest.fixture
+def another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AnotherProgram]:
+    program = AnotherProgram(tmp_path, monkeypatch)
+    yield program
+    program.process.close()
+
+
+def test_the_time_of_a_prompt_begins_when_the_process_is_there(another: AnotherProgram) -> None:
+    tokenizer = templates.tokenizer_with("{{ messages[0].content }} is rendered")
+    prompt = ChatTemplate(tokenizer, another.run(READY_LATE)).prompt_of(HI, patience=Patience(1.0))
+    assert prompt.text == "x is rendered"
+
+
+def test_a_start_that_hangs_is_ended_and_not_the_prompts_fault(
+    another: AnotherProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, pid = another.run(HANGS), another.pid
+    monkeypatch.setattr(template_process, "START_TIMEOUT_S", 0.3)
+    with pytest.raises(EngineUnavailableError, match=r"did not start in 0\.3 s"):
+        ChatTemplate(templates.tokenizer_with(templates.QWEN), process).prompt_of(HI, patience=Patience(0.1))
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_caller_who_leaves_does_not_wait_for_the_start(another: AnotherProgram) -> None:
+    template = ChatTemplate(templates.tokenizer_with(templates.QWEN), another.run(HANGS))
+    with pytest.raises(RequestCancelledError):
+        template.prompt_of(HI, patience=Patience(TIMEOUT_S, lambda: True))
+
+
+def test_a_process_that_ends_at_its_start_is_told_from_one_that_is_closed(another: AnotherProgram) -> None:
+    template = ChatTemplate(templates.tokenizer_with(NESTED_LOOPS), another.run(ENDS))
+    with pytest.raises(EngineUnavailableError, match=r"ended while it started \(status 3\)"):
+        template.prompt_of(HI)
+    another.process.close()
+    with pytest.raises(EngineUnavailableError, match="shutting down"):
+        template.prompt_of(HI)
+
+
+def test_what_a_template_expects_is_not_learnt_from_a_start_that_hangs(
+    another: AnotherProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = templates.tokenizer_with(templates.QWEN)
+    with monkeypatch.context() as patched:
+        template = ChatTemplate(tokenizer, another.run(HANGS))
+        patched.setattr(template_process, "START_TIMEOUT_S", 0.1)
+        template.try_out()
+    another.run(AS_USUAL)
+    assert template.dialect == ChatTemplate(tokenizer).dialect
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_process_that_dies_at_work_is_told_from_one_that_is_closed(another: AnotherProgram, is_killed: bool) -> None:
+    process, began = another.run(AS_USUAL), threading.Event()
+
+    def has_left() -> bool:
+        began.set()
+        return False
+
+    ChatTemplate(templates.tokenizer_with(templates.QWEN), process).prompt_of(HI)
+    template = ChatTemplate(templates.tokenizer_with(NESTED_LOOPS), process)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(template.prompt_of, HI, patience=Patience(TIMEOUT_S, has_left))
+        assert began.wait(TIMEOUT_S)
+        if is_killed:
+            os.kill(another.pid, signal.SIGKILL)
+        else:
+            process.close()
+        error = reading.exception(TIMEOUT_S)
+    assert isinstance(error, InvalidRequestError if is_killed else EngineUnavailableError)
+    assert ("its process ended (SIGKILL)" if is_killed else "shutting down") in error.message
+
+
+def test_long_prompts_are_told_by_all_their_text(rng: np.random.Generator) -> None:
+    """Keys and ids count, whatever they are in."""
+    few, many = (
+        LONG_CHARS - int(rng.integers(50, 1000)),
+        LONG_CHARS + int(rng.integers(1, 1000)),
+    )
+    for num, expected in ((few, False), (many, True)):
+        split = int(rng.integers(1, num))
+        two = ("a" * split, "b" * (num - split))
+        ids = tuple(int(i) for i in rng.integers(0, 99, num))
+        schema = {"type": "object", "properties": {two[0]: [{"enum": [1, True, None, two[1]]}]}}
+        asked: list[Request | TextQuestion] = [
+            Request("r", prompt=two[0] + two[1]),
+            Request("r", prompt=ids),
+            Request("r", ({two[0]: two[1]},)),
+            Request("r", tools=ToolUse((schema,))),
+            Tokenize(Request("r", ({"content": [{"text": two[0]}, two[1]]},))),
+            Embed(two),
+            Embed((two[0], ids[split:])),
+        ]
+        assert [is_long(one) for one in asked] == [expected] * len(asked)
 
 
 # --- in the engine

@@ -159,6 +159,8 @@ def test_names_of_adapters(tmp_path: Path) -> None:
     assert (a.adapters["legal"], b.settings.adapters) == ("law", ("tax=/y/tax",))
     (tmp_path / "law").mkdir()
     (tmp_path / "law" / "adapters.safetensors").write_bytes(b"x" * 1000)
+    for other in ("adapter_model.safetensors", "adapters_before.safetensors"):  # which nobody reads beside it
+        (tmp_path / "law" / other).write_bytes(b"x" * 500)
     assert weights_bytes("", [f"law={tmp_path}/law", f"legal={tmp_path}/law"]) == weights_bytes("") + 1000
 
 

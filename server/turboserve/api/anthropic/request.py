@@ -27,7 +27,7 @@ from turboserve.api.anthropic.body import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapter_named
+from turboserve.api.model_names import ServedNames
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.thinking import thinking_kwargs
 from turboserve.api.validation import validated
@@ -52,12 +52,11 @@ def parse_messages(
     *,
     request_id: str,
     tenant: str,
-    required_model: str | None,
+    names: ServedNames,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
-    adapters: AdapterNames = NO_ADAPTERS,
 ) -> tuple[Request, Delivery]:
-    """What to ask of the engine, and how to answer. A `required_model` of None lets any name pass.
+    """What to ask of the engine, and how to answer.
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
@@ -65,7 +64,7 @@ def parse_messages(
     given = {name: getattr(wanted, name) for name in ("temperature", "top_p", "top_k")}
     user = wanted.metadata.user_id if wanted.metadata else None
     request = replace(
-        _prompt(wanted, request_id, tenant, required_model, adapters),
+        _prompt(wanted, request_id, tenant, names),
         sampling=replace(sampling_defaults, **{name: value for name, value in given.items() if value is not None}),
         max_tokens=wanted.max_tokens,
         stop=tuple(wanted.stop_sequences or ()),
@@ -77,22 +76,13 @@ def parse_messages(
     return request, Delivery(bool(wanted.stream), display == "omitted")
 
 
-def parse_count(
-    body: Mapping[str, object],
-    *,
-    request_id: str,
-    tenant: str,
-    required_model: str | None,
-    adapters: AdapterNames = NO_ADAPTERS,
-) -> Request:
+def parse_count(body: Mapping[str, object], *, request_id: str, tenant: str, names: ServedNames) -> Request:
     """The request whose prompt is to be counted. Raises as `parse_messages`."""
-    return _prompt(validated(CountTokensBody, body), request_id, tenant, required_model, adapters)
+    return _prompt(validated(CountTokensBody, body), request_id, tenant, names)
 
 
-def _prompt(
-    body: PromptBody, request_id: str, tenant: str, required_model: str | None, adapters: AdapterNames
-) -> Request:
-    adapter = adapter_named(body.model, required_model, adapters)
+def _prompt(body: PromptBody, request_id: str, tenant: str, names: ServedNames) -> Request:
+    adapter = names.adapter_of(body.model)
     for name in ("mcp_servers", "container"):
         if getattr(body, name):
             raise UnsupportedParameterError(f"{name} is not supported: this server runs no tools itself.", param=name)

@@ -14,7 +14,14 @@ from turboserve.api.anthropic.reply_models import MessageEvent, MessageReply, To
 from turboserve.api.anthropic.request import parse_count, parse_messages
 from turboserve.api.body import read_as
 from turboserve.api.context import Context, Tenant, engine_answer
-from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, anthropic_failures, json_body
+from turboserve.api.openapi import (
+    SESSION_PARAMETER,
+    Shape,
+    anthropic_failures,
+    event_stream,
+    json_body,
+    stream_or_whole,
+)
 from turboserve.api.session_request import SESSION_HEADER
 from turboserve.errors import (
     BodyTooLargeError,
@@ -46,19 +53,13 @@ OF_A_PROMPT = (
     EngineUnavailableError,
 )
 
-STREAM_OR_WHOLE: Json = {
-    "description": "The answer: whole, or as server-sent events when the body says stream.",
-    "content": {
-        "text/event-stream": {
-            "schema": {
-                "type": "string",
-                "description": "Events `event: TYPE`, `data: {...}`, each a MessageEvent, from message_start to "
-                "message_stop. An error after the first byte is the last event instead.",
-            },
-            "x-event-schema": {"$ref": REF.format(model=MessageEvent.__name__)},
-        }
-    },
-}
+STREAM_OR_WHOLE = stream_or_whole(
+    event_stream(
+        MessageEvent,
+        "Events `event: TYPE`, `data: {...}`, each a MessageEvent, from message_start to message_stop. An error after "
+        "the first byte is the last event instead.",
+    )
+)
 
 router = APIRouter(redirect_slashes=False)
 
@@ -79,15 +80,14 @@ async def messages(request: Request, context: Context, tenant: Tenant) -> Respon
         parse_messages,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )
     parsed, delivery = await read_as(request, context.max_body_bytes, parse)
     replies = MessageReplies(
         parsed.request_id,
-        context.name_of(parsed.adapter),
+        context.names.name_of(parsed.adapter),
         hides_thinking=delivery.hides_thinking,
         # The first event of a stream has the prompt's tokens. The engine counts them before it reads the prompt.
         num_prompt_tokens=context.engine.ask(Tokenize(parsed)) if delivery.stream else None,
@@ -107,8 +107,7 @@ async def count_tokens(request: Request, context: Context, tenant: Tenant) -> To
         parse_count,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
     )
     parsed = await read_as(request, context.max_body_bytes, parse)
     return TokenCount(input_tokens=len(await engine_answer(context.engine.ask(Tokenize(parsed)))))

@@ -37,7 +37,7 @@ from turboserve.api.ollama.models import (
     Tags,
 )
 from turboserve.api.ollama.replies import NDJSON_TYPE, OllamaReplies, timestamp
-from turboserve.api.openapi import failures, json_body, stream_or_whole
+from turboserve.api.openapi import failures, json_body, line_stream, stream_or_whole
 from turboserve.api.route_errors import OF_A_QUESTION, OF_AN_ANSWER
 from turboserve.api.sampling_request import common_request
 from turboserve.api.validation import validated
@@ -55,7 +55,8 @@ ollama_router = APIRouter(redirect_slashes=False)
 @ollama_router.post(
     "/api/chat",
     response_model=OllamaChat,
-    responses=failures(*OF_AN_ANSWER, shape=OllamaError) | {200: stream_or_whole(OllamaChat, NDJSON_TYPE, LINES)},
+    responses=failures(*OF_AN_ANSWER, shape=OllamaError)
+    | {200: stream_or_whole(line_stream(OllamaChat, NDJSON_TYPE, LINES))},
     openapi_extra=json_body(OllamaChatBody),
 )
 async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Response:
@@ -64,14 +65,14 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
 
     def parse(raw: dict[str, object]) -> tuple[OllamaChatBody, str, EngineRequest | None]:
         body = validated(OllamaChatBody, raw)
-        adapter = context.adapter_of(plain_name(body.model))
+        adapter = context.names.adapter_of(plain_name(body.model))
         if not body.messages:
             return body, adapter, None
         asked = conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
         return body, adapter, replace(asked, adapter=adapter)
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.name_of(adapter), is_chat=True)
+    replies = OllamaReplies(context.names.name_of(adapter), is_chat=True)
     if asked is None:
         return replies.loaded()
     return AnswerResponse([asked], replies, context, stream=body.stream is not False)
@@ -80,7 +81,8 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
 @ollama_router.post(
     "/api/generate",
     response_model=OllamaGeneration,
-    responses=failures(*OF_AN_ANSWER, shape=OllamaError) | {200: stream_or_whole(OllamaGeneration, NDJSON_TYPE, LINES)},
+    responses=failures(*OF_AN_ANSWER, shape=OllamaError)
+    | {200: stream_or_whole(line_stream(OllamaGeneration, NDJSON_TYPE, LINES))},
     openapi_extra=json_body(GenerateBody),
 )
 async def ollama_generate(request: Request, context: Context, tenant: Tenant) -> Response:
@@ -89,7 +91,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
 
     def parse(raw: dict[str, object]) -> tuple[GenerateBody, str, EngineRequest | None]:
         body = validated(GenerateBody, raw)
-        adapter = context.adapter_of(plain_name(body.model))
+        adapter = context.names.adapter_of(plain_name(body.model))
         refuse_unsupported(body)
         if not body.prompt or body.raw or body.suffix:
             return body, adapter, None
@@ -97,7 +99,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
         return body, adapter, asked
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
-    replies = OllamaReplies(context.name_of(adapter), is_chat=False)
+    replies = OllamaReplies(context.names.name_of(adapter), is_chat=False)
     if not body.prompt:
         return replies.loaded()
     if asked is None:
@@ -135,7 +137,7 @@ async def ollama_tags(context: Context) -> Tags:
             digest=_digest(name),
             details=_details(context, adapter),
         )
-        for adapter, name in context.served_names()
+        for adapter, name in context.names.listed()
     ]
     return Tags(models=tags)
 
@@ -155,7 +157,7 @@ async def ollama_ps(context: Context) -> LoadedTags:
             size_vram=stats.kv.total,
             context_length=stats.max_context_tokens,
         )
-        for adapter, name in context.served_names()
+        for adapter, name in context.names.listed()
     ]
     return LoadedTags(models=tags)
 
@@ -166,7 +168,7 @@ async def ollama_ps(context: Context) -> LoadedTags:
 async def ollama_show(request: Request, context: Context) -> Shown:
     """The served model, by its name."""
     body = await read_as(request, context.max_body_bytes, partial(validated, ShowBody))
-    adapter = context.adapter_of(plain_name(body.model or body.name or ""))
+    adapter = context.names.adapter_of(plain_name(body.model or body.name or ""))
     stats, defaults = context.engine.stats(), context.engine.sampling_defaults
     return Shown(
         modelfile="",
@@ -176,7 +178,7 @@ async def ollama_show(request: Request, context: Context) -> Shown:
         details=_details(context, adapter),
         model_info={
             "general.architecture": "turboserve",
-            "general.basename": context.name_of(adapter),
+            "general.basename": context.names.name_of(adapter),
             "turboserve.context_length": stats.max_context_tokens,
             "turboserve.kv_format": stats.kv_format,
         },

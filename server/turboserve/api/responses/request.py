@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from turboserve.api.model_names import NO_ADAPTERS, AdapterNames, adapted, adapter_named
+from turboserve.api.model_names import ServedNames
 from turboserve.api.responses.body import (
     AllowedTools,
     CallItem,
@@ -58,17 +58,15 @@ def parse_response(
     *,
     request_id: str,
     tenant: str,
-    model_id: str,
-    required_model: str | None,
+    names: ServedNames,
     sampling_defaults: SamplingParams,
     session_headers: Iterable[str] = (),
-    adapters: AdapterNames = NO_ADAPTERS,
 ) -> ParsedResponse:
-    """`model_id` is the served model's name. A `required_model` of None lets any name pass.
+    """What to ask of the engine, and how to answer and to store it.
 
     Raises ModelNotFoundError and every kind of InvalidRequestError, naming the parameter.
     """
-    adapter = adapter_named(body.model, required_model, adapters)
+    adapter = names.adapter_of(body.model)
     _refuse_unsupported(body)
     previous = _previous(body, store, tenant)
     history = previous.conversation if previous else ()
@@ -100,7 +98,7 @@ def parse_response(
     )
     head = ResponseHead(
         response_id=request_id,
-        model=adapted(model_id, adapter),
+        model=names.name_of(adapter),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         metadata=body.metadata or {},

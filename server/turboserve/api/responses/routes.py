@@ -16,7 +16,7 @@ from turboserve.api.answering import AnswerResponse
 from turboserve.api.body import check_media_type, read_as
 from turboserve.api.context import ApiContext, Context, Tenant, engine_answer
 from turboserve.api.mailbox import Mailbox
-from turboserve.api.openapi import REF, SESSION_PARAMETER, Json, Shape, failures, json_body
+from turboserve.api.openapi import SESSION_PARAMETER, Shape, event_stream, failures, json_body, stream_or_whole
 from turboserve.api.replies import JSON_TYPE
 from turboserve.api.responses.body import ResponsesBody
 from turboserve.api.responses.replies import ResponseReplies, ResponseWriter
@@ -62,19 +62,13 @@ OF_A_BODY = (
     ModelNotFoundError,
 )
 
-STREAM_OR_WHOLE: Json = {
-    "description": "The response: whole, or as server-sent events when the body says stream.",
-    "content": {
-        "text/event-stream": {
-            "schema": {
-                "type": "string",
-                "description": "Events `event: TYPE`, `data: {...}`, each a ResponseStreamEvent; the last one has the "
-                "response as it ended. Comment lines bridge silence.",
-            },
-            "x-event-schema": {"$ref": REF.format(model=ResponseStreamEvent.__name__)},
-        }
-    },
-}
+STREAM_OR_WHOLE = stream_or_whole(
+    event_stream(
+        ResponseStreamEvent,
+        "Events `event: TYPE`, `data: {...}`, each a ResponseStreamEvent; the last one has the response as it ended. "
+        "Comment lines bridge silence.",
+    )
+)
 
 router = APIRouter(redirect_slashes=False)
 
@@ -208,9 +202,7 @@ async def _parsed(request: Request, context: ApiContext, tenant: str, store: Res
         store,
         request_id=request.scope["state"]["request_id"],
         tenant=tenant,
-        model_id=context.engine.model_id,
-        required_model=context.required_model,
-        adapters=context.adapters,
+        names=context.names,
         sampling_defaults=context.engine.sampling_defaults,
         session_headers=request.headers.getlist(SESSION_HEADER),
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from turboserve.errors import EngineUnavailableError, RequestCancelledError
+
 Render = Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], str]
 """Messages and functions to the prompt's text; raises whatever the template raises."""
 
@@ -38,7 +40,10 @@ class Dialect:
 
 
 def dialect_of(render: Render) -> Dialect:
-    """The first form of history that the template renders rightly; where none is, calls are not shown by it."""
+    """The first form of history that the template renders rightly; where none is, calls are not shown by it.
+
+    Raises EngineUnavailableError or RequestCancelledError where rendering was not the template's business.
+    """
     takes_system = "probesystem" in _try(render, [_text("system", "probesystem"), _text("user", "x")])
     tool = {
         "type": "function",
@@ -87,5 +92,7 @@ def _text(role: str, content: str) -> dict[str, Any]:
 def _try(render: Render, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
     try:
         return render(messages, tools)
+    except (EngineUnavailableError, RequestCancelledError):  # says nothing about the template
+        raise
     except Exception:  # templates are programs: anything can come out of one
         return ""
