@@ -27,6 +27,7 @@ from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.format_choice import choose_format
+from turboserve.engine.kept_quality import kept_quality
 from turboserve.engine.loaded_model import EngineParts, LoadedModel, Progress
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
@@ -84,7 +85,8 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
-    return EngineParts(loaded, runtime, kv_memory, details, draft)
+    quality = kept_quality(settings.cache_dir.expanduser(), loaded.weights_fingerprint)
+    return EngineParts(loaded, runtime, kv_memory, details, draft, quality)
 
 
 def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
