@@ -150,7 +150,14 @@ class DeleteSession:
     session_id: str
 
 
-SessionCommand = ListSessions | GetSession | ForkSession | UpdateSession | DeleteSession
+@dataclass(frozen=True, slots=True)
+class GetSessionTree:
+    """How a caller's sessions share their beginnings, and their pages. Answered with a SessionTree."""
+
+    tenant: str
+
+
+SessionCommand = ListSessions | GetSession | ForkSession | UpdateSession | DeleteSession | GetSessionTree
 
 # --- questions about text, answered by the engine without computing an answer
 
@@ -336,6 +343,49 @@ class SessionPage:
 
 
 @dataclass(frozen=True, slots=True)
+class PageCounts:
+    """What a session's cache is made of: compressed pages, those of them that others hold too, tokens kept exact.
+
+    Where layers differ (sliding windows), of those that hold most pages.
+    """
+
+    compressed: int
+    shared: int
+    exact_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixNode:
+    """A point up to which sessions have the same tokens, or where one ends. `parent`: its place in the list."""
+
+    parent: int | None  # None: nothing before it is shared
+    tokens: int  # from the beginning to here
+    kv_format: str  # sessions of different formats share nothing
+    session_ids: tuple[str, ...] = ()  # that end here
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTree:
+    """A caller's newest sessions with their pages (None: running, or on disk alone), and the tree of their tokens."""
+
+    sessions: tuple[tuple[SessionInfo, PageCounts | None], ...] = ()
+    nodes: tuple[PrefixNode, ...] = ()  # each behind its parent
+    has_more: bool = False  # older sessions are left out
+
+
+@dataclass(frozen=True, slots=True)
+class FormatQuality:
+    """What `turboserve eval` measured of a format on this model: means over texts, against the uncompressed model."""
+
+    kv_format: str
+    kl_mean: float  # nats
+    flips: float  # share of positions whose likeliest token differs
+    perplexity_ratio: float
+    num_tokens: int  # over how many
+    measured_unix_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ConversationStats:
     """One conversation as statistics show it.
 
@@ -454,4 +504,5 @@ class EngineStats:
     admission: AdmissionStats = AdmissionStats()
     disk: DiskStatus = DiskStatus()
     kernel_trial: KernelTrial | None = None  # None: there was nothing to try, as on a CPU
+    quality: tuple[FormatQuality, ...] = ()  # of formats that were evaluated on this model before it was loaded
     rows_apart: bool = False  # requests that run at the same time are computed one by one; `details` say why

@@ -91,6 +91,7 @@ def test_package_data_is_where_the_code_looks() -> None:
     assert server.joinpath("py.typed").is_file()
     assert library.joinpath("py.typed").is_file()
     assert library.joinpath("data/calibration.txt").is_file()
+    assert server.joinpath("dashboard/index.html").is_file() and server.joinpath("dashboard/vendor/uplot.js").is_file()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert server.joinpath("models/tiny/model", name).is_file()
 

@@ -12,6 +12,7 @@ from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic import routes as anthropic
 from turboserve.api.chat_request import ChatRules
 from turboserve.api.context import ApiContext
+from turboserve.api.dashboard import AssetRoute
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
@@ -58,6 +59,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
     shapes = (*SHAPES, *anthropic.SHAPES, *responses.SHAPES)
     app.state.description = ApiDescription(router.routes, needs_key=needs_key, shapes=shapes)
     app.include_router(router)
+    app.router.routes.append(AssetRoute(needs_key=needs_key))
     app.add_middleware(
         Frontdoor,
         settings=settings,

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic_errors import speaks_anthropic
 from turboserve.api.cors import CorsGuard
+from turboserve.api.dashboard import needs_no_key
 from turboserve.api.exception_replies import answer_exception
 from turboserve.api.held_bytes import CountedBody, HeldBytes
 from turboserve.api.security import HostGuard, Introduction, KeyGuard, RouterGuard, header
@@ -120,7 +121,7 @@ class Frontdoor:
             else:
                 raise AuthenticationError("This process answers its router only; ask that.")
         except AuthenticationError:
-            if scope["path"] not in OPEN_PATHS:
+            if not (scope["path"] in OPEN_PATHS or needs_no_key(scope["method"], scope["path"], scope["headers"])):
                 raise
 
     def _record(self, visit: Visit) -> None:

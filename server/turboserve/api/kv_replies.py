@@ -17,13 +17,18 @@ from turboserve.api.kv_reply_models import (
     EventCounts,
     KVKinds,
     KVStatistics,
+    KVTree,
     LayerCounts,
+    PagesObject,
     PrefixTokens,
+    QualityObject,
     RequestCounts,
     ReservedAndUsed,
     SessionList,
     SessionObject,
     TierCounts,
+    TreeNode,
+    TreeSession,
 )
 from turboserve.messages import (
     MAX_SHOWN_CONVERSATIONS,
@@ -32,8 +37,11 @@ from turboserve.messages import (
     ConversationStats,
     DiskStatus,
     EngineStats,
+    FormatQuality,
+    PageCounts,
     SessionInfo,
     SessionPage,
+    SessionTree,
 )
 
 
@@ -79,6 +87,7 @@ def kv_statistics(stats: EngineStats) -> KVStatistics:
         admission=_admission(stats.admission),
         integrity_failures=events.integrity_failures,
         disk=_disk(stats.disk, stats.kv_disk),
+        quality=[_quality(measured) for measured in stats.quality],
         details=dict(stats.details),
     )
 
@@ -130,9 +139,42 @@ def _disk(disk: DiskStatus, held: KVBytes) -> DiskObject:
     )
 
 
+def _quality(measured: FormatQuality) -> QualityObject:
+    return QualityObject(
+        kv_format=measured.kv_format,
+        kl_mean=measured.kl_mean,
+        flips=measured.flips,
+        perplexity_ratio=measured.perplexity_ratio,
+        tokens=measured.num_tokens,
+        measured_at=int(measured.measured_unix_s),
+    )
+
+
 def session_object(info: SessionInfo) -> SessionObject:
     """One session as its caller sees it; times are whole Unix seconds, as OpenAI's are."""
-    return SessionObject(
+    return SessionObject(**_session_fields(info))
+
+
+def session_tree(tree: SessionTree) -> KVTree:
+    """The reply of `GET /v1/kv/tree`."""
+    return KVTree(
+        sessions=[TreeSession(**_session_fields(info), pages=_pages(pages)) for info, pages in tree.sessions],
+        nodes=[
+            TreeNode(parent=node.parent, tokens=node.tokens, kv_format=node.kv_format, sessions=list(node.session_ids))
+            for node in tree.nodes
+        ],
+        has_more=tree.has_more,
+    )
+
+
+def _pages(pages: PageCounts | None) -> PagesObject | None:
+    if pages is None:
+        return None
+    return PagesObject(compressed=pages.compressed, shared=pages.shared, exact_tokens=pages.exact_tokens)
+
+
+def _session_fields(info: SessionInfo) -> dict[str, Any]:
+    return dict(
         id=info.session_id,
         explicit=info.is_explicit,
         created_at=int(info.created_unix_s),

@@ -80,6 +80,41 @@ class DeletedSession(Reply):
     deleted: Literal[True] = True
 
 
+# --- the tree of sessions
+
+
+class PagesObject(Reply):
+    """What a session's cache is made of."""
+
+    compressed: Annotated[int, Field(description="Pages of codes.")]
+    shared: Annotated[int, Field(description="Of them, those that other sessions hold too.")]
+    exact_tokens: Annotated[int, Field(description="Tokens in the model's dtype: the first ones and the latest.")]
+
+
+class TreeSession(SessionObject):
+    """A session with its pages; null while it runs, and of one that is on disk alone."""
+
+    pages: PagesObject | None
+
+
+class TreeNode(Reply):
+    """A point up to which sessions have the same tokens, or where one ends."""
+
+    parent: Annotated[int | None, Field(description="Its place in the list; null: nothing before it is shared.")]
+    tokens: Annotated[int, Field(description="From the beginning to here.")]
+    kv_format: KVFormatName
+    sessions: Annotated[list[str], Field(description="Ids of those that end here.")]
+
+
+class KVTree(Reply):
+    """How the caller's sessions share their beginnings; of the newest ones, if there are many."""
+
+    object: Literal["kv.tree"] = "kv.tree"
+    sessions: list[TreeSession]
+    nodes: Annotated[list[TreeNode], Field(description="Each behind its parent.")]
+    has_more: Annotated[bool, Field(description="Older sessions are left out.")]
+
+
 # --- KV statistics
 
 
@@ -180,6 +215,17 @@ class DiskObject(Reply):
     ratio: Ratio
 
 
+class QualityObject(Reply):
+    """What `turboserve eval` measured of a format on this model, against the uncompressed one: means over texts."""
+
+    kv_format: KVFormatName
+    kl_mean: Annotated[float, Field(description="Of the next-token distributions, in nats.")]
+    flips: Annotated[float, Field(description="Share of positions whose likeliest token differs.")]
+    perplexity_ratio: float
+    tokens: Annotated[int, Field(description="Over how many.")]
+    measured_at: UnixSeconds
+
+
 class KVStatistics(Reply):
     """KV memory in all, and of the largest conversations."""
 
@@ -206,4 +252,5 @@ class KVStatistics(Reply):
     admission: AdmissionSums
     integrity_failures: Annotated[int, Field(description="Should stay 0.")]
     disk: DiskObject
+    quality: Annotated[list[QualityObject], Field(description="Of formats evaluated before the model was loaded.")]
     details: dict[str, str]

@@ -21,10 +21,11 @@ from turboserve.api.body import read_as, read_json_object
 from turboserve.api.chat_body import ChatBody
 from turboserve.api.chat_request import parse_chat
 from turboserve.api.context import Context, Tenant, engine_answer
+from turboserve.api.dashboard import page_response, wants_page
 from turboserve.api.docs_page import CONTENT_SECURITY_POLICY
 from turboserve.api.embedding_routes import embedding_router
-from turboserve.api.kv_replies import kv_statistics, session_list, session_object
-from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, SessionList, SessionObject
+from turboserve.api.kv_replies import kv_statistics, session_list, session_object, session_tree
+from turboserve.api.kv_reply_models import DeletedSession, KVStatistics, KVTree, SessionList, SessionObject
 from turboserve.api.model_routes import models_router
 from turboserve.api.ollama.routes import ollama_router
 from turboserve.api.openapi import SESSION_PARAMETER, STREAM_OR_WHOLE, failures, json_body
@@ -56,10 +57,11 @@ from turboserve.errors import (
     UnknownParameterError,
     UnsupportedParameterError,
 )
-from turboserve.messages import DeleteSession, ForkSession, GetSession, ListSessions, UpdateSession
+from turboserve.messages import DeleteSession, ForkSession, GetSession, GetSessionTree, ListSessions, UpdateSession
 from turboserve.telemetry import CONTENT_TYPE
 
 MAX_SESSION_BODY_BYTES = 4096
+PAGE_OR_INFO: dict[str, object] = {"content": {"text/html": {"schema": {"type": "string"}}}}
 
 router = APIRouter(redirect_slashes=False)
 
@@ -117,6 +119,12 @@ router.routes.extend((*anthropic.router.routes, *responses.router.routes))
 async def kv_stats(context: Context) -> KVStatistics:
     """KV memory in all and of the largest conversations: the operator's view."""
     return kv_statistics(context.engine.stats())
+
+
+@router.get("/v1/kv/tree", responses=failures(*OF_A_SESSION))
+async def kv_tree(context: Context, tenant: Tenant) -> KVTree:
+    """How the caller's newest sessions share their beginnings and pages."""
+    return session_tree(await engine_answer(context.engine.session(GetSessionTree(tenant))))
 
 
 @router.get("/v1/sessions", responses=failures(UnknownParameterError, *OF_A_SESSION))
@@ -198,9 +206,11 @@ async def _session_body(request: Request) -> dict[str, object]:
 # --- the server itself
 
 
-@router.get("/", responses=failures())
-async def root() -> ServerInfo:
-    """Name, version and routes."""
+@router.get("/", response_model=ServerInfo, responses=failures() | {200: PAGE_OR_INFO})
+async def root(request: Request) -> object:
+    """Name, version and routes; for a browser, whose `Accept` names HTML, the dashboard."""
+    if wants_page(request.scope["headers"]):
+        return page_response(request)
     return ServerInfo(version=__version__, routes=ROUTES)
 
 

@@ -46,6 +46,7 @@ from turboserve.messages import (
     SessionCommand,
     SessionInfo,
     SessionPage,
+    SessionTree,
 )
 
 __all__ = [
@@ -108,7 +109,9 @@ class Memory:
             max_session_bytes=limits.max_session_bytes_per_caller,
             has_one_caller=limits.has_one_caller,
         )
-        self._commands = SessionCommands(self._ledger, self._idle, self._room, self._quotas, persistence, self._tally)
+        self._commands = SessionCommands(
+            self._ledger, self._index, self._idle, self._room, self._quotas, persistence, self._tally
+        )
         self._expired_s = 0.0
 
     # --- figures
@@ -355,7 +358,7 @@ class Memory:
 
     # --- sessions and time
 
-    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | None:
+    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | SessionTree | None:
         """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
         self.expire(now_s)
         return self._commands.answer(command, now_s)

@@ -7,11 +7,11 @@ spans them but their list. Who holds what, bytes, eviction and files are others'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from turboserve.cache.interfaces import CacheFamily
-from turboserve.cache.radix import RadixTree, Tokens
+from turboserve.cache.radix import Branch, RadixTree, Tokens
 from turboserve.cache.sessions import Conversation, Holder, Lease
 from turboserve.cache.sizes import usable_estimate
 from turboserve.messages import Request
@@ -141,6 +141,10 @@ class PrefixIndex:
         if session.is_explicit or session.is_pinned or whole.is_requantised or whole.caches is None:
             return False
         return len(part.tokens) == len(whole.tokens) or self.usable(whole, len(part.tokens)) > 0
+
+    def outlines(self, salt: str) -> Iterator[tuple[str, list[Branch[Holder]]]]:
+        """The wanted format and the outline of each of a caller's trees."""
+        return ((where.wanted_format, tree.outline()) for where, tree in self._trees.items() if where.salt == salt)
 
     def check_integrity(self, holders: Iterable[Holder]) -> None:
         """Raises AssertionError unless the trees hold exactly these, each in its own tree and under its own tokens."""

@@ -41,6 +41,14 @@ class Found(NamedTuple, Generic[H]):
     is_whole: bool  # these are all of the holder's tokens
 
 
+class Branch(NamedTuple, Generic[H]):
+    """A node as others see it."""
+
+    parent: int | None  # its place in the outline; None: the root
+    end: int  # tokens from the beginning to here
+    holders: tuple[H, ...]  # whose tokens end here
+
+
 class _Node(Generic[H]):
     __slots__ = ("children", "end", "holders", "parent", "raw")
 
@@ -127,6 +135,16 @@ class RadixTree(Generic[H]):
             stack.extend(node.children.values())
             for holder in node.holders:
                 yield node.end, holder
+
+    def outline(self) -> list[Branch[H]]:
+        """All nodes below the root, each behind its parent."""
+        found: list[Branch[H]] = []
+        stack: list[tuple[_Node[H], int | None]] = [(child, None) for child in self._root.children.values()]
+        while stack:
+            node, parent = stack.pop()
+            stack.extend((child, len(found)) for child in node.children.values())
+            found.append(Branch(parent, node.end, tuple(node.holders)))
+        return found
 
     def check_integrity(self) -> None:
         """Raises AssertionError when an edge is empty, misplaced or needless, or a count is wrong."""

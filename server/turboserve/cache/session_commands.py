@@ -11,10 +11,11 @@ from turboserve.cache.idle import IdleConversations
 from turboserve.cache.interfaces import Caches
 from turboserve.cache.ledger import Ledger
 from turboserve.cache.persistence import Persistence
-from turboserve.cache.prefix_index import Match
+from turboserve.cache.prefix_index import Match, PrefixIndex
 from turboserve.cache.quota import Quotas
 from turboserve.cache.radix import Tokens
 from turboserve.cache.room import Need, Room
+from turboserve.cache.session_tree import page_counts, prefix_nodes
 from turboserve.cache.sessions import Conversation, Holder, Lease, Session, new_id
 from turboserve.cache.tally import Tally
 from turboserve.errors import OverloadedError, SessionBusyError, SessionExistsError, SessionNotFoundError
@@ -22,12 +23,18 @@ from turboserve.messages import (
     DeleteSession,
     ForkSession,
     GetSession,
+    GetSessionTree,
     ListSessions,
     SessionCommand,
     SessionInfo,
     SessionPage,
+    SessionTree,
     UpdateSession,
 )
+
+# Counting references walks all pages of a session between two steps of everybody's requests, which must not be felt:
+# so many of 128K tokens each take about 20 ms.
+MAX_TREE_SESSIONS = 100
 
 
 class SessionCommands:
@@ -36,16 +43,17 @@ class SessionCommands:
     def __init__(
         self,
         ledger: Ledger,
+        index: PrefixIndex,
         idle: IdleConversations,
         room: Room,
         quotas: Quotas,
         persistence: Persistence,
         tally: Tally,
     ) -> None:
-        self._ledger, self._idle, self._room = ledger, idle, room
+        self._ledger, self._index, self._idle, self._room = ledger, index, idle, room
         self._quotas, self._persistence, self._tally = quotas, persistence, tally
 
-    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | None:
+    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | SessionTree | None:
         """Do it, and answer as messages.py says of each command.
 
         Raises SessionNotFoundError, SessionBusyError, SessionExistsError, QuotaExceededError, OverloadedError.
@@ -62,12 +70,26 @@ class SessionCommands:
             case DeleteSession():
                 self._delete(command)
                 return None
+            case GetSessionTree():
+                return self._tree(command.tenant)
+
+    def _tree(self, salt: str) -> SessionTree:
+        holders = self._newest_first(salt)
+        shown = holders[:MAX_TREE_SESSIONS]
+        return SessionTree(
+            sessions=tuple((self._info(holder), page_counts(self._ledger.family, holder)) for holder in shown),
+            nodes=prefix_nodes(self._index, salt, shown),
+            has_more=len(shown) < len(holders),
+        )
+
+    def _newest_first(self, salt: str) -> list[Holder]:
+        return sorted(
+            self._holders(salt).values(), key=lambda h: (h.session.last_used_s, h.session.session_id), reverse=True
+        )
 
     def _list(self, command: ListSessions) -> SessionPage:
         salt, after = command.tenant, command.after
-        holders = sorted(
-            self._holders(salt).values(), key=lambda h: (h.session.last_used_s, h.session.session_id), reverse=True
-        )
+        holders = self._newest_first(salt)
         start = 0
         if after is not None:
             self._holder(salt, after)

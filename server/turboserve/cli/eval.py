@@ -143,6 +143,7 @@ def _evaluate(settings: Settings, wanted: Wanted, plan: Plan, texts: dict[str, s
     from turboquant_kv.cache.calibration import calibration_for
     from turboquant_kv.cache.runtime import UnsupportedModelError
     from turboquant_kv.evaluation import evaluate, standard_rivals
+    from turboserve.engine.kept_quality import keep_quality
     from turboserve.engine.loading import load
     from turboserve.machine_memory import detect_memory
 
@@ -167,6 +168,7 @@ def _evaluate(settings: Settings, wanted: Wanted, plan: Plan, texts: dict[str, s
             )
     except (UnsupportedModelError, UnsupportedFormatError, ValueError) as exc:
         raise StartupError(str(exc)) from exc
+    keep_quality(settings.cache_dir.expanduser(), loaded.weights_fingerprint, evaluation)
     return replace(evaluation, model=loaded.model_id)
 
 

@@ -12,7 +12,7 @@ from turboserve.cache.memory import Memory
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
-from turboserve.messages import SamplingParams
+from turboserve.messages import FormatQuality, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +85,4 @@ class EngineParts:
     memory: Memory
     details: Mapping[str, str] = field(default_factory=dict)
     draft: DraftModel | None = None  # guesses tokens for the model
+    quality: tuple[FormatQuality, ...] = ()  # what was measured of formats on this model

@@ -30,6 +30,7 @@ from turboserve.engine import adapters, weights
 from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
+from turboserve.engine.kept_quality import kept_quality
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
@@ -96,7 +97,8 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
     if runtime.fmt is not None:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
-    return EngineParts(loaded, runtime, kv_memory, details, draft)
+    quality = kept_quality(settings.cache_dir.expanduser(), loaded.weights_fingerprint)
+    return EngineParts(loaded, runtime, kv_memory, details, draft, quality)
 
 
 def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) -> None:

@@ -15,11 +15,13 @@ from turboserve.messages import (
     Event,
     ForkSession,
     GetSession,
+    GetSessionTree,
     ListSessions,
     Request,
     SamplingParams,
     SessionInfo,
     SessionPage,
+    SessionTree,
     TextQuestion,
     UpdateSession,
 )
@@ -71,6 +73,8 @@ class Engine(Protocol):
     def session(self, command: ListSessions) -> Future[SessionPage]: ...
     @overload
     def session(self, command: GetSession | ForkSession | UpdateSession) -> Future[SessionInfo]: ...
+    @overload
+    def session(self, command: GetSessionTree) -> Future[SessionTree]: ...
     @overload
     def session(self, command: DeleteSession) -> Future[None]:
         """Done on the engine thread between two steps. Another caller's session is not found.

@@ -47,6 +47,7 @@ def take_snapshot(
         disk=memory.disk_status(),
         kernel_trial=_kernel_trial(runtime.verdict),
         rows_apart=rows_apart,
+        quality=parts.quality,
     )
 
 

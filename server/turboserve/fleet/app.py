@@ -17,6 +17,7 @@ from starlette.types import Scope
 from turboserve import __version__
 from turboserve.api.aliases import PathAliases
 from turboserve.api.anthropic import routes as anthropic
+from turboserve.api.dashboard import AssetRoute
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
@@ -70,6 +71,7 @@ def create_router_app(fleet: Fleet, catalogue: Catalogue, settings: Settings, te
     shapes = (*SHAPES, *anthropic.SHAPES, *responses.SHAPES)
     app.state.description = ApiDescription(described, needs_key=needs_key, shapes=shapes)
     app.router.routes.extend(_answered(route, own) for route in described)
+    app.router.routes.append(AssetRoute(needs_key=needs_key))
     app.add_middleware(
         Frontdoor,
         settings=settings,

@@ -19,10 +19,14 @@ from turboserve.messages import (
     DeleteSession,
     ForkSession,
     GetSession,
+    GetSessionTree,
     ListSessions,
+    PageCounts,
+    PrefixNode,
     SessionCommand,
     SessionInfo,
     SessionPage,
+    SessionTree,
     UpdateSession,
 )
 
@@ -59,7 +63,7 @@ class ScriptedSessions:
     def session(self, command: SessionCommand) -> Future[Any]:
         return _answered(lambda: self._answer(command))
 
-    def _answer(self, command: SessionCommand) -> SessionPage | SessionInfo | None:
+    def _answer(self, command: SessionCommand) -> SessionPage | SessionInfo | SessionTree | None:
         match command:
             case ListSessions(tenant, limit, after):
                 return self._page(tenant, limit, after)
@@ -72,6 +76,8 @@ class ScriptedSessions:
             case DeleteSession(tenant, session_id):
                 self._delete(tenant, session_id)
                 return None
+            case GetSessionTree(tenant):
+                return self._tree(tenant)
 
     def _get(self, tenant: str, session_id: str) -> SessionInfo:
         if (tenant, session_id) not in self._held:
@@ -84,6 +90,16 @@ class ScriptedSessions:
         if after is not None:
             own = own[own.index(self._get(tenant, after)) + 1 :]
         return SessionPage(tuple(own[:limit]), has_more=len(own) > limit)
+
+    def _tree(self, tenant: str) -> SessionTree:
+        """All begin with the same forty tokens; a session called `busy` shows no pages."""
+        own = self._page(tenant, MAX_SESSIONS, None).sessions
+        pages = PageCounts(compressed=5, shared=2, exact_tokens=36)
+        ends = [PrefixNode(0, info.tokens, info.kv_format, (info.session_id,)) for info in own]
+        return SessionTree(
+            sessions=tuple((info, None if info.tier == "running" else pages) for info in own),
+            nodes=(PrefixNode(None, 40, "4/3"), *ends) if own else (),
+        )
 
     def _fork(self, tenant: str, session_id: str, new_id: str | None) -> SessionInfo:
         source = self._get(tenant, session_id)

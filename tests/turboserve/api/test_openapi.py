@@ -21,6 +21,7 @@ from turboserve.api.routes import router
 
 KEY = {"authorization": "Bearer key"}
 SESSION_ERRORS = {
+    ("GET", "/v1/kv/tree", None): (),
     ("GET", "/v1/sessions", None): (errors.SessionNotFoundError("s"),),
     ("GET", "/v1/sessions/s", None): (errors.SessionNotFoundError("s"),),
     ("DELETE", "/v1/sessions/s", None): (errors.SessionNotFoundError("s"), errors.SessionBusyError("busy")),

@@ -14,6 +14,7 @@ from turboquant_kv.cache.calibration import calibration_text
 from turboserve.cli import eval as evaluating
 from turboserve.cli.config import UsageError
 from turboserve.cli.main import main
+from turboserve.engine.kept_quality import kept_quality
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,12 @@ def test_the_embedded_model_is_evaluated(
     assert kl_of["4/4"] < kl_of["2/2"] and max(kl_of["4/4"], kl_of["q8_0"]) < kl_of["r44"]
     ElementTree.parse(drawing)
     assert "at offset 4096" in shown.err
+    (kept,) = (tmp_path / "quality").iterdir()
+    known = {one.kv_format: one for one in kept_quality(tmp_path, kept.stem)}
+    assert {name: one.kl_mean for name, one in known.items()} == {name: kl_of[name] for name in ("4/4", "2/2")}
+    assert known["4/4"].num_tokens == sum(item["tokens"] for item in saved["texts"])
+    kept.write_text(kept.read_text()[:-9])  # damaged: as if nothing had been measured
+    assert kept_quality(tmp_path, kept.stem) == ()
 
 
 def test_one_text_has_no_interval() -> None:

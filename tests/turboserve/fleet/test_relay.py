@@ -178,6 +178,9 @@ def test_the_router_is_ready_whatever_its_models_do(start: Start) -> None:
     ready = router.get("/ready")
     assert (ready.status_code, ready.json()["models"]) == (200, {"a": "unloaded", "bad": "failed"})
     assert router.get("/").status_code == 200
+    page = httpx.get(f"{router.url}/", headers={"Accept": "text/html"}, timeout=20)
+    assert page.text.startswith("<!doctype html>")
+    assert httpx.get(f"{router.url}/dashboard/app.js", timeout=20).status_code == 200
     assert "/v1/chat/completions" in router.get("/openapi.json").json()["paths"]
 
 
