@@ -105,7 +105,7 @@ def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) 
     """Before the model is loaded. Raises StartupError, with the figures, when it cannot be served."""
     folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
-    stored_bytes = weights.file_bytes(folder) + adapters.file_bytes(settings.adapters)
+    stored_bytes = model_bytes(folder) + adapters_bytes(settings.adapters)
     _check_fits(stored_bytes, memory)
     float32_bytes = expanded_bytes(config, shapes)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu

@@ -36,6 +36,7 @@ from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo, detect_memory
 from turboserve.messages import KernelTrial
 from turboserve.settings import Settings
+from turboserve.weight_sizes import model_bytes
 
 PLENTY = MemoryInfo(1 << 40, 1 << 40)
 
@@ -72,7 +73,7 @@ def test_the_embedded_model_loads_as_stored_on_a_cpu(tmp_path: Path) -> None:
     assert loaded.model_id == EMBEDDED_MODEL_ID and loaded.max_context == 16384 and 8185 in loaded.eos_ids
     if mx.default_device() == mx.cpu:
         assert loaded.dtype == "float32" and any("multiplied as stored: 57 of 8-bit" in line for line in lines)
-        assert weights.file_bytes(EMBEDDED_DIR) * 0.95 < loaded.weights_bytes < weights.file_bytes(EMBEDDED_DIR) * 1.05
+        assert model_bytes(EMBEDDED_DIR) * 0.95 < loaded.weights_bytes < model_bytes(EMBEDDED_DIR) * 1.05
     assert parts.memory.budget_bytes == 64 << 20 and parts.runtime.layers_compressed == 8
     assert any("compressed as 4t/3t" in line for line in lines)
     foretold, found = (_tokens(lines, pattern) for pattern in (r"about ([\d,]+) tokens as 4t/3t", r"holds +([\d,]+) "))
