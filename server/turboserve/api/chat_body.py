@@ -69,7 +69,7 @@ NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TokenLimit = Annotated[NumTokens | Unlimited, Whole]
 NumThoughts = Annotated[Annotated[int, Field(ge=0, le=MAX_TOKENS)] | Unlimited, Whole]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Repetition = Annotated[float, Field(gt=0, le=10)]
+Repetition = Annotated[float, Field(ge=0.01, le=10)]  # logits divided by less would leave float32
 GrammarText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]
 Options = Annotated[list[StopText], FirstError(), Field(max_length=MAX_OPTIONS)]
 Schema = dict[str, Any]  # a JSON schema; the engine says what of it cannot be enforced

@@ -105,13 +105,15 @@ SESSION_PARAMETER: Json = {
 }
 
 
-def event_stream(event: type[BaseModel], words: str) -> Json:
-    """The content of a reply that is server-sent events whose data have this shape.
+def event_stream(event: type[BaseModel], words: str, *, ends_with_done: bool = False) -> Json:
+    """The content of a reply that is server-sent events whose data have this shape, but a last `[DONE]`.
 
     Before OpenAPI 3.2 the schema of such a media type is the one of an event, as its reader has it.
     """
     schema = {"$ref": REF.format(model=event.__name__)}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    data: Json = {"type": "string"}
+    if not ends_with_done:  # which is no JSON
+        data |= {"contentMediaType": "application/json", "contentSchema": schema}
     fields = {"event": {"type": "string"}, "data": data}
     sent = {"type": "object", "description": words, "properties": fields, "required": ["data"]}
     return {EVENTS_TYPE: {"schema": sent, "x-event-schema": schema}}
@@ -134,6 +136,7 @@ STREAM_OR_WHOLE: Json = {
             ChatCompletionChunk,
             "Events `data: {...}`, each a ChatCompletionChunk, then `data: [DONE]`. An error after the first byte is "
             "the last event instead, an ErrorEnvelope. Comment lines bridge silence.",
+            ends_with_done=True,
         )
     ),
     "headers": {

@@ -72,7 +72,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     _honoured("presence_penalty frequency_penalty", "-2 to 2; 0"),
     _honoured(
         "repetition_penalty repeat_penalty",
-        "above 0, up to 10; two names of one thing, both only if equal; the model's own default, else 1",
+        "0.01 to 10; two names of one thing, both only if equal; the model's own default, else 1",
     ),
     _honoured("logit_bias", "up to 1024 token ids, each -100 to 100"),
     _honoured("seed", "64-bit integer; -1 and none: random; further choices of `n` count on from it"),

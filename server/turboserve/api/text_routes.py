@@ -40,6 +40,7 @@ COMPLETION_STREAM = stream_or_whole(
         CompletionChunk,
         "Events `data: {...}`, each a CompletionChunk, then `data: [DONE]`. An error after the first byte is the last "
         "event instead, an ErrorEnvelope. Comment lines bridge silence.",
+        ends_with_done=True,
     )
 )
 

@@ -66,6 +66,8 @@ class Contract:
         elif media_type == "text/event-stream":
             for sent in _sent_events(reply.text):
                 self.validate(declared["schema"], sent)
+                if "contentSchema" in declared["schema"]["properties"]["data"]:
+                    json.loads(sent["data"])
             for event in _events(reply.text):
                 is_envelope = "error" in event and "type" not in event  # other streams declare their error events
                 self.validate(ENVELOPE if is_envelope else declared["x-event-schema"], event)

@@ -77,6 +77,7 @@ def test_malformed_body_is_400(client: httpx.Client, body: bytes) -> None:
         ("presence_penalty", 2.5),
         ("frequency_penalty", -3),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324),
         ("repetition_penalty", 11),
         ("logit_bias", [1]),
         ("logit_bias", {"-1": 1}),
