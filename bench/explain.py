@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +20,27 @@ from numpy.typing import NDArray
 from turboquant_kv.codec.codebook import centroids, thresholds
 from turboquant_kv.codec.rotation import rotate
 
+Floats = NDArray[Any]  # float64
+
 DRAWING = Path(__file__).resolve().parents[1] / "docs" / "rotation.svg"
 DIM, NUM_KEYS, BITS, EDGE = 128, 4096, 4, 4.0
 WIDTH, HEIGHT, LEFT, TOP, PLOT_HEIGHT = 640, 210, 24, 36, 130
 
 
-def keys(rng: np.random.Generator) -> NDArray[np.float64]:
+def keys(rng: np.random.Generator) -> Floats:
     """(NUM_KEYS, DIM): normal, but for four coordinates."""
     scales = np.ones(DIM)
     scales[rng.choice(DIM, 4, replace=False)] = 10.0
     return rng.normal(size=(NUM_KEYS, DIM)) * scales
 
 
-def unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def unit(vectors: Floats) -> Floats:
     """Each divided by the root of its mean square, as the codec does."""
-    return vectors / np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))
+    scaled: Floats = vectors / np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))
+    return scaled
 
 
-def histogram(values: NDArray[np.float64], left: float, title: str) -> list[str]:
+def histogram(values: Floats, left: float, title: str) -> list[str]:
     counts, _ = np.histogram(values, bins=64, range=(-EDGE, EDGE), density=True)
     width = WIDTH / 2 - 2 * LEFT
     bar = width / len(counts)
@@ -72,7 +76,7 @@ def drawing() -> str:
     )
 
 
-def nearest(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def nearest(values: Floats) -> Floats:
     return centroids(BITS).astype(np.float64)[np.searchsorted(thresholds(BITS), values)]
 
 
