@@ -20,26 +20,27 @@ from numpy.typing import NDArray
 from turboquant_kv.codec.codebook import centroids, thresholds
 from turboquant_kv.codec.rotation import rotate
 
+Floats = NDArray[Any]  # float64
+
 DRAWING = Path(__file__).resolve().parents[1] / "docs" / "rotation.svg"
 DIM, NUM_KEYS, BITS, EDGE = 128, 4096, 4, 4.0
 WIDTH, HEIGHT, LEFT, TOP, PLOT_HEIGHT = 640, 210, 24, 36, 130
 
 
-def keys(rng: np.random.Generator) -> NDArray[Any]:
+def keys(rng: np.random.Generator) -> Floats:
     """(NUM_KEYS, DIM): normal, but for four coordinates."""
     scales = np.ones(DIM)
     scales[rng.choice(DIM, 4, replace=False)] = 10.0
-    scaled: NDArray[Any] = rng.normal(size=(NUM_KEYS, DIM)) * scales
+    return rng.normal(size=(NUM_KEYS, DIM)) * scales
+
+
+def unit(vectors: Floats) -> Floats:
+    """Each divided by the root of its mean square, as the codec does."""
+    scaled: Floats = vectors / np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))
     return scaled
 
 
-def unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Each divided by the root of its mean square, as the codec does."""
-    divided: NDArray[Any] = vectors / np.sqrt(np.mean(vectors**2, axis=1, keepdims=True))
-    return divided
-
-
-def histogram(values: NDArray[Any], left: float, title: str) -> list[str]:
+def histogram(values: Floats, left: float, title: str) -> list[str]:
     counts, _ = np.histogram(values, bins=64, range=(-EDGE, EDGE), density=True)
     width = WIDTH / 2 - 2 * LEFT
     bar = width / len(counts)
@@ -75,7 +76,7 @@ def drawing() -> str:
     )
 
 
-def nearest(values: NDArray[Any]) -> NDArray[Any]:
+def nearest(values: Floats) -> Floats:
     return centroids(BITS).astype(np.float64)[np.searchsorted(thresholds(BITS), values)]
 
 
