@@ -54,7 +54,8 @@ class Tab:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Not started where no browser would look at it."""
     bounds = ("--max-context-tokens", "2048", "--default-max-tokens", "64", "--prefill-chunk-tokens", "64")
     with running_server(tmp_path_factory.mktemp("cache"), "--kv-format", "4/3", "--api-key", KEY, *bounds) as running:
         yield running

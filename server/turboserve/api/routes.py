@@ -207,10 +207,11 @@ async def _session_body(request: Request) -> dict[str, object]:
 
 
 @router.get("/", response_model=ServerInfo, responses=failures() | {200: PAGE_OR_INFO})
-async def root(request: Request) -> object:
+async def root(request: Request, reply: Response) -> object:
     """Name, version and routes; for a browser, whose `Accept` names HTML, the dashboard."""
     if wants_page(request.scope["headers"]):
         return page_response(request)
+    reply.headers["Vary"] = "Accept"
     return ServerInfo(version=__version__, routes=ROUTES)
 
 
