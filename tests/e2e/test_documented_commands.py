@@ -46,6 +46,8 @@ ELSEWHERE = {
     "claude": "a program that is not installed here",
     "aider": "a program that is not installed here",
     "export": "for the command behind it",
+    "cat": "for the command behind it",
+    "git": "for the command behind it",
 }
 RUN = {"curl", "turboserve", "promtool", "sed", "cp", "printf"}
 
@@ -56,10 +58,14 @@ class Block(NamedTuple):
     text: str
 
     def commands(self) -> Iterator[list[str]]:
-        """Words of each line, continued ones joined and comments dropped; `NAME` stands for itself."""
+        """Words of each command, continued lines joined and comments dropped, up to where its output goes."""
         for line in self.text.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield words
+            words = shlex.split(line, comments=True)
+            while words:
+                end = next((at for at, word in enumerate(words) if word in ("|", ">", "&")), len(words))
+                yield words[:end]
+                rest = words[end:]
+                words = rest[1:] if rest[:1] == ["|"] else []
 
 
 def blocks(*languages: str) -> list[Block]:
@@ -87,7 +93,7 @@ def test_commands_of_ours_have_these_flags() -> None:
             if command[0] != "turboserve":
                 continue
             parser: Any = get_command(app)
-            arguments = [word for word in command[1:] if word != "&"]
+            arguments = command[1:]
             while hasattr(parser, "commands") and not arguments[0].startswith("-"):
                 parser = parser.commands[arguments.pop(0)]
             if hasattr(parser, "commands"):
@@ -110,8 +116,8 @@ def test_flags_in_running_text_exist() -> None:
         assert flags <= known | FOREIGN, (page.name, flags - known - FOREIGN)
 
 
-# Of docker and bench/throughput.py.
-FOREIGN = {"--add-host", "--make", "--only", "--profile"}
+# Of docker and bench/throughput.py, and what every command has.
+FOREIGN = {"--add-host", "--help", "--make", "--only", "--profile"}
 
 
 def _flags(command: object) -> Iterator[str]:
@@ -130,9 +136,8 @@ def test_requests_of_the_pages_are_answered(server: Server, tmp_path: Path) -> N
             if "law" in " ".join(command):
                 continue  # an adapter that this server does not have; tests/e2e has one that it has
             words = [word.replace(HERE, server.url).replace("$TURBOSERVE_API_KEY", "none") for word in command]
-            end = next((at for at, word in enumerate(words) if word == "|"), len(words))
             done = subprocess.run(
-                [*words[:end], "--silent", "--show-error", "--fail-with-body", "--max-time", "60"],
+                [*words, "--silent", "--show-error", "--fail-with-body", "--max-time", "60"],
                 capture_output=True,
                 text=True,
                 check=False,
