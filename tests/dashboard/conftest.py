@@ -53,7 +53,8 @@ class Tab:
         return dict(zip(self.texts(f"{selector} dt"), self.texts(f"{selector} dd"), strict=True))
 
 
-@pytest.fixture(scope="session")
+# Per module: while Playwright runs, its event loop does, and other tests' asyncio.run would refuse to.
+@pytest.fixture(scope="module")
 def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Not started where no browser would look at it."""
     bounds = ("--max-context-tokens", "2048", "--default-max-tokens", "64", "--prefill-chunk-tokens", "64")
@@ -61,13 +62,13 @@ def server(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def api(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     program = chromium()
     if program is None:

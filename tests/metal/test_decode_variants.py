@@ -139,12 +139,12 @@ def test_both_variants_cap_scores(case: Any, turns: bool, rng: np.random.Generat
     step = Step(rng, fmt, history.steady(rng, fmt, means), num_rows, means)
     q = random_queries(rng, num_q, num_rows, k_dim, dtype)
     sinks = (rng.standard_normal(num_q) + 3).astype(np.float32)
-    cap = float(rng.uniform(0.3, 2))
+    cap = float(rng.uniform(0.3, 1))
     for variant in VARIANTS:
         for reach in (num_tokens // 2, NO_WINDOW):
             out = step.attend(kernels(variant), q, sinks, reach, cap)
             assert step.error(out, q, sinks=sinks, window=reach, cap=cap) < TOLERANCE[dtype], variant
-            assert step.error(out, q, sinks=sinks, window=reach) > 5 * TOLERANCE[dtype], "the cap must have mattered"
+            assert step.error(out, q, sinks=sinks, window=reach) > 2 * TOLERANCE[dtype], "the cap must have mattered"
 
 
 @pytest.mark.parametrize("cap", [1e-3, 0.5, 50.0])

@@ -102,10 +102,58 @@ std::vector<float> run(const tq::KernelTable& level, int dim, int kind, bool tur
     return out;
 }
 
+// A linear layer's product with codes of `bits` bits in groups of `group`; bits 0: with float16 numbers.
+std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, int num_rows, const std::vector<float>& x, std::mt19937 draw) {
+    tq::Matrix w;
+    w.num_out = 7, w.num_in = int(x.size()) / num_rows, w.bits = bits, w.group = group;
+    std::vector<std::uint8_t> codes(std::size_t(w.num_out) * w.num_in * 2);
+    for (auto& byte : codes) byte = std::uint8_t(draw());
+    std::vector<float> y(std::size_t(num_rows) * w.num_out);
+    if (bits == 0) {
+        for (std::size_t i = 1; i < codes.size(); i += 2) codes[i] = std::uint8_t((codes[i] & 0x83) | 0x30); // of moderate size
+        w.floats = codes.data(), w.dtype = tq::Dtype::f16;
+        level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, y.data());
+        return y;
+    }
+    std::vector<float> scales, biases;
+    for (int i = 0; i < w.num_out * w.num_groups(); i++) scales.push_back(0.01f + 1e-4f * (i % 50)), biases.push_back(-0.3f + 1e-2f * (i % 7));
+    w.codes = codes.data(), w.scales = scales.data(), w.biases = biases.data(), w.dtype = tq::Dtype::f32;
+    tq::Inputs inputs;
+    std::vector<std::int16_t> rounded(x.size());
+    std::vector<float> floats(std::size_t(2) * num_rows * w.padded_blocks()), scratch(level.linear.product_scratch(w));
+    inputs.num_rows = num_rows, inputs.num_in = w.num_in, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
+    inputs.scales = floats.data(), inputs.sums = floats.data() + std::size_t(num_rows) * w.padded_blocks();
+    for (int m = 0; m < num_rows; m++) level.linear.round_row(&x[std::size_t(m) * w.num_in], w.block(), inputs, m);
+    level.linear.product(w, inputs, 0, w.num_out, y.data(), scratch.data());
+    return y;
+}
+
+double distance(const std::vector<float>& got, const std::vector<float>& want) {
+    double error = 0, norm = 0;
+    for (std::size_t i = 0; i < want.size(); i++) {
+        error += double(got[i] - want[i]) * (got[i] - want[i]);
+        norm += double(want[i]) * want[i];
+    }
+    return norm > 0 ? std::sqrt(error / norm) : 1.0;
+}
+
 } // namespace
 
 int main() {
     int failures = 0, compared = 0;
+    for (const auto* level : tq::available_levels())
+        for (int bits : {0, 2, 3, 4, 5, 6, 8})
+            for (int group : {32, 64, 128})
+                for (int num_rows : {1, 5, 13}) {
+                    const auto x = gaussian(std::size_t(num_rows) * 2304);
+                    const std::mt19937 draw(bits * 100 + group);
+                    const double far = distance(multiply(*level, bits, group, num_rows, x, draw),
+                                                multiply(*tq::portable_kernels(), bits, group, num_rows, x, draw));
+                    compared++;
+                    if (far < 1e-4) continue; // orders of summing, and an input between two steps
+                    std::printf("%s linear bits=%d group=%d rows=%d: %g\n", level->name, bits, group, num_rows, far);
+                    failures++;
+                }
     for (const auto* level : tq::available_levels())
         for (int dim : {64, 80, 112, 128, 256})
             for (int kind : {2, 3, 4, 8, tq::kTrellis + 2, tq::kTrellis + 3, tq::kTrellis + 4})
@@ -115,16 +163,12 @@ int main() {
                         const auto data = gaussian(std::size_t(2) * 700 * dim);
                         const auto want = run(*tq::portable_kernels(), dim, kind, turns, group, num_rows, data);
                         const auto got = run(*level, dim, kind, turns, group, num_rows, data);
-                        double error = 0, norm = 0;
-                        for (std::size_t i = 0; i < want.size(); i++) {
-                            error += double(got[i] - want[i]) * (got[i] - want[i]);
-                            norm += double(want[i]) * want[i];
-                        }
+                        const double far = distance(got, want);
                         compared++;
                         // Both levels' integer roundings, of 8 or 16 bits; float tiles differ by orders of summing.
                         const double tolerance = num_rows > 1 ? 1e-5 : kind == 8 ? 5e-5 : 2e-2;
-                        const bool good = std::sqrt(error / norm) < tolerance && norm > 0;
-                        if (!good) std::printf("%s D=%d kind=%d G=%d T=%d: %g\n", level->name, dim, kind, group, num_rows, std::sqrt(error / norm));
+                        const bool good = far < tolerance;
+                        if (!good) std::printf("%s D=%d kind=%d G=%d T=%d: %g\n", level->name, dim, kind, group, num_rows, far);
                         failures += !good;
                     }
     std::printf("%d comparisons, %d failures, fastest level %s\n", compared, failures, tq::available_levels().front()->name);
