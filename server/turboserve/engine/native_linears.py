@@ -41,17 +41,14 @@ class NativeLinears:
         return f"multiplied as stored: {counts} (cpu-native/{self.level})"
 
 
-class NativeLinear(nn.Module):  # type: ignore[misc]
-    """A linear layer multiplied by the kernels. Its arrays are no parameters: nothing else may convert them."""
+class NativeLayer(nn.Module):  # type: ignore[misc]
+    """A layer whose arrays the kernels hold. They are no parameters: nothing else may convert them."""
 
-    def __init__(self, linear: Module) -> None:
+    def __init__(self, layer: Module) -> None:
         super().__init__()
-        self._held = _arrays(linear)
-        self._weights = _weights_of(linear)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x (..., in) to (..., out) float32."""
-        return self._weights.multiply(x)
+        self._held = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
+        self._quantised = _quantised_of(layer)
+        self._weights = _weights_of(layer)
 
     @property
     def num_bytes(self) -> int:
@@ -59,14 +56,16 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
         return sum(int(a.nbytes) for a in self._held.values())
 
 
-class NativeEmbedding(nn.Module):  # type: ignore[misc]
-    """A table of embeddings whose output side, where a model uses it as such, is multiplied by the kernels."""
+class NativeLinear(NativeLayer):
+    """A linear layer multiplied by the kernels."""
 
-    def __init__(self, embedding: Module) -> None:
-        super().__init__()
-        self._held = _arrays(embedding)
-        self._quantised = _quantised_of(embedding)
-        self._weights = _weights_of(embedding)
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) to (..., out) float32."""
+        return self._weights.multiply(x)
+
+
+class NativeEmbedding(NativeLayer):
+    """A table of embeddings whose output side, where a model uses it as such, is multiplied by the kernels."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens (...) to their rows, (..., width) float32."""
@@ -79,11 +78,6 @@ class NativeEmbedding(nn.Module):  # type: ignore[misc]
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., width) to (..., rows of the table) float32."""
         return self._weights.multiply(x)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all its arrays."""
-        return sum(int(a.nbytes) for a in self._held.values())
 
 
 def native_candidates(model: Module) -> list[Module]:
@@ -126,7 +120,7 @@ def install_native_linears(model: Module) -> NativeLinears | None:
 def native_bytes(model: Module) -> int:
     """Of weights that are no parameters because the kernels hold them."""
     modules = (module for _, module in model.named_modules())
-    return sum(m.num_bytes for m in modules if isinstance(m, (NativeLinear, NativeEmbedding)))
+    return sum(module.num_bytes for module in modules if isinstance(module, NativeLayer))
 
 
 def _replaceable(model: Module) -> Iterator[tuple[Module, str, Module]]:
@@ -150,10 +144,6 @@ def _can_replace(child: Any) -> bool:
 
 def _is_embedding(child: Module) -> bool:
     return type(child) in (nn.Embedding, nn.QuantizedEmbedding)
-
-
-def _arrays(child: Module) -> dict[str, mx.array]:
-    return {name: value for name, value in child.items() if isinstance(value, mx.array)}
 
 
 def _quantised_of(child: Module) -> Quantised | None:

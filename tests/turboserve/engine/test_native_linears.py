@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models.llama import Model, ModelArgs
+from tests.turboserve.engine.adapter_folders import write_adapter
 
 from turboquant_kv.backends.native.backend import is_available
 from turboserve.engine import native_linears, weights
+from turboserve.engine.loading import load
+from turboserve.engine.model_folder import EMBEDDED_DIR
 from turboserve.engine.native_linears import NativeEmbedding, NativeLinear, install_native_linears, native_bytes
+from turboserve.machine_memory import MemoryInfo
+from turboserve.settings import Settings
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the native kernels are not built")
 ANY: Any = nn  # its stubs leave quantize out
@@ -109,3 +116,23 @@ def test_replaced_layers_are_of_our_classes(rng: np.random.Generator) -> None:
     assert isinstance(model.model.embed_tokens, NativeEmbedding)
     assert isinstance(model.model.layers[1].self_attn.q_proj, NativeLinear)
     assert str(installed).startswith("multiplied as stored: 15 of 8-bit (cpu-native/")
+
+
+def test_adapters_lie_above_layers_as_stored(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Through loading; compared with mlx-lm's own adapter over the expanded model."""
+    if mx.default_device() != mx.cpu:
+        pytest.skip("a GPU multiplies by itself")
+
+    def make() -> Any:
+        return mlx_lm.load(str(EMBEDDED_DIR))[0]
+
+    folder = write_adapter(tmp_path / "a", make, rng)
+    loaded = load(Settings(adapters=(f"a={folder}",)), lambda line: None, MemoryInfo(1 << 40, 1 << 40))
+    assert "multiplied as stored" in loaded.details["weights"]
+    tokens = rng.integers(0, 8000, (2, 4))
+    reference = weights.expand(mlx_lm.load(str(EMBEDDED_DIR), adapter_path=str(folder))[0])
+    with loaded.adapters.applied([loaded.adapters.get("a"), loaded.adapters.get("a")]):
+        got = logits_of(loaded.model, tokens)
+    want = logits_of(reference, tokens)
+    assert np.linalg.norm(got - want) <= 3e-3 * np.linalg.norm(want)
+    assert np.linalg.norm(logits_of(loaded.model, tokens) - want) > 0.1 * np.linalg.norm(want)
