@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -29,3 +31,12 @@ def test_missing_kernels_are_reported_once_and_by_name(
     assert choose_backend("cpu-numpy").name == "cpu-numpy"
     with pytest.raises(UnsupportedFormatError, match="no such module"):
         choose_backend("cpu-native")
+
+
+def test_kernels_of_older_sources_count_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a checkout that was updated and not installed again."""
+    older = ModuleType("_kernels")
+    older.Store = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "turboquant_kv.native._kernels", older)
+    module, reason = native.load_kernels.__wrapped__()
+    assert module is None and "LinearWeights" in reason and "install again" in reason

@@ -57,6 +57,7 @@ from turboquant_kv.codec.trellis import TrellisCodec
 
 log = logging.getLogger(__name__)
 
+_PARTS = ("Store", "LinearWeights")  # of the compiled module; a checkout may be newer than what was compiled
 ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
 
@@ -70,6 +71,8 @@ def load_kernels() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("turboquant_kv.native._kernels")
     except ImportError as exc:
         return None, str(exc)
+    if missing := [name for name in _PARTS if not hasattr(module, name)]:
+        return None, f"they were built from older sources, without {', '.join(missing)}: install again"
     module.set_num_threads(num_threads())
     return module, ""
 
