@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import anthropic
@@ -32,6 +33,7 @@ class Person(BaseModel):
     age: int
 
 
+@cache  # kept open: one that is collected with its sockets open is a warning in whichever test runs then
 def client_of(target: Target) -> Anthropic:
     return Anthropic(base_url=target.url, api_key=target.key, max_retries=0, timeout=120)
 
