@@ -144,7 +144,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         _read_weights(model, progress)
         installed = adapters.install(model, settings.adapters, dtype)
         if is_native:
-            model, note = _take_as_stored(model)  # under the adapters
+            model, note = _take_as_stored(model, settings, memory)  # under the adapters
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
@@ -222,11 +222,18 @@ def _multiplies_as_stored(model: Any, settings: Settings, memory: MemoryInfo) ->
     return bool(linears) and wanted
 
 
-def _take_as_stored(model: Any) -> tuple[Any, str]:
-    """The model with native linear layers, everything else in float32; and what to tell about it."""
-    native = install_native_linears(model)
-    expanded = weights.expand(model)
-    return expanded, "weights expanded to float32" if native is None else f"weights {native}"
+def _take_as_stored(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
+    """The model with native linear layers, everything else in float32; and what to tell about it. Raises StartupError.
+
+    A model that does not work with them is expanded, if it fits, as where there are no kernels.
+    """
+    try:
+        native = install_native_linears(model)
+    except ValueError as exc:  # TURBOQUANT_ISA names what this CPU or build has not
+        raise StartupError(f"The CPU kernels cannot multiply by the weights: {exc}.") from exc
+    if native is None:
+        return _expand_if_wanted(model, settings, memory)
+    return weights.expand(model), f"weights {native}"
 
 
 def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:

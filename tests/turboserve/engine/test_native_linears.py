@@ -15,10 +15,11 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tests.turboserve.engine.adapter_folders import write_adapter
 
 from turboquant_kv.backends.native.backend import is_available
-from turboserve.engine import native_linears, weights
+from turboserve.engine import loading, native_linears, weights
 from turboserve.engine.loading import load
 from turboserve.engine.model_folder import EMBEDDED_DIR
 from turboserve.engine.native_linears import NativeEmbedding, NativeLinear, install_native_linears, native_bytes
+from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo
 from turboserve.settings import Settings
 
@@ -136,3 +137,18 @@ def test_adapters_lie_above_layers_as_stored(tmp_path: Path, rng: np.random.Gene
     want = logits_of(reference, tokens)
     assert np.linalg.norm(got - want) <= 3e-3 * np.linalg.norm(want)
     assert np.linalg.norm(logits_of(loaded.model, tokens) - want) > 0.1 * np.linalg.norm(want)
+
+
+def test_an_instruction_set_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOQUANT_ISA", "abacus")
+    with pytest.raises(StartupError, match=r"'abacus' is not available; this CPU and build have .*portable"):
+        load(Settings(), lambda line: None, MemoryInfo(1 << 40, 1 << 40))
+
+
+def test_a_model_that_neither_works_with_them_nor_fits_expanded_stays_as_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "install_native_linears", lambda model: None)
+    little = MemoryInfo(1 << 40, 30 << 20)  # the embedded model takes 23 MiB, and 88 expanded
+    loaded = load(Settings(), lambda line: None, little)
+    assert loaded.details["weights"] == "as stored" and loaded.weights_bytes < 30 << 20
