@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from turboserve.api import tracing
 from turboserve.api.context import ApiContext
 from turboserve.api.mailbox import Mailbox
+from turboserve.api.patience import Patience
 from turboserve.errors import TurboServeError
 from turboserve.messages import (
     Delta,
@@ -168,22 +169,27 @@ class AnswerResponse(Response):
         await reply(scope, receive, send)
 
     async def _stream(self, mailboxes: Sequence[Mailbox], send: Send) -> None:
-        has_begun = False
         try:
-            async for choice, event in self._events(mailboxes):
-                if isinstance(event, Failed) and not has_begun:
-                    raise event.error
-                if not has_begun:
-                    await self._begin(send)
-                    has_begun = True
-                if isinstance(event, Failed):
-                    logger.warning("failed mid-stream: %s", event.error.code)
-                    return await self._send(send, self._replies.failure(event.error), more=False)
-                await self._send(send, self._written(choice, event))
-            await self._send(send, self._replies.end(), more=False)
+            async with StreamBody(send, self._context.send_timeout_s) as body:
+                await self._stream_to(mailboxes, body)
         except TimeoutError:
             self._context.telemetry.http_disconnect("stalled")
             logger.warning("the client stopped reading")
+
+    async def _stream_to(self, mailboxes: Sequence[Mailbox], body: StreamBody) -> None:
+        has_begun = False
+        async for choice, event in self._events(mailboxes):
+            if isinstance(event, Failed) and not has_begun:
+                raise event.error
+            if not has_begun:
+                await body.begin(self._headers())
+                await body.send(self._replies.begin())
+                has_begun = True
+            if isinstance(event, Failed):
+                logger.warning("failed mid-stream: %s", event.error.code)
+                return await body.end(self._replies.failure(event.error))
+            await body.send(self._written(choice, event))
+        await body.end(self._replies.end())
 
     def _written(self, choice: int, event: Delta | Finished | None) -> bytes:
         if event is None:
@@ -217,18 +223,50 @@ class AnswerResponse(Response):
         finally:
             await _stop(*waiting)
 
-    async def _begin(self, send: Send) -> None:
+    def _headers(self) -> list[tuple[bytes, bytes]]:
         extra = [(name.lower().encode(), value.encode()) for name, value in self._extra_headers.items()]
-        headers = [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send(send, self._replies.begin())
+        return [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
 
-    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        """Raises TimeoutError when the client has not taken earlier bytes for `send_timeout_s`."""
-        if more and not body:
-            return
-        async with asyncio.timeout(self._context.send_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+class StreamBody:
+    """The parts of a streamed reply as they are sent, each within `timeout_s`. A context for the task that sends.
+
+    The context ends in TimeoutError when the client has not taken earlier bytes in that time.
+    """
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send = send
+        self._limit = asyncio.timeout(None)
+        self._patience = Patience(timeout_s, self._give_up)
+
+    async def __aenter__(self) -> StreamBody:
+        await self._limit.__aenter__()
+        return self
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._patience.close()
+        await self._limit.__aexit__(*raised)
+
+    async def begin(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Status and headers."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def send(self, part: bytes) -> None:
+        """A part that others follow; an empty one is none."""
+        if part:
+            await self._patiently({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def end(self, part: bytes) -> None:
+        """The last part, which may be empty."""
+        await self._patiently({"type": "http.response.body", "body": part, "more_body": False})
+
+    async def _patiently(self, message: Message) -> None:
+        self._patience.begin()
+        await self._send(message)
+        self._patience.end()
+
+    def _give_up(self) -> None:
+        self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

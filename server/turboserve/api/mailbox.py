@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import groupby
 from weakref import WeakKeyDictionary, ref
 
+from turboserve.api.patience import Patience
 from turboserve.errors import OverloadedError
 from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 
@@ -30,25 +31,25 @@ class _Waker:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
         self._lock = threading.Lock()
-        self._due: list[asyncio.Event] = []
+        self._due: list[Mailbox] = []
 
-    def wake(self, event: asyncio.Event) -> None:
-        """Any thread: set the event on its loop, soon."""
+    def wake(self, mailbox: Mailbox) -> None:
+        """Any thread: tell the mailbox's reader on its loop, soon."""
         with self._lock:
-            self._due.append(event)
+            self._due.append(mailbox)
             if len(self._due) > 1:
                 return
         try:
             if (loop := self._loop()) is not None:
-                loop.call_soon_threadsafe(self._set_all)
+                loop.call_soon_threadsafe(self._tell_all)
         except RuntimeError:  # the loop has closed: the server is exiting and nobody waits any more
             return
 
-    def _set_all(self) -> None:
+    def _tell_all(self) -> None:
         with self._lock:
             due, self._due = self._due, []
-        for event in due:
-            event.set()
+        for mailbox in due:
+            mailbox.tell()
 
 
 _wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
@@ -63,7 +64,10 @@ class Mailbox:
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self._waker = _wakers.setdefault(loop, _Waker(loop))
-        self._arrived = asyncio.Event()
+        self._loop = loop
+        self._reader: asyncio.Future[None] | None = None  # while it waits
+        self._is_silent = False
+        self._silence: Patience | None = None
         self._lock = threading.Lock()
         self._deltas: list[Delta] = []
         self._merged: deque[Delta] = deque()
@@ -89,26 +93,44 @@ class Mailbox:
                 if self._num_chars > MAX_PENDING_CHARS:
                     self._ending, wake = Failed(OverloadedError("The client reads too slowly.")), True
         if wake:
-            self._waker.wake(self._arrived)
+            self._waker.wake(self)
 
-    async def next(self, timeout_s: float | None = None) -> Event | None:
-        """The next delta with all that continues it so far, or the ending; None after `timeout_s` of silence.
+    def tell(self) -> None:
+        """On the loop: whoever waits in `next` looks again."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
-        After the ending has been returned once, it is returned again.
+    async def next(self, silence_s: float | None = None) -> Event | None:
+        """The next delta with all that continues it so far, or the ending; None after `silence_s` without either.
+
+        One reader at a time, who always says the same `silence_s`. After the ending has been returned once, it is
+        returned again.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (event := self._take()) is None:
-                    await self._arrived.wait()
-        except TimeoutError:
-            return None
+        if silence_s is not None and self._silence is None:
+            self._silence = Patience(silence_s, self._be_silent)
+        while (event := self._take()) is None:
+            self._reader = self._loop.create_future()
+            if self._silence is not None:
+                self._silence.begin()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+                if self._silence is not None:
+                    self._silence.end()
+            if self._is_silent:
+                self._is_silent = False
+                return self._take()
         return event
+
+    def _be_silent(self) -> None:
+        self._is_silent = True
+        self.tell()
 
     def _take(self) -> Event | None:
         if self._merged:
             return self._merged.popleft()
         with self._lock:
-            self._arrived.clear()
             deltas, self._deltas, self._num_chars = self._deltas, [], 0
             if not deltas:
                 return self._ending
