@@ -84,6 +84,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Overlap = Literal["auto", "on", "off"]
 Projections = Literal["auto", "on", "off"]
+KeepGraphs = Literal["auto", "on", "off"]
 Speculate = Literal["auto", "off", "lookup", "draft"]
 NumDraftTokens = Annotated[int, Field(ge=1, le=7)]
 SamplingDefaults = Literal["model", "openai"]
@@ -141,6 +142,7 @@ class ModelEntry(BaseModel):
     prefill_chunk_tokens: ChunkTokens | None = None
     overlap: Overlap | None = None
     projections: Projections | None = None
+    keep_graphs: KeepGraphs | None = None
     speculate: Speculate | None = None
     draft_model: str | None = None
     num_draft_tokens: NumDraftTokens | None = None
@@ -186,11 +188,12 @@ class Settings(BaseSettings):
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: NotNegative = 0  # 0: the model's own limit
-    # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU, 256 on a CPU
+    # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU, 8192 on one with 48 GiB of its own, 256 on a CPU
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
     projections: Projections = "auto"  # join linear layers of one input, and multiply small steps row by row
+    keep_graphs: KeepGraphs = "auto"  # run a decode step's graph again instead of building it anew; tried on a GPU
     # guess tokens ahead and check them in one pass: draft (by draft_model), lookup (in prompt and answer), off, or auto
     speculate: Speculate = "auto"  # draft where there is a draft_model
     draft_model: str = ""  # folder or hub name of a smaller model with the same vocabulary

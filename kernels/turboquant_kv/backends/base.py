@@ -7,7 +7,7 @@ only knows page ids, token counts and bytes. `Array` is the backend's own array 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant_kv.codec.format import KVFormat
+from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.rotary import BLOCK_TOKENS, Rotary
 
 Array = Any
@@ -235,6 +235,20 @@ class StepPlan:
         return self.rows.views
 
 
+class AttentionInput(NamedTuple):
+    """What a model hands one layer in a decode step: queries (B, Hq, 1, D), keys (B, H, 1, D), values (B, H, 1, Dv).
+
+    scale, sinks, cap: as AttentionCall has them.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    sinks: mx.array | None
+    cap: float
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """One layer's attention in one step.
@@ -259,6 +273,18 @@ class AttentionCall:
     @property
     def views(self) -> Sequence[SequenceView]:
         return self.plan.views
+
+
+class StepInputs(NamedTuple):
+    """All that a decode step reads of stores and plan, as arrays: a graph that was built over others is right for it.
+
+    key: of what else the graph depends on. Steps with an equal key have arrays of the same meaning in the same places.
+    shared: what all layers read; layers: what one does, the last of its launch before among them.
+    """
+
+    key: Hashable
+    shared: list[mx.array]
+    layers: list[list[mx.array]]
 
 
 class LayerStore(ABC):
@@ -358,6 +384,18 @@ class LayerStore(ABC):
         exact = self.append(plan, keys, values)
         return self.attend(AttentionCall(queries, plan, exact, scale, mask, sinks, cap))
 
+    def attend_over(self, inputs: StepInputs, layer: int, step: AttentionInput) -> tuple[mx.array, mx.array]:
+        """`append_and_attend` of a decode step over `inputs` instead of this store's own arrays, which stay untouched.
+
+        Attention (B, Hq, 1, Dv), and what `wrote` takes once it is on its way. layer: whose arrays they are. Raises
+        UnsupportedFormatError where the inputs' key says otherwise than the step.
+        """
+        raise UnsupportedFormatError("this backend has no decode steps over given arrays")
+
+    def wrote(self, launched: mx.array) -> None:
+        """A launch over this store's arrays is on its way; later ones come after it."""
+        raise UnsupportedFormatError("this backend has no decode steps over given arrays")
+
     def pending_arrays(self) -> list[Array]:
         """What is still to be computed of pages and exact rows; nothing where that is done at once."""
         return []
@@ -382,6 +420,14 @@ class Backend(ABC):
     def prepare_step(self, rows: StepRows) -> StepPlan:
         """What all layers of a step share, made once: page tables, positions, launch plans."""
         return StepPlan(rows)
+
+    def step_key(self, stores: Sequence[LayerStore], plan: StepPlan) -> Hashable | None:
+        """The key that `step_inputs` will have; None for steps that it cannot describe, and before any was seen."""
+        return None
+
+    def step_inputs(self, stores: Sequence[LayerStore], plan: StepPlan) -> StepInputs:
+        """Do what comes before a decode step's new rows, and describe the rest. Only for plans with a `step_key`."""
+        raise UnsupportedFormatError("this backend has no decode steps over given arrays")
 
     @abstractmethod
     def from_mlx(self, x: mx.array) -> Array:

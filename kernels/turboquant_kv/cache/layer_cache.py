@@ -277,13 +277,27 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
         self._members, self._known = [], None
 
     def _step(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
+        current = self.begin(pool, shape, num_new)
+        self.stepped(current)
+        return current
+
+    def begin(self, pool: PagePool, shape: LayerShape, num_new: int) -> BatchStep:
+        """The step in which each row gets so many tokens, padding included; this layer's part is not done by it."""
         if not self._members:
             self.sequences = [self.source.new_sequence(shape) if s is None else s for s in self.sequences]
             self._members = [s.shared for s in self.sequences if s is not None]
         valid = self._take(num_new) if self._remaining is not None else None
-        current = step_for(pool, self.source.layer, self._members, num_new, valid, self._positions)
-        self._known = pool.epoch, current.after
-        return current
+        return step_for(pool, self.source.layer, self._members, num_new, valid, self._positions)
+
+    def stepped(self, step: BatchStep) -> None:
+        """This layer's part of a step is on its way: rows are as long as after it."""
+        assert self.source.pool is not None
+        self._known = self.source.pool.epoch, step.after
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether neither padding nor a step's second half is still to come."""
+        return self._remaining is None and self._pending is None
 
     def _cut_rows(self, counts: Sequence[int]) -> None:
         for sequence, num_tokens in zip(self.sequences, counts, strict=True):

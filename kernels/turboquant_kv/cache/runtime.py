@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ class KVRuntime:
         assert shape is not None
         return shape.k_dim, shape.v_dim
 
-    @property
+    @cached_property  # asked for every lease of every step
     def token_bytes(self) -> float:
         """Bytes that one more token of a long conversation takes, all layers."""
         compressed = 0

@@ -182,7 +182,7 @@ class AnswerResponse(Response):
             if isinstance(event, Failed) and not has_begun:
                 raise event.error
             if not has_begun:
-                await body.begin(self._headers())
+                await body.begin(self._stream_headers())
                 await body.send(self._replies.begin())
                 has_begun = True
             if isinstance(event, Failed):
@@ -223,7 +223,7 @@ class AnswerResponse(Response):
         finally:
             await _stop(*waiting)
 
-    def _headers(self) -> list[tuple[bytes, bytes]]:
+    def _stream_headers(self) -> list[tuple[bytes, bytes]]:
         extra = [(name.lower().encode(), value.encode()) for name, value in self._extra_headers.items()]
         return [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
 

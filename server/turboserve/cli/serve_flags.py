@@ -66,7 +66,8 @@ def serve_command(
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[
-        Text, Option(help="Prompt tokens per step; 0: 2048 on a GPU, 256 on a CPU [0].")
+        Text,
+        Option(help="Prompt tokens per step; 0: 2048 on a GPU, 8192 on one with 48 GiB of its own, 256 on a CPU [0]."),
     ] = None,
     max_inter_token_ms: Annotated[
         Text, Option(help="Milliseconds that running streams wait for a step's prompt tokens; 0: any time [500].")
@@ -76,6 +77,9 @@ def serve_command(
     ] = None,
     projections: Annotated[
         Text, Option(help="Join linear layers of one input, multiply small steps by rows: auto, on or off [auto].")
+    ] = None,
+    keep_graphs: Annotated[
+        Text, Option(help="Run a decode step's graph again, not build it anew: auto, on or off [auto].")
     ] = None,
     speculate: Annotated[
         Text, Option(help="Guess tokens ahead: draft (by --draft-model), lookup (in prompt and answer), off or auto.")

@@ -55,7 +55,7 @@ Build = Callable[[Settings, Progress], EngineParts]
 
 # Measuring running conversations costs a few hundred microseconds each; dashboards do not need more.
 SNAPSHOT_INTERVAL_S = 0.25
-SNAPSHOT_SHARE = 0.05  # of the time, at most, while there is work
+SNAPSHOT_SHARE = 0.02  # of the time, at most, while there is work
 
 END_S = 5.0  # for the step that is under way when the engine is stopped
 IDLE_TICK_S = 1.0  # how often an idle engine looks for sessions whose time is over
@@ -253,10 +253,12 @@ class TurboEngine:
         can_make_rules = self._rule_jobs.open(RuleMaker(parts.loaded, loop.vocab_len))  # while kernels compile
         plan = Plan.for_device(loop.prefill_tokens, self._settings.max_running, parts.loaded.max_context)
         with step(self._progress, "warming up"):
-            warmed_s = warm_up(loop.runner, parts, loop.vocab_len, plan)
+            warmed_s, graphs = warm_up(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs)
             can_make_rules.result()
             can_read.result()
         self._progress(f"warm-up      {warmed_s:.1f} s")
+        self._progress(f"step graphs  {graphs}")
+        loop.graphs_line = str(graphs)
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
         with self._changed:

@@ -12,6 +12,9 @@ returns several of a row. The batch then holds them all; `take` tells which of t
 before is cut back to what it has. A step with drafts is computed at once, and what fails in it is computed again
 without.
 
+Graphs. Where a trial at start says that it is faster (graph_choice.py), the graph of a step without adapters is kept
+and run again with the present arrays, instead of being built by the model's Python.
+
 Rules. A mask depends on all tokens before it, so while a row has a token rule nothing is enqueued ahead: what is in
 flight lands, and steps are computed at once, their masks being filled while the device computes the logits.
 
@@ -35,6 +38,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from turboquant_kv.cache.batch_probe import Batching
+from turboquant_kv.cache.kept_graphs import KeptGraphs
 from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.cache.rows_apart import Around, forward, merge_apart
 from turboquant_kv.kv_bytes import KVBytes
@@ -42,6 +46,7 @@ from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.generation import Drawn, Generation, Outcomes
+from turboserve.engine.graph_choice import GraphChoice, try_graphs
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.engine.speculation import Speculation
@@ -101,6 +106,7 @@ class Runner:
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
         self.speculation: Speculation | None = None
+        self.graphs: KeptGraphs | None = None  # of decode steps, where those pay
         self._ahead: dict[Generation, int] = {}  # tokens of the last step that a row has in the batch and not yet
         self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
 
@@ -359,7 +365,7 @@ class Runner:
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
         tokens = newest_tokens(rows, flight)
-        logits: mx.array = forward(self._model, tokens, self._batch(), self._adapted(rows))[:, -1, :]
+        logits = self._logits(tokens, self._batch(), rows)[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -433,6 +439,15 @@ class Runner:
             self.speculation.learn(None, (), len(rows))
         return dict(zip(rows, drawn, strict=True))
 
+    def try_graphs(self, wanted: str) -> GraphChoice:
+        """Decide by the batch as it is whether steps keep their graphs. wanted: settings.keep_graphs."""
+        self.land()
+        if self.apart is not None or any(row.adapter for row in self._rows):
+            return GraphChoice(None, "rows are computed one by one, or by adapters")
+        choice = try_graphs(self._model, self._batch(), self.num_rows, wanted)
+        self.graphs = choice.graphs
+        return choice
+
     def try_guesses(self, most: int) -> None:
         """Feed rows with 1 to `most` tokens more than a step, and forget it again, so that a device compiles it."""
         batch = self._batch()
@@ -489,7 +504,7 @@ class Runner:
         Without last_only the logits are (B, T, V), after each token.
         Raises _DeviceError when evaluation fails.
         """
-        logits: mx.array = forward(self._model, mx.array(tokens), caches, self._adapted(rows))
+        logits = self._logits(mx.array(tokens), caches, rows)
         if last_only:
             logits = logits[:, -1, :]
         masks = None
@@ -502,6 +517,13 @@ class Runner:
         except Exception as exc:
             raise _DeviceError from exc
         return logits, masks
+
+    def _logits(self, tokens: mx.array, caches: list[Any], rows: Sequence[Generation]) -> mx.array:
+        """Logits (B, T, V) of these rows' tokens (B, T), nothing evaluated: by a kept graph, or by the model."""
+        if self.graphs is not None and self.apart is None and not any(row.adapter for row in rows):
+            return self.graphs.forward(tokens, caches)
+        logits: mx.array = forward(self._model, tokens, caches, self._adapted(rows))
+        return logits
 
     def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
@@ -612,3 +634,11 @@ class Runner:
 def on_cpu() -> bool:
     """Whether the model computes on a CPU."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def own_memory_bytes() -> int:
+    """Of a GPU that has memory of its own; 0 where it shares the host's, and on a CPU."""
+    if on_cpu() or not mx.cuda.is_available():
+        return 0
+    info = mx.device_info()
+    return int(info.get("total_memory") or info.get("memory_size") or 0)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 # A short prompt overtakes longer ones, but nobody waits more steps than this for a chunk.
 MAX_SKIPPED_STEPS = 8
 
-# Prompt tokens of a step unless set. On a GPU fewer would leave it waiting for the host; a CPU is as fast with these,
-# and streams wait less.
+# Prompt tokens of a step unless set. On a GPU fewer would leave it waiting for the host, and one with much memory has
+# room for the activations of more; a CPU is as fast with these, and streams wait less.
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 2048, 256
+LARGE_GPU_BYTES, LARGE_GPU_PREFILL_TOKENS = 48 << 30, 8192
 MIN_PREFILL_TOKENS = 32  # below it a step's fixed costs are most of its time
 MAX_PADDING = 1.25  # tokens of a pass by useful ones
 MIN_SHARED_TOKENS = 64  # common tokens yet to be computed that are worth waiting for: about a page
@@ -124,9 +125,14 @@ class Piece(NamedTuple):
     num_tokens: int
 
 
-def most_prefill_tokens(wanted: int, *, on_cpu: bool) -> int:
-    """Prompt tokens that a step computes at most; wanted 0: what the kind of device needs to be busy."""
-    return wanted or (CPU_PREFILL_TOKENS if on_cpu else GPU_PREFILL_TOKENS)
+def most_prefill_tokens(wanted: int, *, on_cpu: bool, gpu_bytes: int = 0) -> int:
+    """Prompt tokens that a step computes at most; wanted 0: what the device needs to be busy.
+
+    gpu_bytes: of a GPU's own memory; 0 where it shares the host's.
+    """
+    if wanted or on_cpu:
+        return wanted or CPU_PREFILL_TOKENS
+    return LARGE_GPU_PREFILL_TOKENS if gpu_bytes >= LARGE_GPU_BYTES else GPU_PREFILL_TOKENS
 
 
 def prefill_budget(most: int, *, streams_run: bool, tokens_per_s: float | None, max_wait_s: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from turboserve.engine import scheduler
 from turboserve.engine.loaded_model import LoadedModel
-from turboserve.engine.runner import on_cpu
+from turboserve.engine.runner import on_cpu, own_memory_bytes
 from turboserve.engine.speculation import Speculation
 from turboserve.engine.speculation_lookup import LookupDrafter
 from turboserve.engine.speculation_model import DraftModel, ModelDrafter
@@ -43,7 +43,7 @@ def new_speculation(
     if settings.speculate == "lookup":
         return Speculation(LookupDrafter(), settings.num_draft_tokens, clock)
     assert draft is not None, "reason_against has a reason"
-    chunk = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu())
+    chunk = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu(), gpu_bytes=own_memory_bytes())
     return Speculation(ModelDrafter(draft, vocab_len, chunk), settings.num_draft_tokens, clock)
 
 

@@ -22,7 +22,7 @@ from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
 from turboserve.engine.questions import Questions
-from turboserve.engine.runner import Runner, on_cpu
+from turboserve.engine.runner import Runner, on_cpu, own_memory_bytes
 from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
@@ -71,8 +71,11 @@ class StepLoop:
             on_cpu=on_cpu(),
         )
         self.runner.overlaps = self.overlap.is_on
+        self.graphs_line = "not tried yet"
         self.speculation = self._choose_speculation()
-        self.prefill_tokens = scheduler.most_prefill_tokens(settings.prefill_chunk_tokens, on_cpu=on_cpu())
+        self.prefill_tokens = scheduler.most_prefill_tokens(
+            settings.prefill_chunk_tokens, on_cpu=on_cpu(), gpu_bytes=own_memory_bytes()
+        )
         self._speed = scheduler.PrefillSpeed()
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
@@ -162,6 +165,7 @@ class StepLoop:
             more_details={
                 "overlap": str(self.overlap),
                 "batching": self.runner.batching,
+                "step_graphs": self.graphs_line,
                 "speculation": self.speculation_line,
             },
             rows_apart=self.runner.apart is not None,

@@ -14,6 +14,7 @@ from itertools import cycle
 import mlx.core as mx
 
 from turboserve.engine.generation import Generation
+from turboserve.engine.graph_choice import GraphChoice, refused_graphs
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import row_sampling
@@ -75,12 +76,22 @@ def _doubling(most: int) -> tuple[int, ...]:
     return (*counts, most) if most > 1 else ()
 
 
-def warm_up(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan) -> float:
-    """Returns the seconds it took. A failure is logged and no more: requests meet it again, and are told."""
+def warm_up(
+    runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, keep_graphs: str = "off"
+) -> tuple[float, GraphChoice]:
+    """The seconds it took, and whether decode steps keep their graphs (settings.keep_graphs).
+
+    A failure is logged and no more: requests meet it again, and are told.
+    """
     began = time.perf_counter()
     rows: list[Generation] = []
+    graphs = refused_graphs(keep_graphs, on_cpu=mx.default_device() == mx.Device(mx.cpu))
     try:
-        _work(runner, parts, vocab_len, plan, rows)
+        can_cut = _work(runner, parts, vocab_len, plan, rows)
+        if graphs is None and can_cut:
+            graphs = _try_graphs(runner, keep_graphs)
+        if runner.speculation is not None and plan.with_guesses and can_cut:
+            runner.try_guesses(MOST_DRAFTS)
     except Exception:
         log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
     finally:
@@ -88,14 +99,22 @@ def warm_up(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan) -> f
         for row in rows:
             parts.runtime.release(row.caches or [])
         parts.memory.family.trim(1 << 62)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, graphs or GraphChoice(None, "these caches cannot be cut, or the warm-up failed")
 
 
-def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> None:
+def _try_graphs(runner: Runner, wanted: str) -> GraphChoice:
+    try:
+        return runner.try_graphs(wanted)
+    except Exception:
+        log.warning("decode steps cannot keep their graphs: each is built anew", exc_info=True)
+        return GraphChoice(None, "the trial failed: the log has details")
+
+
+def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> bool:
     """Prefill, then decode one row in each way of drawing, then by a mask and with logprobs, then more and more rows.
 
     Where there are adapters, with them: what a row without one needs is needed beside them as well.
-    `rows` gets all whose caches have to be given back, whatever happens.
+    `rows` gets all whose caches have to be given back, whatever happens. Whether there were as many rows as planned.
     """
     prompt = [i % vocab_len for i in range(sum(plan.chunks) + 1)]
     adapters = [*parts.loaded.adapters] or [None]
@@ -119,7 +138,7 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
         while len(rows) < num_rows:
             length = runner.usable_prefix(first, len(prompt) - 1)
             if length < 1:
-                return  # these caches cannot be cut, so there are no others without another prefill
+                return False  # these caches cannot be cut, so there are no others without another prefill
             other = _new_row(prompt[: length + 1])
             other.adapter = [None, *adapters][len(rows) % (1 + len(adapters))]
             other.sampling = row_sampling(DRAWS[len(rows) % len(DRAWS)], vocab_len)
@@ -128,8 +147,7 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
             runner.join(other)
         _decode(runner, plan.num_tokens)
     runner.land()
-    if runner.speculation is not None and plan.with_guesses:
-        runner.try_guesses(MOST_DRAFTS)
+    return True
 
 
 def _decode(runner: Runner, num_tokens: int) -> None:

@@ -156,7 +156,9 @@ def test_the_speed_of_reading_is_learnt_from_the_latest_chunks() -> None:
     for _ in range(20):
         speed.learn(200, 0.1)
     assert speed.tokens_per_s is not None and 1900 < speed.tokens_per_s < 2000
-    assert most_prefill_tokens(0, on_cpu=False) > most_prefill_tokens(0, on_cpu=True)
+    large, small, cpu = (most_prefill_tokens(0, on_cpu=c, gpu_bytes=n << 30) for c, n in ((0, 80), (0, 24), (1, 80)))
+    assert large > small == most_prefill_tokens(0, on_cpu=False) > cpu
+    assert most_prefill_tokens(77, on_cpu=False, gpu_bytes=80 << 30) == 77
     assert most_prefill_tokens(77, on_cpu=True) == 77
 
 

@@ -52,7 +52,9 @@ def test_everything_that_requests_bring_is_done_once(
         return draws
 
     monkeypatch.setattr(runner, "_sample", noted)
-    seconds = warm_up(runner, parts, VOCAB, replace(PLAN, with_guesses=True))  # where none are made, none are tried
+    plan = replace(PLAN, with_guesses=True)  # where none are made, none are tried
+    seconds, graphs = warm_up(runner, parts, VOCAB, plan)
+    assert str(graphs) == "built anew in every step (as set)"
     assert (True, True) in masks and (False, False) in masks
     decoded = [(1, 1)] * (2 * len(DRAWS) + 1) + [(rows, 1) for rows in PLAN.row_counts for _ in range(2)]
     guessed = [(PLAN.row_counts[-1], n) for n in range(2, 9)] if with_guesses else []

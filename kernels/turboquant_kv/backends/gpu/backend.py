@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from turboquant_kv.backends.base import (
     AttentionCall,
+    AttentionInput,
     ExactBuffers,
     ExactRows,
     LayerShape,
@@ -27,6 +28,7 @@ from turboquant_kv.backends.base import (
     Means,
     PageIds,
     PageWrites,
+    StepInputs,
     StepPlan,
     StepRows,
 )
@@ -36,7 +38,7 @@ from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.backends.gpu.launch import FENCE, DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.masked_prefill import masked_attention
 from turboquant_kv.backends.gpu.page_kernels import PageKernels, Places, SideShape
-from turboquant_kv.backends.gpu.plan import NO_WINDOW
+from turboquant_kv.backends.gpu.plan import NO_WINDOW, Plan
 from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS, DecodeShape, codec_kind, is_power_of_two
 from turboquant_kv.backends.gpu.source import Dialect
@@ -305,6 +307,34 @@ class GpuStore(CanonicalStorage, LayerStore):
         call = AttentionCall(queries, plan, self.exact(), scale, None, sinks, cap)
         return self._decode_attention(call, (keys, values), self.balances(plan, queries, mask))
 
+    def attend_over(self, inputs: StepInputs, layer: int, step: AttentionInput) -> tuple[mx.array, mx.array]:
+        key = inputs.key
+        assert isinstance(key, StepKey)
+        launch = self.launch_for(step.queries, step.cap > 0)
+        if (launch, step.scale, step.cap) != (key.launch, key.scale, key.cap):
+            raise UnsupportedFormatError("layers of this model attend in different ways")
+        figures, page_table = inputs.shared
+        *pages, k_rows, v_rows, fence = inputs.layers[layer][:7]
+        arrays = LayerInputs(
+            *(tuple(pages), (k_rows, v_rows, k_rows, v_rows), *self._constants, fence),  # type: ignore[arg-type]
+            turns=tuple(inputs.layers[layer][7:]),
+        )
+        return launch.run(
+            *(arrays, step.queries, key.plan_over(figures), page_table),
+            new_rows=(step.keys, step.values),
+            sinks=step.sinks,
+            balanced=self._is_balanced,
+        )
+
+    def wrote(self, launched: mx.array) -> None:
+        self._fence = launched
+
+    def step_arrays(self, plan: GpuStepPlan, launch: DecodeLaunch) -> list[mx.array]:
+        """This layer's of a StepInputs, after what comes before a step's new rows."""
+        self._move(plan)
+        layer = self.layer_inputs(self.exact(), plan, launch)
+        return [*layer.pages, *layer.exact[:2], layer.fence, *layer.turns]
+
     def attend(self, call: AttentionCall) -> mx.array:
         if call.mask is None and call.queries.shape[2] <= MAX_QUERY_ROWS:
             return self._decode_attention(call)
@@ -393,6 +423,20 @@ PREFILL: dict[Dialect, str] = {
 }
 
 
+class StepKey(NamedTuple):
+    """What a decode step's graph has in it beside arrays: the launch of all layers, and its Plan without the array."""
+
+    launch: DecodeLaunch
+    scale: float
+    cap: float
+    plan: tuple[Any, ...]
+    table_width: int
+
+    def plan_over(self, figures: mx.array) -> Plan:
+        """The plan with its array."""
+        return Plan(figures, *self.plan)
+
+
 class GpuBackend(MlxBackend):
     """Fused kernels, and MLX operations for what they do not cover."""
 
@@ -416,6 +460,7 @@ class GpuBackend(MlxBackend):
         self.name = f"gpu-{dialect}"
         self._turns: dict[tuple[str, int], Turns] = {}  # by rotation and length of sink
         self._latest: GpuStepPlan | None = None
+        self._ways: Sequence[tuple[DecodeLaunch, float, int, float]] = ()  # how layers attended in the last decode step
         self._table_of: list[PageIds] = []
         self._table = mx.zeros((1, MIN_ELEMENTS), mx.int32)
 
@@ -444,14 +489,34 @@ class GpuBackend(MlxBackend):
 
     def prepare_step(self, rows: StepRows) -> GpuStepPlan:
         table = self._page_table([view.page_ids for view in rows.views])
+        if self._latest is not None and self._latest.rows.is_decode:
+            self._ways = self._latest.used
         before = self._latest if self._latest is not None and len(self._latest.views) == len(rows.views) else None
         self._latest = GpuStepPlan(rows, table, before)
         return self._latest
 
+    def step_key(self, stores: Sequence[LayerStore], plan: StepPlan) -> StepKey | None:
+        assert isinstance(plan, GpuStepPlan)
+        if len(self._ways) != 1 or not plan.rows.is_decode:
+            return None  # not known yet, or not the same in all layers
+        launch, scale, reach, cap = self._ways[0]
+        if reach != NO_WINDOW or not launch.can_append:
+            return None
+        launch_plan = plan.plan_for(*self._ways[0])
+        return StepKey(launch, scale, cap, launch_plan[1:], plan.page_table.shape[1])
+
+    def step_inputs(self, stores: Sequence[LayerStore], plan: StepPlan) -> StepInputs:
+        assert isinstance(plan, GpuStepPlan)
+        key = self.step_key(stores, plan)
+        assert key is not None
+        layers = [store.step_arrays(plan, key.launch) for store in stores if isinstance(store, GpuStore)]
+        return StepInputs(key, [plan.plan_for(*self._ways[0]).array, plan.page_table], layers)
+
     def _page_table(self, ids: list[PageIds]) -> mx.array:
         """(B, width) int32, rows padded; uploaded only when a sequence's pages have changed."""
         if len(ids) != len(self._table_of) or any(a is not b for a, b in zip(ids, self._table_of, strict=True)):
-            width = max(MIN_ELEMENTS, *(len(row) for row in ids))
+            longest = max(1, *(len(row) for row in ids))
+            width = -(-longest // MIN_ELEMENTS) * MIN_ELEMENTS  # seldom another one, which would be another graph
             table = np.zeros((len(ids), width), np.int32)
             for row, pages in zip(table, ids, strict=True):
                 row[: len(pages)] = pages

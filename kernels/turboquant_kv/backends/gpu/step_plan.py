@@ -35,6 +35,7 @@ class GpuStepPlan(StepPlan):
         if before is not None:
             before._before = None  # no chain of all steps
         self._plans: dict[tuple[int, float, int, float], Plan] = {}  # by launch, scale, reach and cap
+        self.used: list[tuple[DecodeLaunch, float, int, float]] = []  # the same, of all plans that were asked for
         self._groups: dict[tuple[int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens and KV heads
 
     @cached_property
@@ -58,6 +59,7 @@ class GpuStepPlan(StepPlan):
             else:
                 plan = launch.plans.plan_for(PlanKey(self.figures, self.page_table.shape[1], scale, reach, cap))
             self._plans[key] = plan
+            self.used.append((launch, scale, reach, cap))
         return plan
 
     def groups_for(self, page_tokens: int, num_kv_heads: int) -> tuple[PrefillGroup, ...]:

@@ -1,0 +1,103 @@
+"""Whether decode steps keep their graphs (turboquant_kv/cache/kept_graphs.py): tried once on the model's own batch.
+
+Steps by kept graphs must give the logits that the model gives, and be faster by the clock; else the model's Python
+builds each step's graph anew, and start-up says why.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+from turboquant_kv.cache.kept_graphs import STEPS_BEFORE, KeptGraphs
+from turboquant_kv.cache.protocol import BatchRows
+
+NUM_STEPS = 6
+ROUNDS = 3
+MARGIN = 0.97  # of the time of steps whose graphs are built anew; less is not worth another way of running
+# Of the logits' standard deviation: elementwise operations that are fused may round once less.
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class GraphChoice:
+    """The graphs, if there are to be any, and what decided."""
+
+    graphs: KeptGraphs | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'kept' if self.graphs is not None else 'built anew in every step'} ({self.reason})"
+
+
+def refused_graphs(wanted: str, *, on_cpu: bool) -> GraphChoice | None:
+    """The choice that needs no trial. wanted: auto, on or off (settings.keep_graphs)."""
+    if wanted == "off":
+        return GraphChoice(None, "as set")
+    if wanted == "auto" and on_cpu:
+        return GraphChoice(None, "a CPU's step is not bound by the host's Python")
+    return None
+
+
+def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> GraphChoice:
+    """By a trial on a batch that holds `num_rows` conversations, which are afterwards as they were before.
+
+    Raises what the model raises.
+    """
+    most_steps = NUM_STEPS + STEPS_BEFORE + 2
+    if not all(isinstance(cache, BatchRows) for cache in batch):
+        return GraphChoice(None, "not all layers of this model are compressed")
+    if any(cache.exact_room(row) < most_steps for cache in batch for row in range(num_rows)):
+        return GraphChoice(None, "there was no room to try it")
+    graphs = KeptGraphs(model)
+
+    def called(tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        logits: mx.array = model(tokens, cache=batch)
+        return logits
+
+    _steps(graphs.forward, batch, num_rows, STEPS_BEFORE + 2)  # traced, and compiled
+    if not graphs.num_run:
+        return GraphChoice(None, "this model's steps cannot be described by arrays alone")
+    times: dict[bool, list[float]] = {True: [], False: []}
+    logits: dict[bool, mx.array] = {}
+    for _ in range(ROUNDS):
+        for is_kept, forward in ((True, graphs.forward), (False, called)):
+            seconds, logits[is_kept] = _steps(forward, batch, num_rows, NUM_STEPS)
+            times[is_kept].append(seconds)
+    expected = logits[False].astype(mx.float32)
+    largest: Any = mx.abs(logits[True].astype(mx.float32) - expected).max() / mx.std(expected)
+    error = float(largest.item())
+    kept_s, built_s = (statistics.median(times[is_kept]) for is_kept in (True, False))
+    figures = f"a step of {num_rows} rows takes {kept_s * 1e3:.1f} ms instead of {built_s * 1e3:.1f}"
+    if not error <= TOLERANCE:
+        return GraphChoice(None, f"their logits differ by {error:.3f} of the spread")
+    if wanted == "auto" and kept_s > MARGIN * built_s:
+        return GraphChoice(None, figures)
+    return GraphChoice(graphs, figures)
+
+
+def _steps(
+    forward: Callable[[mx.array, Sequence[Any]], mx.array], batch: Sequence[Any], num_rows: int, num_steps: int
+) -> tuple[float, mx.array]:
+    """Median seconds of a greedy step, the next one handed over before the last is read; and the last one's logits."""
+    tokens = mx.zeros((num_rows, 1), mx.uint32)
+    mx.eval(tokens)
+    stamps = [time.perf_counter()]
+    for _ in range(num_steps):
+        logits = forward(tokens, batch)
+        following = mx.argmax(logits[:, -1:], axis=-1)
+        mx.async_eval(following)  # type: ignore[no-untyped-call]
+        mx.eval(tokens)
+        stamps.append(time.perf_counter())
+        tokens = following
+    mx.eval(logits)
+    for cache in batch:
+        cache.evaluate()
+        cache.trim_rows([num_steps] * num_rows)
+    return statistics.median(b - a for a, b in pairwise(stamps)), logits
