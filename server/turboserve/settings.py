@@ -188,7 +188,7 @@ class Settings(BaseSettings):
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: NotNegative = 0  # 0: the model's own limit
-    # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU, 8192 on one with 48 GiB of its own, 256 on a CPU
+    # prompt tokens per step, of one prompt or several; 0: 2048 on a GPU (8192 with 48 GiB of its own), 256 on a CPU
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read

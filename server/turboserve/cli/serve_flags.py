@@ -67,7 +67,7 @@ def serve_command(
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[
         Text,
-        Option(help="Prompt tokens per step; 0: 2048 on a GPU, 8192 on one with 48 GiB of its own, 256 on a CPU [0]."),
+        Option(help="Prompt tokens per step; 0: 2048 on a GPU (8192 with 48 GiB of its own), 256 on a CPU [0]."),
     ] = None,
     max_inter_token_ms: Annotated[
         Text, Option(help="Milliseconds that running streams wait for a step's prompt tokens; 0: any time [500].")
