@@ -49,6 +49,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
         max_body_bytes=settings.max_body_bytes,
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
+        stream_interval_s=settings.stream_interval_ms / 1000,
         chat_rules=ChatRules.of(settings),
         names=ServedNames(engine.model_id, adapter_names(settings.adapters), settings.any_model_name),
     )

@@ -37,6 +37,7 @@ class ApiContext:
     max_body_bytes: int
     send_timeout_s: float
     keepalive_interval_s: float
+    stream_interval_s: float
     chat_rules: ChatRules
     names: ServedNames
     running: RunningRequests = field(default_factory=RunningRequests)
@@ -53,13 +54,18 @@ class ApiContext:
 
         Raises OverloadedError or EngineUnavailableError when the engine takes no more.
         """
-        mailbox = Mailbox()
-        self.engine.submit(request, mailbox)
+        mailbox = Mailbox(self.stream_interval_s)
+        try:
+            self.engine.submit(request, mailbox)
+        except BaseException:
+            mailbox.close()
+            raise
         self.drain.enter(mailbox)
         self.running.enter(request)
         try:
             yield mailbox
         finally:
+            mailbox.close()
             self.drain.leave(mailbox)
             self.running.leave(request)
             if not mailbox.finished:

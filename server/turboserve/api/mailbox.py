@@ -19,6 +19,7 @@ from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, 
 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20
+FEW_STREAMS = 8  # up to so many get every token by itself, however fast it follows
 DELTA_CHARS, LOGPROB_CHARS = 16, 64  # what a delta, and each of its logprobs, counts as beside its text
 
 
@@ -26,12 +27,18 @@ class _Waker:
     """Wakes the readers on one event loop: all that got something between two of its turns by one call into it.
 
     A call from another thread writes to a socket: for each token of each stream that was the engine's largest expense.
+    While there are many readers, those that wait for no beginning or end are woken together, once an interval: each
+    waking takes Python time that the engine's thread then waits for.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
         self._lock = threading.Lock()
         self._due: list[Mailbox] = []
+        self._held: list[Mailbox] = []  # those that are woken at the interval's end
+        self._timer: asyncio.TimerHandle | None = None
+        self._told_s = 0.0  # when all were woken
+        self.num_open = 0  # mailboxes
 
     def wake(self, mailbox: Mailbox) -> None:
         """Any thread: tell the mailbox's reader on its loop, soon."""
@@ -41,14 +48,41 @@ class _Waker:
                 return
         try:
             if (loop := self._loop()) is not None:
-                loop.call_soon_threadsafe(self._tell_all)
+                loop.call_soon_threadsafe(self._tell_due)
         except RuntimeError:  # the loop has closed: the server is exiting and nobody waits any more
             return
 
-    def _tell_all(self) -> None:
+    def _tell_due(self) -> None:
         with self._lock:
             due, self._due = self._due, []
+        loop = self._loop()
+        if loop is None or not due:
+            return
+        now_s = loop.time()
+        next_s = self._told_s + max(mailbox.interval_s for mailbox in due)
+        if self.num_open <= FEW_STREAMS or now_s >= next_s:
+            self._told_s = now_s
+            self._tell([*self._held, *due])
+            return
+        self._held += [mailbox for mailbox in due if mailbox.can_wait]
         for mailbox in due:
+            if not mailbox.can_wait:
+                mailbox.tell()
+        if self._held and self._timer is None:
+            self._timer = loop.call_at(next_s, self._tell_held)
+
+    def _tell_held(self) -> None:
+        loop, self._timer = self._loop(), None
+        if loop is not None:
+            self._told_s = loop.time()
+            self._tell(self._held)
+
+    def _tell(self, mailboxes: list[Mailbox]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._held = []
+        for mailbox in mailboxes:
             mailbox.tell()
 
 
@@ -56,14 +90,18 @@ _wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionar
 
 
 class Mailbox:
-    """An `EventSink` whose other end is awaited on the event loop that made it.
+    """An `EventSink` whose other end is awaited on the event loop that made it, and closed there.
 
     The first `Finished` or `Failed` closes it; whatever arrives later is dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = 0.0) -> None:
+        """interval_s: while there are many, deltas are handed over at most so often; 0: as they come."""
         loop = asyncio.get_running_loop()
         self._waker = _wakers.setdefault(loop, _Waker(loop))
+        self._waker.num_open += 1
+        self.interval_s = interval_s
+        self._has_begun = self._is_closed = False
         self._loop = loop
         self._reader: asyncio.Future[None] | None = None  # while it waits
         self._is_silent = False
@@ -95,8 +133,20 @@ class Mailbox:
         if wake:
             self._waker.wake(self)
 
+    def close(self) -> None:
+        """On the loop: nobody reads any more. Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._waker.num_open -= 1
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether there is neither a beginning nor an end to hand over."""
+        return self._has_begun and self._ending is None
+
     def tell(self) -> None:
         """On the loop: whoever waits in `next` looks again."""
+        self._has_begun = True
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 

@@ -107,6 +107,9 @@ def serve_command(
     ] = None,
     request_timeout_s: Annotated[Text, Option(help="Seconds for headers and body to arrive [30].")] = None,
     keepalive_interval_s: Annotated[Text, Option(help="Seconds between signs of life on a quiet stream [10].")] = None,
+    stream_interval_ms: Annotated[
+        Text, Option(help="Milliseconds between a stream's pieces while over 8 run; 0: every token [20].")
+    ] = None,
     send_timeout_s: Annotated[Text, Option(help="Seconds until a stalled reader is cut off [30].")] = None,
     shutdown_grace_s: Annotated[Text, Option(help="Seconds to finish requests on SIGTERM [10].")] = None,
     models_memory: Annotated[

@@ -6,12 +6,13 @@ import asyncio
 import threading
 
 import numpy as np
+import pytest
 from tests.turboserve.api.scripted import USAGE
 
 from turboserve.api import mailbox as module
 from turboserve.api.mailbox import Mailbox
 from turboserve.errors import EngineFailureError
-from turboserve.messages import Failed, Finished, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
+from turboserve.messages import Event, Failed, Finished, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 
 
 async def drain(mailbox: Mailbox) -> tuple[str, Finished | Failed]:
@@ -127,3 +128,73 @@ def test_putting_after_the_loop_has_closed_does_not_raise() -> None:
     mailbox.put(TextDelta("x"))
     mailbox.put(Finished("stop", USAGE))
     assert mailbox.finished
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 3600.0])
+@pytest.mark.parametrize("num_open", [module.FEW_STREAMS, module.FEW_STREAMS + 1])
+def test_many_streams_get_their_tokens_together(num_open: int, interval_s: float) -> None:
+    """Beginnings and ends at once; what lies between, of many streams, when the interval is over."""
+    waits = num_open > module.FEW_STREAMS and interval_s > 0
+
+    async def scenario() -> None:
+        mailboxes = [Mailbox(interval_s) for _ in range(num_open)]
+
+        async def read(mailbox: Mailbox, text: str) -> Event | None:
+            reading = asyncio.ensure_future(mailbox.next())
+            await asyncio.sleep(0)
+            mailbox.put(TextDelta(text))
+            done, _ = await asyncio.wait({reading}, timeout=0.1 if waits and text != "first" else 60)
+            if done:
+                return reading.result()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            return None
+
+        assert [await read(one, "first") for one in mailboxes] == [TextDelta("first")] * num_open
+        expected = None if waits else TextDelta("second")
+        assert [await read(one, "second") for one in mailboxes] == [expected] * num_open
+        reading = asyncio.ensure_future(mailboxes[0].next())
+        await asyncio.sleep(0)
+        mailboxes[0].put(Finished("stop", USAGE))
+        assert await asyncio.wait_for(reading, 60) == (TextDelta("second") if waits else Finished("stop", USAGE))
+        for one in (*mailboxes, mailboxes[0]):
+            one.close()
+        last = Mailbox(interval_s)  # alone again
+        assert await read(last, "first") == TextDelta("first")
+        assert await asyncio.wait_for(_put_and_read(last), 60) == TextDelta("more")
+
+    asyncio.run(scenario())
+
+
+def test_held_tokens_come_with_the_interval_and_once() -> None:
+    async def scenario() -> None:
+        mailboxes = [Mailbox(0.05) for _ in range(module.FEW_STREAMS + 1)]
+        texts = [""] * len(mailboxes)
+        num_events = 0
+
+        async def read(place: int) -> None:
+            nonlocal num_events
+            while isinstance(event := await mailboxes[place].next(), TextDelta):
+                texts[place] += event.text
+                num_events += 1
+
+        readers = [asyncio.ensure_future(read(i)) for i in range(len(mailboxes))]
+        words = [chr(97 + i % 26) for i in range(200)]
+        for word in words:
+            await asyncio.sleep(0.001)
+            for mailbox in mailboxes:
+                mailbox.put(TextDelta(word))
+        for mailbox in mailboxes:
+            mailbox.put(Finished("stop", USAGE))
+        await asyncio.wait_for(asyncio.gather(*readers), 60)
+        assert texts == ["".join(words)] * len(mailboxes)
+        assert num_events < len(words) * len(mailboxes) / 2
+
+    asyncio.run(scenario())
+
+
+async def _put_and_read(mailbox: Mailbox) -> Event | None:
+    reading = asyncio.ensure_future(mailbox.next())
+    await asyncio.sleep(0)
+    mailbox.put(TextDelta("more"))
+    return await reading
