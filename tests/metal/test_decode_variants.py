@@ -21,12 +21,13 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.backends.base import LayerShape
-from turboquant_kv.backends.gpu.backend import GpuBackend, decode_shape
+from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeKernels, DecodeLaunch, LayerInputs
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
 from turboquant_kv.backends.gpu.plan import NO_WINDOW
 from turboquant_kv.backends.gpu.shape import Variant
+from turboquant_kv.backends.gpu.store import decode_shape
 from turboquant_kv.backends.gpu.tuning import Tuning
 from turboquant_kv.backends.gpu.variants import variant_for
 from turboquant_kv.cache import layer_cache as caches

@@ -23,7 +23,7 @@ from turboquant_kv.backends.base import (
     SequenceView,
     StepRows,
 )
-from turboquant_kv.backends.gpu.backend import GpuStore
+from turboquant_kv.backends.gpu.store import GpuStore
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.codec import trellis_reference
 from turboquant_kv.codec.codebook import thresholds

@@ -11,12 +11,12 @@ import pytest
 
 from turboquant_kv.backends.base import LayerShape
 from turboquant_kv.backends.gpu.arena import MAX_PARTS, decode_arena
-from turboquant_kv.backends.gpu.backend import decode_shape
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
 from turboquant_kv.backends.gpu.figures import SequenceFigures
 from turboquant_kv.backends.gpu.launch import DecodeKernels
 from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, TILE_TOKENS, PlanKey, split
 from turboquant_kv.backends.gpu.shape import DecodeShape
+from turboquant_kv.backends.gpu.store import decode_shape
 from turboquant_kv.backends.gpu.variants import STATIC_BYTES, tuning_for, variant_for
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat
 

@@ -11,8 +11,9 @@ import pytest
 from tests.turboquant_kv.histories import random_rotary
 
 from turboquant_kv.backends.base import LayerShape, Means
-from turboquant_kv.backends.gpu.backend import GpuBackend, _turning
+from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.launch import DecodeKernels
+from turboquant_kv.backends.gpu.store import turning_of
 from turboquant_kv.backends.gpu.turns import MIN_BLOCKS, Turns
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.rotary import Rotary
@@ -102,4 +103,4 @@ def test_factors_of_long_means_are_two_halves(rng: np.random.Generator) -> None:
     mean *= 40 / np.linalg.norm(mean, axis=1, keepdims=True)
     longer = mean * np.array([[1], [2], [1]], np.float32)
     rotary = random_rotary(rng, 128)
-    assert [_turning(Means(k, mean, rotary), KVFormat())[2] for k in (mean, longer)] == [1, 2]
+    assert [turning_of(Means(k, mean, rotary), KVFormat())[2] for k in (mean, longer)] == [1, 2]
