@@ -23,7 +23,7 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.backends.base import LayerShape, Means, PageWrites
-from turboquant_kv.backends.gpu import backend as gpu
+from turboquant_kv.backends.gpu import store as gpu
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import AMPERE, HOPPER, SMALL, Device
 from turboquant_kv.backends.gpu.flash import FlashKernels

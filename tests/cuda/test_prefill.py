@@ -22,9 +22,9 @@ from tests.turboquant_kv.histories import (
 )
 
 from turboquant_kv.backends.base import RowSpan, SequenceView, StepRows
-from turboquant_kv.backends.gpu import backend as gpu
 from turboquant_kv.backends.gpu import flash as gpu_flash
 from turboquant_kv.backends.gpu import prefill_plan
+from turboquant_kv.backends.gpu import store as gpu
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.flash import FlashKernels, FlashShape
 from turboquant_kv.cache import layer_cache as caches

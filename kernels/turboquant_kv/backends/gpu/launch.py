@@ -1,6 +1,6 @@
 """Launching a decode step: kernel objects made once per shape, one launch where the last block merges, else two.
 
-Leaves the plan to plan.py, the text to decode_text.py, pages and exact rows to backend.py. The factory of kernels is
+Leaves the plan to plan.py, the text to decode_text.py, pages and exact rows to store.py. The factory of kernels is
 handed in, so that an emulator can stand for the device. A call costs Python time that a short context does not hide:
 what can be kept is kept.
 """

@@ -1,6 +1,6 @@
 """Kernels over whole pages: encoding exact rows, and one side of histories decoded for prefill.
 
-Leaves the text's vocabulary to source.py and where results go to backend.py.
+Leaves the text's vocabulary to source.py and where results go to store.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GpuStepPlan: what all layers of a step share on a GPU, each made when a layer first asks for it.
 
 Owns page table, figures and row numbers as the kernels take them, and which plan follows which. How work is split is
-plan.py's, what is launched backend.py's.
+plan.py's, what is launched store.py's.
 """
 
 from __future__ import annotations
