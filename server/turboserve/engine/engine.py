@@ -84,7 +84,9 @@ class TurboEngine:
         self._inbox: deque[InboxItem] = deque()
         self._rule_jobs = RuleJobs(self._changed, self._inbox, settings.grammar_timeout_s, clock)
         self._templates = TemplateProcess()
-        self._prompt_jobs = PromptJobs(self._changed, self._inbox, self._has_read, settings.prompt_timeout_s)
+        self._prompt_jobs = PromptJobs(
+            self._changed, self._inbox, self._has_read, settings.prompt_timeout_s, settings.log_prompts
+        )
         self._busy_since_s: float | None = None  # since when the engine thread has been at one thing
         self._num_waiting = 0  # submitted and not yet admitted, inbox and those whose rule is being made included
         self._num_running = 0
