@@ -16,7 +16,11 @@ LEVELS = "cmake.define.TURBOQUANT_LEVELS="
 UV = """#!/bin/sh
 # Makes an environment whose Python has pip, and writes down what is installed.
 case $1 in
-    venv) for venv; do :; done; mkdir -p "$venv/bin"; printf '#!/bin/sh\\n' > "$venv/bin/python"; chmod +x "$venv/bin/python" ;;
+    venv)
+        for venv; do :; done
+        mkdir -p "$venv/bin"
+        ln -s /bin/true "$venv/bin/python"
+        ;;
     *) printf '%s\\n' "$@" > "$WRITTEN" ;;
 esac
 """
