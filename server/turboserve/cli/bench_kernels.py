@@ -16,6 +16,7 @@ import numpy as np
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format import check_head_dim
+from turboserve.cli.backend import load_backend
 from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 
@@ -49,14 +50,15 @@ class KernelBench:
 
 def run(bench: KernelBench) -> int:
     """Measure and print one table row per context length; returns the exit status."""
-    from turboquant_kv.backends.choice import choose_backend
-
     bench.check()
+    blas = load_backend()
+    from turboquant_kv.backends.choice import choose_backend  # late: brings in MLX, which must find its BLAS
+
     backend = choose_backend(_backend_name())
     dtype = _dtype()
     plain_name = str(dtype).rpartition(".")[2]
     print(f"backend {backend.name}, {bench.num_q_heads}/{bench.num_kv_heads} heads, {bench.dim} dims; us per call")
-    print(f"x: times as fast as MLX's own attention in {plain_name}")
+    print(f"x: times as fast as MLX's own attention in {plain_name}, BLAS: {blas.describe()}")
     print(f"{'tokens':>8} {plain_name:>9}" + "".join(f"{name:>16}" for name in bench.formats), flush=True)
     bars = Bars()
     for num_tokens in bench.lengths:

@@ -45,12 +45,13 @@ def test_a_hub_model_that_is_spelled_wrongly(tmp_path: Path, rng: np.random.Gene
     only_line(result.stderr, name, "check the spelling")
 
 
-def test_a_missing_backend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve --port 0", "eval", "bench kernels", "bench memory"])
+def test_a_missing_backend(command: str, tmp_path: Path) -> None:
     package = tmp_path / "mlx"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
-    result = run("serve", "--port", "0", PYTHONPATH=os.pathsep.join([str(tmp_path), *PATHS]))
+    result = run(*command.split(), PYTHONPATH=os.pathsep.join([str(tmp_path), *PATHS]))
     assert result.returncode == 1
     only_line(result.stderr, "MLX has no backend installed", "pip install 'turboserve[")
 
