@@ -7,7 +7,6 @@ import sys
 
 import mlx.core as mx
 import pytest
-
 from tests.turboserve.cli.test_main import run
 
 from turboserve.cli import bench_kernels
