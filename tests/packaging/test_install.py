@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = "cmake.define.TURBOQUANT_LEVELS="
+LEVELS = "TURBOQUANT_LEVELS="
 
 UV = """#!/bin/sh
 # Makes an environment whose Python has pip, and writes down what is installed.
@@ -21,7 +21,7 @@ case $1 in
         mkdir -p "$venv/bin"
         ln -s /bin/true "$venv/bin/python"
         ;;
-    *) printf '%s\\n' "$@" > "$WRITTEN" ;;
+    *) printf '%s\\n' "$@" "$SKBUILD_CMAKE_DEFINE" > "$WRITTEN" ;;
 esac
 """
 
