@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
+from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts
@@ -231,9 +232,9 @@ class TurboEngine:
             loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
             self._busy_since_s = None
-            if isinstance(exc, StartupError):
-                log.info("the model cannot be served; whoever started the engine is told why")
-            else:
+            if loop is None and (cause := known_cause(exc)) is not None:
+                exc = StartupError(cause)
+            if not isinstance(exc, StartupError):  # of which whoever started the engine is told
                 log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:

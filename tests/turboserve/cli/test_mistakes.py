@@ -124,6 +124,28 @@ def test_a_full_disk(command: list[str]) -> None:
     only_line(result.stderr, "No space left on device", "free some")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles with g++ on Linux alone")
+@pytest.mark.parametrize(
+    ("command", "said", "words"),
+    [
+        ("serve --port 0", "error closing x.s: No space left on device", ("no space is left there", "TMPDIR")),
+        ("bench memory --lengths 512", "internal compiler error", ("cannot compile", "turboserve doctor")),
+    ],
+)
+def test_a_disk_that_is_full_where_mlx_compiles(
+    command: str, said: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """It keeps what it compiled in the folder for temporary files, so that this one is new."""
+    compiler = tmp_path / "g++"
+    # MLX asks first whether there is one at all.
+    compiler.write_text(f"#!/bin/sh\ncase $* in *-shared*) echo '{said}'; exit 1 ;; esac\n")
+    compiler.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = run(*command.split(), "--cache-dir", str(tmp_path / "cache"), TMPDIR=str(tmp_path), PATH=path)
+    assert result.returncode == 1
+    only_line(result.stderr, str(tmp_path), *words)
+
+
 def test_a_reader_who_leaves_early_hears_no_complaint() -> None:
     command = subprocess.Popen(
         [sys.executable, "-m", "turboserve", "config", "show"],
