@@ -45,7 +45,7 @@ ELSEWHERE = {
     "HOMEBREW_CHECKOUT=$PWD": "for a Mac",
     "prometheus": "runs until it is stopped",
     "claude": "a program that is not installed here",
-    "aider": "a program that is not installed here",
+    "aider": "tried by `make clients`, in an environment of its own",
     "export": "for the command behind it",
     "cat": "for the command behind it",
     "git": "for the command behind it",
