@@ -1,4 +1,4 @@
-# make serve   install into .venv when needed, then serve (PORT, MODEL, EXTRA, ARGS)
+# make serve   install into .venv when needed, then serve (PORT, MODEL, EXTRA, LEVELS, ARGS)
 # make test    install with the test tools, then run the tests (ARGS; JOBS=0 in one process)
 # make clients run foreign clients, each in an environment of its own, against a server (ARGS="--only llm" one of them)
 # make lint    ruff, mypy --strict and the import contracts
@@ -15,6 +15,8 @@ ARGS ?=
 JOBS ?= logical
 # The MLX backend on Linux: cpu, cuda12 or cuda13. macOS brings its own and installs the same extra as nothing.
 EXTRA ?= cpu
+# For whom `make serve` builds CPU kernels: native, this machine alone, or all; what runs tests always has all.
+LEVELS ?= native
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -86,7 +88,7 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(BASE_STAMP): $(SOURCES)
-	@.ci/install $(VENV) $(EXTRA)
+	@LEVELS=$(LEVELS) .ci/install $(VENV) $(EXTRA)
 	@touch $@
 
 $(DEV_STAMP): $(SOURCES)

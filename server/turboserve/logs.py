@@ -1,7 +1,7 @@
 """Logging: one line per record, as text or JSON, with the request's id, and nothing a caller can forge.
 
 Owns the formatters and the request-id variable. Who logs what is each module's business; API keys and
-message texts are never passed to a logger.
+answers are never passed to a logger, prompts only where the setting `log_prompts` says so.
 """
 
 from __future__ import annotations

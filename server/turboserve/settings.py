@@ -228,6 +228,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Path("~/.cache/turboserve")
     log_level: str = "info"
     log_json: bool = False
+    log_prompts: bool = False  # log what the model reads of each request, as text; answers are never logged
 
     models: dict[ModelName, ModelEntry] = {}  # several models, each in a process of its own; none: `model` alone
 

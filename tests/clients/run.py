@@ -36,6 +36,7 @@ PYTHON_CLIENTS = {
     "langchain": ["langchain-openai>=1,<2"],
     "litellm": ["litellm>=1.100,<2"],
     "llm": ["llm>=0.30,<1"],
+    "aider": ["aider-chat>=0.86,<1"],
 }
 NODE_CLIENT = "openai_node"
 NODE_PACKAGES = ["openai@^6", "zod@^4", "ajv@^8", "typescript@^5", "ts-json-schema-generator@^2"]

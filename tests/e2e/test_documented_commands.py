@@ -20,6 +20,7 @@ from turboserve.cli.main import app
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HERE = "http://127.0.0.1:8000"
+PROGRAMS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("quickstart.md", "integrations.md"))]
 CLIENTS = {"openai", "anthropic", "langchain_openai", "litellm"}
 
 # Not run by this test, by first word; make's targets and variables are checked in tests/packaging.
@@ -44,7 +45,7 @@ ELSEWHERE = {
     "HOMEBREW_CHECKOUT=$PWD": "for a Mac",
     "prometheus": "runs until it is stopped",
     "claude": "a program that is not installed here",
-    "aider": "a program that is not installed here",
+    "aider": "tried by `make clients`, in an environment of its own",
     "export": "for the command behind it",
     "cat": "for the command behind it",
     "git": "for the command behind it",
@@ -147,7 +148,7 @@ def test_requests_of_the_pages_are_answered(server: Server, tmp_path: Path) -> N
     assert num_sent >= 5
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "integrations.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda p: p.name)
 def test_programs_of_the_pages_run(page: Path, server: Server) -> None:
     """One after another in one namespace: later ones go on with the client of earlier ones."""
     names: dict[str, object] = {}

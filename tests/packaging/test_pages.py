@@ -52,6 +52,24 @@ def test_sizes_are_those_that_the_formats_have() -> None:
     assert (DOCS / "kv-memory.svg").read_text("utf-8") == sizing["drawing"](), "python bench/sizing.py --write"
 
 
+def test_the_readmes_chart_is_of_what_was_measured() -> None:
+    chart = runpy.run_path(str(ROOT / "bench" / "size_and_quality.py"))
+    page = (DOCS / "quality.md").read_text("utf-8")
+    measured = {name: chart["points"](page, beginning) for name, beginning, _ in chart["MODELS"]}
+    assert [len(points) for points in measured.values()] == [4, 4]
+    assert measured["Qwen2.5-Coder-0.5B"][-1].kl > 1, "others' 4 bits break it"
+    drawn = (DOCS / "size-and-quality.svg").read_text("utf-8")
+    assert drawn == chart["drawing"](page), "python bench/size_and_quality.py --write"
+
+
+def test_the_readme_is_two_screens() -> None:
+    """It says what this is, how to begin, what was measured and what is missing; all else is a page of docs/."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 100 and max(map(len, text.splitlines())) <= 130
+    assert "![" in text and "docs/images/dashboard.png" in text and "docs/size-and-quality.svg" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")][-2:] == ["## Limits", "## More"]
+
+
 def test_the_drawing_of_rotation_is_what_the_codec_does() -> None:
     """Up to a pixel: sums of floats differ in their last bits from machine to machine."""
     drawn, kept = (runpy.run_path(str(ROOT / "bench" / "explain.py"))["drawing"](), (DOCS / "rotation.svg").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -167,4 +168,15 @@ def test_a_folder_that_cannot_be_written_only_costs_the_next_measurement(tmp_pat
     (tmp_path / "calibration").write_text("a file where the folder should be")
     measured = calibration_for(small_models.dense(), ByteTokenizer(), tmp_path, WEIGHTS)
     assert "not stored" in measured.origin
+
+
+def test_a_full_disk_only_costs_the_next_measurement(tmp_path: Path) -> None:
+    """MLX writes the file itself, and says so in its own way; files of this process may have no bytes meanwhile."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
+    try:
+        measured = calibration_for(small_models.dense(), ByteTokenizer(), tmp_path, WEIGHTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert "not stored" in measured.origin and not list(tmp_path.rglob("*.safetensors"))
     assert set(measured.layers) == {0, 1}

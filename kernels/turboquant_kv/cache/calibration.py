@@ -7,9 +7,11 @@ by block (codec/rotary.py). Owns measuring and the file beside the model's finge
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -210,11 +212,21 @@ def save(path: Path, calibration: Calibration, weights_fingerprint: str) -> None
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
     os.close(handle)
     try:
-        mx.save_safetensors(name, {key: mx.array(a) for key, a in arrays.items()}, metadata)
+        _write(name, arrays, metadata)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _write(name: str, arrays: dict[str, np.ndarray[Any, Any]], metadata: dict[str, str]) -> None:
+    """Raises OSError, which MLX does not: its RuntimeError does not say why either."""
+    try:
+        mx.save_safetensors(name, {key: mx.array(a) for key, a in arrays.items()}, metadata)
+    except RuntimeError as exc:
+        is_full = shutil.disk_usage(os.path.dirname(name)).free < sum(a.nbytes for a in arrays.values())
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, os.strerror(number), name) from exc
 
 
 def load(path: Path, weights_fingerprint: str) -> Calibration:

@@ -16,6 +16,7 @@ import numpy as np
 
 from turboquant_kv import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format import check_head_dim
+from turboserve.cli.backend import load_backend
 from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 
@@ -49,17 +50,21 @@ class KernelBench:
 
 def run(bench: KernelBench) -> int:
     """Measure and print one table row per context length; returns the exit status."""
-    from turboquant_kv.backends.choice import choose_backend
-
     bench.check()
+    blas = load_backend()
+    from turboquant_kv.backends.choice import choose_backend  # late: brings in MLX, which must find its BLAS
+
     backend = choose_backend(_backend_name())
+    dtype = _dtype()
+    plain_name = str(dtype).rpartition(".")[2]
     print(f"backend {backend.name}, {bench.num_q_heads}/{bench.num_kv_heads} heads, {bench.dim} dims; us per call")
-    print(f"{'tokens':>8} {'f16':>9}" + "".join(f"{name:>16}" for name in bench.formats), flush=True)
+    print(f"x: times as fast as MLX's own attention in {plain_name}, BLAS: {blas.describe()}")
+    print(f"{'tokens':>8} {plain_name:>9}" + "".join(f"{name:>16}" for name in bench.formats), flush=True)
     bars = Bars()
     for num_tokens in bench.lengths:
         with bars.step(f"measuring {num_tokens:,} tokens"):
-            plain = plain_us(bench, num_tokens)
-            figures = [compressed_us(backend, bench, KVFormat.parse(name), num_tokens) for name in bench.formats]
+            plain = plain_us(bench, num_tokens, dtype)
+            figures = [compressed_us(backend, bench, KVFormat.parse(name), num_tokens, dtype) for name in bench.formats]
         print(f"{num_tokens:8} {plain:9.1f}" + "".join(f"{x:9.1f} {plain / x:5.2f}x" for x in figures), flush=True)
     return 0
 
@@ -69,6 +74,16 @@ def _backend_name() -> str:
     import mlx.core as mx
 
     return "gpu" if mx.metal.is_available() or mx.cuda.is_available() else "auto"
+
+
+def _dtype() -> Any:
+    """What MLX's own attention is fastest in: float16 on a GPU.
+
+    A CPU multiplies halves without a BLAS, more than ten times as slow as float32, which it serves models in.
+    """
+    import mlx.core as mx
+
+    return mx.float16 if mx.metal.is_available() or mx.cuda.is_available() else mx.float32
 
 
 def call_us(step: Callable[[Any], Any], query: Any, num_calls: int) -> float:
@@ -86,23 +101,26 @@ def call_us(step: Callable[[Any], Any], query: Any, num_calls: int) -> float:
     return statistics.median(times[1:])
 
 
-def plain_us(bench: KernelBench, num_tokens: int) -> float:
-    """MLX's own attention over keys and values in float16."""
+def plain_us(bench: KernelBench, num_tokens: int, dtype: Any) -> float:
+    """MLX's own attention over keys and values of this type."""
     import mlx.core as mx
 
-    query = mx.random.normal((1, bench.num_q_heads, 1, bench.dim)).astype(mx.float16)
-    k, v = (mx.random.normal((1, bench.num_kv_heads, num_tokens, bench.dim)).astype(mx.float16) for _ in "kv")
+    query = mx.random.normal((1, bench.num_q_heads, 1, bench.dim)).astype(dtype)
+    k, v = (mx.random.normal((1, bench.num_kv_heads, num_tokens, bench.dim)).astype(dtype) for _ in "kv")
     mx.eval(query, k, v)
     return call_us(lambda x: mx.fast.scaled_dot_product_attention(x, k, v, scale=0.1), query, bench.num_calls)
 
 
-def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: int) -> float:
-    """The backend's attention over as many tokens: exact ends and pages of random codes in random order."""
+def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: int, dtype: Any) -> float:
+    """The backend's attention over as many tokens: exact ends and pages of random codes in random order.
+
+    dtype: of queries and exact ends.
+    """
     import mlx.core as mx
 
     from turboquant_kv.backends.base import AttentionCall, ExactBuffers, LayerShape, RowSpan, SequenceView, StepRows
 
-    shape = LayerShape(bench.num_kv_heads, bench.dim, bench.dim, mx.float16)
+    shape = LayerShape(bench.num_kv_heads, bench.dim, bench.dim, dtype)
     storage = backend.new_store(shape, fmt, None)
     num_pages = max(1, (num_tokens - fmt.sink_tokens) // fmt.page_tokens - 1)
     rng = np.random.default_rng(num_tokens)
@@ -114,7 +132,7 @@ def compressed_us(backend: Any, bench: KernelBench, fmt: KVFormat, num_tokens: i
     rows = StepRows([SequenceView(start + num_own - 1, 1, order, sink, window)])
     k, v = _exact_rows(backend, shape, fmt.sink_tokens + num_own)
     exact = ExactBuffers(k, v, k, v)
-    query = mx.random.normal((1, bench.num_q_heads, 1, bench.dim)).astype(mx.float16)
+    query = mx.random.normal((1, bench.num_q_heads, 1, bench.dim)).astype(dtype)
 
     def step(x: Any) -> Any:
         backend.wait_for([x])

@@ -238,6 +238,12 @@ def main(argv: list[str] | None = None) -> Any:
         _fail(str(exc), FAILED)
     except (Interrupted, KeyboardInterrupt):
         _fail("interrupted by Ctrl-C; nothing is left half done, run it again when you like", INTERRUPTED)
+    except RuntimeError as exc:
+        from turboserve.engine.failures import known_cause
+
+        if (cause := known_cause(exc)) is None:
+            raise
+        _fail(cause, FAILED)
     except OSError as exc:
         if exc.errno not in _FULL and not isinstance(exc, BrokenPipeError):
             raise

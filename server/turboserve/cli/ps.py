@@ -17,12 +17,15 @@ from turboserve.cli.client import ServerClient
 from turboserve.cli.figures import amount, duration
 
 INTERVAL_S = 1.0
+PIPE_WIDTH = 1000  # a pipe has no edge at which anything would have to be cut
 SHOWN = 12  # conversations; the table must fit a screen
 
 
 def run(client: ServerClient, *, once: bool, as_json: bool, interval_s: float = INTERVAL_S) -> None:
     """Until Ctrl-C, or once. Raises ServerError, when the server ends meanwhile too."""
     console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
     if as_json:
         sys.stdout.write(json.dumps(client.stats(), indent=1) + "\n")
     elif once or not console.is_terminal:
@@ -64,14 +67,16 @@ def _models(stats: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, A
 
 def _table(*columns: str) -> Table:
     """The first column to the left, figures to the right."""
-    table = Table(box=None, pad_edge=False, header_style="dim", show_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim", show_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     return table
 
 
 def _model_table(models: list[tuple[str, str, Mapping[str, Any] | None]]) -> Table:
-    table = _table("MODEL", "STATUS", "FORMAT", "TOKENS", "KV MEMORY", "BUDGET", "RATIO", "HIT", "CONVERSATIONS")
+    """A status is told where there are several models; 80 columns hold one."""
+    several = ("STATUS",) if len(models) > 1 else ()
+    table = _table("MODEL", *several, "FORMAT", "TOKENS", "KV MEMORY", "BUDGET", "RATIO", "HIT", "CONVERSATIONS")
     for name, status, one in models:
         if one is None:
             table.add_row(name, status)
@@ -82,7 +87,8 @@ def _model_table(models: list[tuple[str, str, Mapping[str, Any] | None]]) -> Tab
         used = f"{held / budget:.0%} of {amount(budget)}" if budget else "-"
         tiers = " + ".join(f"{count:,} {tier}" for tier, count in one["num_conversations"].items() if count) or "none"
         table.add_row(
-            *(name, status, one["kv_format"], f"{one['tokens']:,}", amount(held), used),
+            *((name, status) if several else (name,)),
+            *(one["kv_format"], f"{one['tokens']:,}", amount(held), used),
             *(f"{one['ratio']:.2f}x", share, tiers),
         )
     return table

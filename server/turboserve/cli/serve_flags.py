@@ -126,6 +126,7 @@ def serve_command(
     cache_dir: Annotated[Text, Option(help="Where calibrations are kept [~/.cache/turboserve].")] = None,
     log_level: Annotated[Text, Option(help="debug, info, warning, error or critical [info].")] = None,
     log_json: Annotated[Switch, Option(help="Log JSON lines.")] = None,
+    log_prompts: Annotated[Switch, Option(help="Log what the model reads of each request, as text.")] = None,
     help_all: HelpAll = False,
 ) -> None:
     """Serve MODEL over HTTP. These are the usual options; --help-all shows every one."""

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
+from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts
@@ -84,7 +85,9 @@ class TurboEngine:
         self._inbox: deque[InboxItem] = deque()
         self._rule_jobs = RuleJobs(self._changed, self._inbox, settings.grammar_timeout_s, clock)
         self._templates = TemplateProcess()
-        self._prompt_jobs = PromptJobs(self._changed, self._inbox, self._has_read, settings.prompt_timeout_s)
+        self._prompt_jobs = PromptJobs(
+            self._changed, self._inbox, self._has_read, settings.prompt_timeout_s, settings.log_prompts
+        )
         self._busy_since_s: float | None = None  # since when the engine thread has been at one thing
         self._num_waiting = 0  # submitted and not yet admitted, inbox and those whose rule is being made included
         self._num_running = 0
@@ -229,9 +232,9 @@ class TurboEngine:
             loop.close()
         except BaseException as exc:  # whatever it is: waiting clients must hear of it
             self._busy_since_s = None
-            if isinstance(exc, StartupError):
-                log.info("the model cannot be served; whoever started the engine is told why")
-            else:
+            if loop is None and (cause := known_cause(exc)) is not None:
+                exc = StartupError(cause)
+            if not isinstance(exc, StartupError):  # of which whoever started the engine is told
                 log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:

@@ -22,6 +22,7 @@ from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, InboxItem, ReadIn
 from turboserve.engine.template import Prompt
 from turboserve.engine.template_process import Patience
 from turboserve.errors import EngineUnavailableError, RequestCancelledError, TurboServeError
+from turboserve.logs import request_id as log_request_id
 from turboserve.messages import Embed, Request, TextQuestion
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,12 @@ class PromptJobs:
         inbox: deque[InboxItem],
         on_read: Callable[[Generation], None],
         timeout_s: float,
+        logs_prompts: bool = False,
     ) -> None:
         """changed: the engine's lock, notified of every change; inbox: where refusals go; on_read: told with the lock
-        that a request's prompt is there."""
+        that a request's prompt is there; logs_prompts: their texts go into the log."""
         self._changed, self._inbox, self._on_read, self._timeout_s = changed, inbox, on_read, timeout_s
+        self._logs_prompts = logs_prompts
         self._generations: dict[Generation, None] = {}
         self._queue: queue.PriorityQueue[tuple[bool, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -133,6 +136,7 @@ class PromptJobs:
         patience = self._patience(lambda: generation not in self._generations)
         try:
             read, error = self._reader.read_prompt(generation.request, patience), None
+            self._log_text(read.text, generation.request_id)
         except Exception as exc:
             read, error = None, _as_error(exc, f"the prompt of request {generation.request_id} could not be made")
         with self._changed:
@@ -157,12 +161,21 @@ class PromptJobs:
             return
         try:
             tokens = reader.read_inputs(asked, patience)
+            for given in asked.inputs:
+                self._log_text(given if isinstance(given, str) else f"{len(given)} token ids")
         except Exception as exc:
             call.refuse(_as_error(exc, "inputs for embeddings could not be read"))
             return
         with self._changed:
             self._inbox.append(ReadInputs(call, tokens))
             self._changed.notify()
+
+    def _log_text(self, text: str, request_id: str = "") -> None:
+        """Only where the operator wants it: texts are their writers' own."""
+        if self._logs_prompts:
+            context = log_request_id.set(request_id)
+            log.info("prompt: %s", text, extra={"fields": {"prompt": text}})
+            log_request_id.reset(context)
 
     def _patience(self, has_left: Callable[[], bool]) -> Patience:
         def is_over() -> bool:

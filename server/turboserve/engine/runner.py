@@ -45,6 +45,7 @@ from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
+from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.graph_choice import GraphChoice, try_graphs
 from turboserve.engine.row_masks import RowMasks, StepMasks
@@ -135,6 +136,8 @@ class Runner:
             batch = self._merge([caches])
             logits, _ = self._forward([[0]], batch)
         except Exception as exc:
+            if (cause := known_cause(exc)) is not None:
+                raise StartupError(cause) from exc
             log.exception("the model cannot be run")
             name = type(exc.__cause__ or exc).__name__
             raise StartupError(f"This model cannot compute a token ({name}): the log has details.") from exc

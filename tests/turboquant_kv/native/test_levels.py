@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -44,7 +48,30 @@ TRELLIS_BITS: list[tuple[int | str, int | str]] = [("2t", "3t"), ("3t", "4t"), (
 
 def test_the_kernels_are_built() -> None:
     assert KERNELS is not None, WHY_MISSING
-    assert LEVELS[-1] == "portable"
+    assert LEVELS[-1] == "portable", "built with TURBOQUANT_LEVELS=native; `make test` builds every level"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what its CPUs can do in this file")
+def test_every_level_that_this_cpu_has_is_built_and_tested() -> None:
+    """A build for one machine alone (TURBOQUANT_LEVELS=native) would have these tests see less."""
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    needs = {
+        "avx512-vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "neon-dotprod": {"asimddp"},
+        "portable": set(),
+    }
+    assert [level for level, needed in needs.items() if needed <= flags] == LEVELS
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_build_for_this_cpu_alone_would_have_its_fastest_level(tmp_path: Path) -> None:
+    """What CMake asks for TURBOQUANT_LEVELS=native answers with the file of the level that is chosen here."""
+    program = tmp_path / "fastest_level"
+    source = Path(native.__file__).parents[2] / "native" / "src" / "fastest_level.cpp"
+    subprocess.run(["c++", "-std=c++17", str(source), "-o", str(program)], check=True)
+    (name,) = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()
+    assert LEVELS[0].startswith(name) and source.with_name(f"kernels_{name}.cpp").is_file()
 
 
 @pytest.fixture(params=LEVELS)

@@ -45,12 +45,13 @@ def test_a_hub_model_that_is_spelled_wrongly(tmp_path: Path, rng: np.random.Gene
     only_line(result.stderr, name, "check the spelling")
 
 
-def test_a_missing_backend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve --port 0", "eval", "bench kernels", "bench memory"])
+def test_a_missing_backend(command: str, tmp_path: Path) -> None:
     package = tmp_path / "mlx"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
-    result = run("serve", "--port", "0", PYTHONPATH=os.pathsep.join([str(tmp_path), *PATHS]))
+    result = run(*command.split(), PYTHONPATH=os.pathsep.join([str(tmp_path), *PATHS]))
     assert result.returncode == 1
     only_line(result.stderr, "MLX has no backend installed", "pip install 'turboserve[")
 
@@ -121,6 +122,28 @@ def test_a_full_disk(command: list[str]) -> None:
         )
     assert result.returncode == 1
     only_line(result.stderr, "No space left on device", "free some")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX compiles with g++ on Linux alone")
+@pytest.mark.parametrize(
+    ("command", "said", "words"),
+    [
+        ("serve --port 0", "error closing x.s: No space left on device", ("no space is left there", "TMPDIR")),
+        ("bench memory --lengths 512", "internal compiler error", ("cannot compile", "turboserve doctor")),
+    ],
+)
+def test_a_disk_that_is_full_where_mlx_compiles(
+    command: str, said: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """It keeps what it compiled in the folder for temporary files, so that this one is new."""
+    compiler = tmp_path / "g++"
+    # MLX asks first whether there is one at all.
+    compiler.write_text(f"#!/bin/sh\ncase $* in *-shared*) echo '{said}'; exit 1 ;; esac\n")
+    compiler.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = run(*command.split(), "--cache-dir", str(tmp_path / "cache"), TMPDIR=str(tmp_path), PATH=path)
+    assert result.returncode == 1
+    only_line(result.stderr, str(tmp_path), *words)
 
 
 def test_a_reader_who_leaves_early_hears_no_complaint() -> None:

@@ -90,6 +90,14 @@ def test_ps_shows_models_and_their_largest_conversations() -> None:
     assert "loading" in shown
 
 
+def test_ps_cuts_nothing_off_in_eighty_columns() -> None:
+    """Of one model under a name of usual length."""
+    one = kv_statistics(BUSY).model_dump() | {"model": "turboserve-tiny", "num_conversations": {"memory": 1204}}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(ps.view("http://127.0.0.1:8000", one))
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_where_a_server_answers() -> None:
     settings = Settings(port=9000, host="0.0.0.0")
     assert server_url(None, settings) == "http://127.0.0.1:9000"

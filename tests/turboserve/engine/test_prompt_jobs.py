@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import os
 import signal
 import threading
@@ -31,6 +34,7 @@ from turboserve.errors import (
     InvalidRequestError,
     RequestCancelledError,
 )
+from turboserve.logs import JsonFormatter
 from turboserve.messages import Embed, Failed, Request, TextQuestion, Tokenize, ToolUse
 from turboserve.settings import Settings
 
@@ -364,3 +368,27 @@ def test_a_stuck_step_is_told_and_given_up(start: Callable[..., TurboEngine], mo
     assert not engine.stop() and time.monotonic() - began_s < 10
     go.set()
     assert sink.ended.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_texts_are_logged_where_the_operator_asks_for_it(
+    start: Callable[..., TurboEngine], asked: bool, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of requests under their ids, of embeddings each input; not one letter of them otherwise, at any level."""
+    words = [f"w{rng.integers(1 << 40):x}" for _ in range(3)]
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logging.getLogger("turboserve").addHandler(handler)
+    try:
+        with caplog.at_level("DEBUG", logger="turboserve"):
+            engine = start(log_prompts=asked)
+            assert submit(engine, "chat-1", words[0]).ended.wait(TIMEOUT_S)
+            engine.ask(Embed((words[1], words[2]))).result(TIMEOUT_S)
+            engine.stop()
+    finally:
+        logging.getLogger("turboserve").removeHandler(handler)
+    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    told = [(record.get("request_id"), record["prompt"]) for record in records if "prompt" in record]
+    assert told == ([("chat-1", "u" + words[0]), (None, words[1]), (None, words[2])] if asked else [])
+    assert any(word in stream.getvalue() + caplog.text for word in words) == asked

@@ -73,6 +73,8 @@ def load_kernels() -> tuple[ModuleType | None, str]:
         return None, str(exc)
     if missing := [name for name in _PARTS if not hasattr(module, name)]:
         return None, f"they were built from older sources, without {', '.join(missing)}: install again"
+    if not module.isa_levels():
+        return None, "they were built for another CPU alone (TURBOQUANT_LEVELS=native): install again"
     module.set_num_threads(num_threads())
     return module, ""
 
@@ -244,7 +246,8 @@ class NativeBackend(NumpyBackend):
         levels: list[str] = kernels.isa_levels()
         self.isa = isa_choice() or levels[0]
         if self.isa not in levels:
-            raise UnsupportedFormatError(f"{ISA_SWITCH}={self.isa}: this CPU and build have {', '.join(levels)}")
+            hint = "; a build with LEVELS=all has the others" if len(levels) == 1 else ""
+            raise UnsupportedFormatError(f"{ISA_SWITCH}={self.isa}: this CPU and build have {', '.join(levels)}{hint}")
         self.name = f"cpu-native/{self.isa}"
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:

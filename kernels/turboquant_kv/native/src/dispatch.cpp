@@ -4,38 +4,10 @@
 #include <cmath>
 #include <utility>
 
-#if defined(__linux__) && defined(__aarch64__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
+#include "cpu.h"
 
 namespace tq {
 namespace {
-
-bool has_avx512() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-#else
-    return false;
-#endif
-}
-
-bool has_avx2() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
-}
-
-bool has_dotprod() {
-#if defined(__linux__) && defined(__aarch64__)
-    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-#else
-    return true; // every Apple CPU that runs MLX
-#endif
-}
 
 // Mean squared error of the entries under the centroids' own probabilities; fills `table`.
 double fit(const Side& side, int low, int high, double offset, double step, IntTable& table) {
@@ -152,19 +124,20 @@ std::vector<const KernelTable*> available_levels() {
     if (const auto* level = avx512_kernels(); level && has_avx512()) levels.push_back(level);
     if (const auto* level = avx2_kernels(); level && has_avx2()) levels.push_back(level);
     if (const auto* level = neon_kernels(); level && has_dotprod()) levels.push_back(level);
-    levels.push_back(portable_kernels());
+    if (const auto* level = portable_kernels()) levels.push_back(level);
     return levels;
 }
 
 const KernelTable* find_level(const std::string& name) {
     const auto levels = available_levels();
-    if (name.empty() || name == "auto") return levels.front();
+    if (!levels.empty() && (name.empty() || name == "auto")) return levels.front();
     std::string names;
     for (const auto* level : levels) {
         if (name == level->name) return level;
         names += std::string(names.empty() ? "" : ", ") + level->name;
     }
-    throw std::invalid_argument("instruction set '" + name + "' is not available; this CPU and build have " + names);
+    const char* hint = levels.size() == 1 ? "; a build with LEVELS=all has the others" : "";
+    throw std::invalid_argument("instruction set '" + name + "' is not available; this CPU and build have " + names + hint);
 }
 
 IntTable make_table(const Side& side, const KernelTable& level) {

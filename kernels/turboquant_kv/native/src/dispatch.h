@@ -7,7 +7,7 @@
 
 namespace tq {
 
-std::vector<const KernelTable*> available_levels(); // fastest first; the portable one is always there
+std::vector<const KernelTable*> available_levels(); // fastest first; none where the build was for another CPU alone
 const KernelTable* find_level(const std::string& name); // "" or "auto": the fastest; throws std::invalid_argument
 // Tables of a mean (heads, dim), averaged over blocks, that turns; stride and gap are proven to fit.
 Turning make_turning(int heads, int dim, std::vector<double> mean, std::vector<double> frequencies, int stride, int gap);

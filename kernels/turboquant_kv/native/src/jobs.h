@@ -79,7 +79,7 @@ struct KernelTable {
     LinearTable linear;
 };
 
-const KernelTable* avx512_kernels(); // null where the compiler or architecture has none
+const KernelTable* avx512_kernels(); // null where the compiler or architecture has none, or the build left it out
 const KernelTable* avx2_kernels();
 const KernelTable* neon_kernels();
 const KernelTable* portable_kernels();

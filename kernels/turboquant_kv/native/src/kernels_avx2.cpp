@@ -7,7 +7,7 @@
 
 #include "jobs.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(TURBOQUANT_LEFT_OUT)
 namespace tq::avx2_level {
 #include "isa_avx2.h"
 

@@ -8,7 +8,7 @@
 
 #include "jobs.h"
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && !defined(TURBOQUANT_LEFT_OUT)
 namespace tq::avx512_level {
 #include "isa_avx512.h"
 

@@ -7,7 +7,7 @@
 
 #include "jobs.h"
 
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(TURBOQUANT_LEFT_OUT)
 namespace tq::neon_level {
 #include "isa_neon.h"
 

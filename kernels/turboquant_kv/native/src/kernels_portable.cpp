@@ -3,7 +3,7 @@
 
 #include "jobs.h"
 
-#if 1
+#if !defined(TURBOQUANT_LEFT_OUT)
 namespace tq::portable_level {
 #include "isa_portable.h"
 
