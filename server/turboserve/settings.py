@@ -204,6 +204,7 @@ class Settings(BaseSettings):
     prompt_timeout_s: Annotated[float, Field(gt=0)] = 10.0  # rendering and tokenising a prompt; beyond it is refused
     stuck_step_s: Annotated[float, Field(gt=0)] = 120.0  # a step that takes longer makes /ready say so
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    max_import_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # of a session that another server exported
     max_connections: NotNegative = 0  # at once; an idle one gives way to a new one; 0: what open files allow
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give

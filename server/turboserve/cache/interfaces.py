@@ -72,6 +72,14 @@ class CacheRuntime(Protocol):
         ...
 
 
+class ServedModel(NamedTuple):
+    """Whose caches a memory holds, for whoever takes them elsewhere."""
+
+    name: str = ""
+    fingerprint: str = ""  # weights, tokenizer, dtype of activations
+    adapters: frozenset[str] = frozenset()  # fingerprints of those that are loaded
+
+
 class CacheFamily(Protocol):
     """All formats of one model. Names are normalised: `4/3`, `f16`."""
 
@@ -100,6 +108,10 @@ class CacheFamily(Protocol):
 
     def convert(self, caches: Caches, source: str, target: str) -> Caches:
         """New caches of the same tokens in another format; the old ones are untouched."""
+        ...
+
+    def fingerprints(self, name: str) -> Mapping[str, str]:
+        """Of all that gives caches of a format their meaning, beside the model: `layout`, `calibration`."""
         ...
 
     def export_caches(self, caches: Caches) -> tuple[Header, Arrays]:

@@ -94,6 +94,7 @@ def serve_command(
     prompt_timeout_s: Annotated[Text, Option(help="Seconds that making a prompt may take [10].")] = None,
     stuck_step_s: Annotated[Text, Option(help="Seconds of one step after which /ready says 503 [120].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    max_import_bytes: Annotated[Text, Option(help="Largest exported session that is taken in [4GiB].")] = None,
     max_held_bytes: Annotated[Text, Option(help="Memory for all bodies under way before 503 [512MiB].")] = None,
     max_connections: Annotated[Text, Option(help="Connections at once; 0: what open files allow [0].")] = None,
     strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,

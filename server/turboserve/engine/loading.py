@@ -23,7 +23,7 @@ from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboquant_kv.evaluation.contestants import check_compressible
 from turboserve.cache.disk import DiskStore, StoreLockedError
-from turboserve.cache.interfaces import SessionDisk
+from turboserve.cache.interfaces import ServedModel, SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
@@ -81,7 +81,13 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
+    kv_memory = Memory(
+        *(formats, budget_bytes, limits, disk),
+        wall_offset=lambda: time.time() - time.monotonic(),
+        model=ServedModel(
+            loaded.model_id, _meaning(loaded), frozenset(adapter.fingerprint for adapter in loaded.adapters)
+        ),
+    )
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     if (needed_bytes := peak_bytes(runtime, MIN_TOKENS)) > budget_bytes:
@@ -297,6 +303,12 @@ def _open_store(
     state = f", {status.reason}" if status.reason else ""
     progress(f"session store {settings.kv_store_dir}: {status.num_entries} conversations{state}")
     return store
+
+
+def _meaning(loaded: LoadedModel) -> str:
+    """A hash of what computes caches: the same model serves both or neither."""
+    said = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
 
 def _check_fits(num_bytes: int, memory: MemoryInfo) -> None:

@@ -183,6 +183,9 @@ class FakeFamily:
         new[0].grow(caches[0].tokens)
         return new
 
+    def fingerprints(self, name: str) -> Mapping[str, str]:
+        return {"layout": "fake", "calibration": name}
+
     def export_caches(self, caches: Caches) -> tuple[Mapping[str, Any], Arrays]:
         return {"format": caches[0].runtime.name}, [np.array(caches[0].tokens, np.int32)]
 
