@@ -59,7 +59,7 @@ from turboserve.messages import CheckImport, ExportSession, ImportSession
 log = logging.getLogger(__name__)
 
 _WRITTEN_AT_ONCE = 1 << 20
-_DISCARD_S = 1.0  # for what a client still sends of a file that was refused
+_DISCARD_S = 0.5  # for what a client still sends of a file that was refused
 
 transfer_router = APIRouter(redirect_slashes=False)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -17,6 +19,8 @@ from turboserve.settings import Settings
 TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 600.0  # of silence; the server itself says something every few seconds
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SESSION_TYPE = "application/vnd.turboserve.session"
+_PIECE_BYTES = 1 << 18
 _PAGE = 100  # sessions that the server lists at once, at most
 
 
@@ -111,6 +115,33 @@ class ServerClient:
     def delete(self, name: str) -> None:
         self._ask("DELETE", _session_path(name))
 
+    def export(self, name: str, write: Callable[[bytes], object]) -> None:
+        """A session's file, given to `write` as it comes."""
+        with self._transfer("GET", f"{_session_path(name)}/export") as reply:
+            for piece in reply.iter_bytes():
+                write(piece)
+
+    def take_in(self, file: Path, name: str | None) -> dict[str, Any]:
+        """Have an exported session imported. The server's answer: the session."""
+        query = "" if name is None else f"?id={quote(name, safe='')}"
+        headers = {"Content-Type": SESSION_TYPE, "Content-Length": str(file.stat().st_size)}
+        with self._transfer("POST", f"/v1/sessions/import{query}", content=_pieces(file), headers=headers) as reply:
+            found: dict[str, Any] = json.loads(reply.read())
+        return found
+
+    @contextmanager
+    def _transfer(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """A reply of many bytes, or to many."""
+        try:
+            timeout = httpx.Timeout(TIMEOUT_S, read=ANSWER_TIMEOUT_S, write=ANSWER_TIMEOUT_S)
+            with self._http.stream(method, path, timeout=timeout, **options) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise self._refusal(reply)
+                yield reply
+        except (httpx.HTTPError, ValueError) as exc:
+            raise self._silence(exc) from exc
+
     def answer(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
         """The pieces of a chat completion as they come. Closing the generator ends the answer on the server."""
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -154,6 +185,15 @@ class ServerClient:
         return ServerError(
             f"no turboserve answers at {self.url} ({exc}): start one with `turboserve serve`, or set --url"
         )
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as opened:
+            while piece := opened.read(_PIECE_BYTES):
+                yield piece
+    except OSError as exc:
+        raise ServerError(f"{file} cannot be read: {exc.strerror or exc}") from exc
 
 
 def _session_path(name: str) -> str:
