@@ -183,6 +183,7 @@ class Settings(BaseSettings):
     max_response_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 64 * MiB  # their size in memory
     response_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # they are forgotten after this; 0: never
     kv_store_dir: OptionalPath = None  # folder in which conversations survive a restart; none: off
+    kv_store_shared: bool = False  # other servers of the same model use that folder too, on this host or on a volume
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: NotNegative = 0  # 0: the model's own limit

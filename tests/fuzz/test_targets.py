@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.fuzz import entries, targets
@@ -25,9 +27,14 @@ def test_seeds_and_their_neighbours_hold(name: str, rng: np.random.Generator) ->
 
 
 def test_an_exported_session_is_taken_as_long_as_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    taken: list[object] = []
     restore = Transfers.restore
-    monkeypatch.setattr(Transfers, "restore", lambda *args: taken.append(args) or restore(*args))
+
+    def watched(*args: Any) -> Any:
+        taken.append(args)
+        return restore(*args)
+
+    monkeypatch.setattr(Transfers, "restore", watched)
     monkeypatch.setattr(entries, "_change", lambda *args: None)
     used = entries._stored().served.totals().compressed
     entries.transfer(b"")

@@ -118,6 +118,7 @@ class Memory:
             Transfers(family, model, disk),
         )
         self._expired_s = 0.0
+        self._is_shared = disk is not None and disk.is_shared
 
     # --- figures
 
@@ -215,6 +216,8 @@ class Memory:
             return Refuse(exc)
 
     def _on_ask(self, ask: Ask, now_s: float) -> Verdict:
+        if ask.request.session_id is not None and self._is_shared:
+            self._idle.look_up(ask.request.tenant, ask.request.session_id)
         kv_format = self._format_of(ask)
         self.check_can_fit(ask.num_tokens, kv_format)
         pushed_out = self._quotas.check_admission(ask, kv_format)
@@ -366,6 +369,8 @@ class Memory:
     def answer(self, command: SessionCommand, now_s: float) -> SessionAnswer:
         """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
         self.expire(now_s)
+        if self._is_shared and (session_id := getattr(command, "session_id", None)) is not None:
+            self._idle.look_up(command.tenant, session_id)
         return self._commands.answer(command, now_s)
 
     def expire(self, now_s: float) -> None:
@@ -373,6 +378,8 @@ class Memory:
         if now_s - self._expired_s < EXPIRY_INTERVAL_S:
             return
         self._expired_s = now_s
+        if self._is_shared:
+            self._idle.follow_others()
         busy = {lease.key for lease in self._ledger.leases}
         self._idle.expire(now_s, self._limits.session_ttl_s, busy)
 

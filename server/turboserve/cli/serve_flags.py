@@ -63,6 +63,7 @@ def serve_command(
     max_response_bytes_per_caller: Annotated[Text, Option(help="Their bytes in memory [64MiB].")] = None,
     response_ttl_s: Annotated[Text, Option(help="Seconds until they are forgotten; 0: never [86400].")] = None,
     kv_store_dir: Annotated[Text, Option(help="Folder in which conversations survive a restart [off].")] = None,
+    kv_store_shared: Annotated[Switch, Option(help="Other servers of the same model use that folder too.")] = None,
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[

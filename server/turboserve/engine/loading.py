@@ -22,7 +22,7 @@ from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboquant_kv.evaluation.contestants import check_compressible
-from turboserve.cache.disk import DiskStore, StoreLockedError
+from turboserve.cache.disk import DiskStore, SharedDiskStore, StoreLockedError
 from turboserve.cache.interfaces import ServedModel, SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.cache.sizes import largest_fitting, peak_bytes
@@ -291,7 +291,7 @@ def _open_store(
         return None
     meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, formats.kv.fingerprint)
     try:
-        store = DiskStore(
+        store = (SharedDiskStore if settings.kv_store_shared else DiskStore)(
             settings.kv_store_dir.expanduser(),
             limit_bytes=settings.kv_store_bytes,
             write_rate=settings.kv_store_write_rate,
@@ -301,6 +301,7 @@ def _open_store(
         raise StartupError(f"{_one_line(exc)}: set another --kv-store-dir, or stop the other server.") from exc
     status = store.status()
     state = f", {status.reason}" if status.reason else ""
+    state = f"{', shared' if store.is_shared else ''}{state}"
     progress(f"session store {settings.kv_store_dir}: {status.num_entries} conversations{state}")
     return store
 

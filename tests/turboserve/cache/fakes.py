@@ -234,6 +234,17 @@ class FakeDisk:
         self.num_asked = 0
         self.damaged: set[str] = set()
 
+    is_shared = False
+
+    def key_for(self, salt: str, session_id: str) -> str | None:
+        return None
+
+    def refresh(self, key: str) -> StoredEntry | None:
+        return None
+
+    def changes(self) -> list[StoredEntry | str]:
+        return []
+
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
         self.num_asked += 1
         if self.is_full or self.is_hesitant:

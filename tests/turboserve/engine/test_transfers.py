@@ -112,10 +112,11 @@ def test_what_is_of_another_kind_is_named_and_leaves_nothing(model: Any, rng: np
         assert caught.value.param == kind and "Nothing was taken" in caught.value.message
         with pytest.raises(SessionImportError):
             taken_in(there, file, fields={**file.fields, kind: value})
-    for value in ("5/1", "4", "x" * 200, None, 7, ["4/4"], {}, "\x00"):
+    values: tuple[object, ...] = ("5/1", "4", "x" * 200, None, 7, ["4/4"], {}, "\x00")
+    for strange in values:
         for kind in ("kv_format", "wanted_format"):
             with pytest.raises((SessionImportError, KVFormatError)):
-                there.answer(CheckImport("", "s", {**file.fields, kind: value}))
+                there.answer(CheckImport("", "s", {**file.fields, kind: strange}))
     with pytest.raises(SessionImportError):  # caches that are not in the format that was told before they came
         taken_in(there, file, fields={**file.fields, "kv_format": "8/4", "wanted_format": "8/4"})
     with pytest.raises(SessionImportError):
