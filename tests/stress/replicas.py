@@ -185,7 +185,8 @@ class Client:
         self, talk: Talk, words: str, max_tokens: int = MAX_TOKENS, started: threading.Event | None = None
     ) -> Outcome:
         """One turn as a stream; a whole one is added to the talk."""
-        outcome, text, usage, is_whole = Outcome(talk), "", {}, False
+        outcome, text, is_whole = Outcome(talk), "", False
+        usage: dict[str, Any] = {}
         messages = talk.ask(words)
         body = {"model": MODEL, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body |= {"stream_options": {"include_usage": True}, "ignore_eos": max_tokens > MAX_TOKENS}
