@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from turboserve.cache.disk import container, scan
@@ -28,7 +28,7 @@ from turboserve.cache.disk.index import Entry
 from turboserve.cache.disk.layout import StoreFolder, files_of
 from turboserve.cache.disk.reading import read_entry
 from turboserve.cache.disk.scan import entry_of
-from turboserve.cache.disk.store import DiskStore
+from turboserve.cache.disk.store import CLOSE_S, DiskStore
 from turboserve.cache.disk.writing import Job, Stopped, write_job
 from turboserve.cache.interfaces import StoredEntry
 
@@ -52,6 +52,8 @@ class SharedDiskStore(DiskStore):
         self._keys: dict[str, str] = {}  # their keys
         self._news: list[StoredEntry | str] = []
         self._dropped: list[Entry] = []  # whose files are to be deleted
+        self._watcher: threading.Thread | None = None
+        self._is_unwatched = threading.Event()
         self._locks = EntryLocks(folder.root) if is_writable else None
         found = scan.Found()
         for file in files_of(folder.entries):
@@ -60,12 +62,15 @@ class SharedDiskStore(DiskStore):
                 found.entries.append(entry)
         if is_writable:
             found.leftovers = _leftovers(folder, {name for entry in found.entries for name in entry.pieces})
-            threading.Thread(target=self._watch, name="kv-store-watch", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, name="kv-store-watch", daemon=True)
+            self._watcher.start()
         return found
 
-    def close(self, timeout_s: float = 10.0) -> None:
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        self._is_unwatched.set()
+        if self._watcher is not None:
+            self._watcher.join()  # it looks into folders that are about to be closed
         super().close(timeout_s)
-        self._stop.set()
         if self._locks is not None and self._folder is None:
             self._locks.close()
             self._locks = None
@@ -93,7 +98,7 @@ class SharedDiskStore(DiskStore):
         return news
 
     def _watch(self) -> None:
-        while not self._stop.wait(LOOK_S) and not self._is_closing:
+        while not self._is_unwatched.wait(LOOK_S):
             try:
                 self._look()
             except OSError as exc:
@@ -142,7 +147,20 @@ class SharedDiskStore(DiskStore):
             if key is None or self._index.get(key) is None:
                 return
             self._index.remove(key)
-            self._news.append(key)
+            if not self._is_written_here(key):
+                self._news.append(key)
+
+    def _is_written_here(self, key: str) -> bool:
+        """Whether this server is about to put something in the place of what others did."""
+        return key in self._pending or (self._writing is not None and self._writing.key == key)
+
+    def put(self, key: str, meta: Mapping[str, Any], header: Mapping[str, Any], arrays: Sequence[Array]) -> bool:
+        """As of DiskStore; that others have deleted what was there no longer matters."""
+        is_taken = super().put(key, meta, header, arrays)
+        if is_taken:
+            with self._changed:
+                self._news = [one for one in self._news if one != key]
+        return is_taken
 
     def _learn(self, file: File) -> Entry | None:
         """Read an entry's header; None for what is no entry, or is being replaced."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tests.turboserve.cache.disk.conversations import MiB, assert_holds, conversation, file_bytes, open_store
 from tests.turboserve.cache.disk.kill_worker import RowsFamily, history
-from tests.turboserve.cache.fakes import converse, memory_for
+from tests.turboserve.cache.fakes import converse, finish, lease_for, memory_for
 
 from turboserve.cache.disk import SharedDiskStore, StoreLockedError, shared
 from turboserve.cache.disk.check import check_store
@@ -304,6 +304,24 @@ def test_another_server_continues_and_the_first_one_learns_of_it(tmp_path: Path)
         assert opened[0].flush(20)
         for memory in (a, b):
             memory.check_integrity()
+
+
+def test_a_turn_survives_that_its_earlier_one_gave_way_to_others(tmp_path: Path) -> None:
+    """The file of the turn before is dropped by another server while a request runs: the new one must not go along."""
+    with stores(tmp_path) as opened:
+        a, b = memories(opened)
+        converse(a, history(0, 1), session_id="chat")
+        assert opened[0].flush(20)
+        key = opened[1].key_for("", "chat")
+        assert key is not None and opened[1].refresh(key) is not None
+        lease = lease_for(a, history(0, 2), len(history(0, 2)) + 1, 2.0, session_id="chat")
+        opened[1].delete(key)
+        assert opened[1].flush(20)
+        until(lambda: key in opened[0]._news)
+        finish(a, lease, history(0, 2), 3.0)
+        assert opened[0].flush(20)
+        for memory in (a, b):
+            assert memory.answer(GetSession("", "chat"), 1e6).tokens == len(history(0, 2))
 
 
 def test_pins_and_deletions_of_one_count_for_the_other(tmp_path: Path) -> None:
