@@ -105,6 +105,11 @@ class SessionImportError(InvalidRequestError):
 
     code = "session_not_importable"
 
+    @classmethod
+    def broken(cls, why: str) -> Self:
+        """Of a file that is torn, altered or none."""
+        return cls(f"This is no whole exported session: {why[:300]}. Nothing was taken; export it again.", param="file")
+
 
 class ForeignHostError(InvalidRequestError):
     """The Host header names a server that this is not."""

@@ -14,7 +14,7 @@ import logging
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict
@@ -31,16 +31,6 @@ from turboserve.api.openapi import failures
 from turboserve.api.route_errors import OF_A_SESSION
 from turboserve.api.session_request import check_session_id, existing_session_id
 from turboserve.api.transfers import RETRY_AFTER_S, SESSION_TYPE
-from turboserve.cache.disk.container import DamagedFileError
-from turboserve.cache.disk.session_file import (
-    FIRST_BYTES,
-    SessionFile,
-    SessionHead,
-    head_bytes,
-    parse_head,
-    read_contents,
-)
-from turboserve.cache.transfers import broken
 from turboserve.errors import (
     BodyTooLargeError,
     KVFormatError,
@@ -55,6 +45,9 @@ from turboserve.errors import (
     UnknownParameterError,
 )
 from turboserve.messages import CheckImport, ExportSession, ImportSession
+
+if TYPE_CHECKING:  # brings in NumPy, which the server can do without until somebody moves a session
+    from turboserve.cache.disk.session_file import SessionFile, SessionHead
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +82,8 @@ async def export_session(session_id: str, context: Context, tenant: Tenant) -> R
         exported = await engine_answer(context.engine.session(command))
 
         def pack() -> SessionFile | None:
+            from turboserve.cache.disk.session_file import SessionFile
+
             found = exported.read()
             return None if found is None else SessionFile(exported.fields, *found, exported.tokens)
 
@@ -175,11 +170,14 @@ async def _spooled(arriving: _Arriving, head: SessionHead) -> tuple[list[Any], A
 
 
 def _contents(file: BinaryIO, head: SessionHead) -> tuple[list[Any], Any]:
+    from turboserve.cache.disk.container import DamagedFileError
+    from turboserve.cache.disk.session_file import read_contents
+
     file.seek(0)
     try:
         return read_contents(file, head)
     except DamagedFileError as exc:
-        raise broken(str(exc)) from exc
+        raise SessionImportError.broken(str(exc)) from exc
 
 
 class _Arriving:
@@ -197,12 +195,15 @@ class _Arriving:
 
     async def head(self) -> SessionHead:
         """Raises SessionImportError, and BodyTooLargeError for a file that announces too much."""
+        from turboserve.cache.disk.container import DamagedFileError
+        from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head
+
         try:
             first = await self._take(FIRST_BYTES)
             self._head = first + await self._take(head_bytes(first) - FIRST_BYTES)
             head = parse_head(self._head)
         except DamagedFileError as exc:
-            raise broken(str(exc)) from exc
+            raise SessionImportError.broken(str(exc)) from exc
         if head.num_bytes > self._max_bytes:
             raise self._too_large(head.num_bytes)
         return head
@@ -211,7 +212,7 @@ class _Arriving:
         while len(self._held) < num_bytes:
             chunk = await anext(self._chunks, None)
             if chunk is None:
-                raise DamagedFileError("it ends within its head")
+                raise SessionImportError.broken("it ends within its head")
             self._held += chunk
         taken, self._held = self._held[:num_bytes], self._held[num_bytes:]
         return taken
@@ -223,17 +224,17 @@ class _Arriving:
         buffer = io.BytesIO()
         buffer.write(self._held)
         if buffer.tell() > num_left:
-            raise broken("it goes on behind its end")
+            raise SessionImportError.broken("it goes on behind its end")
         async for chunk in self._chunks:
             if buffer.tell() + len(chunk) > num_left:
-                raise broken("it goes on behind its end")
+                raise SessionImportError.broken("it goes on behind its end")
             buffer.write(chunk)
             if buffer.tell() >= _WRITTEN_AT_ONCE:
                 num_left -= buffer.tell()
                 await asyncio.to_thread(file.write, buffer.getvalue())
                 buffer = io.BytesIO()
         if buffer.tell() != num_left:
-            raise broken(f"it ends {num_left - buffer.tell():,} bytes too early")
+            raise SessionImportError.broken(f"it ends {num_left - buffer.tell():,} bytes too early")
         await asyncio.to_thread(file.write, buffer.getvalue())
 
     async def discard(self) -> None:

@@ -116,21 +116,14 @@ class Transfers:
         try:
             caches = self._family.import_caches(name, command.header, list(command.arrays))
         except ValueError as exc:
-            raise broken(str(exc)) from exc
+            raise SessionImportError.broken(str(exc)) from exc
         kv = runtime.measure(caches)
         if len(tokens) == 0 or kv.tokens != len(tokens):
             runtime.release(caches)
-            raise broken(f"its caches hold {kv.tokens} tokens, and it lists {len(tokens)}")
+            raise SessionImportError.broken(f"its caches hold {kv.tokens} tokens, and it lists {len(tokens)}")
         session = Session(command.session_id, command.tenant, now_s, now_s, is_explicit=True)
         wanted, adapter = _text(fields, "wanted_format"), _text(fields, "adapter")
         return Conversation(session, np.asarray(tokens, np.int32), name, wanted, caches, kv, adapter=adapter)
-
-
-def broken(why: str) -> SessionImportError:
-    """The error of a file that is torn, altered or none."""
-    return SessionImportError(
-        f"This is no whole exported session: {why[:300]}. Nothing was taken; export it again.", param="file"
-    )
 
 
 def _differs(kind: str, more: str = "") -> SessionImportError:

@@ -14,7 +14,6 @@ from urllib.parse import quote
 
 import httpx
 
-from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 
@@ -203,6 +202,8 @@ def _for_gateways(session: object) -> dict[str, str]:
 
 def _name_in(file: Path) -> str:
     """The name that an exported session had; "" where the file cannot be read, which the server then says."""
+    from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head  # late: brings in NumPy
+
     with contextlib.suppress(OSError, ValueError), file.open("rb") as opened:
         first = opened.read(FIRST_BYTES)
         name = parse_head(first + opened.read(head_bytes(first) - FIRST_BYTES)).fields.get("session_id")
