@@ -8,6 +8,7 @@ TurboServeError
 │   ├── UnknownParameterError    400  unknown_parameter
 │   ├── PreviousResponseError    400  previous_response_not_found
 │   ├── KVFormatError            400  kv_format_not_supported
+│   ├── SessionImportError       400  session_not_importable
 │   └── ForeignHostError         400  host_not_allowed
 ├── AuthenticationError          401  invalid_api_key
 ├── ModelNotFoundError           404  model_not_found
@@ -94,6 +95,20 @@ class KVFormatError(InvalidRequestError):
 
     def __init__(self, message: str, *, param: str | None = "kv_format", retry_after_s: int | None = None) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
+class SessionImportError(InvalidRequestError):
+    """An exported session that this server cannot take; `param` says what is wrong with it.
+
+    `model`, `adapter`, `kv_format`, `layout` or `calibration`: of another kind than here. `file`: torn or altered.
+    """
+
+    code = "session_not_importable"
+
+    @classmethod
+    def broken(cls, why: str) -> Self:
+        """Of a file that is torn, altered or none."""
+        return cls(f"This is no whole exported session: {why[:300]}. Nothing was taken; export it again.", param="file")
 
 
 class ForeignHostError(InvalidRequestError):

@@ -9,9 +9,9 @@ library's record of bytes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from turboquant_kv.kv_bytes import NO_BYTES, KVBytes
 from turboserve.errors import TurboServeError
@@ -157,7 +157,49 @@ class GetSessionTree:
     tenant: str
 
 
-SessionCommand = ListSessions | GetSession | ForkSession | UpdateSession | DeleteSession | GetSessionTree
+@dataclass(frozen=True, slots=True)
+class ExportSession:
+    """All that another server needs to continue it; the session stays. Answered with an ExportedSession."""
+
+    tenant: str
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckImport:
+    """Whether a session of which `fields` are told could be taken in, before its contents are there.
+
+    Answered with None, or with why not. `session_id`: the name that it is to have.
+    """
+
+    tenant: str
+    session_id: str
+    fields: Mapping[str, Any]  # of an ExportedSession, by whoever sent them
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSession:
+    """Take an exported session in, as its importer's own; nothing in it is believed. Answered with its SessionInfo."""
+
+    tenant: str
+    session_id: str
+    fields: Mapping[str, Any]
+    header: Mapping[str, Any]
+    arrays: list[Any]  # NumPy's
+    tokens: Any  # NumPy, int32, (T,)
+
+
+SessionCommand = (
+    ListSessions
+    | GetSession
+    | ForkSession
+    | UpdateSession
+    | DeleteSession
+    | GetSessionTree
+    | ExportSession
+    | CheckImport
+    | ImportSession
+)
 
 # --- questions about text, answered by the engine without computing an answer
 
@@ -371,6 +413,18 @@ class SessionTree:
     sessions: tuple[tuple[SessionInfo, PageCounts | None], ...] = ()
     nodes: tuple[PrefixNode, ...] = ()  # each behind its parent
     has_more: bool = False  # older sessions are left out
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedSession:
+    """A copy of a session: what is said of it, and its caches as arrays.
+
+    `read`: what fetches header and arrays, from any thread; None: they could not be read after all.
+    """
+
+    fields: Mapping[str, Any]  # JSON values
+    tokens: Any  # NumPy, int32, (T,)
+    read: Callable[[], tuple[Mapping[str, Any], list[Any]] | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,7 @@ class Settings(BaseSettings):
     max_response_bytes_per_caller: Annotated[ByteCount, Field(ge=0)] = 64 * MiB  # their size in memory
     response_ttl_s: Annotated[float, Field(ge=0)] = 86_400.0  # they are forgotten after this; 0: never
     kv_store_dir: OptionalPath = None  # folder in which conversations survive a restart; none: off
+    kv_store_shared: bool = False  # other servers of the same model use that folder too, on this host or on a volume
     kv_store_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # the store's size; the least recently used give way
     kv_store_write_rate: Annotated[ByteCount, Field(ge=MiB)] = 64 * MiB  # bytes per second written in the background
     max_context_tokens: NotNegative = 0  # 0: the model's own limit
@@ -207,6 +208,7 @@ class Settings(BaseSettings):
     prompt_timeout_s: Annotated[float, Field(gt=0)] = 10.0  # rendering and tokenising a prompt; beyond it is refused
     stuck_step_s: Annotated[float, Field(gt=0)] = 120.0  # a step that takes longer makes /ready say so
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * MiB
+    max_import_bytes: Annotated[ByteCount, Field(ge=MiB)] = 4 * GiB  # of a session that another server exported
     max_connections: NotNegative = 0  # at once; an idle one gives way to a new one; 0: what open files allow
     strict_parameters: bool = False  # refuse what requests say that would be ignored, and 1.0 for an integer
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give

@@ -106,7 +106,7 @@ def test_sessions_from_chat_to_deletion(
     assert "pinned" not in turboserve("sessions", "show", name, capsys=capsys)
 
     file, other = tmp_path / "out.json", unused_name(rng)
-    turboserve("sessions", "export", fork, str(file), capsys=capsys)
+    turboserve("sessions", "export", fork, str(file), "--texts", capsys=capsys)
     turboserve("sessions", "import", str(file), "--as", other, capsys=capsys)
     copy = Conversations(tmp_path).try_load(other)
     assert copy is not None and copy.messages == kept.messages

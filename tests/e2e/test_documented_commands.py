@@ -30,6 +30,7 @@ ELSEWHERE = {
     "PYTHONPATH=.": "a benchmark, for a machine that is otherwise idle",
     "mlx_lm.server": "another server, which loads a model of its own",
     "docker": "needs a container engine, and images of the network",
+    "kubectl": "needs a cluster; the manifests are tried in tests/packaging",
     "pipx": "installs a wheel with what it needs from the network",
     "uv": "installs a wheel with what it needs from the network",
     "pip": "installs from the network",
@@ -117,8 +118,8 @@ def test_flags_in_running_text_exist() -> None:
         assert flags <= known | FOREIGN, (page.name, flags - known - FOREIGN)
 
 
-# Of docker and bench/throughput.py, and what every command has.
-FOREIGN = {"--add-host", "--help", "--make", "--only", "--profile"}
+# Of docker, bench/throughput.py and tests.stress.replicas, and what every command has.
+FOREIGN = {"--add-host", "--help", "--litellm", "--make", "--only", "--profile"}
 
 
 def _flags(command: object) -> Iterator[str]:

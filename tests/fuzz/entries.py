@@ -1,4 +1,4 @@
-"""A stored conversation whose JSON is changed behind its checksums, read back the whole way into caches.
+"""A stored or exported conversation whose JSON is changed behind its checksums, read the whole way into caches.
 
 Checksums hide most of the reader from changed bytes, so here they are made to fit each change: what is refused must
 be refused because of what it says.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import itertools
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,18 +18,30 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import xxhash
 from tests.turboquant_kv import small_models
 
 from turboquant_kv.cache.model_runtimes import KVFamily
 from turboquant_kv.codec.format import KVFormat
-from turboserve.cache.disk.container import Array, pack
+from turboserve.cache.disk.container import Array, DamagedFileError, pack, slices
 from turboserve.cache.disk.folder import File
 from turboserve.cache.disk.layout import open_store_folder
 from turboserve.cache.disk.reading import read_entry
 from turboserve.cache.disk.scan import entry_fields, scan
+from turboserve.cache.disk.session_file import (
+    FIRST_BYTES,
+    SessionFile,
+    head_bytes,
+    parse_head,
+    read_contents,
+)
 from turboserve.cache.disk.writing import Job
-from turboserve.cache.interfaces import StoredEntry
+from turboserve.cache.interfaces import ServedModel, StoredEntry
 from turboserve.cache.persistence import conversation_of
+from turboserve.cache.transfers import Transfers
+from turboserve.engine.served_formats import ServedFormats
+from turboserve.errors import TurboServeError
+from turboserve.messages import ImportSession
 
 KEY, FORMAT, NUM_TOKENS = "key", "4/3", 70
 SCALARS = (None, True, -1, 0, 1, 2, 3, 16, 70, 2**31, 2**63, 2**70, -(2**70), 1e308, float("inf"), float("nan"))
@@ -49,6 +62,11 @@ class Stored:
         tokens = np.arange(NUM_TOKENS, dtype="<i4") % 50
         mx.eval(model(mx.array(tokens[None]), cache=caches))
         header, arrays = self.family.export_caches(caches)
+        self.served = ServedFormats(model, KVFormat(page_tokens=16, sink_tokens=8, centred=False))
+        served = self.served.runtime(FORMAT).make_cache()
+        mx.eval(model(mx.array(tokens[None]), cache=served))
+        self.header, self.arrays = self.served.export_caches(served)
+        self.served.runtime(FORMAT).release(served)
         self.folder = open_store_folder(root)
         job = Job(KEY, _meta(tokens.tobytes()), header, arrays)
         self.pieces, self.rest = job.parts
@@ -59,6 +77,75 @@ class Stored:
 
     def write(self, kind: str, fields: Any, arrays: dict[str, Array]) -> None:
         _write(self.folder.entry(KEY), kind, fields, arrays)
+
+
+def transfer(data: bytes) -> None:
+    """The same conversation as an exported session, changed behind its checksums, the whole way into a memory."""
+    stored = _stored()
+    choices = iter(data)
+    header, arrays = stored.header, dict(enumerate(stored.arrays))
+    fields = {
+        "session_id": "s",
+        "kv_format": FORMAT,
+        "wanted_format": FORMAT,
+        "adapter": "",
+        "model": "",
+        "model_name": "",
+    }
+    fields |= stored.served.fingerprints(FORMAT)
+    changed: dict[str, Any] = {"fields": copy.deepcopy({"session": fields, "header": header})}
+    for _ in range(1 + next(choices, 0) % 3):
+        _change(changed, choices)
+    if next(choices, 0) % 4 == 1:
+        _change_arrays(arrays, choices)
+    tokens = np.arange(next(choices, NUM_TOKENS) if next(choices, 0) % 4 == 1 else NUM_TOKENS, dtype=np.int32)
+    try:
+        told = changed["fields"]
+        # what the head says need not be how the parts were cut
+        file = SessionFile(told["session"], header, list(arrays.values()), tokens)
+        _, *packed = _parts_of(b"".join(file.slices()))
+        data = _joined(told["session"], told["header"], packed)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return  # such a file cannot be written
+    _take_in(stored, data)
+
+
+def _take_in(stored: Stored, data: bytes) -> None:
+    """As the importing route and the engine do it: a session, or an error that is known, and no page too many."""
+    used = stored.served.totals().compressed
+    memory = Transfers(stored.served, ServedModel(), None)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        try:
+            head = parse_head(data[: head_bytes(data[:FIRST_BYTES])])
+            if head.num_bytes != len(data):
+                return
+            memory.check(head.fields)
+            arrays, tokens = read_contents(file, head)
+            command = ImportSession("", "s", head.fields, head.header, arrays, tokens)
+            conversation = memory.restore(command, 0.0)
+        except (DamagedFileError, TurboServeError):
+            assert stored.served.totals().compressed == used, "what was refused holds pages"
+            return
+    runtime = stored.served.runtime(conversation.kv_format)
+    assert conversation.caches is not None
+    runtime.check_integrity()
+    runtime.release(conversation.caches)
+
+
+def _parts_of(data: bytes) -> list[bytes]:
+    head = parse_head(data[: head_bytes(data[:FIRST_BYTES])])
+    places = [0, *itertools.accumulate((head.head_bytes, *head.part_bytes))]
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+def _joined(fields: Any, header: Any, parts: list[bytes]) -> bytes:
+    """A file with a head that says this, of these parts; its checksum at the end made to fit."""
+    said = {"version": 1, "session": fields, "header": header, "parts": [len(part) for part in parts]}
+    before = b"".join((*map(bytes, slices(*pack("session", said, {}))), *parts[:-1]))
+    end = pack("end", {"checksum": xxhash.xxh3_128_hexdigest(before)}, {})
+    return before + b"".join(map(bytes, slices(*end)))
 
 
 def entry(data: bytes) -> None:
@@ -129,7 +216,7 @@ def _change(value: Any, choices: Iterator[int]) -> None:
         parent[place] = copy.deepcopy(VALUES[next(choices, 0) % len(VALUES)])
 
 
-def _change_arrays(arrays: dict[str, Array], choices: Iterator[int]) -> None:
+def _change_arrays(arrays: dict[Any, Array], choices: Iterator[int]) -> None:
     """Another shape or type for one of them, none at all, or other numbers in it."""
     name = list(arrays)[next(choices, 0) % len(arrays)]
     array, how = arrays[name], next(choices, 0) % 5

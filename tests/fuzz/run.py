@@ -17,6 +17,7 @@ INSTRUMENTED = (
     "turboserve.api",
     "turboserve.cache.disk",
     "turboserve.cache.persistence",
+    "turboserve.cache.transfers",
     "turboserve.engine.text",
     "turboquant_kv.cache.serialise",
     "turboquant_kv.cache.layer_contents",
@@ -25,7 +26,7 @@ INSTRUMENTED = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=("body", "store", "entry", "text"))
+    parser.add_argument("target", choices=("body", "store", "entry", "transfer", "text"))
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--input", type=Path)
     args = parser.parse_args()

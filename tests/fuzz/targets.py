@@ -3,6 +3,7 @@
 body    any bytes as the body of each API that takes one: a request, or one of our errors
 store   any bytes as a file of the session store: its arrays, or DamagedFileError; and a good file with bytes changed
 entry   a stored conversation with its JSON changed behind the checksums (entries.py): caches, or an error that is known
+transfer  the same as an exported session that is imported: a conversation, or an error, and no page held for it
 text    any tokens through incremental decoding and stop strings: what is sent is the text up to the first stop
 """
 
@@ -221,8 +222,15 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "store": [good_file(), headers[0] + bytes(24), headers[1], headers[2] + bytes(4), b"", bytes(8)],
         "entry": entries.seeds(),
+        "transfer": entries.seeds(),
         "text": [b"\x02xxabcab", "\x04aéééb".encode(), "\x05🙂🙂".encode(), b"\x03\n\n\xf0\x9f"],
     }
 
 
-TARGETS: dict[str, Target] = {"body": body, "store": store, "entry": entries.entry, "text": text}
+TARGETS: dict[str, Target] = {
+    "body": body,
+    "store": store,
+    "entry": entries.entry,
+    "transfer": entries.transfer,
+    "text": text,
+}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from tests.fuzz import targets
+from tests.fuzz import entries, targets
 from tests.fuzz.targets import TARGETS, seeds
 
 from turboserve.cache.disk import container
+from turboserve.cache.transfers import Transfers
 from turboserve.engine import text
 
 
@@ -21,6 +24,24 @@ def test_seeds_and_their_neighbours_hold(name: str, rng: np.random.Generator) ->
                 changed[int(rng.integers(len(changed)))] = int(rng.integers(256))
             TARGETS[name](bytes(changed[: int(rng.integers(len(changed) + 1))]))
             TARGETS[name](bytes(changed))
+
+
+def test_an_exported_session_is_taken_as_long_as_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[object] = []
+    restore = Transfers.restore
+
+    def watched(*args: Any) -> Any:
+        taken.append(args)
+        return restore(*args)
+
+    monkeypatch.setattr(Transfers, "restore", watched)
+    monkeypatch.setattr(entries, "_change", lambda *args: None)
+    used = entries._stored().served.totals().compressed
+    entries.transfer(b"")
+    assert len(taken) == 1 and entries._stored().served.totals().compressed == used
+    monkeypatch.setattr(Transfers, "restore", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        entries.transfer(b"")
 
 
 def test_a_body_that_raises_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

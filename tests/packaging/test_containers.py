@@ -73,17 +73,21 @@ def test_environment_names_settings() -> None:
 
 
 def servers() -> list[dict[str, Any]]:
-    """The CPU's and the GPU's."""
+    """The CPU's and the GPU's, and those behind the gateway."""
     return [service for service in COMPOSE["services"].values() if "build" in service]
+
+
+def is_replica(service: dict[str, Any]) -> bool:
+    return service["profiles"] == ["replicas"] and "build" in service
 
 
 def test_compose_publishes_on_this_machine_only_and_demands_a_key() -> None:
     for service in COMPOSE["services"].values():
-        assert service["ports"], "unpublished"
+        assert bool(service["ports"]) != is_replica(service), "published in no way, or in two"
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     for server in servers():
         assert server["environment"]["TURBOSERVE_API_KEY"].startswith("${TURBOSERVE_API_KEY:?")
-        assert server["ports"][0].endswith(":" + environment()["TURBOSERVE_PORT"])
+        assert is_replica(server) or server["ports"][0].endswith(":" + environment()["TURBOSERVE_PORT"])
         mounts = {volume.split(":")[1] for volume in server["volumes"]}
         assert mounts == set(json.loads(arguments("VOLUME")[0]))
 
@@ -108,6 +112,26 @@ def test_each_profile_has_one_server_and_what_watches_it() -> None:
         (default,) = arguments("ARG")
         build = server["build"] if isinstance(server["build"], dict) else {}
         assert build.get("args", {}).get("BACKEND", default.removeprefix("BACKEND=")) == backend
+
+
+def test_replicas_share_a_store_and_the_gateway_knows_them_by_their_names() -> None:
+    started = {name: s for name, s in COMPOSE["services"].items() if "replicas" in s["profiles"]}
+    replicas = {name: service for name, service in started.items() if is_replica(service)}
+    assert len(replicas) == 2 and set(started) - set(replicas) == {"gateway"}
+    for server in replicas.values():
+        settings = server["environment"]
+        assert settings["TURBOSERVE_KV_STORE_SHARED"] == "true"
+        assert any(settings["TURBOSERVE_KV_STORE_DIR"].startswith(v.split(":")[1]) for v in server["volumes"])
+        assert "/ready" in server["healthcheck"]["test"][-1]
+        compile(server["healthcheck"]["test"][-1], "healthcheck", "exec")
+    gateway = started["gateway"]
+    (mounted,) = gateway["volumes"]
+    text = (ROOT / mounted.split(":")[0]).read_text()
+    addresses = set(re.findall(r"^\s*server \S+ (\S+)", text, re.M))
+    assert {f"{name}:{environment()['TURBOSERVE_PORT']}" for name in replicas} < addresses
+    (bound,) = re.findall(r"^\s+bind :(\d+)", text, re.M)
+    assert gateway["ports"][0].split(":")[-1] == bound
+    assert "init-addr last,libc,none" in text, "it starts although the third server's name is unknown"
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])

@@ -70,6 +70,15 @@ def test_the_readme_is_two_screens() -> None:
     assert [line for line in text.splitlines() if line.startswith("## ")][-2:] == ["## Limits", "## More"]
 
 
+def test_the_plan_on_paper_is_what_the_arithmetic_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))  # as Python does for a script
+    scale = runpy.run_path(str(ROOT / "bench" / "scale.py"))
+    page = (DOCS / "scale.md").read_text("utf-8")
+    assert scale["filled"](page) == page, "python bench/scale.py --write"
+    assert f"{scale['FIXED_S'] * 1e3:.1f} ms a step" in page
+    assert f"{1 / scale['KV_S_PER_BYTE'] / 1e12:.1f} TB/s" in page
+
+
 def test_the_drawing_of_rotation_is_what_the_codec_does() -> None:
     """Up to a pixel: sums of floats differ in their last bits from machine to machine."""
     drawn, kept = (runpy.run_path(str(ROOT / "bench" / "explain.py"))["drawing"](), (DOCS / "rotation.svg").read_text())

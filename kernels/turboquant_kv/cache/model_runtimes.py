@@ -184,13 +184,35 @@ class KVFamily:
         Codec tables, rotation, pages, means, and what each layer keeps. A cache saved under another
         fingerprint must not be loaded.
         """
+        digest = hashlib.sha256()
+        self._add_layout(digest)
+        self._add_calibration(digest)
+        return digest.hexdigest()[:32]
+
+    @property
+    def layout_fingerprint(self) -> str:
+        """The part of `fingerprint` that is no measurement: the same for a model wherever it runs."""
+        digest = hashlib.sha256()
+        self._add_layout(digest)
+        return digest.hexdigest()[:32]
+
+    @property
+    def calibration_fingerprint(self) -> str:
+        """The part of `fingerprint` that was measured, and may differ between two machines."""
+        digest = hashlib.sha256()
+        self._add_calibration(digest)
+        return digest.hexdigest()[:32]
+
+    def _add_layout(self, digest: hashlib._Hash) -> None:
         without_codecs = self._base.with_codecs("8/8").to_dict()  # every cache names its own
-        digest = hashlib.sha256(json.dumps([CODEC_VERSION, without_codecs], sort_keys=True).encode())
+        digest.update(json.dumps([CODEC_VERSION, without_codecs], sort_keys=True).encode())
         digest.update(scalar_tables())
         for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):
             digest.update(f"{kind.__name__}:{shape};".encode())
         if any(self.layers.windows):
             digest.update(repr(self.layers.windows).encode())
+
+    def _add_calibration(self, digest: hashlib._Hash) -> None:
         calibration = self.calibration if self._base.centred and self.layers.unsupported is None else None
         for i, means in sorted(calibration.layers.items()) if calibration is not None else ():
             turn = "" if means.rotary is None else means.rotary.fingerprint()
@@ -199,4 +221,3 @@ class KVFamily:
                 digest.update(b"factors:" + means.key_factors.tobytes())
         if calibration is not None and calibration.divergences:  # they decide which layers get more bits
             digest.update(repr(sorted((i, sorted(d.items())) for i, d in calibration.divergences.items())).encode())
-        return digest.hexdigest()[:32]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from turboquant_kv.backends.base import LayerShape, narrower
 from turboquant_kv.cache import seam as attention
@@ -67,6 +67,36 @@ class Window:
     num_tokens: int
 
 
+class Place(NamedTuple):
+    """What the model puts into one cache of mlx-lm's own: geometry of keys and values, or parts of a recurrent state.
+
+    Both None: the probe left the cache empty, or it is of a kind that has neither.
+    """
+
+    shape: LayerShape | None = None
+    parts: tuple[tuple[tuple[int, ...], mx.Dtype] | None, ...] | None = None
+
+    def check(self, cache: Any) -> None:
+        """Raises ValueError when a cache that was restored holds what this model never puts there."""
+        if isinstance(cache, _ATTENDED) and not cache.empty() and shape_of(cache) != self.shape:
+            raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {self.shape}")
+        if isinstance(cache, ArraysCache) and not cache.empty() and _parts_of(cache) != self.parts:
+            raise ValueError(f"a saved recurrent state is {_parts_of(cache)}, the model's {self.parts}")
+
+
+def _place_of(cache: Any) -> Place:
+    """Of a cache that holds the probe's few tokens."""
+    if cache.empty():
+        return Place()
+    if isinstance(cache, ArraysCache):
+        return Place(parts=_parts_of(cache))
+    return Place(shape=shape_of(cache)) if isinstance(cache, _ATTENDED) else Place()
+
+
+def _parts_of(cache: ArraysCache) -> tuple[tuple[tuple[int, ...], mx.Dtype] | None, ...]:
+    return tuple(None if part is None else (part.shape, part.dtype) for part in cache.cache)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
     """Each cache's class, geometry of plain KV caches, and what is known of other caches' bytes.
@@ -83,6 +113,7 @@ class ModelLayers:
     capped: tuple[bool, ...] = ()  # whether its attention scores have a cap; False where it is unknown
     windows: tuple[Window | None, ...] = ()  # of rings that can be compressed; their states say what mlx-lm's keep
     kv_heads: frozenset[int] = frozenset()  # how many any layer's attention has, rings included
+    places: tuple[Place, ...] = ()  # what mlx-lm's own caches hold
 
 
 def probe_layers(model: Any) -> ModelLayers:
@@ -109,7 +140,8 @@ def probe_layers(model: Any) -> ModelLayers:
     capped = tuple(isinstance(c, _WatchedRows) and c.is_capped for c in watched)
     numbers = tuple(layer_numbers(layers))
     kv_heads = frozenset(shape_of(c).num_kv_heads for c in caches if isinstance(c, _ATTENDED) and not c.empty())
-    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows, kv_heads)
+    places = tuple(_place_of(cache) for cache in caches)
+    return ModelLayers(kinds, shapes, states, unsupported, query_heads, numbers, capped, windows, kv_heads, places)
 
 
 def window_of_ring(cache: Any) -> int:

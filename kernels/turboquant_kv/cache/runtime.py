@@ -30,7 +30,7 @@ from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.padding import stored_means, stored_shape
 from turboquant_kv.cache.pages import PagePool
-from turboquant_kv.cache.probe import ModelLayers, probe_layers, shape_of
+from turboquant_kv.cache.probe import ModelLayers, probe_layers
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import PagedSequence
@@ -340,11 +340,14 @@ class KVRuntime:
     def import_caches(self, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
         """Caches from what `exporting.export_caches` gave. Raises ValueError for anything inconsistent."""
         caches = exporting.import_caches(header, arrays, self.make_cache())
-        for cache, shape in zip(leaves(caches), self.shapes, strict=True):
-            if type(cache) is KVCache and not cache.empty() and shape_of(cache) != shape:
-                raise ValueError(f"a saved layer has the geometry {shape_of(cache)}, the model's {shape}")
-        if len({rows.num_tokens_of(cache) for cache in leaves(caches)} - {0}) > 1:
-            raise ValueError("the layers of a saved cache hold different numbers of tokens")
+        try:
+            for cache, place in zip(leaves(caches), self.layers.places, strict=True):
+                place.check(cache)
+            if len({rows.num_tokens_of(cache) for cache in leaves(caches)} - {0}) > 1:
+                raise ValueError("the layers of a saved cache hold different numbers of tokens")
+        except ValueError:
+            self.release(caches)
+            raise
         return caches
 
     def release(self, caches: Sequence[Any]) -> None:

@@ -175,14 +175,21 @@ def _join_layers(caches: list[Any], contents: Mapping[int, LayerContents | None]
             source.get(of_layer.shape)
         by_pool.setdefault(id(source.pool), []).append(i)
     joined = list(caches)
-    for places in by_pool.values():
-        held = {i: of_layer for i in places if (of_layer := contents[i]) is not None}
-        if not held:
-            continue
-        if len(held) != len(places):
-            raise ValueError("the layers of a saved cache hold different numbers of tokens")
-        sources = {i: caches[i].source for i in places}
-        sequence = restore(sources[places[0]].pool, {sources[i].layer: c for i, c in held.items()})
-        for i in places:
-            joined[i] = TurboQuantKVCache(sources[i], sequence.of_layer(sources[i].layer))
+    made: list[TurboQuantKVCache] = []
+    try:
+        for places in by_pool.values():
+            held = {i: of_layer for i in places if (of_layer := contents[i]) is not None}
+            if not held:
+                continue
+            if len(held) != len(places):
+                raise ValueError("the layers of a saved cache hold different numbers of tokens")
+            sources = {i: caches[i].source for i in places}
+            sequence = restore(sources[places[0]].pool, {sources[i].layer: c for i, c in held.items()})
+            for i in places:
+                joined[i] = TurboQuantKVCache(sources[i], sequence.of_layer(sources[i].layer))
+                made.append(joined[i])
+    except BaseException:  # pages of one pool must not stay when another's contents are refused
+        for cache in made:
+            cache.release()
+        raise
     return joined

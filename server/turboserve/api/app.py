@@ -47,6 +47,7 @@ def create_app(engine: Engine, settings: Settings, telemetry: Telemetry, *, rout
         drain=Drain(),
         telemetry=telemetry,
         max_body_bytes=settings.max_body_bytes,
+        max_import_bytes=settings.max_import_bytes,
         send_timeout_s=settings.send_timeout_s,
         keepalive_interval_s=settings.keepalive_interval_s,
         stream_interval_s=settings.stream_interval_ms / 1000,

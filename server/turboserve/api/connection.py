@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
 from turboserve.api.connection_watch import ConnectionLimit, CountingTransport, ReaderWatch, bound_send_buffer
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
+from turboserve.api.held_bytes import IMPORT_PATH
 from turboserve.api.replies import dump, error_headers
 from turboserve.errors import (
     HeadersTooLargeError,
@@ -38,6 +39,7 @@ MAX_PIPELINED_BYTES = 64 * 1024
 # After a refusal we read on this long: closing with unread input would reset the connection
 # and take the answer away from the client.
 LINGER_S = 2.0
+IMPORT_STEP_BYTES = 1 << 20  # of an exported session must arrive within the time that other requests have in all
 
 
 class Connection(H11Protocol):
@@ -63,6 +65,7 @@ class Connection(H11Protocol):
         self._watch: ReaderWatch | None = None
         self._arrival_deadline: asyncio.TimerHandle | None = None
         self._lingering = False
+        self._import_bytes = 0  # of an exported session, since its deadline was last moved on
 
     # Arrival: a request must be complete within the deadline.
 
@@ -92,12 +95,23 @@ class Connection(H11Protocol):
         if self._lingering:
             return
         self._limit.touch(self)
+        self._give_time_to_imports(len(data))
         if self._receiving():
             self._arm_arrival()
         super().data_received(data)
         if not self._receiving() or self._between_requests():
             self._disarm_arrival()
         self._keep_reading()
+
+    def _give_time_to_imports(self, num_bytes: int) -> None:
+        """An exported session may be far larger than any other body: it has the deadline for each of its parts."""
+        if self.conn.their_state is not h11.SEND_BODY or self.scope["path"] != IMPORT_PATH:
+            self._import_bytes = 0
+            return
+        self._import_bytes += num_bytes
+        if self._import_bytes >= IMPORT_STEP_BYTES:
+            self._import_bytes = 0
+            self._disarm_arrival()
 
     def _receiving(self) -> bool:
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)

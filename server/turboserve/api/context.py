@@ -17,6 +17,7 @@ from turboserve.api.drain import Drain
 from turboserve.api.mailbox import Mailbox
 from turboserve.api.model_names import ServedNames
 from turboserve.api.running import RunningRequests
+from turboserve.api.transfers import Transfers
 from turboserve.engine.protocol import Engine
 from turboserve.errors import OverloadedError
 from turboserve.telemetry import Telemetry
@@ -40,7 +41,9 @@ class ApiContext:
     stream_interval_s: float
     chat_rules: ChatRules
     names: ServedNames
+    max_import_bytes: int = 0
     running: RunningRequests = field(default_factory=RunningRequests)
+    transfers: Transfers = field(default_factory=Transfers)
 
     def admit(self) -> None:
         """Raises EngineUnavailableError once the server is shutting down, and counts that."""

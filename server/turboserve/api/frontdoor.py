@@ -82,7 +82,7 @@ class Frontdoor:
     async def _answer(
         self, visit: Visit, introduced: Introduction | None, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        body = CountedBody(receive, self._held)
+        body = CountedBody(receive, self._held, scope["path"])
         log_context = log_request_id.set(visit.request_id)
         try:
             self._check_headers(scope)

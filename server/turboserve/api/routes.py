@@ -43,6 +43,7 @@ from turboserve.api.session_request import (
     check_session_id,
     existing_session_id,
 )
+from turboserve.api.session_transfer import transfer_router
 from turboserve.api.text_routes import text_router
 from turboserve.api.validation import validated
 from turboserve.errors import (
@@ -139,6 +140,10 @@ async def session(session_id: str, context: Context, tenant: Tenant) -> SessionO
     """One of the caller's sessions."""
     command = GetSession(tenant, existing_session_id(session_id))
     return session_object(await engine_answer(context.engine.session(command)))
+
+
+# before the route that would take `import` for a session's id
+router.routes.extend(transfer_router.routes)
 
 
 @router.post(

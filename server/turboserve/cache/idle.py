@@ -99,6 +99,35 @@ class IdleConversations:
             self._remove(held)
         self.add(conversation)
 
+    # --- other servers that share the disk
+
+    def look_up(self, salt: str, session_id: str) -> None:
+        """Whatever another server has stored under this name counts from now on, if it is later."""
+        found = self._persistence.look_up(salt, session_id)
+        if found is not None:
+            self._take_over(found)
+
+    def follow_others(self) -> None:
+        """Learn what other servers have stored and deleted since the last time."""
+        stored, gone = self._persistence.changes()
+        for conversation in stored:
+            self._take_over(conversation)
+        if gone:
+            for conversation in [c for c in self if c.disk_key in gone]:
+                self.evict(conversation, "deleted")  # of what another server deleted nothing may stay
+
+    def _take_over(self, found: Conversation) -> None:
+        held = self.get(*found.key)
+        if held is not None and held.version == found.version:
+            held.session.is_pinned, held.session.ttl_s = found.session.is_pinned, found.session.ttl_s
+            return
+        is_at_work = any(lease.key == found.key for lease in self._ledger.leases)
+        if is_at_work or (held is not None and found.session.num_requests <= held.session.num_requests):
+            return
+        if held is not None:
+            self._remove(held)
+        self.add(found)
+
     # --- changing place
 
     def load(self, conversation: Conversation) -> bool:

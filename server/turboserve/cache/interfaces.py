@@ -72,6 +72,14 @@ class CacheRuntime(Protocol):
         ...
 
 
+class ServedModel(NamedTuple):
+    """Whose caches a memory holds, for whoever takes them elsewhere."""
+
+    name: str = ""
+    fingerprint: str = ""  # weights, tokenizer, dtype of activations
+    adapters: frozenset[str] = frozenset()  # fingerprints of those that are loaded
+
+
 class CacheFamily(Protocol):
     """All formats of one model. Names are normalised: `4/3`, `f16`."""
 
@@ -100,6 +108,10 @@ class CacheFamily(Protocol):
 
     def convert(self, caches: Caches, source: str, target: str) -> Caches:
         """New caches of the same tokens in another format; the old ones are untouched."""
+        ...
+
+    def fingerprints(self, name: str) -> Mapping[str, str]:
+        """Of all that gives caches of a format their meaning, beside the model: `layout`, `calibration`."""
         ...
 
     def export_caches(self, caches: Caches) -> tuple[Header, Arrays]:
@@ -165,6 +177,23 @@ class StoredEntry(NamedTuple):
 
 class SessionDisk(Protocol):
     """Files by key. `put` only queues; nothing here ever raises for a disk's failure."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other servers write into it as well; else the next three say nothing."""
+        ...
+
+    def key_for(self, salt: str, session_id: str) -> str | None:
+        """The one key of a named session, by which every server finds it."""
+        ...
+
+    def refresh(self, key: str) -> StoredEntry | None:
+        """What another server has written under this key since it was last looked at; None: nothing."""
+        ...
+
+    def changes(self) -> list[StoredEntry | str]:
+        """What other servers have done since the last call: entries that are new, keys of those that are gone."""
+        ...
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
         """Write soon, in the background; False when that cannot be (full, read-only, too much queued).

@@ -25,18 +25,19 @@ import numpy as np
 from turboserve.cache import integrity, statistics
 from turboserve.cache.idle import IdleConversations
 from turboserve.cache.integrity import CacheIntegrityError
-from turboserve.cache.interfaces import CacheFamily, Caches, RunningCaches, SessionDisk
+from turboserve.cache.interfaces import CacheFamily, Caches, RunningCaches, ServedModel, SessionDisk
 from turboserve.cache.leases import Leases
 from turboserve.cache.ledger import Ledger
 from turboserve.cache.persistence import Persistence
 from turboserve.cache.prefix_index import Match, PrefixIndex
 from turboserve.cache.quota import Quotas
 from turboserve.cache.room import Need, Room
-from turboserve.cache.session_commands import SessionCommands
+from turboserve.cache.session_commands import SessionAnswer, SessionCommands
 from turboserve.cache.sessions import Conversation, Lease
 from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.cache.statistics import Holdings
 from turboserve.cache.tally import Tally
+from turboserve.cache.transfers import Transfers
 from turboserve.cache.verdicts import Ask, Growth, Question, Refuse, Restart, Start, Verdict, Wait
 from turboserve.errors import ContextLengthError, TurboServeError
 from turboserve.messages import (
@@ -44,9 +45,6 @@ from turboserve.messages import (
     CacheEvents,
     DiskStatus,
     SessionCommand,
-    SessionInfo,
-    SessionPage,
-    SessionTree,
 )
 
 __all__ = [
@@ -65,6 +63,8 @@ __all__ = [
 ]
 
 _MAX_SHOWN = 1 << 20  # longest prompt `check_can_fit` searches for in messages
+
+_ANY_MODEL = ServedModel()
 
 EXPIRY_INTERVAL_S = 1.0  # finer than anybody sets a time to live
 
@@ -90,8 +90,12 @@ class Memory:
         limits: MemoryLimits | None = None,
         disk: SessionDisk | None = None,
         wall_offset: Callable[[], float] = lambda: 0.0,
+        model: ServedModel = _ANY_MODEL,
     ) -> None:
-        """Takes over what an earlier process left on `disk`. wall_offset: Unix seconds less the engine's, now."""
+        """Takes over what an earlier process left on `disk`. wall_offset: Unix seconds less the engine's, now.
+
+        model: what sessions from other servers must have been computed by.
+        """
         self.family, self._disk = family, disk
         self._limits = limits = limits if limits is not None else MemoryLimits()
         self._tally = Tally()
@@ -110,9 +114,11 @@ class Memory:
             has_one_caller=limits.has_one_caller,
         )
         self._commands = SessionCommands(
-            self._ledger, self._index, self._idle, self._room, self._quotas, persistence, self._tally
+            *(self._ledger, self._index, self._idle, self._room, self._quotas, persistence, self._tally),
+            Transfers(family, model, disk),
         )
         self._expired_s = 0.0
+        self._is_shared = disk is not None and disk.is_shared
 
     # --- figures
 
@@ -210,6 +216,8 @@ class Memory:
             return Refuse(exc)
 
     def _on_ask(self, ask: Ask, now_s: float) -> Verdict:
+        if ask.request.session_id is not None and self._is_shared:
+            self._idle.look_up(ask.request.tenant, ask.request.session_id)
         kv_format = self._format_of(ask)
         self.check_can_fit(ask.num_tokens, kv_format)
         pushed_out = self._quotas.check_admission(ask, kv_format)
@@ -358,9 +366,11 @@ class Memory:
 
     # --- sessions and time
 
-    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | SessionTree | None:
+    def answer(self, command: SessionCommand, now_s: float) -> SessionAnswer:
         """A caller's command on a session of theirs. Raises the TurboServeErrors that HTTP shows."""
         self.expire(now_s)
+        if self._is_shared and (session_id := getattr(command, "session_id", None)) is not None:
+            self._idle.look_up(command.tenant, session_id)
         return self._commands.answer(command, now_s)
 
     def expire(self, now_s: float) -> None:
@@ -368,6 +378,8 @@ class Memory:
         if now_s - self._expired_s < EXPIRY_INTERVAL_S:
             return
         self._expired_s = now_s
+        if self._is_shared:
+            self._idle.follow_others()
         busy = {lease.key for lease in self._ledger.leases}
         self._idle.expire(now_s, self._limits.session_ttl_s, busy)
 

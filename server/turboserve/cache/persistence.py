@@ -70,12 +70,32 @@ class Persistence:
         if not self.is_writable:
             return False
         header, arrays = self.family.export_caches(conversation.caches)
-        key = conversation.earlier_key or new_id()  # of its earlier state, which thus stays until this one is durable
+        # Of its earlier state, which thus stays until this one is durable; others must find a named one by its name.
+        shared_key = self._shared_key(conversation.session) if conversation.session.is_explicit else None
+        key = shared_key or conversation.earlier_key or new_id()
         if not self.disk.put(key, _meta(conversation, self.wall_offset()), header, arrays):
             return False
+        if conversation.earlier_key not in (None, key):
+            self.disk.delete(conversation.earlier_key)  # of a nameless one that it went on from
         conversation.disk_key, conversation.earlier_key = key, None
         conversation.disk_bytes = sum(a.nbytes for a in arrays)
         return True
+
+    def _shared_key(self, session: Session) -> str | None:
+        """Where all servers of a shared folder look for it; None: the folder is this server's own."""
+        return None if self.disk is None else self.disk.key_for(session.salt, session.session_id)
+
+    def look_up(self, salt: str, session_id: str) -> Conversation | None:
+        """What another server has stored under this name since it was last looked at, on disk only."""
+        key = None if self.disk is None else self.disk.key_for(salt, session_id)
+        entry = self.disk.refresh(key) if self.disk is not None and key is not None else None
+        return None if entry is None else self._from_entry(entry)
+
+    def changes(self) -> tuple[list[Conversation], set[str]]:
+        """What other servers have stored since the last call, and keys of files that are gone."""
+        found = [] if self.disk is None else self.disk.changes()
+        stored = [self._from_entry(one) for one in found if isinstance(one, StoredEntry)]
+        return [one for one in stored if one is not None], {one for one in found if isinstance(one, str)}
 
     def load(self, conversation: Conversation) -> bool:
         """Bring its caches back into memory; False when that is not possible, and its file is of no use then.
@@ -159,7 +179,8 @@ class Persistence:
         for entry in list(self.disk.entries()):
             conversation = self._from_entry(entry)
             if conversation is None:
-                self.disk.delete(entry.key)
+                if not self.disk.is_shared:  # a later version on another server may know what it is
+                    self.disk.delete(entry.key)
             else:
                 found.append(conversation)
         return found
@@ -170,7 +191,7 @@ class Persistence:
             self.family.runtime(conversation.kv_format)
             return conversation
         except (ValueError, KVFormatError) as exc:
-            log.warning("a file of the session store is of no use (%s): deleted", exc)
+            log.warning("a file of the session store is of no use (%s)", exc)
             return None
 
 

@@ -1,4 +1,4 @@
-"""Sessions as their callers see and command them: list, inspect, fork, pin, set a time to live, delete.
+"""Sessions as their callers see and command them: list, inspect, fork, export, import, pin, limit in time, delete.
 
 A command names its caller's salt, and nothing beyond that is seen. Raises the errors that HTTP shows.
 """
@@ -18,12 +18,17 @@ from turboserve.cache.room import Need, Room
 from turboserve.cache.session_tree import page_counts, prefix_nodes
 from turboserve.cache.sessions import Conversation, Holder, Lease, Session, new_id
 from turboserve.cache.tally import Tally
+from turboserve.cache.transfers import Transfers
 from turboserve.errors import OverloadedError, SessionBusyError, SessionExistsError, SessionNotFoundError
 from turboserve.messages import (
+    CheckImport,
     DeleteSession,
+    ExportedSession,
+    ExportSession,
     ForkSession,
     GetSession,
     GetSessionTree,
+    ImportSession,
     ListSessions,
     SessionCommand,
     SessionInfo,
@@ -35,6 +40,8 @@ from turboserve.messages import (
 # Counting references walks all pages of a session between two steps of everybody's requests, which must not be felt:
 # so many of 128K tokens each take about 20 ms.
 MAX_TREE_SESSIONS = 100
+
+SessionAnswer = SessionInfo | SessionPage | SessionTree | ExportedSession | None
 
 
 class SessionCommands:
@@ -49,14 +56,16 @@ class SessionCommands:
         quotas: Quotas,
         persistence: Persistence,
         tally: Tally,
+        transfers: Transfers,
     ) -> None:
         self._ledger, self._index, self._idle, self._room = ledger, index, idle, room
-        self._quotas, self._persistence, self._tally = quotas, persistence, tally
+        self._quotas, self._persistence, self._tally, self._transfers = quotas, persistence, tally, transfers
 
-    def answer(self, command: SessionCommand, now_s: float) -> SessionInfo | SessionPage | SessionTree | None:
+    def answer(self, command: SessionCommand, now_s: float) -> SessionAnswer:
         """Do it, and answer as messages.py says of each command.
 
-        Raises SessionNotFoundError, SessionBusyError, SessionExistsError, QuotaExceededError, OverloadedError.
+        Raises SessionNotFoundError, SessionBusyError, SessionExistsError, SessionImportError, KVFormatError,
+        QuotaExceededError, OverloadedError.
         """
         match command:
             case ListSessions():
@@ -72,6 +81,14 @@ class SessionCommands:
                 return None
             case GetSessionTree():
                 return self._tree(command.tenant)
+            case ExportSession():
+                return self._transfers.copy_of(self._holder(command.tenant, command.session_id))
+            case CheckImport():
+                self._transfers.check(command.fields)
+                self._check_name(command.tenant, command.session_id)
+                return None
+            case ImportSession():
+                return self._import(command, now_s)
 
     def _tree(self, salt: str) -> SessionTree:
         holders = self._newest_first(salt)
@@ -102,10 +119,7 @@ class SessionCommands:
         salt = command.tenant
         holder = self._holder(salt, command.session_id)
         name = command.new_id or new_id()
-        if name in self._holders(salt):
-            raise SessionExistsError(
-                f"There is a session {name[:128]!r} already: choose another id, or delete it first.", param="id"
-            )
+        self._check_name(salt, name)
         pushed_out = self._quotas.check_new_session(salt, name, holder.session)
         caches, tokens = self._fork_caches(holder, now_s)
         runtime = self._ledger.family.runtime(holder.kv_format)
@@ -122,6 +136,25 @@ class SessionCommands:
         holder.session.hits += 1
         self._take_in(forked, pushed_out, now_s)
         return self._info(forked)
+
+    def _check_name(self, salt: str, name: str) -> None:
+        """Raises SessionExistsError when a new session cannot have it."""
+        if name in self._holders(salt):
+            raise SessionExistsError(
+                f"There is a session {name[:128]!r} already: choose another id, or delete it first.", param="id"
+            )
+
+    def _import(self, command: ImportSession, now_s: float) -> SessionInfo:
+        """A named session with what another server computed; all is checked again, for time has passed."""
+        self._transfers.check(command.fields)
+        self._check_name(command.tenant, command.session_id)
+        pushed_out = self._quotas.check_new_session(command.tenant, command.session_id)
+        num_bytes = sum(array.nbytes for array in command.arrays)
+        if not self._room.make(Need(num_bytes), now_s):
+            raise self._no_room(num_bytes)
+        taken = self._transfers.restore(command, now_s)
+        self._take_in(taken, pushed_out, now_s)
+        return self._info(taken)
 
     def _fork_caches(self, holder: Holder, now_s: float) -> tuple[Caches, Tokens]:
         """Caches of all that is there now."""

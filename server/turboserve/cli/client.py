@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
@@ -17,6 +20,8 @@ from turboserve.settings import Settings
 TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 600.0  # of silence; the server itself says something every few seconds
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SESSION_TYPE = "application/vnd.turboserve.session"
+_PIECE_BYTES = 1 << 18
 _PAGE = 100  # sessions that the server lists at once, at most
 
 
@@ -100,23 +105,55 @@ class ServerClient:
             after = f"&after={quote(page['last_id'], safe='')}"
 
     def session(self, name: str) -> dict[str, Any]:
-        return self._ask("GET", _session_path(name))
+        return self._ask("GET", _session_path(name), session=name)
 
     def fork(self, name: str, new_name: str | None) -> dict[str, Any]:
-        return self._ask("POST", f"{_session_path(name)}/fork", {} if new_name is None else {"id": new_name})
+        body = {} if new_name is None else {"id": new_name}
+        return self._ask("POST", f"{_session_path(name)}/fork", body, session=name)
 
     def pin(self, name: str, pinned: bool) -> dict[str, Any]:
-        return self._ask("POST", f"{_session_path(name)}/{'pin' if pinned else 'unpin'}", {})
+        return self._ask("POST", f"{_session_path(name)}/{'pin' if pinned else 'unpin'}", {}, session=name)
 
     def delete(self, name: str) -> None:
-        self._ask("DELETE", _session_path(name))
+        self._ask("DELETE", _session_path(name), session=name)
+
+    def export(self, name: str, write: Callable[[bytes], object]) -> None:
+        """A session's file, given to `write` as it comes."""
+        with self._transfer("GET", f"{_session_path(name)}/export", headers=_for_gateways(name)) as reply:
+            for piece in reply.iter_bytes():
+                write(piece)
+
+    def take_in(self, file: Path, name: str | None) -> dict[str, Any]:
+        """Have an exported session imported. The server's answer: the session."""
+        query = "" if name is None else f"?id={quote(name, safe='')}"
+        headers = {"Content-Type": SESSION_TYPE, "Content-Length": str(file.stat().st_size)}
+        headers |= _for_gateways(name or _name_in(file))
+        with self._transfer("POST", f"/v1/sessions/import{query}", content=_pieces(file), headers=headers) as reply:
+            found: dict[str, Any] = json.loads(reply.read())
+        return found
+
+    @contextmanager
+    def _transfer(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """A reply of many bytes, or to many."""
+        try:
+            timeout = httpx.Timeout(TIMEOUT_S, read=ANSWER_TIMEOUT_S, write=ANSWER_TIMEOUT_S)
+            with self._http.stream(method, path, timeout=timeout, **options) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise self._refusal(reply)
+                yield reply
+        except (httpx.HTTPError, ValueError) as exc:
+            raise self._silence(exc) from exc
 
     def answer(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
         """The pieces of a chat completion as they come. Closing the generator ends the answer on the server."""
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
         try:
             timeout = httpx.Timeout(TIMEOUT_S, read=ANSWER_TIMEOUT_S)
-            with self._http.stream("POST", "/v1/chat/completions", json=wanted, timeout=timeout) as reply:
+            headers = _for_gateways(wanted.get("session_id"))
+            with self._http.stream(
+                "POST", "/v1/chat/completions", json=wanted, timeout=timeout, headers=headers
+            ) as reply:
                 if reply.status_code != 200:
                     reply.read()
                     raise self._refusal(reply)
@@ -126,9 +163,11 @@ class ServerClient:
         except (httpx.HTTPError, ValueError) as exc:
             raise self._silence(exc) from exc
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, session: str | None = None
+    ) -> dict[str, Any]:
         try:
-            reply = self._http.request(method, path, json=body)
+            reply = self._http.request(method, path, json=body, headers=_for_gateways(session))
             if not reply.is_success:
                 raise self._refusal(reply)
             found: dict[str, Any] = reply.json()
@@ -154,6 +193,31 @@ class ServerClient:
         return ServerError(
             f"no turboserve answers at {self.url} ({exc}): start one with `turboserve serve`, or set --url"
         )
+
+
+def _for_gateways(session: object) -> dict[str, str]:
+    """The header by which gateways know which server has a session; the server takes it for what the body says."""
+    return {"X-Session-Id": session} if isinstance(session, str) and session.isascii() and session else {}
+
+
+def _name_in(file: Path) -> str:
+    """The name that an exported session had; "" where the file cannot be read, which the server then says."""
+    from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head  # late: brings in NumPy
+
+    with contextlib.suppress(OSError, ValueError), file.open("rb") as opened:
+        first = opened.read(FIRST_BYTES)
+        name = parse_head(first + opened.read(head_bytes(first) - FIRST_BYTES)).fields.get("session_id")
+        return name if isinstance(name, str) and name.isprintable() else ""
+    return ""
+
+
+def _pieces(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as opened:
+            while piece := opened.read(_PIECE_BYTES):
+                yield piece
+    except OSError as exc:
+        raise ServerError(f"{file} cannot be read: {exc.strerror or exc}") from exc
 
 
 def _session_path(name: str) -> str:

@@ -172,6 +172,40 @@ def doctor_command(
     raise typer.Exit(doctor.report(doctor.run_checks(settings)))
 
 
+@app.command(
+    "plan",
+    epilog=example(
+        "turboserve plan --users 50 --context 8K",
+        "turboserve plan --model ./model --users 500 --context 32K --measured one.json --measured eight.json",
+    ),
+)
+def plan_command(
+    users: Annotated[int, Option(min=1, help="People with a conversation each.", metavar="N")],
+    context: Annotated[str, Option(help="Tokens that a conversation holds, such as 8K.", metavar="N")],
+    model: Annotated[Text, Option(help="Folder or hub name; none: the embedded model.", metavar="MODEL")] = None,
+    measured: Annotated[
+        list[Path] | None,
+        Option(help="What `bench serve --json` wrote here; repeatable, of two loads or more.", metavar="FILE"),
+    ] = None,
+    formats: Annotated[str, Option(help="KV formats, comma-separated.", metavar="F,...")] = "f16,balanced,compact,tiny",
+    memory: Annotated[Text, Option(help="Of one machine, for weights and caches [this one's].", metavar="SIZE")] = None,
+    question: Annotated[str, Option(help="New tokens of a question.", metavar="N")] = "200",
+    answer: Annotated[str, Option(help="Tokens of an answer.", metavar="N")] = "300",
+    think: Annotated[float, Option(help="Seconds from an answer's end to the next question.", metavar="S")] = 60.0,
+    min_rate: Annotated[float, Option(help="Tokens a second that a user must get.", metavar="R")] = 8.0,
+    max_ttft: Annotated[float, Option(help="Seconds that a first token may take.", metavar="S")] = 3.0,
+    json_file: Annotated[Path | None, Option("--json", help="Write all figures here.", metavar="FILE")] = None,
+    cache_dir: CacheDir = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Plan machines, memory, first tokens and speed for so many USERS of MODEL; without --measured, try it here."""
+    from turboserve.cli import plan
+
+    settings = config.resolve({"model": model, "cache_dir": cache_dir}, config_file)
+    wanted = plan.Wanted.parse(users, context, formats, memory, question, answer, think, min_rate, max_ttft)
+    plan.run(settings, wanted, measured or [], json_file)
+
+
 @app.command("eval", epilog=example("turboserve eval ./model --formats balanced,compact --rivals --plot quality.svg"))
 def eval_command(
     model: Model = None,

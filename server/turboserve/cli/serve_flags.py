@@ -63,6 +63,7 @@ def serve_command(
     max_response_bytes_per_caller: Annotated[Text, Option(help="Their bytes in memory [64MiB].")] = None,
     response_ttl_s: Annotated[Text, Option(help="Seconds until they are forgotten; 0: never [86400].")] = None,
     kv_store_dir: Annotated[Text, Option(help="Folder in which conversations survive a restart [off].")] = None,
+    kv_store_shared: Annotated[Switch, Option(help="Other servers of the same model use that folder too.")] = None,
     kv_store_bytes: Annotated[Text, Option(help="Size of that folder [4GiB].")] = None,
     kv_store_write_rate: Annotated[Text, Option(help="Bytes per second written to it [64MiB].")] = None,
     prefill_chunk_tokens: Annotated[
@@ -98,6 +99,7 @@ def serve_command(
     prompt_timeout_s: Annotated[Text, Option(help="Seconds that making a prompt may take [10].")] = None,
     stuck_step_s: Annotated[Text, Option(help="Seconds of one step after which /ready says 503 [120].")] = None,
     max_body_bytes: Annotated[Text, Option(help="Largest request body [8388608].")] = None,
+    max_import_bytes: Annotated[Text, Option(help="Largest exported session that is taken in [4GiB].")] = None,
     max_held_bytes: Annotated[Text, Option(help="Memory for all bodies under way before 503 [512MiB].")] = None,
     max_connections: Annotated[Text, Option(help="Connections at once; 0: what open files allow [0].")] = None,
     strict_parameters: Annotated[Switch, Option(help="Refuse parameters that would be ignored.")] = None,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,15 +149,32 @@ def rm_command(
         raise StartupError(f"no such session: {', '.join(missing)}; `turboserve sessions list --all` shows all")
 
 
-@app.command("export", epilog=example("turboserve sessions export trip trip.json"))
+@app.command("export", epilog=example("turboserve sessions export trip trip.session"))
 def export_command(
     name: Name,
     file: Annotated[Path | None, Argument(help="Where to; none: standard output.", metavar="FILE")] = None,
+    texts: Annotated[bool, Option("--texts", help="Only what was said in a chat kept here, as JSON.")] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
     config_file: ConfigFile = None,
 ) -> None:
-    """Write what was said in a kept chat, as JSON. Its cache is left out: any server computes it again."""
-    settings = config.resolve({}, config_file)
-    found = Conversations(settings.cache_dir).try_load(check_name(name, "NAME"))
+    """Write a session with its compressed cache to FILE, so that another server can continue it."""
+    check_name(name, "NAME")
+    if texts:
+        return _export_texts(name, file, config.resolve({}, config_file))
+    if file is None and sys.stdout.isatty():
+        raise UsageError("an exported cache is no text: name a FILE, redirect the output, or ask for --texts")
+    client, _ = _opened(url, api_key, config_file)
+    with client:
+        if file is None:
+            client.export(name, sys.stdout.buffer.write)
+        else:
+            with _written(file) as write:
+                client.export(name, write)
+
+
+def _export_texts(name: str, file: Path | None, settings: Settings) -> None:
+    found = Conversations(settings.cache_dir).try_load(name)
     if found is None:
         raise StartupError(
             f"no texts of {name} are kept here: servers keep caches, not texts; `turboserve chat --session` keeps them"
@@ -162,22 +183,51 @@ def export_command(
     if file is None:
         sys.stdout.write(text)
         return
+    with _written(file) as write:
+        write(text.encode())
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
+    """A file that is there when all of it was written, for its owner alone. Raises StartupError."""
     try:
-        file.write_text(text, encoding="utf-8")
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600
+        try:
+            with open(handle, "wb") as out:
+                yield out.write
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as exc:
-        raise StartupError(f"{file}: {exc.strerror or exc}") from exc
+        raise StartupError(f"{file} cannot be written: {exc.strerror or exc}") from exc
 
 
-@app.command("import", epilog=example("turboserve sessions import trip.json --as trip-home"))
+@app.command("import", epilog=example("turboserve sessions import trip.session --as trip-home"))
 def import_command(
     file: Annotated[Path, Argument(help="What `sessions export` wrote.", metavar="FILE")],
     new_name: Annotated[Text, Option("--as", help="Its name here [the exported one].", metavar="NAME")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
     config_file: ConfigFile = None,
 ) -> None:
-    """Keep an exported chat here; `turboserve chat --session NAME` continues it on whichever server."""
-    settings = config.resolve({}, config_file)
+    """Have a server take an exported session in; of exported texts, keep the chat here. Prints its name."""
+    name = None if new_name is None else check_name(new_name, "--as")
+    try:
+        with file.open("rb") as opened:
+            is_texts = opened.read(1) in (b"{", b"")
+    except OSError as exc:
+        raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
+    if is_texts:
+        return _import_texts(file, name, config.resolve({}, config_file))
+    client, _ = _opened(url, api_key, config_file)
+    with client:
+        typer.echo(client.take_in(file, name)["id"])
+
+
+def _import_texts(file: Path, new_name: str | None, settings: Settings) -> None:
     found = read_conversation(file)
-    name = found.name if new_name is None else check_name(new_name, "--as")
+    name = new_name or found.name
     kept = Conversations(settings.cache_dir)
     if kept.path(name).exists():
         raise UsageError(f"there is a chat named {name} here: choose another name by --as, or delete it first")

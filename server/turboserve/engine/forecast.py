@@ -41,6 +41,16 @@ class Geometry:
         fmt.check_dims(dim, dim)
         return self.num_layers * fmt.token_bytes(self.num_kv_heads, dim, dim)
 
+    def conversation_bytes(self, fmt: KVFormat | None, number_bytes: int, num_tokens: int) -> int:
+        """Bytes of one conversation: full pages, and exact rows at its ends. Raises UnsupportedFormatError."""
+        raw_bytes = self.token_bytes(None, number_bytes)
+        if fmt is None:
+            return num_tokens * raw_bytes
+        dim = stored_dim(self.head_dim)
+        fmt.check_dims(dim, dim)
+        pages = self.num_layers * fmt.num_pages(num_tokens) * fmt.page_bytes(self.num_kv_heads, dim, dim)
+        return pages + min(fmt.exact_rows(num_tokens), num_tokens) * raw_bytes
+
     def tokens(self, fmt: KVFormat | None, number_bytes: int, budget_bytes: int) -> int:
         """Tokens of one conversation that a budget holds. Raises UnsupportedFormatError."""
         exact = 0 if fmt is None else fmt.sink_tokens + fmt.page_tokens

@@ -22,8 +22,8 @@ from turboquant_kv.cache.runtime import UnsupportedModelError
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError
 from turboquant_kv.evaluation.contestants import check_compressible
-from turboserve.cache.disk import DiskStore, StoreLockedError
-from turboserve.cache.interfaces import SessionDisk
+from turboserve.cache.disk import DiskStore, SharedDiskStore, StoreLockedError
+from turboserve.cache.interfaces import ServedModel, SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
@@ -81,7 +81,13 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
     disk = _open_store(settings, loaded, formats, progress)
-    kv_memory = Memory(formats, budget_bytes, limits, disk, wall_offset=lambda: time.time() - time.monotonic())
+    kv_memory = Memory(
+        *(formats, budget_bytes, limits, disk),
+        wall_offset=lambda: time.time() - time.monotonic(),
+        model=ServedModel(
+            loaded.model_id, _meaning(loaded), frozenset(adapter.fingerprint for adapter in loaded.adapters)
+        ),
+    )
     if runtime.verdict is not None:
         progress(f"KV kernels   {runtime.verdict.line}")
     if (needed_bytes := peak_bytes(runtime, MIN_TOKENS)) > budget_bytes:
@@ -285,7 +291,7 @@ def _open_store(
         return None
     meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, formats.kv.fingerprint)
     try:
-        store = DiskStore(
+        store = (SharedDiskStore if settings.kv_store_shared else DiskStore)(
             settings.kv_store_dir.expanduser(),
             limit_bytes=settings.kv_store_bytes,
             write_rate=settings.kv_store_write_rate,
@@ -295,8 +301,15 @@ def _open_store(
         raise StartupError(f"{_one_line(exc)}: set another --kv-store-dir, or stop the other server.") from exc
     status = store.status()
     state = f", {status.reason}" if status.reason else ""
+    state = f"{', shared' if store.is_shared else ''}{state}"
     progress(f"session store {settings.kv_store_dir}: {status.num_entries} conversations{state}")
     return store
+
+
+def _meaning(loaded: LoadedModel) -> str:
+    """A hash of what computes caches: the same model serves both or neither."""
+    said = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
 
 def _check_fits(num_bytes: int, memory: MemoryInfo) -> None:

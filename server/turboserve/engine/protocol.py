@@ -10,12 +10,16 @@ from concurrent.futures import Future
 from typing import Any, Protocol, overload
 
 from turboserve.messages import (
+    CheckImport,
     DeleteSession,
     EngineStats,
     Event,
+    ExportedSession,
+    ExportSession,
     ForkSession,
     GetSession,
     GetSessionTree,
+    ImportSession,
     ListSessions,
     Request,
     SamplingParams,
@@ -76,13 +80,18 @@ class Engine(Protocol):
     @overload
     def session(self, command: GetSessionTree) -> Future[SessionTree]: ...
     @overload
-    def session(self, command: DeleteSession) -> Future[None]:
+    def session(self, command: ExportSession) -> Future[ExportedSession]: ...
+    @overload
+    def session(self, command: ImportSession) -> Future[SessionInfo]: ...
+    @overload
+    def session(self, command: DeleteSession | CheckImport) -> Future[None]:
         """Done on the engine thread between two steps. Another caller's session is not found.
 
         The future's exception is a TurboServeError: SessionNotFoundError (of ListSessions: for an unknown
         `after`), SessionExistsError and OverloadedError (ForkSession, without room), QuotaExceededError (ForkSession,
-        UpdateSession), SessionBusyError (DeleteSession, ForkSession while its first prompt is being read), or
-        EngineUnavailableError before the engine is ready and after its end.
+        UpdateSession), SessionBusyError (DeleteSession; ForkSession, ExportSession while its first prompt is read),
+        SessionImportError, KVFormatError, SessionExistsError (CheckImport, ImportSession), or EngineUnavailableError
+        before the engine is ready and after its end.
         """
         ...
 

@@ -80,6 +80,11 @@ class ServedFormats:
     def convert(self, caches: Caches, source: str, target: str) -> Caches:
         return self.kv.convert(caches, source, target)
 
+    def fingerprints(self, name: str) -> Mapping[str, str]:
+        is_plain = name == PLAIN_FORMAT  # nothing is centred, and nothing needs to be measured for it
+        calibration = "" if is_plain else self.kv.calibration_fingerprint
+        return {"layout": self.kv.layout_fingerprint, "calibration": calibration}
+
     def export_caches(self, caches: Caches) -> tuple[Mapping[str, Any], list[NDArray[Any]]]:
         return self.kv.export_caches(caches)
 

@@ -21,6 +21,7 @@ from turboserve.api.dashboard import AssetRoute
 from turboserve.api.drain import Drain
 from turboserve.api.exception_replies import EXPECTED, answer_exception
 from turboserve.api.frontdoor import Frontdoor
+from turboserve.api.held_bytes import IMPORT_PATH
 from turboserve.api.openapi import ApiDescription
 from turboserve.api.responses import routes as responses
 from turboserve.api.routes import router as api_router
@@ -29,7 +30,7 @@ from turboserve.api.shapes import SHAPES
 from turboserve.api.tracing import tracing_from_environment
 from turboserve.fleet.context import FleetContext
 from turboserve.fleet.fleet import Fleet
-from turboserve.fleet.forwarding import by_body, by_id, by_query
+from turboserve.fleet.forwarding import by_body, by_id, by_query, by_stream
 from turboserve.fleet.plan import Catalogue
 from turboserve.fleet.routes import own_router
 from turboserve.settings import Settings
@@ -91,6 +92,8 @@ def _answered(route: APIRoute, own: dict[str, APIRoute]) -> BaseRoute:
 
 
 def _forwarder(route: APIRoute) -> Endpoint:
+    if route.path == IMPORT_PATH:
+        return by_stream
     if route.param_convertors:
         return by_id
     return by_body if "POST" in (route.methods or ()) else by_query

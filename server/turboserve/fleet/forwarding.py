@@ -7,6 +7,7 @@ the router saw it with; else loaded models are asked one after another, the most
 
 from __future__ import annotations
 
+from dataclasses import replace
 from urllib.parse import parse_qsl, urlencode
 
 import httpx
@@ -23,9 +24,10 @@ from turboserve.fleet.model import Model
 from turboserve.fleet.plan import ModelPlan
 from turboserve.fleet.relay import RelayResponse
 from turboserve.fleet.streams import StreamShape
-from turboserve.fleet.upstream import MODEL_HEADER, Question, passed_back, passed_on
+from turboserve.fleet.upstream import MODEL_HEADER, Question, lost, passed_back, passed_on
 
 OLLAMA = "/api/"
+EXPORT = "/export"  # of a session: too large to be held here
 
 
 async def by_body(request: Request) -> Response:
@@ -69,6 +71,25 @@ async def by_id(request: Request) -> Response:
         if _is_worth_loading(context.fleet[owner], question):
             return RelayResponse(context, plan, question, None)
     return await _first_that_knows(context, question, wanted_id)
+
+
+async def by_stream(request: Request) -> Response:
+    """An import, passed on as it comes: to the model that the query or the header names, else as `by_query`."""
+    context = await fleet_context(request)
+    context.drain.check()
+    name = named_model(request)
+    loaded = next(iter(context.fleet.loaded), None)
+    default = loaded.plan if loaded is not None else next(iter(context.catalogue))
+    plan = context.catalogue.find(name) if name else default
+    question = _question(request, b"")
+    async with context.fleet.use(plan) as process:
+        try:
+            reply = await process.http.send(question.to(process, request.stream()))
+        except httpx.TransportError as exc:
+            raise lost(plan) from exc
+    if reply.is_success:
+        context.owners.remember(question.tenant, str(reply.json()["id"]), plan.name)
+    return _whole(reply)
 
 
 def named_model(request: Request) -> str:
@@ -117,15 +138,17 @@ def _is_worth_loading(model: Model, question: Question) -> bool:
 
 async def _first_that_knows(context: FleetContext, question: Question, wanted_id: str) -> Response:
     """Small replies, passed on in one piece. Raises what a single model would when none of them knows the id."""
+    is_file = question.path.endswith(EXPORT)
+    asked = replace(question, path=question.path.removesuffix(EXPORT)) if is_file else question
     for model in context.fleet.loaded:
         async with context.fleet.use(model.plan) as process:
             try:
-                reply = await process.http.send(question.to(process))
+                reply = await process.http.send(asked.to(process))
             except httpx.TransportError:
                 continue
         if reply.status_code != 404:
             context.owners.remember(question.tenant, wanted_id, model.name)
-            return _whole(reply)
+            return RelayResponse(context, model.plan, question, None) if is_file else _whole(reply)
     raise _not_found(question.path, wanted_id)
 
 

@@ -20,7 +20,7 @@ from turboserve.errors import TurboServeError
 from turboserve.fleet.context import FleetContext
 from turboserve.fleet.plan import ModelPlan
 from turboserve.fleet.process import ModelProcess
-from turboserve.fleet.streams import StreamShape, WholeEvents, event_end
+from turboserve.fleet.streams import StreamShape, WholeEvents, event_end, is_file
 from turboserve.fleet.upstream import Question, error_in, lost, passed_back
 from turboserve.messages import Event, Failed
 
@@ -118,7 +118,10 @@ class RelayResponse(Response):
         return reply
 
     async def _pass_on(self, reply: httpx.Response, send: Send) -> None:
-        end = event_end(reply.headers.get("content-type", ""))
+        content_type = reply.headers.get("content-type", "")
+        if is_file(content_type) and reply.status_code == 200:
+            return await self._pass_on_file(reply, send)
+        end = event_end(content_type)
         if end is None or reply.status_code != 200:
             body = await reply.aread()  # whole before its first byte is sent: then a lost process is an error reply
             if self._has_begun:
@@ -131,6 +134,13 @@ class RelayResponse(Response):
         async for data in reply.aiter_raw():
             await self._send(send, events.take(data))
         await self._send(send, events.rest(), more=False)
+
+    async def _pass_on_file(self, reply: httpx.Response, send: Send) -> None:
+        """With its length: a caller notices when the process dies before its end."""
+        await self._begin(send, reply.status_code, passed_back(reply.headers.raw))
+        async for data in reply.aiter_raw():
+            await self._send(send, data)
+        await self._send(send, b"", more=False)
 
     async def _fail(self, send: Send, error: TurboServeError) -> None:
         """Raises the error where it can still have a status, else tells it as the last event."""

@@ -10,11 +10,21 @@ from dataclasses import dataclass
 from turboserve.api.anthropic.replies import MessageReplies
 from turboserve.api.anthropic_errors import anthropic_envelope, speaks_anthropic
 from turboserve.api.replies import SSE_COMMENT, SSE_TYPE, dump, sse, sse_error
+from turboserve.api.transfers import SESSION_TYPE
 from turboserve.errors import TurboServeError
 
 NDJSON_TYPE = "application/x-ndjson"
 # By media type: what ends an event. Only whole events are passed on, so that one of ours can follow at any time.
 EVENT_ENDS = {"text/event-stream": b"\n\n", NDJSON_TYPE: b"\n"}
+
+
+# Passed on as they come, in pieces of whatever length.
+FILES = frozenset({SESSION_TYPE})
+
+
+def is_file(content_type: str) -> bool:
+    """Whether a reply with this Content-Type may be large and has no events."""
+    return content_type.partition(";")[0].strip().lower() in FILES
 
 
 def event_end(content_type: str) -> bytes | None:

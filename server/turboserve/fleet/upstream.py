@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -43,12 +43,12 @@ class Question:
     tenant: str
     request_id: str
 
-    def to(self, process: ModelProcess) -> httpx.Request:
-        """The request for a model's process."""
+    def to(self, process: ModelProcess, content: AsyncIterator[bytes] | None = None) -> httpx.Request:
+        """The request for a model's process; `content`: its body, where that is not held here."""
         own = [(name.encode(), value.encode()) for name, value in self._introduction(process)]
         url = httpx.URL(quote(self.path, safe=PATH_CHARACTERS), query=self.query.encode("latin-1") or None)
         headers = [*self.headers, *own, (b"accept-encoding", b"identity")]
-        return process.http.build_request(self.method, url, headers=headers, content=self.body or None)
+        return process.http.build_request(self.method, url, headers=headers, content=content or self.body or None)
 
     def _introduction(self, process: ModelProcess) -> Iterable[tuple[str, str]]:
         return introduction(process, self.tenant, self.request_id).items()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
+
+import numpy as np
 
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.errors import (
     QuotaExceededError,
     SessionBusyError,
     SessionExistsError,
+    SessionImportError,
     SessionNotFoundError,
     TurboServeError,
 )
 from turboserve.messages import (
+    CheckImport,
     DeleteSession,
+    ExportedSession,
+    ExportSession,
     ForkSession,
     GetSession,
     GetSessionTree,
+    ImportSession,
     ListSessions,
     PageCounts,
     PrefixNode,
@@ -40,6 +47,7 @@ class ScriptedSessions:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str], SessionInfo] = {}
+        self.imported: list[ImportSession] = []
 
     def add(self, tenant: str, session_id: str, *, is_explicit: bool = True, kv_format: str = "4/3") -> SessionInfo:
         info = SessionInfo(
@@ -63,7 +71,7 @@ class ScriptedSessions:
     def session(self, command: SessionCommand) -> Future[Any]:
         return _answered(lambda: self._answer(command))
 
-    def _answer(self, command: SessionCommand) -> SessionPage | SessionInfo | SessionTree | None:
+    def _answer(self, command: SessionCommand) -> SessionPage | SessionInfo | SessionTree | ExportedSession | None:
         match command:
             case ListSessions(tenant, limit, after):
                 return self._page(tenant, limit, after)
@@ -78,6 +86,15 @@ class ScriptedSessions:
                 return None
             case GetSessionTree(tenant):
                 return self._tree(tenant)
+            case ExportSession(tenant, session_id):
+                return self._export(tenant, session_id)
+            case CheckImport(tenant, session_id, fields):
+                self._check_import(tenant, session_id, fields)
+                return None
+            case ImportSession(tenant, session_id, fields):
+                self._check_import(tenant, session_id, fields)
+                self.imported.append(command)
+                return self.add(tenant, session_id)
 
     def _get(self, tenant: str, session_id: str) -> SessionInfo:
         if (tenant, session_id) not in self._held:
@@ -100,6 +117,21 @@ class ScriptedSessions:
             sessions=tuple((info, None if info.tier == "running" else pages) for info in own),
             nodes=(PrefixNode(None, 40, "4/3"), *ends) if own else (),
         )
+
+    def _export(self, tenant: str, session_id: str) -> ExportedSession:
+        """A few arrays; of a session called `gone`, nothing that can be read."""
+        self._get(tenant, session_id)
+        header: dict[str, Any] = {"arrays": [{"dtype": "uint8", "shape": [3000, 700], "cut": [0, 1000]}]}
+        arrays = [np.random.default_rng(7).integers(0, 255, (3000, 700)).astype(np.uint8)]
+        fields = {"session_id": session_id, "kv_format": "4/3", "model": "m"}
+        read = (lambda: None) if session_id == "gone" else (lambda: (header, arrays))
+        return ExportedSession(fields, np.arange(3000, dtype=np.int32), read)
+
+    def _check_import(self, tenant: str, session_id: str, fields: Mapping[str, Any]) -> None:
+        if fields.get("model") != "m":
+            raise SessionImportError("Another model.", param="model")
+        if (tenant, session_id) in self._held:
+            raise SessionExistsError(f"A session {session_id!r} exists already.", param="id")
 
     def _fork(self, tenant: str, session_id: str, new_id: str | None) -> SessionInfo:
         source = self._get(tenant, session_id)

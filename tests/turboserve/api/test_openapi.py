@@ -148,8 +148,12 @@ def test_bodies_header_and_stream_are_declared(document: dict[str, Any]) -> None
     with_body = {
         path: _names(operation["requestBody"]["content"]["application/json"]["schema"])
         for method, path, operation in operations(document)
-        if method == "POST" and "requestBody" in operation
+        if method == "POST" and "requestBody" in operation and path != "/v1/sessions/import"
     }
+    taken_in = document["paths"]["/v1/sessions/import"]["post"]["requestBody"]["content"]
+    assert list(taken_in) == list(
+        document["paths"]["/v1/sessions/{session_id}/export"]["get"]["responses"]["200"]["content"]
+    )
     assert with_body == {
         "/v1/chat/completions": "ChatBody",
         "/v1/messages": "MessagesBody",

@@ -183,6 +183,9 @@ class FakeFamily:
         new[0].grow(caches[0].tokens)
         return new
 
+    def fingerprints(self, name: str) -> Mapping[str, str]:
+        return {"layout": "fake", "calibration": name}
+
     def export_caches(self, caches: Caches) -> tuple[Mapping[str, Any], Arrays]:
         return {"format": caches[0].runtime.name}, [np.array(caches[0].tokens, np.int32)]
 
@@ -230,6 +233,17 @@ class FakeDisk:
         self.is_full = self.is_hesitant = self.is_failing = False
         self.num_asked = 0
         self.damaged: set[str] = set()
+
+    is_shared = False
+
+    def key_for(self, salt: str, session_id: str) -> str | None:
+        return None
+
+    def refresh(self, key: str) -> StoredEntry | None:
+        return None
+
+    def changes(self) -> list[StoredEntry | str]:
+        return []
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
         self.num_asked += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+SESSION_TYPE = "application/vnd.turboserve.session"
 HOW: dict[str, Any] = json.loads(sys.argv[1])
 CANCELLED = threading.Event()
 SESSIONS: dict[str, str] = {}  # id -> tenant
@@ -30,8 +31,10 @@ class Answers(BaseHTTPRequestHandler):
         if path == "/v1/models":
             self._json({"data": [{"max_model_len": 4096, "kv_format": "4/3", "created": 7}]})
         elif path.startswith("/v1/sessions/"):
-            owner = SESSIONS.get(path.removeprefix("/v1/sessions/"))
-            known = owner == self.headers["x-turboserve-tenant"]
+            name, _, what = path.removeprefix("/v1/sessions/").partition("/")
+            known = SESSIONS.get(name) == self.headers["x-turboserve-tenant"]
+            if known and what == "export":
+                return self._send(HOW["name"].encode() * 1_000_000, 200, SESSION_TYPE)
             self._json({"model": HOW["name"]}, 200 if known else 404)
         elif path.startswith("/v1/responses/"):
             self._json({"path": self.path})
@@ -40,7 +43,19 @@ class Answers(BaseHTTPRequestHandler):
         else:
             self._json({"error": {"message": "no such route"}}, 404)
 
+    def _take_in(self) -> None:
+        """A body in chunks, of which the length and the first bytes are told."""
+        num_bytes = 0
+        while length := int(self.rfile.readline(), 16):
+            num_bytes += len(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        SESSIONS["imported"] = self.headers["x-turboserve-tenant"]
+        self._json({"id": "imported", "by": HOW["name"], "path": self.path, "num_bytes": num_bytes})
+
     def do_POST(self) -> None:
+        if urlsplit(self.path).path == "/v1/sessions/import":
+            return self._take_in()
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.headers["x-turboserve-router-key"] != os.environ["TURBOSERVE_ROUTER_KEY"]:
             return self._json({"error": {"message": "who are you?"}}, 401)
@@ -84,9 +99,9 @@ class Answers(BaseHTTPRequestHandler):
     def _json(self, value: object, status: int = 200) -> None:
         self._send(json.dumps(value).encode(), status)
 
-    def _send(self, data: bytes, status: int) -> None:
+    def _send(self, data: bytes, status: int, media_type: str = "application/json") -> None:
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", media_type)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

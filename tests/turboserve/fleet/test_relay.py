@@ -12,6 +12,8 @@ import httpx
 import pytest
 from tests.turboserve.fleet.conftest import Router, Start, wait_until
 
+from turboserve.api.transfers import SESSION_TYPE
+
 
 def stream(router: Router, path: str = "/v1/chat/completions", **body: Any) -> str:
     asked = {"model": "a", "stream": True, "do": "stream", **body}
@@ -160,6 +162,25 @@ def test_a_session_is_found_by_memory_by_name_or_by_asking(start: Start) -> None
     assert router.get("/v1/sessions/s1", **{"X-TurboServe-Model": "a"}).json() == {"model": "a"}
     missing = router.get("/v1/sessions/s4")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "session_not_found")
+
+
+def test_exported_sessions_pass_through_in_both_directions(start: Start) -> None:
+    router = start({"a": {}, "b": {}})
+    router.ask("a"), router.ask("b", session_id="s")
+    router.ask("a", path="/tokenize", session_id="t")  # a route that the router does not learn sessions from
+    for path, first in (("s/export", b"b"), ("s/export?model=b", b"b"), ("t/export", b"a")):
+        reply = router.get(f"/v1/sessions/{path}")
+        assert reply.content == first * 1_000_000 and reply.headers["content-type"] == SESSION_TYPE
+    assert router.get("/v1/sessions/unknown/export").status_code == 404
+    num_bytes = 20 << 20  # more than any other body may have
+    for query, model in (("?model=a&id=x", "a"), ("?model=b", "b")):
+        url = f"{router.url}/v1/sessions/import{query}"
+        reply = httpx.post(url, content=bytes(num_bytes), headers={"Content-Type": SESSION_TYPE}, timeout=20)
+        said = reply.json()
+        assert (said["by"], said["num_bytes"]) == (model, num_bytes)
+        assert urlsplit(said["path"]).query == ("id=x" if model == "a" else "")
+        exported = router.get("/v1/sessions/imported/export")
+        assert exported.content[:1] == model.encode(), "who took it in last has it"
 
 
 def test_metrics_of_all_models_have_their_label(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from turboserve.cache.disk.files import StoreLockedError
 from turboserve.cache.disk.layout import StoreFolderError
+from turboserve.cache.disk.shared import SharedDiskStore
 from turboserve.cache.disk.store import DiskCounts, DiskStore
 
-__all__ = ["DiskCounts", "DiskStore", "StoreFolderError", "StoreLockedError"]
+__all__ = ["DiskCounts", "DiskStore", "SharedDiskStore", "StoreFolderError", "StoreLockedError"]

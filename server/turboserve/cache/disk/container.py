@@ -11,6 +11,7 @@ in here is executed, allocated by a number from the file, or trusted before it w
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -35,7 +36,7 @@ _DTYPES = {
     "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
 }  # fmt: skip
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 _SLICE_BYTES = 1 << 20  # what is written between two looks at the rate limit
 
 
@@ -47,7 +48,7 @@ class DamagedFileError(ValueError):
 class Container:
     """A file's header: what it says about itself, and where its arrays lie."""
 
-    kind: str  # "entry" or "chunk"
+    kind: str  # "entry" or "piece"; of an exported session (session_file.py) others
     fields: dict[str, Any]
     arrays: dict[str, dict[str, Any]]
     data_start: int
@@ -67,7 +68,7 @@ def pack(kind: str, fields: Mapping[str, Any], arrays: Arrays) -> tuple[bytes, l
     metadata = {"magic": MAGIC, "kind": kind, "fields": _dump(fields), "data_checksum": _checksum(data)}
     metadata["header_checksum"] = _header_checksum(metadata, described)
     text = _dump({"__metadata__": metadata, **described}).encode()
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, data
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, data
 
 
 def packed_bytes(head: bytes, data: list[Array]) -> int:
@@ -86,24 +87,40 @@ def slices(head: bytes, data: list[Array]) -> Iterator[memoryview]:
 def read_header(file: File) -> Container:
     """A file's header alone, its checksum verified. Raises DamagedFileError, OSError."""
     with file.open() as stream:
-        return _read_header(stream, file.name)
+        return _read_header(stream, os.fstat(stream.fileno()).st_size, file.name)
 
 
 def read(file: File) -> tuple[Container, dict[str, Array]]:
     """A whole file, both checksums verified. Raises DamagedFileError, OSError."""
     with file.open() as stream:
-        num_bytes = os.fstat(stream.fileno()).st_size
-        head = _read_header(stream, file.name)
-        data = np.fromfile(stream, np.uint8)
+        return read_part(stream, os.fstat(stream.fileno()).st_size, file.name)
+
+
+def read_part(stream: BinaryIO, num_bytes: int, name: str) -> tuple[Container, dict[str, Array]]:
+    """The container in the next `num_bytes` of a file, both checksums verified; `name` is for messages.
+
+    Raises DamagedFileError, OSError.
+    """
+    head = _read_header(stream, num_bytes, name)
+    data = np.fromfile(stream, np.uint8, num_bytes - head.data_start)
     if head.data_start + len(data) != num_bytes or _checksum([data]) != head.data_checksum:
-        raise DamagedFileError(f"{file.name}: its data does not match its checksum")
-    return head, {name: _view(data, entry, file.name) for name, entry in head.arrays.items()}
+        raise DamagedFileError(f"{name}: its data does not match its checksum")
+    return head, {key: _view(data, entry, name) for key, entry in head.arrays.items()}
 
 
-def _read_header(file: BinaryIO, name: str) -> Container:
-    num_bytes = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if num_bytes < _LENGTH_BYTES + 2 or length > num_bytes - _LENGTH_BYTES:
+def header_bytes(first: bytes) -> int:
+    """How long the header is, by its first eight bytes, these included."""
+    return LENGTH_BYTES + int.from_bytes(first[:LENGTH_BYTES], "little")
+
+
+def parse_header(data: bytes, name: str) -> Container:
+    """A header that is in memory, its checksum verified. Raises DamagedFileError."""
+    return _read_header(io.BytesIO(data), len(data), name)
+
+
+def _read_header(file: BinaryIO, num_bytes: int, name: str) -> Container:
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    if num_bytes < LENGTH_BYTES + 2 or length > num_bytes - LENGTH_BYTES:
         raise DamagedFileError(f"{name}: too short for its header")
     try:
         described = json.loads(file.read(length))
@@ -112,7 +129,7 @@ def _read_header(file: BinaryIO, name: str) -> Container:
         if metadata["magic"] != MAGIC or claimed != _header_checksum(metadata, described):
             raise DamagedFileError(f"{name}: its header does not match its checksum")
         fields = json.loads(metadata["fields"])
-        return Container(metadata["kind"], fields, described, _LENGTH_BYTES + length, metadata["data_checksum"])
+        return Container(metadata["kind"], fields, described, LENGTH_BYTES + length, metadata["data_checksum"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         if isinstance(exc, DamagedFileError):
             raise

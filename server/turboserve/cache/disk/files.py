@@ -50,10 +50,10 @@ def write_atomically(file: File, parts: Iterable[memoryview], after_write: Calla
         raise
 
 
-def lock_folder(folder: Folder, *, read_only: bool = False) -> tuple[int, bool]:
+def lock_folder(folder: Folder, *, read_only: bool = False, is_shared: bool = False) -> tuple[int, bool]:
     """Take a store's lock: an open descriptor (closing it gives the lock back), and whether files can be written.
 
-    read_only: even where they could, nothing will be.
+    read_only: even where they could, nothing will be. is_shared: beside others that share it.
 
     Raises StoreLockedError when another process holds it, OSError when there can be no lock at all.
     """
@@ -61,15 +61,16 @@ def lock_folder(folder: Folder, *, read_only: bool = False) -> tuple[int, bool]:
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_nlink > 1:
             raise OSError(errno.EINVAL, f"{LOCK_NAME} is not a file of the store's own")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_writable:
+        fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if is_writable and not is_shared:
             os.ftruncate(handle, 0)
             os.write(handle, f"{os.getpid()}\n".encode())
     except BlockingIOError as exc:
         owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise StoreLockedError(
-            f"The session store {folder.path} is in use by process {owner}: stop that server or choose another folder."
+            f"The session store {folder.path} is in use by process {owner}: stop that server or choose another folder"
+            f"{'' if is_shared else ', or have all of them share it (kv_store_shared)'}."
         ) from exc
     except BaseException:
         os.close(handle)

@@ -100,9 +100,10 @@ class File(NamedTuple):
         if self.is_plain():
             os.unlink(self.name, dir_fd=self.folder.handle)
 
-    def touch(self, time_s: float) -> None:
-        """Set its times."""
-        os.utime(self.name, (time_s, time_s), dir_fd=self.folder.handle, follow_symlinks=False)
+    def touch(self, time_s: float | None) -> None:
+        """Set its times; None: to now, by the file system's own clock."""
+        times = None if time_s is None else (time_s, time_s)
+        os.utime(self.name, times, dir_fd=self.folder.handle, follow_symlinks=False)
 
     def make_private(self) -> None:
         """For its owner only from now on. Raises OSError."""

@@ -2,6 +2,7 @@
 
     <folder>/turboserve-store                    says that the folder is a session store
     <folder>/store.lock
+    <folder>/entries.lock                        of a folder that several servers share: a byte for each entry
     <folder>/entries/<hash of key>.safetensors   one conversation: meta, header, arrays' rests, names of pieces
     <folder>/pieces/<content hash>.safetensors   a thousand tokens, shared by entries with the same beginning
 
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from turboserve.cache.disk.entry_locks import LOCKS_NAME
 from turboserve.cache.disk.files import LOCK_NAME, TEMPORARY
 from turboserve.cache.disk.folder import File, Folder
 from turboserve.errors import StartupError
@@ -59,7 +61,7 @@ class StoreFolder:
 
     def make_private(self) -> None:
         """Folders and files for their owner only, also those that are there already."""
-        of_root = (File(self.root, MARKER_NAME), File(self.root, LOCK_NAME))
+        of_root = (File(self.root, MARKER_NAME), File(self.root, LOCK_NAME), File(self.root, LOCKS_NAME))
         folders = (self.root, self.entries, self.pieces)
         everything: tuple[Folder | File, ...]
         everything = (*folders, *of_root, *files_of(self.entries), *files_of(self.pieces))

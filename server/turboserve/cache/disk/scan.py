@@ -37,7 +37,7 @@ def scan(store: StoreFolder, fingerprint: str) -> Found:
     on_disk = {file.name.removesuffix(SUFFIX): file.status().st_size for file in files_of(store.pieces)}
     for file in files_of(store.entries):
         try:
-            entry = _entry(store, file, container.read_header(file), fingerprint)
+            entry = entry_of(store, file, container.read_header(file), fingerprint)
             missing = [name for name, num_bytes in entry.pieces.items() if on_disk.get(name) != num_bytes]
             if missing:
                 raise DamagedFileError(f"{len(missing)} of its {len(entry.pieces)} pieces are missing")
@@ -49,7 +49,8 @@ def scan(store: StoreFolder, fingerprint: str) -> Found:
     return found
 
 
-def _entry(store: StoreFolder, file: File, head: Container, fingerprint: str) -> Entry:
+def entry_of(store: StoreFolder, file: File, head: Container, fingerprint: str) -> Entry:
+    """What an entry's header says. Raises DamagedFileError, OSError."""
     try:
         key, pieces = str(head.fields["key"]), {str(name): int(n) for name, n in head.fields["pieces"]}
         is_foreign = head.fields["fingerprint"] != fingerprint

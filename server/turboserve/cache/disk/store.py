@@ -65,6 +65,8 @@ class _Rubbish(NamedTuple):
 class DiskStore:
     """The real SessionDisk (cache/interfaces.py). All methods may be called from any thread."""
 
+    is_shared = False  # with other servers: shared.py
+
     def __init__(
         self,
         path: Path,
@@ -107,10 +109,10 @@ class DiskStore:
     def _open(self) -> None:
         try:
             self._folder = layout.open_store_folder(self.path)
-            self._lock_handle, is_writable = files.lock_folder(self._folder.root)
+            self._lock_handle, is_writable = files.lock_folder(self._folder.root, is_shared=self.is_shared)
             if is_writable:
                 self._folder.make_private()
-            found = scan.scan(self._folder, self._fingerprint)
+            found = self._look_around(self._folder, is_writable=is_writable)
         except files.StoreLockedError:
             self._close_folder()
             raise
@@ -132,6 +134,10 @@ class DiskStore:
             return
         self._thread = threading.Thread(target=self._work, name="kv-store", daemon=True)
         self._thread.start()
+
+    def _look_around(self, folder: StoreFolder, *, is_writable: bool) -> scan.Found:
+        """What is there when the folder is opened."""
+        return scan.scan(folder, self._fingerprint)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Write what is queued, no longer at a limited rate, for at most `timeout_s`; give the lock back."""
@@ -162,7 +168,7 @@ class DiskStore:
         Its pieces are shared on disk only with entries whose meta has the same `salt`. An entry of this key stays
         until the new one is durable. False: the store is off, closing, or has too much queued.
         """
-        job = Job(key, dict(meta), dict(header), list(arrays))
+        job = Job(key, dict(meta), dict(header), list(arrays), scope=self._scope(key, meta))
         with self._changed:
             too_much = self._pending and self.pending_bytes + job.num_bytes > self._max_pending_bytes
             if not self._accepts() or too_much or job.num_bytes > self._limit_bytes:
@@ -172,6 +178,10 @@ class DiskStore:
             self._pending[key] = job
             self._changed.notify_all()
         return True
+
+    def _scope(self, key: str, meta: Mapping[str, Any]) -> str | None:
+        """Within which pieces are shared; None: the caller's."""
+        return None
 
     def get(self, key: str) -> tuple[Mapping[str, Any], Mapping[str, Any], list[Array]] | None:
         """Meta, header and arrays as they were put; None when they are gone or damaged."""
@@ -185,7 +195,7 @@ class DiskStore:
             entry.num_readers += 1
             folder = self._folder
         try:
-            fields, arrays = read_entry(folder, key)
+            fields, arrays = self._read(folder, key)
         except (DamagedFileError, OSError) as exc:
             self._drop_damaged(entry, exc)
             return None
@@ -198,6 +208,22 @@ class DiskStore:
         self._note_use(entry)
         self._count(read=1)
         return fields["meta"], fields["header"], arrays
+
+    def _read(self, folder: StoreFolder, key: str) -> tuple[dict[str, Any], list[Array]]:
+        """An entry's fields and arrays. Raises DamagedFileError, OSError."""
+        return read_entry(folder, key)
+
+    def key_for(self, salt: str, session_id: str) -> str | None:
+        """Under which key a named session lies in a folder that others share; None: under any."""
+        return None
+
+    def refresh(self, key: str) -> StoredEntry | None:
+        """What others have written under a key since it was last looked at."""
+        return None
+
+    def changes(self) -> list[StoredEntry | str]:
+        """What others have done since the last call: entries that are new, keys of those that are gone."""
+        return []
 
     def delete(self, key: str) -> None:
         """Forget an entry, written or queued; its files go in the background."""
@@ -256,7 +282,7 @@ class DiskStore:
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or to be deleted; whether that happened in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._pending or self._trash or self._writing), timeout_s)
+            return self._changed.wait_for(lambda: not (self._pending or self._has_trash or self._writing), timeout_s)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books do not add up."""
@@ -268,9 +294,7 @@ class DiskStore:
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
             try:
-                self._make_room(job)
-                entry = write_job(self._opened, job, self._fingerprint, self._has_piece, self._after_write)
-                self._finish(job, entry)
+                self._finish(job, self._write(job))
             except Stopped:
                 self._finish(job, None)
             except OSError as exc:
@@ -280,14 +304,19 @@ class DiskStore:
                 self._count(write_failures=1)
                 self._finish(job, None)
 
+    def _write(self, job: Job) -> Entry:
+        """Make room and write it. Raises Stopped, OSError."""
+        self._make_room(job)
+        return write_job(self._opened, job, self._fingerprint, self._has_piece, self._after_write)
+
     def _next_job(self) -> Job | None:
         """Waits for one, deleting files in the meantime; None: the thread shall end."""
         while True:
             with self._changed:
                 self._writing = None
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._pending or self._trash or self._is_closing)
-                has_trash = bool(self._trash)
+                self._changed.wait_for(lambda: self._pending or self._has_trash or self._is_closing)
+                has_trash = self._has_trash
                 if not has_trash:
                     if not self._pending or self._stop.is_set():
                         return None
@@ -365,6 +394,10 @@ class DiskStore:
             return is_entry or (rubbish.piece is not None and self._index.piece_bytes(rubbish.piece) is not None)
 
     # Under the lock.
+
+    @property
+    def _has_trash(self) -> bool:
+        return bool(self._trash)
 
     @property
     def _opened(self) -> StoreFolder:

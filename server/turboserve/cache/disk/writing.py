@@ -35,6 +35,7 @@ class Job:
     header: dict[str, Any]
     arrays: list[Array]
     is_cancelled: bool = False
+    scope: str | None = None  # within which pieces are shared; None: the caller's
     written_pieces: list[str] = field(default_factory=list)
 
     @cached_property
@@ -45,7 +46,7 @@ class Job:
     def parts(self) -> tuple[list[tuple[str, dict[str, Array]]], dict[str, Array]]:
         """Pieces with their names, in order, and the arrays' rests. Hashes everything: not under a lock."""
         pieces, rest = split(self.header, self.arrays)
-        scope = str(self.meta.get("salt", ""))
+        scope = str(self.meta.get("salt", "")) if self.scope is None else self.scope
         return [(name_of(scope, piece), piece) for piece in pieces], rest
 
 
