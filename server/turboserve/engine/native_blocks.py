@@ -9,6 +9,7 @@ whatever the cache says.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -33,6 +34,21 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 _FAR = 1000  # a position at which it shows which dims turn together
 _TRIED = ((2, 3, 0), (2, 1, 5))  # sequences, tokens and position of the steps that are compared
 _MOST_ERROR = 1e-3  # of the results' size; the products' own is a tenth of it
+
+
+@dataclass(frozen=True, slots=True)
+class NativeBlocks:
+    """How many of a model's layers the kernels compute."""
+
+    num_native: int
+    num_layers: int
+    reason: str  # why the others are left to mlx-lm
+
+    def __str__(self) -> str:
+        if not self.num_native:
+            return f"by mlx-lm ({self.reason})"
+        rest = f"; {self.reason}" if self.num_native < self.num_layers else ""
+        return f"{self.num_native} of {self.num_layers} by the CPU kernels, around attention{rest}"
 
 
 class LayerCall:
@@ -82,31 +98,32 @@ class Turns:
         return turn
 
 
-def install_native_blocks(model: Module) -> int:
-    """Let the kernels compute those of a model's layers that they can; how many. Linear layers are native already.
+def install_native_blocks(model: Module) -> NativeBlocks:
+    """Let the kernels compute those of a model's layers that they can. Linear layers are native already, where they can be.
 
     A layer of each kind is compared with mlx-lm's own first, at several positions, alone and beside another row.
     """
+    layers = list(getattr(model, "layers", None) or ())
     known: dict[Any, bool] = {}
     turns: dict[Any, Turns] = {}
     found = []
-    for layer in getattr(model, "layers", None) or ():
-        if not _has_structure(layer):
-            continue
-        native = _native(layer, turns)
+    reason = "linear layers or a structure that the kernels do not take"
+    for layer in layers:
+        native = _native(layer, turns) if _has_structure(layer) else None
         if native is None:
             continue
         kind = _kind(layer)
         if kind not in known:
             known[kind] = _is_right(layer, native)
             if not known[kind]:
-                log.warning("native decoder layers: %s differs from mlx-lm's own and is left to it", type(layer))
+                reason = f"{type(layer).__name__} differs from mlx-lm's own"
+                log.warning("native decoder layers: %s and is left to it", reason)
         if known[kind]:
             found.append((layer, native))
     for layer, native in found:
         layer._native = native
         layer.__class__ = _native_class(type(layer))
-    return len(found)
+    return NativeBlocks(len(found), len(layers), reason)
 
 
 @lru_cache(maxsize=32)
@@ -121,9 +138,9 @@ def _native_class(cls: type[Any]) -> type[Any]:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _has_structure(layer: Module) -> bool:
+def _has_structure(layer: Any) -> bool:
     """Whether a layer's modules are those of a plain decoder layer; what it does with them, `_is_right` finds out."""
-    if set(layer.children()) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if not isinstance(layer, nn.Module) or set(layer.children()) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     if set(attention.children()) - {"q_norm", "k_norm"} != {*_PROJECTIONS, "rope"} or set(mlp.children()) != {*_GATED}:
