@@ -32,7 +32,9 @@ PREFILL_TARGETS = {140: 1.0, 1500: 1.0}
 STREAMS, STREAM_TOKENS, STREAMS_TARGET = 8, 341, 1.5
 MEMORY_TARGET = 1.1  # times llama.cpp's resident memory after the longest prompt
 MLX_TOKENS = 140
-WORDS = "river stone window garden winter summer letter island market mountain shadow silver morning candle forest".split()
+WORDS = (
+    "river stone window garden winter summer letter island market mountain shadow silver morning candle forest".split()
+)
 TOKENS_A_WORD = 1.1  # of these words; how many a prompt has, the servers say
 
 

@@ -140,7 +140,12 @@ def _native_class(cls: type[Any]) -> type[Any]:
 
 def _has_structure(layer: Any) -> bool:
     """Whether a layer's modules are those of a plain decoder layer; what it does with them, `_is_right` finds out."""
-    if not isinstance(layer, nn.Module) or set(layer.children()) != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if not isinstance(layer, nn.Module) or set(layer.children()) != {
+        "self_attn",
+        "mlp",
+        "input_layernorm",
+        "post_attention_layernorm",
+    }:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     if set(attention.children()) - {"q_norm", "k_norm"} != {*_PROJECTIONS, "rope"} or set(mlp.children()) != {*_GATED}:
@@ -205,7 +210,9 @@ def _pairs(rope: Module, dim: int) -> tuple[int, bool] | None:
 
 def _rope_kind(rope: Module) -> Any:
     """Equal for modules that turn alike."""
-    numbers = tuple(sorted((name, value) for name, value in vars(rope).items() if isinstance(value, (int, float, bool))))
+    numbers = tuple(
+        sorted((name, value) for name, value in vars(rope).items() if isinstance(value, (int, float, bool)))
+    )
     arrays = tuple((name, np.array(value).tobytes()) for name, value in rope.items() if isinstance(value, mx.array))
     held = tuple((n, np.array(v).tobytes()) for n, v in vars(rope).items() if isinstance(v, mx.array))
     return type(rope), numbers, arrays, held

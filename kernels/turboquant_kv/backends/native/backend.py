@@ -59,7 +59,11 @@ from turboquant_kv.codec.trellis import TrellisCodec
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("Store", "LinearWeights", "DecoderBlock")  # of the compiled module; a checkout may be newer than what was compiled
+_PARTS = (
+    "Store",
+    "LinearWeights",
+    "DecoderBlock",
+)  # of the compiled module; a checkout may be newer than what was compiled
 ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
 
@@ -211,7 +215,6 @@ class NativeStore(NumpyRowStore):
         queries = rows_from_mlx(self._kernels, call.queries)
         self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window, call.cap)
         return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
-
 
     @property
     def takes_floats(self) -> bool:
