@@ -1,7 +1,7 @@
 """Three servers on one CPU, side by side: TurboServe, mlx_lm.server and llama.cpp, with the same model.
 
-    python bench/cpu_server.py --model FOLDER --llama-cpp "python -m llama_cpp.server --model FILE.gguf --n_ctx 9216 \\
-        --n_threads 2 --port {port}" --json cpu_server.json
+    python bench/cpu_server.py --model FOLDER --json cpu_server.json \\
+        --llama-cpp "python -m llama_cpp.server --model FILE.gguf --n_ctx 9216 --n_threads 2 --port {port}"
 
 Each figure is a median over rounds in which the servers are asked in turn, so that a ratio compares neighbours in time.
 --llama-cpp is a command, in which {port} stands for a free port, or the URL of a server that runs already, whose memory is
@@ -16,10 +16,11 @@ import random
 import shlex
 import statistics
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -32,9 +33,7 @@ PREFILL_TARGETS = {140: 1.0, 1500: 1.0}
 STREAMS, STREAM_TOKENS, STREAMS_TARGET = 8, 341, 1.5
 MEMORY_TARGET = 1.1  # times llama.cpp's resident memory after the longest prompt
 MLX_TOKENS = 140
-WORDS = (
-    "river stone window garden winter summer letter island market mountain shadow silver morning candle forest".split()
-)
+WORDS = ("river", "stone", "window", "garden", "winter", "summer", "letter", "island", "market", "mountain", "shadow")
 TOKENS_A_WORD = 1.1  # of these words; how many a prompt has, the servers say
 
 
@@ -76,14 +75,10 @@ class Bench:
         for name in self.servers:
             if name == MLX:
                 continue
-            prompts, replies = [self.prompt(STREAM_TOKENS) for _ in range(STREAMS)], list[Reply]()
-            threads = [threading.Thread(target=lambda p=p, n=name: replies.append(self.ask(n, p))) for p in prompts]
+            prompts = [self.prompt(STREAM_TOKENS) for _ in range(STREAMS)]
             began_s = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            total = sum(reply.num_pieces for reply in replies)
+            with ThreadPoolExecutor(STREAMS) as pool:
+                total = sum(reply.num_pieces for reply in pool.map(partial(self.ask, name), prompts))
             self.streams.setdefault(name, []).append(total / (time.perf_counter() - began_s))
 
     def rows(self, tokens: list[int]) -> list[Row]:

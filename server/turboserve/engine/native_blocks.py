@@ -1,4 +1,4 @@
-"""Decoder layers of a model on a CPU whose norms, projections, rotation and MLP the native kernels compute in two calls.
+"""Decoder layers of a model on a CPU, whose norms, projections, rotation and MLP native kernels compute in two calls.
 
 Between its products a decode step of a small model is tens of operations a layer on a few thousand numbers, and each of
 them, and each wait for a product, costs MLX more than the numbers do. Layers are known by their structure (what Llama,
@@ -29,6 +29,7 @@ Module = Any  # one of its modules
 Floats = npt.NDArray[np.float32]
 log = logging.getLogger(__name__)
 
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _FAR = 1000  # a position at which it shows which dims turn together
@@ -99,7 +100,7 @@ class Turns:
 
 
 def install_native_blocks(model: Module) -> NativeBlocks:
-    """Let the kernels compute those of a model's layers that they can. Linear layers are native already, where they can be.
+    """Let the kernels compute those of a model's layers that they can, linear layers of which are native already.
 
     A layer of each kind is compared with mlx-lm's own first, at several positions, alone and beside another row.
     """
@@ -140,12 +141,7 @@ def _native_class(cls: type[Any]) -> type[Any]:
 
 def _has_structure(layer: Any) -> bool:
     """Whether a layer's modules are those of a plain decoder layer; what it does with them, `_is_right` finds out."""
-    if not isinstance(layer, nn.Module) or set(layer.children()) != {
-        "self_attn",
-        "mlp",
-        "input_layernorm",
-        "post_attention_layernorm",
-    }:
+    if not isinstance(layer, nn.Module) or set(layer.children()) != _PARTS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     if set(attention.children()) - {"q_norm", "k_norm"} != {*_PROJECTIONS, "rope"} or set(mlp.children()) != {*_GATED}:

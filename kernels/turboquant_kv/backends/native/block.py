@@ -2,8 +2,9 @@
 
 A step of few rows is a few thousand numbers between two products; each operation on them costs MLX ten to thirty
 microseconds on a CPU, and a wait for each product as much again. So the kernels do all that comes before attention in
-one call (norm, projections, norms of queries and keys, rotation) and all that comes after it in another (projection, what
-is added back, norm, gated MLP). `reference_inputs` and `reference_outputs` are the same in NumPy.
+one call (norm, projections, norms of queries and keys, rotation) and all that comes after it in another (projection,
+what is added back, norm, gated MLP). `reference_norm`, `reference_turn` and `reference_gate` are what stands between
+the products, in NumPy.
 """
 
 from __future__ import annotations
