@@ -4,8 +4,8 @@
         --llama-cpp "python -m llama_cpp.server --model FILE.gguf --n_ctx 9216 --n_threads 2 --port {port}"
 
 Each figure is a median over rounds in which the servers are asked in turn, so that a ratio compares neighbours in time.
---llama-cpp is a command, in which {port} stands for a free port, or the URL of a server that runs already, whose memory is
-not read then. mlx_lm.server is asked for short prompts only: on a CPU it takes minutes for others. Prompts begin
+--llama-cpp is a command, in which {port} stands for a free port, or the URL of a server that runs already, whose memory
+is not read then. mlx_lm.server is asked for short prompts only: on a CPU it takes minutes for others. Prompts begin
 differently each time, so that nobody reads them from a cache. Linux only.
 """
 

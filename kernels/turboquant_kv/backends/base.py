@@ -367,7 +367,7 @@ class LayerStore(ABC):
     def append_and_attend_floats(
         self, plan: StepPlan, keys: HostFloats, values: HostFloats, queries: HostFloats, *, scale: float
     ) -> HostFloats:
-        """`append_and_attend` with float32 arrays in NumPy's memory: causally, without sinks, where rows are float32."""
+        """`append_and_attend` with float32 arrays in NumPy's memory: causal, without sinks, where rows are float32."""
         raise NotImplementedError
 
     def pending_arrays(self) -> list[Array]:

@@ -123,7 +123,8 @@ def install_native_blocks(model: Module) -> NativeBlocks:
             found.append((layer, native))
     for layer, native in found:
         layer._native = native
-        layer.__class__ = _native_class(type(layer))
+        cls: Any = type(layer)
+        layer.__class__ = _native_class(cls)
     return NativeBlocks(len(found), len(layers), reason)
 
 
@@ -134,7 +135,7 @@ def _native_class(cls: type[Any]) -> type[Any]:
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         if cache is None or x.ndim != 3 or x.dtype != mx.float32:
             return cast(mx.array, cls.__call__(self, x, mask, cache))
-        return self._native(x, mask, cache)
+        return cast(mx.array, self._native(x, mask, cache))
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,7 @@ from turboserve.settings import Settings
 pytestmark = pytest.mark.skipif(not is_available(), reason="the native kernels are not built")
 ANY: Any = nn  # its stubs leave quantize out
 FORMAT = KVFormat.parse("4/4")
-SHAPE = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 192, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 192, "num_attention_heads": 4}
 SHAPE |= {"rms_norm_eps": 1e-5, "vocab_size": 300, "num_key_value_heads": 2, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -48,7 +48,7 @@ def make(module: Any, more: dict[str, Any], rng: np.random.Generator, kind: str 
     for name, child in model.named_modules():
         if name.endswith("_proj") and "bias" in child:
             child.bias = mx.random.normal(child.bias.shape)
-        if isinstance(child, nn.RMSNorm):
+        if isinstance(child, ANY.RMSNorm):
             child.weight = mx.random.uniform(0.5, 2, child.weight.shape)
     model.set_dtype(mx.float16)
     if kind != "f16":
@@ -138,7 +138,7 @@ def test_a_layer_that_differs_is_left_to_mlx_lm(
 ) -> None:
     """The same structure, but another activation, as a later mlx-lm could have it."""
     model = native(make(llama, {}, rng))
-    monkeypatch.setattr(llama, "swiglu", lambda gate, x: nn.gelu(gate) * x)
+    monkeypatch.setattr(llama, "swiglu", lambda gate, x: ANY.gelu(gate) * x)
     before = [type(layer) for layer in model.layers]
     assert install_native_blocks(model).num_native == 0
     assert [type(layer) for layer in model.layers] == before
@@ -154,7 +154,7 @@ def test_one_layer_with_a_foreign_part_stays_and_the_others_go(rng: np.random.Ge
 
 def test_turns_are_those_of_the_step(rng: np.random.Generator) -> None:
     """Kept for the layers of a step, and never for another one."""
-    rope = nn.RoPE(32)
+    rope = ANY.RoPE(32)
     turns = native_blocks.Turns(rope, 32, 16, is_interleaved=False)
     row = mx.array(rng.standard_normal(32).astype(np.float32))
 
@@ -173,7 +173,11 @@ def test_turns_are_those_of_the_step(rng: np.random.Generator) -> None:
 def test_start_up_tells_of_layers_and_off_leaves_them() -> None:
     if mx.default_device() != mx.cpu:
         pytest.skip("a GPU computes by itself")
-    for wanted, told in (("auto", "8 of 8 by the CPU kernels, around attention"), ("off", "by mlx-lm (as set)")):
+    cases: tuple[tuple[Literal["auto", "off"], str], ...] = (
+        ("auto", "8 of 8 by the CPU kernels, around attention"),
+        ("off", "by mlx-lm (as set)"),
+    )
+    for wanted, told in cases:
         lines: list[str] = []
         loaded = load(Settings(projections=wanted), lines.append, MemoryInfo(1 << 40, 1 << 40))
         assert loaded.details["layers"] == told and f"layers       {told}" in lines

@@ -84,7 +84,8 @@ class NativeBlock:
 def reference_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x * weight / sqrt(mean of x^2 + eps) along the last axis."""
     mean = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
-    return (x / np.sqrt(mean + eps) * weight).astype(np.float32)
+    normed: Floats = (x / np.sqrt(mean + eps) * weight).astype(np.float32)
+    return normed
 
 
 def reference_turn(x: Floats, turn: Floats, num_pairs: int, *, is_interleaved: bool) -> Floats:
@@ -102,4 +103,5 @@ def reference_gate(gate: Floats, up: Floats) -> Floats:
     """gate * sigmoid(gate) * up."""
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
+        gated: Floats = (wide / (1 + np.exp(-wide)) * up).astype(np.float32)
+    return gated
