@@ -42,6 +42,8 @@ class Reply:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     error: str = ""
+    last_s: float = 0.0  # to the last piece of text
+    num_pieces: int = 0  # of text, about one a token
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Served:
 
 
 def _read_stream(lines: Iterator[str], started: float) -> Reply:
-    ttft_s, error = 0.0, ""
+    ttft_s, last_s, error = 0.0, 0.0, ""
     parts: list[str] = []
     usage: dict[str, Any] = {}
     for line in lines:
@@ -109,11 +111,13 @@ def _read_stream(lines: Iterator[str], started: float) -> Reply:
             text = (choice.get("delta") or {}).get("content") or ""
             if not ttft_s and (text or choice.get("finish_reason")):
                 ttft_s = time.perf_counter() - started
-            parts.append(text)
+            if text:
+                last_s = time.perf_counter() - started
+                parts.append(text)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     if not ttft_s and not error:
         error = "the stream ended without an answer"
-    return Reply(ttft_s, "".join(parts), usage.get("prompt_tokens", 0), cached, error)
+    return Reply(ttft_s, "".join(parts), usage.get("prompt_tokens", 0), cached, error, last_s, len(parts))
 
 
 @contextmanager
@@ -131,6 +135,14 @@ def mlx_lm_server(model_folder: Path, *flags: str) -> Iterator[Served]:
     port = free_port()
     command = [sys.executable, "-c", RIVAL_PROGRAM, "--model", str(model_folder), "--port", str(port), *flags]
     with _running("mlx_lm.server", command, port, "/v1/models") as served:
+        yield served
+
+
+@contextmanager
+def foreign_server(name: str, command: list[str]) -> Iterator[Served]:
+    """Any server with OpenAI's API; of `command` each {port} becomes a free one."""
+    port = free_port()
+    with _running(name, [part.replace("{port}", str(port)) for part in command], port, "/v1/models") as served:
         yield served
 
 

@@ -193,7 +193,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
-    projections: Projections = "auto"  # join linear layers of one input, and multiply small steps row by row
+    projections: Projections = "auto"  # how linear layers are arranged for decode steps (loading.py)
     keep_graphs: KeepGraphs = "auto"  # run a decode step's graph again instead of building it anew; tried on a GPU
     # guess tokens ahead and check them in one pass: draft (by draft_model), lookup (in prompt and answer), off, or auto
     speculate: Speculate = "auto"  # draft where there is a draft_model

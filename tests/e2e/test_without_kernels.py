@@ -43,7 +43,9 @@ def test_the_log_says_so_once(slow_server: Server, server: Server) -> None:
 
 
 def test_metrics_and_statistics_name_what_serves(slow_server: Server) -> None:
-    assert f'kv_backend="{NAME}"' in slow_server.get("/metrics").text
+    metrics = slow_server.get("/metrics").text
+    assert f'kv_backend="{NAME}"' in metrics and 'layers="by mlx-lm (' in metrics
+    assert "expanded to float32" in metrics  # the weights
     assert slow_server.stats()["kv_backend"] == NAME
 
 
@@ -62,5 +64,7 @@ def test_doctor_says_so_and_how_to_cure_it(present: bool, tmp_path: Path) -> Non
     (line,) = [line for line in done.stdout.splitlines() if "kv backend" in line]
     if present:
         assert line.startswith("ok") and "cpu-native/" in line
+        (layers,) = [line for line in done.stdout.splitlines() if line.split()[1] == "layers"]
+        assert layers.startswith("ok") and "multiplies by weights as stored; decoder layers around" in layers
     else:
         assert line.startswith("warning") and NAME in line and "C++ compiler" in line

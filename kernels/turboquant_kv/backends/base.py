@@ -20,6 +20,7 @@ from turboquant_kv.codec.rotary import BLOCK_TOKENS, Rotary
 
 Array = Any
 PageIds = npt.NDArray[np.int64]
+HostFloats = npt.NDArray[np.float32]
 
 
 def narrower(window: int, other: int | None) -> int:
@@ -395,6 +396,17 @@ class LayerStore(ABC):
     def wrote(self, launched: mx.array) -> None:
         """A launch over this store's arrays is on its way; later ones come after it."""
         raise UnsupportedFormatError("this backend has no decode steps over given arrays")
+
+    @property
+    def takes_floats(self) -> bool:
+        """Whether `append_and_attend_floats` is there."""
+        return False
+
+    def append_and_attend_floats(
+        self, plan: StepPlan, keys: HostFloats, values: HostFloats, queries: HostFloats, *, scale: float
+    ) -> HostFloats:
+        """`append_and_attend` with float32 arrays in NumPy's memory: causal, without sinks, where rows are float32."""
+        raise NotImplementedError
 
     def pending_arrays(self) -> list[Array]:
         """What is still to be computed of pages and exact rows; nothing where that is done at once."""

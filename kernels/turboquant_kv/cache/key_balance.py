@@ -91,11 +91,21 @@ class KeyBalance:
         """factors: (H, D), positive."""
         self._factors = factors
         self._arrays: dict[tuple[mx.Dtype, int], tuple[mx.array, mx.array]] = {}
+        self._floats: dict[int, tuple[Floats, ...]] = {}
 
     def to_store(self, step: LayerInput) -> LayerInput:
         """A layer's step with its keys multiplied and its queries divided."""
         keys, queries = self._of(step.keys.dtype, step.queries.shape[1])
         return step._replace(keys=step.keys * keys, queries=step.queries * queries.astype(step.queries.dtype))
+
+    def floats_to_store(self, queries: Floats, keys: Floats) -> None:
+        """The same in place, for queries (B, Hq, T, D) and keys (B, H, T, D) in NumPy's memory."""
+        num_q_heads = queries.shape[1]
+        if num_q_heads not in self._floats:
+            self._floats[num_q_heads] = tuple(np.array(x) for x in self._of(mx.float32, num_q_heads))
+        of_keys, of_queries = self._floats[num_q_heads]
+        keys *= of_keys
+        queries *= of_queries
 
     def keys_to_store(self, keys: mx.array) -> mx.array:
         """Keys (..., H, T, D) of the model as stores hold them."""

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from turboquant_kv.backends.base import LayerShape, Means
+from turboquant_kv.backends.base import HostFloats, LayerShape, Means
 from turboquant_kv.backends.choice import choose_backend
 from turboquant_kv.cache import layer_contents, windows
 from turboquant_kv.cache.padding import stored_shape, widened, widened_step
@@ -104,6 +104,36 @@ class CompressedCache(AttendingCache):
             raise
         current.done(layer)
         return out if v_dim == shape.v_dim else out[..., :v_dim]
+
+    def attend_floats(
+        self, queries: HostFloats, keys: HostFloats, values: HostFloats, *, scale: float, mask: mx.array | str | None
+    ) -> HostFloats | None:
+        """`update_and_fetch` and `attend` in one, for float32 arrays in NumPy's memory; attention in such an array.
+
+        None, and nothing is done, where only MLX's arrays will do: a backend that computes with them, a geometry that
+        is not known yet or stored otherwise, an array mask. Queries and keys may be changed.
+        """
+        pool, shape = self.source.pool, self.source.shape
+        if pool is None or shape is None or self._pending is not None or isinstance(mask, mx.array):
+            return None
+        layer = self.source.layer
+        store, balance = pool.stores[layer], pool.balances[layer]
+        given = keys.shape[1], keys.shape[3], values.shape[3]
+        stored = shape.num_kv_heads, shape.k_dim, shape.v_dim
+        if not store.takes_floats or given != stored:
+            return None
+        if mask is None and queries.shape[2] > 1:
+            raise UnsupportedModelError("attention without a causal mask is not supported on a compressed cache")
+        current = self._step(pool, shape, keys.shape[2])
+        try:
+            if balance is not None:
+                balance.floats_to_store(queries, keys)
+            out = store.append_and_attend_floats(current.plan, keys, values, queries, scale=scale)
+        except BaseException:
+            current.undo()
+            raise
+        current.done(layer)
+        return out
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add keys (B, H, T, D) and values (B, H, T, Dv) without attending. Raises as attention does."""

@@ -78,10 +78,12 @@ def _by_kind(kv: KVBytes) -> dict[str, float]:
 
 
 def _info(stats: EngineStats) -> GaugeMetricFamily:
-    labels = ("version", "model", "kv_format", "kv_layers", "kv_backend", "dtype")
+    labels = ("version", "model", "kv_format", "kv_layers", "kv_backend", "dtype", "weights", "layers")
     family = GaugeMetricFamily("turboserve_info", "What is being served; always 1.", labels=labels)
     layers = stats.details.get("kv_layers", stats.kv_format)
-    family.add_metric((__version__, stats.model_id, stats.kv_format, layers, stats.kv_backend, stats.model_dtype), 1)
+    values = __version__, stats.model_id, stats.kv_format, layers, stats.kv_backend, stats.model_dtype
+    how = stats.details.get("weights", ""), stats.details.get("layers", "")
+    family.add_metric((*values, *how), 1)
     return family
 
 

@@ -103,6 +103,25 @@ def check_kv_backend(settings: Settings) -> Finding:
     )
 
 
+def check_layers(settings: Settings) -> Finding | None:
+    """What multiplies by a model's weights on a CPU; None on a GPU, and without kernels (`check_kv_backend`)."""
+    try:
+        import mlx.core as mx
+
+        from turboquant_kv.backends.choice import choose_backend
+        from turboquant_kv.backends.native import backend as native
+
+        if mx.default_device().type != mx.DeviceType.cpu or not native.is_available():
+            return None
+        level = choose_backend("cpu-native").name
+    except (ImportError, UnsupportedFormatError):
+        return None
+    if settings.dequantize != "auto":
+        return Finding("layers", "ok", f"by MLX, as dequantize={settings.dequantize} says")
+    around = "left to mlx-lm, as projections=off says" if settings.projections == "off" else "around attention as well"
+    return Finding("layers", "ok", f"{level} multiplies by weights as stored; decoder layers {around}")
+
+
 def _tried_kernels(settings: Settings) -> Finding | None:
     """A new trial of a GPU's fused kernels, for layers as many models have them; None where there are none."""
     import mlx.core as mx
@@ -181,11 +200,12 @@ def run_checks(settings: Settings) -> list[Finding]:
         lambda: check_backend(settings),
         check_blas,
         lambda: check_kv_backend(settings),
+        lambda: check_layers(settings),
         check_compiler,
         check_memory,
         lambda: check_cache_dir(settings),
     )
-    return [check() for check in checks]
+    return [finding for check in checks if (finding := check()) is not None]
 
 
 def report(findings: list[Finding]) -> int:

@@ -77,7 +77,7 @@ def serve_command(
         Text, Option(help="Enqueue a step before the last one's tokens are read: auto, on or off [auto].")
     ] = None,
     projections: Annotated[
-        Text, Option(help="Join linear layers of one input, multiply small steps by rows: auto, on or off [auto].")
+        Text, Option(help="Layers arranged for decode steps, on a CPU computed by its kernels: auto, on or off [auto].")
     ] = None,
     keep_graphs: Annotated[
         Text, Option(help="Run a decode step's graph again, not build it anew: auto, on or off [auto].")

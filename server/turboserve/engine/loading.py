@@ -36,6 +36,7 @@ from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
+from turboserve.engine.native_blocks import NativeBlocks, install_native_blocks
 from turboserve.engine.native_linears import install_native_linears, native_bytes, native_candidates
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
@@ -160,6 +161,9 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         progress(f"adapters     {adapters.described(installed)}")
     arranged = choose_projections(model, settings.projections)  # of what lies under the adapters as well
     progress(f"projections  {arranged}")
+    layers = install_native_blocks(model) if settings.projections != "off" else NativeBlocks(0, 0, "as set")
+    if layers.num_layers or is_native:
+        progress(f"layers       {layers}")
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -176,6 +180,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         details={
             "weights": note or "as stored",
             "projections": str(arranged),
+            "layers": str(layers),
             "adapters": adapters.described(installed) or "none",
         },
         adapters=installed,

@@ -48,12 +48,13 @@ class NativeLayer(nn.Module):  # type: ignore[misc]
         super().__init__()
         self._held = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
         self._quantised = _quantised_of(layer)
-        self._weights = _weights_of(layer)
+        self.weights = _weights_of(layer)
+        self.kind = _kind(layer), self.weights.num_out, self.weights.num_in
 
     @property
     def num_bytes(self) -> int:
-        """Of all its arrays."""
-        return sum(int(a.nbytes) for a in self._held.values())
+        """Of all its arrays, and of what the kernels hold beside them."""
+        return sum(int(a.nbytes) for a in self._held.values()) + self.weights.own_bytes
 
 
 class NativeLinear(NativeLayer):
@@ -61,7 +62,7 @@ class NativeLinear(NativeLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., in) to (..., out) float32."""
-        return self._weights.multiply(x)
+        return self.weights.multiply(x)
 
 
 class NativeEmbedding(NativeLayer):
@@ -77,7 +78,7 @@ class NativeEmbedding(NativeLayer):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., width) to (..., rows of the table) float32."""
-        return self._weights.multiply(x)
+        return self.weights.multiply(x)
 
 
 def native_candidates(model: Module) -> list[Module]:

@@ -112,7 +112,7 @@ std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, i
     if (bits == 0) {
         for (std::size_t i = 1; i < codes.size(); i += 2) codes[i] = std::uint8_t((codes[i] & 0x83) | 0x30); // of moderate size
         w.floats = codes.data(), w.dtype = tq::Dtype::f16;
-        level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, y.data());
+        level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0});
         return y;
     }
     std::vector<float> scales, biases;
@@ -124,8 +124,29 @@ std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, i
     inputs.num_rows = num_rows, inputs.num_in = w.num_in, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
     inputs.scales = floats.data(), inputs.sums = floats.data() + std::size_t(num_rows) * w.padded_blocks();
     for (int m = 0; m < num_rows; m++) level.linear.round_row(&x[std::size_t(m) * w.num_in], w.block(), inputs, m);
-    level.linear.product(w, inputs, 0, w.num_out, y.data(), scratch.data());
+    level.linear.product(w, inputs, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0}, scratch.data());
     return y;
+}
+
+// All that stands between a decoder layer's products, of rows whose width is no multiple of a register.
+std::vector<float> between_products(const tq::KernelTable& level, int width, const std::vector<float>& x) {
+    const tq::BlockTable& kernels = level.blocks;
+    std::vector<float> all;
+    auto add = [&](const std::vector<float>& row) { all.insert(all.end(), row.begin(), row.end()); };
+    std::vector<float> row(x.begin(), x.begin() + width), other(x.begin() + width, x.begin() + 2 * width), out(width);
+    kernels.norm_row(row.data(), other.data(), width, 1e-5f, out.data());
+    add(out);
+    for (bool interleaved : {false, true})
+        for (int pairs : {width / 2, width / 4, 0}) {
+            kernels.turn_row(row.data(), other.data(), width, pairs, interleaved ? 2 : 1, interleaved ? 1 : pairs, out.data());
+            add(out);
+        }
+    kernels.add_row(row.data(), other.data(), width, out.data());
+    add(out);
+    for (float& v : row) v *= 40; // beyond where a power of e is a float
+    kernels.gate_row(row.data(), other.data(), width);
+    add(row);
+    return all;
 }
 
 double distance(const std::vector<float>& got, const std::vector<float>& want) {
@@ -154,6 +175,15 @@ int main() {
                     std::printf("%s linear bits=%d group=%d rows=%d: %g\n", level->name, bits, group, num_rows, far);
                     failures++;
                 }
+    for (const auto* level : tq::available_levels())
+        for (int width : {1, 7, 64, 90, 576}) {
+            const auto x = gaussian(std::size_t(2) * width);
+            const double far = distance(between_products(*level, width, x), between_products(*tq::portable_kernels(), width, x));
+            compared++;
+            if (far < 1e-6) continue;
+            std::printf("%s between products width=%d: %g\n", level->name, width, far);
+            failures++;
+        }
     for (const auto* level : tq::available_levels())
         for (int dim : {64, 80, 112, 128, 256})
             for (int kind : {2, 3, 4, 8, tq::kTrellis + 2, tq::kTrellis + 3, tq::kTrellis + 4})

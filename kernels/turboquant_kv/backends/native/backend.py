@@ -24,12 +24,14 @@ from turboquant_kv.backends.base import (
     AttentionCall,
     CanonicalPages,
     ExactRows,
+    HostFloats,
     LayerShape,
     LayerStore,
     Means,
     PageIds,
     PageWrites,
     SequenceView,
+    StepPlan,
     StepRows,
     narrower,
 )
@@ -57,7 +59,11 @@ from turboquant_kv.codec.trellis import TrellisCodec
 
 log = logging.getLogger(__name__)
 
-_PARTS = ("Store", "LinearWeights")  # of the compiled module; a checkout may be newer than what was compiled
+_PARTS = (
+    "Store",
+    "LinearWeights",
+    "DecoderBlock",
+)  # of the compiled module; a checkout may be newer than what was compiled
 ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
 
@@ -211,6 +217,20 @@ class NativeStore(NumpyRowStore):
         queries = rows_from_mlx(self._kernels, call.queries)
         self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window, call.cap)
         return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
+
+    @property
+    def takes_floats(self) -> bool:
+        return bool(self.shape.dtype == mx.float32)
+
+    def append_and_attend_floats(
+        self, plan: StepPlan, keys: HostFloats, values: HostFloats, queries: HostFloats, *, scale: float
+    ) -> HostFloats:
+        assert isinstance(plan, NativeStepPlan)
+        exact = self._rows.append(plan, keys, values, self.encode)
+        make = np.empty if plan.fewest_queries == queries.shape[2] else np.zeros
+        out: HostFloats = make((*queries.shape[:3], self.shape.v_dim), np.float32)
+        self.store.attend(queries, out, plan.figures, plan.page_ids, exact, scale, None, self.window, 0.0)
+        return out
 
 
 class NativeStepPlan(RowPlan):

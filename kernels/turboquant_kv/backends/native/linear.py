@@ -35,6 +35,7 @@ class NativeWeights:
         if kernels is None:
             raise RuntimeError(f"the native kernels are missing: {reason}")
         offset = None if bias is None else np.array(bias.astype(mx.float32))
+        self.own_bytes = 0 if offset is None else int(offset.nbytes)  # beside MLX's arrays
         mx.eval(weight)
         isa = isa_choice()
         if quantised is None:
@@ -43,6 +44,19 @@ class NativeWeights:
             mx.eval(quantised.scales, quantised.biases)
             parts = (weight, quantised.scales, quantised.biases, None, offset)
             self._weights = kernels.LinearWeights(*parts, quantised.bits, quantised.group, isa)
+
+    @property
+    def held(self) -> Any:
+        """As the compiled module has them."""
+        return self._weights
+
+    @property
+    def num_out(self) -> int:
+        return int(self._weights.num_out)
+
+    @property
+    def num_in(self) -> int:
+        return int(self._weights.num_in)
 
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., K) to x W^T + bias, (..., N) float32. A row with a NaN or an infinity becomes NaN."""

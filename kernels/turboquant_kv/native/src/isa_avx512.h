@@ -73,36 +73,51 @@ template <int Bits> TQ_INLINE void look_up_trellis(const TrellisLut& t, B4 now, 
 }
 // acc + sum of four unsigned times signed bytes per lane.
 TQ_INLINE I dot_us(I acc, B4 a, B4 b) { return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
-// Linear layers: a unit is two registers of 32 neighbouring words, codes as well as inputs.
-constexpr int kParts = 2;
-using Part = __m512i;
-using Dot = __m512i;
-TQ_INLINE Part load_part(const std::int16_t* unit, int part) { return _mm512_loadu_si512(unit + 32 * part); }
-TQ_INLINE Dot dot_part(Dot acc, Part codes, Part inputs) { return _mm512_dpwssd_epi32(acc, codes, inputs); }
-TQ_INLINE I dot_sum(Dot acc) { return (I)acc; }
-#define TQ_OWN_UNPACKING
-// Codes of 64 neighbouring inputs: of a 64-bit lane's four words each takes its code from the bits where that begins.
-template <int Bits> TQ_INLINE void unpack_unit(const std::uint8_t* p, std::int16_t* out) {
-    if constexpr (Bits == 8) {
-        for (int h = 0; h < 2; h++) _mm512_storeu_si512(out + 32 * h, _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32 * h))));
-    } else {
-        alignas(64) static constexpr auto places = [] { // bytes to fetch for each half, then bits to skip
-            std::array<std::uint8_t, 256> t{};
-            for (int h = 0; h < 2; h++)
-                for (int i = 0; i < 64; i++) {
-                    const int lane_bit = (32 * h + i / 8 * 4) * Bits, word_bit = i % 8 / 2 * Bits + lane_bit % 8;
-                    t[64 * h + i] = std::uint8_t(lane_bit / 8 + i % 8);
-                    t[128 + 64 * h + i] = std::uint8_t(i % 2 ? 0 : word_bit);
-                }
+// Linear layers: a unit's codes are one register of bytes. Inputs of 16 bits are multiplied as two signed bytes: of a unit
+// first come the high ones, 64 bytes, then the low ones.
+#define TQ_BYTE_PRODUCTS
+using Codes = __m512i;
+template <int Bits> struct Unpacking { // each eight codes are Bits bytes: a lane of 64 bits, from which a byte takes its own
+    __m512i places, skipped, mask;
+    static inline Unpacking make() {
+        alignas(64) static constexpr auto table = [] { // bytes to fetch, then bits to skip
+            std::array<std::uint8_t, 128> t{};
+            for (int i = 0; i < 64; i++) t[i] = std::uint8_t(i / 8 * Bits + i % 8), t[64 + i] = std::uint8_t(i % 8 * Bits);
             return t;
         }();
-        const __m512i raw = _mm512_maskz_loadu_epi8((std::uint64_t(1) << (8 * Bits)) - 1, p), mask = _mm512_set1_epi16((1 << Bits) - 1);
-        for (int h = 0; h < 2; h++) {
-            const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(places.data() + 64 * h), raw);
-            const __m512i words = _mm512_multishift_epi64_epi8(_mm512_load_si512(places.data() + 128 + 64 * h), lanes);
-            _mm512_storeu_si512(out + 32 * h, _mm512_and_si512(words, mask));
-        }
+        return {_mm512_load_si512(table.data()), _mm512_load_si512(table.data() + 64), _mm512_set1_epi8(char((1 << Bits) - 1))};
     }
+    inline Codes unit(const std::uint8_t* p) const {
+        if constexpr (Bits == 8) return _mm512_loadu_si512(p);
+        const __m512i raw = Bits == 4 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p))
+                                      : _mm512_maskz_loadu_epi8((std::uint64_t(1) << (8 * Bits % 64)) - 1, p);
+        return _mm512_and_si512(_mm512_multishift_epi64_epi8(skipped, _mm512_permutexvar_epi8(places, raw)), mask);
+    }
+};
+TQ_INLINE void store_codes(Codes c, std::uint8_t* p) { _mm512_storeu_si512(p, c); }
+TQ_INLINE I dot_unit(Codes c, const std::int16_t* inputs) {
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(inputs));
+    return (I)_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), c, _mm512_loadu_si512(inputs + 32));
+}
+// Up to 16 of a matrix's scales or biases, zeros behind them.
+TQ_INLINE F load_floats(const void* p, std::size_t at, int count, Dtype dtype) {
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if (dtype == Dtype::f32) return (F)_mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
+    const __m256i words = _mm256_maskz_loadu_epi16(mask, static_cast<const std::uint16_t*>(p) + at);
+    if (dtype == Dtype::f16) return (F)_mm512_cvtph_ps(words);
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+// The lower eight, each twice.
+TQ_INLINE F twice_each(F x) {
+    return (F)_mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), (__m512)x);
+}
+TQ_INLINE void prefetch(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Of a unit's first half in the lower lanes, of the second one in the upper lanes.
+TQ_INLINE F splat_halves(const float* two) { return (F)_mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(two[0]), _mm512_set1_ps(two[1])); }
+TQ_INLINE void store_inputs(std::int16_t* row, int at, I c) {
+    auto* p = reinterpret_cast<std::uint8_t*>(row + at / 64 * 64) + at % 64;
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)((c + 128) >> 8)));
+    _mm_storeu_si128((__m128i*)(p + 64), _mm512_cvtepi32_epi8((__m512i)c));
 }
 using Spread = B4;
 TQ_INLINE Spread spread(B4 c) { return c; }

@@ -77,6 +77,7 @@ struct KernelTable {
     void (*from_canonical)(const Store&, const Side&, const std::uint8_t* packed, std::uint8_t* codes);
     void (*unrotate_rows)(const Side&, Centre, float* rows, int num_rows); // and add what was subtracted
     LinearTable linear;
+    BlockTable blocks;
 };
 
 const KernelTable* avx512_kernels(); // null where the compiler or architecture has none, or the build left it out

@@ -20,6 +20,7 @@ namespace tq::avx2_level {
 #include "prefill.h"
 #include "encode.h"
 #include "linear.h"
+#include "blocks.h"
 #include "level.h"
 } // namespace tq::avx2_level
 

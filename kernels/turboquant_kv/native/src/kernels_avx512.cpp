@@ -21,6 +21,7 @@ namespace tq::avx512_level {
 #include "prefill.h"
 #include "encode.h"
 #include "linear.h"
+#include "blocks.h"
 #include "level.h"
 } // namespace tq::avx512_level
 

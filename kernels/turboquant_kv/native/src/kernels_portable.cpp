@@ -16,6 +16,7 @@ namespace tq::portable_level {
 #include "prefill.h"
 #include "encode.h"
 #include "linear.h"
+#include "blocks.h"
 #include "level.h"
 } // namespace tq::portable_level
 

@@ -40,13 +40,31 @@ struct Inputs {
     float *scales = nullptr, *sums = nullptr; // (num_rows, padded_blocks), zeros behind the blocks; sums: scale * sum of codes
 };
 
+// Where products go: of row m and output n to data[m * stride + n - first].
+struct Outputs {
+    float* data = nullptr;
+    std::size_t stride = 0;
+    int first = 0;
+
+    float& at(int row, int output) const { return data[std::size_t(row) * stride + std::size_t(output - first)]; }
+};
+
 // One instruction-set level's kernels.
 struct LinearTable {
     void (*round_row)(const float* x, int block, const Inputs& to, int row);
-    // Outputs [first, last) of all rows into y (num_rows, num_out); scratch of product_scratch() floats.
-    void (*product)(const Matrix&, const Inputs&, int first, int last, float* y, float* scratch);
-    void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, float* y);
+    // Outputs [first, last) of all rows; scratch of product_scratch() floats.
+    void (*product)(const Matrix&, const Inputs&, int first, int last, Outputs, float* scratch);
+    void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, Outputs);
     std::size_t (*product_scratch)(const Matrix&);
+};
+
+// The rest of a decoder layer (blocks.h), row by row.
+struct BlockTable {
+    void (*norm_row)(const float* x, const float* weight, int n, float eps, float* out);
+    void (*gate_row)(float* gate, const float* up, int n);
+    // num_pairs pairs at dims stride * j and stride * j + gap, which are the first 2 * num_pairs dims.
+    void (*turn_row)(const float* x, const float* turn, int dim, int num_pairs, int stride, int gap, float* out);
+    void (*add_row)(const float* x, const float* more, int n, float* out);
 };
 
 } // namespace tq

@@ -17,6 +17,7 @@
 
 #include "buffers.h"
 #include "dispatch.h"
+#include "block_module.h"
 #include "linear_module.h"
 #include "pool.h"
 
@@ -481,6 +482,7 @@ NB_MODULE(_kernels, m) {
     m.def("set_num_threads", &tq::set_num_threads, nb::arg("num_threads"));
     m.def("num_threads", &tq::num_threads);
     tq::bind_linear(m);
+    tq::bind_blocks(m);
     nb::class_<NativeStore>(m, "Store")
         .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
              nb::arg("scale"), nb::arg("isa"))

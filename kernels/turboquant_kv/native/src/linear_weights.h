@@ -1,0 +1,194 @@
+// A linear layer's weights as Python hands them over, checked, and products with them on the pool's threads.
+//
+// Weights are held by their buffers, in the memory and the layout in which MLX has them; nothing is copied.
+#pragma once
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "buffers.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace tq {
+
+constexpr std::int64_t kMostWidth = std::int64_t(1) << 24;
+constexpr int kTaskOutputs = 64;        // outputs of a task, at most
+constexpr std::int64_t kTaskCost = 1 << 16; // multiplications below which a second thread does not pay
+
+// Rows that matrices are to multiply, in the forms that these take: as they are, or rounded in blocks. Memory is kept for
+// the next rows.
+class FedRows {
+  public:
+    // rows (num_rows, num_in), which stay where they are.
+    void set(const float* rows, int num_rows, int num_in) {
+        rows_ = rows, num_rows_ = num_rows, num_in_ = num_in;
+        for (Form& form : forms_) form.is_wanted = false;
+    }
+
+    // Before `round`.
+    void expect(const Matrix& w) {
+        if (w.bits == 0) return;
+        Form& form = forms_[w.block() == kUnit];
+        if (form.is_wanted) return;
+        form.is_wanted = true;
+        const std::size_t codes = std::size_t(num_rows_) * num_in_, blocks = std::size_t(num_rows_) * w.padded_blocks();
+        if (form.codes.size() < codes) form.codes.resize(codes);
+        if (form.floats.size() < 2 * blocks) form.floats.resize(2 * blocks);
+        form.block = w.block();
+        form.inputs.num_rows = num_rows_, form.inputs.num_in = num_in_, form.inputs.padded_blocks = w.padded_blocks();
+        form.inputs.codes = form.codes.data(), form.inputs.scales = form.floats.data(), form.inputs.sums = form.floats.data() + blocks;
+    }
+
+    void round(const LinearTable& kernels, int row) const {
+        for (const Form& form : forms_)
+            if (form.is_wanted) kernels.round_row(rows_ + std::size_t(row) * num_in_, form.block, form.inputs, row);
+    }
+
+    // Rows that one task prepares.
+    int rows_each() const { return int(kTaskCost / num_in_) + 1; }
+    int num_tasks() const { return (num_rows_ + rows_each() - 1) / rows_each(); }
+    int num_rows() const { return num_rows_; }
+    const float* rows() const { return rows_; }
+    const Inputs& inputs(const Matrix& w) const { return forms_[w.block() == kUnit].inputs; }
+
+    // prepare(m), which may write the row, then its rounding, for each row m; on several threads if there are many.
+    template <class Prepare> void each_row(const LinearTable& kernels, const Prepare& prepare) const {
+        run_tasks(num_tasks(), [&](int task, int) {
+            for (int m = task * rows_each(); m < std::min(num_rows_, (task + 1) * rows_each()); m++) {
+                prepare(m);
+                round(kernels, m);
+            }
+        });
+    }
+
+  private:
+    struct Form {
+        bool is_wanted = false;
+        int block = 0;
+        std::vector<std::int16_t> codes;
+        std::vector<float> floats;
+        Inputs inputs;
+    };
+    const float* rows_ = nullptr;
+    int num_rows_ = 0, num_in_ = 0;
+    Form forms_[2]; // blocks of 32 and of 64
+};
+
+// At least so many floats of this thread's own, the same ones in each call with the same Place.
+template <int Place> float* scratch_floats(std::size_t count) {
+    thread_local std::vector<float> floats;
+    if (floats.size() < count) floats.resize(count);
+    return floats.data();
+}
+
+class LinearWeights {
+  public:
+    LinearWeights(const LinearWeights&) = delete;
+    // codes (N, K * bits / 32) uint32, scales and biases (N, K / group) of one float type; or codes None and floats (N, K).
+    LinearWeights(nanobind::handle codes, nanobind::handle scales, nanobind::handle biases, nanobind::handle floats, nanobind::handle offset, int bits, int group, const std::string& isa)
+        : level_(find_level(isa)) {
+        if (floats.is_none()) {
+            set_codes(codes, scales, biases, bits, group);
+        } else {
+            const View& view = hold(floats, "floats", 2);
+            matrix_.dtype = view.dtype();
+            if (matrix_.dtype == Dtype::f32) view.fail("are float32, which the BLAS multiplies");
+            view.expect_dense();
+            set_shape(view.shape(0), view.shape(1));
+            matrix_.floats = view.data();
+        }
+        if (!offset.is_none()) {
+            const View& view = hold(offset, "offset", 1);
+            view.expect_type("f", 4);
+            view.expect_shape({matrix_.num_out});
+            view.expect_dense();
+            matrix_.offset = static_cast<const float*>(view.data());
+        }
+    }
+
+    // x (M, K) float32, y (M, N) float32, both dense.
+    void multiply(nanobind::handle x, nanobind::handle y) const {
+        View in(x, "x", 2), out(y, "y", 2, true);
+        in.expect_type("f", 4);
+        in.expect_shape({-1, matrix_.num_in});
+        in.expect_dense();
+        out.expect_type("f", 4);
+        out.expect_shape({in.shape(0), matrix_.num_out});
+        out.expect_dense();
+        if (in.shape(0) > kMostWidth) in.fail("has too many rows");
+        if (in.is_empty()) return;
+        const auto* from = static_cast<const float*>(in.data());
+        auto* to = static_cast<float*>(out.data());
+        const int num_rows = int(in.shape(0));
+        nanobind::gil_scoped_release release;
+        thread_local FedRows fed;
+        fed.set(from, num_rows, matrix_.num_in);
+        fed.expect(matrix_);
+        if (matrix_.bits) fed.each_row(level_->linear, [](int) {});
+        const FedRows& rows = fed; // of this thread, for the others
+        const int each = outputs_each(num_rows);
+        run_tasks((matrix_.num_out + each - 1) / each, [&](int task, int) {
+            const int first = task * each, last = std::min(matrix_.num_out, first + each);
+            product(rows, first, last, {to + first, std::size_t(matrix_.num_out), first});
+        });
+    }
+
+    // Outputs [first, last) of all rows, on this thread.
+    void product(const FedRows& x, int first, int last, Outputs to) const {
+        const LinearTable& kernels = level_->linear;
+        if (matrix_.bits == 0) return kernels.float_product(matrix_, x.rows(), x.num_rows(), first, last, to);
+        kernels.product(matrix_, x.inputs(matrix_), first, last, to, scratch_floats<0>(kernels.product_scratch(matrix_)));
+    }
+
+    // Outputs of a task: each weight is read once, by one thread.
+    int outputs_each(int num_rows) const {
+        const std::int64_t row_cost = std::int64_t(num_rows) * matrix_.num_in;
+        const std::int64_t shared = (matrix_.num_out + 4 * num_threads() - 1) / (4 * num_threads()); // a few tasks for each thread
+        const std::int64_t wanted = std::max(std::min<std::int64_t>(shared, kTaskOutputs), kTaskCost / row_cost + 1);
+        return int(std::min<std::int64_t>((wanted + 3) / 4 * 4, matrix_.num_out));
+    }
+
+    const Matrix& matrix() const { return matrix_; }
+    const KernelTable& level() const { return *level_; }
+    int num_out() const { return matrix_.num_out; }
+    int num_in() const { return matrix_.num_in; }
+
+  private:
+    const View& hold(nanobind::handle object, const char* name, int ndim) {
+        return held_.emplace_back(object, name, ndim);
+    }
+
+    void set_shape(std::int64_t num_out, std::int64_t num_in) {
+        if (num_out < 1 || num_in < kUnit || num_in % kUnit || num_out > kMostWidth || num_in > kMostWidth)
+            throw std::invalid_argument("inputs of a linear layer are a multiple of 64, outputs one at least");
+        matrix_.num_out = int(num_out), matrix_.num_in = int(num_in);
+    }
+
+    void set_codes(nanobind::handle codes, nanobind::handle scales, nanobind::handle biases, int bits, int group) {
+        if (bits < 2 || bits > 8 || bits == 7) throw std::invalid_argument("bits of weights are 2, 3, 4, 5, 6 or 8");
+        if (group != 32 && group != 64 && group != 128) throw std::invalid_argument("groups of weights are 32, 64 or 128 inputs");
+        const View &c = hold(codes, "codes", 2), &s = hold(scales, "scales", 2), &b = hold(biases, "biases", 2);
+        c.expect_type("IL", 4);
+        c.expect_dense();
+        if (c.shape(1) * 32 % bits) c.fail("hold no whole number of inputs");
+        set_shape(c.shape(0), c.shape(1) * 32 / bits);
+        if (matrix_.num_in % group) throw std::invalid_argument("inputs are no multiple of the group");
+        matrix_.bits = bits, matrix_.group = group, matrix_.dtype = s.dtype();
+        for (const View* view : {&s, &b}) {
+            view->expect_shape({matrix_.num_out, matrix_.num_groups()});
+            view->expect_dense();
+            if (view->dtype() != matrix_.dtype) view->fail("have another type than the scales");
+        }
+        matrix_.codes = static_cast<const std::uint8_t*>(c.data());
+        matrix_.scales = s.data(), matrix_.biases = b.data();
+    }
+
+    const KernelTable* level_;
+    Matrix matrix_;
+    std::deque<View> held_; // whose elements stay where they are
+};
+
+} // namespace tq
