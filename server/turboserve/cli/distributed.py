@@ -133,7 +133,7 @@ def follow(settings: Settings, place: Place) -> None:
     _leave_together(ranks)
     try:
         follower = build_follower(settings, partial(log.debug, "%s"), ranks)
-        log.info("rank %d of %d follows rank 0", ranks.rank, ranks.size)
+        log.info("rank %d of %d follows rank 0, as process %d", ranks.rank, ranks.size, os.getpid())
         follower.run()
         ranks.close()
     except StartupError as exc:

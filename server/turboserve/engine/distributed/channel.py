@@ -161,7 +161,16 @@ class Listener:
         return int(self._socket.getsockname()[1])
 
     def accept(self, secret: str, num_others: int) -> dict[int, Connection]:
-        """By rank, once all are there. Raises TimeoutError when one does not come. Strangers are sent away."""
+        """By rank, once all are there; nobody else comes in. Raises TimeoutError when one does not come.
+
+        Strangers are sent away.
+        """
+        try:
+            return self._accept(secret, num_others)
+        finally:
+            self._socket.close()
+
+    def _accept(self, secret: str, num_others: int) -> dict[int, Connection]:
         found: dict[int, Connection] = {}
         ends_s = time.monotonic() + CONNECT_S
         while len(found) < num_others:
@@ -178,7 +187,6 @@ class Listener:
                 connection.close()
             else:
                 found[rank] = connection
-        self._socket.close()
         return found
 
 

@@ -30,6 +30,7 @@ class Follower:
     def __init__(self, ranks: OtherRank, model: Any, formats: ServedFormats, disk: SessionDisk | None) -> None:
         self._ranks, self._model, self._formats, self._disk = ranks, model, formats, disk
         self._caches: dict[int, Caches] = {}
+        self._raised: Exception | None = None  # by the latest verb
         self._latest: mx.array | None = None  # logits, behind which a later step's tokens come
         self._stored: tuple[Any, Any] | None = None  # header and arrays: exported or read last
         self._verbs: dict[str, Callable[..., None]] = {
@@ -54,22 +55,23 @@ class Follower:
 
     def run(self) -> None:
         """Until rank 0 ends the run in order. Raises RanksEndedError when it ends otherwise."""
-        raised: Exception | None = None
-        while True:
-            message = self._ranks.receive()
-            kind = message[0]
-            if (kind == "raised") != (raised is not None):
-                self._complain(message, raised)
-            raised = None
-            if kind == "close":
-                self._close()
-                return
-            if kind == "forget":
-                self._caches.pop(message[1], None)
-            elif kind == "compare":
-                self._compare(*message[1:])
-            elif kind == "do":
-                raised = self._do(message[1], message[2])
+        while self.take(self._ranks.receive()):
+            pass
+
+    def take(self, message: Sequence[Any]) -> bool:
+        """Do what one message says; False for the last one."""
+        kind, raised, self._raised = message[0], self._raised, None
+        if (kind == "raised") != (raised is not None):
+            self._complain(message, raised)
+        if kind == "close":
+            self._close()
+        elif kind == "forget":
+            self._caches.pop(message[1], None)
+        elif kind == "compare":
+            self._compare(*message[1:])
+        elif kind == "do":
+            self._raised = self._do(message[1], message[2])
+        return bool(kind != "close")
 
     def _do(self, verb: str, args: Sequence[Any]) -> Exception | None:
         try:
