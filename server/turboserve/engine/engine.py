@@ -238,6 +238,7 @@ class TurboEngine:
                 log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:
+            self._loop = None
             self._is_ready_or_dead.set()
             self._rule_jobs.close()
             self._prompt_jobs.close()

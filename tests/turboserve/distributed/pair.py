@@ -58,6 +58,9 @@ class First(FirstRank):
     def exchange(self, what: str, value: Any) -> list[Any]:
         return [value, self.second.said.pop()]
 
+    def explain(self) -> None:
+        """Nobody is lost here."""
+
     def end_because(self, why: str) -> NoReturn:
         raise RanksEndedError(why)
 

@@ -75,12 +75,12 @@ def test_everything_that_happens_to_caches_is_repeated(
 
 def test_conversations_go_on_fork_and_are_preempted_alike(model: Any, rng: np.random.Generator) -> None:
     fmt = FORMATS[1]
-    pair = make_pair(model, fmt, budget_bytes=400_000)
+    pair = make_pair(model, fmt, budget_bytes=250_000)
     loop = make_loop(pair.parts, max_running=8)
     turns = [text_of([int(t) for t in rng.integers(0, 256, 50)]) for _ in range(6)]
-    for n in range(3):
+    for n in range(2):
         asked = [
-            request(f"{n}.{i}", turn * (1 + n), max_tokens=None if i % 2 else 20, session_id=f"s{i}")
+            request(f"{n}.{i}", turn * (1 + n), max_tokens=None if i == 1 else 20, session_id=f"s{i}")
             for i, turn in enumerate(turns)
         ]
         run(loop, *asked)

@@ -50,7 +50,7 @@ def flags(folder: Path, model: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, flags: tuple[str, ...]) -> Iterator[Ranks]:
-    with running_ranks(folder, *flags) as running:
+    with running_ranks(folder, *flags, "--overlap", "on") as running:  # tokens go from device to device
         yield running
 
 

@@ -65,6 +65,8 @@ class Lead:
         try:
             yield
         except Exception as exc:
+            if isinstance(exc, RuntimeError):  # MLX's, which a lost rank may be behind
+                self.ranks.explain()
             self.ranks.send(["raised", type(exc).__name__])
             raise
 
@@ -211,6 +213,7 @@ class LeadingPasses:
 
     def note_device_failure(self) -> None:
         """Raises RanksEndedError: what the other ranks' devices did is unknown."""
+        self._lead.ranks.explain()
         self._lead.ranks.end_because("the device of rank 0 failed in a step")
 
 

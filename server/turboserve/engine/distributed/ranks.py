@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,12 @@ from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
 
+NOTICE_S = 1.0  # MLX's ring may fail a moment before the closed connection is read
 _MOST_CHARS = 512  # of where rank 0 can be reached
+
+
+def _nobody(*told: object) -> None:
+    """Told, and does nothing."""
 
 
 class RanksEndedError(BaseException):
@@ -73,9 +79,9 @@ class FirstRank(Ranks):
     def __init__(self, group: Any, connections: dict[int, Connection]) -> None:
         self.group, self.size = group, int(group.size())
         self.lost: str | None = None  # why the run is over
-        self.on_lost: Callable[[str], None] = lambda why: None  # told once, on another thread
-        self.on_leaving: Callable[[], None] = lambda: None  # a rank was asked to end, and asks for everybody's end
-        self._is_ending = False
+        self.on_lost: Callable[[str], None] = _nobody  # told once, on another thread
+        self.on_leaving: Callable[[], None] = _nobody  # a rank was asked to end, and asks for everybody's end
+        self._is_ending, self._is_lost = False, threading.Event()
         self._inboxes = {
             rank: Inbox(connection, f"rank {rank}", partial(self._lose, rank), partial(self._takes, rank))
             for rank, connection in sorted(connections.items())
@@ -96,8 +102,14 @@ class FirstRank(Ranks):
 
     def _give_up(self, why: str) -> None:
         self.lost = why
+        self._is_lost.set()
         log.critical("%s; all ranks end", why)
         self.on_lost(why)
+
+    def explain(self) -> None:
+        """After a failure on this rank's device: raises RanksEndedError when another rank is gone, noticed or not yet."""
+        if self._is_lost.wait(NOTICE_S):
+            raise RanksEndedError(self.lost)
 
     def end_because(self, why: str) -> NoReturn:
         """End the run with a reason of this rank's. Raises RanksEndedError."""
@@ -145,6 +157,7 @@ class FirstRank(Ranks):
         """The others end, in order."""
         self._is_ending = True
         self._send_all(["close"])
+        self.on_lost = self.on_leaving = _nobody  # threads that still read keep nothing alive
 
 
 class OtherRank(Ranks):
