@@ -10,31 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
-import time
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from turboserve import logs
 from turboserve.cli.backend import keep_compiled_kernels, load_backend
+from turboserve.cli.rank_guard import Guard, end_now
 from turboserve.engine.distributed.place import Place, place_in
 from turboserve.errors import StartupError
 from turboserve.settings import AUTO_FORMAT, Settings
 
 if TYPE_CHECKING:
-    from turboserve.api.drain import Drain
     from turboserve.engine.distributed.ranks import OtherRank
-    from turboserve.engine.engine import TurboEngine
-    from turboserve.engine.loaded_model import EngineParts
-    from turboserve.engine.progress import Progress
 
 log = logging.getLogger(__name__)
-
-NOTICE_S = 1.0  # for the engine thread to see by itself that a rank is gone
-LINGER_S = 1.0  # in which errors reach their readers, and whoever asks /ready is told
-END_S = 8.0  # since a rank was lost; by then the process is gone, whatever it waits for
 
 
 def run(settings: Settings) -> None:
@@ -42,7 +33,7 @@ def run(settings: Settings) -> None:
     check_supported(settings)
     place = place_in(os.environ)
     if place.is_first:
-        from turboserve.cli import serve
+        from turboserve.cli import serve  # late: brings in the HTTP stack, which other ranks need not
 
         serve.run(settings, Guard(place))
     else:
@@ -57,65 +48,6 @@ def check_supported(settings: Settings) -> None:
         raise StartupError("--distributed: LoRA adapters cannot be divided: merge the adapter into the model first.")
     if settings.kv_format == AUTO_FORMAT:
         raise StartupError("--distributed: name a --kv-format: auto measures formats on models that are not divided.")
-
-
-class Guard:
-    """Rank 0's: how its engine is built, and what happens when the ranks do not go on together."""
-
-    def __init__(self, place: Place) -> None:
-        self._place, self._lock = place, threading.Lock()
-        self._watched: tuple[TurboEngine, Drain]
-        self.why: str | None = None  # the run is over
-
-    def watch(self, engine: TurboEngine, drain: Drain) -> None:
-        """Whom to tell. Before the engine is started."""
-        self._watched = engine, drain
-
-    def build(self, settings: Settings, progress: Progress) -> EngineParts:
-        """As `engine.loading.build_parts`, with the other ranks; on the engine thread."""
-        from turboserve.engine.distributed.ranks import FirstRank, join
-        from turboserve.engine.loading import build_parts
-
-        progress(f"distributed  rank 0 waits for the others, on {self._place.first_host}")
-        ranks = join(self._place)
-        assert isinstance(ranks, FirstRank)
-        ranks.on_lost, ranks.on_leaving = self.on_lost, self._watched[1].begin
-        progress(f"distributed  {ranks.size} ranks")
-        return build_parts(settings, progress, ranks)
-
-    def on_lost(self, why: str) -> None:
-        """A rank is gone; not on the engine thread."""
-        if self._begins(why):
-            self._watched[0].give_up(why, NOTICE_S)
-            self._leave()
-
-    def on_death(self) -> None:
-        """The engine thread died, and has told all requests."""
-        if self._begins("the engine of rank 0 died"):
-            threading.Thread(target=self._leave, name="leaving", daemon=True).start()
-
-    def _begins(self, why: str) -> bool:
-        with self._lock:
-            if self.why is not None:
-                return False
-            self.why = why
-        timer = threading.Timer(END_S, end_now, (why,))
-        timer.daemon = True
-        timer.start()
-        return True
-
-    def _leave(self) -> None:
-        time.sleep(LINGER_S)
-        self._watched[1].begin()
-
-
-def end_now(why: str) -> NoReturn:
-    """Exit status 1, at once: a thread may wait in a collective, which nothing ends but the process."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.write(f"turboserve: --distributed: {why}\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def follow(settings: Settings, place: Place) -> None:

@@ -19,8 +19,8 @@ from turboserve import logs
 from turboserve.api import http_server
 from turboserve.api.app import create_app
 from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
-from turboserve.cli.distributed import Guard, end_now
 from turboserve.cli.progress import Bars
+from turboserve.cli.rank_guard import Guard, end_now
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
