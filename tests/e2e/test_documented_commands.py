@@ -28,6 +28,7 @@ ELSEWHERE = {
     "python": "a benchmark, for a machine that is otherwise idle",
     "PYTHONPATH=.": "a benchmark, for a machine that is otherwise idle",
     "mlx_lm.server": "another server, which loads a model of its own",
+    "mlx.launch": "starts ranks, on other machines too; tests/turboserve/distributed launches two here",
     "docker": "needs a container engine, and images of the network",
     "pipx": "installs a wheel with what it needs from the network",
     "uv": "installs a wheel with what it needs from the network",

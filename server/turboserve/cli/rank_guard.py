@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turboserve.engine.progress import Progress
 
 NOTICE_S = 1.0  # for the engine thread to see by itself that a rank is gone
+WATCH_S = 0.5
 LINGER_S = 1.0  # in which errors reach their readers, and whoever asks /ready is told
 END_S = 8.0  # since a rank was lost; by then the process is gone, whatever it waits for
 
@@ -34,6 +35,14 @@ class Guard:
     def watch(self, engine: TurboEngine, drain: Drain) -> None:
         """Whom to tell. Before the engine is started."""
         self._watched = engine, drain
+        threading.Thread(target=self._watch_steps, name="steps", daemon=True).start()
+
+    def _watch_steps(self) -> None:
+        """A rank that lives and does not come to an end of its step leaves the others in a collective for ever."""
+        while self.why is None:
+            if self._watched[0].is_stuck:
+                self.on_lost("a step takes longer than stuck_step_s, so some rank does not take part in it")
+            time.sleep(WATCH_S)
 
     def build(self, settings: Settings, progress: Progress) -> EngineParts:
         """As `engine.loading.build_parts`, with the other ranks; on the engine thread."""

@@ -155,10 +155,14 @@ class TurboEngine:
             self._changed.notify()
 
     def unready_reason(self) -> str | None:
-        busy_s = self._busy_s()
-        if self._unready is None and busy_s > self._settings.stuck_step_s:
-            return f"the engine has been at one step for {busy_s:.0f} s"
+        if self.is_stuck:
+            return f"the engine has been at one step for {self._busy_s():.0f} s"
         return self._unready
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a step of an engine that was ready takes longer than it may."""
+        return self._unready is None and self._busy_s() > self._settings.stuck_step_s
 
     def _busy_s(self) -> float:
         """How long the engine thread has been at what it does now; 0 while it waits."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -87,8 +89,8 @@ class Process:
         raise AssertionError(f"no {pattern!r}:\n{self.text}")
 
     def end(self) -> None:
-        if self.popen.poll() is None:
-            self.popen.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(timeout=30)
         self._reader.join(timeout=10)
         for stream in (self.popen.stdin, self.popen.stdout):
@@ -116,7 +118,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def start(command: Sequence[str], env: dict[str, str]) -> Process:
     popen = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,  # whom a launcher starts is ended with it
     )
     return Process(popen)
 

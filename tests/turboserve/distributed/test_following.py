@@ -130,7 +130,7 @@ def test_a_lost_word_ends_the_run(model: Any, rng: np.random.Generator, verb: st
     assert isinstance(pair.first, Forgetful)
     pair.first.verb = verb
     one, other = two_requests(rng)
-    again = request("again", "".join(m["content"] for m in one.messages) + "more")
+    again = request("again", "".join(str(m["content"]) for m in one.messages) + "more")
     with pytest.raises(RanksEndedError, match=r"here, and not on rank 0|its caches are not those"):
         run(loop, one, other)
         run(loop, again)

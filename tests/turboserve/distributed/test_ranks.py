@@ -92,7 +92,12 @@ def test_a_rank_at_another_question_ends_the_run() -> None:
 def test_what_a_rank_complains_of_is_told_and_ends_the_run() -> None:
     with joined(2) as (first, (second,)):
         told, event = list[str](), threading.Event()
-        first.on_lost = lambda why: (told.append(why), event.set())  # type: ignore[assignment]
+
+        def note(why: str) -> None:
+            told.append(why)
+            event.set()
+
+        first.on_lost = note
         second.close("it has no memory left")
         assert event.wait(5) and told == ["rank 1 of 2: it has no memory left"]
         with pytest.raises(RanksEndedError, match="no memory left"):

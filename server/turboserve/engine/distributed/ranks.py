@@ -107,7 +107,7 @@ class FirstRank(Ranks):
         self.on_lost(why)
 
     def explain(self) -> None:
-        """After a failure on this rank's device. Raises RanksEndedError when another rank is gone, noticed or not yet."""
+        """After a failure on this device. Raises RanksEndedError when another rank is gone, noticed or not yet."""
         if self._is_lost.wait(NOTICE_S):
             raise RanksEndedError(self.lost)
 
