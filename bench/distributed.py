@@ -32,6 +32,8 @@ from _rows import Row, add_json_option, print_rows, write_rows
 from turboquant_kv import blas
 
 blas.interpose()  # before MLX, like the server
+# Where GPUs are shared with others, NVLink's multicast can put them out of service; whoever wants it sets 1.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import mlx.core as mx
 from _decode_steps import chained_step_s, random_caches

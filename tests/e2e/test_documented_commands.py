@@ -117,8 +117,8 @@ def test_flags_in_running_text_exist() -> None:
         assert flags <= known | FOREIGN, (page.name, flags - known - FOREIGN)
 
 
-# Of docker and bench/throughput.py, and what every command has.
-FOREIGN = {"--add-host", "--help", "--make", "--only", "--profile"}
+# Of docker, mlx.launch and bench/throughput.py, and what every command has.
+FOREIGN = {"--add-host", "--env", "--help", "--make", "--only", "--profile"}
 
 
 def _flags(command: object) -> Iterator[str]:

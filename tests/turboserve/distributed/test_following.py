@@ -11,6 +11,8 @@ from tests.turboserve.distributed.pair import First, Pair, make_pair
 from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, random_model, request, run, text_of
 
 from turboquant_kv.codec.format import KVFormat
+from turboserve.cache.memory import MemoryLimits
+from turboserve.cache.sizes import peak_bytes
 from turboserve.engine.distributed.digest import digest_of
 from turboserve.engine.distributed.ranks import RanksEndedError
 from turboserve.engine.step_loop import StepLoop
@@ -85,6 +87,41 @@ def test_conversations_go_on_fork_and_are_preempted_alike(model: Any, rng: np.ra
         ]
         run(loop, *asked)
     assert pair.parts.memory.events().evictions or loop.snapshot().events.preemptions
+    assert_equal_books(pair, loop)
+
+
+def test_conversations_are_requantised_alike(model: Any, rng: np.random.Generator) -> None:
+    fmt = KVFormat(k_bits=4, v_bits=4, page_tokens=16, sink_tokens=16, centred=False)
+    pair = make_pair(model, fmt, limits=MemoryLimits(allow_requantise=True))
+    loop, memory = make_loop(pair.parts), pair.parts.memory
+    prompts = [text_of([int(t) for t in rng.integers(0, 256, n)]) for n in (90, 90, 90, 90, 90, 90, 50)]
+    for i, prompt in enumerate(prompts[:-1]):
+        run(loop, request(f"r{i}", prompt, tenant=f"t{i}", session_id="s"))
+    memory.budget_bytes = memory.committed_bytes + peak_bytes(pair.parts.runtime, 71) - 2000
+    run(loop, request("new", prompts[-1], max_tokens=20, tenant="new"))
+    assert memory.events().requantisations["4/4>4t/3t"] >= 1
+    assert {message[1] for message in pair.first.messages if message[0] == "do"} >= {"convert", "runtime"}
+    assert_equal_books(pair, loop)
+
+
+def test_guesses_are_checked_alike(model: Any, rng: np.random.Generator, fmt: KVFormat | None) -> None:
+    pair = make_pair(model, fmt)
+    loop = make_loop(pair.parts, speculate="lookup")
+    begin = [int(t) for t in rng.integers(0, 256, 20)]
+    prompts = [text_of(begin * 3 + [i]) for i in range(4)]
+    asked = [request(f"r{i}", prompt, max_tokens=40) for i, prompt in enumerate(prompts)]
+    got = run(loop, *asked)
+    expected = run(make_loop(make_parts(model, fmt=fmt)), *asked)
+    assert [sink.tokens for sink in got] == [sink.tokens for sink in expected]
+    assert any(message[:2] == ["do", "trim_rows"] for message in pair.first.messages)
+    assert_equal_books(pair, loop)
+
+
+def test_an_unknown_format_is_refused_and_the_run_goes_on(model: Any) -> None:
+    pair = make_pair(model, FORMATS[1])
+    loop = make_loop(pair.parts)
+    refused, answered = run(loop, request("a", text_of([1, 2]), kv_format="7/7"), request("b", text_of([1, 2])))
+    assert "7/7" in str(refused.error) and answered.tokens
     assert_equal_books(pair, loop)
 
 

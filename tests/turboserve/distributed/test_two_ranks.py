@@ -91,6 +91,12 @@ def test_a_rank_holds_half_the_bytes(ranks: Ranks, alone: tuple[list[str], float
     assert stats["details"]["distributed"].startswith("2 ranks, books compared after ")
 
 
+def test_embeddings_are_refused_in_one_line(ranks: Ranks) -> None:
+    reply = httpx.post(f"{ranks.url}/v1/embeddings", json={"input": "hello", "model": "model"}, timeout=30)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == "A model that is divided among ranks makes no embeddings."
+
+
 def stream(url: str, content: str, most_lines: int | None = None, **more: Any) -> list[str]:
     """Its lines; left after so many."""
     body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "stream": True, **more}
