@@ -30,6 +30,7 @@ from turboserve.settings import Settings
 
 PROMPTS = ["Hello!", "What is the capital of France?", "Tell me a story about a dog and a cat. " * 8]
 FORMAT = "4/3"
+READY = r"Ready: \S+ at (http://\S+)"
 
 
 @pytest.fixture(scope="module")
@@ -132,28 +133,38 @@ def test_many_streams_that_fork_and_leave(ranks: Ranks) -> None:
     assert httpx.get(f"{ranks.url}/ready", timeout=10).status_code == 200
 
 
-def test_a_signal_to_any_rank_ends_all_in_order_and_sessions_stay(
-    folder: Path, flags: tuple[str, ...], ranks: Ranks
-) -> None:
-    story = PROMPTS[2] * 3
-    text_of(ask(ranks.url, story, session_id="kept"))
+STORY = PROMPTS[2] * 3
+
+
+def test_a_signal_to_any_rank_ends_all_in_order(folder: Path, ranks: Ranks) -> None:
+    text_of(ask(ranks.url, STORY, session_id="kept"))
     ranks.processes[1].popen.send_signal(signal.SIGTERM)
     for process in ranks.processes:
         assert process.popen.wait(timeout=30) == 0, process.text
     stored = [len(list((folder / "store" / f"rank-{rank}-of-2").rglob("*"))) for rank in (0, 1)]
     assert stored[0] == stored[1] > 1
-    with launched_ranks(folder, *flags) as launcher:
-        url = launcher.wait_for(r"Ready: \S+ at (http://\S+)")[1]
-        reply = ask(url, story, session_id="kept")
-        text_of(reply)
-        assert reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 200
-        assert stats_of(url)["events"]["restores"]["request"] == 1
-        pid = int(launcher.wait_for(r"rank 1 of 2 follows rank 0, as process (\d+)")[1])
-        assert_a_killed_rank_ends_all(url, pid, launcher)
 
 
-def assert_a_killed_rank_ends_all(url: str, pid: int, launcher: Process) -> None:
-    """Streams end with an error within seconds, /ready says 503, and rank 0 exits with status 1."""
+@pytest.fixture(scope="module")
+def launcher(folder: Path, flags: tuple[str, ...]) -> Iterator[Process]:
+    """The same two ranks once more, by MLX's own launcher."""
+    with launched_ranks(folder, *flags) as running:
+        running.wait_for(READY)
+        yield running
+
+
+def test_sessions_are_restored_on_all_ranks(launcher: Process) -> None:
+    url = launcher.wait_for(READY)[1]
+    reply = ask(url, STORY, session_id="kept")
+    text_of(reply)
+    assert reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 200
+    assert stats_of(url)["events"]["restores"]["request"] == 1
+
+
+def test_a_killed_rank_ends_streams_with_an_error_and_all_ranks(launcher: Process) -> None:
+    """Within seconds; /ready says 503, and rank 0 exits with status 1."""
+    url = launcher.wait_for(READY)[1]
+    pid = int(launcher.wait_for(r"rank 1 of 2 follows rank 0, as process (\d+)")[1])
     ended: list[tuple[float, str]] = []
     has_begun = threading.Event()
 
