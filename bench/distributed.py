@@ -9,8 +9,10 @@ content. Sections, each with rows of its own, which rank 0 writes after every fi
     link   seconds of a sum over all ranks as long as a decode step has them, and of sending a step's tokens
     one    the whole model on rank 0's device, the others waiting
     many   the model divided among all ranks, beside `one` where that has run, and formats beside f16
+    serve  the engine with the embedded model (or --serve-model): rank 0's words to the others, tokens from device to
+           device, books compared; the same answers as the whole model gives, and tokens per second beside it
 
-A collective of MLX waits for ever for a rank that is gone, so --limit-s ends the process whatever it waits for. What
+A collective of MLX waits for ever for a rank that is stuck, so --limit-s ends the process whatever it waits for. What
 does not fit a device in f16 is left out there. Run by itself, without mlx.launch, it measures `one` alone.
 """
 
@@ -20,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from _rows import Row, add_json_option, print_rows, write_rows
@@ -41,8 +45,17 @@ from _random_folders import SHAPES, random_model
 
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.distributed.place import RANK, place_in
+from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks, join
 from turboserve.engine.distributed.sharding import shard
+from turboserve.engine.generation import Generation
+from turboserve.engine.loaded_model import EngineParts
+from turboserve.engine.loading import build_follower, build_parts
 from turboserve.engine.projections import choose_projections
+from turboserve.engine.protocol import NullTelemetry
+from turboserve.engine.step_loop import StepLoop
+from turboserve.messages import Event, Failed, Request, SamplingParams, TextDelta
+from turboserve.settings import Settings
 
 MANY_TARGET = 1.6  # of one device's tokens/s
 FORMAT_TARGET = 1.0  # of f16's in the same set-up
@@ -63,9 +76,9 @@ TINY = {
 class Bench:
     """The group, what was measured so far, and the rows. Every rank goes the same way through it."""
 
-    def __init__(self, args: argparse.Namespace, group: Any) -> None:
-        self.args, self.group = args, group
-        self.rank, self.num_ranks = int(group.rank()), int(group.size())
+    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
+        self.args, self.ranks, self.group = args, ranks, ranks.group
+        self.rank, self.num_ranks = ranks.rank, ranks.size
         self.rows: list[Row] = []
         self.rates: dict[tuple[str, int, int, str], float] = {}  # section, streams, tokens, format
         self.failed: list[str] = []
@@ -82,9 +95,8 @@ class Bench:
             write_rows(self.args.json, self.rows)
 
     def sum(self, value: float) -> float:
-        """Over all ranks; also waits for them."""
-        total: Any = mx.distributed.all_sum(mx.array([value], mx.float32), group=self.group).item()
-        return float(total)
+        """Over all ranks; also waits for them, which costs no device and no core anything."""
+        return float(sum(self.ranks.exchange("bench", value)))
 
     def from_first(self, value: float) -> float:
         """Rank 0's, on every rank."""
@@ -144,6 +156,72 @@ def timed(make: Callable[[], mx.array]) -> float:
         mx.eval(make())
         times.append(time.perf_counter() - began)
     return sorted(times[1:])[2]
+
+
+def serve_section(bench: Bench) -> None:
+    """Greedy answers of a whole model in rank 0's process, then of the same model divided."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ["f16", *bench.args.formats]:
+            settings = Settings(model=bench.args.serve_model, kv_format=name, kv_budget="1GiB", cache_dir=Path(folder))
+            whole = None
+            if bench.rank == 0:
+                whole = answers_of(bench, settings, build_parts(settings, lambda line: None))
+            bench.sum(0.0)  # the others wait for it
+            ranks = join(place_in(os.environ))
+            if not isinstance(ranks, FirstRank):
+                build_follower(settings, lambda line: None, ranks).run()
+                ranks.close()
+                continue
+            divided = answers_of(bench, settings, build_parts(settings, lambda line: None, ranks))
+            assert whole is not None
+            for streams, (texts, rate) in divided.items():
+                target = 1.0 if name == "f16" else None
+                equal = sum(a == b for a, b in zip(texts, whole[streams][0], strict=True)) / streams
+                label = f"serve, {name}, {streams} streams"
+                bench.add(
+                    Row.plain(f"{label}: tokens/s beside the whole model", rate, "1/s", whole[streams][1]),
+                    Row.at_least(f"{label}: answers that are the whole model's", equal, "", target),
+                )
+
+
+class Reader:
+    """Collects an answer's text."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def put(self, event: Event) -> None:
+        if isinstance(event, Failed):
+            raise event.error
+        self.text += event.text if isinstance(event, TextDelta) else ""
+
+
+def answers_of(bench: Bench, settings: Settings, parts: EngineParts) -> dict[int, tuple[list[str], float]]:
+    """By number of streams: their texts, and tokens per second, prompts and the first tokens' compiling left out."""
+    loop, num_tokens = StepLoop(parts, settings, NullTelemetry(), time.monotonic), bench.args.serve_tokens
+    kept: dict[int, tuple[list[str], float]] = {}
+    sampling = SamplingParams(temperature=0.0, logit_bias=tuple((i, -100.0) for i in parts.loaded.eos_ids))
+    for streams in bench.args.streams:
+        readers: list[Reader] = []
+        rate = 0.0
+        for turn in range(2):  # the first one compiles
+            readers = [Reader() for _ in range(streams)]
+            for i, reader in enumerate(readers):
+                messages = ({"role": "user", "content": f"Tell me story number {i} of a dog and a cat."},)
+                request = Request(
+                    f"{streams}.{turn}.{i}", messages, sampling=sampling, max_tokens=bench.args.serve_tokens
+                )
+                loop.add(Generation(request, reader, time.monotonic()))
+            while loop.runner.num_rows < streams and loop.has_work:
+                loop.step()
+            began, before = time.perf_counter(), sum(len(g.answer) for g in loop.requests.running)
+            while loop.has_work:
+                loop.step()
+            rate = (streams * num_tokens - before) / (time.perf_counter() - began)
+        kept[streams] = [reader.text for reader in readers], rate
+    bench.say(f"serve: {loop.snapshot().details.get('distributed', 'whole')}, overlap {loop.overlap}")
+    loop.close()
+    return kept
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -270,7 +348,12 @@ def note(bench: Bench, section: str, name: str, streams: int, tokens: int, rate:
     bench.add(*rows)
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {"link": link_section, "one": one_section, "many": many_section}
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "link": link_section,
+    "one": one_section,
+    "many": many_section,
+    "serve": serve_section,
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,10 +374,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dir", help="where verdicts on kernels are kept; else nowhere")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="of a device; 0: as it says")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no section or figure begins after it")
+    parser.add_argument("--serve-model", default="", help="a folder, for `serve`; else the embedded model")
+    parser.add_argument("--serve-tokens", type=int, help="of each answer there [128; with --tiny 16]")
     parser.add_argument("--seed", type=int, default=0)
     add_json_option(parser)
     args = parser.parse_args()
     args.tokens = args.tokens or ([512] if args.tiny else [16384, 65536])
+    args.serve_tokens = args.serve_tokens or (16 if args.tiny else 128)
     args.steps = args.steps or (4 if args.tiny else 24)
     args.streams = args.streams or ([1, 2] if args.tiny else [1, 8])
     return args
@@ -312,10 +398,25 @@ def end_when_stuck(limit_s: float) -> None:
     timer.start()
 
 
+def joined() -> Ranks:
+    """All ranks; this process alone where no launcher started it. When one is gone, the others end."""
+    if RANK not in os.environ:
+        return ALONE
+    ranks = join(place_in(os.environ))
+
+    def end(why: str) -> None:
+        print(why, flush=True)
+        os._exit(3)
+
+    if isinstance(ranks, FirstRank):
+        ranks.on_lost = end
+    return ranks
+
+
 def main() -> None:
     args = parse_arguments()
     end_when_stuck(args.limit_s + GRACE_S)
-    bench = Bench(args, mx.distributed.init())
+    bench = Bench(args, joined())
     bench.say(f"{bench.num_ranks} ranks on {mx.default_device()}: {mx.device_info()}")
     for name in args.only:
         if bench.num_ranks == 1 and name != "one":
@@ -326,6 +427,10 @@ def main() -> None:
     missed = [row.name for row in bench.rows if row.met is False]
     failed = ", ".join(bench.failed) or "none"
     bench.say(f"{len(bench.rows)} figures; missed: {'; '.join(missed) or 'none'}; failed: {failed}")
+    if isinstance(bench.ranks, OtherRank):
+        bench.ranks.receive()  # until rank 0 closes
+    if isinstance(bench.ranks, FirstRank | OtherRank):
+        bench.ranks.close()
 
 
 if __name__ == "__main__":

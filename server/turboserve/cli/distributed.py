@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PREFIX = "--distributed:"  # of what is told of divided models; rank 0 puts it before what it hears
+
 
 def run(settings: Settings) -> None:
     """Serve as the rank that the launcher made this process. Raises StartupError."""
@@ -69,7 +71,7 @@ def follow(settings: Settings, place: Place) -> None:
         follower.run()
         ranks.close()
     except StartupError as exc:
-        ranks.close(str(exc))
+        ranks.close(str(exc).removeprefix(f"{PREFIX} "))
         raise
     except RanksEndedError as exc:
         ranks.close(str(exc))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turboserve.engine.loaded_model import EngineParts
     from turboserve.engine.progress import Progress
 
-NOTICE_S = 1.0  # for the engine thread to see by itself that a rank is gone
+NOTICE_S = 0.5  # for the engine thread to see by itself that a rank is gone
 WATCH_S = 0.5
 LINGER_S = 1.0  # in which errors reach their readers, and whoever asks /ready is told
 END_S = 8.0  # since a rank was lost; by then the process is gone, whatever it waits for

@@ -76,7 +76,10 @@ class TurboEngine:
         clock: Clock = time.monotonic,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts nothing; `build` runs on the engine thread after `start`."""
+        """Starts nothing; `build` runs on the engine thread after `start`.
+
+        on_death: called on that thread when an engine that was loaded has died, and every request has been told.
+        """
         self._settings, self._build, self._progress, self._clock = settings, build, progress, clock
         self._telemetry: EngineTelemetry = telemetry if telemetry is not None else NullTelemetry()
         self._model_id, self._on_death = model_id, on_death
@@ -390,7 +393,8 @@ class TurboEngine:
             log.exception("requests could not be ended in order")
             if loop is not None:
                 loop.abandon(error)
-        self._on_death()
+        if loop is not None:
+            self._on_death()
 
     def give_up(self, why: str, within_s: float) -> None:
         """A rank of the model is gone: end every request, on whatever thread this is.

@@ -89,7 +89,11 @@ def _build(settings: Settings, progress: Progress, ranks: Ranks) -> _Built:
     budget_bytes = ranks.least("budget", budget_bytes)
     runtime = formats.default_runtime
     kept = [runtime.description, str(runtime.shapes), runtime.token_bytes, runtime.chunk_token_bytes]
-    ranks.check_same("what layers keep", kept, "keeps its layers otherwise than rank 0: have the same machine for each")
+    ranks.check_same(
+        "what layers keep",
+        kept,
+        "keeps other caches than rank 0: start all ranks with the same settings, on machines of one kind",
+    )
     return _Built(loaded, guessing, formats, budget_bytes, _open_store(settings, loaded, formats, progress, ranks))
 
 
