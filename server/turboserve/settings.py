@@ -170,6 +170,8 @@ class Settings(BaseSettings):
     allowed_hosts: tuple[str, ...] = ()  # further Host headers to accept; loopback names always are
     # web pages that may call the API, such as "http://localhost:3000"; "*": any. The key is asked for all the same
     cors_allowed_origins: tuple[Origin, ...] = ()
+    # one rank of several that mlx.launch starts, each with a part of the model; rank 0 answers requests
+    distributed: bool = False
     any_model_name: bool = False  # whatever model a request names, the served one answers
 
     # balanced, compact, tiny, KEY_CODEC/VALUE_CODEC, f16 for mlx-lm's uncompressed cache, or auto: the smallest that

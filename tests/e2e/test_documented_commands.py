@@ -29,6 +29,7 @@ ELSEWHERE = {
     "python": "a benchmark, for a machine that is otherwise idle",
     "PYTHONPATH=.": "a benchmark, for a machine that is otherwise idle",
     "mlx_lm.server": "another server, which loads a model of its own",
+    "mlx.launch": "starts ranks, on other machines too; tests/turboserve/distributed launches two here",
     "docker": "needs a container engine, and images of the network",
     "kubectl": "needs a cluster; the manifests are tried in tests/packaging",
     "pipx": "installs a wheel with what it needs from the network",
@@ -118,8 +119,8 @@ def test_flags_in_running_text_exist() -> None:
         assert flags <= known | FOREIGN, (page.name, flags - known - FOREIGN)
 
 
-# Of docker, bench/throughput.py and tests.stress.replicas, and what every command has.
-FOREIGN = {"--add-host", "--help", "--litellm", "--make", "--only", "--profile"}
+# Of docker, mlx.launch, bench/throughput.py and tests.stress.replicas, and what every command has.
+FOREIGN = {"--add-host", "--env", "--help", "--litellm", "--make", "--only", "--profile"}
 
 
 def _flags(command: object) -> Iterator[str]:

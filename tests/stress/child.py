@@ -32,8 +32,13 @@ import orjson
 from tests.stress.plan import Plan, Turn, make_plans
 from tests.stress.watch import LEADS, WATCH, watch_engine
 
+from turboserve.cli.distributed import follow
+from turboserve.engine.distributed.place import place_in
+from turboserve.engine.distributed.ranks import ALONE, join
 from turboserve.engine.engine import TurboEngine
+from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loading import build_parts
+from turboserve.engine.progress import Progress
 from turboserve.errors import OverloadedError, RequestCancelledError, SessionExistsError, SessionNotFoundError
 from turboserve.messages import Event, Failed, Finished, ForkSession, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
@@ -66,6 +71,7 @@ class Job:
     seed: int
     num_clients: int
     order_seed: int
+    num_ranks: int = 1
     history: str = ""  # answers to build on, a file of an earlier run; "": this run's own
 
 
@@ -219,8 +225,17 @@ def read_answers(path: Path) -> Answers:
 def main() -> int:
     faulthandler.register(signal.SIGUSR1)  # for whoever finds it hanging
     job = Job(**json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    settings = Settings(**job.settings)
+    place = place_in(os.environ) if settings.distributed else None
+    if place is not None and not place.is_first:
+        follow(settings, place)
+        return 0
     watch_engine()
-    engine = TurboEngine(Settings(**job.settings), build_parts, model_id="tiny", progress=lambda line: None)
+
+    def build(settings: Settings, progress: Progress) -> EngineParts:
+        return build_parts(settings, progress, ALONE if place is None else join(place))
+
+    engine = TurboEngine(settings, build, model_id="tiny", progress=lambda line: None)
     engine.start()
     engine.wait_until_ready(WAIT_S)
     complaints = Player(engine, job).play()

@@ -1,6 +1,7 @@
 """The stress run: an unlimited engine's answers, then the same conversations in a tight budget, killed half-way.
 
     python -m tests.stress.run                              what the test suite runs
+    python -m tests.stress.run --ranks 2                    the tight budget in two processes, each with half the heads
     python -m tests.stress.run --conversations 512 --turns 4 --clients 32 --held 12 --kills 3
 
 Owns the processes and the judgement. The budget holds `--held` conversations of average size; every answer must be
@@ -18,14 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.stress.child import Answer, Answers, Job, read_answers
+from tests.turboserve.distributed.processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD_TIMEOUT_S = 1800.0
+FOLLOWER_END_S = 30.0  # for a rank to see that rank 0 is gone; a loaded machine takes its time
 MiB = 1 << 20
 # Codes made from sums in another order may differ in a step, which was seen to move a token's lead by less than 0.02
 # standard deviations of the logits. A wrong cache gets this excuse by chance in one answer of six or fewer.
@@ -44,6 +49,7 @@ class Load:
     num_held: int = 12  # conversations of average size that the budget has room for
     num_kills: int = 1
     seed: int = 0
+    num_ranks: int = 1  # that share the model in the tight budget; the unlimited engine has all of it
 
 
 @dataclass
@@ -83,6 +89,10 @@ def stress(load: Load, folder: Path, cache_dir: Path) -> Outcome:
         kv_store_write_rate="1GiB",
     )
     job = replace(job, history=str(folder / "unlimited.jsonl"))  # one answer that parts must not change the next
+    if load.num_ranks > 1:
+        outcome.budget_bytes //= load.num_ranks  # of a rank, which has that part of the heads
+        own = {"kv_budget": str(outcome.budget_bytes), "distributed": True}
+        job = replace(job, settings={**job.settings, **own}, num_ranks=load.num_ranks)
     started = time.monotonic()
     for kill in range(load.num_kills):
         run_until_killed(job, folder, answers, len(expected) * (kill + 1) // (load.num_kills + 1))
@@ -126,18 +136,35 @@ def make_job(load: Load, answers: Path, cache_dir: Path, **settings: str) -> Job
     )
 
 
-def start(job: Job, folder: Path) -> subprocess.Popen[str]:
-    file = folder / "job.json"
+@contextmanager
+def start(job: Job, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The engine's process; those of other ranks have ended as well when this is over. Raises StressError."""
+    file, ring = folder / "job.json", folder / "ring.json"
     file.write_text(json.dumps(asdict(job)), "utf-8")
+    ring.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(job.num_ranks)]))
     paths = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.stress.child", str(file)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {**os.environ, "PYTHONPATH": paths}
+
+    def one(rank: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.stress.child", str(file)],
+            cwd=ROOT,
+            env=env if job.num_ranks == 1 else {**env, "MLX_HOSTFILE": str(ring), "MLX_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
+            text=True,
+        )
+
+    with ExitStack() as stack:
+        others = [stack.enter_context(one(rank)) for rank in range(1, job.num_ranks)]
+        with one(0) as process:
+            yield process
+        for other in others:
+            try:
+                other.wait(timeout=FOLLOWER_END_S)
+            except subprocess.TimeoutExpired:
+                other.kill()
+                raise StressError("a rank stayed when rank 0 was gone") from None
 
 
 def run_to_end(job: Job, folder: Path) -> dict[str, Any]:
@@ -214,11 +241,12 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=Load.num_held)
     parser.add_argument("--kills", type=int, default=Load.num_kills)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--ranks", type=int, default=Load.num_ranks, help="processes that share the model")
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/turboserve").expanduser())
     args = parser.parse_args()
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     print(f"seed {seed}")
-    load = Load(args.conversations, args.turns, args.forks, args.clients, args.held, args.kills, seed)
+    load = Load(args.conversations, args.turns, args.forks, args.clients, args.held, args.kills, seed, args.ranks)
     with tempfile.TemporaryDirectory() as folder:
         print(summary(stress(load, Path(folder), args.cache_dir)))
 

@@ -11,7 +11,6 @@ tokens begin to hide some.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +48,16 @@ class BatchingRuntime(Protocol):
     def merge_rows(self, singles: list[list[Any]]) -> list[Any]: ...
 
     def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]: ...
+
+    def copy(self, caches: list[Any]) -> list[Any]: ...
+
+    def prepare_rows(self, batch: list[Any], lengths: Sequence[int], right_padding: Sequence[int]) -> None: ...
+
+    def finalize_rows(self, batch: list[Any]) -> None: ...
+
+    def filter_rows(self, batch: list[Any], indices: Sequence[int]) -> None: ...
+
+    def extract_row(self, batch: list[Any], index: int) -> list[Any]: ...
 
     def evaluate(self, caches: list[Any]) -> None: ...
 
@@ -116,7 +125,7 @@ class _Trial:
         self._prefilled = [self._new() for _ in LENGTHS]
         for row, num_tokens in enumerate(LENGTHS):
             self._run([self._tokens(row, 0, num_tokens)], self._prefilled[row])
-        self._alone = [self._to_give_back(copy.deepcopy(caches)) for caches in self._prefilled]
+        self._alone = [self._to_give_back(runtime.copy(caches)) for caches in self._prefilled]
         self._expected: list[list[Logits]] = [[] for _ in LENGTHS]  # of each row, after each of its decode steps
         self._limit = self._rounding_limit()
 
@@ -134,8 +143,7 @@ class _Trial:
             self._compare(batch, [0, 1], [0, 0])
             batch = self._runtime.extend_rows(batch, self._merged([2]))
             self._compare(batch, [0, 1, 2], [1, 1, 0])
-            for cache in batch:
-                cache.filter(mx.array([1, 2]))
+            self._runtime.filter_rows(batch, [1, 2])
             self._compare(batch, [1, 2], [2, 1])
             for count in counts:
                 rows = [i % len(LENGTHS) for i in range(count)]
@@ -150,18 +158,16 @@ class _Trial:
                 return
             self._prefill_together(batch)
             for row in rows:
-                caches = self._to_give_back([cache.extract(row) for cache in batch])
+                caches = self._to_give_back(self._runtime.extract_row(batch, row))
                 got = self._run([self._tokens(row, LENGTHS[row], 1)], caches)
                 self._check(got[0], row, 0, f"{len(rows)} prompts")
 
     def _prefill_together(self, batch: list[Any]) -> None:
         lengths = list(LENGTHS[:2])
         padding = [max(lengths) - n for n in lengths]
-        for cache in batch:
-            cache.prepare(lengths=lengths, right_padding=padding)
+        self._runtime.prepare_rows(batch, lengths, padding)
         self._run([self._tokens(row, 0, n) + padding[row] * [0] for row, n in enumerate(lengths)], batch)
-        for cache in batch:
-            cache.finalize()
+        self._runtime.finalize_rows(batch)
 
     def _compare(self, batch: list[Any], rows: Sequence[int], steps: Sequence[int]) -> None:
         """One decode step of `rows`, of which each has taken so many before."""

@@ -166,13 +166,18 @@ def _balanced(means: Means, rotary: Rotary, given: key_guard.Recorded) -> Means:
     return means if factors is None else replace(means, k=means.k * factors, key_factors=factors)
 
 
+def path_for(cache_dir: Path, weights_fingerprint: str) -> Path:
+    """Where the calibration of these weights is kept."""
+    return cache_dir / "calibration" / f"{weights_fingerprint}.safetensors"
+
+
 def calibration_for(model: Any, tokenizer: Any, cache_dir: Path, weights_fingerprint: str) -> Calibration:
     """The stored calibration of these weights, or a new one, which is then stored.
 
     A damaged file is measured again and replaced; a folder that cannot be written only costs the
     measurement at the next start.
     """
-    path = cache_dir / "calibration" / f"{weights_fingerprint}.safetensors"
+    path = path_for(cache_dir, weights_fingerprint)
     if path.exists():
         try:
             return load(path, weights_fingerprint)

@@ -118,6 +118,11 @@ class PagePool:
         return self.stored_bytes - self.used_bytes + self.exact.num_rows * self.raw_token_bytes - self.exact_bytes
 
     @property
+    def books(self) -> tuple[int, int, int, int]:
+        """Pages in use, pages numbered, exact rows numbered, and filled."""
+        return self.num_used, len(self._references), self.exact.num_rows, self.exact.num_filled
+
+    @property
     def num_tokens(self) -> int:
         """Tokens held, shared ones once."""
         return self.num_used * self.fmt.page_tokens + self.num_exact_rows

@@ -25,6 +25,7 @@ from turboquant_kv.cache import seam as attention
 from turboquant_kv.cache import serialise as exporting
 from turboquant_kv.cache.backend_choice import cases_of, choose
 from turboquant_kv.cache.batch_probe import Batching, try_batches
+from turboquant_kv.cache.batch_verbs import BatchVerbs
 from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.layer_cache import LayerSource, TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves, with_leaves
@@ -42,7 +43,7 @@ from turboquant_kv.kv_bytes import KVBytes
 __all__ = ["PLAIN_FORMAT", "KVRuntime", "UnsupportedModelError"]
 
 
-class KVRuntime:
+class KVRuntime(BatchVerbs):
     """Caches of one model in one format. fmt None keeps mlx-lm's own caches everywhere."""
 
     def __init__(
@@ -360,6 +361,10 @@ class KVRuntime:
         """Finish all pending work on these caches, so that no lazy graph outlives a step; waits once for all layers."""
         is_ours = (AttendingCache, RowsApart)
         mx.eval([c.pending_arrays() if isinstance(c, is_ours) else c.state for c in leaves(caches)])
+
+    def books(self) -> list[tuple[int, ...]]:
+        """Of each pool: pages in use and numbered, exact rows numbered and filled. Equal where all that was done is."""
+        return [pool.books for pool in self._pools]
 
     def check_integrity(self) -> None:
         """Raises PageAccountingError when the pool's books do not agree."""

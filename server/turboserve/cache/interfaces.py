@@ -78,6 +78,7 @@ class ServedModel(NamedTuple):
     name: str = ""
     fingerprint: str = ""  # weights, tokenizer, dtype of activations
     adapters: frozenset[str] = frozenset()  # fingerprints of those that are loaded
+    is_divided: bool = False  # among ranks: a cache here is a part of one
 
 
 class CacheFamily(Protocol):

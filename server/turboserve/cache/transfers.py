@@ -16,6 +16,7 @@ import numpy as np
 from turboserve.cache.interfaces import Arrays, CacheFamily, Header, ServedModel, SessionDisk
 from turboserve.cache.sessions import Conversation, Holder, Lease, Session
 from turboserve.errors import (
+    InvalidRequestError,
     KVFormatError,
     SessionBusyError,
     SessionImportError,
@@ -47,7 +48,8 @@ class Transfers:
     # --- leaving
 
     def copy_of(self, holder: Holder) -> ExportedSession:
-        """Everything of a session as it is now. Raises SessionBusyError, SessionNotFoundError."""
+        """Everything of a session as it is now. Raises SessionBusyError, SessionNotFoundError, InvalidRequestError."""
+        self._check_whole()
         if isinstance(holder, Lease):
             return self._copy_at_work(holder)
         fields = self._fields(holder)
@@ -90,10 +92,21 @@ class Transfers:
             **self._family.fingerprints(holder.kv_format),
         }
 
+    def _check_whole(self) -> None:
+        if self._model.is_divided:
+            raise InvalidRequestError(
+                "This model is divided among ranks, and each has a part of every session's cache: sessions cannot be "
+                "exported or imported here."
+            )
+
     # --- coming
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Raises SessionImportError or KVFormatError when caches of which this is told mean nothing here."""
+        """Raises SessionImportError or KVFormatError when caches of which this is told mean nothing here.
+
+        And InvalidRequestError where no cache can be taken.
+        """
+        self._check_whole()
         said = {name: _text(fields, name) for name in ("kv_format", "wanted_format", "adapter", "model", "model_name")}
         if said["model"] != self._model.fingerprint:
             theirs = f" ({said['model_name']} there, {self._model.name} here)" if said["model_name"] else ""

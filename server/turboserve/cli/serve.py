@@ -20,6 +20,7 @@ from turboserve.api import http_server
 from turboserve.api.app import create_app
 from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
 from turboserve.cli.progress import Bars
+from turboserve.cli.rank_guard import Guard, end_now
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 from turboserve.telemetry import Telemetry
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
     from turboserve.engine.engine import TurboEngine
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used."""
+def run(settings: Settings, guard: Guard | None = None) -> None:
+    """Serve until a signal. Raises StartupError when the port, the backend or the model cannot be used.
+
+    guard: of a model whose other parts other processes have.
+    """
     progress = Bars()
     logs.configure(settings.log_level, settings.log_json, progress.log_stream())
     listener = http_server.bind(settings)  # before the model: a busy port is worth knowing at once
@@ -43,10 +47,12 @@ def run(settings: Settings) -> None:
     progress(f"MLX on {device_name()}, BLAS: {blas.describe()}")
     _check_local_model(settings.model)
     telemetry = Telemetry()
-    engine = _make_engine(settings, telemetry, progress)
+    engine = _make_engine(settings, telemetry, progress, guard)
     router_key = os.environ.pop(ROUTER_KEY_VARIABLE, "")
     app = create_app(engine, settings, telemetry, router_key=router_key)
     drain = app.state.context.drain
+    if guard is not None:
+        guard.watch(engine, drain)
     if router_key:
         threading.Thread(target=_follow_router, args=(drain,), name="router", daemon=True).start()
     starter = _Starter(engine, settings, drain, progress, is_behind_router=bool(router_key))
@@ -59,6 +65,8 @@ def run(settings: Settings) -> None:
         if caught is not None and not starter.is_settled:
             progress.close()
             _leave_loading(caught)
+        if guard is not None and guard.why is not None:
+            end_now(guard.why)
         if not engine.stop():  # answers under way had their grace period in `http_server.run`
             logging.shutdown()
             os._exit(1)  # an ordinary exit would wait for the thread that is stuck
@@ -94,14 +102,18 @@ def _check_local_model(model: str) -> None:
         read_config(resolve_folder(model))
 
 
-def _make_engine(settings: Settings, telemetry: Telemetry, progress: Bars) -> TurboEngine:
+def _make_engine(settings: Settings, telemetry: Telemetry, progress: Bars, guard: Guard | None) -> TurboEngine:
     # Late, because both import MLX, which must find the interposed BLAS.
     from turboserve.engine.engine import TurboEngine
     from turboserve.engine.loading import build_parts
     from turboserve.engine.model_folder import model_id_for
 
     model_id = model_id_for(settings.model, settings.served_model_name)
-    return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=progress)
+    if guard is None:
+        return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=progress)
+    return TurboEngine(
+        *(settings, guard.build), model_id=model_id, telemetry=telemetry, progress=progress, on_death=guard.on_death
+    )
 
 
 class _Starter:

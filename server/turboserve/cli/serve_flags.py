@@ -12,7 +12,16 @@ from turboserve.cli.options import ConfigFile, HelpAll, Model, Switch, Text
 NO_SETTINGS = ("config_file", "help_all")
 USUAL = (
     *("model", "config_file", "host", "port", "api_key", "allow_anonymous", "served_model_name", "adapters"),
-    *("max_context_tokens", "kv_format", "kv_budget", "kv_store_dir", "speculate", "draft_model", "max_running"),
+    *(
+        "max_context_tokens",
+        "distributed",
+        "kv_format",
+        "kv_budget",
+        "kv_store_dir",
+        "speculate",
+        "draft_model",
+        "max_running",
+    ),
     *("max_queued", "cache_dir", "log_level", "log_json"),
 )
 
@@ -34,6 +43,9 @@ def serve_command(
         list[str] | None, Option("--cors-allowed-origin", help="Web page that may call the API; repeatable; *: any.")
     ] = None,
     any_model_name: Annotated[Switch, Option(help="Answer whatever model a request names.")] = None,
+    distributed: Annotated[
+        Switch, Option(help="Serve a part of the model as one of the ranks that mlx.launch starts.")
+    ] = None,
     served_model_name: Annotated[Text, Option(help="Name under which clients ask for the model.")] = None,
     adapters: Annotated[
         list[str] | None,
@@ -134,6 +146,10 @@ def serve_command(
     """Serve MODEL over HTTP. These are the usual options; --help-all shows every one."""
     flags = {key: value for key, value in locals().items() if key not in NO_SETTINGS}
     settings = config.resolve(flags, config_file)
+    if settings.distributed:
+        from turboserve.cli.distributed import run as run_rank
+
+        return run_rank(settings)
     if settings.models:
         from turboserve.fleet.serve import run as run_fleet  # a process for each model; this one needs no MLX
 

@@ -120,11 +120,9 @@ def draw_alone(logits: mx.array, row: Generation) -> Drawn | Exception:
         return exc
 
 
-def newest_tokens(rows: Sequence[Generation], flight: Flight | None) -> mx.array:
+def newest_tokens(rows: Sequence[Generation], flight: Flight) -> mx.array:
     """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
-    known = [row.newest_token() for row in rows if flight is None or row not in flight]
-    if flight is None:
-        return mx.array(known, dtype=mx.uint32)[:, None]
+    known = [row.newest_token() for row in rows if row not in flight]
     assert flight.draws is not None
     tokens = flight.draws.tokens
     if flight.rows == rows:

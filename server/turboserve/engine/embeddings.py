@@ -224,6 +224,8 @@ def _shortest_first(tokens: list[list[int]]) -> list[int]:
 
 def inner_of(model: Any) -> Any:
     """The part of an mlx-lm model that gives hidden states. Raises UnsupportedParameterError when there is none."""
+    if model is None:  # its passes are not this process's alone
+        raise UnsupportedParameterError("A model that is divided among ranks makes no embeddings.", param="model")
     for holder in (model, getattr(model, "language_model", None)):
         inner = getattr(holder, "model", None)
         if callable(inner):

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
+from turboserve.engine.distributed.ranks import RanksEndedError
 from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
@@ -74,11 +75,16 @@ class TurboEngine:
         telemetry: EngineTelemetry | None = None,
         progress: Progress = log.info,
         clock: Clock = time.monotonic,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts nothing; `build` runs on the engine thread after `start`."""
+        """Starts nothing; `build` runs on the engine thread after `start`.
+
+        on_death: called on that thread when an engine that was loaded has died, and every request has been told.
+        """
         self._settings, self._build, self._progress, self._clock = settings, build, progress, clock
         self._telemetry: EngineTelemetry = telemetry if telemetry is not None else NullTelemetry()
-        self._model_id = model_id
+        self._model_id, self._on_death = model_id, on_death
+        self._loop: StepLoop | None = None  # once the model is loaded
         self._created = int(time.time())
         self._sampling_defaults = SamplingParams()  # the model's own once it is loaded
         self._changed = threading.Condition()
@@ -155,10 +161,14 @@ class TurboEngine:
             self._changed.notify()
 
     def unready_reason(self) -> str | None:
-        busy_s = self._busy_s()
-        if self._unready is None and busy_s > self._settings.stuck_step_s:
-            return f"the engine has been at one step for {busy_s:.0f} s"
+        if self.is_stuck:
+            return f"the engine has been at one step for {self._busy_s():.0f} s"
         return self._unready
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a step of an engine that was ready takes longer than it may."""
+        return self._unready is None and self._busy_s() > self._settings.stuck_step_s
 
     def _busy_s(self) -> float:
         """How long the engine thread has been at what it does now; 0 while it waits."""
@@ -225,7 +235,7 @@ class TurboEngine:
         loop: StepLoop | None = None
         try:
             self._busy_since_s = self._clock()
-            loop = self._load()
+            self._loop = loop = self._load()
             self._serve(loop)
             self._busy_since_s = None  # what follows may write files, which takes its time
             self._end_all(loop, EngineUnavailableError("The server is shutting down."))
@@ -238,6 +248,7 @@ class TurboEngine:
                 log.critical("the engine thread died", exc_info=True)
             self._die(loop, exc)
         finally:
+            self._loop = None
             self._is_ready_or_dead.set()
             self._rule_jobs.close()
             self._prompt_jobs.close()
@@ -370,19 +381,41 @@ class TurboEngine:
             self._publish(loop)
 
     def _die(self, loop: StepLoop | None, cause: BaseException) -> None:
+        is_divided = isinstance(cause, RanksEndedError)  # its message is for operators and callers alike
         with self._changed:
-            self._unready = f"the engine died ({type(cause).__name__})"
+            self._unready = str(cause) if is_divided else f"the engine died ({type(cause).__name__})"
         if loop is None:
             reason = cause if isinstance(cause, StartupError) else None
             what = f"The model could not be started ({type(cause).__name__}): the log has details."
-            self._startup_error = reason or StartupError(what)
+            self._startup_error = reason or StartupError(f"--distributed: {cause}." if is_divided else what)
             self._unready = "the model could not be loaded"
+        error = _lost(str(cause)) if is_divided else EngineUnavailableError("The engine died; restart the server.")
         try:
-            self._end_all(loop, EngineUnavailableError("The engine died; restart the server."))
+            if is_divided and loop is not None:  # caches cannot be kept: the other ranks are gone
+                loop.abandon(error)
+            self._end_all(None if is_divided else loop, error)
         except Exception:  # the loop's state may be what broke; whoever was in the inbox has been told
             log.exception("requests could not be ended in order")
             if loop is not None:
-                loop.abandon(EngineUnavailableError("The engine died; restart the server."))
+                loop.abandon(error)
+        if loop is not None:
+            self._on_death()
+
+    def give_up(self, why: str, within_s: float) -> None:
+        """A rank of the model is gone: end every request, on whatever thread this is.
+
+        The engine thread does so by itself when it sees it, unless it is in a collective, which never ends.
+        """
+        with self._changed:
+            self._unready = why
+        self._thread.join(within_s)
+        if not self._thread.is_alive():
+            return
+        self._startup_error = self._startup_error or StartupError(f"--distributed: {why}.")
+        self._is_ready_or_dead.set()
+        if self._loop is not None:
+            self._loop.abandon(_lost(why))
+        self._end_all(None, _lost(why))
 
 
 def _tell(generation: Generation, error: TurboServeError) -> None:
@@ -391,6 +424,10 @@ def _tell(generation: Generation, error: TurboServeError) -> None:
         generation.sink.put(Failed(error))
     except Exception:
         log.exception("the reader of request %s failed", generation.request_id)
+
+
+def _lost(why: str) -> EngineUnavailableError:
+    return EngineUnavailableError(f"The model's ranks do not go on together: {why}. The server ends.", retry_after_s=30)
 
 
 def _not_ready(reason: str) -> EngineUnavailableError:

@@ -10,6 +10,7 @@ from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
+from turboserve.engine.passes import Passes
 from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import FormatQuality, SamplingParams
@@ -76,6 +77,23 @@ class ServingRuntime(EvaluatingRuntime, Protocol):
         ...
 
 
+class DividedRun(Protocol):
+    """What the engine tells the other ranks of a model that is divided among several processes."""
+
+    @property
+    def line(self) -> str:
+        """How many ranks there are, and what was compared between them."""
+        ...
+
+    def after_step(self) -> None:
+        """Have every rank compare its books with this one's. Raises where the run is over."""
+        ...
+
+    def close(self) -> None:
+        """The others end, in order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineParts:
     """A model ready to serve. Built by the engine's own thread, and used by it alone."""
@@ -86,3 +104,5 @@ class EngineParts:
     details: Mapping[str, str] = field(default_factory=dict)
     draft: DraftModel | None = None  # guesses tokens for the model
     quality: tuple[FormatQuality, ...] = ()  # what was measured of formats on this model
+    passes: Passes | None = None  # through a model divided among ranks; None: this process has all of it
+    divided: DividedRun | None = None

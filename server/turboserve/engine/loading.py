@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,11 @@ from turboserve.cache.interfaces import ServedModel, SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
+from turboserve.engine.distributed.dividing import calibration_of_rank, own_share, store_folder
+from turboserve.engine.distributed.following import Follower
+from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats, LeadingPasses
+from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks
+from turboserve.engine.distributed.sharding import count_heads, shard
 from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
@@ -58,19 +64,73 @@ READ_TOGETHER_BYTES = 256 << 20
 DEFAULT_MAX_CONTEXT = 4096
 
 
-def build_parts(settings: Settings, progress: Progress) -> EngineParts:
-    """Model, runtime and cache memory as the settings say. Raises StartupError."""
-    memory = detect_memory(device_limit_bytes=_device_limit_bytes())  # before the model takes its share
-    _tell_what_fits(settings, progress, memory)
-    loaded = load(settings, progress, memory)
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What every rank of a model has."""
+
+    loaded: LoadedModel
+    guessing: LoadedModel | None
+    formats: ServedFormats
+    budget_bytes: int
+    disk: SessionDisk | None
+
+
+def _build(settings: Settings, progress: Progress, ranks: Ranks) -> _Built:
+    # before the model takes its share
+    memory = own_share(detect_memory(device_limit_bytes=_device_limit_bytes()), ranks)
+    _tell_what_fits(settings, progress, memory, ranks)
+    loaded = load(settings, progress, memory, ranks)
     guessing = None
-    if wants_draft_model(settings):  # into what the served model has left
+    if wants_draft_model(settings) and ranks.rank == 0:  # into what the served model has left
         left_bytes = max(0, memory.available_bytes - loaded.weights_bytes)
         guessing = _load_draft(settings, progress, replace(memory, available_bytes=left_bytes))
-    formats = _serve_formats(settings, loaded, progress)
-    runtime = formats.default_runtime
+    formats = _serve_formats(settings, loaded, progress, ranks)
     more_bytes = 0 if guessing is None else guessing.weights_bytes
     budget_bytes = resolve_budget(settings.kv_budget, memory, loaded.weights_bytes + more_bytes)
+    budget_bytes = ranks.least("budget", budget_bytes)
+    runtime = formats.default_runtime
+    kept = [runtime.description, str(runtime.shapes), runtime.token_bytes, runtime.chunk_token_bytes]
+    ranks.check_same(
+        "what layers keep",
+        kept,
+        "keeps other caches than rank 0: start all ranks with the same settings, on machines of one kind",
+    )
+    return _Built(loaded, guessing, formats, budget_bytes, _open_store(settings, loaded, formats, progress, ranks))
+
+
+def build_follower(settings: Settings, progress: Progress, ranks: OtherRank) -> Follower:
+    """A rank's part of a divided model, which does what rank 0 says. Raises StartupError."""
+    built = _build(settings, progress, ranks)
+    return Follower(ranks, built.loaded.model, built.formats, built.disk)
+
+
+def build_parts(settings: Settings, progress: Progress, ranks: Ranks = ALONE) -> EngineParts:
+    """Model, runtime and cache memory as the settings say, on all ranks that have parts of it. Raises StartupError."""
+    built = _build(settings, progress, ranks)
+    if not isinstance(ranks, FirstRank):
+        return _parts_of(settings, progress, built)
+    lead = Lead(ranks, built.formats)
+    formats = LeadingFormats(lead, built.loaded.model)
+    disk = None if built.disk is None else LeadingDisk(lead, built.disk)
+    parts = _parts_of(settings, progress, built, formats, disk)
+    if disk is not None:
+        disk.keep_only_own()
+    # What is not told to the others must not reach the model.
+    loaded = replace(parts.loaded, model=None)
+    return replace(parts, loaded=loaded, passes=LeadingPasses(lead, built.loaded.model), divided=lead)
+
+
+def _parts_of(
+    settings: Settings,
+    progress: Progress,
+    built: _Built,
+    leading: LeadingFormats | None = None,
+    disk: LeadingDisk | None = None,
+) -> EngineParts:
+    """leading, disk: those of a divided model, through which its other ranks are told."""
+    loaded, guessing, formats, budget_bytes = built.loaded, built.guessing, built.formats, built.budget_bytes
+    runtime = formats.default_runtime
+    family, store = leading or formats, disk or built.disk
     draft = None if guessing is None else as_draft(guessing, loaded, budget_bytes)
     if draft is not None:
         budget_bytes -= draft.cache_bytes
@@ -81,12 +141,14 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         allow_requantise=settings.allow_requantise,
         has_one_caller=len({key for key in (settings.api_key, *settings.api_keys) if key}) == 1,
     )
-    disk = _open_store(settings, loaded, formats, progress)
     kv_memory = Memory(
-        *(formats, budget_bytes, limits, disk),
+        *(family, budget_bytes, limits, store),
         wall_offset=lambda: time.time() - time.monotonic(),
         model=ServedModel(
-            loaded.model_id, _meaning(loaded), frozenset(adapter.fingerprint for adapter in loaded.adapters)
+            loaded.model_id,
+            _meaning(loaded),
+            frozenset(adapter.fingerprint for adapter in loaded.adapters),
+            is_divided=leading is not None,
         ),
     )
     if runtime.verdict is not None:
@@ -105,16 +167,20 @@ def build_parts(settings: Settings, progress: Progress) -> EngineParts:
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     quality = kept_quality(settings.cache_dir.expanduser(), loaded.weights_fingerprint)
-    return EngineParts(loaded, runtime, kv_memory, details, draft, quality)
+    return EngineParts(loaded, family.default_runtime, kv_memory, details, draft, quality)
 
 
-def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) -> None:
-    """Before the model is loaded. Raises StartupError, with the figures, when it cannot be served."""
+def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo, ranks: Ranks) -> None:
+    """Before the model is loaded. Raises StartupError, with the figures, when it cannot be served.
+
+    Of a divided model this rank's share, by what is divided: embeddings, which every rank has, are counted too little.
+    """
     folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
-    stored_bytes = model_bytes(folder) + adapters_bytes(settings.adapters)
+    stored_bytes = (model_bytes(folder) + adapters_bytes(settings.adapters)) // ranks.size
     _check_fits(stored_bytes, memory)
-    float32_bytes = expanded_bytes(config, shapes)
+    float32_bytes = expanded_bytes(config, shapes) // ranks.size
+    config = count_heads(config, ranks.size)
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     is_native = on_cpu and settings.dequantize == "auto" and is_available()
     is_expanded = not is_native and weights.should_expand(
@@ -134,24 +200,26 @@ def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo) 
         progress(line)
 
 
-def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedModel:
-    """A model ready to run, weights in memory. Raises StartupError."""
+def load(settings: Settings, progress: Progress, memory: MemoryInfo, ranks: Ranks = ALONE) -> LoadedModel:
+    """A model ready to run, or this rank's part of it, weights in memory. Raises StartupError."""
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model, progress)
     config, shapes = read_config(folder), read_shapes(folder)
-    _check_fits(model_bytes(folder) + adapters_bytes(settings.adapters), memory)
+    _check_fits((model_bytes(folder) + adapters_bytes(settings.adapters)) // ranks.size, memory)
     model, tokenizer = load_with_mlx_lm(folder, str(config["model_type"]), shapes)
-    is_native = _multiplies_as_stored(model, settings, memory)
+    if ranks.size > 1:
+        shard(model, config, ranks.group)
+    is_native = ranks.all_agree("native products", _multiplies_as_stored(model, settings, memory))
     note = ""
     if not is_native:
-        model, note = _expand_if_wanted(model, settings, memory)
+        model, note = _expand_if_wanted(model, settings, memory, ranks)
     dtype = "float32" if is_native else weights.activation_dtype(model)
     try:
         _read_weights(model, progress)
         installed = adapters.install(model, settings.adapters, dtype)
         if is_native:
-            model, note = _take_as_stored(model, settings, memory)  # under the adapters
+            model, note = _take_as_stored(model, settings, memory, ranks)  # under the adapters
         mx.eval(model.parameters())
     except (RuntimeError, MemoryError) as exc:
         raise StartupError(f"The weights do not fit in memory ({exc}): choose a smaller model.") from exc
@@ -159,11 +227,15 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         progress(note)
     if settings.adapters:
         progress(f"adapters     {adapters.described(installed)}")
-    arranged = choose_projections(model, settings.projections)  # of what lies under the adapters as well
+    agree = partial(ranks.all_agree, "joined projections")
+    arranged = choose_projections(model, settings.projections, agree)  # of what lies under the adapters as well
     progress(f"projections  {arranged}")
-    layers = install_native_blocks(model) if settings.projections != "off" else NativeBlocks(0, 0, "as set")
+    layers = _native_blocks(model, settings, ranks)
     if layers.num_layers or is_native:
         progress(f"layers       {layers}")
+    fingerprint = weights.fingerprint(folder, dtype)
+    ranks.check_same("weights", fingerprint, "has other weights than rank 0: copy the model's folder to all machines")
+    own = () if ranks.size == 1 else (f"rank {ranks.rank} of {ranks.size}",)
     defaults = chosen_defaults(settings.sampling_defaults, folder)
     progress(f"sampling     {described(defaults)}, where a request says nothing")
     return LoadedModel(
@@ -173,7 +245,7 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         dtype=dtype,
         max_context=max_context(config, settings.max_context_tokens),
         weights_bytes=weights.parameter_bytes(model) + native_bytes(model),
-        weights_fingerprint=weights.fingerprint(folder, dtype),
+        weights_fingerprint=weights.fingerprint(folder, dtype, *own) if own else fingerprint,
         eos_ids=end_tokens(tokenizer.eos_token_ids, [config, read_generation_config(folder)]),
         tokenizer_fingerprint=weights.tokenizer_fingerprint(folder),
         sampling_defaults=defaults,
@@ -185,6 +257,15 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo) -> LoadedMo
         },
         adapters=installed,
     )
+
+
+def _native_blocks(model: Any, settings: Settings, ranks: Ranks) -> NativeBlocks:
+    """Let the kernels compute decoder layers, where the whole of them is here."""
+    if settings.projections == "off":
+        return NativeBlocks(0, 0, "as set")
+    if ranks.size > 1:
+        return NativeBlocks(0, 0, "layers are divided among ranks")
+    return install_native_blocks(model)
 
 
 def _read_weights(model: Any, progress: Progress) -> None:
@@ -233,7 +314,7 @@ def _multiplies_as_stored(model: Any, settings: Settings, memory: MemoryInfo) ->
     return bool(linears) and wanted
 
 
-def _take_as_stored(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
+def _take_as_stored(model: Any, settings: Settings, memory: MemoryInfo, ranks: Ranks) -> tuple[Any, str]:
     """The model with native linear layers, everything else in float32; and what to tell about it. Raises StartupError.
 
     A model that does not work with them is expanded, if it fits, as where there are no kernels.
@@ -243,29 +324,31 @@ def _take_as_stored(model: Any, settings: Settings, memory: MemoryInfo) -> tuple
     except ValueError as exc:  # TURBOQUANT_ISA names what this CPU or build has not
         raise StartupError(f"The CPU kernels cannot multiply by the weights: {exc}.") from exc
     if native is None:
-        return _expand_if_wanted(model, settings, memory)
+        return _expand_if_wanted(model, settings, memory, ranks)
     return weights.expand(model), f"weights {native}"
 
 
-def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo) -> tuple[Any, str]:
+def _expand_if_wanted(model: Any, settings: Settings, memory: MemoryInfo, ranks: Ranks) -> tuple[Any, str]:
     """The model, maybe with float32 weights, and what to tell about it."""
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     stored, needed = weights.parameter_bytes(model), weights.expanded_bytes(model)
     choice = settings.dequantize
     wanted = weights.should_expand(choice, on_cpu=on_cpu, needed_bytes=needed, available_bytes=memory.available_bytes)
-    if not wanted or needed == stored:
+    if not ranks.all_agree("float32 weights", wanted) or needed == stored:
         return model, ""
     note = f"weights expanded to float32, {needed >> 20} MiB instead of {stored >> 20} MiB"
     return weights.expand(model), note + (" (faster on a CPU)" if on_cpu else "")
 
 
-def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress) -> ServedFormats:
+def _serve_formats(settings: Settings, loaded: LoadedModel, progress: Progress, ranks: Ranks = ALONE) -> ServedFormats:
     """All formats of the model, the wanted one ready to use. Raises StartupError."""
 
     def calibrate() -> Calibration:
         progress("key and value means: measured at the first start, then read from the cache folder")
         cache_dir = settings.cache_dir.expanduser()
         with step(progress, "measuring key and value means"):
+            if ranks.size > 1:
+                return calibration_of_rank(ranks, loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
             return calibration_for(loaded.model, loaded.tokenizer, cache_dir, loaded.weights_fingerprint)
 
     cache_dir = settings.cache_dir.expanduser()
@@ -289,15 +372,16 @@ def held_out_text() -> str:
 
 
 def _open_store(
-    settings: Settings, loaded: LoadedModel, formats: ServedFormats, progress: Progress
+    settings: Settings, loaded: LoadedModel, formats: ServedFormats, progress: Progress, ranks: Ranks
 ) -> SessionDisk | None:
     """The disk store, if one is wanted. Raises StartupError when another process has it."""
     if settings.kv_store_dir is None:
         return None
+    # A rank's weights have a fingerprint that tells how many ranks there are and which it is.
     meaning = (loaded.weights_fingerprint, loaded.tokenizer_fingerprint, loaded.dtype, formats.kv.fingerprint)
     try:
         store = (SharedDiskStore if settings.kv_store_shared else DiskStore)(
-            settings.kv_store_dir.expanduser(),
+            store_folder(settings.kv_store_dir.expanduser(), ranks),
             limit_bytes=settings.kv_store_bytes,
             write_rate=settings.kv_store_write_rate,
             fingerprint=hashlib.sha256(repr(meaning).encode()).hexdigest()[:32],

@@ -223,8 +223,11 @@ def _plain_linears(model: Module) -> Iterator[tuple[Module, str, Module]]:
                 yield parent, name, child
 
 
-def choose_projections(model: Module, wanted: str) -> Arrangement:
-    """Arrange the model as it is faster on this device. wanted: auto, on or off (settings.projections)."""
+def choose_projections(model: Module, wanted: str, agree: Callable[[bool], bool] = bool) -> Arrangement:
+    """Arrange the model as it is faster on this device. wanted: auto, on or off (settings.projections).
+
+    agree: from this rank's verdict on joining to that of all ranks, whose passes have to be the same.
+    """
     if wanted == "off":
         return Arrangement(0, 0, "as set")
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -240,7 +243,7 @@ def choose_projections(model: Module, wanted: str) -> Arrangement:
             known[kind] = most_rows_by_trial(out, width, linear.weight.dtype)
         return known[kind]
 
-    join = wanted == "on" or joining_pays(model)
+    join = wanted == "on" or agree(joining_pays(model))
     reason = "joined as set, rows by trial" if wanted == "on" else "by trial"
     return arrange_projections(model, join=join, most_rows=most_rows, reason=reason)
 

@@ -40,7 +40,7 @@ import mlx.core as mx
 from turboquant_kv.cache.batch_probe import Batching
 from turboquant_kv.cache.kept_graphs import KeptGraphs
 from turboquant_kv.cache.protocol import BatchRows
-from turboquant_kv.cache.rows_apart import Around, forward, merge_apart
+from turboquant_kv.cache.rows_apart import Around
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
@@ -48,6 +48,7 @@ from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, 
 from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.graph_choice import GraphChoice, try_graphs
+from turboserve.engine.passes import Model, OwnPasses, Passes
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.engine.speculation import Speculation
@@ -57,8 +58,6 @@ from turboserve.errors import StartupError
 log = logging.getLogger(__name__)
 
 MOST_FAILED_BATCHES = 2  # in a row, all of whose rows work alone; the batch is what fails then
-
-Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
 
 class EvaluatingRuntime(CacheRuntime, Protocol):
@@ -78,6 +77,24 @@ class EvaluatingRuntime(CacheRuntime, Protocol):
         """Whether rows get together what they get alone. Raises what the model raises for one row."""
         ...
 
+    def merge_apart(self, singles: list[list[Any]]) -> list[Any]:
+        """A batch whose rows are computed one by one."""
+        ...
+
+    def prepare_rows(self, batch: list[Any], lengths: Sequence[int], right_padding: Sequence[int]) -> None: ...
+
+    def finalize_rows(self, batch: list[Any]) -> None: ...
+
+    def filter_rows(self, batch: list[Any], indices: Sequence[int]) -> None: ...
+
+    def trim_rows(self, batch: list[Any], counts: Sequence[int]) -> None: ...
+
+    def extract_row(self, batch: list[Any], index: int) -> list[Any]: ...
+
+    def cut_back(self, caches: list[Any], num_tokens: int) -> bool:
+        """Trim a conversation after a failed step; whether all its layers hold so many tokens now."""
+        ...
+
     def measure_row(self, batch: list[Any], index: int) -> KVBytes: ...
 
     def usable_prefix_row(self, batch: list[Any], index: int, length: int) -> int: ...
@@ -92,8 +109,15 @@ class _DeviceError(Exception):
 class Runner:
     """The model, and the rows being decoded together. One thread only."""
 
-    def __init__(self, model: Model, runtime: EvaluatingRuntime, adapters: Adapters = NO_ADAPTERS) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Model,
+        runtime: EvaluatingRuntime,
+        adapters: Adapters = NO_ADAPTERS,
+        passes: Passes | None = None,
+    ) -> None:
+        """passes: through the model; None: in this process."""
+        self._passes = OwnPasses(model) if passes is None else passes
         self._adapters = adapters
         self._runtime = runtime
         self._rows: list[Generation] = []
@@ -184,7 +208,7 @@ class Runner:
         assert caches is not None and num_tokens <= generation.num_to_prefill
         end = generation.cache_len + num_tokens
         with self._adapters.applied([generation.adapter]):
-            self._model(mx.array([generation.tokens(generation.cache_len, end)]), cache=caches)  # no logits evaluated
+            self._passes.fill([generation.tokens(generation.cache_len, end)], caches)
         self._runtime.evaluate(caches)
         generation.cache_len = end
 
@@ -198,15 +222,13 @@ class Runner:
         padding = [max(lens) - n for n in lens]
         batch = self._merge(singles)
         try:
-            for cache in batch:
-                cache.prepare(lengths=lens, right_padding=padding)
+            self._runtime.prepare_rows(batch, lens, padding)
             tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
             with self._adapters.applied([generation.adapter for generation, _ in pieces]):
-                self._model(mx.array(tokens), cache=batch)
+                self._passes.fill(tokens, batch)
             self._runtime.evaluate(batch)
-            for cache in batch:
-                cache.finalize()
-            extended = [[cache.extract(i) for cache in batch] for i in range(len(pieces))]
+            self._runtime.finalize_rows(batch)
+            extended = [self._runtime.extract_row(batch, i) for i in range(len(pieces))]
         finally:
             self._runtime.release(batch)
         for (generation, num_tokens), caches in zip(pieces, extended, strict=True):
@@ -260,10 +282,7 @@ class Runner:
         if self._sampler is not None:
             self._sampler.keep(keep)
         if keep:
-            indices = mx.array(keep)  # as mlx-lm's own caches take them
-            mx.eval(indices)
-            for cache in self._batch():
-                cache.filter(indices)
+            self._runtime.filter_rows(self._batch(), keep)
         else:
             self._forget_batch()
 
@@ -367,8 +386,15 @@ class Runner:
 
     def _launch(self, rows: list[Generation], flight: Flight | None) -> Flight:
         """Enqueue a step of the batch, fed with tokens in flight where a row's newest is one."""
-        tokens = newest_tokens(rows, flight)
-        logits = self._logits(tokens, self._batch(), rows)[:, -1, :]
+        batch, around = self._batch(), self._adapted(rows)
+        if self.graphs is not None and self._may_keep_graph(rows):
+            known = mx.array([[row.newest_token()] for row in rows]) if flight is None else newest_tokens(rows, flight)
+            logits = self.graphs.forward(known.astype(mx.uint32), batch)
+        elif flight is None:
+            logits = self._passes.logits([[row.newest_token()] for row in rows], batch, around)
+        else:
+            logits = self._passes.logits_of_drawn(newest_tokens(rows, flight), batch, around)
+        logits = logits[:, -1, :]
         try:
             launched = Flight(rows, self._sample(logits))
         except Exception:
@@ -445,9 +471,11 @@ class Runner:
     def try_graphs(self, wanted: str) -> GraphChoice:
         """Decide by the batch as it is whether steps keep their graphs. wanted: settings.keep_graphs."""
         self.land()
-        if self.apart is not None or any(row.adapter for row in self._rows):
+        if not isinstance(self._passes, OwnPasses):
+            return GraphChoice(None, "the model is divided among ranks")
+        if not self._may_keep_graph(self._rows):
             return GraphChoice(None, "rows are computed one by one, or by adapters")
-        choice = try_graphs(self._model, self._batch(), self.num_rows, wanted)
+        choice = try_graphs(self._passes.model, self._batch(), self.num_rows, wanted)
         self.graphs = choice.graphs
         return choice
 
@@ -456,8 +484,7 @@ class Runner:
         batch = self._batch()
         for num_tokens in range(2, most + 2):
             self._forward([[0] * num_tokens] * len(self._rows), batch, self._rows, last_only=False)
-            for cache in batch:
-                cache.trim_rows([num_tokens] * len(self._rows))
+            self._runtime.trim_rows(batch, [num_tokens] * len(self._rows))
 
     def _step_with_drafts(
         self, speculation: Speculation, rows: list[Generation], drafts: Sequence[list[int]]
@@ -467,15 +494,12 @@ class Runner:
         padding = [len(tokens[0]) - n for n in lens]
         batch = self._batch()
         try:
-            for cache in batch:
-                cache.prepare(lengths=lens, right_padding=padding)
+            self._runtime.prepare_rows(batch, lens, padding)
             logits, masks = self._forward(tokens, batch, rows, rows, last_only=False)
-            for cache in batch:
-                cache.finalize()
+            self._runtime.finalize_rows(batch)
             self._sampler = None  # rows move on by different numbers of tokens
             runs = draw_runs(logits, rows, drafts, masks)
-            for cache in batch:
-                cache.trim_rows([n - len(run) for n, run in zip(lens, runs, strict=True)])
+            self._runtime.trim_rows(batch, [n - len(run) for n, run in zip(lens, runs, strict=True)])
         except _DeviceError:
             log.exception("a step with drafts of %d rows failed on the device", len(rows))
             return self._lose_all(rows)
@@ -507,7 +531,10 @@ class Runner:
         Without last_only the logits are (B, T, V), after each token.
         Raises _DeviceError when evaluation fails.
         """
-        logits = self._logits(mx.array(tokens), caches, rows)
+        if self.graphs is not None and self._may_keep_graph(rows):
+            logits = self.graphs.forward(mx.array(tokens), caches)
+        else:
+            logits = self._passes.logits(tokens, caches, self._adapted(rows))
         if last_only:
             logits = logits[:, -1, :]
         masks = None
@@ -521,12 +548,9 @@ class Runner:
             raise _DeviceError from exc
         return logits, masks
 
-    def _logits(self, tokens: mx.array, caches: list[Any], rows: Sequence[Generation]) -> mx.array:
-        """Logits (B, T, V) of these rows' tokens (B, T), nothing evaluated: by a kept graph, or by the model."""
-        if self.graphs is not None and self.apart is None and not any(row.adapter for row in rows):
-            return self.graphs.forward(tokens, caches)
-        logits: mx.array = forward(self._model, tokens, caches, self._adapted(rows))
-        return logits
+    def _may_keep_graph(self, rows: Sequence[Generation]) -> bool:
+        """Whether these rows' step may be run by a kept graph."""
+        return self.apart is None and not any(row.adapter for row in rows)
 
     def _step_alone(self, rows: list[Generation]) -> Outcomes:
         """After a failed batched step: one row at a time, from their state before it."""
@@ -559,7 +583,7 @@ class Runner:
         batch = self._merge([caches])
         try:
             logits, _ = self._forward([[row.newest_token()]], batch, [row])
-            row.caches = [cache.extract(0) for cache in batch]
+            row.caches = self._runtime.extract_row(batch, 0)
         except _DeviceError:
             self._runtime.release(caches)
             return None
@@ -576,6 +600,7 @@ class Runner:
         return outcome
 
     def _lose_all(self, rows: list[Generation]) -> Outcomes:
+        self._passes.note_device_failure()
         for row in rows:
             if row.caches is not None:  # it had left the batch with its last token in flight
                 self._runtime.release(row.caches)
@@ -588,11 +613,7 @@ class Runner:
         """A row's caches with the tokens they held before the failed step, or None when that cannot be had."""
         try:
             caches = self._extract(index)
-            for cache in caches:
-                surplus = cache.size() - held_len
-                if surplus > 0 and cache.is_trimmable():
-                    cache.trim(surplus)
-            return caches if all(cache.size() == held_len for cache in caches) else None
+            return caches if self._runtime.cut_back(caches, held_len) else None
         except Exception:
             log.exception("the cache of request %s cannot be cut back", row.request_id)
             return None
@@ -619,10 +640,10 @@ class Runner:
         self._sampler = None
 
     def _merge(self, singles: list[list[Any]]) -> list[Any]:
-        return self._runtime.merge_rows(singles) if self.apart is None else list(merge_apart(singles))
+        return self._runtime.merge_rows(singles) if self.apart is None else self._runtime.merge_apart(singles)
 
     def _extract(self, index: int) -> list[Any]:
-        return [cache.extract(index) for cache in self._batch()]
+        return self._runtime.extract_row(self._batch(), index)
 
     def _batch(self) -> list[Any]:
         assert self._caches is not None, "no rows are running"

@@ -58,7 +58,7 @@ class StepLoop:
         """
         self._parts, self._settings, self._telemetry, self._clock = parts, settings, telemetry, clock
         self._memory = parts.memory
-        self.runner = Runner(parts.loaded.model, parts.runtime, parts.loaded.adapters)
+        self.runner = Runner(parts.loaded.model, parts.runtime, parts.loaded.adapters, parts.passes)
         self.vocab_len = self.runner.warm_up()
         self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens, process)
         self._token_texts = TokenTexts(parts.loaded.tokenizer)
@@ -154,6 +154,8 @@ class StepLoop:
     def close(self) -> None:
         """After the last request: what is idle goes to disk, as far as there is one."""
         self._memory.close()
+        if self._parts.divided is not None:
+            self._parts.divided.close()
 
     def snapshot(self) -> EngineStats:
         return take_snapshot(
@@ -167,6 +169,7 @@ class StepLoop:
                 "batching": self.runner.batching,
                 "step_graphs": self.graphs_line,
                 "speculation": self.speculation_line,
+                **({} if self._parts.divided is None else {"distributed": self._parts.divided.line}),
             },
             rows_apart=self.runner.apart is not None,
         )
@@ -213,6 +216,8 @@ class StepLoop:
             self._deliver(self.runner.land())
         self._grow()
         self._decode()
+        if self._parts.divided is not None:
+            self._parts.divided.after_step()
 
     def tick(self) -> None:
         """What time alone asks for while there is nothing to do."""

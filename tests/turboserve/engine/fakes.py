@@ -18,6 +18,7 @@ from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import MemoryLimits
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
+from turboserve.engine.passes import OwnPasses
 from turboserve.engine.protocol import EngineTelemetry, NullTelemetry
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.step_loop import StepLoop
@@ -115,6 +116,12 @@ class RecordingTelemetry(NullTelemetry):
 
     def add_prompt_tokens(self, num_tokens: int, num_cached: int, /) -> None:
         self.calls.append(("prompt", (num_tokens, num_cached)))
+
+
+def passes_of(loop: StepLoop) -> OwnPasses:
+    """What the loop's runner calls the model by, whose `model` a test may replace."""
+    assert isinstance(loop.runner._passes, OwnPasses)
+    return loop.runner._passes
 
 
 def random_model(seed: int) -> Any:

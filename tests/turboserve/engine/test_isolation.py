@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
+from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, passes_of, request, run, text_of
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
@@ -352,7 +352,7 @@ def test_nan_logits_fail_only_their_row(loop: StepLoop, prompts: list[str], monk
     expected = undisturbed(loop, prompts)
     sinks = start(loop, prompts)
     step_until_victim_has(loop, sinks, FAIL_AT)
-    model = loop.runner._model
+    model = passes_of(loop).model
 
     def poisoned(tokens: mx.array, cache: list[Any]) -> mx.array:
         logits: mx.array = model(tokens, cache=cache)
@@ -360,7 +360,7 @@ def test_nan_logits_fail_only_their_row(loop: StepLoop, prompts: list[str], monk
         logits[index] = mx.nan
         return logits
 
-    monkeypatch.setattr(loop.runner, "_model", poisoned)
+    monkeypatch.setattr(passes_of(loop), "model", poisoned)
     loop.step()
     monkeypatch.undo()
     finish(loop)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.turboquant_kv import small_models
-from tests.turboserve.engine.fakes import GREEDY, Sink, add, make_loop, make_parts, request, run, text_of
+from tests.turboserve.engine.fakes import GREEDY, Sink, add, make_loop, make_parts, passes_of, request, run, text_of
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.loaded_model import EngineParts
@@ -140,13 +140,13 @@ def add_tokens(parts: EngineParts, caches: list[Any], tokens: list[int]) -> list
 
 
 def counting(loop: StepLoop, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    model, shapes = loop.runner._model, []
+    model, shapes = passes_of(loop).model, []
 
     def counted(tokens: Any, cache: Any) -> Any:
         shapes.append(tuple(tokens.shape))
         return model(tokens, cache=cache)
 
-    monkeypatch.setattr(loop.runner, "_model", counted)
+    monkeypatch.setattr(passes_of(loop), "model", counted)
     return shapes
 
 

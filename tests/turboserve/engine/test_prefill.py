@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tests.turboquant_kv import small_models
-from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, request, run, text_of
+from tests.turboserve.engine.fakes import Sink, add, make_loop, make_parts, passes_of, request, run, text_of
 from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 
 from turboquant_kv.codec.format import KVFormat
@@ -40,11 +40,11 @@ class Watched:
     """A loop whose model notes the shapes of what it is fed, and raises where `fails` says so."""
 
     def __init__(self, loop: StepLoop) -> None:
-        self.loop, self.model = loop, loop.runner._model
+        self.loop, self.model = loop, passes_of(loop).model
         self.shapes: list[tuple[int, int]] = []
         self.failures: Iterator[bool] = iter(())
         self.fatal_token: int | None = None
-        loop.runner._model = self
+        passes_of(loop).model = self
 
     def __call__(self, tokens: mx.array, cache: Any) -> Any:
         logits = self.model(tokens, cache=cache)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.turboserve.engine.fakes import VOCAB, Sink, add, make_loop, make_parts, request, text_of
+from tests.turboserve.engine.fakes import VOCAB, Sink, add, make_loop, make_parts, passes_of, request, text_of
 
 from turboquant_kv.codec.format import KVFormat
 from turboserve.engine.row_masks import _as_addends
@@ -214,7 +214,7 @@ def test_rules_of_rows_that_go_back_are_told_of_no_token_twice(
     else:
         owner, name = {
             "device": (mx, "async_eval"),
-            "forward": (loop.runner, "_model"),
+            "forward": (passes_of(loop), "model"),
             "sampling": (loop.runner, "_sample"),
         }[way]
         fail_once(monkeypatch, owner, name, failures)

@@ -1,0 +1,53 @@
+"""The model's forward passes, as the runner asks for them: some only fill caches, of others the logits are read.
+
+A model divided among ranks has passes of its own (distributed/leading.py), which every rank takes part in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from turboquant_kv.cache.rows_apart import Around, forward
+
+Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
+
+
+class Passes(Protocol):
+    """Lazy: whoever asks evaluates caches or logits."""
+
+    def fill(self, tokens: list[list[int]], caches: list[Any]) -> None:
+        """Append tokens (B, T) to caches; nobody reads the logits."""
+        ...
+
+    def logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
+        """(B, T, V) after each of tokens (B, T). around: as `rows_apart.forward` has it."""
+        ...
+
+    def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
+        """(B, 1, V) after tokens (B, 1) that were drawn on the device and are not read yet."""
+        ...
+
+    def note_device_failure(self) -> None:
+        """Evaluation failed, and caches are about to be computed again. Raises where that cannot be."""
+        ...
+
+
+class OwnPasses:
+    """Of a model that this process has all of."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def fill(self, tokens: list[list[int]], caches: list[Any]) -> None:
+        self.model(mx.array(tokens), cache=caches)
+
+    def logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
+        return forward(self.model, mx.array(tokens), batch, around)
+
+    def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
+        return forward(self.model, tokens, batch, around)
+
+    def note_device_failure(self) -> None:
+        """Caches are computed again."""
