@@ -207,6 +207,7 @@ def test_the_place_is_read_from_the_launchers_environment(tmp_path: Path) -> Non
         ({"adapters": ("law=/a",)}, "LoRA adapters cannot be divided"),
         ({"models": {"a": {}}}, "serves one model"),
         ({"kv_format": "auto"}, "name a --kv-format"),
+        ({"kv_store_dir": "/kept", "kv_store_shared": True}, "leave kv_store_shared off"),
     ],
 )
 def test_what_a_divided_model_cannot_do_is_refused(changes: dict[str, Any], complaint: str) -> None:

@@ -18,6 +18,7 @@ from turboserve.cache.transfers import Transfers
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import (
+    InvalidRequestError,
     KVFormatError,
     OverloadedError,
     SessionExistsError,
@@ -125,6 +126,15 @@ def test_what_is_of_another_kind_is_named_and_leaves_nothing(model: Any, rng: np
         there.answer(GetSession("", "s"))
     assert taken_in(there, file, fields={**file.fields, "adapter": "law"}).tokens == len(file.tokens)
     there.check_integrity()
+
+
+def test_a_part_of_a_divided_models_session_goes_nowhere(model: Any, rng: np.random.Generator) -> None:
+    loop = make_loop(as_model(make_parts(model, fmt=FMT), ServedModel("ours", "weights", is_divided=True)))
+    run(loop, request("a", prompt(rng, 40), session_id="s"))
+    for command in (ExportSession("", "s"), CheckImport("", "t", {"model": "weights"})):
+        with pytest.raises(InvalidRequestError, match="divided among ranks"):
+            loop.answer(command)
+    loop.check_integrity()
 
 
 def test_contents_that_contradict_themselves_are_refused_and_hold_no_memory(
