@@ -157,8 +157,10 @@ class Forecast:
 def too_small(budget_bytes: int, tokens: int, needed_bytes: int, kv_format: str) -> str:
     """Why a budget is refused, with the figures."""
     least = f"{-(-needed_bytes // (1 << 20))}MiB"
+    # "2", of which gigabytes were thought, is so many bytes.
+    given = f"{budget_bytes / (1 << 20):,.1f} MiB" if budget_bytes >= 1 << 20 else f"{budget_bytes:,} bytes"
     return (
-        f"A KV budget of {budget_bytes / (1 << 20):,.1f} MiB holds {tokens} tokens of this model as {kv_format}, "
+        f"A KV budget of {given} holds {tokens} tokens of this model as {kv_format}, "
         f"and {MIN_TOKENS} are the least that a chat needs: set --kv-budget to {least} or more."
     )
 

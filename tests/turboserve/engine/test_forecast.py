@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from turboquant_kv.codec.format import SUPPORTED_HEAD_DIMS, KVFormat
-from turboserve.engine.forecast import MIN_TOKENS, Geometry, expanded_bytes, forecast, geometry
+from turboserve.engine.forecast import MIN_TOKENS, Geometry, expanded_bytes, forecast, geometry, too_small
 from turboserve.engine.model_folder import EMBEDDED_DIR
 from turboserve.engine.weight_files import read_shapes
 from turboserve.errors import StartupError
@@ -113,3 +113,8 @@ def test_weights_in_float32_are_told_by_their_headers() -> None:
     layers, hidden, inner, vocab = 8, config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     projections = hidden * (2 * hidden + 2 * hidden // 2) + 3 * hidden * inner
     assert expanded_bytes(config, shapes) == pytest.approx(4 * (layers * projections + vocab * hidden), rel=0.01)
+
+
+def test_a_budget_without_a_unit_is_named_as_it_was_understood() -> None:
+    assert "A KV budget of 2 bytes holds 0 tokens" in too_small(2, 0, 4 << 20, "4/3")
+    assert "A KV budget of 1.5 MiB holds 9 tokens" in too_small(3 << 19, 9, 4 << 20, "4/3")
