@@ -1,7 +1,9 @@
 """Decode of a large model on one GPU and divided among several: tokens per second, in f16 and compressed.
 
-    sleep 600 | mlx.launch -n 2 --backend nccl --python python bench/distributed.py --json distributed.json
-    sleep 600 | mlx.launch -n 2 --backend ring --python python bench/distributed.py --tiny --json distributed.json
+    mlx.launch -n 2 --backend nccl --python python bench/distributed.py --json distributed.json
+    mlx.launch -n 2 --backend ring --python python bench/distributed.py --tiny --json distributed.json
+
+    (the launcher spins where its standard input is /dev/null; in a script give it one that is silent: < <(sleep 600))
 
 Every rank draws the same random weights (4-bit, or float16 with --dense) and keeps its part; caches hold random
 content. Sections, each with rows of its own, which rank 0 writes after every figure:
