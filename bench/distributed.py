@@ -1,7 +1,7 @@
 """Decode of a large model on one GPU and divided among several: tokens per second, in f16 and compressed.
 
-    mlx.launch -n 2 --backend nccl --python python bench/distributed.py --json distributed.json
-    mlx.launch -n 2 --backend ring --python python bench/distributed.py --tiny --json distributed.json
+    mlx.launch -n 2 --backend nccl --python python -- bench/distributed.py --json distributed.json
+    mlx.launch -n 2 --backend ring --python python -- bench/distributed.py --tiny --json distributed.json
 
     (the launcher spins where its standard input is /dev/null; in a script give it one that is silent: < <(sleep 600))
 
@@ -272,7 +272,7 @@ def measure_all(bench: Bench, section: str, model: Any) -> None:
 
         def make(name: str = name) -> None:
             runtimes[name] = KVRuntime(
-                model, None if name == "f16" else KVFormat.parse(name), backend=args.backend, cache_dir=args.cache_dir
+                model, None if name == "f16" else KVFormat.parse(name), backend=args.kv_backend, cache_dir=args.cache_dir
             )
             verdict = runtimes[name].verdict
             bench.say(f"{section} {name}: {verdict.line if verdict else runtimes[name].backend_name}")
@@ -373,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--projections", choices=["auto", "on", "off"], default="auto", help="as `turboserve serve` has"
     )
-    parser.add_argument("--backend", default="auto", help="of compressed caches")
+    parser.add_argument("--kv-backend", default="auto", help="of compressed caches")
     parser.add_argument("--cache-dir", help="where verdicts on kernels are kept; else nowhere")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="of a device; 0: as it says")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no section or figure begins after it")
