@@ -271,9 +271,8 @@ def measure_all(bench: Bench, section: str, model: Any) -> None:
     for name in ["f16", *args.formats]:
 
         def make(name: str = name) -> None:
-            runtimes[name] = KVRuntime(
-                model, None if name == "f16" else KVFormat.parse(name), backend=args.kv_backend, cache_dir=args.cache_dir
-            )
+            fmt = None if name == "f16" else KVFormat.parse(name)
+            runtimes[name] = KVRuntime(model, fmt, backend=args.kv_backend, cache_dir=args.cache_dir)
             verdict = runtimes[name].verdict
             bench.say(f"{section} {name}: {verdict.line if verdict else runtimes[name].backend_name}")
 
@@ -374,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
         "--projections", choices=["auto", "on", "off"], default="auto", help="as `turboserve serve` has"
     )
     parser.add_argument("--kv-backend", default="auto", help="of compressed caches")
-    parser.add_argument("--cache-dir", help="where verdicts on kernels are kept; else nowhere")
+    parser.add_argument("--cache-dir", type=Path, help="where verdicts on kernels are kept; else nowhere")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="of a device; 0: as it says")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no section or figure begins after it")
     parser.add_argument("--serve-model", default="", help="a folder, for `serve`; else the embedded model")
