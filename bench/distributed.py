@@ -1,7 +1,9 @@
 """Decode of a large model on one GPU and divided among several: tokens per second, in f16 and compressed.
 
-    mlx.launch -n 2 --backend nccl bench/distributed.py --json distributed.json
-    mlx.launch -n 2 --backend ring bench/distributed.py --tiny --json distributed.json
+    mlx.launch -n 2 --backend nccl --python python -- bench/distributed.py --json distributed.json
+    mlx.launch -n 2 --backend ring --python python -- bench/distributed.py --tiny --json distributed.json
+
+    (the launcher spins where its standard input is /dev/null; in a script give it one that is silent: < <(sleep 600))
 
 Every rank draws the same random weights (4-bit, or float16 with --dense) and keeps its part; caches hold random
 content. Sections, each with rows of its own, which rank 0 writes after every figure:
@@ -45,6 +47,7 @@ from _random_folders import SHAPES, random_model
 
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.distributed import channel
 from turboserve.engine.distributed.place import RANK, place_in
 from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks, join
 from turboserve.engine.distributed.sharding import shard
@@ -268,9 +271,8 @@ def measure_all(bench: Bench, section: str, model: Any) -> None:
     for name in ["f16", *args.formats]:
 
         def make(name: str = name) -> None:
-            runtimes[name] = KVRuntime(
-                model, None if name == "f16" else KVFormat.parse(name), backend=args.backend, cache_dir=args.cache_dir
-            )
+            fmt = None if name == "f16" else KVFormat.parse(name)
+            runtimes[name] = KVRuntime(model, fmt, backend=args.kv_backend, cache_dir=args.cache_dir)
             verdict = runtimes[name].verdict
             bench.say(f"{section} {name}: {verdict.line if verdict else runtimes[name].backend_name}")
 
@@ -370,8 +372,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--projections", choices=["auto", "on", "off"], default="auto", help="as `turboserve serve` has"
     )
-    parser.add_argument("--backend", default="auto", help="of compressed caches")
-    parser.add_argument("--cache-dir", help="where verdicts on kernels are kept; else nowhere")
+    parser.add_argument("--kv-backend", default="auto", help="of compressed caches")
+    parser.add_argument("--cache-dir", type=Path, help="where verdicts on kernels are kept; else nowhere")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="of a device; 0: as it says")
     parser.add_argument("--limit-s", type=float, default=480.0, help="no section or figure begins after it")
     parser.add_argument("--serve-model", default="", help="a folder, for `serve`; else the embedded model")
@@ -398,10 +400,11 @@ def end_when_stuck(limit_s: float) -> None:
     timer.start()
 
 
-def joined() -> Ranks:
+def joined(limit_s: float) -> Ranks:
     """All ranks; this process alone where no launcher started it. When one is gone, the others end."""
     if RANK not in os.environ:
         return ALONE
+    channel.SILENCE_S = limit_s  # whoever compiles kernels says nothing meanwhile
     ranks = join(place_in(os.environ))
 
     def end(why: str) -> None:
@@ -416,10 +419,13 @@ def joined() -> Ranks:
 def main() -> None:
     args = parse_arguments()
     end_when_stuck(args.limit_s + GRACE_S)
-    bench = Bench(args, joined())
+    bench = Bench(args, joined(args.limit_s))
     bench.say(f"{bench.num_ranks} ranks on {mx.default_device()}: {mx.device_info()}")
     for name in args.only:
         if bench.num_ranks == 1 and name != "one":
+            continue
+        if not bench.has_time():
+            bench.failed.append(f"{name} (no time left)")
             continue
         began = time.perf_counter()
         bench.attempt(name, partial(SECTIONS[name], bench))

@@ -28,21 +28,27 @@ class Guard:
     """Rank 0's: how its engine is built, and what happens when the ranks do not go on together."""
 
     def __init__(self, place: Place) -> None:
-        self._place, self._lock = place, threading.Lock()
+        self._place, self._lock, self._is_over = place, threading.Lock(), threading.Event()
+        self._watching = threading.Thread(target=self._watch_steps, name="steps", daemon=True)
         self._watched: tuple[TurboEngine, Drain]
         self.why: str | None = None  # the run is over
 
     def watch(self, engine: TurboEngine, drain: Drain) -> None:
         """Whom to tell. Before the engine is started."""
         self._watched = engine, drain
-        threading.Thread(target=self._watch_steps, name="steps", daemon=True).start()
+        self._watching.start()
+
+    def unwatch(self) -> None:
+        """Serving is over. Nothing of the engine is held any more, which the process's end would complain about."""
+        self._is_over.set()
+        self._watching.join()
 
     def _watch_steps(self) -> None:
         """A rank that lives and does not come to an end of its step leaves the others in a collective for ever."""
-        while self.why is None:
+        while not self._is_over.wait(WATCH_S):
             if self._watched[0].is_stuck:
                 self.on_lost("a step takes longer than stuck_step_s, so some rank does not take part in it")
-            time.sleep(WATCH_S)
+                return
 
     def build(self, settings: Settings, progress: Progress) -> EngineParts:
         """As `engine.loading.build_parts`, with the other ranks; on the engine thread."""

@@ -67,6 +67,8 @@ def run(settings: Settings, guard: Guard | None = None) -> None:
             _leave_loading(caught)
         if guard is not None and guard.why is not None:
             end_now(guard.why)
+        if guard is not None:
+            guard.unwatch()
         if not engine.stop():  # answers under way had their grace period in `http_server.run`
             logging.shutdown()
             os._exit(1)  # an ordinary exit would wait for the thread that is stuck

@@ -76,6 +76,8 @@ def shard(model: Module, config: dict[str, Any], group: Group) -> None:
 
 def count_heads(config: dict[str, Any], num_ranks: int) -> dict[str, Any]:
     """The configuration with a rank's share of the heads, for whoever computes KV bytes from it."""
+    if num_ranks == 1:
+        return config
     own = {name: config[name] // num_ranks for name in HEADS if isinstance(config.get(name), int)}
     text = config.get("text_config")
     if isinstance(text, dict):
