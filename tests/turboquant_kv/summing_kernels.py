@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from turboquant_kv.backends.base import LayerShape
+from turboquant_kv.backends.base import LayerShape, Means
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.flash import FlashKernels
@@ -44,19 +44,22 @@ def summing(*, input_names: Any, output_names: Any, **options: Any) -> Any:
     return launch
 
 
+KERNELS = DecodeKernels("cuda", summing, device=HOPPER)  # one for all pools, as a device has
+
+
 class Rows:
     """Decoding conversations of a small model over kernels that only sum."""
 
-    def __init__(self, model: Any, num_rows: int, prompt_len: int = 40) -> None:
+    def __init__(self, model: Any, num_rows: int, prompt_len: int = 40, means: Means | None = None) -> None:
         seam.install()
         self.model = model
         backend = GpuBackend(
             "cuda",
-            DecodeKernels("cuda", summing, device=HOPPER),
+            KERNELS,
             PageKernels("cuda", summing),
             FlashKernels("cuda", summing),
         )
-        self.pool = PagePool(backend, [SHAPE] * LAYERS, FMT, [None] * LAYERS)
+        self.pool = PagePool(backend, [SHAPE] * LAYERS, FMT, [means] * LAYERS)
         sources = [LayerSource.of_pool(self.pool, layer) for layer in range(LAYERS)]
         conversations = [PagedSequence(self.pool, range(LAYERS)) for _ in range(num_rows)]
         self.batch: list[BatchTurboQuantKVCache] = [

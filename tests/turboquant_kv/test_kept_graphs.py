@@ -10,6 +10,7 @@ import pytest
 from tests.turboquant_kv import small_models
 from tests.turboquant_kv.summing_kernels import FMT, LAYERS, Rows
 
+from turboquant_kv.backends.base import Means
 from turboquant_kv.cache.kept_graphs import GRAPHS_KEPT, STEPS_BEFORE, KeptGraphs
 
 
@@ -26,6 +27,20 @@ def test_later_steps_hand_over_their_own_arrays(num_rows: int, rng: np.random.Ge
         np.testing.assert_array_equal(num_launches, expected_launches)
     assert graphs.num_run >= FMT.page_tokens // 2
     assert graphs.num_built <= 6
+
+
+def test_a_graph_is_of_one_pool(rng: np.random.Generator) -> None:
+    """Pools of other means have the same kernels and shapes, and other constants in their graphs."""
+    model = small_models.dense(int(rng.integers(1 << 30)), LAYERS)
+    graphs = KeptGraphs(model)
+    for _ in range(2):
+        means = Means(*(rng.normal(size=(2, 64)).astype(np.float32) for _ in "kv"))
+        plain, kept = Rows(model, 2, means=means), Rows(model, 2, means=means)
+        for number in range(STEPS_BEFORE + 4):
+            tokens = mx.array(rng.integers(0, small_models.VOCAB, (2, 1)))
+            logits, expected = graphs.forward(tokens, kept.batch), model(tokens, cache=plain.batch)
+            np.testing.assert_allclose(np.array(logits), np.array(expected), rtol=1e-4, atol=1e-5, err_msg=str(number))
+    assert graphs.num_built == 2
 
 
 def test_the_model_is_not_called_for_a_kept_graph(rng: np.random.Generator) -> None:

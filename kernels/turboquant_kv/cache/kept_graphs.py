@@ -83,7 +83,7 @@ class KeptGraphs:
         known = pool.backend.step_key(pool.stores, step.plan) if step.is_uniform else None
         if known is None:
             return None
-        key = tokens.shape[0], tokens.dtype, known
+        key = id(pool), tokens.shape[0], tokens.dtype, known  # whose graph keeps the pool alive
         self._num_alike = self._num_alike + 1 if key == self._latest_key else 0
         self._latest_key = key
         return key if key in self._graphs or self._num_alike >= STEPS_BEFORE else None
