@@ -194,7 +194,7 @@ def check_store(folder: Path) -> Finding:
 
 def run_checks(settings: Settings) -> list[Finding]:
     """All findings, in the order in which one depends on another."""
-    checks: tuple[Callable[[], Finding], ...] = (
+    checks: tuple[Callable[[], Finding | None], ...] = (
         check_python,
         check_versions,
         lambda: check_backend(settings),
