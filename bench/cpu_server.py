@@ -1,7 +1,8 @@
 """Three servers on one CPU, side by side: TurboServe, mlx_lm.server and llama.cpp, with the same model.
 
     python bench/cpu_server.py --model FOLDER --json cpu_server.json \\
-        --llama-cpp "python -m llama_cpp.server --model FILE.gguf --n_ctx 9216 --n_threads 2 --port {port}"
+        --llama-cpp "python -m llama_cpp.server --model FILE.gguf --n_ctx 9216 --n_threads 2 \\
+            --interrupt_requests False --port {port}"
 
 Each figure is a median over rounds in which the servers are asked in turn, so that a ratio compares neighbours in time.
 --llama-cpp is a command, in which {port} stands for a free port, or the URL of a server that runs already, whose memory
@@ -107,6 +108,8 @@ class Bench:
     def _memory(self) -> list[Row]:
         resident = {name: served.resident_bytes / 2**20 for name, served in self.servers.items()}
         ours, theirs = resident[OURS], resident.get(LLAMA, 0.0)
+        if not ours:  # it has ended, as after an interrupt
+            return []
         if not theirs:
             return [Row.plain("resident memory", ours, "MiB")]
         return [Row.at_most("resident memory, beside llama.cpp", ours, "MiB", MEMORY_TARGET * theirs, theirs)]
@@ -154,12 +157,15 @@ def main() -> None:
         bench = Bench(running(args, stack), args.answer_tokens, random.Random())
         for name in bench.servers:
             bench.ask(name, bench.prompt(20))  # what is slower once
-        for i in range(args.rounds):
-            for n in tokens:
-                if n <= 2000 or i < (args.rounds + 1) // 2:  # long prompts take most of the time
-                    bench.one_stream(n)
-            if not args.no_streams and i < (args.rounds + 1) // 2:
-                bench.many_streams()
+        try:
+            for i in range(args.rounds):
+                for n in tokens:
+                    if n <= 2000 or i < (args.rounds + 1) // 2:  # long prompts take most of the time
+                        bench.one_stream(n)
+                if not args.no_streams and i < (args.rounds + 1) // 2:
+                    bench.many_streams()
+        except KeyboardInterrupt:
+            print("interrupted: medians of the rounds until here")
         rows = bench.rows(tokens)
     print_rows(rows)
     write_rows(args.json, rows)

@@ -4,7 +4,7 @@
 // that each word and each input that is loaded is used several times.
 
 #if LANES == 16
-constexpr int kTileOut = 4, kTileRows = 6;
+constexpr int kTileOut = 4, kTileRows = 4;
 #elif LANES == 8
 constexpr int kTileOut = 2, kTileRows = 4;
 #else
@@ -75,9 +75,7 @@ template <Dtype D, int N> static FloatTileFn float_tile_of(int rows) {
         case 1: return float_tile<D, N, 1>;
         case 2: return float_tile<D, N, 2>;
         case 3: return float_tile<D, N, 3>;
-        case 4: return float_tile<D, N, 4>;
-        case 5: return float_tile<D, N, (kTileRows < 5 ? kTileRows : 5)>;
-        default: return float_tile<D, N, (kTileRows < 6 ? kTileRows : 6)>;
+        default: return float_tile<D, N, kTileRows>;
     }
 }
 

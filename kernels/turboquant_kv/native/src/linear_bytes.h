@@ -61,9 +61,7 @@ template <int Bits, bool Halves, int N> static TileFn tile_of(int rows) {
         case 1: return tile<Bits, Halves, N, 1>;
         case 2: return tile<Bits, Halves, N, 2>;
         case 3: return tile<Bits, Halves, N, 3>;
-        case 4: return tile<Bits, Halves, N, 4>;
-        case 5: return tile<Bits, Halves, N, 5>;
-        default: return tile<Bits, Halves, N, 6>;
+        default: return tile<Bits, Halves, N, kTileRows>;
     }
 }
 template <int Bits> static TileFn tile_of(bool halves, int outputs, int rows) {

@@ -79,9 +79,7 @@ template <bool Halves, int N> static TileFn tile_of(int rows) {
         case 1: return tile<Halves, N, 1>;
         case 2: return tile<Halves, N, 2>;
         case 3: return tile<Halves, N, 3>;
-        case 4: return tile<Halves, N, 4>;
-        case 5: return tile<Halves, N, (kTileRows < 5 ? kTileRows : 5)>;
-        default: return tile<Halves, N, (kTileRows < 6 ? kTileRows : 6)>;
+        default: return tile<Halves, N, kTileRows>;
     }
 }
 static TileFn tile_of(bool halves, int outputs, int rows) {
