@@ -224,3 +224,21 @@ class SessionDisk(Protocol):
     def close(self) -> None:
         """Finish what is queued, give the folder's lock back."""
         ...
+
+
+class OwnDisk:
+    """What a SessionDisk says of others where no other server writes into it."""
+
+    is_shared = False
+
+    def key_for(self, salt: str, session_id: str) -> str | None:
+        """As SessionDisk."""
+        return None
+
+    def refresh(self, key: str) -> StoredEntry | None:
+        """As SessionDisk."""
+        return None
+
+    def changes(self) -> list[StoredEntry | str]:
+        """As SessionDisk."""
+        return []

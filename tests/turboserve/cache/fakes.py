@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.interfaces import Arrays, Caches, Header, HeldPages, Meta, StoredEntry
+from turboserve.cache.interfaces import Arrays, Caches, Header, HeldPages, Meta, OwnDisk, StoredEntry
 from turboserve.cache.memory import Ask, Growth, Memory, MemoryLimits, Question, Refuse, Restart, Start, Wait
 from turboserve.cache.sessions import Conversation, Lease
 from turboserve.errors import KVFormatError
@@ -223,7 +223,7 @@ class FakeFamily:
             assert all(held.count(p) == n for p, n in runtime.pool.references.items())
 
 
-class FakeDisk:
+class FakeDisk(OwnDisk):
     """Implements SessionDisk; `is_full`, `is_hesitant` (says that it is writable, and takes nothing), `is_failing`
     (takes what it then cannot write) and `damaged` play its failures.
     """
@@ -233,17 +233,6 @@ class FakeDisk:
         self.is_full = self.is_hesitant = self.is_failing = False
         self.num_asked = 0
         self.damaged: set[str] = set()
-
-    is_shared = False
-
-    def key_for(self, salt: str, session_id: str) -> str | None:
-        return None
-
-    def refresh(self, key: str) -> StoredEntry | None:
-        return None
-
-    def changes(self) -> list[StoredEntry | str]:
-        return []
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
         self.num_asked += 1

@@ -28,7 +28,7 @@ from turboserve.cache.disk.layout import StoreFolder
 from turboserve.cache.disk.reading import DamagedPieceError, read_entry
 from turboserve.cache.disk.switch import Switch
 from turboserve.cache.disk.writing import Job, Stopped, new_bytes, write_job
-from turboserve.cache.interfaces import StoredEntry
+from turboserve.cache.interfaces import OwnDisk, StoredEntry
 from turboserve.messages import DiskStatus
 
 log = logging.getLogger(__name__)
@@ -62,10 +62,8 @@ class _Rubbish(NamedTuple):
     piece: str | None = None
 
 
-class DiskStore:
+class DiskStore(OwnDisk):
     """The real SessionDisk (cache/interfaces.py). All methods may be called from any thread."""
-
-    is_shared = False  # with other servers: shared.py
 
     def __init__(
         self,
@@ -212,18 +210,6 @@ class DiskStore:
     def _read(self, folder: StoreFolder, key: str) -> tuple[dict[str, Any], list[Array]]:
         """An entry's fields and arrays. Raises DamagedFileError, OSError."""
         return read_entry(folder, key)
-
-    def key_for(self, salt: str, session_id: str) -> str | None:
-        """Under which key a named session lies in a folder that others share; None: under any."""
-        return None
-
-    def refresh(self, key: str) -> StoredEntry | None:
-        """What others have written under a key since it was last looked at."""
-        return None
-
-    def changes(self) -> list[StoredEntry | str]:
-        """What others have done since the last call: entries that are new, keys of those that are gone."""
-        return []
 
     def delete(self, key: str) -> None:
         """Forget an entry, written or queued; its files go in the background."""

@@ -24,7 +24,7 @@ from turboquant_kv.cache.batch_probe import Batching, try_batches
 from turboquant_kv.cache.rows_apart import Around, forward
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.interfaces import Arrays, Caches, Header, HeldPages, Meta, SessionDisk, StoredEntry
+from turboserve.cache.interfaces import Arrays, Caches, Header, HeldPages, Meta, OwnDisk, SessionDisk, StoredEntry
 from turboserve.engine.distributed.digest import digest_of
 from turboserve.engine.distributed.ranks import FirstRank
 from turboserve.engine.served_formats import ServedFormats
@@ -286,22 +286,14 @@ class LeadingFormats:
         self._inner.check_integrity()
 
 
-class LeadingDisk:
-    """Implements cache.interfaces.SessionDisk: every rank stores its own part, and an entry is one that all have."""
+class LeadingDisk(OwnDisk):
+    """Implements cache.interfaces.SessionDisk: every rank stores its own part, and an entry is one that all have.
 
-    is_shared = False  # cli/distributed.py refuses a folder that other servers use
+    cli/distributed.py refuses a folder that other servers use.
+    """
 
     def __init__(self, lead: Lead, inner: SessionDisk) -> None:
         self._lead, self._inner = lead, inner
-
-    def key_for(self, salt: str, session_id: str) -> str | None:
-        return None
-
-    def refresh(self, key: str) -> StoredEntry | None:
-        return None
-
-    def changes(self) -> list[StoredEntry | str]:
-        return []
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
         """Of what was exported or read last. A rank that cannot write has no such entry, so nobody will read it."""
