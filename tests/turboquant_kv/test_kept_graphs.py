@@ -34,7 +34,8 @@ def test_a_graph_is_of_one_pool(rng: np.random.Generator) -> None:
     model = small_models.dense(int(rng.integers(1 << 30)), LAYERS)
     graphs = KeptGraphs(model)
     for _ in range(2):
-        means = Means(*(rng.normal(size=(2, 64)).astype(np.float32) for _ in "kv"))
+        k_mean, v_mean = (rng.normal(size=(2, 64)).astype(np.float32) for _ in "kv")
+        means = Means(k_mean, v_mean)
         plain, kept = Rows(model, 2, means=means), Rows(model, 2, means=means)
         for number in range(STEPS_BEFORE + 4):
             tokens = mx.array(rng.integers(0, small_models.VOCAB, (2, 1)))
