@@ -153,7 +153,7 @@ class AnswerResponse(Response):
                     self._context.telemetry.http_disconnect("stream" if self._is_stream else "whole")
                     logger.info("the client left")
             finally:
-                await _stop(answer, departure)
+                await stop(answer, departure)
 
     async def _whole(self, mailboxes: Sequence[Mailbox], scope: Scope, receive: Receive, send: Send) -> None:
         answers = [Answer() for _ in mailboxes]
@@ -221,7 +221,7 @@ class AnswerResponse(Response):
                     if not isinstance(event, Finished):
                         waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s))] = choice
         finally:
-            await _stop(*waiting)
+            await stop(*waiting)
 
     def _stream_headers(self) -> list[tuple[bytes, bytes]]:
         extra = [(name.lower().encode(), value.encode()) for name, value in self._extra_headers.items()]
@@ -275,7 +275,8 @@ async def wait_for_disconnect(receive: Receive) -> None:
         continue
 
 
-async def _stop(*tasks: asyncio.Future[Any]) -> None:
+async def stop(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel them and wait until they have ended, however they end."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

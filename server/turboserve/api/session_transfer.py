@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from turboserve.api.answering import stop, wait_for_disconnect
 from turboserve.api.context import Context, Tenant, engine_answer
 from turboserve.api.held_bytes import IMPORT_PATH
 from turboserve.api.kv_replies import session_object
@@ -77,7 +78,7 @@ async def export_session(session_id: str, context: Context, tenant: Tenant) -> R
     """One of the caller's sessions with its compressed cache, for `POST /v1/sessions/import` of another server."""
     context.admit()
     with ExitStack() as until_sent:
-        until_sent.enter_context(context.transfers.one())
+        until_sent.enter_context(context.transfers.one(tenant))
         command = ExportSession(tenant, existing_session_id(session_id))
         exported = await engine_answer(context.engine.session(command))
 
@@ -103,7 +104,10 @@ async def export_session(session_id: str, context: Context, tenant: Tenant) -> R
 
 
 class _ExportResponse(StreamingResponse):
-    """Sends a file and then lets go of what it needed, also when the client leaves or the answer never begins."""
+    """Sends a file and then lets go of what it needed, also when the client leaves or the answer never begins.
+
+    A client that has left ends it: what is sent to nobody would be made to its end, and warned of slice by slice.
+    """
 
     def __init__(self, file: SessionFile, sent: ExitStack, headers: Mapping[str, str]) -> None:
         super().__init__(_pieces(file), media_type=SESSION_TYPE, headers=headers)
@@ -111,7 +115,16 @@ class _ExportResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._sent:
-            await super().__call__(scope, receive, send)
+            sending = asyncio.create_task(super().__call__(scope, receive, send))
+            departure = asyncio.create_task(wait_for_disconnect(receive))
+            try:
+                await asyncio.wait({sending, departure}, return_when=asyncio.FIRST_COMPLETED)
+                if sending.done():
+                    sending.result()
+                else:
+                    log.info("the client left")
+            finally:
+                await stop(sending, departure)
 
 
 async def _pieces(file: SessionFile) -> AsyncIterator[bytes]:
@@ -142,7 +155,7 @@ async def import_session(
         raise MediaTypeError(f"Send the exported file with the header 'Content-Type: {SESSION_TYPE}'.")
     arriving = _Arriving(request.stream(), context.max_import_bytes)
     try:
-        with context.transfers.one():
+        with context.transfers.one(tenant):
             arriving.check_declared(request.headers.get("content-length", ""))
             head = await arriving.head()
             name = check_session_id(query.id if query.id is not None else str(head.fields.get("session_id")), "id")

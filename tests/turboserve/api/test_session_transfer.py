@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
 
-from turboserve.api.transfers import MAX_TRANSFERS, SESSION_TYPE
+from turboserve.api.transfers import MAX_TRANSFERS, MAX_TRANSFERS_OF_ONE, SESSION_TYPE, Transfers
 from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes
+from turboserve.errors import OverloadedError
 
 TYPE = {"Content-Type": SESSION_TYPE}
 
@@ -133,7 +135,7 @@ def _request(service: Service, num_bytes: int) -> bytes:
 def test_so_many_transfers_run_at_once_and_those_who_leave_make_room(service: Service, file: bytes) -> None:
     half_way: list[socket.socket] = []
     with connect_client(service) as client:
-        for _ in range(MAX_TRANSFERS):
+        for _ in range(MAX_TRANSFERS_OF_ONE):
             half_way.append(service.connect())
             half_way[-1].sendall(_request(service, len(file)) + head_of(file))
         until(lambda: client.get("/v1/sessions/x/export").status_code == 503)
@@ -143,6 +145,21 @@ def test_so_many_transfers_run_at_once_and_those_who_leave_make_room(service: Se
             sock.close()
         until(lambda: client.get("/v1/sessions/x/export").status_code == 404)
     assert not service.engine.imported
+
+
+def test_one_callers_transfers_leave_room_for_others() -> None:
+    transfers = Transfers()
+    with ExitStack() as under_way:
+        for _ in range(MAX_TRANSFERS_OF_ONE):
+            under_way.enter_context(transfers.one("a"))
+        with pytest.raises(OverloadedError), transfers.one("a"):
+            pass
+        for i in range(MAX_TRANSFERS - MAX_TRANSFERS_OF_ONE):
+            under_way.enter_context(transfers.one(f"b{i}"))
+        with pytest.raises(OverloadedError), transfers.one("c"):
+            pass
+    with transfers.one("a"), transfers.one("a"):
+        pass
 
 
 def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:

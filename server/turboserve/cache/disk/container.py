@@ -105,6 +105,7 @@ def read_part(stream: BinaryIO, num_bytes: int, name: str) -> tuple[Container, d
     data = np.fromfile(stream, np.uint8, num_bytes - head.data_start)
     if head.data_start + len(data) != num_bytes or _checksum([data]) != head.data_checksum:
         raise DamagedFileError(f"{name}: its data does not match its checksum")
+    _check_places(head.arrays, len(data), name)
     return head, {key: _view(data, entry, name) for key, entry in head.arrays.items()}
 
 
@@ -134,6 +135,24 @@ def _read_header(file: BinaryIO, num_bytes: int, name: str) -> Container:
         if isinstance(exc, DamagedFileError):
             raise
         raise DamagedFileError(f"{name}: its header cannot be read ({type(exc).__name__})") from exc
+
+
+def _check_places(described: Mapping[str, Any], num_bytes: int, name: str) -> None:
+    """Raises DamagedFileError unless the arrays follow each other as `pack` places them.
+
+    Arrays that overlapped would be copied into more memory than the file has bytes.
+    """
+    position = 0
+    try:
+        for entry in described.values():
+            start, end = entry["data_offsets"]
+            if start != position or end < start:
+                raise DamagedFileError(f"{name}: its arrays do not follow each other")
+            position = end
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DamagedFileError(f"{name}: an array's description cannot be understood") from exc
+    if position != num_bytes:
+        raise DamagedFileError(f"{name}: its arrays are not all of its data")
 
 
 def _view(data: Array, entry: Mapping[str, Any], name: str) -> Array:

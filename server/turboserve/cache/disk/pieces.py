@@ -35,9 +35,15 @@ def split(header: Mapping[str, Any], arrays: Sequence[Array]) -> tuple[list[dict
 def join(header: Mapping[str, Any], pieces: Sequence[Mapping[str, Array]], rest: Mapping[str, Array]) -> list[Array]:
     """Inverse of split. Raises DamagedFileError when parts are missing or do not fit."""
     arrays = []
+    parts_of: dict[str, list[Array]] = {}
+    for piece in (*pieces, rest):
+        for name, part in piece.items():
+            parts_of.setdefault(name, []).append(part)
     try:
         for i, entry in enumerate(header["arrays"]):
-            parts = [piece[str(i)] for piece in pieces if str(i) in piece] + [rest[str(i)]]
+            parts = parts_of[str(i)]
+            if str(i) not in rest:
+                raise DamagedFileError(f"array {i} has no rest")
             axis = (entry.get("cut") or (0, 0))[0]
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
             if list(array.shape) != entry["shape"]:

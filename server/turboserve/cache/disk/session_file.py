@@ -26,6 +26,8 @@ VERSION = 1
 FIRST_BYTES = container.LENGTH_BYTES
 # The caches' header describes a few arrays a layer, and parts are one for a thousand tokens: a fifth of this at most.
 MAX_HEAD_BYTES = 4 << 20
+# Of a file that is to be believed: sixteen million tokens, and ten arrays for each of 1,600 layers.
+MAX_PARTS = MAX_ARRAYS = 1 << 14
 TOKENS = "tokens"
 _HASHED_AT_ONCE = 1 << 20
 
@@ -91,6 +93,8 @@ def parse_head(data: bytes) -> SessionHead:
         part_bytes = tuple(said["parts"])
         if not all(type(n) is int and 0 < n < 1 << 50 for n in part_bytes) or len(part_bytes) < 2:
             raise DamagedFileError("the head says no lengths of its parts")
+        if len(part_bytes) > MAX_PARTS or len(said["header"]["arrays"]) > MAX_ARRAYS:
+            raise DamagedFileError("it has more parts than any session")
         return SessionHead(dict(said["session"]), dict(said["header"]), part_bytes, len(data))
     except (KeyError, TypeError, ValueError) as exc:
         if isinstance(exc, DamagedFileError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tests.turboserve.cache.disk.conversations import conversation
 
+from turboserve.cache.disk import container, session_file
 from turboserve.cache.disk.container import DamagedFileError, pack, slices
 from turboserve.cache.disk.session_file import (
     FIRST_BYTES,
@@ -123,3 +125,52 @@ def test_an_entry_of_the_store_is_no_exported_session() -> None:
     data = b"".join(slices(*pack("entry", {"key": "k"}, {"a": np.zeros(3, np.uint8)})))
     with pytest.raises(DamagedFileError):
         parse_head(data[: head_bytes(data[:FIRST_BYTES])])
+
+
+def described(entries: list[tuple[list[int], list[int]]], num_bytes: int) -> bytes:
+    """A container whose arrays are said to lie at these places, with right checksums."""
+    head, _ = pack("rest", {}, {str(i): np.zeros(1, np.uint8) for i in range(len(entries))})
+    length = int.from_bytes(head[:8], "little")
+    said = json.loads(head[8 : 8 + length])
+    metadata = said.pop("__metadata__")
+    for i, (place, shape) in enumerate(entries):
+        said[str(i)] = {"dtype": "U8", "shape": shape, "data_offsets": place}
+    body = np.zeros(num_bytes, np.uint8)
+    metadata["data_checksum"] = container._checksum([body])
+    del metadata["header_checksum"]
+    metadata["header_checksum"] = container._header_checksum(metadata, said)
+    text = json.dumps({"__metadata__": metadata, **said}, separators=(",", ":")).encode()
+    return len(text).to_bytes(8, "little") + text + body.tobytes()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [([0, 8], [8]), ([0, 8], [8])],  # both of the same bytes
+        [([0, 4], [4]), ([5, 8], [3])],
+        [([4, 8], [4]), ([0, 4], [4])],
+        [([0, 4], [4])],
+        [(["0", 8], [8])],
+    ],
+)
+def test_arrays_that_do_not_follow_each_other_are_refused(entries: Any) -> None:
+    """Overlapping ones would be copied into many times the file's bytes."""
+    for whole_ones, is_fine in ((entries, False), ([([0, 3], [3]), ([3, 8], [5])], True)):
+        data = described(whole_ones, 8)
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.seek(0)
+            if is_fine:
+                assert len(container.read_part(file, len(data), "part")[1]) == 2
+                continue
+            with pytest.raises(DamagedFileError):
+                container.read_part(file, len(data), "part")
+
+
+@pytest.mark.parametrize("too_many", ["parts", "arrays"])
+def test_a_head_of_more_parts_or_arrays_than_any_session_is_refused(too_many: str) -> None:
+    parts = [100] * (session_file.MAX_PARTS + 1) if too_many == "parts" else [100, 100]
+    arrays = [{}] * (session_file.MAX_ARRAYS + 1) if too_many == "arrays" else []
+    head, _ = pack("session", {"version": 1, "session": {}, "header": {"arrays": arrays}, "parts": parts}, {})
+    with pytest.raises(DamagedFileError, match="more parts"):
+        parse_head(head)
