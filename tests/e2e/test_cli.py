@@ -232,7 +232,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server: Server) -> None:
 def test_ps_follows_the_server_until_ctrl_c(server: Server) -> None:
     with terminal("ps") as ps:
         for _ in range(2):
-            ps.wait_for("turboserve-tiny +4t/3t")
+            ps.wait_for("turboserve-tiny +4/3")
         ps.process.send_signal(signal.SIGINT)
         assert ps.process.wait(SECONDS) == 0
         assert "Traceback" not in ps.shown
