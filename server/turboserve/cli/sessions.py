@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -189,18 +190,37 @@ def _export_texts(name: str, file: Path | None, settings: Settings) -> None:
 
 @contextmanager
 def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
-    """A file that is there when all of it was written, for its owner alone. Raises StartupError."""
+    """A file that is there when all of it was written, for its owner alone; what a link names; or a pipe or device.
+
+    Raises StartupError.
+    """
     try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600
+        kind = _kind(file)
+        if stat.S_ISDIR(kind):
+            raise StartupError(f"{file} is a folder: name a file in it")
+        if not stat.S_ISREG(kind):  # nothing of the kind may be replaced by a file
+            with file.open("wb") as out:
+                yield out.write
+            return
+        target = Path(os.path.realpath(file))
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # 0600
         try:
             with open(handle, "wb") as out:
                 yield out.write
-            os.replace(temporary, file)
+            os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
             raise
     except OSError as exc:
         raise StartupError(f"{file} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _kind(file: Path) -> int:
+    """Its mode, links followed; that of a plain file where there is nothing yet."""
+    try:
+        return file.stat().st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
 
 
 @app.command("import", epilog=example("turboserve sessions import trip.session --as trip-home"))
