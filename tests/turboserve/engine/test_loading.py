@@ -27,6 +27,7 @@ from turboquant_kv.cache.trial import Case, Timing, Verdict
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.sizes import peak_bytes
 from turboserve.engine import adapters, loading, weights
+from turboserve.engine.distributed.ranks import ALONE
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_config import read_config
@@ -234,11 +235,11 @@ def test_a_store_in_use_is_refused_in_one_sentence(tmp_path: Path) -> None:
     loaded = load(Settings(), quiet, PLENTY)
     settings = Settings(cache_dir=tmp_path / "cache", kv_store_dir=tmp_path / "store")
     formats = loading._serve_formats(settings, loaded, quiet)
-    store = loading._open_store(settings, loaded, formats, quiet, loading.ALONE)
+    store = loading._open_store(settings, loaded, formats, quiet, ALONE)
     assert store is not None
     try:
         with pytest.raises(StartupError, match=r"in use by process \d+: .* --kv-store-dir") as caught:
-            loading._open_store(settings, loaded, formats, quiet, loading.ALONE)
+            loading._open_store(settings, loaded, formats, quiet, ALONE)
         assert ".:" not in str(caught.value)
     finally:
         store.close()
