@@ -9,9 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 from typer import Argument, Option
@@ -19,7 +19,7 @@ from typer import Argument, Option
 from turboserve.cli import config
 from turboserve.cli.client import ServerClient, ServerError, server_url
 from turboserve.cli.config import UsageError
-from turboserve.cli.conversations import Conversation, Conversations, check_name, read_conversation
+from turboserve.cli.conversations import Conversation, Conversations, check_name, parse_conversation
 from turboserve.cli.figures import amount, duration, session_lines
 from turboserve.cli.options import ApiKey, ConfigFile, Text, Url, commands_app, example
 from turboserve.errors import StartupError
@@ -29,6 +29,8 @@ app = commands_app(
     help="Your conversations on a running server.",
     epilog=example("turboserve sessions list", "turboserve sessions fork trip trip-2"),
 )
+MAX_TEXTS_BYTES = 64 << 20  # of a chat that comes through a pipe, which says no size
+_PIECE_BYTES = 1 << 18
 Name = Annotated[str, Argument(help="The session's id.", metavar="NAME")]
 AsJson = Annotated[bool, Option("--json", help="The server's reply, as it is.")]
 
@@ -233,20 +235,58 @@ def import_command(
 ) -> None:
     """Have a server take an exported session in; of exported texts, keep the chat here. Prints its name."""
     name = None if new_name is None else check_name(new_name, "--as")
-    try:
-        with file.open("rb") as opened:
-            is_texts = opened.read(1) in (b"{", b"")
-    except OSError as exc:
-        raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
-    if is_texts:
-        return _import_texts(file, name, config.resolve({}, config_file))
-    client, _ = _opened(url, api_key, config_file)
-    with client:
-        typer.echo(client.take_in(file, name)["id"])
+    with _read(file) as source:
+        first = source.read(1)
+        source.seek(0)
+        if first in (b"{", b""):
+            return _import_texts(source, file, name, config.resolve({}, config_file))
+        client, _ = _opened(url, api_key, config_file)
+        with client:
+            typer.echo(client.take_in(source, os.fstat(source.fileno()).st_size, name)["id"])
 
 
-def _import_texts(file: Path, new_name: str | None, settings: Settings) -> None:
-    found = read_conversation(file)
+@contextmanager
+def _read(file: Path) -> Iterator[BinaryIO]:
+    """The file, opened once and at its begin; a copy of what comes from a pipe or a device. Raises StartupError."""
+    with ExitStack() as opened:
+        try:
+            source: BinaryIO = opened.enter_context(file.open("rb"))
+            if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+                copy = opened.enter_context(tempfile.TemporaryFile())
+                _copy(source, copy, file)
+                source = copy
+        except OSError as exc:
+            raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
+        yield source
+
+
+def _copy(source: BinaryIO, copy: BinaryIO, file: Path) -> None:
+    """As much as a chat may have, or as the head of an exported session says; `copy` is at its begin then.
+
+    Raises StartupError for more and for anything else, OSError.
+    """
+    from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head  # late: brings in NumPy
+
+    first = source.read(FIRST_BYTES)
+    copy.write(first)
+    most = MAX_TEXTS_BYTES
+    if first[:1] not in (b"{", b""):
+        try:
+            head = source.read(head_bytes(first) - FIRST_BYTES)
+            most = parse_head(first + head).num_bytes
+        except ValueError as exc:
+            raise StartupError(f"{file} gives no exported session ({exc}): export it again") from exc
+        copy.write(head)
+    while copy.tell() <= most and (piece := source.read(min(most + 1 - copy.tell(), _PIECE_BYTES))):
+        copy.write(piece)
+    if copy.tell() > most:
+        raise StartupError(f"{file} gives more than the {most:,} bytes that can belong to it: export it again")
+    copy.flush()
+    copy.seek(0)
+
+
+def _import_texts(source: BinaryIO, file: Path, new_name: str | None, settings: Settings) -> None:
+    found = parse_conversation(source.read, file)
     name = new_name or found.name
     kept = Conversations(settings.cache_dir)
     if kept.path(name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -61,3 +62,45 @@ def test_an_export_over_a_folder_is_refused_in_one_line(tmp_path: Path, capsys: 
         error = capsys.readouterr().err
         assert f"{place} is a folder: name a file in it" in error and len(error.splitlines()) == 1
     assert not list(folder.iterdir())
+
+
+def test_texts_are_imported_from_a_fifo(
+    kept: Conversations, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(tmp_path / "fifo", kept.path("trip").read_bytes())
+    run("import", str(tmp_path / "fifo"), "--as", "again")
+    assert capsys.readouterr().out == "again\n"
+    again = kept.try_load("again")
+    assert again is not None and again.messages == SAID
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"no session at all", bytes(1 << 20), b"{" * 20, b"{" + b" " * (65 << 20)],
+    ids=["nothing", "a byte", "text", "zeros", "no JSON", "more than any chat"],
+)
+def test_a_pipe_of_anything_else_is_refused_in_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(tmp_path / "fifo", content)
+    run("import", str(tmp_path / "fifo"), "--as", "again", status=1)
+    error = capsys.readouterr().err
+    assert str(tmp_path / "fifo") in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_a_device_is_no_session(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run("import", device, status=1)
+    error = capsys.readouterr().err
+    assert device in error and len(error.splitlines()) == 1
+
+
+def feed(fifo: Path, content: bytes) -> None:
+    """Made, and written once by another thread to whoever reads it first."""
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            fifo.write_bytes(content)
+
+    os.mkfifo(fifo)
+    threading.Thread(target=write, daemon=True).start()
