@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from tests.e2e.server import Server, running_server
 
 from turboserve.api.transfers import SESSION_TYPE
+from turboserve.cli.client import ServerClient, ServerError
 from turboserve.cli.main import main
 
 TYPE = {"Content-Type": SESSION_TYPE}
@@ -64,6 +68,42 @@ def test_the_command_line_moves_sessions(
     file.write_bytes(file.read_bytes()[:-9])
     _run("sessions", "import", str(file), "--as", "torn", "--url", other.url, "--api-key", "secret", status=1)
     assert "too early" in capsys.readouterr().err
+
+
+def test_sessions_come_through_pipes(
+    server: Server, other: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    turn(server, [{"role": "user", "content": FILLER}], "piped")
+    file, fifo = tmp_path / "piped.session", tmp_path / "fifo"
+    _run("sessions", "export", "piped", str(file), "--url", server.url)
+    os.mkfifo(fifo)
+    for name, sent, status in (("whole", file.read_bytes(), 0), ("torn", file.read_bytes()[:-9], 1)):
+        writer = threading.Thread(target=fifo.write_bytes, args=(sent,), daemon=True)
+        writer.start()
+        _run("sessions", "import", str(fifo), "--as", name, "--url", other.url, "--api-key", "secret", status=status)
+        writer.join(10)
+        said = capfd.readouterr()
+        assert (said.out == "whole\n") if not status else ("too early" in said.err and said.err.count("\n") == 1)
+
+
+class Growing(io.BytesIO):
+    """A file that another program writes to, or cuts, while it is read."""
+
+    def __init__(self, content: bytes, change: int) -> None:
+        super().__init__(content + bytes(max(change, 0)) if change > 0 else content[:change])
+
+
+@pytest.mark.parametrize("change", [-1000, 1000])
+def test_a_file_that_changes_while_it_is_sent_is_no_traceback(server: Server, other: Server, change: int) -> None:
+    name = f"changing{change}"
+    turn(server, [{"role": "user", "content": FILLER}], name)
+    content = httpx.get(f"{server.url}/v1/sessions/{name}/export").content
+    with ServerClient(other.url, "secret") as client:
+        if change > 0:  # what was there when it was looked at is a session
+            assert client.take_in(Growing(content, change), len(content), name)["id"] == name
+        else:
+            with pytest.raises(ServerError, match="became shorter"):
+                client.take_in(Growing(content, change), len(content), name)
 
 
 def _run(*args: str, status: int = 0) -> None:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
+import h11
 import httpx
 
 from turboserve.errors import StartupError
@@ -22,6 +22,8 @@ ANSWER_TIMEOUT_S = 600.0  # of silence; the server itself says something every f
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SESSION_TYPE = "application/vnd.turboserve.session"
 _PIECE_BYTES = 1 << 18
+# h11's come through httpx as they are where a body is sent.
+_TRANSPORT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, h11.ProtocolError, ValueError)
 _PAGE = 100  # sessions that the server lists at once, at most
 
 
@@ -123,12 +125,14 @@ class ServerClient:
             for piece in reply.iter_bytes():
                 write(piece)
 
-    def take_in(self, file: Path, name: str | None) -> dict[str, Any]:
-        """Have an exported session imported. The server's answer: the session."""
+    def take_in(self, file: BinaryIO, num_bytes: int, name: str | None) -> dict[str, Any]:
+        """Have an exported session imported, `num_bytes` from a seekable file's begin. The server's answer: it."""
         query = "" if name is None else f"?id={quote(name, safe='')}"
-        headers = {"Content-Type": SESSION_TYPE, "Content-Length": str(file.stat().st_size)}
+        headers = {"Content-Type": SESSION_TYPE, "Content-Length": str(num_bytes)}
         headers |= _for_gateways(name or _name_in(file))
-        with self._transfer("POST", f"/v1/sessions/import{query}", content=_pieces(file), headers=headers) as reply:
+        file.seek(0)
+        content = _pieces(file, num_bytes)
+        with self._transfer("POST", f"/v1/sessions/import{query}", content=content, headers=headers) as reply:
             found: dict[str, Any] = json.loads(reply.read())
         return found
 
@@ -142,7 +146,7 @@ class ServerClient:
                     reply.read()
                     raise self._refusal(reply)
                 yield reply
-        except (httpx.HTTPError, ValueError) as exc:
+        except _TRANSPORT_ERRORS as exc:
             raise self._silence(exc) from exc
 
     def answer(self, body: dict[str, Any]) -> Generator[Piece, None, None]:
@@ -160,7 +164,7 @@ class ServerClient:
                 for line in reply.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield _piece(json.loads(line[6:]))
-        except (httpx.HTTPError, ValueError) as exc:
+        except _TRANSPORT_ERRORS as exc:
             raise self._silence(exc) from exc
 
     def _ask(
@@ -171,7 +175,7 @@ class ServerClient:
             if not reply.is_success:
                 raise self._refusal(reply)
             found: dict[str, Any] = reply.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as exc:
+        except _TRANSPORT_ERRORS as exc:
             raise self._silence(exc) from exc
         return found
 
@@ -200,24 +204,29 @@ def _for_gateways(session: object) -> dict[str, str]:
     return {"X-Session-Id": session} if isinstance(session, str) and session.isascii() and session else {}
 
 
-def _name_in(file: Path) -> str:
+def _name_in(file: BinaryIO) -> str:
     """The name that an exported session had; "" where the file cannot be read, which the server then says."""
     from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head  # late: brings in NumPy
 
-    with contextlib.suppress(OSError, ValueError), file.open("rb") as opened:
-        first = opened.read(FIRST_BYTES)
-        name = parse_head(first + opened.read(head_bytes(first) - FIRST_BYTES)).fields.get("session_id")
+    with contextlib.suppress(OSError, ValueError):
+        file.seek(0)
+        first = file.read(FIRST_BYTES)
+        name = parse_head(first + file.read(head_bytes(first) - FIRST_BYTES)).fields.get("session_id")
         return name if isinstance(name, str) and name.isprintable() else ""
     return ""
 
 
-def _pieces(file: Path) -> Iterator[bytes]:
-    try:
-        with file.open("rb") as opened:
-            while piece := opened.read(_PIECE_BYTES):
-                yield piece
-    except OSError as exc:
-        raise ServerError(f"{file} cannot be read: {exc.strerror or exc}") from exc
+def _pieces(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    """Exactly so many bytes, as was announced, of a file that others may still write to. Raises ServerError."""
+    while num_bytes:
+        try:
+            piece = file.read(min(num_bytes, _PIECE_BYTES))
+        except OSError as exc:
+            raise ServerError(f"the session cannot be read: {exc.strerror or exc}") from exc
+        if not piece:
+            raise ServerError("the session's file became shorter while it was sent: export it again")
+        num_bytes -= len(piece)
+        yield piece
 
 
 def _session_path(name: str) -> str:

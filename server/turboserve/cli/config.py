@@ -135,7 +135,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _check_choices(settings: Settings, given: Mapping[str, object], file: Path | None) -> None:
-    """Raises UsageError for text settings whose values are limited."""
+    """Raises UsageError for text settings whose values are limited, and for one that means nothing without another."""
     choices: dict[str, Callable[[str], str | None]] = {
         "dequantize": lambda value: None if value in DEQUANTIZE_MODES else f"one of {', '.join(DEQUANTIZE_MODES)}",
         "log_level": lambda value: None if value.lower() in LEVELS else f"one of {', '.join(LEVELS)}",
@@ -144,6 +144,10 @@ def _check_choices(settings: Settings, given: Mapping[str, object], file: Path |
         value = getattr(settings, key)
         if expectation := problem_with(value):
             raise UsageError(f"{_named(key, value, given, file)}: expected {expectation}")
+    if settings.kv_store_shared and settings.kv_store_dir is None:
+        raise UsageError(
+            f"{_named('kv_store_shared', True, given, file)} shares no folder: set --kv-store-dir (kv_store_dir) to one"
+        )
     try:
         resolve_budget(settings.kv_budget, _AMPLE_MEMORY, weights_bytes=0)
     except StartupError as exc:

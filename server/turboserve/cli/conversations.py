@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -133,8 +134,13 @@ class Conversations:
 
 def read_conversation(file: Path) -> Conversation:
     """Raises StartupError for what is no chat."""
+    return parse_conversation(file.read_bytes, file)
+
+
+def parse_conversation(read: Callable[[], bytes], file: Path) -> Conversation:
+    """What `read` gives of `file`. Raises StartupError for what is no chat."""
     try:
-        return Conversation.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Conversation.from_dict(json.loads(read().decode("utf-8")))
     except OSError as exc:
         raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:

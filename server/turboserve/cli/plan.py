@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ GB = 10**9
 TRIAL = ((1, 256), (4, 256), (4, 1024))  # streams and tokens of prompts, where nothing was measured before
 TRIAL_ANSWER = 64
 START_S = 600.0
+MAX_COUNT = 1 << 31  # of requests, streams or tokens in one report
+MIN_S, MAX_S = 1e-9, 1e6  # of what is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,26 +157,57 @@ def model_of(settings: Settings) -> Model:
 def points_of(report: Mapping[str, Any], model: Model) -> list[Point]:
     """Of what `bench serve --json` wrote, one for each server. Raises ValueError, KeyError, TypeError for others."""
     found = []
-    for server in report["servers"]:
+    for number, server in enumerate(report["servers"]):
+        where = f"servers[{number}]"
         counts, medians = server["counts"], server["medians"]
-        succeeded = counts["requests"] - counts["failed"]
-        if not succeeded or not counts["prompt_tokens"] or "itl_p50_s" not in medians:
+        requests = _count(counts, "requests", f"{where}.counts")
+        failed = _count(counts, "failed", f"{where}.counts", 0, requests + 1)
+        if failed == requests or not counts["prompt_tokens"] or "itl_p50_s" not in medians:
             raise ValueError("no request succeeded, or the server does not count tokens")
-        streams = report["plan"]["pace"]["streams"]
         if report["plan"]["pace"].get("rate"):
             raise ValueError("it was measured at a rate; measure by --streams")
-        prompt, answer = counts["prompt_tokens"] / succeeded, counts["answer_tokens"] / succeeded
-        context = prompt + answer / 2
+        succeeded = requests - failed
+        streams = _count(report["plan"]["pace"], "streams", "plan.pace")
+        prompt_tokens = _count(counts, "prompt_tokens", f"{where}.counts")
+        answer_tokens = _count(counts, "answer_tokens", f"{where}.counts")
+        cached_tokens = _count(counts, "cached_tokens", f"{where}.counts", 0, prompt_tokens)
+        step_s, ttft_s = (_seconds(medians, key, f"{where}.medians") for key in ("itl_p50_s", "ttft_p50_s"))
+        context = (prompt_tokens + answer_tokens / 2) / succeeded
         kv = next((one["kv_peak"] for one in server["rounds"] if one["kv_peak"]), None)
-        kv_format = kv["kv_format"] if kv else "f16"
-        new = (counts["prompt_tokens"] - counts["cached_tokens"]) / succeeded
+        kv_bytes = _measured_bytes(model, kv["kv_format"] if kv else "f16", context, where)
+        new = (prompt_tokens - cached_tokens) / succeeded
         # Alone a prompt waits for nobody; beside others it waits for about half of them.
-        prefill_s = (medians["ttft_p50_s"] - medians["itl_p50_s"]) / ((streams + 1) / 2)
-        rate = new / prefill_s if prefill_s > 0 else None
-        found.append(Point(streams, context, medians["itl_p50_s"], model.kv_bytes(kv_format, context), rate))
+        prefill_s = (ttft_s - step_s) / ((streams + 1) / 2)
+        found.append(Point(streams, context, step_s, kv_bytes, new / prefill_s if prefill_s > 0 else None))
     if not found:
         raise ValueError("no server was measured")
     return found
+
+
+def _count(table: Mapping[str, Any], key: str, where: str, least: int = 1, end: int = MAX_COUNT) -> int:
+    """A whole number from `least` to below `end`. Raises ValueError for anything else, naming it."""
+    value = table[key]
+    if type(value) is not int or not least <= value < end:
+        raise ValueError(f"{where}.{key} is {reprlib.repr(value)}: expected a whole number from {least} to {end - 1}")
+    return value
+
+
+def _seconds(table: Mapping[str, Any], key: str, where: str) -> float:
+    """Raises ValueError, naming it, for what no run takes between two tokens or before the first."""
+    value = table[key]
+    if type(value) not in (int, float) or not MIN_S <= value <= MAX_S:  # NaN is in no range
+        raise ValueError(f"{where}.{key} is {reprlib.repr(value)}: expected seconds from {MIN_S:g} to {MAX_S:g}")
+    return float(value)
+
+
+def _measured_bytes(model: Model, kv_format: object, context: float, where: str) -> int:
+    """Of one stream's cache. Raises ValueError for a format that there is not, or not for this model."""
+    from turboquant_kv.codec.format_name import UnsupportedFormatError, parse_format_name
+
+    try:
+        return model.kv_bytes(parse_format_name(str(kv_format)), context)
+    except (UnsupportedFormatError, UsageError):
+        raise ValueError(f"{where}'s kv_format is {reprlib.repr(kv_format)}, which this model cannot have") from None
 
 
 def read_points(files: Sequence[Path], model: Model) -> list[Point]:

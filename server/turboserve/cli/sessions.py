@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 from typer import Argument, Option
@@ -18,7 +19,7 @@ from typer import Argument, Option
 from turboserve.cli import config
 from turboserve.cli.client import ServerClient, ServerError, server_url
 from turboserve.cli.config import UsageError
-from turboserve.cli.conversations import Conversation, Conversations, check_name, read_conversation
+from turboserve.cli.conversations import Conversation, Conversations, check_name, parse_conversation
 from turboserve.cli.figures import amount, duration, session_lines
 from turboserve.cli.options import ApiKey, ConfigFile, Text, Url, commands_app, example
 from turboserve.errors import StartupError
@@ -28,6 +29,8 @@ app = commands_app(
     help="Your conversations on a running server.",
     epilog=example("turboserve sessions list", "turboserve sessions fork trip trip-2"),
 )
+MAX_TEXTS_BYTES = 64 << 20  # of a chat that comes through a pipe, which says no size
+_PIECE_BYTES = 1 << 18
 Name = Annotated[str, Argument(help="The session's id.", metavar="NAME")]
 AsJson = Annotated[bool, Option("--json", help="The server's reply, as it is.")]
 
@@ -189,18 +192,37 @@ def _export_texts(name: str, file: Path | None, settings: Settings) -> None:
 
 @contextmanager
 def _written(file: Path) -> Iterator[Callable[[bytes], object]]:
-    """A file that is there when all of it was written, for its owner alone. Raises StartupError."""
+    """A file that is there when all of it was written, for its owner alone; what a link names; or a pipe or device.
+
+    Raises StartupError.
+    """
     try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600
+        kind = _kind(file)
+        if stat.S_ISDIR(kind):
+            raise StartupError(f"{file} is a folder: name a file in it")
+        if not stat.S_ISREG(kind):  # nothing of the kind may be replaced by a file
+            with file.open("wb") as out:
+                yield out.write
+            return
+        target = Path(os.path.realpath(file))
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # 0600
         try:
             with open(handle, "wb") as out:
                 yield out.write
-            os.replace(temporary, file)
+            os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
             raise
     except OSError as exc:
         raise StartupError(f"{file} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _kind(file: Path) -> int:
+    """Its mode, links followed; that of a plain file where there is nothing yet."""
+    try:
+        return file.stat().st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
 
 
 @app.command("import", epilog=example("turboserve sessions import trip.session --as trip-home"))
@@ -213,20 +235,58 @@ def import_command(
 ) -> None:
     """Have a server take an exported session in; of exported texts, keep the chat here. Prints its name."""
     name = None if new_name is None else check_name(new_name, "--as")
-    try:
-        with file.open("rb") as opened:
-            is_texts = opened.read(1) in (b"{", b"")
-    except OSError as exc:
-        raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
-    if is_texts:
-        return _import_texts(file, name, config.resolve({}, config_file))
-    client, _ = _opened(url, api_key, config_file)
-    with client:
-        typer.echo(client.take_in(file, name)["id"])
+    with _read(file) as source:
+        first = source.read(1)
+        source.seek(0)
+        if first in (b"{", b""):
+            return _import_texts(source, file, name, config.resolve({}, config_file))
+        client, _ = _opened(url, api_key, config_file)
+        with client:
+            typer.echo(client.take_in(source, os.fstat(source.fileno()).st_size, name)["id"])
 
 
-def _import_texts(file: Path, new_name: str | None, settings: Settings) -> None:
-    found = read_conversation(file)
+@contextmanager
+def _read(file: Path) -> Iterator[BinaryIO]:
+    """The file, opened once and at its begin; a copy of what comes from a pipe or a device. Raises StartupError."""
+    with ExitStack() as opened:
+        try:
+            source: BinaryIO = opened.enter_context(file.open("rb"))
+            if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+                copy = opened.enter_context(tempfile.TemporaryFile())
+                _copy(source, copy, file)
+                source = copy
+        except OSError as exc:
+            raise StartupError(f"{file} cannot be read: {exc.strerror or exc}") from exc
+        yield source
+
+
+def _copy(source: BinaryIO, copy: BinaryIO, file: Path) -> None:
+    """As much as a chat may have, or as the head of an exported session says; `copy` is at its begin then.
+
+    Raises StartupError for more and for anything else, OSError.
+    """
+    from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes, parse_head  # late: brings in NumPy
+
+    first = source.read(FIRST_BYTES)
+    copy.write(first)
+    most = MAX_TEXTS_BYTES
+    if first[:1] not in (b"{", b""):
+        try:
+            head = source.read(head_bytes(first) - FIRST_BYTES)
+            most = parse_head(first + head).num_bytes
+        except ValueError as exc:
+            raise StartupError(f"{file} gives no exported session ({exc}): export it again") from exc
+        copy.write(head)
+    while copy.tell() <= most and (piece := source.read(min(most + 1 - copy.tell(), _PIECE_BYTES))):
+        copy.write(piece)
+    if copy.tell() > most:
+        raise StartupError(f"{file} gives more than the {most:,} bytes that can belong to it: export it again")
+    copy.flush()
+    copy.seek(0)
+
+
+def _import_texts(source: BinaryIO, file: Path, new_name: str | None, settings: Settings) -> None:
+    found = parse_conversation(source.read, file)
     name = new_name or found.name
     kept = Conversations(settings.cache_dir)
     if kept.path(name).exists():

@@ -292,4 +292,4 @@ def _refusal(name: str, reason: str) -> StartupError:
 
 
 def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:200] or type(exc).__name__
+    return " ".join(str(exc).split())[:200].rstrip(".") or type(exc).__name__

@@ -419,4 +419,4 @@ def _device_limit_bytes() -> int | None:
 
 
 def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:300] or type(exc).__name__
+    return " ".join(str(exc).split())[:300].rstrip(".") or type(exc).__name__

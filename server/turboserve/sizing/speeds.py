@@ -56,7 +56,7 @@ def fit(points: Sequence[Point]) -> Speeds:
     rates = rates or [p.prefill_tokens_per_s for p in points if p.prefill_tokens_per_s]
     if not rates:
         raise ValueError("no run says how fast prompts are read")
-    columns = np.array([[1.0, p.streams, p.streams * p.kv_bytes] for p in points])
+    columns = np.array([[1.0, p.streams, float(p.streams) * p.kv_bytes] for p in points])
     seconds = np.array([p.step_s for p in points])
     fixed_s, row_s, kv_s_per_byte = _not_negative(columns / seconds[:, None], most=min(3, len(points)))
     return Speeds(fixed_s, row_s, kv_s_per_byte, float(np.median(rates)))

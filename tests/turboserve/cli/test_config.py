@@ -89,6 +89,14 @@ def test_byte_counts_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (settings.kv_store_dir, settings.max_session_bytes_per_caller) == (Path("/some/where"), 10_000)
 
 
+def test_a_shared_store_needs_a_folder(tmp_path: Path) -> None:
+    for flags, file in (({"kv_store_shared": True}, None), ({}, write(tmp_path, "kv_store_shared = true"))):
+        with pytest.raises(UsageError, match=r"kv.store.shared.*: set --kv-store-dir") as caught:
+            config.resolve(flags, file)
+        assert "\n" not in str(caught.value)
+    assert config.resolve({"kv_store_shared": True, "kv_store_dir": "/kept"}).kv_store_shared
+
+
 FORMAT_SPELLINGS = [
     *(("F16", "f16"), (" f16 ", "f16"), ("4", "4/4"), ("04/3", "4/3"), ("8/4", "8/4"), ("3T/2t", "3t/2t")),
     *(("balanced", "4t/3t"), ("Compact", "3t/2t"), ("tiny", "2t/2t")),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from turboserve.cli import plan
@@ -125,6 +127,61 @@ def test_files_that_hold_no_measurement_are_named(
     path.write_text(content)
     status, _, error = run(["plan", "--users", "5", "--context", "4K", "--measured", str(path)], capsys)
     assert status == 1 and "one.json is no report" in error and len(error.splitlines()) == 1
+
+
+NOT_SENSIBLE = [
+    *(("streams", value) for value in (0, -1, 1.5, "8", None, [1], True, 1 << 31, float("nan"), 10**300)),
+    *(("requests", value) for value in (0, -8, 1 << 31, float("inf"))),
+    *(("failed", value) for value in (-1, 9)),
+    *(("prompt_tokens", value) for value in (-300, 8 * 10**18, 8 * 10**300, float("nan"))),
+    *(("answer_tokens", value) for value in (-1, 0, 1 << 40)),
+    *(("cached_tokens", value) for value in (-1, 2400, 10**9)),
+    *(("itl_p50_s", value) for value in (0, -1, 1e-300, float("nan"), float("inf"), 10**400, "1", None)),
+    *(("ttft_p50_s", value) for value in (0.0, -0.2, 1e9, float("nan"), float("inf"))),
+    *(("kv_format", value) for value in ("zz", 5, None, "9/9")),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), NOT_SENSIBLE, ids=str)
+def test_a_figure_that_nothing_can_measure_is_named(
+    key: str, value: object, files: list[str], model: plan.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = report(model, 4, 300)
+    server = said["servers"][0]
+    tables = said["plan"]["pace"], server["counts"], server["medians"], server["rounds"][0]["kv_peak"]
+    (holder,) = (table for table in tables if key in table)
+    holder[key] = value
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(said))
+    wanted = ["--users", "5", "--context", "4K", "--memory", "8GB"]
+    status, printed, error = run(["plan", *wanted, *files, "--measured", str(path)], capsys)
+    assert (status, printed) == (1, "") and len(error.splitlines()) == 1
+    assert "odd.json is no report" in error and f"{key} is " in error
+
+
+def test_extreme_figures_give_a_plan_or_one_line(
+    model: plan.Model, tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    most = plan.MAX_COUNT - 1
+    for _ in range(60):
+        given = []
+        for number in range(int(rng.integers(2, 4))):
+            streams, prompt, answer = (int(2 ** rng.uniform(0, 31)) for _ in range(3))
+            said = report(model, streams, 300)
+            said["servers"][0]["counts"] = {
+                "requests": int(rng.choice([1, 8, most])), "failed": 0, "prompt_tokens": min(prompt, most),
+                "answer_tokens": min(answer, most), "cached_tokens": int(prompt * rng.uniform(0, 0.99)),
+            }  # fmt: skip
+            seconds = {key: float(10 ** rng.uniform(-9, 6)) for key in ("itl_p50_s", "ttft_p50_s")}
+            said["servers"][0]["medians"] = seconds
+            path = tmp_path / f"{number}.json"
+            path.write_text(json.dumps(said))
+            given += ["--measured", str(path)]
+        status, printed, error = run(["plan", "--users", "5", "--context", "4K", "--memory", "8GB", *given], capsys)
+        if status:
+            assert status == 1 and len(error.splitlines()) == 1, error
+        else:
+            assert not re.search(r"nan|\binf|(?<![\w.])-[0-9]", printed), printed
 
 
 def test_what_failed_or_went_at_a_rate_is_no_measurement(

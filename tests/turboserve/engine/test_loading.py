@@ -26,7 +26,8 @@ from turboquant_kv.cache.protocol import AttendingCache
 from turboquant_kv.cache.trial import Case, Timing, Verdict
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.sizes import peak_bytes
-from turboserve.engine import loading, weights
+from turboserve.engine import adapters, loading, weights
+from turboserve.engine.distributed.ranks import ALONE
 from turboserve.engine.loading import build_parts, load, max_context
 from turboserve.engine.memory_plan import memory_plan
 from turboserve.engine.model_config import read_config
@@ -221,6 +222,27 @@ def test_a_model_that_cannot_be_compressed_is_one_plain_line(
     with monkeypatch.context() as patch:
         patch.setattr(qwen2.Attention, "__call__", attends_to_others)
         assert "does not attend over" in refusal(model)
+
+
+@pytest.mark.parametrize("module", [loading, adapters])
+def test_what_an_error_says_fits_into_a_sentence(module: Any) -> None:
+    assert module._one_line(ValueError("It is in use:\n  choose another.")) == "It is in use: choose another"
+    assert module._one_line(ValueError("no end. " + "x" * 999)).startswith("no end. xx")
+    assert module._one_line(ValueError(".")) == module._one_line(ValueError()) == "ValueError"
+
+
+def test_a_store_in_use_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    loaded = load(Settings(), quiet, PLENTY)
+    settings = Settings(cache_dir=tmp_path / "cache", kv_store_dir=tmp_path / "store")
+    formats = loading._serve_formats(settings, loaded, quiet)
+    store = loading._open_store(settings, loaded, formats, quiet, ALONE)
+    assert store is not None
+    try:
+        with pytest.raises(StartupError, match=r"in use by process \d+: .* --kv-store-dir") as caught:
+            loading._open_store(settings, loaded, formats, quiet, ALONE)
+        assert ".:" not in str(caught.value)
+    finally:
+        store.close()
 
 
 def test_context_limits() -> None:
