@@ -57,7 +57,7 @@ def test_a_question_is_typed_and_its_answer_streams_in(tab: Tab, api: httpx.Clie
     growing: list[str] = []
     tab.page.expose_function("grew", lambda text: growing.append(text))
     tab.page.evaluate(
-        "new MutationObserver(() => grew(document.querySelector('.message.assistant')?.innerText ?? ''))"
+        "new MutationObserver(() => grew([...document.querySelectorAll('.message.assistant')].at(-1)?.innerText ?? ''))"
         ".observe(document.querySelector('#messages'), { childList: true, subtree: true })"
     )
     tab.say(asked)
@@ -68,7 +68,7 @@ def test_a_question_is_typed_and_its_answer_streams_in(tab: Tab, api: httpx.Clie
     def parts() -> set[str]:
         return {text for text in growing if text.strip() and "first after" not in text}
 
-    for _ in range(3):  # a browser that has to wait for a processor draws an answer's pieces at once
+    for _ in range(5):  # a browser that has to wait for a processor draws an answer's pieces at once
         if len(parts()) > 1:
             break
         growing.clear()

@@ -170,7 +170,7 @@ def test_arrays_that_do_not_follow_each_other_are_refused(entries: Any) -> None:
 @pytest.mark.parametrize("too_many", ["parts", "arrays"])
 def test_a_head_of_more_parts_or_arrays_than_any_session_is_refused(too_many: str) -> None:
     parts = [100] * (session_file.MAX_PARTS + 1) if too_many == "parts" else [100, 100]
-    arrays = [{}] * (session_file.MAX_ARRAYS + 1) if too_many == "arrays" else []
+    arrays: list[Any] = [{}] * (session_file.MAX_ARRAYS + 1) if too_many == "arrays" else []
     head, _ = pack("session", {"version": 1, "session": {}, "header": {"arrays": arrays}, "parts": parts}, {})
     with pytest.raises(DamagedFileError, match="more parts"):
         parse_head(head)
