@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -69,6 +70,7 @@ def test_a_process_that_hangs_or_crashes_is_replaced() -> None:
         first = checker._process
         assert first is not None
         first.send_signal(signal.SIGSTOP)  # it hangs, whatever the machine does beside it
+        os.waitpid(first.pid, os.WUNTRACED)  # once it has stopped
         with pytest.raises(TooMuchWorkError):
             checker.trouble_with('start: "b"', 0.1)
         assert first.poll() is not None
