@@ -40,6 +40,7 @@ from turboquant_kv import blas
 blas.interpose()  # before MLX, like the server
 # Where GPUs are shared with others, NVLink's multicast can put them out of service; whoever wants it sets 1.
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")  # as the server has it; 1 is for comparing
 
 import mlx.core as mx
 from _decode_steps import chained_step_s, random_caches

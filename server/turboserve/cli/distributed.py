@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import MutableMapping
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ PREFIX = "--distributed:"  # of what is told of divided models; rank 0 puts it b
 def run(settings: Settings) -> None:
     """Serve as the rank that the launcher made this process. Raises StartupError."""
     check_supported(settings)
+    launch_directly(os.environ)
     place = place_in(os.environ)
     if place.is_first:
         from turboserve.cli import serve  # late: brings in the HTTP stack, which other ranks need not
@@ -40,6 +42,15 @@ def run(settings: Settings) -> None:
         serve.run(settings, Guard(place))
     else:
         follow(settings, place)
+
+
+def launch_directly(environment: MutableMapping[str, str]) -> None:
+    """Have MLX launch CUDA kernels one by one, if nobody has said otherwise; before its first operation.
+
+    By default it captures operations into CUDA graphs and updates the graph that it has of the same structure. One that
+    holds a collective cannot be updated and is made anew in every layer of every step (docs/distributed.md, Measuring).
+    """
+    environment.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 
 def check_supported(settings: Settings) -> None:
