@@ -199,13 +199,16 @@ def forcing_for(model: Any) -> tuple[Forcing, FormatContestant]:
 def test_log_probabilities_of_needles_are_the_model_s(rng: np.random.Generator) -> None:
     model = sharp()
     forcing, low = forcing_for(model)
-    haystack = plant(ByteTokenizer(), random_tokens(rng, 200), 3)
-    found = find_needles(forcing, haystack, [low], 0)["2/2"]
-    logits = np.array(model(mx.array([haystack.tokens]), cache=make_prompt_cache(model))[0], np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    for answer, got in zip(haystack.answers, found.base_log_probability, strict=True):
-        expected = sum(log_p[p - 1, haystack.tokens[p]] for p in range(answer.start, answer.stop))
-        assert got == pytest.approx(expected, abs=1e-3)
+    haystacks = [plant(ByteTokenizer(), random_tokens(rng, n), 3, seed) for seed, n in enumerate((200, 260))]
+    assert haystacks[0].tokens[haystacks[0].answers[0]] != haystacks[1].tokens[haystacks[1].answers[0]]
+    found = find_needles(forcing, haystacks, [low], 0)["2/2"]
+    expected = []
+    for haystack in haystacks:
+        logits = np.array(model(mx.array([haystack.tokens]), cache=make_prompt_cache(model))[0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        for answer in haystack.answers:
+            expected.append(sum(log_p[p - 1, haystack.tokens[p]] for p in range(answer.start, answer.stop)))
+    assert found.base_log_probability == pytest.approx(expected, abs=1e-3)
     differences = np.subtract(found.base_log_probability, found.log_probability)
     np.testing.assert_allclose(found.losses, differences)
     assert np.abs(differences).max() > 1e-3
@@ -245,7 +248,7 @@ def test_json_and_drawing_hold_every_contestant(rng: np.random.Generator) -> Non
     for item, result in zip(saved["results"], evaluation.results, strict=True):
         assert [at["offset"] for at in item["offsets"]] == [0, 512]
         assert item["offsets"][1]["kl_mean"]["mean"] == result.figures(512).kl_mean.mean
-        assert len(item["texts"]) == 4 and len(item["needles"]["log_probability"]) == 2
+        assert len(item["texts"]) == 4 and len(item["needles"]["log_probability"]) == 2 * 2  # of each text
         assert len(item["greedy"]["agreed"]) == 2
     tree = ElementTree.fromstring(svg(evaluation))
     space = "{http://www.w3.org/2000/svg}"

@@ -38,7 +38,7 @@ class Plan:
     num_tokens     of each text, at most; shorter texts are used whole
     offsets        positions of the texts' first token; needles and greedy answers use the first of them
     mode           "prefill", "decode" or "batch" (forcing.py)
-    num_needles    planted facts, 0 for none
+    num_needles    planted facts in each text, 0 for none
     num_greedy     greedy answers, 0 for none, of answer_tokens tokens each
     """
 
@@ -382,12 +382,13 @@ def _recall(
     contestants: Sequence[Contestant],
     plan: Plan,
 ) -> tuple[dict[str, Needles], dict[str, Greedy]]:
-    """Needles in the first text, and greedy answers to beginnings of all texts in turn."""
+    """Needles in each text, and greedy answers to beginnings of all texts in turn."""
     shift, all_tokens = plan.offsets[0], list(tokens.values())
     needles: dict[str, Needles] = {}
     greedy: dict[str, Greedy] = {}
     if plan.num_needles:
-        needles = find_needles(forcing, plant(tokenizer, all_tokens[0], plan.num_needles), contestants, shift)
+        haystacks = [plant(tokenizer, text, plan.num_needles, seed) for seed, text in enumerate(all_tokens)]
+        needles = find_needles(forcing, haystacks, contestants, shift)
     if plan.num_greedy:
         prompts = []
         for i in range(plan.num_greedy):

@@ -37,14 +37,15 @@ class Haystack:
     answers: list[slice]
 
 
-def plant(tokenizer: Any, text_tokens: Sequence[int], num_needles: int) -> Haystack:
+def plant(tokenizer: Any, text_tokens: Sequence[int], num_needles: int, seed: int = 0) -> Haystack:
     """Facts "The code for NAME is NUMBER." at even distances in the text; behind it each is asked for and answered.
 
-    The questions repeat the facts' own words, in another order. Raises ValueError for more needles than names.
+    The questions repeat the facts' own words, in another order; another seed has other numbers and another
+    order. Raises ValueError for more needles than names.
     """
     if not 0 < num_needles <= MAX_NEEDLES:
         raise ValueError(f"{num_needles} needles: expected 1 to {MAX_NEEDLES}")
-    rng = np.random.default_rng(num_needles)
+    rng = np.random.default_rng((num_needles, seed))
     numbers = rng.choice(np.arange(10_000, 100_000), num_needles, replace=False)
     facts = []
     for name, number in zip(NAMES, numbers, strict=False):
@@ -78,16 +79,18 @@ class Needles:
 
 
 def find_needles(
-    forcing: Forcing, haystack: Haystack, contestants: Sequence[Contestant], shift: int
+    forcing: Forcing, haystacks: Sequence[Haystack], contestants: Sequence[Contestant], shift: int
 ) -> dict[str, Needles]:
-    """Each contestant reads text and questions in chunks."""
-    found = {}
-    compared = forcing.compare(haystack.tokens, contestants, shift, 0, forcing.chunk_tokens, "needles")
-    for name, comparison in compared.items():
-        # figures at position p are of the token at p + 1
-        places = [slice(answer.start - 1, answer.stop - 1) for answer in haystack.answers]
-        own, base = ([-float(nll[p].sum()) for p in places] for nll in (comparison.nll, comparison.base_nll))
-        found[name] = Needles(own, base)
+    """Each contestant reads each text and its questions in chunks; the needles of all of them, in order."""
+    found = {contestant.name: Needles([], []) for contestant in contestants}
+    for i, haystack in enumerate(haystacks):
+        label = f"needles in text {i + 1} of {len(haystacks)}"
+        compared = forcing.compare(haystack.tokens, contestants, shift, 0, forcing.chunk_tokens, label)
+        for name, comparison in compared.items():
+            # figures at position p are of the token at p + 1
+            places = [slice(answer.start - 1, answer.stop - 1) for answer in haystack.answers]
+            found[name].log_probability.extend(-float(comparison.nll[p].sum()) for p in places)
+            found[name].base_log_probability.extend(-float(comparison.base_nll[p].sum()) for p in places)
     return found
 
 

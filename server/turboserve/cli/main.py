@@ -219,7 +219,7 @@ def eval_command(
     offsets: Annotated[
         str, Option(help="Positions at which the texts begin, comma-separated, such as 0,8K,32K.")
     ] = "0",
-    needles: Annotated[int, Option(help="Facts to plant and ask for.")] = 0,
+    needles: Annotated[int, Option(help="Facts to plant in each text and ask for.")] = 0,
     greedy: Annotated[int, Option(help="Greedy answers to compare.")] = 0,
     mode: Annotated[str, Option(help="prefill, decode (token by token), or batch (texts as rows).")] = "prefill",
     json_file: Annotated[Path | None, Option("--json", help="Write all figures here.", metavar="FILE")] = None,
