@@ -97,11 +97,69 @@ def test_every_layer_mix_can_go_down_and_back_to_plain(kind: str, rng: np.random
     assert np.array_equal(logits_of(model, caches, more, []), want), "the original stays as it was"
 
 
-def test_only_codecs_may_differ(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])
+@pytest.mark.parametrize("length", [5, 40, 129, 161, 470])
+def test_pages_may_have_another_length(backend: str, length: int, rng: np.random.Generator) -> None:
+    """There and back between 96 and 128 tokens: books agree, and answers are as good as after a prefill."""
+    model = small_models.dense()
+    tokens, more = random_tokens(rng, length), random_tokens(rng, 20)
+    family = KVFamily(model, backend=backend, calibration=calibrate(model, random_tokens(rng, 200)))
+    assert [family.runtime(name).fmt.page_tokens for name in ("4t/3t", "3t/2t")] == [96, 128]
+    truth = logits_of(model, held(family, model, "f16", tokens), more, [])
+    caches = held(family, model, "4t/3t", tokens)
+    smaller = family.convert(caches, "4t/3t", "3t/2t")
+    back = family.convert(smaller, "3t/2t", "4t/3t")
+    by_name = {"3t/2t": smaller, "4t/3t": back}
+    for name, converted in by_name.items():
+        assert family.runtime(name).measure(converted).total == family.runtime(name).bytes_for(length)
+        assert [cache.offset for cache in converted] == [length] * len(converted)
+    lost = 0.0  # by prefills in both formats, which both conversions have been through
+    for name in by_name:
+        direct = held(family, model, name, tokens)
+        lost += float(np.linalg.norm(logits_of(model, direct, more, []) - truth))
+        family.runtime(name).release(direct)
+    for name, converted in by_name.items():
+        error = np.linalg.norm(logits_of(model, converted, more, []) - truth)
+        assert error <= 1.5 * lost + 1e-3 * np.linalg.norm(truth), name
+    for converted in (caches, smaller, back):
+        family.runtime("4t/3t").release(converted)
+    family.check_integrity()
+    assert family.unique_bytes() == 0
+
+
+@pytest.mark.parametrize("kind", small_models.EVERY_KIND)
+def test_every_layer_mix_can_change_the_length_of_its_pages(kind: str, rng: np.random.Generator) -> None:
+    model = small_models.EVERY_KIND[kind]()
+    family = KVFamily(model)
+    tokens, more = random_tokens(rng, 300), random_tokens(rng, 5)
+    for name in ("8/8", "8/2"):
+        caches = held(family, model, name, tokens)
+        want = logits_of(model, family.runtime(name).fork(caches, len(tokens)), more, [])
+        other = "8/2" if name == "8/8" else "8/8"
+        got = logits_of(model, family.convert(caches, name, other), more, [])
+        prefilled = logits_of(model, held(family, model, "8/2", tokens), more, [])
+        truth = logits_of(model, held(family, model, "f16", tokens), more, [])
+        error = np.linalg.norm(got - want)
+        assert np.all(np.isfinite(got)) and error <= 3 * np.linalg.norm(prefilled - truth) + 1e-3 * np.linalg.norm(want)
+
+
+def test_a_row_that_no_page_change_compresses_stays_as_it_is(rng: np.random.Generator) -> None:
+    """The sink, and what is newest in both layouts."""
+    model = small_models.dense()
+    family = KVFamily(model, backend="cpu-numpy", calibration=calibrate(model, random_tokens(rng, 200)))
+    caches = held(family, model, "4t/3t", random_tokens(rng, 32 + 3 * 96 + 40))
+    for old, new in zip(caches, family.convert(caches, "4t/3t", "3t/2t"), strict=True):
+        (sink, tail), (its_sink, its_tail) = old.sequence.exact_ends(), new.sequence.exact_ends()
+        assert np.array_equal(sink.k, its_sink.k) and np.array_equal(sink.v, its_sink.v)
+        assert (tail.num_rows, its_tail.num_rows) == (40, (3 * 96 + 40) % 128)
+        assert np.array_equal(tail.k[:, -40:], its_tail.k[:, -40:]) and np.array_equal(tail.v, its_tail.v[:, -40:])
+
+
+def test_only_codecs_and_pages_may_differ(rng: np.random.Generator) -> None:
     model = small_models.dense()
     one, other = (KVFamily(model, base=BASE.with_(sink_tokens=n)) for n in (8, 16))
     caches = held(one, model, "4/4", random_tokens(rng, 50))
-    with pytest.raises(ValueError, match="more than codecs"):
+    with pytest.raises(ValueError, match="more than codecs and pages"):
         convert(caches, other.runtime("4/3").make_cache())
     with pytest.raises(ValueError, match="not 8/4"):
         one.convert(caches, "8/4", "4/4")

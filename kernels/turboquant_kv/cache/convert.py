@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from turboquant_kv.backends.base import CanonicalPages, ExactRows, LayerStore, PageIds, PageWrites
@@ -20,7 +21,7 @@ from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.padding import stored_shape, widened
 from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.probe import shape_of
-from turboquant_kv.cache.sequence import PagedSequence
+from turboquant_kv.cache.sequence import LayerSequence, PagedSequence
 
 # 16 pages of 64 tokens x 8 heads x 128 dims are 8 MiB in float32, keys and values.
 PAGES_AT_ONCE = 16
@@ -29,8 +30,8 @@ PAGES_AT_ONCE = 16
 def convert(caches: Sequence[Any], empty: Sequence[Any]) -> list[Any]:
     """Caches of the same tokens in the format of `empty`, new caches of the target runtime; `caches` stay.
 
-    A side (keys or values) whose codec does not change keeps its codes bit for bit. Raises ValueError when
-    the formats differ in more than codecs.
+    A side (keys or values) whose codec does not change keeps its codes bit for bit, unless pages have another length.
+    Raises ValueError when the formats differ in more than codecs and pages.
     """
     layers, caches, empty = caches, leaves(caches), leaves(empty)
     converted: list[Any] = [None] * len(caches)
@@ -73,13 +74,16 @@ def _requantised(old: Sequence[TurboQuantKVCache], new: Sequence[TurboQuantKVCac
     if sequences[0] is None or not len(sequences[0]):
         return [TurboQuantKVCache(cache.source, cache.sequence) for cache in new]
     was, wanted = old[0].source.fmt, new[0].source.fmt
-    if was.with_codecs(wanted.name) != wanted:
-        raise ValueError(f"formats {was} and {wanted} differ in more than codecs")
+    if was.with_codecs(wanted.name).with_(page_tokens=wanted.page_tokens) != wanted:
+        raise ValueError(f"formats {was} and {wanted} differ in more than codecs and pages")
     held = [sequence for sequence in sequences if sequence is not None]
     source = held[0].pool
     target = new[0].source.get(source.shapes[old[0].source.layer])
     layers = [(a.source.layer, b.source.layer) for a, b in zip(old, new, strict=True)]
     sequence = PagedSequence(target, [layer for _, layer in layers])
+    if was.page_tokens != wanted.page_tokens:
+        _fill_repaged(sequence, held[0], [(kept, layer) for (_, layer), kept in zip(layers, held, strict=True)])
+        return [TurboQuantKVCache(cache.source, sequence.of_layer(cache.source.layer)) for cache in new]
     new_ids = _encoded_again(source, held[0].page_ids, target, layers, held[0].first_page)
     ends = {layer: kept.exact_ends() for (_, layer), kept in zip(layers, held, strict=True)}
     sequence.fill(new_ids, ends, held[0].forgotten)
@@ -120,6 +124,73 @@ def _encode_layer_again(
         old, new = source.read(old_ids), target.read(new_ids)
         k, v = (old if same_k else new), (old if same_v else new)
         target.write(new_ids, CanonicalPages(k.k_codes, k.k_scales, v.v_codes, v.v_scales))
+
+
+def _fill_repaged(sequence: PagedSequence, whole: LayerSequence, layers: Sequence[tuple[LayerSequence, int]]) -> None:
+    """Give an empty sequence the tokens of one whose pages have another length; layers: (of that one, layer of it).
+
+    What was exact and now lies in a page is compressed; what lay in a page and is exact now is what the codes say.
+    """
+    target = sequence.pool
+    fmt, num_tokens, forgotten = target.fmt, len(whole), whole.forgotten
+    first = windows.first_page(fmt, forgotten)
+    page_ids = target.allocate(max(0, fmt.num_pages(num_tokens) - first))
+    tail_start = fmt.page_start(first + len(page_ids))
+    ends = {}
+    try:
+        for old, layer in layers:
+            rows, store = _RowsBehindSink(old), target.stores[layer]
+            for number, ids in _pieces(page_ids, first):
+                encoded = rows.between(fmt.page_start(number), fmt.page_start(number + len(ids)))
+                store.encode(PageWrites.following(ids, number, fmt.page_tokens), *encoded)
+            tail = ExactRows(*rows.between(tail_start, num_tokens)) if tail_start < num_tokens else None
+            ends[layer] = rows.sink, tail
+    except BaseException:
+        target.free(page_ids)
+        raise
+    sequence.fill(page_ids, ends, forgotten)
+
+
+class _RowsBehindSink:
+    """One layer's keys and values by position, as its store has them: exact ones, and what the codes say of others."""
+
+    def __init__(self, held: LayerSequence) -> None:
+        self.sink, self._tail = held.exact_ends()
+        self._store, self._ids, self._first = held.pool.stores[held.layer], held.page_ids, held.first_page
+        self._fmt = held.pool.fmt
+
+    def between(self, start: int, end: int) -> tuple[Any, Any]:
+        """(H, end - start, D) and (H, end - start, Dv). Positions whose tokens are forgotten have zeros."""
+        page, begin = self._fmt.page_tokens, self._fmt.page_start(self._first)
+        tail_start = begin + len(self._ids) * page
+        parts = []
+        if max(start, begin) < min(end, tail_start):
+            low, high = max(start, begin), min(end, tail_start)
+            i, j = (low - begin) // page, -(-(high - begin) // page)
+            decoded = self._store.decode(self._ids[i:j], self._first + i)
+            at = begin + i * page
+            parts.append([x[:, low - at : high - at] for x in decoded])
+        if end > tail_start:
+            assert self._tail is not None
+            parts.append([x[:, max(0, start - tail_start) : end - tail_start] for x in self._tail])
+        if start < begin:
+            k, v = parts[0]
+            num_lost = begin - start
+            parts.insert(0, [_zeros_like(x, num_lost) for x in (k, v)])
+        k, v = (_joined(side) for side in zip(*parts, strict=True))
+        return k, v
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    """Rows (H, n, D) of a backend, one behind the other."""
+    if len(rows) == 1:
+        return rows[0]
+    return mx.concatenate(rows, axis=1) if isinstance(rows[0], mx.array) else np.concatenate(rows, axis=1)
+
+
+def _zeros_like(rows: Any, num_rows: int) -> Any:
+    shape = (rows.shape[0], num_rows, rows.shape[2])
+    return mx.zeros(shape, rows.dtype) if isinstance(rows, mx.array) else np.zeros(shape, rows.dtype)
 
 
 def _compressed(caches: Sequence[KVCache], targets: Sequence[TurboQuantKVCache]) -> list[TurboQuantKVCache]:

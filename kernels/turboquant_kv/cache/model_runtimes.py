@@ -76,7 +76,7 @@ class KVFamily:
     def _new_runtime(self, name: str) -> KVRuntime:
         if name == PLAIN_FORMAT:
             return KVRuntime(self._model, None, layers=self.layers)
-        fmt = self._base.with_codecs(name)
+        fmt = self._base.with_usual_pages(name)
         is_wanted = fmt.centred and self.layers.unsupported is None  # else the runtime says why there is none
         calibration = self.calibration if is_wanted else None
         return KVRuntime(
@@ -185,15 +185,18 @@ class KVFamily:
         fingerprint must not be loaded.
         """
         digest = hashlib.sha256()
-        self._add_layout(digest)
+        self._add_layout(digest, self._base)
         self._add_calibration(digest)
         return digest.hexdigest()[:32]
 
-    @property
-    def layout_fingerprint(self) -> str:
-        """The part of `fingerprint` that is no measurement: the same for a model wherever it runs."""
+    def layout_fingerprint(self, name: str) -> str:
+        """The part of `fingerprint` that is no measurement: the same for a model and format wherever it runs.
+
+        Raises UnsupportedFormatError for a name that is none.
+        """
+        name = self.normalise(name)
         digest = hashlib.sha256()
-        self._add_layout(digest)
+        self._add_layout(digest, self._base if name == PLAIN_FORMAT else self._base.with_usual_pages(name))
         return digest.hexdigest()[:32]
 
     @property
@@ -203,8 +206,8 @@ class KVFamily:
         self._add_calibration(digest)
         return digest.hexdigest()[:32]
 
-    def _add_layout(self, digest: hashlib._Hash) -> None:
-        without_codecs = self._base.with_codecs("8/8").to_dict()  # every cache names its own
+    def _add_layout(self, digest: hashlib._Hash, fmt: KVFormat) -> None:
+        without_codecs = fmt.with_codecs("8/8").to_dict()  # every cache names its own
         digest.update(json.dumps([CODEC_VERSION, without_codecs], sort_keys=True).encode())
         digest.update(scalar_tables())
         for kind, shape in zip(self.layers.kinds, self.layers.shapes, strict=True):

@@ -40,6 +40,11 @@ __all__ = [
     "stored_dim",
 ]
 
+PAGE_TOKENS, LONG_PAGE_TOKENS = 96, 128
+# Values of at most so many bits have long pages: the newest page is exact, and what most of the loss comes from is the
+# tokens right behind a page that has just been closed (docs/quality.md).
+LONG_PAGE_BITS = 2
+
 # Exact buffers grow by this many rows: a short conversation must not pay for a window it does not fill.
 EXACT_ROWS_STEP = 8
 
@@ -74,7 +79,7 @@ class KVFormat:
         k_bits: int | str = 4,
         v_bits: int | str = 4,
         scale: ScaleKind = "unbiased",
-        page_tokens: int = 96,
+        page_tokens: int | None = None,
         sink_tokens: int = 32,
         centred: bool = True,
         rotation_seed: int = 2504,
@@ -84,11 +89,14 @@ class KVFormat:
     ) -> None:
         """k_bits, v_bits: a codec's name, for the scalar ones their bits; `keys` and `values` take their place.
 
+        page_tokens None: as many as is usual for these values.
+
         Raises UnsupportedFormatError for codecs that registry.py does not make, for two whose scales differ in
         meaning, and for numbers of tokens that no page or sink can have.
         """
         keys = codec_named(str(k_bits), scale) if keys is None else keys
         values = codec_named(str(v_bits), scale) if values is None else values
+        page_tokens = usual_page_tokens(values) if page_tokens is None else page_tokens
         fields = (keys, values, page_tokens, sink_tokens, centred, rotation_seed)
         for name, value in zip(self.__slots__, fields, strict=True):
             object.__setattr__(self, name, value)
@@ -109,7 +117,7 @@ class KVFormat:
     @classmethod
     def parse(cls, text: str) -> KVFormat:
         """The format named like `4/3` (key codec / value codec) or `4`. Raises UnsupportedFormatError."""
-        return cls().with_codecs(text)
+        return cls().with_usual_pages(text)
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> KVFormat:
@@ -177,14 +185,20 @@ class KVFormat:
 
         Raises UnsupportedFormatError.
         """
-        parts = text.strip().split("/")
-        names = [part[1:] if len(part) == 2 and part[0] == "0" else part for part in parts]  # "04" is 4 bits, too
-        if len(parts) not in (1, 2) or not all(names):
-            raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_CODEC/VALUE_CODEC such as 4/4 or 4/3t")
+        keys, values = _codec_names(text)
         try:
-            return self.with_(k_bits=names[0], v_bits=names[-1])
+            return self.with_(k_bits=keys, v_bits=values)
         except UnsupportedFormatError as exc:
             raise UnsupportedFormatError(f"KV format {text!r}: {exc}") from None
+
+    def with_usual_pages(self, text: str) -> KVFormat:
+        """As `with_codecs`, and where pages here are as usual for these values, they are as usual for those.
+
+        Raises UnsupportedFormatError.
+        """
+        fmt = self.with_codecs(text)
+        is_usual = self.page_tokens == usual_page_tokens(self.values)
+        return fmt.with_(page_tokens=usual_page_tokens(fmt.values)) if is_usual else fmt
 
     def check_dims(self, k_dim: int, v_dim: int) -> None:
         """Raises UnsupportedFormatError for dimensions of stored keys and values that a codec cannot have."""
@@ -230,3 +244,18 @@ class KVFormat:
     def fingerprint(self) -> str:
         """Stable hash of every field that changes stored bytes or their meaning."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def usual_page_tokens(values: Codec) -> int:
+    """Tokens of a page of a format with these values."""
+    is_long = values.code_bytes(128) * 8 <= 128 * LONG_PAGE_BITS
+    return LONG_PAGE_TOKENS if is_long else PAGE_TOKENS
+
+
+def _codec_names(text: str) -> tuple[str, str]:
+    """Those of keys and of values. Raises UnsupportedFormatError."""
+    parts = text.strip().split("/")
+    names = [part[1:] if len(part) == 2 and part[0] == "0" else part for part in parts]  # "04" is 4 bits, too
+    if len(parts) not in (1, 2) or not all(names):
+        raise UnsupportedFormatError(f"KV format {text!r}: expected KEY_CODEC/VALUE_CODEC such as 4/4 or 4/3t")
+    return names[0], names[-1]

@@ -9,7 +9,7 @@ __all__ = ["FORMAT_NAMES", "PLAIN_FORMAT", "PRESETS", "UnsupportedFormatError", 
 
 PLAIN_FORMAT = "f16"  # names mlx-lm's own caches: nothing is compressed, the dtype is the model's
 PRESETS = {"balanced": "4t/3t", "compact": "3t/2t", "tiny": "2t/2t"}
-"""Formats by what they are for: 4.2 to 4.4, 5.6 to 5.9 and 6.9 to 7.3 times less memory than float16 at 16,384 tokens,
+"""Formats by what they are for: 4.2 to 4.4, 5.6 to 5.9 and 6.8 to 7.2 times less memory than float16 at 16,384 tokens,
 everything counted, with head dimensions of 64 to 128 (docs/quality.md says what each costs)."""
 FORMAT_NAMES = (
     f"{', '.join(PRESETS)}, KEY_CODEC/VALUE_CODEC from {', '.join(CODECS)} such as 4/4 or 4/3t, "

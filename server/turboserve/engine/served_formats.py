@@ -36,7 +36,8 @@ class ServedFormats:
         calibration: CalibrationSource = None,
         cache_dir: Path | None = None,
     ) -> None:
-        """`fmt` is the server's default, None for f16; other formats get its pages and exact ends.
+        """`fmt` is the server's default, None for f16; other formats get its exact ends and,
+        where these are not as usual, its pages.
 
         cache_dir: where verdicts on a GPU's kernels are remembered.
         Raises UnsupportedFormatError or UnsupportedModelError when the model cannot have it.
@@ -83,7 +84,7 @@ class ServedFormats:
     def fingerprints(self, name: str) -> Mapping[str, str]:
         is_plain = name == PLAIN_FORMAT  # nothing is centred, and nothing needs to be measured for it
         calibration = "" if is_plain else self.kv.calibration_fingerprint
-        return {"layout": self.kv.layout_fingerprint, "calibration": calibration}
+        return {"layout": self.kv.layout_fingerprint(name), "calibration": calibration}
 
     def export_caches(self, caches: Caches) -> tuple[Mapping[str, Any], list[NDArray[Any]]]:
         return self.kv.export_caches(caches)
