@@ -191,7 +191,7 @@ def compile_in_processes(
     return sum(path_in(folders[0], module.name).exists() for module in modules)
 
 
-def _read_line() -> bytes:
+def read_line() -> bytes:
     """Of the standard input, and nothing beyond it."""
     parts = [b""]
     while not parts[-1].endswith(b"\n"):
@@ -214,7 +214,7 @@ def end_with_parent() -> None:
 
 
 def _main() -> None:
-    told: dict[str, Any] = json.loads(_read_line())
+    told: dict[str, Any] = json.loads(read_line())
     end_with_parent()
     compiler = Nvrtc(tuple(told["capability"]), Path(told["library"]), [Path(path) for path in told["includes"]])
     files = ModuleFiles([Path(path) for path in told["folders"]], compiler)
