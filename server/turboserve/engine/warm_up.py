@@ -44,13 +44,16 @@ ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ra
 class Plan:
     """Chunks of the prompt that is read, with how many rows tokens are decoded, and how many tokens each time.
 
-    with_guesses: also what checks guessed tokens, where any are.
+    with_guesses: also what checks guessed tokens, where any are. draws: the ways of drawing. with_rules: by a mask and
+    with logprobs too.
     """
 
     chunks: tuple[int, ...]
     row_counts: tuple[int, ...]
     num_tokens: int
     with_guesses: bool = False
+    draws: tuple[SamplingParams, ...] = DRAWS
+    with_rules: bool = True
 
     @classmethod
     def for_device(cls, prefill_tokens: int, max_running: int, max_context: int) -> Plan:
@@ -124,13 +127,14 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
     for chunk, first.adapter in zip(plan.chunks, cycle(adapters), strict=False):
         for error in runner.prefill([(first, chunk)]).values():
             raise error
-    for params, first.adapter in zip(DRAWS, cycle(adapters), strict=False):
+    for params, first.adapter in zip(plan.draws, cycle(adapters), strict=False):
         runner.leave([row for row in rows if runner.has(row)])
         first.sampling = row_sampling(params, vocab_len)
         runner.join(first)
         _decode(runner, plan.num_tokens)
     runner.leave([row for row in rows if runner.has(row)])
-    first.sampling, first.rule = row_sampling(SamplingParams(), vocab_len, num_top=MOST_LOGPROBS), _Everything()
+    if plan.with_rules:
+        first.sampling, first.rule = row_sampling(SamplingParams(), vocab_len, num_top=MOST_LOGPROBS), _Everything()
     runner.join(first)
     _decode(runner, 1)
     first.rule = None
@@ -141,7 +145,7 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
                 return False  # these caches cannot be cut, so there are no others without another prefill
             other = _new_row(prompt[: length + 1])
             other.adapter = [None, *adapters][len(rows) % (1 + len(adapters))]
-            other.sampling = row_sampling(DRAWS[len(rows) % len(DRAWS)], vocab_len)
+            other.sampling = row_sampling(plan.draws[len(rows) % len(plan.draws)], vocab_len)
             other.caches, other.cache_len = runner.fork(first, length), length
             rows.append(other)
             runner.join(other)
