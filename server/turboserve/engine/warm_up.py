@@ -16,7 +16,7 @@ import mlx.core as mx
 from turboserve.engine.generation import Generation
 from turboserve.engine.graph_choice import GraphChoice, refused_graphs
 from turboserve.engine.loaded_model import EngineParts
-from turboserve.engine.runner import Runner
+from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.speculation import MOST_DRAFTS
 from turboserve.engine.token_rules import Mask
@@ -87,22 +87,31 @@ def warm_up(
     A failure is logged and no more: requests meet it again, and are told.
     """
     began = time.perf_counter()
+    graphs: GraphChoice | None = None
+    try:
+        graphs = do_once(runner, parts, vocab_len, plan, keep_graphs)
+    except Exception:
+        log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
+        graphs = refused_graphs(keep_graphs, on_cpu=on_cpu()) or GraphChoice(None, "the warm-up failed")
+    return time.perf_counter() - began, graphs
+
+
+def do_once(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, keep_graphs: str) -> GraphChoice:
+    """The plan's work; whether decode steps keep their graphs. Raises what the model raises. Leaves nothing behind."""
     rows: list[Generation] = []
-    graphs = refused_graphs(keep_graphs, on_cpu=mx.default_device() == mx.Device(mx.cpu))
+    graphs = refused_graphs(keep_graphs, on_cpu=on_cpu())
     try:
         can_cut = _work(runner, parts, vocab_len, plan, rows)
         if graphs is None and can_cut:
             graphs = _try_graphs(runner, keep_graphs)
         if runner.speculation is not None and plan.with_guesses and can_cut:
             runner.try_guesses(MOST_DRAFTS)
-    except Exception:
-        log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
     finally:
         runner.leave([row for row in rows if runner.has(row)])
         for row in rows:
             parts.runtime.release(row.caches or [])
         parts.memory.family.trim(1 << 62)
-    return time.perf_counter() - began, graphs or GraphChoice(None, "these caches cannot be cut, or the warm-up failed")
+    return graphs or GraphChoice(None, "these caches cannot be cut")
 
 
 def _try_graphs(runner: Runner, wanted: str) -> GraphChoice:

@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -92,20 +93,34 @@ class CompiledStart:
             self.compilers = None
 
 
+class Compiling(NamedTuple):
+    """A device for which MLX compiles modules and keeps them in a folder."""
+
+    modules: Path
+    device: str  # its name
+    capability: tuple[int, int] | None  # of a CUDA device
+
+
+def compiling_device() -> Compiling | None:
+    """This process's; None on CPUs, on Metal, where the system keeps what it compiles, and without a folder."""
+    where = os.environ.get(FOLDER_VARIABLE)
+    if not where or not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
+        return None
+    return Compiling(Path(where), str(mx.device_info().get("device_name", "")), compute_capability())
+
+
 def begin(settings: Settings, folder: Path, memory: MemoryInfo, progress: Progress) -> CompiledStart | None:
     """Start compiling for the model in this folder, where that pays; None where MLX keeps no compiled modules.
 
     Raises StartupError for a model that cannot be read.
     """
-    where = os.environ.get(FOLDER_VARIABLE)
-    if not where or not mx.cuda.is_available() or mx.default_device() == mx.Device(mx.cpu):
+    compiling = compiling_device()
+    if compiling is None:
         return None
-    modules = Path(where)
+    modules = compiling.modules
     config, shapes = read_config(folder), read_shapes(folder)
-    info = mx.device_info()
-    device = f"{info.get('device_name', '')} {compute_capability()}"
-    fingerprint = shares.fingerprint(config, shapes, settings, device, kernel_sources())
-    mark = modules / MARKS / fingerprint
+    device = f"{compiling.device} {compiling.capability}"
+    mark = modules / MARKS / shares.fingerprint(config, shapes, settings, device, kernel_sources())
     found = CompiledStart(modules, None if mark.exists() else mark, None)
     found._known = modules_in(modules)
     if mark.exists():
@@ -127,7 +142,7 @@ def begin(settings: Settings, folder: Path, memory: MemoryInfo, progress: Progre
         own="",
         others=(),
         ended="",
-        capability=compute_capability(),
+        capability=compiling.capability,
         num_compilers=max(1, cores // 4),
         limit_s=0.0,
     )

@@ -37,7 +37,7 @@ from turboserve.engine.protocol import NullTelemetry
 from turboserve.engine.sampling import BatchSampler, row_sampling
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.step_loop import StepLoop
-from turboserve.engine.warm_up import DRAWS, MOST_LOGPROBS, Plan, warm_up
+from turboserve.engine.warm_up import DRAWS, MOST_LOGPROBS, Plan, do_once
 from turboserve.engine.weight_files import read_shapes
 from turboserve.messages import SamplingParams
 from turboserve.settings import AUTO_FORMAT, Settings
@@ -97,7 +97,7 @@ class Work:
         chunk = min(loop.prefill_tokens, MOST_CHUNK_TOKENS)
         rows = min(self._settings.max_running, MOST_ROWS)
         plan = Plan.for_device(chunk, rows, parts.loaded.max_context)
-        warm_up(loop.runner, parts, loop.vocab_len, replace(plan, draws=GREEDY, with_rules=False))
+        do_once(loop.runner, parts, loop.vocab_len, replace(plan, draws=GREEDY, with_rules=False), "off")
 
     def _graphs(self) -> None:
         parts = self._parts(is_measured=False)
@@ -105,7 +105,7 @@ class Work:
         rows = min(self._settings.max_running, MOST_ROWS)
         with_guesses = mx.default_device() != mx.Device(mx.cpu)
         plan = Plan((64, 37), (rows,) if rows > 1 else (), 2, with_guesses, GREEDY, with_rules=False)
-        warm_up(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs)
+        do_once(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs)
 
     def _trial(self) -> None:
         """What a trial asks of MLX operations, and of our kernels, which `kernels` compiles."""
@@ -117,9 +117,11 @@ class Work:
         self._done()
         # Operations alone first: nobody else compiles what they need.
         for new_backend in (lambda: competing.ops, competing.new_fused):
-            try_fused(cases[:1], new_backend, competing.ops, plan=TrialPlan(num_rounds=1, most_s=0.0))
+            verdict = try_fused(cases[:1], new_backend, competing.ops, plan=TrialPlan(num_rounds=1, most_s=0.0))
             mx.synchronize()
             self._done()
+            if verdict.outcome == "failed":
+                raise RuntimeError(verdict.detail)
 
     def _miniature(self) -> tuple[Any, Any]:
         """(model, tokenizer)."""

@@ -35,7 +35,7 @@ def is_alive(pid: int) -> bool:
 def told(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
     """What became of each unit, by the debug log."""
     lines = [r.args for r in caplog.records if r.msg.startswith("compiled ahead:")]
-    return {str(unit): str(error) for unit, _, error in lines}  # type: ignore[misc, str-unpack]
+    return {str(unit): str(error) for unit, _, error in lines}  # type: ignore[misc]
 
 
 def test_each_process_does_its_share_on_a_miniature(
