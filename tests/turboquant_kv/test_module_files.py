@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from turboquant_kv.backends.gpu.nvrtc import (
     Nvrtc,
     compile_in_processes,
     path_in,
+    remove_damaged,
 )
 from turboquant_kv.backends.gpu.page_kernels import PageKernels
 from turboquant_kv.cache.calibration import calibrate
@@ -119,6 +122,35 @@ def test_a_text_that_does_not_compile_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(CompilationError):
         files.make(module())
     assert not [*tmp_path.iterdir()]
+
+
+def elf(num_bytes: int, says: int) -> bytes:
+    """An ELF file of some bytes whose section headers end at `says`."""
+    head = bytearray(num_bytes)
+    head[:4] = b"\x7fELF"
+    struct.pack_into("<QQ", head, 0x20, 64, says - 2 * 64)
+    struct.pack_into("<HHHH", head, 0x36, 56, 1, 64, 2)
+    return bytes(head)
+
+
+def test_half_written_modules_are_removed_and_whole_ones_and_young_ones_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    folder.mkdir()
+    codes = {"whole": elf(400, 400), "text": b".version 8", "torn": elf(399, 400), "short": b"\x7fELF", "empty": b""}
+    codes |= {"unnamed": elf(400, 400), "unsourced": elf(400, 400), "young": b""}
+    for name, code in codes.items():
+        (folder / f"{name}.ptx").write_bytes(code)
+        (folder / f"{name}.txt").write_text("kernel\tmangled\n")
+        (folder / f"{name}.cu").write_text("source")
+        for path in folder.glob(f"{name}.*"):
+            os.utime(path, (1000.0, 1000.0) if name != "young" else (1990.0, 1990.0))
+    (folder / "unnamed.txt").unlink()
+    (folder / "unsourced.cu").write_bytes(b"")
+    removed = remove_damaged(tmp_path, 2000.0)
+    assert sorted(removed) == [f"{name}.ptx" for name in ("empty", "short", "torn", "unnamed", "unsourced")]
+    assert sorted(path.name for path in folder.glob("*.ptx")) == ["text.ptx", "whole.ptx", "young.ptx"]
+    assert {path.stem for path in folder.iterdir()} == {"text", "whole", "young"}
+    assert not remove_damaged(tmp_path, 2000.0)
 
 
 class Factory:

@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from turboquant_kv.backends.gpu.nvrtc import (
+    FOLDER_VARIABLE,
     UTILS,
     CompilationError,
     Module,
@@ -35,7 +36,6 @@ from turboquant_kv.backends.gpu.nvrtc import (
 
 log = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "MLX_PTX_CACHE_DIR"  # MLX's own setting
 LOOK_S = 0.05  # how often a process looks for modules that another one compiles
 
 _INCLUDES = f'\n#include "{UTILS}"\n\n#include <cooperative_groups.h>\n\n'

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+FOLDER_VARIABLE = "MLX_PTX_CACHE_DIR"  # MLX's own setting
+UNFINISHED_S = 60.0  # a module that is not whole after so long is one whose writer was ended
 MAX_NAME_CHARS = 245  # of a file's name, to MLX; longer ones become folders
 UTILS = "mlx/backend/cuda/device/utils.cuh"
 # All that our kernels take from MLX's header: how strides are handed over. Its own brings in much of C++'s library,
@@ -81,6 +84,38 @@ class ModuleFiles:
             write_whole(path.with_suffix(".txt"), f"{module.kernel}\t{kernel}\n".encode())
             write_whole(path, code)
         return True
+
+
+def remove_damaged(folder: Path, now_s: float) -> list[str]:
+    """Remove modules that a process left half written when it was ended: MLX would fail over one at every start.
+
+    Names of those that were removed. now_s: by the clock of files; what is younger may be being written now.
+    """
+    removed = []
+    for path in sorted(folder.rglob("*.ptx")):
+        with suppress(OSError):  # another process's, meanwhile gone
+            if now_s - path.stat().st_mtime > UNFINISHED_S and not _is_whole(path):
+                for suffix in (".ptx", ".txt", ".cu"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+                removed.append(path.name)
+    return removed
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a module's code has the length that it says, and its other files are there. Raises OSError."""
+    names, source = path.with_suffix(".txt"), path.with_suffix(".cu")
+    if not (names.exists() and source.exists() and source.stat().st_size):  # the source is written last
+        return False
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head.startswith(b"\x7fELF"):
+        return bool(head)  # a text
+    if len(head) < 64:
+        return False
+    programs, sections = struct.unpack_from("<QQ", head, 0x20)
+    program_bytes, num_programs, section_bytes, num_sections = struct.unpack_from("<HHHH", head, 0x36)
+    ends = programs + program_bytes * num_programs, sections + section_bytes * num_sections
+    return path.stat().st_size >= int(max(ends))
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
 from turboserve.engine.ahead.modules import modules_in
 from turboserve.engine.ahead.shares import Job
 from turboserve.engine.progress import Progress, step
@@ -72,7 +73,7 @@ class Compilers:
 
     def _add(self, job: Job) -> None:
         said, told = (self._folder / f"{len(self._processes)}.{stream}" for stream in ("stderr", "stdout"))
-        env = {**os.environ, "MLX_PTX_CACHE_DIR": job.own, "OPENBLAS_NUM_THREADS": "1"}
+        env = {**os.environ, FOLDER_VARIABLE: job.own, "OPENBLAS_NUM_THREADS": "1"}
         with said.open("wb") as stderr, told.open("wb") as stdout:
             popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", "turboserve.engine.ahead.process"],

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from turboquant_kv.backends.gpu.device import compute_capability
-from turboquant_kv.backends.gpu.module_files import FOLDER_VARIABLE
+from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
 from turboquant_kv.cache.backend_choice import kernel_sources
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboserve.engine.ahead import shares
