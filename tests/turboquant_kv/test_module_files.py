@@ -236,6 +236,16 @@ def test_the_list_has_all_kernels_that_a_trial_by_measured_means_launches(fmt: s
     assert launched and launched <= set(names)
 
 
+def test_the_list_goes_on_with_steps_of_a_few_tokens() -> None:
+    model, fmt = small_models.dense(), KVFormat.parse("4t/3t")
+    model.set_dtype(mx.float16)
+    cases = assumed_cases(model, fmt, probe_layers(model))
+    first, more = modules_for(cases, HOPPER), modules_for(cases, HOPPER, range(2, 9))
+    assert more[: len(first)] == first
+    added = more[len(first) :]  # three tokens are a trial's; short means have kernels, and so do long ones
+    assert len(added) == 2 * 6 and all("decode" in one.name for one in added)
+
+
 def _silent(**text: Any) -> Any:
     def launch(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
         return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]

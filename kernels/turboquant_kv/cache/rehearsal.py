@@ -29,7 +29,7 @@ from turboquant_kv.cache.calibration import Calibration
 from turboquant_kv.cache.probe import ModelLayers
 from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.cache.runtime import KVRuntime
-from turboquant_kv.cache.trial import Case, judge
+from turboquant_kv.cache.trial import Case, rehearse
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.codec.rotary import Rotary
 
@@ -73,8 +73,11 @@ def assumed_cases(model: Any, fmt: KVFormat, layers: ModelLayers) -> list[Case]:
     return cases
 
 
-def modules_for(cases: Sequence[Case], device: Device | None = None) -> list[Module]:
-    """The CUDA modules of these layers' kernels, each once. device: None: this machine's."""
+def modules_for(cases: Sequence[Case], device: Device | None = None, row_counts: Sequence[int] = ()) -> list[Module]:
+    """The CUDA modules of these layers' kernels, each once: a trial's, then those of steps of so many tokens.
+
+    device: None: this machine's.
+    """
     found: dict[str, Module] = {}
     factory = keeping(_telling, lambda module: found.setdefault(module.name, module))
     backend = GpuBackend(
@@ -83,8 +86,9 @@ def modules_for(cases: Sequence[Case], device: Device | None = None) -> list[Mod
         PageKernels("cuda", factory),
         FlashKernels("cuda", factory),
     )
-    for case in cases:
-        judge(case, backend, is_rehearsal=True)
+    for counts in ((), row_counts):
+        for case in cases:
+            rehearse(case, backend, counts)
     return list(found.values())
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
+from turboserve import __version__
 from turboserve.engine.weight_files import Shapes
 from turboserve.settings import Settings
 
@@ -92,7 +93,7 @@ def process_bytes(shapes: Shapes, num_bytes: int) -> int:
 
 def fingerprint(config: Mapping[str, Any], shapes: Shapes, settings: Settings, device: str, sources: str) -> str:
     """Of everything that decides what is compiled."""
-    versions = [metadata.version(name) for name in ("mlx", "mlx-lm")]
+    versions = [__version__, *(metadata.version(name) for name in ("mlx", "mlx-lm"))]
     told = [getattr(settings, name) for name in OF_KERNELS]
     digest = hashlib.sha256(repr([versions, sources, device, told]).encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

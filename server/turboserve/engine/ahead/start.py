@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from turboquant_kv.backends.gpu.device import compute_capability
 from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
+from turboquant_kv.blas import usable_cpus
 from turboquant_kv.cache.backend_choice import kernel_sources
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboserve.engine.ahead import shares
@@ -129,7 +130,7 @@ def begin(settings: Settings, folder: Path, memory: MemoryInfo, progress: Progre
     free_bytes = memory.available_bytes - model_bytes(folder)
     units = shares.units_for(settings.kv_format, PLAIN_FORMAT)
     needed = shares.process_bytes(shapes, model_bytes(folder))
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cpus()
     count, why = shares.num_processes(settings.compile_processes, cores, len(units), free_bytes, needed)
     if not count:
         progress(f"kernels      compiled one after the other ({why})")

@@ -17,6 +17,7 @@ import numpy as np
 from turboquant_kv.backends.gpu.device import compute_capability
 from turboquant_kv.backends.gpu.module_files import mlx_compiler
 from turboquant_kv.backends.gpu.nvrtc import compile_in_processes
+from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS
 from turboquant_kv.cache import backend_choice
 from turboquant_kv.cache.calibration import Calibration, calibrate, calibration_text
 from turboquant_kv.cache.probe import probe_layers
@@ -48,6 +49,7 @@ MOST_ROWS = 16
 CONTEXT = 4096
 KV_BYTES = 256 << 20  # of a miniature's conversations
 GREEDY = (SamplingParams(temperature=0.0),)
+FEW_ROWS = range(2, MAX_QUERY_ROWS + 1)
 DRAWN_ROWS = (1, 2, 4, 8)
 
 Done = Callable[[], object]
@@ -82,12 +84,17 @@ class Work:
             mx.disable_compile()  # a CPU compiles by g++, which may be missing
             try:
                 model, _ = self._miniature()
-                modules = modules_for(assumed_cases(model, fmt, probe_layers(model)))
+                cases = assumed_cases(model, fmt, probe_layers(model))
+                tried = modules_for(cases)
+                # Prompts of which a few tokens are new have kernels of their own, which no start launches.
+                others = [m for m in modules_for(cases, row_counts=FEW_ROWS) if m not in tried]
             finally:
                 mx.enable_compile()
                 mx.set_default_device(device)
             folders = [Path(folder) for folder in (*job.others, job.own)]
-            compile_in_processes(modules, compiler, folders, job.num_compilers, job.limit_s)
+            compile_in_processes(tried, compiler, folders, job.num_compilers, job.limit_s)
+            Path(job.ended).touch()
+            compile_in_processes(others, compiler, folders, job.num_compilers, job.limit_s)
         finally:
             Path(job.ended).touch()
 
@@ -205,5 +212,8 @@ class Work:
             logits = mx.array(rng.standard_normal((len(rows), vocab_len), np.float32)).astype(mx.float16)
             draws = sampler.sample(logits, mask=mx.array(mask) if masked else None)
             mx.eval(*draws.arrays())
+        if len(rows) > 1:  # one leaves
+            sampler.keep(range(1, len(rows)))
+            mx.eval(*sampler.sample(logits[1:]).arrays())
         mx.synchronize()
         self._done()

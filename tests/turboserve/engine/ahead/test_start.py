@@ -30,7 +30,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "modules"
     folder.mkdir()
     monkeypatch.setattr(start, "compiling_device", lambda: Compiling(folder, "a device", None))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(CORES)))
+    monkeypatch.setattr(start, "usable_cpus", lambda: CORES)
     own = tmp_path / "temporary"
     own.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(own))
