@@ -64,8 +64,8 @@ class Compilers:
                 _fill(folder, server_folder, known)
             for i, units in enumerate(shares):
                 others = (str(server_folder), *(str(folder) for folder in own if folder is not own[i]))
-                ended = str(compilers._folder / "kernels-ended")
-                compilers._add(replace(job, units=units, own=str(own[i]), others=others, ended=ended, limit_s=limit_s))
+                told = replace(job, units=units, own=str(own[i]), others=others, limit_s=limit_s)
+                compilers._add(replace(told, ended=str(compilers._ended)))
         except OSError:
             compilers.stop()
             raise
@@ -108,14 +108,24 @@ class Compilers:
         return took_s
 
     def _are_running(self) -> bool:
-        return any(process.popen.poll() is None for process in self._processes)
+        running = [process for process in self._processes if process.popen.poll() is None]
+        if not any("kernels" in process.units for process in running):
+            self._ended.touch()  # nobody is to wait for a process that was killed
+        return bool(running)
+
+    @property
+    def _ended(self) -> Path:
+        return self._folder / "kernels-ended"
 
     def _report(self, process: _Process) -> None:
         units, code = ", ".join(process.units), process.popen.poll()
         for line in process.told.read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 told = json.loads(line)
-                log.debug("compiled ahead: %s in %s s %s", told["unit"], told["seconds"], told["error"])
+                unit, seconds, count = told["unit"], told["seconds"], told["modules"]
+                log.debug(
+                    "compiled ahead: %s in %s s, %d modules: %s", unit, seconds, count, told["error"] or told["note"]
+                )
                 if told["error"]:
                     log.warning("not all of %s is compiled ahead: %s", told["unit"], told["error"])
         if code == 0:

@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 from turboquant_kv.backends.gpu.nvrtc import end_with_parent, read_line
 from turboserve.engine.ahead.shares import Job
 
 CACHE_BYTES = 64 << 20  # of freed device memory that this process keeps for itself
+AWAIT_S = 60.0  # for our kernels, which another process has compiled, before this one compiles them
 
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
+def main() -> NoReturn:
     job = Job.from_json(read_line())
     end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -36,22 +39,33 @@ def main() -> int:
 
     mx.set_cache_limit(CACHE_BYTES)
     if "kernels" not in job.units:
-        await_modules(Path(job.ended), job.limit_s)
+        await_modules(Path(job.ended), AWAIT_S)
     publisher = Publisher(Path(job.own), [Path(folder) for folder in job.others])
-    work, num_failed = Work(job, publisher.publish), 0
+    num_modules = num_failed = 0
+
+    def publish() -> None:
+        nonlocal num_modules
+        num_modules += publisher.publish()
+
+    work = Work(job, publish)
     for unit in job.units:
-        began_s, error = time.monotonic(), ""
+        began_s, before, note, error = time.monotonic(), num_modules, "", ""
         try:
-            work.do(unit)
+            note = work.do(unit)
         except Exception as exc:  # the server compiles it itself, then
             log.debug("%s", unit, exc_info=True)
             error, num_failed = f"{type(exc).__name__}: {' '.join(str(exc).split())}"[:300], num_failed + 1
-        told = {"unit": unit, "seconds": round(time.monotonic() - began_s, 2), "error": error}
+        told: dict[str, Any] = {
+            "unit": unit,
+            "seconds": round(time.monotonic() - began_s, 2),
+            "modules": num_modules - before,
+        }
+        told |= {"note": note, "error": error}
         sys.stdout.write(f"{json.dumps(told)}\n")
         sys.stdout.flush()
         mx.clear_cache()
-    return 1 if num_failed else 0
+    os._exit(1 if num_failed else 0)  # MLX's threads and the device's context need no farewell
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -63,20 +63,21 @@ class Work:
         self._job, self._done = job, done
         self._settings = Settings(**job.settings)
 
-    def do(self, unit: str) -> None:
-        """Raises whatever goes wrong."""
-        getattr(self, f"_{unit}")()
+    def do(self, unit: str) -> str:
+        """What is to be told of it, if anything. Raises whatever goes wrong."""
+        told: str | None = getattr(self, f"_{unit}")()
         mx.synchronize()
         self._done()
+        return told or ""
 
     # --- on a miniature
 
-    def _kernels(self) -> None:
+    def _kernels(self) -> str | None:
         """Compile our kernels in processes that need no GPU. What they are is found on the CPU."""
         job, fmt = self._job, self._format()
         try:
             if job.capability is None or fmt is None:
-                return
+                return None
             compiler = mlx_compiler(job.capability)
             compute_capability()  # while the default device is the GPU
             device = mx.default_device()
@@ -92,9 +93,10 @@ class Work:
                 mx.enable_compile()
                 mx.set_default_device(device)
             folders = [Path(folder) for folder in (*job.others, job.own)]
-            compile_in_processes(tried, compiler, folders, job.num_compilers, job.limit_s)
+            count = compile_in_processes(tried, compiler, folders, job.num_compilers, job.limit_s)
             Path(job.ended).touch()
-            compile_in_processes(others, compiler, folders, job.num_compilers, job.limit_s)
+            more = compile_in_processes(others, compiler, folders, job.num_compilers, job.limit_s)
+            return f"{count} of {len(tried)} for a start, {more} of {len(others)} more"
         finally:
             Path(job.ended).touch()
 
@@ -106,13 +108,13 @@ class Work:
         plan = Plan.for_device(chunk, rows, parts.loaded.max_context)
         do_once(loop.runner, parts, loop.vocab_len, replace(plan, draws=GREEDY, with_rules=False), "off")
 
-    def _graphs(self) -> None:
+    def _graphs(self) -> str:
         parts = self._parts(is_measured=False)
         loop = self._loop(parts)
         rows = min(self._settings.max_running, MOST_ROWS)
         with_guesses = mx.default_device() != mx.Device(mx.cpu)
         plan = Plan((64, 37), (rows,) if rows > 1 else (), 2, with_guesses, GREEDY, with_rules=False)
-        do_once(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs)
+        return str(do_once(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs))
 
     def _trial(self) -> None:
         """What a trial asks of MLX operations, and of our kernels, which `kernels` compiles."""
