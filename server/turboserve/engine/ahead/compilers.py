@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LIMIT_S = 180.0  # from their start; a module takes seconds, a process has a dozen
 LOOK_S = 0.05
+PREFIX = "turboserve-compile-"  # of temporary folders
+STALE_S = 3600.0  # one of that age is of a server that was killed
 MARKS = "compiled-for"  # folder of marks beside the modules
 
 
@@ -56,7 +58,8 @@ class Compilers:
 
         job: what all are told; who does what, and where, is filled in. server_folder: of the server's own modules.
         """
-        compilers = cls(limit_s, Path(tempfile.mkdtemp(prefix="turboserve-compile-")))
+        _remove_stale(Path(tempfile.gettempdir()))
+        compilers = cls(limit_s, Path(tempfile.mkdtemp(prefix=PREFIX)))
         try:
             own = [compilers._folder / f"{i}" for i in range(len(shares))]
             known = modules_in(server_folder)
@@ -147,6 +150,13 @@ class Compilers:
                     process.popen.stdin.close()
         self._processes.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another user's, or gone
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path)
 
 
 def _fill(folder: Path, source: Path, known: set[Path]) -> None:

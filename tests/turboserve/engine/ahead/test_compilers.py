@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from turboserve.engine.ahead.compilers import Compilers
+from turboserve.engine.ahead.compilers import PREFIX, STALE_S, Compilers
 from turboserve.engine.ahead.shares import UNITS, Job, shares
 
 WAIT_S = 120.0
@@ -114,6 +114,17 @@ def test_without_a_program_to_run_nothing_is_left(
     with pytest.raises(OSError):
         Compilers.start(job(folder), [("draws",)], tmp_path, WAIT_S)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_server_left_is_removed_and_what_another_one_has_is_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, age_s in (("left", 2 * STALE_S), ("used", 10.0)):
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+        os.utime(tmp_path / f"{PREFIX}{name}", (0.0, time.time() - age_s))
+    Compilers.start(job(folder), [("draws",)], tmp_path / "server", WAIT_S).stop()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}used"]
 
 
 PARENT = """
