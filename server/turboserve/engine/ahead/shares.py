@@ -14,9 +14,10 @@ from turboserve.engine.weight_files import Shapes
 from turboserve.settings import Settings
 
 MIB = 1 << 20
-# What can be had apart, the longest first. kernels: our own; model: prompts and plain decode steps; graphs: kept graphs
-# and checked guesses; trial: what the kernels are tried against; the others draw tokens, of random logits.
-UNITS = ("kernels", "model", "graphs", "trial", "draws", "penalties", "logprobs")
+# What can be had apart, the longest first. kernels: our own; graphs: kept graphs and checked guesses; model: prompts
+# and plain decode steps; trial: what the kernels are tried against; means: measuring them; the others draw tokens, of
+# random logits.
+UNITS = ("kernels", "graphs", "model", "trial", "means", "draws", "penalties", "logprobs")
 CONTEXT_BYTES = 1024 * MIB  # of device memory that a process has for a start, and works with
 LEAST_PROCESSES = 2  # one by itself is no faster than the server, and loads the model once more
 DEVICE_SHARE = 0.5  # of what the weights leave free
@@ -58,7 +59,7 @@ def shares(units: Sequence[str], num_processes: int) -> list[tuple[str, ...]]:
 
 def units_for(kv_format: str, plain_format: str) -> tuple[str, ...]:
     """Nothing of ours is compiled where nothing is compressed."""
-    without = ("kernels", "trial") if kv_format == plain_format else ()
+    without = ("kernels", "trial", "means") if kv_format == plain_format else ()
     return tuple(unit for unit in UNITS if unit not in without)
 
 

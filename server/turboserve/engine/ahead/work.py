@@ -50,7 +50,7 @@ CONTEXT = 4096
 KV_BYTES = 256 << 20  # of a miniature's conversations
 GREEDY = (SamplingParams(temperature=0.0),)
 FEW_ROWS = range(2, MAX_QUERY_ROWS + 1)
-DRAWN_ROWS = (1, 2, 4, 8)
+DRAWN_ROWS = (2, 4, 8)
 
 Done = Callable[[], object]
 """Called between two pieces of work, when nothing is evaluated."""
@@ -100,8 +100,14 @@ class Work:
         finally:
             Path(job.ended).touch()
 
+    def _means(self) -> None:
+        fmt = self._format()
+        if fmt is not None and fmt.centred:
+            model, tokenizer = self._miniature()
+            calibrate(model, tokenizer.encode(calibration_text(), add_special_tokens=False))
+
     def _model(self) -> None:
-        parts = self._parts(is_measured=True)
+        parts = self._parts()
         loop = self._loop(parts)
         chunk = min(loop.prefill_tokens, MOST_CHUNK_TOKENS)
         rows = min(self._settings.max_running, MOST_ROWS)
@@ -109,12 +115,13 @@ class Work:
         do_once(loop.runner, parts, loop.vocab_len, replace(plan, draws=GREEDY, with_rules=False), "off")
 
     def _graphs(self) -> str:
-        parts = self._parts(is_measured=False)
+        parts = self._parts()
         loop = self._loop(parts)
         rows = min(self._settings.max_running, MOST_ROWS)
         with_guesses = mx.default_device() != mx.Device(mx.cpu)
         plan = Plan((64, 37), (rows,) if rows > 1 else (), 2, with_guesses, GREEDY, with_rules=False)
-        return str(do_once(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs))
+        choice = do_once(loop.runner, parts, loop.vocab_len, plan, self._settings.keep_graphs)
+        return f"step graphs {choice}"
 
     def _trial(self) -> None:
         """What a trial asks of MLX operations, and of our kernels, which `kernels` compiles."""
@@ -145,23 +152,19 @@ class Work:
         name = PRESETS["balanced"] if name == AUTO_FORMAT else name
         return None if name == PLAIN_FORMAT else KVFormat.parse(name)
 
-    def _parts(self, *, is_measured: bool) -> EngineParts:
-        """is_measured: by the model's own means, as they are measured; else by assumed ones."""
+    def _parts(self) -> EngineParts:
+        """All that a start-up has before its warm-up; means are assumed."""
         model, tokenizer = self._miniature()
         choose_projections(model, self._settings.projections)
+        mx.synchronize()
         self._done()
 
-        def calibration() -> Calibration:
-            if not is_measured:
-                return assumed_calibrations(model, probe_layers(model))[0]
-            found = calibrate(model, tokenizer.encode(calibration_text(), add_special_tokens=False))
-            mx.synchronize()
-            self._done()
-            return found
+        def assumed() -> Calibration:
+            return assumed_calibrations(model, probe_layers(model))[0]
 
         # Whether kernels are to be taken is not this process's question.
         is_tried = backend_choice.device_candidates() is not None
-        formats = ServedFormats(model, self._format(), calibration, backend="gpu" if is_tried else "auto")
+        formats = ServedFormats(model, self._format(), assumed, backend="gpu" if is_tried else "auto")
         loaded = LoadedModel(
             model=model,
             tokenizer=tokenizer,
@@ -199,15 +202,16 @@ class Work:
             self._sample([params], num_top, masked)
 
     def _draw_together(self) -> None:
-        """Rows of all ways in one batch; the more, the more of each."""
-        for num_rows in DRAWN_ROWS[1:]:
-            self._sample([DRAWS[i % len(DRAWS)] for i in range(num_rows)], None, False)
+        """Rows of all ways in one batch, of which the first asks for logprobs; the more rows, the more of each way."""
+        for num_rows in DRAWN_ROWS:
+            self._sample([SamplingParams(), *(DRAWS[i % len(DRAWS)] for i in range(1, num_rows))], MOST_LOGPROBS, False)
 
     def _sample(self, rows: Sequence[SamplingParams], num_top: int | None, masked: bool) -> None:
+        """num_top: logprobs of the first row; None: nobody asks for any."""
         vocab_len = self._job.vocab_len
         sampler = BatchSampler()
-        for params in rows:
-            sampler.join(row_sampling(params, vocab_len, num_top=num_top), [1, 2, 3], [4])
+        for i, params in enumerate(rows):
+            sampler.join(row_sampling(params, vocab_len, num_top=None if i else num_top), [1, 2, 3], [4])
         rng = np.random.default_rng(0)
         mask = np.full((len(rows), -(-vocab_len // 32)), 0xFFFFFFFF, np.uint32)
         for _ in range(2):  # the second one's penalties know the first one's token

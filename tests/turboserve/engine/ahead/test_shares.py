@@ -32,13 +32,13 @@ def test_what_others_wait_for_comes_first_in_its_process() -> None:
 
 def test_nothing_of_ours_is_compiled_where_nothing_is_compressed() -> None:
     assert shares.units_for("4t/3t", "f16") == UNITS
-    assert {"kernels", "trial"}.isdisjoint(shares.units_for("f16", "f16"))
+    assert {"kernels", "trial", "means"}.isdisjoint(shares.units_for("f16", "f16"))
 
 
 @pytest.mark.parametrize(
     ("wanted", "cores", "free_bytes", "expected"),
     [
-        (8, 16, 100 * GIB, 7),  # one for each unit
+        (12, 32, 100 * GIB, 8),  # one for each unit
         (3, 16, 100 * GIB, 3),
         (8, 8, 100 * GIB, 4),
         (8, 16, 6 * GIB, 3),  # half of what is free, by a GiB each
