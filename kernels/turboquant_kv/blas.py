@@ -124,6 +124,11 @@ def thread_limit() -> int:
         first = os.environ.get(name, "").split(",")[0].strip()
         if first.isascii() and first.isdigit() and int(first) > 0:
             return int(first)
+    return usable_cpus()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, by its affinity and its container's quota."""
     affinity = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else (os.cpu_count() or 1)
     return max(1, min(affinity, cgroup_cpus() or affinity))
 

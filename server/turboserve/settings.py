@@ -197,6 +197,8 @@ class Settings(BaseSettings):
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
     projections: Projections = "auto"  # how linear layers are arranged for decode steps (loading.py)
     keep_graphs: KeepGraphs = "auto"  # run a decode step's graph again instead of building it anew; tried on a GPU
+    # processes, at most, that compile a GPU's kernels while weights are read, where that was not done before; 0: none
+    compile_processes: Annotated[int, Field(ge=0, le=64)] = 8
     # guess tokens ahead and check them in one pass: draft (by draft_model), lookup (in prompt and answer), off, or auto
     speculate: Speculate = "auto"  # draft where there is a draft_model
     draft_model: str = ""  # folder or hub name of a smaller model with the same vocabulary

@@ -211,7 +211,7 @@ def test_other_layers_kernels_and_versions_are_tried_anew(tmp_path: Path, monkey
     choose("auto", [CASE], tmp_path, candidates=trials, plan=PLAN)
     choose("auto", [Case(CASE.shape, SMALL, 4)], tmp_path, candidates=trials, plan=PLAN)
     assert trials.count == 2
-    monkeypatch.setattr(backend_choice, "_sources", lambda: "changed")
+    monkeypatch.setattr(backend_choice, "kernel_sources", lambda: "changed")
     choose("auto", [CASE], tmp_path, candidates=trials, plan=PLAN)
     assert trials.count == 3
 

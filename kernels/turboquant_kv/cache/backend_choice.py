@@ -161,7 +161,7 @@ def fingerprint_of(fused_name: str, cases: Sequence[Case], plan: Plan | None = N
     """Of everything that a verdict depends on: device, MLX, our kernels, the layers and what is asked of them."""
     info: Mapping[str, Any] = mx.device_info()
     device = [str(info.get(key, "")) for key in ("device_name", "architecture")]
-    digest = hashlib.sha256(repr([fused_name, device, metadata.version("mlx"), _sources(), plan]).encode())
+    digest = hashlib.sha256(repr([fused_name, device, metadata.version("mlx"), kernel_sources(), plan]).encode())
     for case in cases:
         digest.update(
             repr([case.shape, case.fmt.to_dict(), case.num_q_heads, case.num_layers, case.is_capped]).encode()
@@ -175,7 +175,7 @@ def fingerprint_of(fused_name: str, cases: Sequence[Case], plan: Plan | None = N
 
 
 @lru_cache
-def _sources() -> str:
+def kernel_sources() -> str:
     """Hash of all text that kernels and backends are made of."""
     digest = hashlib.sha256()
     root = Path(str(resources.files("turboquant_kv")))

@@ -35,7 +35,7 @@ from turboquant_kv.cache.probe import ModelLayers, probe_layers
 from turboquant_kv.cache.protocol import AttendingCache, UnsupportedModelError
 from turboquant_kv.cache.rows_apart import RowsApart
 from turboquant_kv.cache.sequence import PagedSequence
-from turboquant_kv.cache.trial import Verdict
+from turboquant_kv.cache.trial import Case, Verdict
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 from turboquant_kv.codec.format_name import PLAIN_FORMAT
 from turboquant_kv.kv_bytes import KVBytes
@@ -67,6 +67,7 @@ class KVRuntime(BatchVerbs):
         self._model, self.fmt = model, fmt
         self.backend_name = "mlx-lm"
         self.verdict: Verdict | None = None  # on the device's fused kernels, where they were tried
+        self.cases: list[Case] = []  # the kinds of compressed layers, which kernels are made for
         self.layers = layers if layers is not None else probe_layers(model)
         self.shapes = self.layers.shapes
         self.layer_formats: dict[int, KVFormat] = {}  # of compressed caches, by their place among `leaves`
@@ -119,8 +120,8 @@ class KVRuntime(BatchVerbs):
         formats = list(self.layer_formats.values())
         shapes, heads = list(compressed.values()), self.layers.query_heads or (0,) * len(self.shapes)
         capped = self.layers.capped or (False,) * len(self.shapes)
-        cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
-        chosen = choose(backend, cases, cache_dir)
+        self.cases = cases_of(shapes, formats, means, [heads[i] for i in compressed], [capped[i] for i in compressed])
+        chosen = choose(backend, self.cases, cache_dir)
         self.backend_name, self.verdict = chosen.backend.name, chosen.verdict
         places = list(compressed)
         for window in sorted({self._window_of(i) for i in places}):

@@ -32,6 +32,7 @@ CODES_TOLERANCE = 2e-2
 # In the random pages that decode is judged on. NumPy computes the same; longer ones are compared while they are timed.
 JUDGED_TOKENS = 512
 TAIL_TOKENS = 8
+FEW_TOKENS = 3  # of a step that is no prefill; each number has a kernel of its own, and one is compiled for the trial
 
 Outcome = Literal["faster", "slower", "wrong", "failed"]
 
@@ -166,8 +167,10 @@ class Judged(NamedTuple):
     history: _RandomHistory
 
 
-def judge(case: Case, fused: Backend) -> Judged:
+def judge(case: Case, fused: Backend, *, is_rehearsal: bool = False) -> Judged:
     """A layer's attention on fused kernels beside NumPy's. Raises WrongResultsError where it differs too much.
+
+    is_rehearsal: whatever comes out is right, for kernels that are to be launched and no more.
 
     First of a conversation that each side encodes itself: a prompt in two chunks, then few tokens, then one. Then over
     the same random pages: one query row, several, and a ragged batch.
@@ -176,18 +179,26 @@ def judge(case: Case, fused: Backend) -> Judged:
     pools = [_pool(case, backend, 1) for backend in (NumpyBackend(), fused)]
     pair = [TurboQuantKVCache(LayerSource.of_pool(pool, 0)) for pool in pools]
     worst, page = 0.0, case.fmt.page_tokens
-    for num_tokens in (case.fmt.sink_tokens + page + page // 2, page + 9, 5, 1):
+    of_codes, strict = (np.inf, np.inf) if is_rehearsal else (CODES_TOLERANCE, TOLERANCE[case.shape.dtype])
+    for num_tokens in (case.fmt.sink_tokens + page + page // 2, page + 9, FEW_TOKENS, 1):
         what = f"a step of {num_tokens} tokens after {pair[0].offset}"
-        worst = max(worst, _compare(what, pair, drawn, num_tokens, CODES_TOLERANCE))
+        worst = max(worst, _compare(what, pair, drawn, num_tokens, of_codes))
     assert pair[0].sequence is not None
     history = _RandomHistory(drawn, contents_of(pair[0].sequence))
     contents = history.of_length(JUDGED_TOKENS), history.of_length(JUDGED_TOKENS // 2)
     (known, other), (tried, other_tried) = ([_layers(pool, one)[0] for one in contents] for pool in pools)
-    strict = TOLERANCE[case.shape.dtype]
     worst = max(worst, _compare("one query row", [known, tried], drawn, 1, strict))
-    worst = max(worst, _compare("three query rows", [known, tried], drawn, 3, strict))
+    worst = max(worst, _compare("few query rows", [known, tried], drawn, FEW_TOKENS, strict))
     batches = [TurboQuantKVCache.merge(rows) for rows in ([known, other], [tried, other_tried])]
     return Judged(max(worst, _compare("two rows of a batch", batches, drawn, 1, strict)), history)
+
+
+def rehearse(case: Case, fused: Backend, row_counts: Sequence[int] = ()) -> None:
+    """Launch what a trial of the case launches, and steps of so many tokens, whatever comes out."""
+    history = judge(case, fused, is_rehearsal=True).history
+    for num_rows in row_counts:
+        (cache,) = _layers(_pool(case, fused, 1), history.of_length(JUDGED_TOKENS))
+        mx.eval(_attend(cache, history.drawn.tokens(cache.size(), num_rows), history.drawn))
 
 
 def _compare(what: str, pair: Sequence[Any], drawn: _Drawn, num_tokens: int, tolerance: float) -> float:

@@ -11,16 +11,17 @@ import platform
 import re
 import shutil
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
 from turboquant_kv import blas
+from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE, remove_damaged
 from turboserve.descriptors import limits_kept
 from turboserve.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-PTX_FOLDER = "MLX_PTX_CACHE_DIR"  # MLX's own setting
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CUDA13_DRIVER_MAJOR = 580  # the first driver branch that runs CUDA 13
 
@@ -50,7 +51,7 @@ def keep_compiled_kernels(cache_dir: Path) -> None:
     """
     import mlx.core as mx
 
-    if not mx.cuda.is_available() or PTX_FOLDER in os.environ:
+    if not mx.cuda.is_available() or FOLDER_VARIABLE in os.environ:
         return
     info = mx.device_info()
     capability = f"sm{info['compute_capability_major']}{info['compute_capability_minor']}"
@@ -60,7 +61,9 @@ def keep_compiled_kernels(cache_dir: Path) -> None:
     except OSError as exc:
         log.warning("compiled kernels cannot be kept in %s: %s", folder, exc.strerror or exc)
         return
-    os.environ[PTX_FOLDER] = str(folder)  # read by the first kernel that MLX compiles
+    for name in remove_damaged(folder, time.time()):
+        log.warning("%s was left half written by a process that was ended: it is compiled again", name)
+    os.environ[FOLDER_VARIABLE] = str(folder)  # read by the first kernel that MLX compiles
 
 
 def explain_import_error(message: str, extra: str) -> str:

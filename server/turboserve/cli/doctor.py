@@ -6,6 +6,7 @@ status 1; a warning means that the server works, but slower or with less.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from turboquant_kv import UnsupportedFormatError, blas
+from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, PRESETS
 from turboserve import __version__
 from turboserve.cache.disk import check as disk_check
@@ -169,6 +171,24 @@ def check_cache_dir(settings: Settings) -> Finding:
     return Finding("cache folder", "ok", f"{folder}, {shutil.disk_usage(folder).free / GiB:.1f} GiB free")
 
 
+def check_compiled() -> Finding | None:
+    """What MLX keeps compiled for a GPU; None where nothing is kept. Meaningful once the backend was imported."""
+    where, name = os.environ.get(FOLDER_VARIABLE), "compiled kernels"
+    if not where:
+        return None
+    folder = Path(where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as exc:
+        return Finding(name, "warning", f"{folder}: {exc.strerror or exc}; every start compiles all kernels again")
+    count = sum(1 for _ in folder.rglob("*.ptx"))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    detail = f"{count} modules in {folder}, {size / MiB:,.0f} MiB" if count else f"none yet in {folder}"
+    return Finding(name, "ok", f"{detail}; a model's first start adds what it misses")
+
+
 def check_store(folder: Path) -> Finding:
     """Read and verify a session store; needs no model."""
     name = "session store"
@@ -204,6 +224,7 @@ def run_checks(settings: Settings) -> list[Finding]:
         check_compiler,
         check_memory,
         lambda: check_cache_dir(settings),
+        check_compiled,
     )
     return [finding for check in checks if (finding := check()) is not None]
 

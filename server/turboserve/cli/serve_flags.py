@@ -94,6 +94,9 @@ def serve_command(
     keep_graphs: Annotated[
         Text, Option(help="Run a decode step's graph again, not build it anew: auto, on or off [auto].")
     ] = None,
+    compile_processes: Annotated[
+        Text, Option(help="Processes, at most, that compile a GPU's kernels while weights are read; 0: none [8].")
+    ] = None,
     speculate: Annotated[
         Text, Option(help="Guess tokens ahead: draft (by --draft-model), lookup (in prompt and answer), off or auto.")
     ] = None,

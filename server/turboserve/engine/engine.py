@@ -271,6 +271,8 @@ class TurboEngine:
             can_make_rules.result()
             can_read.result()
         self._progress(f"warm-up      {warmed_s:.1f} s")
+        if parts.compiled is not None:
+            parts.compiled.finish(self._progress, warmed_s)
         self._progress(f"step graphs  {graphs}")
         loop.graphs_line = str(graphs)
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults

@@ -28,6 +28,8 @@ from turboserve.cache.interfaces import ServedModel, SessionDisk
 from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.cache.sizes import largest_fitting, peak_bytes
 from turboserve.engine import adapters, weights
+from turboserve.engine.ahead.start import CompiledStart
+from turboserve.engine.ahead.start import begin as begin_compiling
 from turboserve.engine.distributed.dividing import calibration_of_rank, own_share, store_folder
 from turboserve.engine.distributed.following import Follower
 from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats, LeadingPasses
@@ -73,13 +75,28 @@ class _Built:
     formats: ServedFormats
     budget_bytes: int
     disk: SessionDisk | None
+    compiled: CompiledStart | None
 
 
 def _build(settings: Settings, progress: Progress, ranks: Ranks) -> _Built:
     # before the model takes its share
     memory = own_share(detect_memory(device_limit_bytes=_device_limit_bytes()), ranks)
     _tell_what_fits(settings, progress, memory, ranks)
-    loaded = load(settings, progress, memory, ranks)
+    compiled = None
+    if ranks.size == 1:  # a part of a model has other shapes
+        compiled = begin_compiling(settings, resolve_folder(settings.model, progress), memory, progress)
+    try:
+        return _build_beside(settings, progress, ranks, memory, compiled)
+    finally:
+        if compiled is not None:
+            compiled.stop()
+
+
+def _build_beside(
+    settings: Settings, progress: Progress, ranks: Ranks, memory: MemoryInfo, compiled: CompiledStart | None
+) -> _Built:
+    """compiled: waited for once the weights are read."""
+    loaded = load(settings, progress, memory, ranks, compiled)
     guessing = None
     if wants_draft_model(settings) and ranks.rank == 0:  # into what the served model has left
         left_bytes = max(0, memory.available_bytes - loaded.weights_bytes)
@@ -95,7 +112,10 @@ def _build(settings: Settings, progress: Progress, ranks: Ranks) -> _Built:
         kept,
         "keeps other caches than rank 0: start all ranks with the same settings, on machines of one kind",
     )
-    return _Built(loaded, guessing, formats, budget_bytes, _open_store(settings, loaded, formats, progress, ranks))
+    store = _open_store(settings, loaded, formats, progress, ranks)
+    if compiled is not None:
+        compiled.built()
+    return _Built(loaded, guessing, formats, budget_bytes, store, compiled)
 
 
 def build_follower(settings: Settings, progress: Progress, ranks: OtherRank) -> Follower:
@@ -167,7 +187,8 @@ def _parts_of(
         details["kv_layers"] = runtime.description
         details |= {"scale": runtime.fmt.scale, "page_tokens": str(runtime.fmt.page_tokens)}
     quality = kept_quality(settings.cache_dir.expanduser(), loaded.weights_fingerprint)
-    return EngineParts(loaded, family.default_runtime, kv_memory, details, draft, quality)
+    parts = EngineParts(loaded, family.default_runtime, kv_memory, details, draft, quality)
+    return replace(parts, compiled=built.compiled)
 
 
 def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo, ranks: Ranks) -> None:
@@ -200,8 +221,17 @@ def _tell_what_fits(settings: Settings, progress: Progress, memory: MemoryInfo, 
         progress(line)
 
 
-def load(settings: Settings, progress: Progress, memory: MemoryInfo, ranks: Ranks = ALONE) -> LoadedModel:
-    """A model ready to run, or this rank's part of it, weights in memory. Raises StartupError."""
+def load(
+    settings: Settings,
+    progress: Progress,
+    memory: MemoryInfo,
+    ranks: Ranks = ALONE,
+    compiled: CompiledStart | None = None,
+) -> LoadedModel:
+    """A model ready to run, or this rank's part of it, weights in memory. Raises StartupError.
+
+    compiled: what is waited for between reading the weights and computing with them.
+    """
     model_id = model_id_for(settings.model, settings.served_model_name)
     progress(f"loading {model_id}")
     folder = resolve_folder(settings.model, progress)
@@ -217,6 +247,8 @@ def load(settings: Settings, progress: Progress, memory: MemoryInfo, ranks: Rank
     dtype = "float32" if is_native else weights.activation_dtype(model)
     try:
         _read_weights(model, progress)
+        if compiled is not None:
+            compiled.wait(progress)
         installed = adapters.install(model, settings.adapters, dtype)
         if is_native:
             model, note = _take_as_stored(model, settings, memory, ranks)  # under the adapters

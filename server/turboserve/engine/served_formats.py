@@ -35,14 +35,15 @@ class ServedFormats:
         fmt: KVFormat | None,
         calibration: CalibrationSource = None,
         cache_dir: Path | None = None,
+        backend: str = "auto",
     ) -> None:
         """`fmt` is the server's default, None for f16; other formats get its exact ends and,
         where these are not as usual, its pages.
 
-        cache_dir: where verdicts on a GPU's kernels are remembered.
+        cache_dir: where verdicts on a GPU's kernels are remembered. backend: by its name; auto tries these kernels.
         Raises UnsupportedFormatError or UnsupportedModelError when the model cannot have it.
         """
-        self.kv = KVFamily(model, calibration=calibration, base=fmt, cache_dir=cache_dir)
+        self.kv = KVFamily(model, calibration=calibration, base=fmt, cache_dir=cache_dir, backend=backend)
         self.default = PLAIN_FORMAT if fmt is None else fmt.name
         self.default_runtime = self.kv.runtime(self.default)
         self._calibration = self.kv.calibration if fmt is not None and fmt.centred else None

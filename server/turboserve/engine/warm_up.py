@@ -16,7 +16,7 @@ import mlx.core as mx
 from turboserve.engine.generation import Generation
 from turboserve.engine.graph_choice import GraphChoice, refused_graphs
 from turboserve.engine.loaded_model import EngineParts
-from turboserve.engine.runner import Runner
+from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.speculation import MOST_DRAFTS
 from turboserve.engine.token_rules import Mask
@@ -44,13 +44,16 @@ ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ra
 class Plan:
     """Chunks of the prompt that is read, with how many rows tokens are decoded, and how many tokens each time.
 
-    with_guesses: also what checks guessed tokens, where any are.
+    with_guesses: also what checks guessed tokens, where any are. draws: the ways of drawing. with_rules: by a mask and
+    with logprobs too.
     """
 
     chunks: tuple[int, ...]
     row_counts: tuple[int, ...]
     num_tokens: int
     with_guesses: bool = False
+    draws: tuple[SamplingParams, ...] = DRAWS
+    with_rules: bool = True
 
     @classmethod
     def for_device(cls, prefill_tokens: int, max_running: int, max_context: int) -> Plan:
@@ -84,22 +87,31 @@ def warm_up(
     A failure is logged and no more: requests meet it again, and are told.
     """
     began = time.perf_counter()
+    graphs: GraphChoice | None = None
+    try:
+        graphs = do_once(runner, parts, vocab_len, plan, keep_graphs)
+    except Exception:
+        log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
+        graphs = refused_graphs(keep_graphs, on_cpu=on_cpu()) or GraphChoice(None, "the warm-up failed")
+    return time.perf_counter() - began, graphs
+
+
+def do_once(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, keep_graphs: str) -> GraphChoice:
+    """The plan's work; whether decode steps keep their graphs. Raises what the model raises. Leaves nothing behind."""
     rows: list[Generation] = []
-    graphs = refused_graphs(keep_graphs, on_cpu=mx.default_device() == mx.Device(mx.cpu))
+    graphs = refused_graphs(keep_graphs, on_cpu=on_cpu())
     try:
         can_cut = _work(runner, parts, vocab_len, plan, rows)
         if graphs is None and can_cut:
             graphs = _try_graphs(runner, keep_graphs)
         if runner.speculation is not None and plan.with_guesses and can_cut:
             runner.try_guesses(MOST_DRAFTS)
-    except Exception:
-        log.warning("the model could not be warmed up; first requests may be slow, or fail", exc_info=True)
     finally:
         runner.leave([row for row in rows if runner.has(row)])
         for row in rows:
             parts.runtime.release(row.caches or [])
         parts.memory.family.trim(1 << 62)
-    return time.perf_counter() - began, graphs or GraphChoice(None, "these caches cannot be cut, or the warm-up failed")
+    return graphs or GraphChoice(None, "these caches cannot be cut")
 
 
 def _try_graphs(runner: Runner, wanted: str) -> GraphChoice:
@@ -124,13 +136,14 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
     for chunk, first.adapter in zip(plan.chunks, cycle(adapters), strict=False):
         for error in runner.prefill([(first, chunk)]).values():
             raise error
-    for params, first.adapter in zip(DRAWS, cycle(adapters), strict=False):
+    for params, first.adapter in zip(plan.draws, cycle(adapters), strict=False):
         runner.leave([row for row in rows if runner.has(row)])
         first.sampling = row_sampling(params, vocab_len)
         runner.join(first)
         _decode(runner, plan.num_tokens)
     runner.leave([row for row in rows if runner.has(row)])
-    first.sampling, first.rule = row_sampling(SamplingParams(), vocab_len, num_top=MOST_LOGPROBS), _Everything()
+    if plan.with_rules:
+        first.sampling, first.rule = row_sampling(SamplingParams(), vocab_len, num_top=MOST_LOGPROBS), _Everything()
     runner.join(first)
     _decode(runner, 1)
     first.rule = None
@@ -141,7 +154,7 @@ def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: 
                 return False  # these caches cannot be cut, so there are no others without another prefill
             other = _new_row(prompt[: length + 1])
             other.adapter = [None, *adapters][len(rows) % (1 + len(adapters))]
-            other.sampling = row_sampling(DRAWS[len(rows) % len(DRAWS)], vocab_len)
+            other.sampling = row_sampling(plan.draws[len(rows) % len(plan.draws)], vocab_len)
             other.caches, other.cache_len = runner.fork(first, length), length
             rows.append(other)
             runner.join(other)

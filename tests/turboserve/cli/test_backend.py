@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from turboserve.cli.backend import PTX_FOLDER, explain_import_error, extra_for_driver, keep_compiled_kernels
+from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
+from turboserve.cli.backend import explain_import_error, extra_for_driver, keep_compiled_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 BANNER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.54.15  Tue Mar  5\nGCC version:  gcc version 12.2.0\n"
@@ -83,16 +84,50 @@ def test_compiled_cuda_kernels_are_kept_in_our_folder(
     """One folder for each kind of GPU, and none of ours where the user names one."""
     import mlx.core as mx
 
-    monkeypatch.delenv(PTX_FOLDER, raising=False)
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
     keep_compiled_kernels(tmp_path)
-    folder = os.environ.pop(PTX_FOLDER, "")
+    folder = os.environ.pop(FOLDER_VARIABLE, "")
     assert folder.endswith("-sm90") == has_cuda and Path(folder or tmp_path).is_dir()
     assert bool(list(tmp_path.iterdir())) == has_cuda
-    monkeypatch.setenv(PTX_FOLDER, "elsewhere")
+    monkeypatch.setenv(FOLDER_VARIABLE, "elsewhere")
     keep_compiled_kernels(tmp_path)
-    assert os.environ[PTX_FOLDER] == "elsewhere"
+    assert os.environ[FOLDER_VARIABLE] == "elsewhere"
+
+
+def test_half_written_cuda_kernels_are_removed_before_mlx_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlx.core as mx
+
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9, "compute_capability_minor": 0})
+    keep_compiled_kernels(tmp_path)
+    (torn := Path(os.environ.pop(FOLDER_VARIABLE)) / "gather.ptx").touch()
+    os.utime(torn, (0, 0))
+    keep_compiled_kernels(tmp_path)
+    del os.environ[FOLDER_VARIABLE]
+    assert not torn.exists() and "gather.ptx was left half written" in caplog.text
+
+
+def test_doctor_tells_what_is_kept_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turboserve.cli import doctor
+
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    assert doctor.check_compiled() is None
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    found = doctor.check_compiled()
+    assert found is not None and found.level == "ok" and "none yet" in found.detail
+    (tmp_path / "kernels" / "long").mkdir(parents=True)
+    (tmp_path / "kernels" / "long" / "rest.ptx").write_bytes(b"code")
+    found = doctor.check_compiled()
+    assert found is not None and found.detail.startswith("1 modules in ")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file"))
+    found = doctor.check_compiled()
+    assert found is not None and found.level == "warning" and "every start compiles" in found.detail
 
 
 def test_doctor_report(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from turboquant_kv.backends.gpu.module_files import stored_kernels
 from turboquant_kv.codec.codebook import centroids
 from turboquant_kv.codec.trellis_reference import levels
 
@@ -77,8 +78,8 @@ def included(dialect: Dialect, name: str) -> str:
 
 
 def mlx_factory(dialect: Dialect) -> KernelFactory:
-    """MLX's own."""
-    factory: Any = mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel
+    """MLX's own; CUDA's kernels are kept compiled, which MLX does not do."""
+    factory: Any = mx.fast.metal_kernel if dialect == "metal" else stored_kernels(mx.fast.cuda_kernel)
     made: KernelFactory = factory
     return made
 
