@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from dataclasses import replace
 from itertools import groupby
+from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
 from turboserve.api.patience import Patience
@@ -86,6 +87,19 @@ class _Waker:
             mailbox.tell()
 
 
+class Outlet(Protocol):
+    """Takes deltas on the event loop, as they come, in place of a reader who would have to be woken for each."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a delta can be taken now, without waiting."""
+        ...
+
+    def take(self, delta: Delta) -> None:
+        """The next one. What it raises is raised to the reader."""
+        ...
+
+
 _wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
 
 
@@ -104,6 +118,7 @@ class Mailbox:
         self._has_begun = self._is_closed = False
         self._loop = loop
         self._reader: asyncio.Future[None] | None = None  # while it waits
+        self._outlet: Outlet | None = None  # of the reader who waits
         self._is_silent = False
         self._silence: Patience | None = None
         self._lock = threading.Lock()
@@ -123,7 +138,7 @@ class Mailbox:
             if self._ending is not None:
                 return
             wake = not self._deltas
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, (Finished, Failed)):
                 self._ending, wake = event, True
             else:
                 self._deltas.append(event)
@@ -145,27 +160,43 @@ class Mailbox:
         return self._has_begun and self._ending is None
 
     def tell(self) -> None:
-        """On the loop: whoever waits in `next` looks again."""
+        """On the loop: whoever waits in `next` looks again, or their outlet takes what has come."""
         self._has_begun = True
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        if reader is None or reader.done():
+            return
+        outlet = self._outlet
+        try:
+            while outlet is not None and outlet.is_open:
+                event = self._take()
+                if event is None:
+                    if self._silence is not None:
+                        self._silence.begin()
+                    return
+                if isinstance(event, (Finished, Failed)):
+                    break
+                outlet.take(event)
+        except Exception as exc:
+            reader.set_exception(exc)
+            return
+        reader.set_result(None)
 
-    async def next(self, silence_s: float | None = None) -> Event | None:
+    async def next(self, silence_s: float | None = None, outlet: Outlet | None = None) -> Event | None:
         """The next delta with all that continues it so far, or the ending; None after `silence_s` without either.
 
         One reader at a time, who always says the same `silence_s`. After the ending has been returned once, it is
-        returned again.
+        returned again. outlet: while it is open, deltas that come after the call go there instead.
         """
         if silence_s is not None and self._silence is None:
             self._silence = Patience(silence_s, self._be_silent)
         while (event := self._take()) is None:
-            self._reader = self._loop.create_future()
+            self._reader, self._outlet = self._loop.create_future(), outlet
             if self._silence is not None:
                 self._silence.begin()
             try:
                 await self._reader
             finally:
-                self._reader = None
+                self._reader = self._outlet = None
                 if self._silence is not None:
                     self._silence.end()
             if self._is_silent:
@@ -175,7 +206,8 @@ class Mailbox:
 
     def _be_silent(self) -> None:
         self._is_silent = True
-        self.tell()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _take(self) -> Event | None:
         if self._merged:
@@ -184,6 +216,8 @@ class Mailbox:
             deltas, self._deltas, self._num_chars = self._deltas, [], 0
             if not deltas:
                 return self._ending
+        if len(deltas) == 1:
+            return deltas[0]
         self._merged.extend(merged(deltas))
         return self._merged.popleft()
 
@@ -212,6 +246,8 @@ def _joined(run: list[Delta]) -> Delta:
 
 
 def _size(delta: Delta) -> int:
+    if type(delta) is TextDelta and not delta.logprobs:  # nearly always, and once a token
+        return DELTA_CHARS + len(delta.text)
     if isinstance(delta, ToolCallDelta):
         return DELTA_CHARS + len(delta.name) + len(delta.arguments)
     num_logprobs = sum(1 + len(one.top) for one in delta.logprobs) if isinstance(delta, TextDelta) else 0
