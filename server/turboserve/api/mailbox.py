@@ -169,13 +169,14 @@ class Mailbox:
         try:
             while outlet is not None and outlet.is_open:
                 event = self._take()
-                if event is None:
+                if isinstance(event, (Finished, Failed)):
+                    break
+                if event is not None:
+                    outlet.take(event)
+                if not (self._deltas or self._merged or self._ending):  # what comes from here on is told again
                     if self._silence is not None:
                         self._silence.begin()
                     return
-                if isinstance(event, (Finished, Failed)):
-                    break
-                outlet.take(event)
         except Exception as exc:
             reader.set_exception(exc)
             return
