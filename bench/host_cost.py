@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,11 +150,9 @@ def serve(args: argparse.Namespace) -> None:
 
     def loop_cpu_s() -> float:
         """The loop thread's CPU time, as it says itself."""
-        done: list[float] = []
-        told = threading.Event()
-        loop_time[0].call_soon_threadsafe(lambda: (done.append(time.thread_time()), told.set()))
-        told.wait()
-        return done[0]
+        told: Future[float] = Future()
+        loop_time[0].call_soon_threadsafe(lambda: told.set_result(time.thread_time()))
+        return told.result(RUN_TIMEOUT_S)
 
     def seen() -> tuple[float, int, dict[str, float], dict[str, int], float]:
         return loop_cpu_s(), counted, dict(meter.seconds), dict(meter.calls), time.monotonic()
@@ -162,8 +161,10 @@ def serve(args: argparse.Namespace) -> None:
     most = num * args.answer_tokens
     address = listener.getsockname()
     clients = subprocess.Popen(
-        [sys.executable, __file__, "--read", f"{address[0]}:{address[1]}", "--streams", str(num)]
-        + ["--answer-tokens", str(args.answer_tokens)],
+        [
+            *(sys.executable, __file__, "--read", f"{address[0]}:{address[1]}"),
+            *("--streams", str(num), "--answer-tokens", str(args.answer_tokens)),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )

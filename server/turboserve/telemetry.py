@@ -12,12 +12,12 @@ import math
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 # From one step of a small model to a long prompt on a laptop.
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -32,6 +32,7 @@ class GroupedHistogram(Collector):
 
     def __init__(self, name: str, text: str, buckets_s: tuple[float, ...]) -> None:
         self._name, self._text, self._bounds = name, text, (*buckets_s, math.inf)
+        self._labels = [*(str(float(bound)) for bound in buckets_s), "+Inf"]
         self._lock = threading.Lock()
         self._counts, self._sum = [0] * len(self._bounds), 0.0
 
@@ -46,8 +47,8 @@ class GroupedHistogram(Collector):
         """As prometheus_client's own."""
         with self._lock:
             counts, total = list(self._counts), self._sum
-        buckets = [(floatToGoString(bound), float(sum(counts[: i + 1]))) for i, bound in enumerate(self._bounds)]
-        yield HistogramMetricFamily(self._name, self._text, buckets, total)
+        sums = map(float, accumulate(counts))
+        yield HistogramMetricFamily(self._name, self._text, list(zip(self._labels, sums, strict=True)), total)
 
 
 class Telemetry:

@@ -158,7 +158,8 @@ def text(data: bytes) -> None:
         return
     pieces, given = _pieces(data[1:]), STOPS[data[0] % len(STOPS)]
     stops = [stop for stop in given if stop]  # an empty one stops nothing
-    stream = TextStream(IncrementalDecoder(lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace")), given)
+    decoder = IncrementalDecoder(lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace"))
+    stream = TextStream(decoder, given)
     sent, stopped = "", False
     for token in range(len(pieces)):
         result = stream.add(token)

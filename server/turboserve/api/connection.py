@@ -73,7 +73,7 @@ class Connection(H11Protocol):
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, with what ASGI's messages cannot do."""
         scope["extensions"] = {BODY_WRITER: BodyWriter(self.cycle)}
-        await self._served(scope, receive, send)  # type: ignore[arg-type]  # starlette's scope is any mapping
+        await self._served(scope, receive, send)
 
     # Arrival: a request must be complete within the deadline.
 

@@ -21,6 +21,7 @@ from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20
 FEW_STREAMS = 8  # up to so many get every token by itself, however fast it follows
+MANY_STREAMS = 32  # beyond so many, intervals grow with their number, so that wakings do not
 DELTA_CHARS, LOGPROB_CHARS = 16, 64  # what a delta, and each of its logprobs, counts as beside its text
 
 
@@ -29,7 +30,8 @@ class _Waker:
 
     A call from another thread writes to a socket: for each token of each stream that was the engine's largest expense.
     While there are many readers, those that wait for no beginning or end are woken together, once an interval: each
-    waking takes Python time that the engine's thread then waits for.
+    waking takes Python time that the engine's thread then waits for. Twice as many as MANY_STREAMS are woken half as
+    often.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -60,7 +62,7 @@ class _Waker:
         if loop is None or not due:
             return
         now_s = loop.time()
-        next_s = self._told_s + max(mailbox.interval_s for mailbox in due)
+        next_s = self._told_s + max(mailbox.interval_s for mailbox in due) * max(1.0, self.num_open / MANY_STREAMS)
         if self.num_open <= FEW_STREAMS or now_s >= next_s:
             self._told_s = now_s
             self._tell([*self._held, *due])

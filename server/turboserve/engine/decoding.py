@@ -1,6 +1,6 @@
 """From one tokenizer's ids to an answer's text, by the cheapest way that gives what the tokenizer itself gives.
 
-    bytewise   byte-level vocabularies (GPT-2's kind, nearly all of today's): a token's bytes are known, a text is joined
+    bytewise   byte-level vocabularies (GPT-2's kind, nearly all of today's): a token's bytes are known, and joined
     backend    the Rust tokenizer beneath transformers' Python, over a short window of tokens
     tokenizer  transformers' own `decode`, over the same window
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from turboserve.engine.text import REPLACEMENT, Decode, Decoder, IncrementalDecoder
@@ -58,25 +58,23 @@ class Decoding:
     def __init__(self, tokenizer: Any, texts: TokenTexts) -> None:
         """`tokenizer`: mlx-lm's TokenizerWrapper around a transformers tokenizer."""
         self._tokenizer, self._texts = tokenizer, texts
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         added = tokenizer.added_tokens_decoder
         self._special_ids = frozenset(int(i) for i, token in added.items() if token.special)
         self.way = TOKENIZER
-        if hasattr(self._backend, "decode"):
-            samples = list(_samples(sorted(int(i) for i in added), self._backend.get_vocab_size()))
+        if hasattr(backend, "decode"):
+            self._backend = backend
+            samples = list(_samples(sorted(int(i) for i in added), backend.get_vocab_size()))
             ways = [BYTEWISE, BACKEND] if texts_are_bytes(tokenizer) else [BACKEND]
             self.way = next((way for way in ways if self._is_right(way, samples)), TOKENIZER)
 
     def _is_right(self, way: str, samples: Sequence[Sequence[int]]) -> bool:
         """Whether it gives each sample's text, with special tokens and without."""
-        if way == BYTEWISE:
-            ours: Callable[[bool], Decode] = lambda skips: lambda ids: all_of(self._bytes_decoder(skips), ids)
-        else:
-            ours = self._backend_decode
         for skips in (False, True):
-            expected, decode = self._tokenizer_decode(skips), ours(skips)
+            expected, by_backend = self._tokenizer_decode(skips), self._backend_decode(skips)
             for ids in samples:
-                if decode(ids) != expected(ids):
+                ours = all_of(self._bytes_decoder(skips), ids) if way == BYTEWISE else by_backend(ids)
+                if ours != expected(ids):
                     log.info("tokens are not decoded by way %s, which differs from the tokenizer's", way)
                     return False
         return True

@@ -412,7 +412,9 @@ class StepLoop:
         near = [
             g
             for g in self.requests.running
-            if g.stage is Stage.DECODE and g.num_tokens + ahead > _lease_of(g).reserved_tokens
+            if g.stage is Stage.DECODE
+            and (lease := g.lease) is not None
+            and len(g.prompt) + len(g.answer) + ahead > lease.reserved_tokens
         ]
         for generation in [near[i] for i in scheduler.growing([self._row_view(g) for g in near])]:
             if generation.stage is not Stage.DECODE:  # it was preempted by an older one

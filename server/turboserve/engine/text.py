@@ -38,7 +38,7 @@ class Decoder(Protocol):
 class IncrementalDecoder:
     """Implements Decoder over any way to decode a list of tokens.
 
-    A character whose last bytes are not there yet is held back. Only a short window of tokens is decoded again for each new one:
+    A character whose last bytes are not there yet is held back. A short window of tokens is decoded anew for each one:
 
         ids    ....... | window, already given out | new
                        ^ _window_start             ^ _given_end

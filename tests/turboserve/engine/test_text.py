@@ -114,7 +114,8 @@ def test_empty_stop_strings_stop_nothing() -> None:
 
 @given(alphabet, stop_lists)
 def test_the_stop_is_named_and_let_through_when_asked(text: str, stops: list[str]) -> None:
-    without, including = TextStream(IncrementalDecoder(decode_bytes), stops), TextStream(IncrementalDecoder(decode_bytes), stops, include_stop=True)
+    without = TextStream(IncrementalDecoder(decode_bytes), stops)
+    including = TextStream(IncrementalDecoder(decode_bytes), stops, include_stop=True)
     sent = [""] * 2
     for token in text.encode():
         results = without.add(token), including.add(token)
