@@ -226,7 +226,7 @@ def read_streams(args: argparse.Namespace) -> None:
             key.data.extend(part)
             if part and b"[DONE]" not in key.data[-64:]:
                 continue
-            chunks += key.data.count(b'"content":')
+            chunks += key.data.count(b'"content":') - 1  # the first one has the role alone
             if b"[DONE]" not in key.data:
                 raise SystemExit(f"a stream ended early: {bytes(key.data[:2000])!r}")
             chooser.unregister(link)
