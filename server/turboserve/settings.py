@@ -218,7 +218,8 @@ class Settings(BaseSettings):
     template_kwargs: tuple[str, ...] = DEFAULT_TEMPLATE_KWARGS  # names of chat_template_kwargs that requests may give
     request_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # headers and body must have arrived by then
     keepalive_interval_s: Annotated[float, Field(gt=0)] = 10.0  # silence on a stream before a comment line is sent
-    # while more than eight answers are under way, a stream's tokens come together at most so often; 0: each by itself
+    # while more than eight answers are under way, a stream's tokens come together at most so often, beyond 32 answers
+    # as much less often as there are more; 0: each by itself
     stream_interval_ms: Annotated[float, Field(ge=0, le=1000)] = 20.0
     send_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a stream whose reader stalls this long is cancelled
     shutdown_grace_s: Annotated[float, Field(ge=0)] = 10.0

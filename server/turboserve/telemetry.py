@@ -8,11 +8,15 @@ All methods are thread-safe and cheap enough to be called once per token.
 
 from __future__ import annotations
 
+import math
+import threading
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 # From one step of a small model to a long prompt on a laptop.
@@ -23,6 +27,30 @@ INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2,
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 
+class GroupedHistogram(Collector):
+    """A histogram to which equal observations are added together: a step's tokens all come at the same moment."""
+
+    def __init__(self, name: str, text: str, buckets_s: tuple[float, ...]) -> None:
+        self._name, self._text, self._bounds = name, text, (*buckets_s, math.inf)
+        self._labels = [*(str(float(bound)) for bound in buckets_s), "+Inf"]
+        self._lock = threading.Lock()
+        self._counts, self._sum = [0] * len(self._bounds), 0.0
+
+    def observe(self, amount: float, count: int) -> None:
+        """`count` times the same."""
+        place = bisect_left(self._bounds, amount)
+        with self._lock:
+            self._counts[place] += count
+            self._sum += amount * count
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client's own."""
+        with self._lock:
+            counts, total = list(self._counts), self._sum
+        sums = map(float, accumulate(counts))
+        yield HistogramMetricFamily(self._name, self._text, list(zip(self._labels, sums, strict=True)), total)
+
+
 class Telemetry:
     """What happened since start. Series names follow vLLM's where it has one, prefixed `turboserve_`."""
 
@@ -31,7 +59,7 @@ class Telemetry:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._readings: tuple[Collector, ...] = ()
-        self._counted: list[Counter | Histogram] = []
+        self._counted: list[Counter | Histogram | GroupedHistogram] = []
         ProcessCollector(registry=self.registry)
         self._define_engine_series()
         self._define_http_series()
@@ -48,9 +76,11 @@ class Telemetry:
         self._refused = self._counter("request_refused", "Requests refused before any work.", "reason")
         self._cancelled = self._counter("request_cancelled", "Requests cancelled, by stage reached.", "stage")
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Time between two tokens of one request.", INTER_TOKEN_BUCKETS_S
+        self._inter_token = GroupedHistogram(
+            "turboserve_inter_token_latency_seconds", "Time between two tokens of one request.", INTER_TOKEN_BUCKETS_S
         )
+        self.registry.register(self._inter_token)
+        self._counted.append(self._inter_token)
         self._queue_time = self._histogram(
             "request_queue_time_seconds", "Arrival to start of prefill.", LATENCY_BUCKETS_S
         )
@@ -105,9 +135,9 @@ class Telemetry:
         """Arrival of a request to its first token."""
         self._ttft.observe(seconds)
 
-    def observe_inter_token(self, seconds: float) -> None:
-        """Time between two tokens of one request."""
-        self._inter_token.observe(seconds)
+    def observe_inter_token(self, seconds: float, num_requests: int = 1) -> None:
+        """Time between two tokens of one request, or of several whose tokens came at the same moments."""
+        self._inter_token.observe(seconds, num_requests)
 
     def observe_e2e(self, seconds: float) -> None:
         """Arrival of a request to its last token."""

@@ -32,7 +32,7 @@ from turboserve.api.validation import validated
 from turboserve.cache.disk import container
 from turboserve.cache.disk.container import DamagedFileError
 from turboserve.cache.disk.folder import File, Folder
-from turboserve.engine.text import REPLACEMENT, TextStream
+from turboserve.engine.text import REPLACEMENT, IncrementalDecoder, TextStream
 from turboserve.errors import TurboServeError
 
 MOST_MESSAGE_CHARS = 2000  # an error quotes no more of what a client sent
@@ -158,7 +158,8 @@ def text(data: bytes) -> None:
         return
     pieces, given = _pieces(data[1:]), STOPS[data[0] % len(STOPS)]
     stops = [stop for stop in given if stop]  # an empty one stops nothing
-    stream = TextStream(lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace"), given)
+    decoder = IncrementalDecoder(lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace"))
+    stream = TextStream(decoder, given)
     sent, stopped = "", False
     for token in range(len(pieces)):
         result = stream.add(token)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from turboserve.api import tracing
 from turboserve.api.context import ApiContext
 from turboserve.api.mailbox import Mailbox
-from turboserve.api.patience import Patience
+from turboserve.api.stream_body import BODY_WRITER, BodyWriter, StreamBody
 from turboserve.errors import TurboServeError
 from turboserve.messages import (
     Delta,
@@ -142,8 +142,8 @@ class AnswerResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
             mailboxes = [stack.enter_context(self._context.submitted(request)) for request in self._requests]
-            run = self._stream(mailboxes, send) if self._is_stream else self._whole(mailboxes, scope, receive, send)
-            answer = asyncio.create_task(run)
+            make = self._stream if self._is_stream else self._whole
+            answer = asyncio.create_task(make(mailboxes, scope, receive, send))
             departure = asyncio.create_task(wait_for_disconnect(receive))
             try:
                 await asyncio.wait({answer, departure}, return_when=asyncio.FIRST_COMPLETED)
@@ -168,9 +168,10 @@ class AnswerResponse(Response):
         reply.headers.update(self._extra_headers)
         await reply(scope, receive, send)
 
-    async def _stream(self, mailboxes: Sequence[Mailbox], send: Send) -> None:
+    async def _stream(self, mailboxes: Sequence[Mailbox], scope: Scope, receive: Receive, send: Send) -> None:
+        writer: BodyWriter | None = scope.get("extensions", {}).get(BODY_WRITER)
         try:
-            async with StreamBody(send, self._context.send_timeout_s) as body:
+            async with StreamBody(send, self._context.send_timeout_s, writer) as body:
                 await self._stream_to(mailboxes, body)
         except TimeoutError:
             self._context.telemetry.http_disconnect("stalled")
@@ -178,12 +179,12 @@ class AnswerResponse(Response):
 
     async def _stream_to(self, mailboxes: Sequence[Mailbox], body: StreamBody) -> None:
         has_begun = False
-        async for choice, event in self._events(mailboxes):
+        outlets = [_Outlet(self._replies, i, body) for i in range(len(mailboxes))]
+        async for choice, event in self._events(mailboxes, outlets):
             if isinstance(event, Failed) and not has_begun:
                 raise event.error
             if not has_begun:
-                await body.begin(self._stream_headers())
-                await body.send(self._replies.begin())
+                await body.begin(self._stream_headers(), self._replies.begin())
                 has_begun = True
             if isinstance(event, Failed):
                 logger.warning("failed mid-stream: %s", event.error.code)
@@ -198,17 +199,23 @@ class AnswerResponse(Response):
             return self._replies.finish(choice, event)
         return self._replies.delta(choice, event)
 
-    async def _events(self, mailboxes: Sequence[Mailbox]) -> AsyncIterator[tuple[int, Event | None]]:
-        """Events of all answers as they come, None in silence, until the last has ended; after a Failed, nothing."""
+    async def _events(
+        self, mailboxes: Sequence[Mailbox], outlets: Sequence[_Outlet] | None = None
+    ) -> AsyncIterator[tuple[int, Event | None]]:
+        """Events of all answers as they come, None in silence, until the last has ended; after a Failed, nothing.
+
+        outlets: of each answer. What they take is not among the events.
+        """
+        exits: Sequence[_Outlet | None] = outlets or [None] * len(mailboxes)
         silence_s = self._context.keepalive_interval_s if self._is_stream else None
         if len(mailboxes) == 1:  # nearly always, and without a task for each token
             event = None
             while not isinstance(event, Finished | Failed):
-                event = await mailboxes[0].next(silence_s)
+                event = await mailboxes[0].next(silence_s, exits[0])
                 tracing.saw(event)
                 yield 0, event
             return
-        waiting = {asyncio.ensure_future(box.next(silence_s)): i for i, box in enumerate(mailboxes)}
+        waiting = {asyncio.ensure_future(box.next(silence_s, exits[i])): i for i, box in enumerate(mailboxes)}
         try:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -219,7 +226,7 @@ class AnswerResponse(Response):
                     if isinstance(event, Failed):
                         return
                     if not isinstance(event, Finished):
-                        waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s))] = choice
+                        waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s, exits[choice]))] = choice
         finally:
             await stop(*waiting)
 
@@ -228,45 +235,20 @@ class AnswerResponse(Response):
         return [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
 
 
-class StreamBody:
-    """The parts of a streamed reply as they are sent, each within `timeout_s`. A context for the task that sends.
+class _Outlet:
+    """Implements mailbox.Outlet: one answer's deltas go from the mailbox to the connection in one call."""
 
-    The context ends in TimeoutError when the client has not taken earlier bytes in that time.
-    """
+    __slots__ = ("_body", "_choice", "_replies")
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
-        self._send = send
-        self._limit = asyncio.timeout(None)
-        self._patience = Patience(timeout_s, self._give_up)
+    def __init__(self, replies: Replies, choice: int, body: StreamBody) -> None:
+        self._replies, self._choice, self._body = replies, choice, body
 
-    async def __aenter__(self) -> StreamBody:
-        await self._limit.__aenter__()
-        return self
+    @property
+    def is_open(self) -> bool:
+        return self._body.can_write
 
-    async def __aexit__(self, *raised: Any) -> None:
-        self._patience.close()
-        await self._limit.__aexit__(*raised)
-
-    async def begin(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Status and headers."""
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def send(self, part: bytes) -> None:
-        """A part that others follow; an empty one is none."""
-        if part:
-            await self._patiently({"type": "http.response.body", "body": part, "more_body": True})
-
-    async def end(self, part: bytes) -> None:
-        """The last part, which may be empty."""
-        await self._patiently({"type": "http.response.body", "body": part, "more_body": False})
-
-    async def _patiently(self, message: Message) -> None:
-        self._patience.begin()
-        await self._send(message)
-        self._patience.end()
-
-    def _give_up(self) -> None:
-        self._limit.reschedule(asyncio.get_running_loop().time())
+    def take(self, delta: Delta) -> None:
+        self._body.write(self._replies.delta(self._choice, delta))
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

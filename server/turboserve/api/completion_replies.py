@@ -12,7 +12,16 @@ from starlette.responses import Response
 
 from turboserve.api.answering import Answer
 from turboserve.api.completion_models import Completion, TextChoice, TextFinishReason, TextLogprobs
-from turboserve.api.replies import JSON_TYPE, SSE_COMMENT, SSE_DONE, SSE_TYPE, completion_usage, sse, sse_error
+from turboserve.api.replies import (
+    JSON_TYPE,
+    SSE_COMMENT,
+    SSE_DONE,
+    SSE_TYPE,
+    TextEvents,
+    completion_usage,
+    sse,
+    sse_error,
+)
 from turboserve.errors import TurboServeError
 from turboserve.messages import Delta, Finished, FinishReason, ReasoningDelta, TextDelta, TokenLogprob, Usage
 
@@ -37,6 +46,7 @@ class CompletionReplies:
     created: int = field(default_factory=lambda: int(time.time()))
     _usages: dict[int, Usage] = field(default_factory=dict)
     _offsets: list[LogprobWriter] = field(default_factory=list)
+    _texts: dict[int, TextEvents] = field(default_factory=dict)
 
     media_type: ClassVar[str] = SSE_TYPE
     keep_alive: ClassVar[bytes] = SSE_COMMENT
@@ -66,22 +76,23 @@ class CompletionReplies:
 
     def begin(self) -> bytes:
         """The prompts' texts, where they are to be repeated."""
-        return b"".join(self._chunk(index, echo) for index, echo in enumerate(self.echoes) if echo)
+        return b"".join(sse(self._chunk(index, echo)) for index, echo in enumerate(self.echoes) if echo)
 
     def delta(self, choice: int, delta: Delta) -> bytes:
         """Newly decoded text. To a bare prompt there is no reasoning apart and no tool: all is text."""
-        if isinstance(delta, ReasoningDelta):
-            return self._chunk(choice, delta.text)
-        if not isinstance(delta, TextDelta):
+        if not isinstance(delta, (TextDelta, ReasoningDelta)):
             return b""
-        logprobs = self._offsets[choice].write(delta.logprobs).model_dump() if self.has_logprobs else None
-        return self._chunk(choice, delta.text, logprobs)
+        if self.has_logprobs and isinstance(delta, TextDelta):
+            return sse(self._chunk(choice, delta.text, self._offsets[choice].write(delta.logprobs).model_dump()))
+        if (texts := self._texts.get(choice)) is None:
+            texts = self._texts[choice] = TextEvents(lambda text: self._chunk(choice, text))
+        return texts.of(delta.text)
 
     def finish(self, choice: int, finished: Finished) -> bytes:
         """One answer's finish reason."""
         self._usages[choice] = finished.usage
         reason = text_finish_reason(finished.reason)
-        return self._chunk(choice, "", reason=reason, more={"stop_reason": finished.stopped_by})
+        return sse(self._chunk(choice, "", reason=reason, more={"stop_reason": finished.stopped_by}))
 
     def end(self) -> bytes:
         """The usage of all answers if asked for, and the mark behind all chunks."""
@@ -105,10 +116,10 @@ class CompletionReplies:
         logprobs: Json | None = None,
         reason: TextFinishReason | None = None,
         more: Json | None = None,
-    ) -> bytes:
+    ) -> Json:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, **(more or {})}
         usage: Json = {"usage": None} if self.include_usage else {}
-        return sse({**self._head(), "choices": [choice], **usage})
+        return {**self._head(), "choices": [choice], **usage}
 
 
 def text_finish_reason(reason: FinishReason) -> TextFinishReason:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import h11
+from starlette.types import Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -24,6 +25,7 @@ from turboserve.api.connection_watch import ConnectionLimit, CountingTransport, 
 from turboserve.api.frontdoor import MAX_HEADER_BYTES
 from turboserve.api.held_bytes import IMPORT_PATH
 from turboserve.api.replies import dump, error_headers
+from turboserve.api.stream_body import BODY_WRITER, BodyWriter
 from turboserve.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
@@ -58,6 +60,7 @@ class Connection(H11Protocol):
         limit: ConnectionLimit,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self._served, self.app = self.app, self._serve
         self._request_timeout_s = request_timeout_s
         self._send_timeout_s = send_timeout_s
         self._telemetry = telemetry
@@ -66,6 +69,11 @@ class Connection(H11Protocol):
         self._arrival_deadline: asyncio.TimerHandle | None = None
         self._lingering = False
         self._import_bytes = 0  # of an exported session, since its deadline was last moved on
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, with what ASGI's messages cannot do."""
+        scope["extensions"] = {BODY_WRITER: BodyWriter(self.cycle)}
+        await self._served(scope, receive, send)
 
     # Arrival: a request must be complete within the deadline.
 

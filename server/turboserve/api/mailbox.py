@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from dataclasses import replace
 from itertools import groupby
+from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
 from turboserve.api.patience import Patience
@@ -20,6 +21,7 @@ from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, 
 # A reader a megabyte of text behind is not reading; its stream has hit the send timeout or soon will.
 MAX_PENDING_CHARS = 1 << 20
 FEW_STREAMS = 8  # up to so many get every token by itself, however fast it follows
+MANY_STREAMS = 32  # beyond so many, intervals grow with their number, so that wakings do not
 DELTA_CHARS, LOGPROB_CHARS = 16, 64  # what a delta, and each of its logprobs, counts as beside its text
 
 
@@ -28,7 +30,8 @@ class _Waker:
 
     A call from another thread writes to a socket: for each token of each stream that was the engine's largest expense.
     While there are many readers, those that wait for no beginning or end are woken together, once an interval: each
-    waking takes Python time that the engine's thread then waits for.
+    waking takes Python time that the engine's thread then waits for. Twice as many as MANY_STREAMS are woken half as
+    often.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -59,7 +62,7 @@ class _Waker:
         if loop is None or not due:
             return
         now_s = loop.time()
-        next_s = self._told_s + max(mailbox.interval_s for mailbox in due)
+        next_s = self._told_s + max(mailbox.interval_s for mailbox in due) * max(1.0, self.num_open / MANY_STREAMS)
         if self.num_open <= FEW_STREAMS or now_s >= next_s:
             self._told_s = now_s
             self._tell([*self._held, *due])
@@ -86,6 +89,19 @@ class _Waker:
             mailbox.tell()
 
 
+class Outlet(Protocol):
+    """Takes deltas on the event loop, as they come, in place of a reader who would have to be woken for each."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a delta can be taken now, without waiting."""
+        ...
+
+    def take(self, delta: Delta) -> None:
+        """The next one. What it raises is raised to the reader."""
+        ...
+
+
 _wakers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = WeakKeyDictionary()
 
 
@@ -104,6 +120,7 @@ class Mailbox:
         self._has_begun = self._is_closed = False
         self._loop = loop
         self._reader: asyncio.Future[None] | None = None  # while it waits
+        self._outlet: Outlet | None = None  # of the reader who waits
         self._is_silent = False
         self._silence: Patience | None = None
         self._lock = threading.Lock()
@@ -123,7 +140,7 @@ class Mailbox:
             if self._ending is not None:
                 return
             wake = not self._deltas
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, (Finished, Failed)):
                 self._ending, wake = event, True
             else:
                 self._deltas.append(event)
@@ -145,27 +162,44 @@ class Mailbox:
         return self._has_begun and self._ending is None
 
     def tell(self) -> None:
-        """On the loop: whoever waits in `next` looks again."""
+        """On the loop: whoever waits in `next` looks again, or their outlet takes what has come."""
         self._has_begun = True
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        reader = self._reader
+        if reader is None or reader.done():
+            return
+        outlet = self._outlet
+        try:
+            while outlet is not None and outlet.is_open:
+                event = self._take()
+                if isinstance(event, (Finished, Failed)):
+                    break
+                if event is not None:
+                    outlet.take(event)
+                if not (self._deltas or self._merged or self._ending):  # what comes from here on is told again
+                    if self._silence is not None:
+                        self._silence.begin()
+                    return
+        except Exception as exc:
+            reader.set_exception(exc)
+            return
+        reader.set_result(None)
 
-    async def next(self, silence_s: float | None = None) -> Event | None:
+    async def next(self, silence_s: float | None = None, outlet: Outlet | None = None) -> Event | None:
         """The next delta with all that continues it so far, or the ending; None after `silence_s` without either.
 
         One reader at a time, who always says the same `silence_s`. After the ending has been returned once, it is
-        returned again.
+        returned again. outlet: while it is open, deltas that come after the call go there instead.
         """
         if silence_s is not None and self._silence is None:
             self._silence = Patience(silence_s, self._be_silent)
         while (event := self._take()) is None:
-            self._reader = self._loop.create_future()
+            self._reader, self._outlet = self._loop.create_future(), outlet
             if self._silence is not None:
                 self._silence.begin()
             try:
                 await self._reader
             finally:
-                self._reader = None
+                self._reader = self._outlet = None
                 if self._silence is not None:
                     self._silence.end()
             if self._is_silent:
@@ -175,7 +209,8 @@ class Mailbox:
 
     def _be_silent(self) -> None:
         self._is_silent = True
-        self.tell()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _take(self) -> Event | None:
         if self._merged:
@@ -184,6 +219,8 @@ class Mailbox:
             deltas, self._deltas, self._num_chars = self._deltas, [], 0
             if not deltas:
                 return self._ending
+        if len(deltas) == 1:
+            return deltas[0]
         self._merged.extend(merged(deltas))
         return self._merged.popleft()
 
@@ -212,6 +249,8 @@ def _joined(run: list[Delta]) -> Delta:
 
 
 def _size(delta: Delta) -> int:
+    if type(delta) is TextDelta and not delta.logprobs:  # nearly always, and once a token
+        return DELTA_CHARS + len(delta.text)
     if isinstance(delta, ToolCallDelta):
         return DELTA_CHARS + len(delta.name) + len(delta.arguments)
     num_logprobs = sum(1 + len(one.top) for one in delta.logprobs) if isinstance(delta, TextDelta) else 0

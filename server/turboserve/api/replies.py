@@ -7,8 +7,9 @@ Pure functions from the engine's messages; shapes are declared in `reply_models.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -71,6 +72,21 @@ def sse(value: Mapping[str, object]) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
+class TextEvents:
+    """Server-sent events that differ by one text alone, of which there is one per token: the rest is written once."""
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, like: Callable[[str], Mapping[str, object]]) -> None:
+        """like: the event's value for a text, which stands in it once and as it is."""
+        mark = secrets.token_hex(16)  # no name of a model or an id can be it
+        self._before, self._after = sse(like(mark)).split(orjson.dumps(mark))
+
+    def of(self, text: str) -> bytes:
+        """The same as `sse(like(text))`."""
+        return b"".join((self._before, orjson.dumps(text), self._after))
+
+
 def sse_error(error: TurboServeError) -> bytes:
     """The last event of a stream that failed after its first byte."""
     return sse(error.envelope())
@@ -80,7 +96,7 @@ def sse_error(error: TurboServeError) -> bytes:
 class ChatReplies:
     """Writes the reply to a chat completion; `created` is fixed so that all chunks agree.
 
-    A chunk is a plain dict, because there is one per token; what all share is made once.
+    A chunk is a plain dict, and one of text alone a text between bytes, because there is one per token.
     """
 
     request_id: str
@@ -92,6 +108,7 @@ class ChatReplies:
     _head: Json = field(init=False)
     _tail: Json = field(init=False)
     _usages: dict[int, Usage] = field(init=False, default_factory=dict)
+    _texts: dict[int, TextEvents] = field(init=False, default_factory=dict)
 
     media_type: ClassVar[str] = SSE_TYPE
     keep_alive: ClassVar[bytes] = SSE_COMMENT
@@ -149,8 +166,11 @@ class ChatReplies:
     def delta(self, choice: int, delta: Delta) -> bytes:
         """Newly decoded text, reasoning, or a piece of a call."""
         if isinstance(delta, TextDelta):
-            logprobs = logprobs_object(delta.logprobs) if delta.logprobs else None
-            return sse(self._chunk(choice, {"content": delta.text}, logprobs))
+            if delta.logprobs:
+                return sse(self._chunk(choice, {"content": delta.text}, logprobs_object(delta.logprobs)))
+            if (texts := self._texts.get(choice)) is None:
+                texts = self._texts[choice] = TextEvents(lambda text: self._chunk(choice, {"content": text}))
+            return texts.of(delta.text)
         if isinstance(delta, ReasoningDelta):
             return sse(self._chunk(choice, reasoning_fields(delta.text))) if self.delivery.shows_reasoning else b""
         return self._call_chunks(choice, delta)

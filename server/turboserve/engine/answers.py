@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 from turboserve.engine.answer_reader import MarkupReader
+from turboserve.engine.decoding import Decoding
 from turboserve.engine.readers import AnswerReader, PlainReader
 from turboserve.engine.template import Prompt
+from turboserve.engine.text import Decoder
 from turboserve.engine.token_rules import TokenRule
 from turboserve.engine.tools.markup import Markup
 from turboserve.engine.tools.thinking import LastCallRule, ThinkingRule
@@ -22,22 +21,12 @@ def reader_of(request: Request, prompt: Prompt, markup: Markup) -> AnswerReader:
     return MarkupReader(markup, tools, is_thinking=prompt.is_thinking, shows_special=not request.skip_special_tokens)
 
 
-def decoder_of(
-    request: Request, reader: AnswerReader, tokenizer: Any, markup: Markup
-) -> Callable[[Sequence[int]], str]:
-    """Token ids to text. Special tokens that are the reader's markers stay in it; the reader takes them out."""
-    is_read = isinstance(reader, MarkupReader) and markup.visible_ids
-    left_out = markup.special_ids - markup.visible_ids.keys() if is_read else frozenset()
+def decoder_of(request: Request, reader: AnswerReader, decoding: Decoding, markup: Markup) -> Decoder:
+    """Of the request's answer. Special tokens that are the reader's markers stay in it; the reader takes them out."""
     skips = request.skip_special_tokens
-
-    def decode(ids: Sequence[int]) -> str:
-        kept = [token for token in ids if token not in left_out] if skips and is_read else list(ids)
-        text: str = tokenizer.decode(
-            kept, skip_special_tokens=skips and not is_read, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    return decode
+    if skips and isinstance(reader, MarkupReader) and markup.visible_ids:
+        return decoding.decoder(skips_special=False, left_out=markup.special_ids - markup.visible_ids.keys())
+    return decoding.decoder(skips_special=skips)
 
 
 def ruled(

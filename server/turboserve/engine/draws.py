@@ -122,11 +122,11 @@ def draw_alone(logits: mx.array, row: Generation) -> Drawn | Exception:
 
 def newest_tokens(rows: Sequence[Generation], flight: Flight) -> mx.array:
     """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
-    known = [row.newest_token() for row in rows if row not in flight]
     assert flight.draws is not None
     tokens = flight.draws.tokens
-    if flight.rows == rows:
+    if flight.rows == rows:  # nearly always
         return tokens[:, None]
+    known = [row.newest_token() for row in rows if row not in flight]
     if known:
         tokens = mx.concatenate([tokens, mx.array(known, dtype=mx.uint32)])
     place = flight.places

@@ -92,8 +92,9 @@ class Generation:
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end its answer. What must have a certain form ends where it is complete, whatever is ignored."""
-        own = frozenset[int]() if self.request.ignore_eos and self.rule is None else self.eos_ids
-        return own.union(self.request.stop_token_ids)
+        request = self.request
+        own = frozenset[int]() if request.ignore_eos and self.rule is None else self.eos_ids
+        return own.union(request.stop_token_ids) if request.stop_token_ids else own
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of prompt and answer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from turboserve.cache.memory import Memory
 from turboserve.engine.answers import decoder_of, reader_of, ruled
+from turboserve.engine.decoding import Decoding
 from turboserve.engine.generation import Generation
 from turboserve.engine.loaded_model import LoadedModel
 from turboserve.engine.prompt_texts import beginning
@@ -31,6 +32,7 @@ class Preparer:
         self,
         loaded: LoadedModel,
         memory: Memory,
+        decoding: Decoding,
         vocab_len: int,
         default_max_tokens: int = 0,
         process: TemplateProcess | None = None,
@@ -42,6 +44,7 @@ class Preparer:
         self._default_max_tokens = default_max_tokens
         self._loaded, self._memory, self.vocab_len = loaded, memory, vocab_len
         self._template = ChatTemplate(loaded.tokenizer, process)
+        self._decoding = decoding
 
     def warm_up(self) -> None:
         """Try out what the template expects, before the first request."""
@@ -70,8 +73,8 @@ class Preparer:
             barred_until=request.min_tokens,
         )
         reader = reader_of(request, read, markup)
-        decode = decoder_of(request, reader, self._loaded.tokenizer, markup)
-        generation.text = TextStream(decode, request.stop, include_stop=request.include_stop)
+        decoder = decoder_of(request, reader, self._decoding, markup)
+        generation.text = TextStream(decoder, request.stop, include_stop=request.include_stop)
         generation.reader = reader
         generation.rule = ruled(request, read, markup, reader, generation.rule)
         generation.max_answer_len = limit

@@ -126,8 +126,8 @@ class EngineTelemetry(Protocol):
         """Arrival of a request to its first token."""
         ...
 
-    def observe_inter_token(self, seconds: float, /) -> None:
-        """Time between two tokens of one request."""
+    def observe_inter_token(self, seconds: float, num_requests: int, /) -> None:
+        """Time between two tokens, of so many requests."""
         ...
 
     def observe_queue_time(self, seconds: float, /) -> None:
@@ -164,7 +164,7 @@ class NullTelemetry:
 
     def observe_ttft(self, seconds: float, /) -> None: ...
 
-    def observe_inter_token(self, seconds: float, /) -> None: ...
+    def observe_inter_token(self, seconds: float, num_requests: int, /) -> None: ...
 
     def observe_queue_time(self, seconds: float, /) -> None: ...
 

@@ -315,6 +315,11 @@ class Runner:
         """Tokens in a request's caches that were fed before they were known, or before it took them."""
         return int(self._flight is not None and generation in self._flight) + self._ahead.get(generation, 0)
 
+    @property
+    def most_in_flight(self) -> int:
+        """Of any request, as `num_in_flight`."""
+        return int(self._flight is not None) + max(self._ahead.values(), default=0)
+
     def take(self, generation: Generation) -> None:
         """A row gets the next of the several tokens that the last step has returned for it."""
         self._ahead[generation] -= 1

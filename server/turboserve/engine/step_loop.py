@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
+from turboserve.engine.decoding import Decoding
 from turboserve.engine.embeddings import EmbeddingJobs
 from turboserve.engine.generation import Drawn, Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
@@ -60,8 +61,11 @@ class StepLoop:
         self._memory = parts.memory
         self.runner = Runner(parts.loaded.model, parts.runtime, parts.loaded.adapters, parts.passes)
         self.vocab_len = self.runner.warm_up()
-        self._preparer = Preparer(parts.loaded, parts.memory, self.vocab_len, settings.default_max_tokens, process)
         self._token_texts = TokenTexts(parts.loaded.tokenizer)
+        decoding = Decoding(parts.loaded.tokenizer, self._token_texts)
+        self._preparer = Preparer(
+            parts.loaded, parts.memory, decoding, self.vocab_len, settings.default_max_tokens, process
+        )
         self.embeddings = EmbeddingJobs(parts.loaded, self.vocab_len)
         self._questions = Questions(parts.loaded, self._preparer)
         self.overlap = choose_overlap(
@@ -404,8 +408,15 @@ class StepLoop:
 
     def _grow(self) -> None:
         """Open-ended answers reserve as they grow; one that cannot makes way, or ends if it is the oldest."""
-        decoding = [g for g in self.requests.running if g.stage is Stage.DECODE]
-        for generation in [decoding[i] for i in scheduler.growing([self._row_view(g) for g in decoding])]:
+        ahead = self.runner.most_in_flight
+        near = [
+            g
+            for g in self.requests.running
+            if g.stage is Stage.DECODE
+            and (lease := g.lease) is not None
+            and len(g.prompt) + len(g.answer) + ahead > lease.reserved_tokens
+        ]
+        for generation in [near[i] for i in scheduler.growing([self._row_view(g) for g in near])]:
             if generation.stage is not Stage.DECODE:  # it was preempted by an older one
                 continue
             lease = _lease_of(generation)
@@ -438,20 +449,19 @@ class StepLoop:
     def _deliver(self, outcomes: Outcomes) -> None:
         if not outcomes:
             return
-        now_s = self._clock()
-        num_before = sum(len(generation.answer) for generation in outcomes)
+        arrivals = _Arrivals(self._clock())
         for generation, outcome in outcomes.items():
-            if outcome is None:
+            if isinstance(outcome, Drawn):
+                self._accept(generation, outcome, arrivals)
+            elif outcome is None:
                 self._recover(generation)
             elif isinstance(outcome, list):
-                self._accept_run(generation, outcome, now_s)
-            elif isinstance(outcome, Exception):
-                self.requests.fail(generation, outcome)
+                self._accept_run(generation, outcome, arrivals)
             else:
-                self._accept(generation, outcome, now_s)
-        self._telemetry.add_generation_tokens(sum(len(generation.answer) for generation in outcomes) - num_before)
+                self.requests.fail(generation, outcome)
+        arrivals.tell(self._telemetry)
 
-    def _accept_run(self, generation: Generation, run: Sequence[Drawn | Exception], now_s: float) -> None:
+    def _accept_run(self, generation: Generation, run: Sequence[Drawn | Exception], arrivals: _Arrivals) -> None:
         """Several tokens of one step, until one of them ends the answer."""
         for place, outcome in enumerate(run):
             if generation.stage is not Stage.DECODE:
@@ -461,7 +471,7 @@ class StepLoop:
             if isinstance(outcome, Exception):
                 self.requests.fail(generation, outcome)
             else:
-                self._accept(generation, outcome, now_s)
+                self._accept(generation, outcome, arrivals)
 
     def _recover(self, generation: Generation) -> None:
         """A lost cache is computed again from the tokens, which are all still known."""
@@ -478,10 +488,10 @@ class StepLoop:
 
     # --- one answer's tokens, and its end
 
-    def _accept(self, generation: Generation, drawn: Drawn, now_s: float) -> None:
+    def _accept(self, generation: Generation, drawn: Drawn, arrivals: _Arrivals) -> None:
         """One new token: into the answer, the text, and out to the reader."""
         assert generation.text is not None
-        self._observe_token(generation, now_s)
+        arrivals.add(generation)
         token, request, rule = drawn.token, generation.request, generation.rule
         generation.answer.append(token)
         end_ids = generation.end_ids
@@ -511,12 +521,32 @@ class StepLoop:
         elif len(generation.answer) >= generation.max_answer_len:
             self.requests.finish(generation, "length")
 
-    def _observe_token(self, generation: Generation, now_s: float) -> None:
-        if generation.last_token_s is None:
-            self._telemetry.observe_ttft(now_s - generation.submitted_s)
+
+class _Arrivals:
+    """The tokens of one step, for the counters: those that follow tokens of one moment are told together."""
+
+    __slots__ = ("_first_s", "_gaps", "_now_s", "_num_tokens")
+
+    def __init__(self, now_s: float) -> None:
+        self._now_s, self._num_tokens = now_s, 0
+        self._gaps: dict[float, int] = {}  # how many follow a token of then
+        self._first_s: list[float] = []  # of first tokens: when their request came
+
+    def add(self, generation: Generation) -> None:
+        """It has one more."""
+        before_s, generation.last_token_s = generation.last_token_s, self._now_s
+        self._num_tokens += 1
+        if before_s is None:
+            self._first_s.append(generation.submitted_s)
         else:
-            self._telemetry.observe_inter_token(now_s - generation.last_token_s)
-        generation.last_token_s = now_s
+            self._gaps[before_s] = self._gaps.get(before_s, 0) + 1
+
+    def tell(self, telemetry: EngineTelemetry) -> None:
+        for submitted_s in self._first_s:
+            telemetry.observe_ttft(self._now_s - submitted_s)
+        for before_s, num_requests in self._gaps.items():
+            telemetry.observe_inter_token(self._now_s - before_s, num_requests)
+        telemetry.add_generation_tokens(self._num_tokens)
 
 
 def _lease_of(generation: Generation) -> Lease:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from turboserve.messages import TokenLogprob
 
@@ -18,10 +18,27 @@ Decode = Callable[[Sequence[int]], str]
 REPLACEMENT = "\ufffd"
 
 
-class IncrementalDecoder:
-    """Decodes a growing list of tokens, holding back a character whose last bytes are not there yet.
+class Decoder(Protocol):
+    """One answer's tokens to text, as they come."""
 
-    Only a short window of tokens is decoded again for each new one:
+    @property
+    def num_held(self) -> int:
+        """Whole characters that are held back, before the one whose bytes are missing."""
+        ...
+
+    def add(self, token: int) -> str:
+        """The text that became complete with this token; often empty."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back; an unfinished character comes out as one U+FFFD."""
+        ...
+
+
+class IncrementalDecoder:
+    """Implements Decoder over any way to decode a list of tokens.
+
+    A character whose last bytes are not there yet is held back. A short window of tokens is decoded anew for each one:
 
         ids    ....... | window, already given out | new
                        ^ _window_start             ^ _given_end
@@ -125,15 +142,19 @@ class TextStream:
     A token's logprobs are let through with the first character of its text; without text, with the text after it.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str], *, include_stop: bool = False) -> None:
-        self._decoder = IncrementalDecoder(decode)
+    def __init__(self, decoder: Decoder, stops: Sequence[str], *, include_stop: bool = False) -> None:
+        """decoder: a new one, of this answer alone."""
+        self._decoder = decoder
         self._matcher = StopMatcher(stops, include_stop=include_stop)
+        self._lets_all_through = not any(stops)  # tokens without logprobs need no counting of characters then
         self._num_decoded = 0  # characters, with those that the matcher holds back
         self._num_sent = 0
         self._held_logprobs: deque[tuple[int, TokenLogprob]] = deque()  # behind so many characters of decoded text
 
     def add(self, token: int, logprob: TokenLogprob | None = None) -> StopResult:
         """Text that may be sent once this token is known. Once `stopped`, nothing more may be added."""
+        if logprob is None and self._lets_all_through and not self._held_logprobs:
+            return StopResult(self._decoder.add(token))
         if logprob is not None:
             self._held_logprobs.append((self._num_decoded + self._decoder.num_held, logprob))
         text = self._decoder.add(token)

@@ -7,10 +7,13 @@ character, as GPT-2 chose them) and SentencePiece's ("\u2581" is a space, "<0xE2
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from turboserve.engine.generation import DrawnLogprobs
+from turboserve.engine.text import REPLACEMENT
 from turboserve.messages import TokenLogprob
 
 SPACE = "\u2581"
@@ -24,9 +27,9 @@ class TokenTexts:
         """`tokenizer`: mlx-lm's TokenizerWrapper around a transformers tokenizer."""
         self._tokenizer = tokenizer
         self._added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-        decoder = _decoder_spec(tokenizer)
-        self._byte_of = _byte_of_char() if "ByteLevel" in decoder else None
-        self._is_sentencepiece = any(mark in decoder for mark in ("ByteFallback", "Metaspace", SPACE, "\\u2581"))
+        decoder = json.dumps(decoder_spec(tokenizer), ensure_ascii=False)
+        self._latin_of = _latin_of_char() if "ByteLevel" in decoder else None
+        self._is_sentencepiece = any(mark in decoder for mark in ("ByteFallback", "Metaspace", SPACE))
         self._known: dict[int, tuple[str, bytes]] = {}
 
     def logprob(self, token: int, logprobs: DrawnLogprobs) -> TokenLogprob:
@@ -49,8 +52,9 @@ class TokenTexts:
         spelling = self._spelling(token)
         if isinstance(spelling, bytes):
             return spelling
-        if spelling is not None and self._byte_of is not None and all(char in self._byte_of for char in spelling):
-            return bytes(self._byte_of[char] for char in spelling)
+        if spelling is not None and self._latin_of is not None:
+            with suppress(UnicodeEncodeError):  # a spelling of another kind
+                return spelling.translate(self._latin_of).encode("latin-1")
         if spelling is not None and self._is_sentencepiece:
             byte = BYTE.fullmatch(spelling)
             return bytes([int(byte[1], 16)]) if byte else spelling.replace(SPACE, " ").encode()
@@ -64,14 +68,17 @@ class TokenTexts:
         return spelling
 
 
-def _decoder_spec(tokenizer: Any) -> str:
-    """How a fast tokenizer's decoder describes itself, as JSON; "" where there is none."""
+def decoder_spec(tokenizer: Any) -> dict[str, Any]:
+    """How a fast tokenizer's decoder describes itself; empty where there is none."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    return decoder.__getstate__().decode() if decoder is not None else ""
+    return dict(json.loads(decoder.__getstate__())) if decoder is not None else {}
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on, in order."""
+def _latin_of_char() -> dict[int, int]:
+    """For str.translate: GPT-2's table, each character to the one whose Latin-1 code is the byte; others to none such.
+
+    Printable bytes stand for themselves, the others for characters from U+0100 on, in order.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return {byte: ord(REPLACEMENT) for byte in others} | {0x100 + i: byte for i, byte in enumerate(others)}

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.turboserve.api.conftest import Ask, Service, error_of, running
 from tests.turboserve.api.scripted import LIKELY, SCRIPTS, USAGE
@@ -16,7 +18,7 @@ from tests.turboserve.api.test_chat import events_of
 from turboserve.api.chat_request import Delivery
 from turboserve.api.completion_replies import summed_usage as summed_completions
 from turboserve.api.replies import ChatReplies, completion_usage, summed_usage, system_fingerprint
-from turboserve.messages import TextDelta
+from turboserve.messages import TextDelta, TokenLogprob
 
 ENDING = [name for name, script in SCRIPTS.items() if name in ("calls", "one_call", "thoughts", "likely", "burst")]
 
@@ -150,3 +152,19 @@ def test_a_chunk_of_plain_text_has_nothing_to_spare() -> None:
         "choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": None, "finish_reason": None}],
     }
     assert USAGE.completion_tokens == 3  # the fixture's, which the sums above rely on
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), name=st.text(st.characters(exclude_categories=["Cs"])))
+def test_chunks_of_text_alone_are_what_a_chunk_with_logprobs_is_beside_them(
+    include_usage: bool, text: str, name: str
+) -> None:
+    """These are put together from parts that were written once, the others written as a whole."""
+    replies = ChatReplies("r", name, Delivery(True, include_usage), name, num_choices=2)
+    for choice in range(2):
+        alone, beside = (
+            json.loads(replies.delta(choice, delta).removeprefix(b"data: "))
+            for delta in (TextDelta(text), TextDelta(text, (TokenLogprob("t", b"t", -1.0),)))
+        )
+        assert beside["choices"][0].pop("logprobs") and alone["choices"][0].pop("logprobs") is None
+        assert alone == beside and alone["choices"][0]["delta"] == {"content": text}

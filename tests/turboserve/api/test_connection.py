@@ -13,9 +13,11 @@ import time
 
 import httpx
 import pytest
+from starlette.types import Message
 from tests.turboserve.api.conftest import Service, connect_client, raw_request, read_all, running
 
 from turboserve.api.connection_watch import CountingTransport, ReaderWatch
+from turboserve.api.frontdoor import Visit
 from turboserve.api.http_server import bind
 from turboserve.settings import ModelEntry, Settings
 
@@ -212,6 +214,31 @@ def test_a_slow_but_steady_reader_is_served(service: Service) -> None:
             received += chunk
     # Longer than every deadline of this server, and yet complete.
     assert b"99 " in received and b"[DONE]" in received
+
+
+@pytest.mark.parametrize("num_answers", [1, 2])
+def test_tokens_are_written_past_the_layers_above(
+    monkeypatch: pytest.MonkeyPatch, service: Service, num_answers: int
+) -> None:
+    """Begin and end pass them; what lies between does not, and is there in order."""
+    passed = 0
+    send = Visit.send
+
+    async def counting(visit: Visit, message: Message) -> None:
+        nonlocal passed
+        passed += 1
+        await send(visit, message)
+
+    monkeypatch.setattr(Visit, "send", counting)
+    body = {"messages": [{"role": "user", "content": "burst"}], "stream": True, "n": num_answers}
+    texts = [""] * num_answers
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, trust_env=False) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == ["".join(f"{i} " for i in range(100))] * num_answers
+    assert passed <= 4 + 4 * num_answers
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.turboserve.api.scripted import USAGE
 from turboserve.api import mailbox as module
 from turboserve.api.mailbox import Mailbox
 from turboserve.errors import EngineFailureError
-from turboserve.messages import Event, Failed, Finished, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
+from turboserve.messages import Delta, Event, Failed, Finished, ReasoningDelta, TextDelta, TokenLogprob, ToolCallDelta
 
 
 async def drain(mailbox: Mailbox) -> tuple[str, Finished | Failed]:
@@ -191,6 +192,106 @@ def test_held_tokens_come_with_the_interval_and_once() -> None:
         assert num_events < len(words) * len(mailboxes) / 2
 
     asyncio.run(scenario())
+
+
+class Exit:
+    """An outlet that can be closed, or be broken."""
+
+    def __init__(self) -> None:
+        self.is_open, self.fault = True, ""
+        self.taken: list[Delta] = []
+
+    def take(self, delta: Delta) -> None:
+        if self.fault:
+            raise ValueError(self.fault)
+        self.taken.append(delta)
+
+
+async def _turns(num: int = 5) -> None:
+    for _ in range(num):
+        await asyncio.sleep(0)
+
+
+def test_an_open_outlet_takes_deltas_and_the_reader_sleeps_on_until_the_end() -> None:
+    async def scenario() -> None:
+        mailbox, outlet = Mailbox(), Exit()
+        mailbox.put(TextDelta("before"))
+        assert await mailbox.next(60, outlet) == TextDelta("before"), "what has come before the call is the reader's"
+        reading = asyncio.ensure_future(mailbox.next(60, outlet))
+        await _turns()
+        mailbox.put(TextDelta("a"))
+        await _turns()
+        for delta in (TextDelta("b"), TextDelta("c"), ReasoningDelta("d")):
+            mailbox.put(delta)
+        await _turns()
+        assert outlet.taken == [TextDelta("a"), TextDelta("bc"), ReasoningDelta("d")] and not reading.done()
+        outlet.is_open = False
+        mailbox.put(TextDelta("e"))
+        assert await reading == TextDelta("e")
+        reading = asyncio.ensure_future(mailbox.next(60, outlet))
+        await _turns()
+        outlet.is_open = True
+        mailbox.put(TextDelta("f"))
+        mailbox.put(Finished("stop", USAGE))
+        assert await reading == Finished("stop", USAGE) and outlet.taken[3:] == [TextDelta("f")]
+
+    asyncio.run(scenario())
+
+
+def test_what_an_outlet_raises_is_raised_to_the_reader() -> None:
+    async def scenario() -> None:
+        mailbox, outlet = Mailbox(), Exit()
+        reading = asyncio.ensure_future(mailbox.next(60, outlet))
+        await _turns()
+        outlet.fault = "broken"
+        mailbox.put(TextDelta("a"))
+        with pytest.raises(ValueError, match="broken"):
+            await reading
+
+    asyncio.run(scenario())
+
+
+def test_silence_is_noticed_behind_an_outlet_too() -> None:
+    async def scenario() -> None:
+        mailbox, outlet = Mailbox(), Exit()
+        reading = asyncio.ensure_future(mailbox.next(0.05, outlet))
+        await _turns()
+        mailbox.put(TextDelta("a"))
+        assert await reading is None and outlet.taken == [TextDelta("a")]
+
+    asyncio.run(scenario())
+
+
+class Timers(asyncio.SelectorEventLoop):
+    """An event loop that remembers when it is to call, in seconds from now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.due_s: list[float] = []
+
+    def call_at(self, *args: object, **options: object) -> asyncio.TimerHandle:
+        self.due_s.append(cast(float, args[0]) - self.time())
+        return super().call_at(*args, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_so_many_streams_that_wakings_would_grow_wait_longer(times: int) -> None:
+    interval_s = 3600.0
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Timers)
+        mailboxes = [Mailbox(interval_s) for _ in range(times * module.MANY_STREAMS)]
+        for _ in range(2):
+            for mailbox in mailboxes:
+                mailbox.put(TextDelta("x"))
+            await _turns()
+            assert [await mailbox.next() for mailbox in mailboxes] == [TextDelta("x")] * len(mailboxes)
+        (due_s,) = loop.due_s
+        assert (times - 1) * interval_s < due_s <= times * interval_s
+
+    with asyncio.Runner(loop_factory=Timers) as runner:
+        runner.run(scenario())
 
 
 async def _put_and_read(mailbox: Mailbox) -> Event | None:

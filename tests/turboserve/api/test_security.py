@@ -192,7 +192,8 @@ def test_the_router_alone_is_let_in_and_believed() -> None:
 
 
 def test_behind_a_router_requests_belong_to_the_callers_it_names() -> None:
-    app = create_app(ScriptedEngine(), Settings(), Telemetry(), router_key="shared")
+    engine = ScriptedEngine()
+    app = create_app(engine, Settings(), Telemetry(), router_key="shared")
 
     async def ask(path: str, **headers: str) -> httpx.Response:
         own = {name.decode(): value.decode() for name, value in ROUTER.items()} | headers
@@ -202,9 +203,12 @@ def test_behind_a_router_requests_belong_to_the_callers_it_names() -> None:
             await client.post("/v1/chat/completions", json=asked, headers=own)
             return await client.get(path, headers=own)
 
-    reply = asyncio.run(ask("/v1/models"))
-    assert (reply.status_code, reply.headers["x-request-id"]) == (200, "req-7")
-    assert app.state.context.engine.received[-1].tenant == "abc123"
-    refused = asyncio.run(ask("/v1/models", **{"x-turboserve-router-key": "no", "authorization": "Bearer shared"}))
-    assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
-    assert asyncio.run(ask("/health", **{"x-turboserve-router-key": "no"})).status_code == 200
+    try:
+        reply = asyncio.run(ask("/v1/models"))
+        assert (reply.status_code, reply.headers["x-request-id"]) == (200, "req-7")
+        assert engine.received[-1].tenant == "abc123"
+        refused = asyncio.run(ask("/v1/models", **{"x-turboserve-router-key": "no", "authorization": "Bearer shared"}))
+        assert (refused.status_code, error_of(refused)["code"]) == (401, "invalid_api_key")
+        assert asyncio.run(ask("/health", **{"x-turboserve-router-key": "no"})).status_code == 200
+    finally:
+        engine.close()

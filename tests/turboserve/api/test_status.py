@@ -9,6 +9,9 @@ import sys
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.turboserve.api.conftest import Ask, Service, error_of
 from tests.turboserve.api.scripted import MODEL_ID
@@ -16,7 +19,7 @@ from tests.turboserve.api.scripted import MODEL_ID
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.api.vllm_metrics import SAME
 from turboserve.messages import ConversationStats
-from turboserve.telemetry import Telemetry
+from turboserve.telemetry import INTER_TOKEN_BUCKETS_S, Telemetry
 
 
 def samples(page: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -129,7 +132,7 @@ def test_engine_calls_show_on_the_page() -> None:
     telemetry.request_failed("engine_failure")
     telemetry.request_refused("queue_full")
     telemetry.request_cancelled("prefill")
-    for observe in (telemetry.observe_ttft, telemetry.observe_inter_token, telemetry.observe_e2e):
+    for observe in (telemetry.observe_ttft, telemetry.observe_e2e):
         observe(0.02)
     telemetry.observe_queue_time(0.001)
     page = samples(telemetry.exposition().decode())
@@ -142,6 +145,24 @@ def test_engine_calls_show_on_the_page() -> None:
     assert page["turboserve_request_cancelled_total", (("stage", "prefill"),)] == 1
     assert page["turboserve_time_to_first_token_seconds_count", ()] == 1
     assert page["turboserve_request_queue_time_seconds_sum", ()] == pytest.approx(0.001)
+
+
+@given(st.lists(st.tuples(st.one_of(st.floats(0, 10), st.sampled_from(INTER_TOKEN_BUCKETS_S)), st.integers(1, 99))))
+def test_tokens_of_one_moment_are_counted_as_if_each_were_told(groups: list[tuple[float, int]]) -> None:
+    telemetry, registry = Telemetry(), CollectorRegistry()
+    name = "turboserve_inter_token_latency_seconds"
+    single = Histogram(
+        name, "Time between two tokens of one request.", buckets=INTER_TOKEN_BUCKETS_S, registry=registry
+    )
+    for seconds, num_requests in groups:
+        telemetry.observe_inter_token(seconds, num_requests)
+        for _ in range(num_requests):
+            single.observe(seconds)
+    ours = [line for line in telemetry.exposition().decode().splitlines() if name in line]
+    expected = generate_latest(registry).decode().splitlines()
+    assert [line for line in ours if "_sum" not in line] == [line for line in expected if "_sum" not in line]
+    sums = [float(line.split()[1]) for line in (*ours, *expected) if "_sum" in line]
+    assert sums[0] == pytest.approx(sums[1])
 
 
 def test_vllms_names_say_what_ours_say(ask: Ask, client: httpx.Client, service: Service) -> None:

@@ -19,7 +19,7 @@ def decode_bytes(ids: Sequence[int]) -> str:
 
 def stream(ids: Sequence[int], stops: Sequence[str] = ()) -> tuple[list[str], bool]:
     """The pieces a client would be sent, and whether a stop string ended them."""
-    text = TextStream(decode_bytes, stops)
+    text = TextStream(IncrementalDecoder(decode_bytes), stops)
     pieces: list[str] = []
     for token in ids:
         result = text.add(token)
@@ -114,7 +114,8 @@ def test_empty_stop_strings_stop_nothing() -> None:
 
 @given(alphabet, stop_lists)
 def test_the_stop_is_named_and_let_through_when_asked(text: str, stops: list[str]) -> None:
-    without, including = TextStream(decode_bytes, stops), TextStream(decode_bytes, stops, include_stop=True)
+    without = TextStream(IncrementalDecoder(decode_bytes), stops)
+    including = TextStream(IncrementalDecoder(decode_bytes), stops, include_stop=True)
     sent = [""] * 2
     for token in text.encode():
         results = without.add(token), including.add(token)
@@ -140,7 +141,7 @@ def test_logprobs_go_with_the_first_character_of_their_tokens_text(
     def decode(ids: Sequence[int]) -> str:
         return b"".join(tokens[i] for i in ids).decode("utf-8", errors="replace")
 
-    stream, sent, got = TextStream(decode, stops), "", list[int]()
+    stream, sent, got = TextStream(IncrementalDecoder(decode), stops), "", list[int]()
     begins_at = []  # characters that are complete before each token
     for i in range(len(tokens)):
         begins_at.append(len(b"".join(tokens[:i]).decode("utf-8", errors="ignore")))

@@ -7,8 +7,10 @@ from tests.turboserve.engine.tools.answers import CALLS, PING, WEATHER, deltas_o
 
 from turboserve.engine.answer_reader import MarkupReader
 from turboserve.engine.answers import decoder_of, reader_of, ruled
+from turboserve.engine.decoding import Decoding, all_of
 from turboserve.engine.readers import PlainReader
 from turboserve.engine.template import ChatTemplate, Prompt
+from turboserve.engine.token_texts import TokenTexts
 from turboserve.engine.tools.thinking import LastCallRule, ThinkingRule
 from turboserve.messages import Request, ToolUse
 
@@ -31,12 +33,13 @@ def test_special_markers_are_seen_by_the_reader_and_no_others() -> None:
         templates.MISTRAL + "[ARGS]", special=["[TOOL_CALLS]", "[ARGS]", "[CONTROL]"], parser="mistral"
     )
     markup = ChatTemplate(tokenizer).markup
+    decoding = Decoding(tokenizer, TokenTexts(tokenizer))
     ids = tokenizer.encode(f"So.[CONTROL] {CALLS['mistral']}", add_special_tokens=False)
 
     def answer(**options: object) -> str:
         request = Request("r", **options)  # type: ignore[arg-type]
         reader = reader_of(request, PROMPT, markup)
-        text = decoder_of(request, reader, tokenizer, markup)(ids)
+        text = all_of(decoder_of(request, reader, decoding, markup), ids)
         if isinstance(reader, MarkupReader):
             read = joined(deltas_of([text], reader))
             return f"{read.text} + {len(read.calls)}"
