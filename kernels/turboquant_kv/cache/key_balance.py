@@ -91,7 +91,7 @@ class KeyBalance:
         """factors: (H, D), positive."""
         self._factors = factors
         self._arrays: dict[tuple[mx.Dtype, int], tuple[mx.array, mx.array]] = {}
-        self._floats: dict[int, tuple[Floats, ...]] = {}
+        self._floats: dict[int, tuple[Floats, Floats]] = {}
 
     def to_store(self, step: LayerInput) -> LayerInput:
         """A layer's step with its keys multiplied and its queries divided."""
@@ -100,12 +100,16 @@ class KeyBalance:
 
     def floats_to_store(self, queries: Floats, keys: Floats) -> None:
         """The same in place, for queries (B, Hq, T, D) and keys (B, H, T, D) in NumPy's memory."""
-        num_q_heads = queries.shape[1]
+        of_keys, of_queries = self.factors_of(queries.shape[1])
+        keys *= of_keys[:, None]
+        queries *= of_queries[:, None]
+
+    def factors_of(self, num_q_heads: int) -> tuple[Floats, Floats]:
+        """What keys (H, D) and queries (Hq, D) are multiplied by, in NumPy's memory."""
         if num_q_heads not in self._floats:
-            self._floats[num_q_heads] = tuple(np.array(x) for x in self._of(mx.float32, num_q_heads))
-        of_keys, of_queries = self._floats[num_q_heads]
-        keys *= of_keys
-        queries *= of_queries
+            keys, queries = (np.ascontiguousarray(np.array(x)[:, 0]) for x in self._of(mx.float32, num_q_heads))
+            self._floats[num_q_heads] = keys, queries
+        return self._floats[num_q_heads]
 
     def keys_to_store(self, keys: mx.array) -> mx.array:
         """Keys (..., H, T, D) of the model as stores hold them."""

@@ -135,6 +135,25 @@ class CompressedCache(AttendingCache):
         current.done(layer)
         return out
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether a step's tokens may be written by `begin_step`'s caller, as float32 rows in NumPy's memory."""
+        shape, dims = self.source.shape, self.source.dims
+        if self.source.pool is None or shape is None or self._pending is not None:
+            return False
+        return self.source.pool.stores[self.source.layer].takes_floats and dims in (None, (shape.k_dim, shape.v_dim))
+
+    @property
+    @abstractmethod
+    def num_conversations(self) -> int:
+        """Rows of a step."""
+
+    def begin_step(self, num_new: int) -> BatchStep:
+        """This step of the layer's conversations, begun and not written, where `takes_tokens`. Raises as attention."""
+        pool, shape = self.source.pool, self.source.shape
+        assert pool is not None and shape is not None
+        return self._step(pool, shape, num_new)
+
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add keys (B, H, T, D) and values (B, H, T, Dv) without attending. Raises as attention does."""
         shape = stored_shape(_geometry(keys, values))
@@ -177,6 +196,10 @@ class TurboQuantKVCache(CompressedCache):
     def offset(self) -> int:
         """Tokens held, which is the next token's position."""
         return self._num_pending + (0 if self.sequence is None else len(self.sequence))
+
+    @property
+    def num_conversations(self) -> int:
+        return 1
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys (1, H, T, D) and values (1, H, T, Dv); returns just these."""
@@ -286,6 +309,14 @@ class BatchTurboQuantKVCache(CompressedCache, BatchRows):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As TurboQuantKVCache makes it, for all rows."""
         return super().make_mask(N, return_array, windows.window_to_ask(self.source.window, window_size, return_array))
+
+    @property
+    def num_conversations(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def takes_tokens(self) -> bool:
+        return super().takes_tokens and self._remaining is None and bool(self.sequences)
 
     def _positions(self) -> Positions:
         """Lengths without pending tokens; known from the last step unless a conversation was changed otherwise."""

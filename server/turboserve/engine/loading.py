@@ -46,6 +46,7 @@ from turboserve.engine.model_config import read_config, read_generation_config
 from turboserve.engine.model_folder import model_id_for, resolve_folder
 from turboserve.engine.native_blocks import NativeBlocks, install_native_blocks
 from turboserve.engine.native_linears import install_native_linears, native_bytes, native_candidates
+from turboserve.engine.native_model import install_native_model
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.sampling_defaults import chosen_defaults, described
@@ -297,7 +298,8 @@ def _native_blocks(model: Any, settings: Settings, ranks: Ranks) -> NativeBlocks
         return NativeBlocks(0, 0, "as set")
     if ranks.size > 1:
         return NativeBlocks(0, 0, "layers are divided among ranks")
-    return install_native_blocks(model)
+    blocks = install_native_blocks(model)
+    return replace(blocks, has_steps=blocks.num_native == blocks.num_layers > 0 and install_native_model(model))
 
 
 def _read_weights(model: Any, progress: Progress) -> None:

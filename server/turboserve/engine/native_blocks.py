@@ -9,6 +9,7 @@ whatever the cache says.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -18,6 +19,7 @@ import mlx.nn
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import KVCache
+from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from turboquant_kv.backends.native.block import BlockShape, NativeBlock, Norms
 from turboquant_kv.cache.layer_cache import CompressedCache
@@ -34,6 +36,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _FAR = 1000  # a position at which it shows which dims turn together
 _TRIED = ((2, 3, 0), (2, 1, 5))  # sequences, tokens and position of the steps that are compared
+_BY_POSITION = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)  # a position turns alike, whatever stands around it
+_SPAN, _MOST_SPANS = 64, 256  # positions that are asked for together, and how many such spans are kept: 4 MiB at D = 64
 _MOST_ERROR = 1e-3  # of the results' size; the products' own is a tenth of it
 
 
@@ -44,12 +48,14 @@ class NativeBlocks:
     num_native: int
     num_layers: int
     reason: str  # why the others are left to mlx-lm
+    has_steps: bool = False  # whether a step of one token a row is one call (native_model.py)
 
     def __str__(self) -> str:
         if not self.num_native:
             return f"by mlx-lm ({self.reason})"
         rest = f"; {self.reason}" if self.num_native < self.num_layers else ""
-        return f"{self.num_native} of {self.num_layers} by the CPU kernels, around attention{rest}"
+        steps = ", a token's step in one call" if self.has_steps else ""
+        return f"{self.num_native} of {self.num_layers} by the CPU kernels, around attention{rest}{steps}"
 
 
 class LayerCall:
@@ -82,6 +88,7 @@ class Turns:
         probe[(np.arange(num_pairs) * 2 + 1) if is_interleaved else np.arange(num_pairs, 2 * num_pairs)] = 0
         self._probe = mx.array(probe)
         self._latest: tuple[tuple[int | bytes, int], Floats] | None = None  # of which step, and the answer
+        self._spans: dict[int, Floats] = {}
 
     def of(self, offset: int | mx.array, num_tokens: int) -> Floats:
         """(1 or B, T, D) for tokens from these positions on: one number, or (B,) of them."""
@@ -94,6 +101,24 @@ class Turns:
         turn: Floats = np.array(turned.astype(mx.float32))[:, 0]
         self._latest = where, turn
         return turn
+
+    def rows(self, positions: Sequence[int]) -> Floats:
+        """(B, D) for one token at each of these positions."""
+        if type(self._rope) not in _BY_POSITION:
+            offset = positions[0] if len(positions) == 1 else mx.array(list(positions), dtype=mx.int32)
+            return self.of(offset, 1)[:, 0]
+        found = [self._span(position // _SPAN)[position % _SPAN] for position in positions]
+        return found[0][None] if len(found) == 1 else np.stack(found)
+
+    def _span(self, number: int) -> Floats:
+        """(_SPAN, D) for the positions from number * _SPAN on; the latest spans are kept."""
+        span = self._spans.pop(number, None)
+        if span is None:
+            span = self.of(number * _SPAN, _SPAN)[0]
+            if len(self._spans) >= _MOST_SPANS:
+                del self._spans[next(iter(self._spans))]
+        self._spans[number] = span  # the last one to be given up
+        return span
 
 
 def install_native_blocks(model: Module) -> NativeBlocks:

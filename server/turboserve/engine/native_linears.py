@@ -70,11 +70,7 @@ class NativeEmbedding(NativeLayer):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens (...) to their rows, (..., width) float32."""
-        rows = self._held["weight"][tokens]
-        if self._quantised is None:
-            return rows.astype(mx.float32)
-        scales, biases = (self._held[name][tokens].astype(mx.float32) for name in ("scales", "biases"))
-        return mx.dequantize(rows, scales, biases, self._quantised.group, self._quantised.bits)
+        return self.weights.look_up(tokens)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x (..., width) to (..., rows of the table) float32."""

@@ -41,7 +41,8 @@ class OwnPasses:
         self.model = model
 
     def fill(self, tokens: list[list[int]], caches: list[Any]) -> None:
-        self.model(mx.array(tokens), cache=caches)
+        fill_caches = getattr(self.model, "fill_caches", None)  # of a model whose head would compute at once
+        (fill_caches or self.model)(mx.array(tokens), cache=caches)
 
     def logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
         return forward(self.model, mx.array(tokens), batch, around)

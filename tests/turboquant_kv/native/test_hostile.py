@@ -35,7 +35,7 @@ def storage() -> Any:
 
 
 class Figures(NamedTuple):
-    """What the kernels are told of one sequence (module.cpp)."""
+    """What the kernels are told of one sequence (native_store.h)."""
 
     q_start: int = END - 1
     num_queries: int = 1

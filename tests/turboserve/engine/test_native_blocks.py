@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import gemma, llama, olmo2, qwen2, qwen3
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.rope_utils import initialize_rope
 
 from turboquant_kv.backends.native.backend import NativeStore, is_available
 from turboquant_kv.cache.runtime import KVRuntime
@@ -184,11 +185,28 @@ def test_turns_are_those_of_the_step(rng: np.random.Generator) -> None:
         assert np.abs(got - wanted(offset, num_tokens, batch)).max() < 1e-5
 
 
+def test_turns_by_position_are_those_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, whichever spans were asked before; a rotation that depends on the length is asked each time."""
+    monkeypatch.setattr(native_blocks, "_MOST_SPANS", 2)
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64}
+    kinds: list[dict[str, Any] | None] = [None, LLAMA3 | scaling, YARN, {"rope_type": "dynamic", "factor": 2.0}]
+    longrope = scaling | {"short_factor": [1.0] * 16, "long_factor": [2.0 + i for i in range(16)]}
+    for kind in (*kinds, longrope | {"rope_type": "longrope"}):
+        rope = initialize_rope(32, 10000.0, False, kind, 100)
+        turns, module = (native_blocks.Turns(rope, 32, 16, is_interleaved=False) for _ in range(2))
+        for position in (3, 70, 63, 64, 300, 5, 99, 100, 101):
+            assert np.array_equal(turns.rows([position]), module.of(position, 1)[:, 0])
+        if kind is None or kind["rope_type"] != "dynamic":  # which takes one length at a time
+            positions = [5, 300, 64, 5]
+            assert np.array_equal(turns.rows(positions), module.of(mx.array(positions), 1)[:, 0])
+            assert len(turns._spans) == 2
+
+
 def test_start_up_tells_of_layers_and_off_leaves_them() -> None:
     if mx.default_device() != mx.cpu:
         pytest.skip("a GPU computes by itself")
     cases: tuple[tuple[Literal["auto", "off"], str], ...] = (
-        ("auto", "8 of 8 by the CPU kernels, around attention"),
+        ("auto", "8 of 8 by the CPU kernels, around attention, a token's step in one call"),
         ("off", "by mlx-lm (as set)"),
     )
     for wanted, told in cases:

@@ -63,6 +63,7 @@ _PARTS = (
     "Store",
     "LinearWeights",
     "DecoderBlock",
+    "DecoderModel",
 )  # of the compiled module; a checkout may be newer than what was compiled
 ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
@@ -218,6 +219,10 @@ class NativeStore(NumpyRowStore):
         self.store.attend(queries, out, plan.figures, plan.page_ids, call.exact, call.scale, sinks, window, call.cap)
         return mx.array(self._kernels.as_bfloat16(out) if dtype == mx.bfloat16 else out)
 
+    def exact_arrays(self) -> tuple[Rows, Rows]:
+        """The layer's exact rows, keys (H, rows, D) and values (H, rows, Dv)."""
+        return self._rows.k, self._rows.v
+
     @property
     def takes_floats(self) -> bool:
         return bool(self.shape.dtype == mx.float32)
@@ -234,7 +239,7 @@ class NativeStore(NumpyRowStore):
 
 
 class NativeStepPlan(RowPlan):
-    """What the kernels are told of a step's sequences: figures (B, 9) int64 (module.cpp) and all their pages."""
+    """What the kernels are told of a step's sequences: figures (B, 9) int64 (native_store.h) and all their pages."""
 
     def __init__(self, rows: StepRows) -> None:
         super().__init__(rows, lambda places: places)

@@ -61,6 +61,11 @@ class NativeBlock:
         heads = shape.num_heads, shape.num_kv_heads, shape.num_pairs, shape.is_interleaved
         self._block: Any = kernels.DecoderBlock([w.held for w in linears], weights, eps, *heads)
 
+    @property
+    def held(self) -> Any:
+        """As the compiled module has it."""
+        return self._block
+
     def inputs(self, x: Floats, turn: Floats) -> tuple[Floats, Floats, Floats]:
         """Queries (B, Hq, T, D), keys (B, H, T, D) and values (B, H, T, Dv), turned, from x (B, T, W).
 

@@ -58,6 +58,13 @@ class NativeWeights:
     def num_in(self) -> int:
         return int(self._weights.num_in)
 
+    def look_up(self, ids: mx.array) -> mx.array:
+        """Rows of W, where it is a table of embeddings: ids (...) to (..., K) float32. Raises ValueError for others."""
+        flat = np.ascontiguousarray(np.asarray(ids), np.int64)
+        out = np.empty((*ids.shape, self._weights.num_in), np.float32)
+        self._weights.look_up(flat.reshape(-1), out.reshape(-1, self._weights.num_in))
+        return mx.array(out)
+
     def multiply(self, x: mx.array) -> mx.array:
         """x (..., K) to x W^T + bias, (..., N) float32. A row with a NaN or an infinity becomes NaN."""
         rows = np.ascontiguousarray(np.asarray(x.astype(mx.float32)))

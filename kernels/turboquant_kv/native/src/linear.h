@@ -19,6 +19,29 @@ TQ_INLINE F load_as(const void* p, std::size_t at, Dtype dtype) {
     return (F)(__builtin_convertvector(load<H>(words), U) << 16);
 }
 
+TQ_INLINE float float_at(const void* p, std::size_t at, Dtype dtype) {
+    if (dtype == Dtype::f32) return static_cast<const float*>(p)[at];
+    const std::uint16_t word = static_cast<const std::uint16_t*>(p)[at];
+    return dtype == Dtype::f16 ? half_to_float(word) : bf16_to_float(word);
+}
+
+// One row of W as it stands, (num_in,): what a table of embeddings is asked for.
+static void table_row(const Matrix& w, int n, float* out) {
+    const std::size_t start = std::size_t(n) * w.num_in;
+    if (w.bits == 0) {
+        for (int k = 0; k < w.num_in; k++) out[k] = float_at(w.floats, start + k, w.dtype);
+        return;
+    }
+    const std::uint8_t* codes = w.codes + start / 8 * w.bits;
+    const std::size_t groups = std::size_t(n) * w.num_groups();
+    for (int k = 0; k < w.num_in; k += 8) { // eight codes are as many bytes as a code has bits
+        std::uint64_t eight = 0;
+        std::memcpy(&eight, codes + std::size_t(k) / 8 * w.bits, w.bits);
+        const float scale = float_at(w.scales, groups + k / w.group, w.dtype), bias = float_at(w.biases, groups + k / w.group, w.dtype);
+        for (int i = 0; i < 8; i++) out[k + i] = scale * float(eight >> (i * w.bits) & ((1 << w.bits) - 1)) + bias;
+    }
+}
+
 #if defined(TQ_BYTE_PRODUCTS)
 #include "linear_bytes.h"
 #else
@@ -93,4 +116,4 @@ static void float_product(const Matrix& w, const float* x, int num_rows, int fir
     }
 }
 
-static const LinearTable kLinear = {round_row, product, float_product, product_scratch};
+static const LinearTable kLinear = {round_row, product, float_product, product_scratch, table_row};

@@ -56,6 +56,7 @@ struct LinearTable {
     void (*product)(const Matrix&, const Inputs&, int first, int last, Outputs, float* scratch);
     void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, Outputs);
     std::size_t (*product_scratch)(const Matrix&);
+    void (*table_row)(const Matrix&, int n, float* out); // (num_in,) float32
 };
 
 // The rest of a decoder layer (blocks.h), row by row.

@@ -16,6 +16,7 @@ void bind_linear(nb::module_& m) {
              nb::arg("group"), nb::arg("isa"))
         .def_prop_ro("num_out", &LinearWeights::num_out)
         .def_prop_ro("num_in", &LinearWeights::num_in)
+        .def("look_up", &LinearWeights::look_up, nb::arg("ids"), nb::arg("out"))
         .def("multiply", &LinearWeights::multiply, nb::arg("x"), nb::arg("y"));
 }
 

@@ -128,13 +128,46 @@ class LinearWeights {
         fed.set(from, num_rows, matrix_.num_in);
         fed.expect(matrix_);
         if (matrix_.bits) fed.each_row(level_->linear, [](int) {});
-        const FedRows& rows = fed; // of this thread, for the others
-        const int each = outputs_each(num_rows);
+        products(fed, to);
+    }
+
+    // All outputs of all rows, to (M, N), on the pool's threads.
+    void products(const FedRows& rows, float* to) const {
+        const int each = outputs_each(rows.num_rows());
         run_tasks((matrix_.num_out + each - 1) / each, [&](int task, int) {
             const int first = task * each, last = std::min(matrix_.num_out, first + each);
             product(rows, first, last, {to + first, std::size_t(matrix_.num_out), first});
         });
     }
+
+    // Rows of the matrix, where it is a table: ids (M,) int64 to out (M, K) float32.
+    void look_up(nanobind::handle ids, nanobind::handle out) const {
+        const View wanted(ids, "ids", 1), to(out, "out", 2, true);
+        const std::int64_t *id = expect_rows(wanted), count = wanted.shape(0);
+        to.expect_type("f", 4);
+        to.expect_shape({count, matrix_.num_in});
+        to.expect_dense();
+        auto* rows = static_cast<float*>(to.data());
+        nanobind::gil_scoped_release release;
+        const std::int64_t each = kTaskCost / matrix_.num_in + 1;
+        run_tasks(int((count + each - 1) / each), [&](int task, int) {
+            for (std::int64_t m = task * each; m < std::min(count, (task + 1) * each); m++) row(int(id[m]), rows + std::size_t(m) * matrix_.num_in);
+        });
+    }
+
+    // Ids (M,) int64 that are all of rows of the matrix.
+    const std::int64_t* expect_rows(const View& ids) const {
+        ids.expect_type("lq", 8);
+        ids.expect_dense();
+        if (ids.shape(0) > kMostWidth) ids.fail("are too many");
+        const auto* id = static_cast<const std::int64_t*>(ids.data());
+        for (std::int64_t m = 0; m < ids.shape(0); m++)
+            if (id[m] < 0 || id[m] >= matrix_.num_out) throw std::invalid_argument("row " + std::to_string(id[m]) + " is not among the table's " + std::to_string(matrix_.num_out));
+        return id;
+    }
+
+    // One row of the matrix, (K,) float32.
+    void row(int n, float* out) const { level_->linear.table_row(matrix_, n, out); }
 
     // Outputs [first, last) of all rows, on this thread.
     void product(const FedRows& x, int first, int last, Outputs to) const {

@@ -87,12 +87,6 @@ static TileFn tile_of(bool halves, int outputs, int rows) {
     return halves ? tile_of<true, kTileOut>(rows) : tile_of<false, kTileOut>(rows);
 }
 
-TQ_INLINE float float_at(const void* p, std::size_t at, Dtype dtype) {
-    if (dtype == Dtype::f32) return static_cast<const float*>(p)[at];
-    const std::uint16_t word = static_cast<const std::uint16_t*>(p)[at];
-    return dtype == Dtype::f16 ? half_to_float(word) : bf16_to_float(word);
-}
-
 // One output's scales or biases as a float for every block, zeros behind them.
 static void widen(const Matrix& w, const void* from, int output, float* to) {
     const int groups = w.num_groups(), repeat = w.group / w.block(), padded = w.padded_blocks();
