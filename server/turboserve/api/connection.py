@@ -72,7 +72,8 @@ class Connection(H11Protocol):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, with what ASGI's messages cannot do."""
-        scope["extensions"] = {BODY_WRITER: BodyWriter(self.cycle)}
+        if scope["http_version"] == "1.1":  # 1.0 knows no chunks
+            scope["extensions"] = {BODY_WRITER: BodyWriter(self.cycle)}
         await self._served(scope, receive, send)
 
     # Arrival: a request must be complete within the deadline.

@@ -284,6 +284,18 @@ def test_a_kept_connection_has_a_deadline_for_its_next_request_too(service: Serv
         assert read_all(sock).startswith(b"HTTP/1.1 408")
 
 
+def test_streams_of_http_1_0_come_without_chunks(service: Service) -> None:
+    """As nginx asks where nobody has told it to use 1.1: the end of the connection is the end of the body."""
+    with service.connect() as sock:
+        sock.sendall(raw_request(body_for("burst", stream=True)).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        head, _, body = read_all(sock).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"transfer-encoding" not in head.lower()
+    lines = [line for line in body.decode().split("\n") if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines[:-1]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "".join(f"{i} " for i in range(100))
+
+
 @pytest.mark.parametrize("version", [b"2.0", b"1.2", b"0.9", b"3.0"])
 def test_other_versions_of_http_are_refused(service: Service, version: bytes) -> None:
     with service.connect() as sock:
