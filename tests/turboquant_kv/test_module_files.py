@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from tests.turboquant_kv import small_models
+from tests.turboquant_kv.stand_in_nvrtc import stand_in
 
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
@@ -214,6 +215,53 @@ def test_processes_without_a_compiler_leave_modules_missing(tmp_path: Path, capf
     assert compile_in_processes([module()] * 3, Nowhere(), [tmp_path], 2, 60.0) == 0
     assert "cannot be loaded" in capfd.readouterr().err
     assert not [*tmp_path.glob("*.ptx")]
+
+
+@pytest.fixture(scope="module")
+def nvrtc(tmp_path_factory: pytest.TempPathFactory) -> Nvrtc:
+    return stand_in(tmp_path_factory.mktemp("nvrtc"))
+
+
+def test_the_compiler_gets_text_header_and_options_as_mlx_gives_them(nvrtc: Nvrtc) -> None:
+    made = module()
+    code, kernel = nvrtc(made)
+    lines = code.decode().split("\n")
+    assert lines[0] == f"{made.name}.cu:" and lines[1] == "mlx/backend/cuda/device/utils.cuh"
+    assert made.source.strip() in code.decode()
+    told = [line for line in lines if line.startswith("--")]
+    assert told == [
+        "--device-as-default-execution-space",
+        "--gpu-architecture=sm_90a",
+        "--include-path=/include",
+        "--include-path=/more",
+    ]
+    assert kernel == f"lowered {made.kernel}"
+    older = Nvrtc((8, 6), nvrtc.library, [])
+    assert b"--gpu-architecture=sm_86\n" in older(made)[0]
+
+
+def test_what_the_compiler_says_of_a_text_is_told(nvrtc: Nvrtc) -> None:
+    with pytest.raises(CompilationError, match=r"x.cu\(1\): error: #error as written"):
+        nvrtc(module(source="#error"))
+
+
+def test_processes_compile_a_share_each_into_all_folders(
+    nvrtc: Nvrtc, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    modules = [module(name=f"sum{i}") for i in range(5)]
+    broken = module(name="broken", source="#error")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert compile_in_processes([broken, *modules], nvrtc, folders, 2, 60.0) == 5
+    for folder in folders:
+        assert {path.stem for path in folder.glob("*.ptx")} == {one.name for one in modules}
+        assert path_in(folder, modules[4].name).read_bytes() == nvrtc(modules[4])[0]
+    assert broken.name in capfd.readouterr().err
+
+
+def test_a_process_that_takes_too_long_is_ended(nvrtc: Nvrtc, tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    assert compile_in_processes([module(source="#hang")], nvrtc, [tmp_path], 1, 0.5) == 0
+    assert 0.5 <= time.monotonic() - began_s < 60.0
 
 
 @pytest.mark.parametrize("fmt", ["4t/3t", "4/4", "8/4"])

@@ -76,6 +76,15 @@ def test_a_process_that_is_killed_ends_nothing_else(
     assert "(graphs) ended with status -9: the server compiles what is missing" in line
 
 
+def test_without_the_compiler_of_a_cuda_device_its_kernels_are_left_to_the_server(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        compilers = Compilers.start(replace(job(folder), capability=(9, 0)), [("kernels",)], tmp_path, WAIT_S)
+        compilers.wait(lambda line: None)
+    assert "not all of kernels is compiled ahead: CompilationError: MLX has loaded no NVRTC" in caplog.text
+
+
 def test_nobody_waits_for_kernels_of_a_process_that_was_killed(folder: Path, tmp_path: Path) -> None:
     compilers = Compilers.start(job(folder), [("kernels",), ("draws",)], tmp_path, WAIT_S)
     try:
