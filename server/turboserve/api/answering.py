@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from turboserve.api import tracing
 from turboserve.api.context import ApiContext
-from turboserve.api.mailbox import Mailbox
+from turboserve.api.mailbox import Mailbox, Outlet
 from turboserve.api.stream_body import BODY_WRITER, BodyWriter, StreamBody
 from turboserve.errors import TurboServeError
 from turboserve.messages import (
@@ -157,7 +157,7 @@ class AnswerResponse(Response):
 
     async def _whole(self, mailboxes: Sequence[Mailbox], scope: Scope, receive: Receive, send: Send) -> None:
         answers = [Answer() for _ in mailboxes]
-        async for choice, event in self._events(mailboxes):
+        async for choice, event in self._events(mailboxes, [_Collector(answer) for answer in answers]):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished):
@@ -179,7 +179,7 @@ class AnswerResponse(Response):
 
     async def _stream_to(self, mailboxes: Sequence[Mailbox], body: StreamBody) -> None:
         has_begun = False
-        outlets = [_Outlet(self._replies, i, body) for i in range(len(mailboxes))]
+        outlets = [_Written(self._replies, i, body) for i in range(len(mailboxes))]
         async for choice, event in self._events(mailboxes, outlets):
             if isinstance(event, Failed) and not has_begun:
                 raise event.error
@@ -200,22 +200,21 @@ class AnswerResponse(Response):
         return self._replies.delta(choice, event)
 
     async def _events(
-        self, mailboxes: Sequence[Mailbox], outlets: Sequence[_Outlet] | None = None
+        self, mailboxes: Sequence[Mailbox], outlets: Sequence[Outlet]
     ) -> AsyncIterator[tuple[int, Event | None]]:
         """Events of all answers as they come, None in silence, until the last has ended; after a Failed, nothing.
 
         outlets: of each answer. What they take is not among the events.
         """
-        exits: Sequence[_Outlet | None] = outlets or [None] * len(mailboxes)
         silence_s = self._context.keepalive_interval_s if self._is_stream else None
         if len(mailboxes) == 1:  # nearly always, and without a task for each token
             event = None
             while not isinstance(event, Finished | Failed):
-                event = await mailboxes[0].next(silence_s, exits[0])
+                event = await mailboxes[0].next(silence_s, outlets[0])
                 tracing.saw(event)
                 yield 0, event
             return
-        waiting = {asyncio.ensure_future(box.next(silence_s, exits[i])): i for i, box in enumerate(mailboxes)}
+        waiting = {asyncio.ensure_future(box.next(silence_s, outlets[i])): i for i, box in enumerate(mailboxes)}
         try:
             while waiting:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -226,7 +225,7 @@ class AnswerResponse(Response):
                     if isinstance(event, Failed):
                         return
                     if not isinstance(event, Finished):
-                        waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s, exits[choice]))] = choice
+                        waiting[asyncio.ensure_future(mailboxes[choice].next(silence_s, outlets[choice]))] = choice
         finally:
             await stop(*waiting)
 
@@ -235,7 +234,20 @@ class AnswerResponse(Response):
         return [(b"content-type", self._replies.media_type.encode()), *STREAM_HEADERS, *extra]
 
 
-class _Outlet:
+class _Collector:
+    """Implements mailbox.Outlet: deltas of an answer that is sent as a whole wake nobody, but for the first."""
+
+    __slots__ = ("_answer", "take")
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self.take = answer, answer.add
+
+    @property
+    def is_open(self) -> bool:
+        return self._answer.first_s is not None
+
+
+class _Written:
     """Implements mailbox.Outlet: one answer's deltas go from the mailbox to the connection in one call."""
 
     __slots__ = ("_body", "_choice", "_replies")

@@ -116,14 +116,18 @@ class MarkupReader:
     # --- states: each takes the text it can, and returns the rest for the next one
 
     def _read(self, text: str, out: list[Delta]) -> None:
-        steps = {
-            _State.TEXT: self._in_text,
-            _State.THINKING: self._in_thinking,
-            _State.CALL: self._in_call,
-            _State.AFTER: self._after_call,
-        }
         while text and not self.is_over:
-            text = steps[self._state](text, out)
+            state = (
+                self._state
+            )  # told by identity: there is one of these for each token, and hashing an Enum takes long
+            if state is _State.TEXT:
+                text = self._in_text(text, out)
+            elif state is _State.THINKING:
+                text = self._in_thinking(text, out)
+            elif state is _State.CALL:
+                text = self._in_call(text, out)
+            else:
+                text = self._after_call(text, out)
 
     def _in_thinking(self, text: str, out: list[Delta]) -> str:
         text, self._held = self._held + text, ""
@@ -342,6 +346,8 @@ class MarkupReader:
 
     def _attach(self, out: list[Delta]) -> None:
         """Logprobs go with the last text; those of what is no text are dropped, once that is known."""
+        if not self._logprobs:
+            return
         for index in reversed(range(len(out))):
             delta = out[index]
             if isinstance(delta, TextDelta):
@@ -376,6 +382,8 @@ def _with_blanks(text: str, num: int) -> int:
 def _beginning_len(text: str, marker: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `marker`."""
     longest = min(len(text), len(marker) - 1)
+    if longest <= 0 or marker[0] not in text[-longest:]:  # nearly always
+        return 0
     return next((num for num in range(longest, 0, -1) if marker.startswith(text[len(text) - num :])), 0)
 
 

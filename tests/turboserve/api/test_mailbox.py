@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from tests.turboserve.api.conftest import Ask
 from tests.turboserve.api.scripted import USAGE
 
 from turboserve.api import mailbox as module
@@ -260,6 +261,23 @@ def test_silence_is_noticed_behind_an_outlet_too() -> None:
         assert await reading is None and outlet.taken == [TextDelta("a")]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_wakes_its_task_for_its_beginning_and_its_end_alone(
+    monkeypatch: pytest.MonkeyPatch, ask: Ask, stream: bool
+) -> None:
+    num_asked = 0
+    whole = Mailbox.next
+
+    async def counting(mailbox: Mailbox, *args: Any) -> Event | None:
+        nonlocal num_asked
+        num_asked += 1
+        return await whole(mailbox, *args)
+
+    monkeypatch.setattr(Mailbox, "next", counting)
+    assert "99 " in ask("burst", stream=stream).text
+    assert num_asked == 2
 
 
 class Timers(asyncio.SelectorEventLoop):
