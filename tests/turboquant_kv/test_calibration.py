@@ -13,8 +13,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from tests.turboquant_kv import odd_models, small_models
 
-from turboquant_kv.cache import calibration
-from turboquant_kv.cache.calibration import Calibration, CalibrationFileError, calibrate, calibration_for
+from turboquant_kv.cache import calibration, key_guard
+from turboquant_kv.cache.calibration import (
+    CHECKED_TOKENS,
+    Calibration,
+    CalibrationFileError,
+    calibrate,
+    calibration_for,
+)
 
 nn: Any = mlx.nn  # whose stubs say too little
 WEIGHTS = "0123abcd"
@@ -99,6 +105,37 @@ def test_keys_are_looked_at_far_away_though_their_turn_is_not_understood(rng: np
     measured = calibrate(model, text)
     assert measured.origin.endswith("in 0 of 2 layers; keys measured from position 0, 8192 and 32768 on")
     assert measured.divergences[1]["4"] > 10 * measured.divergences[0]["4"]
+
+
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_far_positions_cost_a_few_tokens_each(is_turned: bool, rng: np.random.Generator) -> None:
+    """Where keys turn as they should, and where they do not turn at all; what is computed is what is read there."""
+    model, text = small_models.dense(), tokens(rng, 300)
+    if not is_turned:
+        model.layers[1].self_attn.rope_of_old = model.layers[1].self_attn.rope  # it has one and leaves it
+        model.layers[1].self_attn.rope = lambda x, offset=0: x
+    counted = CountingModel(model)
+    measured = calibrate(counted, text)
+    assert counted.num_tokens == 300 + key_guard.NUM_TOKENS + 2 * CHECKED_TOKENS
+    recorded = [key_guard.record(model, text, [0, 1], offset) for offset in key_guard.OFFSETS]
+    expected = key_guard.measure(recorded, measured.layers)
+    for i, by_codec in measured.divergences.items():
+        assert by_codec == pytest.approx(expected[i], rel=0.05, abs=1e-6)
+
+
+class CountingModel:
+    """A model that counts the tokens it reads."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.num_tokens = model, 0
+
+    def __call__(self, x: mx.array, cache: Any) -> mx.array:
+        self.num_tokens += x.size
+        read: mx.array = self.model(x, cache=cache)
+        return read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
 
 def test_positions_where_keys_are_no_numbers_are_left_out_and_told(rng: np.random.Generator) -> None:

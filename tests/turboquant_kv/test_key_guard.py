@@ -20,6 +20,7 @@ from turboquant_kv.cache.layer_cache import TurboQuantKVCache
 from turboquant_kv.cache.leaves import leaves, with_leaves
 from turboquant_kv.cache.model_runtimes import KVFamily
 from turboquant_kv.cache.probe import WindowedKVCache, window_of_ring
+from turboquant_kv.cache.rope_probe import learn_rotary
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
 from turboquant_kv.evaluation import Comparison, compare
@@ -189,6 +190,18 @@ def test_layers_are_given_what_they_are_given_anywhere(kind: str, rng: np.random
         seen = [np.where(given.hidden, 0, given.logits) for given in (near[i], far[i])]
         assert np.linalg.norm(seen[1] - seen[0]) < 1e-2 * np.linalg.norm(seen[0]), "scores do not know where they are"
         assert near[i].window == getattr(held[i], "window", 0)
+
+
+@pytest.mark.parametrize("offset", [4096, 32768])
+def test_what_a_layer_is_given_far_away_can_be_computed(offset: int, rng: np.random.Generator) -> None:
+    model, text = small_models.dense(), random_tokens(rng, 100)
+    rotaries = learn_rotary(model, {0: 64, 1: 64})
+    near, far = (key_guard.record(model, text, [0, 1], at) for at in (0, offset))
+    for i, rotary in rotaries.items():
+        moved = near[i].moved(rotary, offset)
+        assert moved.offset == offset
+        for computed, given in ((moved.keys, far[i].keys), (moved.queries, far[i].queries)):
+            assert np.linalg.norm(computed - given) < 5e-3 * np.linalg.norm(given)
 
 
 def test_keys_that_left_the_window_do_not_count(rng: np.random.Generator) -> None:

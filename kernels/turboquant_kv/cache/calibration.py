@@ -23,6 +23,7 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from numpy.typing import NDArray
 
 from turboquant_kv.backends.base import Means
 from turboquant_kv.cache import key_balance, key_guard
@@ -34,12 +35,17 @@ from turboquant_kv.codec.rotary import Rotary
 
 log = logging.getLogger(__name__)
 
+Recordings = Mapping[int, key_guard.Recorded]
+"""What layers were given, by place among the model's caches."""
+
 # Long enough for stable means (they moved KL by under 3% between 1K and 4K tokens of text), short enough for seconds.
 NUM_TOKENS = 1024
 CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
 FILE_VERSION = "6"
+# Read far from the beginning, to see whether keys turn as they should. Layers whose keys do need not be run there.
+CHECKED_TOKENS = 64
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -83,8 +89,10 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     dims = {i: c.keys.shape[3] for i, c in held.items()}
     measured = [i for i, dim in dims.items() if _can_be_stored(dim)]
     learnt = learn_rotary(model, {i: dims[i] for i in measured}, layer_numbers(caches))
-    recorded, tried = _recorded(model, tokens, measured)
-    rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so(recorded, i, rotary)}
+    near = key_guard.record(model, tokens, measured, key_guard.OFFSETS[0])
+    seen, tried = _seen_far(model, tokens, near)
+    rotaries = {i: rotary for i, rotary in learnt.items() if _turns_so([near, *seen.values()], i, rotary)}
+    recorded = [near, *(_given_at(model, tokens, near, rotaries, offset, seen[offset]) for offset in seen)]
     means = {i: _means_of(c, rotaries.get(i)) for i, c in held.items()}
     for i, rotary in rotaries.items():
         means[i] = _balanced(means[i], rotary, recorded[0][i])
@@ -94,31 +102,40 @@ def calibrate(model: Any, token_ids: list[int]) -> Calibration:
     return Calibration(means, origin, key_guard.measure(recorded, {i: means[i] for i in measured}))
 
 
-def _recorded(
-    model: Any, tokens: Sequence[int], places: Sequence[int]
-) -> tuple[list[dict[int, key_guard.Recorded]], str]:
-    """What layers are given at the beginning and, if the model can be there, far from it; and where that was, in words.
+def _seen_far(model: Any, tokens: Sequence[int], near: Recordings) -> tuple[dict[int, Recordings], str]:
+    """By offset, what the layers are given of CHECKED_TOKENS far from the beginning, if the model can be there.
 
-    Without a rope module nothing turns with position, and a table of learned positions has an end.
+    And where keys are known from, in words. Without a rope module nothing turns with position, and a table of learned
+    positions has an end.
     """
     first, *far = key_guard.OFFSETS
-    recorded, tried = [key_guard.record(model, tokens, places, first)], [first]
-    is_turning, failed = has_rope(model), []
+    is_turning = has_rope(model)
+    seen: dict[int, Recordings] = {}
     for offset in far if is_turning else ():
         try:
-            given = key_guard.record(model, tokens, places, offset)
+            given = key_guard.record(model, tokens, list(near), offset, CHECKED_TOKENS)
         except Exception:  # a table of positions that ends before
             log.debug("keys at %d are not measured", offset, exc_info=True)
             given = {}
-        if given.keys() == recorded[0].keys() and all(one.is_finite for one in given.values()):
-            recorded.append(given)
-            tried.append(offset)
-        else:
-            failed.append(offset)
-    told = f"keys measured from position {_listed(tried)} on"
+        if given.keys() == near.keys() and all(one.is_finite for one in given.values()):
+            seen[offset] = given
+    told = f"keys measured from position {_listed([first, *seen])} on"
     if not is_turning:
-        told += ", for no layer has a rope module"
-    return recorded, f"{told}, not from {_listed(failed)}, where they are no numbers" if failed else told
+        return seen, f"{told}, for no layer has a rope module"
+    failed = [offset for offset in far if offset not in seen]
+    return seen, f"{told}, not from {_listed(failed)}, where they are no numbers" if failed else told
+
+
+def _given_at(
+    model: Any, tokens: Sequence[int], near: Recordings, rotaries: Mapping[int, Rotary], offset: int, seen: Recordings
+) -> Recordings:
+    """What the layers are given far from the beginning: computed for those that turn so, read for the others.
+
+    Layers whose keys are the same there as near are measured once, near.
+    """
+    given = {i: one.moved(rotaries[i], offset) for i, one in near.items() if i in rotaries}
+    others = [i for i in near if i not in rotaries and not _same_keys(near[i].keys, seen[i].keys)]
+    return given | (key_guard.record(model, tokens, others, offset) if others else {})
 
 
 def _listed(offsets: Sequence[int]) -> str:
@@ -132,7 +149,7 @@ def _can_be_stored(head_dim: int) -> bool:
         return False
 
 
-def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, rotary: Rotary) -> bool:
+def _turns_so(recorded: Sequence[Recordings], layer: int, rotary: Rotary) -> bool:
     """Whether a layer's keys of the same text, near and far, are the same once turned back.
 
     They are not in layers that have a rope module and do not use it, or that turn keys in another way as well.
@@ -143,8 +160,14 @@ def _turns_so(recorded: Sequence[Mapping[int, key_guard.Recorded]], layer: int, 
             return False
         given = at_offset[layer]
         back.append(rotary.turned_back(given.keys, given.offset + np.arange(given.keys.shape[1])))
-    length = np.linalg.norm(back[0])
-    return len(back) > 1 and all(float(np.linalg.norm(other - back[0])) <= _SAME_KEYS * length for other in back[1:])
+    return len(back) > 1 and all(_same_keys(back[0], other) for other in back[1:])
+
+
+def _same_keys(keys: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> bool:
+    """Whether keys (H, T, D) are those of the same tokens, as many as there are of both."""
+    count = min(keys.shape[1], others.shape[1])
+    difference = np.linalg.norm(others[:, :count] - keys[:, :count])
+    return float(difference) <= _SAME_KEYS * float(np.linalg.norm(keys[:, :count]))
 
 
 def _means_of(cache: Any, rotary: Rotary | None) -> Means:

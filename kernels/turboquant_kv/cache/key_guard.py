@@ -35,7 +35,7 @@ from turboquant_kv.cache.probe import window_of_ring
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput
 from turboquant_kv.codec.format import KVFormat, stored_dim
 from turboquant_kv.codec.registry import codec_named
-from turboquant_kv.codec.rotary import BLOCK_TOKENS
+from turboquant_kv.codec.rotary import BLOCK_TOKENS, Rotary
 from turboquant_kv.codec.rotation import rotation_matrix
 
 # Key codecs by name, and what a layer over the limit gets instead.
@@ -71,6 +71,18 @@ class Recorded:
     def last(self, num_queries: int) -> Recorded:
         """The same with fewer queries."""
         return replace(self, queries=self.queries[:, -num_queries:])
+
+    def moved(self, rotary: Rotary, offset: int) -> Recorded:
+        """What a layer whose keys and queries turn so would have been given from `offset` on."""
+
+        def turned(x: Floats, first: int) -> Floats:
+            positions = first + np.arange(x.shape[1])
+            by = offset - self.offset
+            return rotary.turned(rotary.turned_back(x, positions), positions + by).astype(np.float32)
+
+        last = self.offset + self.keys.shape[1] - self.queries.shape[1]
+        keys, queries = turned(self.keys, self.offset), turned(self.queries, last)
+        return replace(self, offset=offset, keys=keys, queries=queries)
 
     @property
     def is_finite(self) -> bool:
@@ -114,8 +126,10 @@ def mean_rows(means: Means, given: Recorded, first: int) -> Floats:
     return np.repeat(blocks, BLOCK_TOKENS, axis=1)[:, :num_tokens]
 
 
-def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int) -> dict[int, Recorded]:
-    """Run the model over NUM_TOKENS tokens whose first stands at `offset`; what the named layers were given.
+def record(
+    model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int, num_tokens: int = NUM_TOKENS
+) -> dict[int, Recorded]:
+    """Run the model over the first of the tokens, which stands at `offset`, and more; what the named layers were given.
 
     Layers that do not attend through the seam are left out.
     """
@@ -125,7 +139,7 @@ def record(model: Any, tokens: Sequence[int], layers: Sequence[int], offset: int
         _Recorder(offset, window_of_ring(cache)) if i in layers and type(cache) in (KVCache, RotatingKVCache) else cache
         for i, cache in enumerate(leaves(empty))
     ]
-    model(mx.array([list(tokens[:NUM_TOKENS])]), cache=with_leaves(empty, caches))
+    model(mx.array([list(tokens[:num_tokens])]), cache=with_leaves(empty, caches))
     found = {}
     for i, cache in enumerate(caches):
         if isinstance(cache, _Recorder):
