@@ -40,14 +40,15 @@ def step_of(x: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
 @pytest.mark.usefixtures("isa")
 def test_mxfp4_products_are_those_of_the_reference_and_of_float32(rng: np.random.Generator) -> None:
     for num_out, num_in in ((1, 64), (7, 384), (66, 2112)):
-        dense = rng.standard_normal((num_out, num_in)) * np.exp(rng.normal(0, 3, (num_out, 1)))
-        codes, scales = mx.quantize(mx.array(dense), 32, 4, mode="mxfp4")
+        spread = rng.standard_normal((num_out, num_in)) * np.exp(rng.normal(0, 3, (num_out, 1)))
+        codes, scales, *_ = mx.quantize(mx.array(spread), 32, 4, mode="mxfp4")
         if num_out > 1:  # every code with every neighbour, and the smallest scale that is no zero's
             codes[0] = mx.array(np.frombuffer(rng.bytes(num_in // 2), np.uint32))
             scales[1, 0] = 1
         quantised = Quantised(scales, None, 4, 32)
         bias = mx.array(rng.standard_normal(num_out)) if num_out > 1 else None
-        weights, dense = NativeWeights(codes, quantised, bias), np.array(quantised.dense(codes))
+        weights = NativeWeights(codes, quantised, bias)
+        dense: np.ndarray[Any, Any] = np.array(quantised.dense(codes))
         added = 0 if bias is None else np.array(bias)
         for num_rows in (1, int(rng.integers(2, 9)), 37):
             x = random_rows(rng, num_rows, num_in)
