@@ -76,15 +76,15 @@ static void round_row(const float* x, int block, const Inputs& to, int row) {
         }
         const float largest = maximum(most), scale = largest / float(kInputLimit) + sum(total);
         const F inverse = splat(largest > 0.0f ? float(kInputLimit) / largest : 0.0f);
-        I codes_sum{};
+        U codes_sum{}; // codes of what is no number may be any
         for (int i = 0; i < block; i += LANES) {
             const I c = round_to_int(load<F>(from + i) * inverse);
-            codes_sum = codes_sum + c;
+            codes_sum += (U)c;
             to.pairs ? store_pair_inputs(codes, b * block + i, c) : store_inputs(codes, b * block + i, c);
         }
-        int all = 0;
+        std::uint32_t all = 0;
         for (int i = 0; i < LANES; i++) all += codes_sum[i];
-        scales[b] = scale, sums[b] = scale * float(all);
+        scales[b] = scale, sums[b] = scale * float(std::int32_t(all));
     }
     for (int b = num_blocks; b < to.padded_blocks; b++) scales[b] = sums[b] = 0.0f;
 }
