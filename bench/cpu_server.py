@@ -7,7 +7,7 @@
 Each figure is a median over rounds in which the servers are asked in turn, so that a ratio compares neighbours in time.
 --llama-cpp is a command, in which {port} stands for a free port, or the URL of a server that runs already, whose memory
 is not read then. mlx_lm.server is asked for short prompts only: on a CPU it takes minutes for others. Prompts begin
-differently each time, so that nobody reads them from a cache. Linux only.
+differently each time, so that nobody reads them from a cache. After --minutes no other round begins. Linux only.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="140,1500,8000", help="lengths of prompts of one stream")
     parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=30, help="after which no other round begins")
     parser.add_argument("--no-streams", action="store_true", help=f"leave out {STREAMS} streams at once")
     parser.add_argument("--context", type=int, default=9216, help="of our server; llama.cpp's is in its command")
     parser.add_argument("--kv-budget", default="1GiB")
@@ -157,8 +158,12 @@ def main() -> None:
         bench = Bench(running(args, stack), args.answer_tokens, random.Random())
         for name in bench.servers:
             bench.ask(name, bench.prompt(20))  # what is slower once
+        latest_s = time.monotonic() + 60 * args.minutes
         try:
             for i in range(args.rounds):
+                if i and time.monotonic() > latest_s:
+                    print(f"{args.minutes:g} minutes are over: medians of {i} rounds")
+                    break
                 for n in tokens:
                     if n <= 2000 or i < (args.rounds + 1) // 2:  # long prompts take most of the time
                         bench.one_stream(n)

@@ -18,7 +18,7 @@ import mlx.nn
 import numpy as np
 
 from turboquant_kv.backends.native.backend import isa_choice, load_kernels
-from turboquant_kv.backends.native.linear import BITS, GROUPS, UNIT, NativeWeights, Quantised
+from turboquant_kv.backends.native.linear import BITS, GROUPS, MXFP4, UNIT, NativeWeights, Quantised
 
 nn: Any = mlx.nn  # whose stubs say too little
 Module = Any  # one of its modules
@@ -130,7 +130,9 @@ def _replaceable(model: Module) -> Iterator[tuple[Module, str, Module]]:
 def _can_replace(child: Any) -> bool:
     kind = type(child)
     if kind in (nn.QuantizedLinear, nn.QuantizedEmbedding):
-        is_known = child.bits in BITS and child.group_size in GROUPS and getattr(child, "mode", "affine") == "affine"
+        mode, bits_and_group = getattr(child, "mode", "affine"), (child.bits, child.group_size)
+        is_known = mode == "affine" and child.bits in BITS and child.group_size in GROUPS
+        is_known = is_known or (mode == "mxfp4" and bits_and_group == MXFP4)
         width = child.weight.shape[-1] * 32 // child.bits
         return is_known and child.weight.ndim == 2 and width % UNIT == 0 and width % child.group_size == 0
     if kind in (nn.Linear, nn.Embedding):
@@ -146,7 +148,7 @@ def _is_embedding(child: Module) -> bool:
 def _quantised_of(child: Module) -> Quantised | None:
     if "scales" not in child:
         return None
-    return Quantised(child.scales, child.biases, child.bits, child.group_size)
+    return Quantised(child.scales, child.get("biases"), child.bits, child.group_size)
 
 
 def _weights_of(child: Module) -> NativeWeights:
@@ -154,6 +156,8 @@ def _weights_of(child: Module) -> NativeWeights:
 
 
 def _kind(child: Module) -> str:
+    if "scales" in child and child.get("biases") is None:
+        return "mxfp4"
     if "scales" in child:
         return f"{child.bits}-bit, groups of {child.group_size}, {child.scales.dtype}"
     return str(child.weight.dtype).removeprefix("mlx.core.")
@@ -163,8 +167,7 @@ def _is_right(child: Module) -> bool:
     """Whether the kernels' product is MLX's own, but for rounding."""
     weight, quantised = child.weight, _quantised_of(child)
     if quantised is not None:
-        scales, biases = quantised.scales.astype(mx.float32), quantised.biases.astype(mx.float32)
-        weight = mx.dequantize(weight, scales, biases, quantised.group, quantised.bits)
+        weight = quantised.dense(weight)
     x = mx.random.normal((_TRIED_ROWS, weight.shape[1]), key=mx.random.key(0))
     wanted = x @ weight.astype(mx.float32).T
     if "bias" in child:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn
 import numpy as np
+import numpy.typing as npt
 from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.native.backend import NativeStore
@@ -38,11 +39,11 @@ class ModelCall:
     def __init__(self, decoder: NativeDecoder, layers: Sequence[LayerCall]) -> None:
         self._decoder, self._layers = decoder, list(layers)
 
-    def step(self, tokens: mx.array, caches: Sequence[Any]) -> mx.array | None:
-        """Logits (B, 1, N) after tokens (B, 1); None, and nothing is done, where it is no single call."""
+    def step(self, ids: npt.NDArray[np.int64], caches: Sequence[Any]) -> Floats | None:
+        """Logits (B, N) after tokens (B,); None, and nothing is done, where it is no single call."""
         if len(caches) != len(self._layers):
             return None
-        step = begin_token(caches, tokens.shape[0])
+        step = begin_token(caches, len(ids))
         if step is None:
             return None
         try:
@@ -54,13 +55,12 @@ class ModelCall:
                     turned[call.turns] = call.turns.rows(step.positions)
                 factors = None if balance is None else balance.factors_of(call.block.shape.num_heads)
                 layers.append(LayerToken(store, turned[call.turns], call.scale, factors))
-            ids = np.asarray(tokens).astype(np.int64).reshape(-1)
-            logits = mx.array(self._decoder.step(ids, step.plan, layers))
+            logits = self._decoder.step(ids, step.plan, layers)
         except BaseException:
             step.undo()
             raise
         step.done()
-        return logits[:, None]
+        return logits
 
 
 def install_native_model(model: Any) -> bool:
@@ -95,16 +95,22 @@ def _native_class(cls: type[Any]) -> type[Any]:
 
     def call(self: Any, inputs: mx.array, cache: Any = None, **more: Any) -> mx.array:
         if cache is not None and not more and inputs.ndim == 2 and inputs.shape[1] == 1:
-            logits: mx.array | None = self._native.step(inputs, cache)
+            logits = self._native.step(np.asarray(inputs).astype(np.int64).reshape(-1), cache)
             if logits is not None:
-                return logits
+                return mx.array(logits[:, None])
         return cast(mx.array, cls.__call__(self, inputs, cache, **more))
 
     def fill_caches(self: Any, inputs: mx.array, cache: Any) -> None:
         """Append tokens (B, T) to caches; of a head that computes at once, nobody wants the logits."""
         self.model(inputs, cache)
 
-    own = {"__call__": call, "fill_caches": fill_caches, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    def token_logits(self: Any, ids: Sequence[int], cache: Any) -> mx.array | None:
+        """(B, N) after one token of each row, computed already: MLX's thread is not woken. None as `ModelCall.step`."""
+        logits = self._native.step(np.array(ids, np.int64), cache)
+        return None if logits is None else mx.array(logits)
+
+    own: dict[str, Any] = {"__call__": call, "fill_caches": fill_caches, "token_logits": token_logits}
+    own |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), own)
 
 

@@ -25,6 +25,10 @@ class Passes(Protocol):
         """(B, T, V) after each of tokens (B, T). around: as `rows_apart.forward` has it."""
         ...
 
+    def token_logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
+        """(B, V) after one token of each row, tokens (B, 1)."""
+        ...
+
     def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
         """(B, 1, V) after tokens (B, 1) that were drawn on the device and are not read yet."""
         ...
@@ -46,6 +50,15 @@ class OwnPasses:
 
     def logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
         return forward(self.model, mx.array(tokens), batch, around)
+
+    def token_logits(self, tokens: list[list[int]], batch: list[Any], around: Around) -> mx.array:
+        of_kernels = getattr(self.model, "token_logits", None)  # of a model whose steps are one call
+        if of_kernels is not None:
+            with around(range(len(tokens))):
+                found: mx.array | None = of_kernels([row[0] for row in tokens], batch)
+            if found is not None:
+                return found
+        return self.logits(tokens, batch, around)[:, -1, :]
 
     def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
         return forward(self.model, tokens, batch, around)

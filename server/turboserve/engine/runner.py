@@ -538,9 +538,11 @@ class Runner:
         """
         if self.graphs is not None and self._may_keep_graph(rows):
             logits = self.graphs.forward(mx.array(tokens), caches)
+        elif last_only and len(tokens[0]) == 1:
+            logits = self._passes.token_logits(tokens, caches, self._adapted(rows))
         else:
             logits = self._passes.logits(tokens, caches, self._adapted(rows))
-        if last_only:
+        if last_only and logits.ndim == 3:
             logits = logits[:, -1, :]
         masks = None
         try:

@@ -16,7 +16,7 @@ sums over the vocabulary. Tokens up to one step (0.27%) below the last one that 
 kept; 16-bit logits are coarser than that.
 
 Rows that do not need a part of this do not pay for it: greedy rows take an argmax, penalties have counts only for rows
-that have penalties.
+that have penalties. On a CPU the native kernels draw what bias, penalties and masks leave (native_draw.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from turboserve.engine.native_draw import NativeDraw
 from turboserve.engine.weighted_draw import (
     MASKED,
     draw_weighted,
@@ -167,16 +168,20 @@ class BatchSampler:
             adjusted = adjusted.at[early].add(MASKED)
         if mask is not None and mask.size:
             adjusted = _masked(adjusted, mask, masked)
-        best = mx.argmax(adjusted, axis=-1, keepdims=True)  # (B, 1)
-        best_logit = mx.take_along_axis(adjusted, best, axis=-1)
-        has_nan = mx.sum(raw != raw, axis=-1) > 0
         numbers = random_numbers(plan.seeds, self._places)
-        tokens = plan.draw(adjusted, best, best_logit, numbers)
+        if plan.native is not None:
+            tokens, is_broken = plan.native.draw(adjusted, numbers)
+            if adjusted is not raw:  # a mask may hide a NaN
+                is_broken = is_broken | _has_nan(raw)
+        else:
+            best = mx.argmax(adjusted, axis=-1, keepdims=True)  # (B, 1)
+            best_logit = mx.take_along_axis(adjusted, best, axis=-1)
+            tokens = plan.draw(adjusted, best, best_logit, numbers)
+            is_broken = _has_nan(raw) | ~(mx.abs(best_logit[:, 0]) < float("inf"))
         self._places = self._places + np.uint64(1)
         if self._counts is not None:
             drawn = tokens[plan.penalised]
             self._counts = self._counts.at[mx.arange(drawn.size), drawn].add(1.0)
-        is_broken = has_nan | ~(mx.abs(best_logit[:, 0]) < float("inf"))
         return Draws(tokens, is_broken, self._logprobs(raw, tokens, plan) if plan.asking else None)
 
     def _logprobs(self, raw: mx.array, tokens: mx.array, plan: _Plan) -> Logprobs:
@@ -216,6 +221,7 @@ class _Plan:
 
     def __init__(self, rows: Sequence[RowSampling]) -> None:
         self.seeds = np.array([row.seed for row in rows], np.uint64)
+        self.native = NativeDraw.of([row.params for row in rows], rows[0].vocab_len, MIN_TEMPERATURE)
         self.bias = _bias_arrays(rows)
         self.asking = _where(rows, lambda row: row.num_top is not None)
         self.num_top = [rows[i].num_top or 0 for i in self.asking]
@@ -297,6 +303,11 @@ class _Part:
             before = mx.cumsum(weights, axis=-1) - weights
             weights = weights * (before < needed_for(weights, self.top_p))
         return mx.take_along_axis(ids, find(weights, number), axis=-1)
+
+
+def _has_nan(logits: mx.array) -> mx.array:
+    """(B,) bool of (B, V)."""
+    return mx.sum(logits != logits, axis=-1) > 0
 
 
 def _masked(logits: mx.array, mask: mx.array, masked: Sequence[int] | None) -> mx.array:

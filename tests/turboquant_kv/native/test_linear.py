@@ -37,13 +37,59 @@ def step_of(x: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
     return np.repeat(largest / 32512, block, axis=-1)
 
 
+@pytest.mark.usefixtures("isa")
+def test_mxfp4_products_are_those_of_the_reference_and_of_float32(rng: np.random.Generator) -> None:
+    for num_out, num_in in ((1, 64), (7, 384), (66, 2112)):
+        spread = rng.standard_normal((num_out, num_in)) * np.exp(rng.normal(0, 3, (num_out, 1)))
+        codes, scales, *_ = mx.quantize(mx.array(spread), 32, 4, mode="mxfp4")
+        if num_out > 1:  # every code with every neighbour, and the smallest scale that is no zero's
+            codes[0] = mx.array(np.frombuffer(rng.bytes(num_in // 2), np.uint32))
+            scales[1, 0] = 1
+        quantised = Quantised(scales, None, 4, 32)
+        bias = mx.array(rng.standard_normal(num_out)) if num_out > 1 else None
+        weights = NativeWeights(codes, quantised, bias)
+        dense: np.ndarray[Any, Any] = np.array(quantised.dense(codes))
+        added = 0 if bias is None else np.array(bias)
+        for num_rows in (1, int(rng.integers(2, 9)), 37):
+            x = random_rows(rng, num_rows, num_in)
+            got = np.array(weights.multiply(mx.array(x)))
+            # Codes are moved by 12 of their 24 steps, so terms are up to three times as large as the weights.
+            steps, summing = step_of(x, 32), 6e-6 * (np.abs(x) @ np.abs(dense).T + np.abs(added)) + 1e-6 * np.abs(got)
+            flips = 2 * steps.max(-1, keepdims=True) * np.abs(dense).max()
+            assert (np.abs(got - reference_product(x, dense, 32) - added) <= flips + summing).all()
+            alone = np.array(weights.multiply(mx.array(x[:1])))
+            assert np.array_equal(alone, got[:1])
+        table = np.array(weights.look_up(mx.arange(num_out)))
+        assert np.abs(table - dense).max() <= 1e-37
+
+
+@pytest.mark.parametrize("bits", [*BITS, 0])
+@pytest.mark.usefixtures("isa")
+def test_rows_of_tables_are_those_of_mlx(bits: int, rng: np.random.Generator) -> None:
+    """Of quantised ones, and of floats (0)."""
+    for group in GROUPS:
+        dtype = FLOATS[int(rng.integers(1, len(FLOATS)))]
+        weight = mx.array(rng.standard_normal((9, 384))).astype(dtype)
+        quantised = None
+        if bits:
+            weight, scales, biases = mx.quantize(weight, group, bits)
+            quantised = Quantised(scales, biases, bits, group)
+        dense = np.array(weight.astype(mx.float32) if quantised is None else quantised.dense(weight))
+        weights, ids = NativeWeights(weight, quantised), rng.integers(0, 9, (2, 3))
+        assert np.allclose(np.array(weights.look_up(mx.array(ids))), dense[ids], rtol=0, atol=1e-6)
+        for bad in (-1, 9, 1 << 40):
+            with pytest.raises(ValueError, match=f"row {bad} is not among the table's 9"):
+                weights.look_up(mx.array([0, bad], dtype=mx.int64))
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.usefixtures("isa")
 def test_quantised_products_are_those_of_the_reference_and_of_float32(
     bits: int, group: int, rng: np.random.Generator
 ) -> None:
-    for num_out, num_in in ((1, 128), (7, 384), (66, 2304)):
+    odd = [] if group > 64 else [(5, 64), (6, 576), (4, 2112)]  # units without another
+    for num_out, num_in in ((1, 128), (7, 384), (66, 2304), *odd):
         dtype = FLOATS[int(rng.integers(len(FLOATS)))]
         stored = mx.quantize(mx.array(rng.standard_normal((num_out, num_in))).astype(dtype), group, bits)
         codes, scales, biases = stored

@@ -1,8 +1,9 @@
 """Products with a linear layer's weights as MLX stores them, by the CPU kernels (docs/cpu.md).
 
 Inputs are rounded to 16 bits, with a scale for every block of 64 (32 where the weights' groups are that small), so that
-a product is made of integers: y = x W^T with W = scale * code + bias per group. Floats of 16 bits are widened in
-registers and multiplied as float32. `reference_product` is the same in NumPy, to be read and compared with.
+a product is made of integers: y = x W^T with W = scale * code + bias per group. mxfp4's numbers are
+whole ones, moved and halved, so they are products of integers too. Floats of 16 bits are widened in registers and
+multiplied as float32. `reference_product` is the same in NumPy, to be read and compared with.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+MXFP4 = (4, 32)  # its bits and group
 UNIT = 64  # inputs that are unpacked together; a layer has a multiple of it
 _LEVELS = 32512  # of a rounded input, to either side of zero (linear_jobs.h)
 
@@ -41,7 +43,7 @@ class NativeWeights:
         if quantised is None:
             self._weights: Any = kernels.LinearWeights(None, None, None, weight, offset, 0, 0, isa)
         else:
-            mx.eval(quantised.scales, quantised.biases)
+            mx.eval([a for a in (quantised.scales, quantised.biases) if a is not None])
             parts = (weight, quantised.scales, quantised.biases, None, offset)
             self._weights = kernels.LinearWeights(*parts, quantised.bits, quantised.group, isa)
 
@@ -77,10 +79,25 @@ class NativeWeights:
 
 
 class Quantised:
-    """What MLX's affine quantisation keeps beside the codes: scales and biases (N, K / group) of one float type."""
+    """What MLX's quantisation keeps beside the codes.
 
-    def __init__(self, scales: mx.array, biases: mx.array, bits: int, group: int) -> None:
+    Affine: scales and biases (N, K / group) of one float type. mxfp4: scales (N, K / 32) uint8 and no biases.
+    """
+
+    def __init__(self, scales: mx.array, biases: mx.array | None, bits: int, group: int) -> None:
         self.scales, self.biases, self.bits, self.group = scales, biases, bits, group
+
+    @property
+    def mode(self) -> str:
+        """As MLX calls it."""
+        return "mxfp4" if self.biases is None else "affine"
+
+    def dense(self, codes: mx.array) -> mx.array:
+        """W (N, K) float32, by MLX."""
+        if self.biases is None:
+            return mx.dequantize(codes, self.scales, None, self.group, self.bits, mode=self.mode, dtype=mx.float32)
+        scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        return mx.dequantize(codes, scales, biases, self.group, self.bits)
 
 
 def reference_product(x: Floats, weight: Floats, block: int) -> Floats:

@@ -141,3 +141,4 @@ TQ_INLINE float maximum(F x) {
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+#define TQ_VECTOR_REGISTER "x"

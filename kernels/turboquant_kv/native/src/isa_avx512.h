@@ -88,16 +88,52 @@ template <int Bits> struct Unpacking { // each eight codes are Bits bytes: a lan
         return {_mm512_load_si512(table.data()), _mm512_load_si512(table.data() + 64), _mm512_set1_epi8(char((1 << Bits) - 1))};
     }
     inline Codes unit(const std::uint8_t* p) const {
-        if constexpr (Bits == 8) return _mm512_loadu_si512(p);
-        const __m512i raw = Bits == 4 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p))
-                                      : _mm512_maskz_loadu_epi8((std::uint64_t(1) << (8 * Bits % 64)) - 1, p);
+        const __m512i raw = _mm512_maskz_loadu_epi8((std::uint64_t(1) << (8 * Bits % 64)) - 1, p);
         return _mm512_and_si512(_mm512_multishift_epi64_epi8(skipped, _mm512_permutexvar_epi8(places, raw)), mask);
     }
 };
+TQ_INLINE Codes load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 TQ_INLINE void store_codes(Codes c, std::uint8_t* p) { _mm512_storeu_si512(p, c); }
 TQ_INLINE I dot_unit(Codes c, const std::int16_t* inputs) {
     const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(inputs));
     return (I)_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), c, _mm512_loadu_si512(inputs + 32));
+}
+// Two units of 4-bit codes: a register of the even ones and one of the odd ones, the first unit in the lower lanes of both.
+// Two masks and a shift unpack 128 codes, and both units' sums are widened and scaled together. Of a pair's inputs first come
+// the high bytes of the even ones, then their low bytes, then those of the odd ones.
+struct PairCodes { __m512i even, odd; };
+TQ_INLINE PairCodes unpacked_pair(__m512i raw) {
+    const __m512i low = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(raw, low), _mm512_and_si512(_mm512_srli_epi16(raw, 4), low)};
+}
+TQ_INLINE PairCodes packed_pair(const std::uint8_t* p) { return unpacked_pair(_mm512_loadu_si512(p)); }
+TQ_INLINE PairCodes packed_half(const std::uint8_t* p) { return unpacked_pair(_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p))); }
+TQ_INLINE PairCodes stored_pair(const std::uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)}; }
+TQ_INLINE PairCodes fp4_pair(PairCodes c) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kFp4));
+    return {_mm512_shuffle_epi8(table, c.even), _mm512_shuffle_epi8(table, c.odd)};
+}
+TQ_INLINE void store_pair(PairCodes c, std::uint8_t* p) { _mm512_storeu_si512(p, c.even), _mm512_storeu_si512(p + 64, c.odd); }
+TQ_INLINE I dot_pair(PairCodes c, const std::int16_t* inputs) {
+    const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), c.even, _mm512_loadu_si512(inputs)), c.odd,
+                                             _mm512_loadu_si512(inputs + 64));
+    return (I)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), c.even, _mm512_loadu_si512(inputs + 32)), c.odd,
+                                  _mm512_loadu_si512(inputs + 96));
+}
+TQ_INLINE void store_pair_inputs(std::int16_t* row, int at, I c) {
+    auto* p = reinterpret_cast<std::uint8_t*>(row + at / 128 * 128) + at % 128 / 64 * 32 + at % 64 / 2;
+    const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m128i high = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)((c + 128) >> 8)), split);
+    const __m128i low = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)c), split);
+    _mm_storel_epi64((__m128i*)p, high);
+    _mm_storel_epi64((__m128i*)(p + 64), low);
+    _mm_storel_epi64((__m128i*)(p + 128), _mm_unpackhi_epi64(high, high));
+    _mm_storel_epi64((__m128i*)(p + 192), _mm_unpackhi_epi64(low, low));
+}
+// Four blocks' factors, each for a quarter of the lanes.
+TQ_INLINE F splat_quarters(const float* four) {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (F)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(four)));
 }
 // Up to 16 of a matrix's scales or biases, zeros behind them.
 TQ_INLINE F load_floats(const void* p, std::size_t at, int count, Dtype dtype) {
@@ -106,6 +142,11 @@ TQ_INLINE F load_floats(const void* p, std::size_t at, int count, Dtype dtype) {
     const __m256i words = _mm256_maskz_loadu_epi16(mask, static_cast<const std::uint16_t*>(p) + at);
     if (dtype == Dtype::f16) return (F)_mm512_cvtph_ps(words);
     return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+// Powers of two from up to 16 exponents, a byte each, zeros behind them. An exponent of 0 counts as nothing.
+TQ_INLINE F load_exponents(const void* p, std::size_t at, int count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1u << count) - 1), static_cast<const std::uint8_t*>(p) + at);
+    return (F)_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
 }
 // The lower eight, each twice.
 TQ_INLINE F twice_each(F x) {
@@ -144,4 +185,5 @@ struct FloatLut {
 TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return (F)_mm512_permutex2var_ps((__m512)lut.low, (__m512i)index, (__m512)lut.high); }
 TQ_INLINE F gather(const float* book, I index) { return (F)_mm512_i32gather_ps((__m512i)index, book, 4); }
 TQ_INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
+#define TQ_VECTOR_REGISTER "v"
 TQ_INLINE float maximum(F x) { return _mm512_reduce_max_ps((__m512)x); }

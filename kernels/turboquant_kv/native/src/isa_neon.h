@@ -116,3 +116,4 @@ struct FloatLut {
 TQ_INLINE F look_up_float(const FloatLut& lut, I index) { return gather(lut.book, index); }
 TQ_INLINE float sum(F x) { return vaddvq_f32((float32x4_t)x); }
 TQ_INLINE float maximum(F x) { return vmaxvq_f32((float32x4_t)x); }
+#define TQ_VECTOR_REGISTER "w"

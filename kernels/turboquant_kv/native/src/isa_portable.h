@@ -98,3 +98,10 @@ TQ_INLINE float maximum(F x) {
     for (int i = 1; i < LANES; i++) best = fmax1(best, x[i]);
     return best;
 }
+#if defined(__x86_64__)
+#define TQ_VECTOR_REGISTER "x"
+#elif defined(__aarch64__)
+#define TQ_VECTOR_REGISTER "w"
+#else
+#define TQ_VECTOR_REGISTER "m"
+#endif

@@ -1,7 +1,8 @@
-// The work orders that module.cpp checks and the kernels trust: every pointer and index here is already proven.
+// The work orders that native_store.h checks and the kernels trust: every pointer and index here is already proven.
 #pragma once
 #include <vector>
 
+#include "draw_jobs.h"
 #include "linear_jobs.h"
 #include "store.h"
 
@@ -78,6 +79,7 @@ struct KernelTable {
     void (*unrotate_rows)(const Side&, Centre, float* rows, int num_rows); // and add what was subtracted
     LinearTable linear;
     BlockTable blocks;
+    DrawTable draw;
 };
 
 const KernelTable* avx512_kernels(); // null where the compiler or architecture has none, or the build left it out

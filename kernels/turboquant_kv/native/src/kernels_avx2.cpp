@@ -21,6 +21,7 @@ namespace tq::avx2_level {
 #include "encode.h"
 #include "linear.h"
 #include "blocks.h"
+#include "draw.h"
 #include "level.h"
 } // namespace tq::avx2_level
 

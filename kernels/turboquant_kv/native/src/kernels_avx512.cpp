@@ -22,6 +22,7 @@ namespace tq::avx512_level {
 #include "encode.h"
 #include "linear.h"
 #include "blocks.h"
+#include "draw.h"
 #include "level.h"
 } // namespace tq::avx512_level
 

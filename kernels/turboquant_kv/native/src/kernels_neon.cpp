@@ -21,6 +21,7 @@ namespace tq::neon_level {
 #include "encode.h"
 #include "linear.h"
 #include "blocks.h"
+#include "draw.h"
 #include "level.h"
 } // namespace tq::neon_level
 

@@ -17,6 +17,7 @@ namespace tq::portable_level {
 #include "encode.h"
 #include "linear.h"
 #include "blocks.h"
+#include "draw.h"
 #include "level.h"
 } // namespace tq::portable_level
 

@@ -3,5 +3,5 @@
 static const KernelTable kTable = {
     kName, kKeyLow, kKeyHigh, kValueLow, kValueHigh, LANES, decode_segment, merge_segments, decode_scratch, partial_floats,
     prefill, prefill_scratch, encode_page, decode_page, to_canonical, from_canonical, unrotate_rows,
-    kLinear, kBlocks,
+    kLinear, kBlocks, kDraw,
 };

@@ -25,6 +25,14 @@ TQ_INLINE float float_at(const void* p, std::size_t at, Dtype dtype) {
     return dtype == Dtype::f16 ? half_to_float(word) : bf16_to_float(word);
 }
 
+// A power of two from its exponent with the bias of a float32.
+TQ_INLINE float exponent_to_float(std::uint8_t exponent) {
+    const std::uint32_t bits = std::uint32_t(exponent) << 23;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
 // One row of W as it stands, (num_in,): what a table of embeddings is asked for.
 static void table_row(const Matrix& w, int n, float* out) {
     const std::size_t start = std::size_t(n) * w.num_in;
@@ -37,6 +45,11 @@ static void table_row(const Matrix& w, int n, float* out) {
     for (int k = 0; k < w.num_in; k += 8) { // eight codes are as many bytes as a code has bits
         std::uint64_t eight = 0;
         std::memcpy(&eight, codes + std::size_t(k) / 8 * w.bits, w.bits);
+        if (w.is_mxfp4) {
+            const float scale = exponent_to_float(static_cast<const std::uint8_t*>(w.scales)[groups + k / w.group]) * 0.5f;
+            for (int i = 0; i < 8; i++) out[k + i] = scale * (float(kFp4[eight >> (4 * i) & 15]) - kFp4Zero);
+            continue;
+        }
         const float scale = float_at(w.scales, groups + k / w.group, w.dtype), bias = float_at(w.biases, groups + k / w.group, w.dtype);
         for (int i = 0; i < 8; i++) out[k + i] = scale * float(eight >> (i * w.bits) & ((1 << w.bits) - 1)) + bias;
     }
@@ -50,7 +63,7 @@ static void table_row(const Matrix& w, int n, float* out) {
 
 // Rounded to 16 bits, block by block, to the nearest of equal steps between minus and plus the block's largest.
 static void round_row(const float* x, int block, const Inputs& to, int row) {
-    std::int16_t* codes = to.codes + std::size_t(row) * to.num_in;
+    std::int16_t* codes = to.codes + std::size_t(row) * to.row_codes();
     float *scales = to.scales + std::size_t(row) * to.padded_blocks, *sums = to.sums + std::size_t(row) * to.padded_blocks;
     const int num_blocks = to.num_in / block;
     for (int b = 0; b < num_blocks; b++) {
@@ -63,15 +76,15 @@ static void round_row(const float* x, int block, const Inputs& to, int row) {
         }
         const float largest = maximum(most), scale = largest / float(kInputLimit) + sum(total);
         const F inverse = splat(largest > 0.0f ? float(kInputLimit) / largest : 0.0f);
-        I codes_sum{};
+        U codes_sum{}; // codes of what is no number may be any
         for (int i = 0; i < block; i += LANES) {
             const I c = round_to_int(load<F>(from + i) * inverse);
-            codes_sum = codes_sum + c;
-            store_inputs(codes, b * block + i, c);
+            codes_sum += (U)c;
+            to.pairs ? store_pair_inputs(codes, b * block + i, c) : store_inputs(codes, b * block + i, c);
         }
-        int all = 0;
+        std::uint32_t all = 0;
         for (int i = 0; i < LANES; i++) all += codes_sum[i];
-        scales[b] = scale, sums[b] = scale * float(all);
+        scales[b] = scale, sums[b] = scale * float(std::int32_t(all));
     }
     for (int b = num_blocks; b < to.padded_blocks; b++) scales[b] = sums[b] = 0.0f;
 }
@@ -116,4 +129,4 @@ static void float_product(const Matrix& w, const float* x, int num_rows, int fir
     }
 }
 
-static const LinearTable kLinear = {round_row, product, float_product, product_scratch, table_row};
+static const LinearTable kLinear = {kPairs, round_row, product, float_product, product_scratch, table_row};

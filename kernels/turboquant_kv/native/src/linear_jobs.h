@@ -1,7 +1,8 @@
 // Products of a linear layer on the CPU, y = x W^T: what linear_module.cpp checks and the kernels trust.
 //
 // Weights stay as MLX stores them: rows of `bits`-bit codes, one little-endian bit stream a row, and an affine scale and
-// bias for every `group` inputs, w = scale * code + bias. Inputs are rounded to 16 bits, with a scale for every block of
+// bias for every `group` inputs, w = scale * code + bias. Codes of mxfp4 name one of 16 numbers instead, doubled and moved
+// they are whole ones from 0 to 24 (kFp4), and a scale is a byte, the exponent of a power of two. Inputs are rounded to 16 bits, with a scale for every block of
 // them, so that a block's product is an integer dot product: y = sum over blocks of s_w s_x (c_w . c_x) + b_w s_x sum(c_x).
 // Eight bits would be a third faster for long prompts and no faster for a token, but cost 1% of perplexity.
 #pragma once
@@ -14,6 +15,8 @@ enum class Dtype;
 
 constexpr int kUnit = 64;  // inputs that are unpacked together; the number of inputs is a multiple of it
 constexpr int kInputLimit = 32512; // of a rounded input: both of its bytes are signed then
+constexpr std::uint8_t kFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; // w = scale * (kFp4[code] - 12) / 2
+constexpr float kFp4Zero = 12.0f;
 constexpr int kMostBlocks = 16; // padding of a row's blocks, in floats: the widest register
 
 // W (num_out, num_in).
@@ -26,6 +29,8 @@ struct Matrix {
     const void* floats = nullptr;          // (num_out, num_in) of `dtype`, where bits is 0
     Dtype dtype{};
     const float* offset = nullptr;         // (num_out,) added to every product, or null
+    bool is_mxfp4 = false;                 // scales are exponents, and there are no biases
+    bool pairs = false;                    // whether its level takes inputs by pairs of units (Inputs)
 
     int block() const { return group < kUnit ? group : kUnit; }
     int num_groups() const { return num_in / group; }
@@ -36,8 +41,11 @@ struct Matrix {
 // Rows of x, rounded: x[m][i] is about scales[m][i / block] * codes[m][i]. A row with a NaN or an infinity has NaN scales.
 struct Inputs {
     int num_rows = 0, num_in = 0, padded_blocks = 0;
-    std::int16_t* codes = nullptr;         // (num_rows, num_in), a unit's in the order of its level
+    bool pairs = false;                    // rows are pairs of units, of each the even inputs before the odd ones
+    std::int16_t* codes = nullptr;         // (num_rows, row_codes()), a unit's in the order of its level
     float *scales = nullptr, *sums = nullptr; // (num_rows, padded_blocks), zeros behind the blocks; sums: scale * sum of codes
+
+    std::size_t row_codes() const { return pairs ? std::size_t(num_in + kUnit) / (2 * kUnit) * (2 * kUnit) : num_in; }
 };
 
 // Where products go: of row m and output n to data[m * stride + n - first].
@@ -51,6 +59,8 @@ struct Outputs {
 
 // One instruction-set level's kernels.
 struct LinearTable {
+    bool pairs; // of 4-bit codes
+
     void (*round_row)(const float* x, int block, const Inputs& to, int row);
     // Outputs [first, last) of all rows; scratch of product_scratch() floats.
     void (*product)(const Matrix&, const Inputs&, int first, int last, Outputs, float* scratch);

@@ -16,7 +16,8 @@ namespace tq {
 
 constexpr std::int64_t kMostWidth = std::int64_t(1) << 24;
 constexpr int kTaskOutputs = 64;        // outputs of a task, at most
-constexpr std::int64_t kTaskCost = 1 << 16; // multiplications below which a second thread does not pay
+constexpr std::int64_t kTaskCost = 1 << 14; // multiplications of a task, at least: about a microsecond
+constexpr int kTasksEach = 8;           // of a thread, about: the last ones of two threads end at nearly the same time
 
 // Rows that matrices are to multiply, in the forms that these take: as they are, or rounded in blocks. Memory is kept for
 // the next rows.
@@ -31,14 +32,15 @@ class FedRows {
     // Before `round`.
     void expect(const Matrix& w) {
         if (w.bits == 0) return;
-        Form& form = forms_[w.block() == kUnit];
+        Form& form = forms_[form_of(w)];
         if (form.is_wanted) return;
         form.is_wanted = true;
-        const std::size_t codes = std::size_t(num_rows_) * num_in_, blocks = std::size_t(num_rows_) * w.padded_blocks();
+        form.inputs.num_rows = num_rows_, form.inputs.num_in = num_in_, form.inputs.padded_blocks = w.padded_blocks();
+        form.inputs.pairs = w.pairs;
+        const std::size_t codes = std::size_t(num_rows_) * form.inputs.row_codes(), blocks = std::size_t(num_rows_) * w.padded_blocks();
         if (form.codes.size() < codes) form.codes.resize(codes);
         if (form.floats.size() < 2 * blocks) form.floats.resize(2 * blocks);
         form.block = w.block();
-        form.inputs.num_rows = num_rows_, form.inputs.num_in = num_in_, form.inputs.padded_blocks = w.padded_blocks();
         form.inputs.codes = form.codes.data(), form.inputs.scales = form.floats.data(), form.inputs.sums = form.floats.data() + blocks;
     }
 
@@ -52,7 +54,7 @@ class FedRows {
     int num_tasks() const { return (num_rows_ + rows_each() - 1) / rows_each(); }
     int num_rows() const { return num_rows_; }
     const float* rows() const { return rows_; }
-    const Inputs& inputs(const Matrix& w) const { return forms_[w.block() == kUnit].inputs; }
+    const Inputs& inputs(const Matrix& w) const { return forms_[form_of(w)].inputs; }
 
     // prepare(m), which may write the row, then its rounding, for each row m; on several threads if there are many.
     template <class Prepare> void each_row(const LinearTable& kernels, const Prepare& prepare) const {
@@ -65,6 +67,8 @@ class FedRows {
     }
 
   private:
+    static int form_of(const Matrix& w) { return (w.block() == kUnit) + 2 * w.pairs; }
+
     struct Form {
         bool is_wanted = false;
         int block = 0;
@@ -74,7 +78,7 @@ class FedRows {
     };
     const float* rows_ = nullptr;
     int num_rows_ = 0, num_in_ = 0;
-    Form forms_[2]; // blocks of 32 and of 64
+    Form forms_[4]; // blocks of 32 and of 64, units one by one and in pairs
 };
 
 // At least so many floats of this thread's own, the same ones in each call with the same Place.
@@ -87,7 +91,8 @@ template <int Place> float* scratch_floats(std::size_t count) {
 class LinearWeights {
   public:
     LinearWeights(const LinearWeights&) = delete;
-    // codes (N, K * bits / 32) uint32, scales and biases (N, K / group) of one float type; or codes None and floats (N, K).
+    // codes (N, K * bits / 32) uint32, scales and biases (N, K / group) of one float type, or biases None and scales uint8, for
+    // mxfp4; or codes None and floats (N, K).
     LinearWeights(nanobind::handle codes, nanobind::handle scales, nanobind::handle biases, nanobind::handle floats, nanobind::handle offset, int bits, int group, const std::string& isa)
         : level_(find_level(isa)) {
         if (floats.is_none()) {
@@ -179,7 +184,7 @@ class LinearWeights {
     // Outputs of a task: each weight is read once, by one thread.
     int outputs_each(int num_rows) const {
         const std::int64_t row_cost = std::int64_t(num_rows) * matrix_.num_in;
-        const std::int64_t shared = (matrix_.num_out + 4 * num_threads() - 1) / (4 * num_threads()); // a few tasks for each thread
+        const std::int64_t shared = (matrix_.num_out + kTasksEach * num_threads() - 1) / (kTasksEach * num_threads());
         const std::int64_t wanted = std::max(std::min<std::int64_t>(shared, kTaskOutputs), kTaskCost / row_cost + 1);
         return int(std::min<std::int64_t>((wanted + 3) / 4 * 4, matrix_.num_out));
     }
@@ -203,20 +208,25 @@ class LinearWeights {
     void set_codes(nanobind::handle codes, nanobind::handle scales, nanobind::handle biases, int bits, int group) {
         if (bits < 2 || bits > 8 || bits == 7) throw std::invalid_argument("bits of weights are 2, 3, 4, 5, 6 or 8");
         if (group != 32 && group != 64 && group != 128) throw std::invalid_argument("groups of weights are 32, 64 or 128 inputs");
-        const View &c = hold(codes, "codes", 2), &s = hold(scales, "scales", 2), &b = hold(biases, "biases", 2);
+        matrix_.is_mxfp4 = biases.is_none();
+        if (matrix_.is_mxfp4 && (bits != 4 || group != 32)) throw std::invalid_argument("weights without biases have 4 bits and groups of 32");
+        const View &c = hold(codes, "codes", 2), &s = hold(scales, "scales", 2);
         c.expect_type("IL", 4);
         c.expect_dense();
         if (c.shape(1) * 32 % bits) c.fail("hold no whole number of inputs");
         set_shape(c.shape(0), c.shape(1) * 32 / bits);
         if (matrix_.num_in % group) throw std::invalid_argument("inputs are no multiple of the group");
-        matrix_.bits = bits, matrix_.group = group, matrix_.dtype = s.dtype();
-        for (const View* view : {&s, &b}) {
-            view->expect_shape({matrix_.num_out, matrix_.num_groups()});
-            view->expect_dense();
-            if (view->dtype() != matrix_.dtype) view->fail("have another type than the scales");
-        }
+        matrix_.bits = bits, matrix_.group = group, matrix_.pairs = bits == 4 && level_->linear.pairs;
+        s.expect_shape({matrix_.num_out, matrix_.num_groups()});
+        s.expect_dense();
         matrix_.codes = static_cast<const std::uint8_t*>(c.data());
-        matrix_.scales = s.data(), matrix_.biases = b.data();
+        matrix_.scales = s.data();
+        if (matrix_.is_mxfp4) return s.expect_type("B", 1);
+        const View& b = hold(biases, "biases", 2);
+        b.expect_shape({matrix_.num_out, matrix_.num_groups()});
+        b.expect_dense();
+        matrix_.dtype = s.dtype(), matrix_.biases = b.data();
+        if (b.dtype() != matrix_.dtype) b.fail("have another type than the scales");
     }
 
     const KernelTable* level_;

@@ -1,5 +1,7 @@
 // Products of codes and inputs as 16-bit words, for levels whose byte products would saturate or are missing; see linear.h.
 
+constexpr bool kPairs = false;
+TQ_INLINE void store_pair_inputs(std::int16_t*, int, I) {}
 TQ_INLINE void store_inputs(std::int16_t* row, int at, I c) { store_to(row + at, __builtin_convertvector(c, H)); }
 
 // Codes of 64 neighbouring inputs as words.
@@ -98,6 +100,15 @@ static void widen(const Matrix& w, const void* from, int output, float* to) {
     for (; b < padded; b++) to[b] = 0.0f;
 }
 
+// The same of exponents, w = scale * kFp4[code] + bias.
+static void widen_exponents(const Matrix& w, int output, float* scales, float* biases) {
+    const auto* exponents = static_cast<const std::uint8_t*>(w.scales) + std::size_t(output) * w.num_groups();
+    for (int b = 0; b < w.padded_blocks(); b++) {
+        scales[b] = b < w.num_blocks() ? exponent_to_float(exponents[b]) * 0.5f : 0.0f;
+        biases[b] = scales[b] * -kFp4Zero;
+    }
+}
+
 // In floats: words, scales and biases of a tile's outputs.
 static std::size_t product_scratch(const Matrix& w) { return std::size_t(kTileOut) * (w.num_in / 2 + 2 * w.padded_blocks()); }
 
@@ -110,6 +121,11 @@ static void product(const Matrix& w, const Inputs& x, int first, int last, Outpu
         const int outputs = last - n >= kTileOut ? kTileOut : 1;
         for (int i = 0; i < outputs; i++) {
             unpack(w.codes + (n + i) * row_bytes, w.num_in / kUnit, words + std::size_t(i) * w.num_in);
+            if (w.is_mxfp4) {
+                for (int k = i * w.num_in; k < (i + 1) * w.num_in; k++) words[k] = kFp4[words[k]];
+                widen_exponents(w, n + i, scales + i * padded, biases + i * padded);
+                continue;
+            }
             widen(w, w.scales, n + i, scales + i * padded);
             widen(w, w.biases, n + i, biases + i * padded);
         }

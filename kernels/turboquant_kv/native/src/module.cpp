@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "block_module.h"
+#include "draw_module.h"
 #include "linear_module.h"
 #include "native_store.h"
 
@@ -55,6 +56,7 @@ NB_MODULE(_kernels, m) {
     m.def("num_threads", &tq::num_threads);
     tq::bind_linear(m);
     tq::bind_blocks(m);
+    tq::bind_draw(m);
     nb::class_<NativeStore>(m, "Store")
         .def(nb::init<int, int, int, const std::string&, const std::string&>(), nb::arg("heads"), nb::arg("page_tokens"), nb::arg("sink_tokens"),
              nb::arg("scale"), nb::arg("isa"))

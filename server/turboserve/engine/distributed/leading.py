@@ -206,6 +206,9 @@ class LeadingPasses:
         with self._lead.doing("logits", self._lead.number_of(batch), tokens):
             return forward(self._model, mx.array(tokens), batch)
 
+    def token_logits(self, tokens: list[list[int]], batch: Caches, around: Around | None = None) -> mx.array:
+        return self.logits(tokens, batch, around)[:, -1, :]
+
     def logits_of_drawn(self, tokens: mx.array, batch: Caches, around: Around | None = None) -> mx.array:
         """The others get the tokens from this rank's device, without waiting for the host to read them."""
         with self._lead.doing("logits_of_drawn", self._lead.number_of(batch), tokens.shape[0]):
