@@ -104,7 +104,8 @@ def test_pages_may_have_another_length(backend: str, length: int, rng: np.random
     model = small_models.dense()
     tokens, more = random_tokens(rng, length), random_tokens(rng, 20)
     family = KVFamily(model, backend=backend, calibration=calibrate(model, random_tokens(rng, 200)))
-    assert [family.runtime(name).fmt.page_tokens for name in ("4t/3t", "3t/2t")] == [96, 128]
+    formats = [family.runtime(name).fmt for name in ("4t/3t", "3t/2t")]
+    assert [fmt and fmt.page_tokens for fmt in formats] == [96, 128]
     truth = logits_of(model, held(family, model, "f16", tokens), more, [])
     caches = held(family, model, "4t/3t", tokens)
     smaller = family.convert(caches, "4t/3t", "3t/2t")

@@ -185,7 +185,7 @@ def _joined(rows: Sequence[Any]) -> Any:
     """Rows (H, n, D) of a backend, one behind the other."""
     if len(rows) == 1:
         return rows[0]
-    return mx.concatenate(rows, axis=1) if isinstance(rows[0], mx.array) else np.concatenate(rows, axis=1)
+    return mx.concatenate(list(rows), axis=1) if isinstance(rows[0], mx.array) else np.concatenate(rows, axis=1)
 
 
 def _zeros_like(rows: Any, num_rows: int) -> Any:

@@ -10,11 +10,19 @@ from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
-from turboserve.engine.ahead.start import CompiledStart
 from turboserve.engine.passes import Passes
+from turboserve.engine.progress import Progress
 from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import FormatQuality, SamplingParams
+
+
+class CompiledAhead(Protocol):
+    """What a start compiles for the device, beside loading and by itself (ahead/start.py)."""
+
+    def finish(self, progress: Progress, warmed_s: float) -> None:
+        """The server is warm: tell how much it had to compile by itself."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,4 +115,4 @@ class EngineParts:
     quality: tuple[FormatQuality, ...] = ()  # what was measured of formats on this model
     passes: Passes | None = None  # through a model divided among ranks; None: this process has all of it
     divided: DividedRun | None = None
-    compiled: CompiledStart | None = None  # what this start compiles; None: MLX keeps nothing compiled here
+    compiled: CompiledAhead | None = None  # what this start compiles; None: MLX keeps nothing compiled here

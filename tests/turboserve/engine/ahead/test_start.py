@@ -13,7 +13,7 @@ import pytest
 
 from turboserve.engine.ahead import start
 from turboserve.engine.ahead.compilers import MARKS, Compilers
-from turboserve.engine.ahead.start import Compiling, begin, compiling_device
+from turboserve.engine.ahead.start import CompiledStart, Compiling, begin, compiling_device
 from turboserve.engine.loading import build_parts
 from turboserve.errors import StartupError
 from turboserve.machine_memory import MemoryInfo
@@ -47,7 +47,7 @@ def test_a_start_compiles_beside_loading_and_the_next_one_does_not(folder: Path,
     (modules / "kept.ptx").write_bytes(b"code")
     settings, lines = settings_for(folder, tmp_path), list[str]()
     parts = build_parts(settings, lines.append)
-    assert parts.compiled is not None and parts.compiled.compilers is None
+    assert isinstance(parts.compiled, CompiledStart) and parts.compiled.compilers is None
     told = [line for line in lines if line.startswith("kernels")]
     assert told[0] == f"kernels      being compiled in {CORES // 2} processes beside loading"
     assert told[1].startswith(f"kernels      0 modules compiled in {CORES // 2} processes beside loading: ")
