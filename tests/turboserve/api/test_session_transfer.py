@@ -13,7 +13,7 @@ import pytest
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
 
 from turboserve.api.transfers import MAX_TRANSFERS, MAX_TRANSFERS_OF_ONE, SESSION_TYPE, Transfers
-from turboserve.cache.disk.session_file import FIRST_BYTES, head_bytes
+from turboserve.cache.disk.session_file import FIRST_BYTES, SessionFile, head_bytes
 from turboserve.errors import OverloadedError
 
 TYPE = {"Content-Type": SESSION_TYPE}
@@ -145,6 +145,40 @@ def test_so_many_transfers_run_at_once_and_those_who_leave_make_room(service: Se
             sock.close()
         until(lambda: client.get("/v1/sessions/x/export").status_code == 404)
     assert not service.engine.imported
+
+
+def test_an_export_that_nobody_reads_any_more_ends(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its pieces are made no further, nothing is warned of, and its place is free."""
+    made: list[int] = []
+    slices = SessionFile.slices
+
+    def counted(file: SessionFile) -> Iterator[memoryview]:
+        for piece in slices(file):
+            made.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(SessionFile, "slices", counted)
+    service.engine.add("", "mine")
+    with connect_client(service) as client:
+        num_bytes = len(client.get("/v1/sessions/mine/export").content)
+        assert sum(made) == num_bytes
+        made.clear()
+        leaving = [service.connect(receive_buffer_bytes=4096) for _ in range(MAX_TRANSFERS_OF_ONE)]
+        for sock in leaving:
+            lines = ["GET /v1/sessions/mine/export HTTP/1.1", f"Host: 127.0.0.1:{service.port}", "", ""]
+            sock.sendall("\r\n".join(lines).encode())
+            assert sock.recv(12) == b"HTTP/1.1 200"
+        assert client.get("/v1/sessions/mine/export").status_code == 503
+        caplog.clear()
+        for sock in leaving:
+            sock.close()
+        until(lambda: client.get("/v1/sessions/x/export").status_code == 404)
+        assert sum(made) < len(leaving) * num_bytes
+        made.clear()
+        assert len(client.get("/v1/sessions/mine/export").content) == num_bytes == sum(made)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_one_callers_transfers_leave_room_for_others() -> None:
