@@ -81,7 +81,8 @@ def test_steps_are_those_of_the_layers(
     wanted = [cls.__call__(model, tokens, by_layers) for tokens in steps]
     monkeypatch.setattr(LayerCall, "__call__", None)  # no layer is called by itself
     got = [model(tokens, cache=by_call) for tokens in steps]
-    assert all(g.shape == (3, 1, 300) and distance(g, w) < 1e-5 for g, w in zip(got, wanted, strict=True))
+    # MLX's last norm differs in a last bit, so that an input of the head may be rounded to the next of its steps.
+    assert all(g.shape == (3, 1, 300) and distance(g, w) < 1e-4 for g, w in zip(got, wanted, strict=True))
     for row in range(3):
         one, other = (runtime.extract_row(batch, row) for batch in (by_layers, by_call))
         for mine, theirs in zip(one, other, strict=True):
