@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import afm7, gpt_bigcode, llama4
+from mlx_lm.models import afm7, gpt_bigcode, llama4, ministral3
 from tests.turboquant_kv.small_models import VOCAB
 
 CHUNK = 16  # tokens that a chunked attention layer sees
@@ -76,3 +76,25 @@ def chunked(seed: int = 0) -> Any:
 
 
 EVERY_KIND = {"reusing": reusing, "absolute": absolute, "chunked": chunked}
+
+
+def tempered(seed: int = 0) -> Any:
+    """Rotary layers whose queries are longer far from the beginning, as Ministral 3's."""
+    mx.random.seed(seed)
+    args = ministral3.ModelArgs(
+        model_type="ministral3",
+        hidden_size=128,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        vocab_size=256,
+        rope_parameters={
+            "rope_theta": 10_000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    return _evaluated(ministral3.Model(args))

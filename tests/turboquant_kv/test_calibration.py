@@ -138,6 +138,27 @@ class CountingModel:
         return getattr(self.model, name)
 
 
+def test_queries_that_grow_with_their_position_are_those_of_the_model(rng: np.random.Generator) -> None:
+    """Their keys turn as they should, so that keys alone say nothing of it."""
+    model = odd_models.tempered()
+    tokens, measured = rng.integers(0, 200, 300).tolist(), list[Any]()
+    measure = key_guard.measure
+
+    def noting(recorded: Any, means: Any) -> Any:
+        measured.extend(recorded)
+        return measure(recorded, means)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_guard, "measure", noting)
+        found = calibration.calibrate(model, tokens)
+    assert all(means.rotary is not None for means in found.layers.values())
+    for offset, given in zip(key_guard.OFFSETS, measured, strict=True):
+        wanted = key_guard.record(model, tokens, list(found.layers), offset)
+        assert given.keys() == wanted.keys()
+        for layer, one in wanted.items():
+            assert np.linalg.norm(given[layer].queries - one.queries) < 0.01 * np.linalg.norm(one.queries), offset
+
+
 def test_positions_where_keys_are_no_numbers_are_left_out_and_told(rng: np.random.Generator) -> None:
     model, text = small_models.dense(), tokens(rng, 300)
     attention = model.layers[1].self_attn

@@ -144,6 +144,42 @@ def test_every_layer_mix_can_change_the_length_of_its_pages(kind: str, rng: np.r
         assert np.all(np.isfinite(got)) and error <= 3 * np.linalg.norm(prefilled - truth) + 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("kind", ["sliding", "with_sinks"])
+@pytest.mark.parametrize("length", [175, 319, 689])
+def test_a_window_keeps_no_more_than_its_pages_need(kind: str, length: int, rng: np.random.Generator) -> None:
+    """Longer pages keep more behind the window; what is booked for shorter ones does not hold that."""
+    model = small_models.EVERY_KIND[kind]()
+    family = KVFamily(model, backend="cpu-numpy")
+    caches = held(family, model, "8/2", random_tokens(rng, length))
+    converted, runtime = family.convert(caches, "8/2", "8/8"), family.runtime("8/8")
+    assert runtime.measure(converted).total <= runtime.bytes_for(length)
+    more = random_tokens(rng, 3)
+    want, got = (logits_of(model, c, more, []) for c in (caches, converted))
+    assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+    family.check_integrity()
+
+
+@pytest.mark.parametrize("backend", ["cpu-numpy", "cpu-native", "mlx-ops"])
+@pytest.mark.parametrize("kind", ["sliding", "with_sinks"])
+def test_what_a_window_keeps_may_be_exact_in_a_pool_without_pages(
+    kind: str, backend: str, rng: np.random.Generator
+) -> None:
+    """Forgotten pages have the id 0 then, of which no store has heard."""
+    model = small_models.EVERY_KIND[kind]()
+    family = KVFamily(model, backend=backend)
+    tokens, more = random_tokens(rng, 32 + 3 * 96 + 90), random_tokens(rng, 5)
+    caches = held(family, model, "f16", tokens)
+    converted = family.convert(caches, "f16", "8/8")
+    windows = [c.sequence for c in converted if isinstance(c, TurboQuantKVCache) and c.source.window]
+    assert windows and all(len(s.page_ids) == 0 < s.first_page for s in windows if s is not None)
+    for part in (more[:3], more[3:]):
+        want, got = (logits_of(model, c, part, []) for c in (caches, converted))
+        assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+        for runtime in family.runtimes.values():
+            runtime.trim()
+    family.check_integrity()
+
+
 def test_a_row_that_no_page_change_compresses_stays_as_it_is(rng: np.random.Generator) -> None:
     """The sink, and what is newest in both layouts."""
     model = small_models.dense()

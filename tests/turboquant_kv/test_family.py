@@ -90,6 +90,19 @@ def test_the_fingerprint_follows_what_gives_pages_their_meaning(rng: np.random.G
     assert len({one, *(family.fingerprint for family in others)}) == 5
 
 
+@pytest.mark.parametrize("base", [None, "4t/3t", "3t/2t", "8/2"])
+def test_which_format_is_the_default_changes_no_fingerprint(base: str | None) -> None:
+    """Also where its pages are longer than others': a store and exports outlive another default."""
+    model = small_models.dense()
+    one = KVFamily(model)
+    other = KVFamily(model, base=None if base is None else KVFormat.parse(base))
+    assert other.fingerprint == one.fingerprint
+    for name in ("f16", "4t/3t", "3t/2t"):
+        assert other.layout_fingerprint(name) == one.layout_fingerprint(name)
+    assert one.layout_fingerprint("3t/2t") != one.layout_fingerprint("4t/3t")
+    assert KVFamily(model, base=BASE).layout_fingerprint("f16") != one.layout_fingerprint("f16")
+
+
 def test_latent_attention_is_refused_and_still_runs_uncompressed(rng: np.random.Generator) -> None:
     args = deepseek_v3.ModelArgs(
         model_type="deepseek_v3",

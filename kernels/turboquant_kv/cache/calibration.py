@@ -44,8 +44,9 @@ CHUNK_TOKENS = 512
 # The first tokens' keys serve as attention sinks and are unlike all others; they stay exact anyway.
 SKIPPED_TOKENS = 32
 FILE_VERSION = "6"
-# Read far from the beginning, to see whether keys turn as they should. Layers whose keys do need not be run there.
-CHECKED_TOKENS = 64
+# Read far from the beginning, to see whether keys and queries turn as they should. Layers where both do need not be run
+# there. Of the first 64 tokens near the beginning there are no queries.
+CHECKED_TOKENS = 96
 # Keys of the same text near and far, turned back, may differ by rounding, which in half precision is below this share.
 _SAME_KEYS = 0.05
 
@@ -133,9 +134,27 @@ def _given_at(
 
     Layers whose keys are the same there as near are measured once, near.
     """
-    given = {i: one.moved(rotaries[i], offset) for i, one in near.items() if i in rotaries}
-    others = [i for i in near if i not in rotaries and not _same_keys(near[i].keys, seen[i].keys)]
+    given: dict[int, key_guard.Recorded] = {}
+    others = []
+    for i, one in near.items():
+        has_same_queries = _same_queries(one, seen[i], rotaries.get(i))
+        if has_same_queries and i in rotaries:
+            given[i] = one.moved(rotaries[i], offset)
+        elif not has_same_queries or not _same_keys(one.keys, seen[i].keys):
+            others.append(i)
     return given | (key_guard.record(model, tokens, others, offset) if others else {})
+
+
+def _same_queries(near: key_guard.Recorded, far: key_guard.Recorded, rotary: Rotary | None) -> bool:
+    """Whether queries of the same tokens are the same, turned back where they turn: some grow with their position."""
+    starts = [one.keys.shape[1] - one.queries.shape[1] for one in (near, far)]
+    start, end = max(starts), min(near.keys.shape[1], far.keys.shape[1])
+    back = []
+    for one, first in zip((near, far), starts, strict=True):
+        queries = one.queries[:, start - first : end - first]
+        positions = one.offset + np.arange(start, end)
+        back.append(queries if rotary is None else rotary.turned_back(queries, positions))
+    return start < end and _same_keys(*back)
 
 
 def _listed(offsets: Sequence[int]) -> str:

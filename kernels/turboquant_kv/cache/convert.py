@@ -133,6 +133,9 @@ def _fill_repaged(sequence: PagedSequence, whole: LayerSequence, layers: Sequenc
     """
     target = sequence.pool
     fmt, num_tokens, forgotten = target.fmt, len(whole), whole.forgotten
+    if target.window:  # shorter pages need less behind the window, and less is booked for them
+        forgotten = max(forgotten, windows.forgotten_after(fmt, target.window, num_tokens))
+    has_lost_sink = forgotten >= fmt.sink_tokens and forgotten > 0
     first = windows.first_page(fmt, forgotten)
     page_ids = target.allocate(max(0, fmt.num_pages(num_tokens) - first))
     tail_start = fmt.page_start(first + len(page_ids))
@@ -144,7 +147,7 @@ def _fill_repaged(sequence: PagedSequence, whole: LayerSequence, layers: Sequenc
                 encoded = rows.between(fmt.page_start(number), fmt.page_start(number + len(ids)))
                 store.encode(PageWrites.following(ids, number, fmt.page_tokens), *encoded)
             tail = ExactRows(*rows.between(tail_start, num_tokens)) if tail_start < num_tokens else None
-            ends[layer] = rows.sink, tail
+            ends[layer] = None if has_lost_sink else rows.sink, tail
     except BaseException:
         target.free(page_ids)
         raise

@@ -185,7 +185,7 @@ class KVFamily:
         fingerprint must not be loaded.
         """
         digest = hashlib.sha256()
-        self._add_layout(digest, self._base)
+        self._add_layout(digest, self._common)
         self._add_calibration(digest)
         return digest.hexdigest()[:32]
 
@@ -196,8 +196,13 @@ class KVFamily:
         """
         name = self.normalise(name)
         digest = hashlib.sha256()
-        self._add_layout(digest, self._base if name == PLAIN_FORMAT else self._base.with_usual_pages(name))
+        self._add_layout(digest, self._common if name == PLAIN_FORMAT else self._base.with_usual_pages(name))
         return digest.hexdigest()[:32]
+
+    @property
+    def _common(self) -> KVFormat:
+        """What all formats here have in common, whichever of them is the default: pages of some are longer."""
+        return self._base.with_usual_pages("8/8")
 
     @property
     def calibration_fingerprint(self) -> str:

@@ -157,6 +157,11 @@ class PagePool:
         """Hold memory for so many new pages, so that allocating them one after the other grows no store."""
         self._grow(len(self._references) + num_pages - len(self._free))
 
+    def hold_first(self) -> None:
+        """Hold memory for page 0, which forgotten pages of a conversation are called, also while nobody has a page."""
+        if not self._references:
+            self._grow(1)
+
     def _grow(self, num_pages: int) -> None:
         for store in self.stores:
             if num_pages > store.num_pages:

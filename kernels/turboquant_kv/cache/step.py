@@ -144,6 +144,8 @@ class BatchStep:
                 pool.reserve(sum(pages))
             for member, count in zip(self.members, counts, strict=True):
                 self.appends.append(member.begin(self, layer, count))
+            if pool.window and any(append.after.forgotten for append in self.appends):
+                pool.hold_first()
             self.rows = _rows_of(self.appends, num_new, pool.fmt.page_tokens)
             self.plan: StepPlan = pool.backend.prepare_step(self.rows)
         except BaseException:

@@ -34,7 +34,7 @@ def some_params(rng: np.random.Generator) -> SamplingParams:
     return SamplingParams(
         temperature=one_of(0.0, 1e-7, 0.3, 1.0, 1.0, 2.0),
         top_p=one_of(1.0, 1.0, 0.9, 0.5, 0.01),
-        top_k=one_of(0, 0, 1, 7, 20, 100_000),
+        top_k=one_of(0, 0, 1, 7, 20, native_draw.MOST_RANKED),
         min_p=one_of(0.0, 0.0, 0.05, 1.0),
         seed=int(rng.integers(1 << 40)),
         repetition_penalty=one_of(1.0, 1.0, 1.3),
@@ -106,3 +106,17 @@ def test_a_mask_hides_no_nan(rng: np.random.Generator) -> None:
     allowed = mx.array(np.array([[~np.uint32(8), ~np.uint32(0)]], np.uint32))
     for given in (mx.array(mask), allowed):
         assert bool(sampler.sample(mx.array(logits), mask=given).is_broken[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_many_ranked_tokens_are_left_to_mlx(temperature: float) -> None:
+    """The kernels keep the likeliest in order one by one: with a whole vocabulary of them a draw took ten seconds."""
+    most = native_draw.MOST_RANKED
+
+    def is_native(top_k: int, vocab_len: int) -> bool:
+        params = SamplingParams(temperature=temperature, top_k=top_k)
+        return NativeDraw.of([SamplingParams(temperature=1.0), params], vocab_len, 1e-6) is not None
+
+    assert is_native(most, 10 * most) and is_native(1_000_000, most) and is_native(0, 10 * most)
+    for top_k in (most + 1, 1_000_000):
+        assert is_native(top_k, 10 * most) == (temperature == 0)  # the likeliest is found without any order

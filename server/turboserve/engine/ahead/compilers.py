@@ -113,7 +113,8 @@ class Compilers:
     def _are_running(self) -> bool:
         running = [process for process in self._processes if process.popen.poll() is None]
         if not any("kernels" in process.units for process in running):
-            self._ended.touch()  # nobody is to wait for a process that was killed
+            with suppress(OSError):  # a full disk, or a folder that somebody has cleaned up
+                self._ended.touch()  # nobody is to wait for a process that was killed
         return bool(running)
 
     @property
@@ -122,7 +123,7 @@ class Compilers:
 
     def _report(self, process: _Process) -> None:
         units, code = ", ".join(process.units), process.popen.poll()
-        for line in process.told.read_bytes().splitlines():
+        for line in _read(process.told).splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 told = json.loads(line)
                 unit, seconds, count = told["unit"], told["seconds"], told["modules"]
@@ -133,7 +134,7 @@ class Compilers:
                     log.warning("not all of %s is compiled ahead: %s", told["unit"], told["error"])
         if code == 0:
             return
-        last = process.said.read_text(errors="replace").strip().splitlines()[-1:]
+        last = _read(process.said).decode(errors="replace").strip().splitlines()[-1:]
         how = f"took over {self.limit_s:g} s" if code is None else f"ended with status {code}"
         log.warning(
             "a process that compiles kernels (%s) %s: the server compiles what is missing%s",
@@ -150,6 +151,13 @@ class Compilers:
                     process.popen.stdin.close()
         self._processes.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read(path: Path) -> bytes:
+    """Nothing of a file that is not there any more."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 def _remove_stale(folder: Path) -> None:

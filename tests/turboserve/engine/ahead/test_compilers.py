@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_a_process_that_hangs_is_ended_when_its_time_is_over(
     with caplog.at_level(logging.WARNING):
         assert compilers.wait(lambda line: None) >= 0.5
     assert "took over 0.5 s: the server compiles what is missing" in caplog.text
+    assert not is_alive(pid)
+
+
+def test_a_temporary_folder_that_is_cleaned_up_ends_nothing(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compilers = Compilers.start(job(folder), [("graphs",)], tmp_path, 0.5)
+    shutil.rmtree(compilers._folder)
+    (pid,) = compilers.pids
+    with caplog.at_level(logging.WARNING):
+        compilers.wait(lambda line: None)
+    assert "the server compiles what is missing" in caplog.text
     assert not is_alive(pid)
 
 
