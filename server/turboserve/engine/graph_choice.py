@@ -23,6 +23,7 @@ ROUNDS = 3
 MARGIN = 0.97  # of the time of steps whose graphs are built anew; less is not worth another way of running
 # Of the logits' standard deviation: elementwise operations that are fused may round once less.
 TOLERANCE = 0.02
+TRIAL_STEPS = NUM_STEPS + STEPS_BEFORE + 2  # that a conversation has room for, so that it can be cut back afterwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,9 @@ def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> 
 
     Raises what the model raises.
     """
-    most_steps = NUM_STEPS + STEPS_BEFORE + 2
     if not all(isinstance(cache, BatchRows) for cache in batch):
         return GraphChoice(None, "not all layers of this model are compressed")
-    if any(cache.exact_room(row) < most_steps for cache in batch for row in range(num_rows)):
+    if trial_room(batch, num_rows) < TRIAL_STEPS:
         return GraphChoice(None, "there was no room to try it")
     graphs = KeptGraphs(model)
 
@@ -80,6 +80,16 @@ def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> 
     if wanted == "auto" and kept_s > MARGIN * built_s:
         return GraphChoice(None, figures)
     return GraphChoice(graphs, figures)
+
+
+def trial_room(batch: Sequence[Any], num_rows: int) -> int:
+    """Tokens that each of the first `num_rows` conversations can take and be cut back from.
+
+    Of caches that are not tried it is all that a trial needs.
+    """
+    if not all(isinstance(cache, BatchRows) for cache in batch):
+        return TRIAL_STEPS
+    return min((cache.exact_room(row) for cache in batch for row in range(num_rows)), default=TRIAL_STEPS)
 
 
 def _steps(

@@ -47,7 +47,7 @@ from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Drawn, Generation, Outcomes
-from turboserve.engine.graph_choice import GraphChoice, try_graphs
+from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, trial_room, try_graphs
 from turboserve.engine.passes import Model, OwnPasses, Passes
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
@@ -472,6 +472,13 @@ class Runner:
         if self.speculation is not None:
             self.speculation.learn(None, (), len(rows))
         return dict(zip(rows, drawn, strict=True))
+
+    @property
+    def trial_room(self) -> int:
+        """Tokens that each row can take and be cut back from; all that `try_graphs` needs where it will try nothing."""
+        self.land()
+        can_try = isinstance(self._passes, OwnPasses) and self._may_keep_graph(self._rows)
+        return trial_room(self._batch(), self.num_rows) if can_try else TRIAL_STEPS
 
     def try_graphs(self, wanted: str) -> GraphChoice:
         """Decide by the batch as it is whether steps keep their graphs. wanted: settings.keep_graphs."""

@@ -14,7 +14,7 @@ from itertools import cycle
 import mlx.core as mx
 
 from turboserve.engine.generation import Generation
-from turboserve.engine.graph_choice import GraphChoice, refused_graphs
+from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, refused_graphs
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.runner import Runner, on_cpu
 from turboserve.engine.sampling import row_sampling
@@ -36,6 +36,7 @@ DRAWS = (
 # there was a warm-up. What mx.compile makes there and the weights' first reading are had for less than a second.
 CPU_CHUNKS = (16, 8)
 CPU_ROWS = 2
+LONGEST_PAGE = 256  # steps after which room that has not come will not come
 MOST_LOGPROBS = 20  # that a request may ask for
 ODD_TOKENS = 37  # of a prompt's last chunk: operations on whole tiles and on ragged ones differ
 
@@ -116,10 +117,19 @@ def do_once(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, keep
 
 def _try_graphs(runner: Runner, wanted: str) -> GraphChoice:
     try:
+        _make_room(runner)
         return runner.try_graphs(wanted)
     except Exception:
         log.warning("decode steps cannot keep their graphs: each is built anew", exc_info=True)
         return GraphChoice(None, "the trial failed: the log has details")
+
+
+def _make_room(runner: Runner) -> None:
+    """Decode until no conversation closes a page within the trial: they are of different lengths, and not chosen."""
+    for _ in range(LONGEST_PAGE):
+        if runner.trial_room >= TRIAL_STEPS:
+            return
+        _decode(runner, 1)
 
 
 def _work(runner: Runner, parts: EngineParts, vocab_len: int, plan: Plan, rows: list[Generation]) -> bool:

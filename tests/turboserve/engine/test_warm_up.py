@@ -67,6 +67,16 @@ def test_everything_that_requests_bring_is_done_once(
     assert not held.conversations and held.kv.total == 0
 
 
+def test_graphs_are_tried_wherever_the_rows_stand_in_their_pages(model: Any) -> None:
+    """With 64 rows the last ones stood eight tokens before a page's end, and no server of so many kept its graphs."""
+    for last_chunk in range(1, 97, 5):
+        parts = make_parts(model, fmt=KVFormat.parse("4t/3t"))
+        plan = replace(PLAN, chunks=(100, last_chunk))
+        _, graphs = warm_up(Runner(Watched(model), parts.runtime), parts, VOCAB, plan, "on")
+        assert graphs.reason == "this model's steps cannot be described by arrays alone", last_chunk
+        assert parts.memory.family.allocated_bytes() == 0
+
+
 @pytest.mark.parametrize("fails_at", [1, 2, 4, 13])
 def test_a_failure_is_told_and_leaves_nothing(model: Any, fails_at: int, caplog: pytest.LogCaptureFixture) -> None:
     parts = make_parts(model, fmt=KVFormat.parse("4t/3t"))
