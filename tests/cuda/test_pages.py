@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -198,3 +199,24 @@ def test_rows_of_every_layout_give_the_same_codes(dim: int, bits: int, rng: np.r
     for other in written[1:]:
         assert np.array_equal(other.k_codes, written[0].k_codes)
         assert np.array_equal(other.v_scales, written[0].v_scales)
+
+
+@pytest.mark.parametrize("backend", [CUDA, METAL], ids=["cuda", "metal"])
+def test_grown_arrays_hold_what_they_held(backend: GpuBackend, rng: np.random.Generator) -> None:
+    """A launch copies them: of pages whole words, of exact rows each head's."""
+    dims, num_pages, num_rows = (64, 128), int(rng.integers(1, 5)), int(rng.integers(1, 40))
+    store: Any = backend.new_store(LayerShape(2, *dims, mx.float16), KVFormat.parse("4/3"), None)
+    store.grow(num_pages)
+    for arrays in store._arrays:
+        arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
+        arrays._scales = mx.array(rng.uniform(0.05, 0.15, arrays.scales.shape).astype(np.float16))
+    rows = exact_rows(rng, num_rows, dims, mx.float16)
+    store.grow_rows(num_rows)
+    store.put_rows(0, rows)
+    before = store.read(np.arange(num_pages))
+    store.grow(num_pages + int(rng.integers(1, 40)))
+    store.grow_rows(num_rows + int(rng.integers(1, 40)))
+    after, held = store.read(np.arange(num_pages)), store.get_rows(0, num_rows)
+    for field in fields(before):
+        assert np.array_equal(getattr(before, field.name), getattr(after, field.name)), field.name
+    assert mx.array_equal(held.k, rows.k) and mx.array_equal(held.v, rows.v)

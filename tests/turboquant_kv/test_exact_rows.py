@@ -92,6 +92,13 @@ class Store:
     def num_rows(self) -> int:
         return len(self.rows)
 
+    @property
+    def exact_bytes(self) -> int:
+        return len(self.rows) * ROW_BYTES
+
+    def pending_arrays(self) -> list[Any]:
+        return []
+
     def grow_rows(self, num_rows: int) -> None:
         if self.refuses:
             raise Refused

@@ -76,7 +76,7 @@ def step(batches: list[BatchTurboQuantKVCache], num_rows: int, num_new: int = 1)
 def made(
     num_rows: int, launches: Launches, num_layers: int = LAYERS, means: Means | None = None
 ) -> list[BatchTurboQuantKVCache]:
-    """Layers of a batch of conversations of 40 tokens, which is a sink and eight rows of a tail."""
+    """Layers of a batch of conversations of 40 tokens, which is a sink and eight rows of a tail. No array will grow."""
     backend = GpuBackend(
         "cuda",
         DecodeKernels("cuda", launches, device=HOPPER),
@@ -84,6 +84,8 @@ def made(
         FlashKernels("cuda", launches),
     )
     pool = PagePool(backend, [SHAPE] * num_layers, FMT, [means] * num_layers)
+    pool.reserve(20 * num_rows)
+    pool.exact._grow(20 * num_rows * FMT.page_tokens)
     sources = [LayerSource.of_pool(pool, layer) for layer in range(num_layers)]
     conversations = [PagedSequence(pool, range(num_layers)) for _ in range(num_rows)]
     batches = [
@@ -188,6 +190,25 @@ def test_each_launch_on_a_layers_arrays_is_given_the_fence_of_the_one_before(num
         step(batches, num_rows, num_new)
     assert len(launches.fences) > 20
     for (_, left), (given, _) in itertools.pairwise(launches.fences):
+        assert given is left
+
+
+def test_arrays_grow_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that waits for each layer and side of a growing pool stands still for most of a long prompt's steps."""
+    launches = Launches()
+    (batch,) = made(1, launches, num_layers=1)
+    pool = batch.source.pool
+    assert pool is not None
+    step([batch], 1, 200)
+    (store,) = pool.stores
+    held, rows = store.num_pages, store.num_rows
+    monkeypatch.setattr(mx, "eval", lambda *arrays: pytest.fail("waited"))
+    launches.names.clear()
+    pool._grow(2 * held)
+    pool.exact._grow(2 * rows)
+    assert (store.num_pages, store.num_rows) == (2 * held, 2 * rows)
+    assert len(launches.names) == 4 + 2, "codes and scales of keys and values, and exact rows of both"
+    for (_, left), (given, _) in itertools.pairwise(launches.fences[-7:]):
         assert given is left
 
 

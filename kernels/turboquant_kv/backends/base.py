@@ -338,6 +338,11 @@ class LayerStore(ABC):
     def num_rows(self) -> int:
         """Exact rows that memory is held for."""
 
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes held for those rows."""
+        return self.num_rows * self.shape.raw_token_bytes
+
     @abstractmethod
     def grow_rows(self, num_rows: int) -> None:
         """Hold memory for at least `num_rows` exact rows; contents are kept."""

@@ -8,13 +8,14 @@ the stores'; a region has the same row numbers in every layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 
 from turboquant_kv.backends.base import PageIds
 from turboquant_kv.cache.free_rows import FreeRows
+from turboquant_kv.cache.growth import grow_stores
 from turboquant_kv.codec.format import EXACT_ROWS_STEP, exact_capacity
 
 # The layers' arrays grow by an eighth, and by no less than this: each time they are copied.
@@ -29,7 +30,12 @@ class RowStore(Protocol):
     @property
     def num_rows(self) -> int: ...
 
+    @property
+    def exact_bytes(self) -> int: ...
+
     def grow_rows(self, num_rows: int) -> None: ...
+
+    def pending_arrays(self) -> list[Any]: ...
 
     def move_rows(self, order: PageIds) -> None: ...
 
@@ -108,8 +114,7 @@ class ExactRowPool:
     def _grow(self, num_rows: int) -> None:
         wanted = max(num_rows, self.num_rows + max(MIN_GROWTH, self.num_rows // GROWTH_SHARE))
         wanted = -(-wanted // EXACT_ROWS_STEP) * EXACT_ROWS_STEP
-        for store in self._stores:
-            store.grow_rows(wanted)
+        grow_stores(self._stores, lambda store: store.grow_rows(wanted), lambda store: store.exact_bytes)
         self._free.put(self.num_rows, wanted)
         self.num_rows = wanted
 

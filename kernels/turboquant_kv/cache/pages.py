@@ -18,6 +18,7 @@ import numpy as np
 from turboquant_kv.backends.base import Backend, LayerShape, LayerStore, Means, PageIds
 from turboquant_kv.cache.exact_rows import ExactRowPool
 from turboquant_kv.cache.free_pages import FreePages
+from turboquant_kv.cache.growth import grow_stores
 from turboquant_kv.cache.key_balance import KeyBalance
 from turboquant_kv.codec.format import KVFormat
 
@@ -163,9 +164,9 @@ class PagePool:
             self._grow(1)
 
     def _grow(self, num_pages: int) -> None:
-        for store in self.stores:
-            if num_pages > store.num_pages:
-                store.grow(num_pages)
+        short = [store for store in self.stores if num_pages > store.num_pages]
+        if short:
+            grow_stores(short, lambda store: store.grow(num_pages), lambda store: store.allocated_bytes)
 
     def share(self, page_ids: Iterable[int]) -> None:
         """Hold pages once more."""

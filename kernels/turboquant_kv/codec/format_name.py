@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .format import KVFormat, UnsupportedFormatError
 from .registry import CODECS
 
@@ -18,6 +20,7 @@ FORMAT_NAMES = (
 """What `parse_format_name` takes, for messages to people."""
 
 
+@lru_cache(maxsize=64)
 def parse_format_name(text: str) -> str:
     """The one spelling of a KV format's name: `4` and `04/4` are `4/4`, ` F16 ` is `f16`, `balanced` is `4t/3t`.
 

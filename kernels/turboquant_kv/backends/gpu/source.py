@@ -35,8 +35,14 @@ KernelFactory = Callable[..., Kernel]
 """mx.fast.metal_kernel, mx.fast.cuda_kernel, or something that takes the same arguments."""
 
 _TYPE_NAMES: dict[Dialect, dict[mx.Dtype, str]] = {
-    "metal": {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint8: "uchar"},
-    "cuda": {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.uint8: "uchar"},
+    "metal": {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.uint8: "uchar", mx.uint32: "uint"},
+    "cuda": {
+        mx.float32: "float",
+        mx.float16: "__half",
+        mx.bfloat16: "__nv_bfloat16",
+        mx.uint8: "uchar",
+        mx.uint32: "uint",
+    },
 }
 # TqPlace of src/common.h. On Metal these are parameters, which MLX adds for a body that names them.
 PLACE: dict[Dialect, str] = {

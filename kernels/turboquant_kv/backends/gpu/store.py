@@ -6,6 +6,7 @@ operations of mlx_ops over the same pages. Which backend makes these stores is b
 Pages and exact rows are written in place. MLX's own updates are in place only while no launch that reads the array is
 under way, and copy the whole array otherwise, which with steps that overlap is always. MLX does not know of such
 writes, so every launch on a layer's arrays gets the fence of the one before and leaves its own (`GpuStore._fence`).
+Arrays grow in that order too: a launch copies the old one's content into a larger one, which all later launches get.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from turboquant_kv.codec.rotation import Which, rotation_matrix, signs
 # Norm of a head's key mean up to which its share of a score may be a product of halves: queries of norm 20 then get
 # errors of about 0.02 at 128 dims, a tenth of what 4-bit codes do. Qwen2.5 has layers with 130 to 900.
 LONGEST_PLAIN_MEAN = 48.0
+ROWS_A_LAUNCH = 1 << 15  # a grid's second axis has fewer than 65,536 blocks
 
 
 class OpenArrays(GrowingArrays):
@@ -68,8 +70,17 @@ class OpenArrays(GrowingArrays):
         return self._scales
 
     def grow(self, num_pages: int) -> None:
-        self._store.settle()
-        super().grow(num_pages)
+        target = self.grown_to(num_pages)
+        self._codes, self._scales = (self._grown(old, target) for old in (self._codes, self._scales))
+
+    def _grown(self, old: mx.array, num_pages: int) -> mx.array:
+        """An array of so many pages that begins with the old one's, without waiting for anything."""
+        held = old.shape[0]
+        new = mx.zeros((num_pages, *old.shape[1:]), old.dtype)
+        if held:
+            source, target = (pages.view(mx.uint32).reshape(1, len(pages), -1) for pages in (old, new))
+            self._store.copy(source, target, held)
+        return new
 
     def put(self, page_ids: PageIds, packed: mx.array, scales: mx.array) -> None:
         places = Places.of([np.arange(len(page_ids)), page_ids])
@@ -140,6 +151,12 @@ class GpuStore(CanonicalStorage, LayerStore):
         """As PageKernels.put, on an array of this layer."""
         self._fence = self._kernels.pages.put(source, target, places, self._fence)
 
+    def copy(self, source: mx.array, target: mx.array, num_rows: int) -> None:
+        """The first rows of source (H, rows, D) to the same places of target (H, more rows, D), by a launch."""
+        for first in range(0, num_rows, ROWS_A_LAUNCH):
+            rows = np.arange(first, min(num_rows, first + ROWS_A_LAUNCH))
+            self.put(source[None], target, Places.of([rows, rows]))
+
     def settle(self) -> None:
         """Wait for all launches so far: the arrays are about to be replaced, or read by others than our kernels."""
         mx.eval(self._fence)
@@ -181,14 +198,13 @@ class GpuStore(CanonicalStorage, LayerStore):
         return int(self._k_rows.shape[1])
 
     def grow_rows(self, num_rows: int) -> None:
-        more = num_rows - self.num_rows
-        if more > 0:
-            self.settle()
-            self._k_rows, self._v_rows = (
-                mx.concatenate([rows, mx.zeros((rows.shape[0], more, rows.shape[2]), rows.dtype)], axis=1)
-                for rows in (self._k_rows, self._v_rows)
-            )
-            mx.eval(self._k_rows, self._v_rows)
+        if num_rows > self.num_rows:
+            self._k_rows, self._v_rows = (self._grown_rows(old, num_rows) for old in (self._k_rows, self._v_rows))
+
+    def _grown_rows(self, old: mx.array, num_rows: int) -> mx.array:
+        new = mx.zeros((old.shape[0], num_rows, old.shape[2]), old.dtype)
+        self.copy(old, new, old.shape[1])
+        return new
 
     def put_rows(self, first: int, rows: ExactRows) -> None:
         places = Places.of([np.arange(rows.num_rows), first + np.arange(rows.num_rows)])

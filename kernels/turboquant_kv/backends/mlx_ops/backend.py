@@ -74,8 +74,12 @@ class GrowingArrays:
     def allocated_bytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes
 
+    def grown_to(self, num_pages: int) -> int:
+        """Pages to make room for where `num_pages` are wanted."""
+        return max(num_pages, self.num_pages + max(MIN_GROWTH_PAGES, self.num_pages // GROWTH_SHARE))
+
     def grow(self, num_pages: int) -> None:
-        target = max(num_pages, self.num_pages + max(MIN_GROWTH_PAGES, self.num_pages // GROWTH_SHARE))
+        target = self.grown_to(num_pages)
         self._codes, self._scales = (
             mx.concatenate([old, mx.zeros((target - old.shape[0], *old.shape[1:]), old.dtype)])
             for old in (self._codes, self._scales)
