@@ -19,6 +19,7 @@ def check(ledger: Ledger, index: PrefixIndex, idle: IdleConversations, running: 
     try:
         index.check_integrity([*idle, *ledger.leases])
         idle.check_integrity()
+        ledger.check_integrity()
     except AssertionError as exc:
         raise CacheIntegrityError(str(exc)) from exc
     _check_figures(ledger, idle)

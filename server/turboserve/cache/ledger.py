@@ -32,6 +32,9 @@ class Ledger:
         self.generation = 0
         self.leases: list[Lease] = []
         self._idle: dict[int, Conversation] = {}  # by identity
+        # Of these, whose bytes stay as they are while they are here: added up anew for each request, thousands of idle
+        # conversations would delay every first token.
+        self._idle_exact_bytes = self._idle_plain_bytes = 0
 
     @property
     def in_memory(self) -> Iterable[Conversation]:
@@ -42,16 +45,22 @@ class Ledger:
 
     def hold(self, conversation: Conversation) -> None:
         """An idle conversation's caches are in memory from now on."""
-        assert conversation.caches is not None
+        assert conversation.caches is not None and id(conversation) not in self._idle
         self._idle[id(conversation)] = conversation
+        self._count(conversation, 1)
 
     def give_up(self, conversation: Conversation) -> None:
         """Give an idle conversation's memory back, if it has any; its caches are gone."""
         if conversation.caches is not None:
             del self._idle[id(conversation)]
+            self._count(conversation, -1)
             self.family.runtime(conversation.kv_format).release(conversation.caches)
             conversation.caches = None
             self.generation += 1
+
+    def _count(self, conversation: Conversation, sign: int) -> None:
+        self._idle_exact_bytes += sign * conversation.kv.exact
+        self._idle_plain_bytes += sign * (conversation.kv.uncompressed + conversation.kv.slack)
 
     def open(self, lease: Lease) -> None:
         """A request's room is promised from now on."""
@@ -71,13 +80,9 @@ class Ledger:
     @property
     def held_bytes(self) -> int:
         """What pages and idle conversations take now, what is shared once."""
-        exact = uncompressed = 0
-        for conversation in self._idle.values():
-            exact += conversation.kv.exact
-            uncompressed += conversation.kv.uncompressed + conversation.kv.slack
         # Exact rows that idle forks share count for each: whatever bounded them by all exact rows there are would
         # rise with those that running requests fill, and these are in their reservations.
-        return self.family.totals().compressed + exact + uncompressed
+        return self.family.totals().compressed + self._idle_exact_bytes + self._idle_plain_bytes
 
     @property
     def committed_bytes(self) -> int:
@@ -88,10 +93,14 @@ class Ledger:
     def used_bytes(self) -> int:
         """What is taken now, promises left out; uncompressed leases count in full, as nobody counts their pages."""
         totals = self.family.totals()
+        plain = self._idle_plain_bytes + sum(x.reserved_bytes for x in self.leases if not x.runtime.fmt)
+        return totals.compressed + totals.exact + plain
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the sums are not those of the conversations."""
+        exact = sum(c.kv.exact for c in self._idle.values())
         plain = sum(c.kv.uncompressed + c.kv.slack for c in self._idle.values())
-        return (
-            totals.compressed + totals.exact + plain + sum(x.reserved_bytes for x in self.leases if not x.runtime.fmt)
-        )
+        assert (exact, plain) == (self._idle_exact_bytes, self._idle_plain_bytes), "bytes of idle conversations"
 
     def missing_bytes(self, extra_bytes: int = 0) -> int:
         """What must be given up so that `extra_bytes` more can be promised; zero or less when there is room."""
