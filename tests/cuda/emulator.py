@@ -70,7 +70,13 @@ def raw_bytes(x: mx.array) -> bytes:
 def array_from(data: bytes, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     if dtype == mx.bfloat16:
         return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(mx.bfloat16)
-    kind = {mx.float32: np.float32, mx.float16: np.float16, mx.int32: np.int32, mx.uint8: np.uint8}[dtype]
+    kind = {
+        mx.float32: np.float32,
+        mx.float16: np.float16,
+        mx.int32: np.int32,
+        mx.uint32: np.uint32,
+        mx.uint8: np.uint8,
+    }[dtype]
     return mx.array(np.frombuffer(data, kind).reshape(shape))
 
 

@@ -23,6 +23,7 @@ from turboserve.engine import scheduler
 from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.distributed.ranks import RanksEndedError
 from turboserve.engine.failures import known_cause
+from turboserve.engine.fused_draw import draws_line
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts
@@ -274,6 +275,7 @@ class TurboEngine:
         if parts.compiled is not None:
             parts.compiled.finish(self._progress, warmed_s)
         self._progress(f"step graphs  {graphs}")
+        self._progress(f"draws        {draws_line()}")
         loop.graphs_line = str(graphs)
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)

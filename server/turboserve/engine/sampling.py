@@ -16,7 +16,8 @@ sums over the vocabulary. Tokens up to one step (0.27%) below the last one that 
 kept; 16-bit logits are coarser than that.
 
 Rows that do not need a part of this do not pay for it: greedy rows take an argmax, penalties have counts only for rows
-that have penalties. On a CPU the native kernels draw what bias, penalties and masks leave (native_draw.py).
+that have penalties. What bias, penalties and masks leave, the native kernels draw on a CPU (native_draw.py), and one
+kernel on a GPU, but for rows with top-k (fused_draw.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from turboserve.engine.fused_draw import FusedDraw, fused_draw
 from turboserve.engine.native_draw import NativeDraw
 from turboserve.engine.weighted_draw import (
     MASKED,
@@ -174,10 +176,10 @@ class BatchSampler:
             if adjusted is not raw:  # a mask may hide a NaN
                 is_broken = is_broken | _has_nan(raw)
         else:
-            best = mx.argmax(adjusted, axis=-1, keepdims=True)  # (B, 1)
-            best_logit = mx.take_along_axis(adjusted, best, axis=-1)
-            tokens = plan.draw(adjusted, best, best_logit, numbers)
-            is_broken = _has_nan(raw) | ~(mx.abs(best_logit[:, 0]) < float("inf"))
+            given = logits if adjusted is raw else adjusted
+            tokens, is_broken = plan.draw(given, numbers)
+            if adjusted is not raw:
+                is_broken = is_broken | _has_nan(raw)
         self._places = self._places + np.uint64(1)
         if self._counts is not None:
             drawn = tokens[plan.penalised]
@@ -243,6 +245,9 @@ class _Plan:
         self._parts = [part for group in sampled for part in _chunks(group, rows)]
         order = self._greedy + [i for part in self._parts for i in part.rows]
         self._back = mx.array(np.argsort(order), dtype=mx.uint32)  # from the parts' order to the batch's
+        self._params = [row.params for row in rows]
+        self._fused: FusedDraw | None = None  # made for the type of logits that come
+        self._fused_dtype: mx.Dtype | None = None
 
     def early(self, places: npt.NDArray[np.uint64]) -> tuple[mx.array, mx.array] | None:
         """Rows and ids of what may not be drawn yet, at these places (B,) of the rows' answers."""
@@ -255,21 +260,48 @@ class _Plan:
             return None
         return mx.array(rows[is_early], dtype=mx.uint32), mx.array(ids[is_early], dtype=mx.uint32)
 
-    def draw(self, logits: mx.array, best: mx.array, best_logit: mx.array, numbers: npt.NDArray[np.uint32]) -> mx.array:
-        """Tokens (B,) from adjusted logits (B, V), their argmax (B, 1) and largest (B, 1), and random numbers (B,)."""
-        best = best.astype(mx.uint32)
+    def draw(self, logits: mx.array, numbers: npt.NDArray[np.uint32]) -> tuple[mx.array, mx.array]:
+        """Tokens (B,) from adjusted logits (B, V) and random numbers (B,), and which (B,) mean nothing.
+
+        A row's way of being drawn depends on its own parameters alone: it draws the same in any batch.
+        """
+        if self._fused_dtype is None or logits.dtype != self._fused_dtype:
+            self._fused, self._fused_dtype = fused_draw(self._params, logits, MIN_TEMPERATURE), logits.dtype
+        if self._fused is None:
+            return self._by_operations(logits.astype(mx.float32), numbers)
+        tokens, is_broken = self._fused.draw(logits, numbers)
+        ranked = [part for part in self._parts if part.most_ranked]
+        if ranked:
+            floats = logits.astype(mx.float32)
+            drawn = self._drawn(ranked, floats, mx.max(floats, axis=-1, keepdims=True), numbers)
+            tokens[mx.array([i for part in ranked for i in part.rows], dtype=mx.uint32)] = mx.concatenate(drawn)[:, 0]
+        return tokens, is_broken
+
+    def _by_operations(self, logits: mx.array, numbers: npt.NDArray[np.uint32]) -> tuple[mx.array, mx.array]:
+        """The same from float32 logits, without a kernel."""
+        best = mx.argmax(logits, axis=-1, keepdims=True).astype(mx.uint32)  # (B, 1)
+        best_logit = mx.take_along_axis(logits, best, axis=-1)
+        is_broken = _has_nan(logits) | ~(mx.abs(best_logit[:, 0]) < float("inf"))
         if not self._parts:
-            return best[:, 0]
+            return best[:, 0], is_broken
         drawn = [best[mx.array(self._greedy, dtype=mx.uint32)]] if self._greedy else []
-        for part in self._parts:
-            number = mx.array(numbers[part.rows][:, None])
-            rows = part.of(logits)
-            if part is not self._parts[0]:  # MLX would work on parts side by side, and all of them leave the cache
-                rows = mx.depends([rows], [drawn[-1]])[0]
-            drawn.append(part.draw(rows, part.of(best_logit), number))
+        drawn += self._drawn(self._parts, logits, best_logit, numbers)
         if len(drawn) == 1 and not self._greedy:
-            return drawn[0][:, 0]
-        return mx.concatenate(drawn)[:, 0][self._back]
+            return drawn[0][:, 0], is_broken
+        return mx.concatenate(drawn)[:, 0][self._back], is_broken
+
+    @staticmethod
+    def _drawn(
+        parts: Sequence[_Part], logits: mx.array, best_logit: mx.array, numbers: npt.NDArray[np.uint32]
+    ) -> list[mx.array]:
+        """Tokens (R, 1) of each part, from all rows' logits (B, V), the largest of each (B, 1) and numbers (B,)."""
+        drawn: list[mx.array] = []
+        for part in parts:
+            rows = part.of(logits)
+            if drawn:  # MLX would work on parts side by side, and all of them leave the cache
+                rows = mx.depends([rows], [drawn[-1]])[0]
+            drawn.append(part.draw(rows, part.of(best_logit), mx.array(numbers[part.rows][:, None])))
+        return drawn
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, St
 from turboserve.engine import scheduler
 from turboserve.engine.decoding import Decoding
 from turboserve.engine.embeddings import EmbeddingJobs
+from turboserve.engine.fused_draw import draws_line
 from turboserve.engine.generation import Drawn, Generation, Outcomes, Stage
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.open_requests import OpenRequests
@@ -172,6 +173,7 @@ class StepLoop:
                 "overlap": str(self.overlap),
                 "batching": self.runner.batching,
                 "step_graphs": self.graphs_line,
+                "draws": draws_line(),
                 "speculation": self.speculation_line,
                 **({} if self._parts.divided is None else {"distributed": self._parts.divided.line}),
             },

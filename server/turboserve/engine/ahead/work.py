@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from turboquant_kv.backends.gpu.device import compute_capability
+from turboquant_kv.backends.gpu.draw_kernel import DTYPES
 from turboquant_kv.backends.gpu.module_files import mlx_compiler
 from turboquant_kv.backends.gpu.nvrtc import compile_in_processes
 from turboquant_kv.backends.gpu.shape import MAX_QUERY_ROWS
@@ -30,6 +32,7 @@ from turboserve.cache.memory import Memory, MemoryLimits
 from turboserve.engine import weights
 from turboserve.engine.ahead.miniature import cut_layers
 from turboserve.engine.ahead.shares import Job
+from turboserve.engine.fused_draw import device_dialect, untried_draws, verdict_for
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config
@@ -65,7 +68,8 @@ class Work:
 
     def do(self, unit: str) -> str:
         """What is to be told of it, if anything. Raises whatever goes wrong."""
-        told: str | None = getattr(self, f"_{unit}")()
+        with nullcontext() if unit == "draws" else untried_draws():  # that one makes the trial of draws, for all
+            told: str | None = getattr(self, f"_{unit}")()
         mx.synchronize()
         self._done()
         return told or ""
@@ -186,6 +190,9 @@ class Work:
     # --- of random logits
 
     def _draws(self) -> None:
+        if device_dialect() is not None:
+            for dtype in DTYPES:  # of whichever the model's logits are, and those with a bias or a mask
+                verdict_for(self._job.vocab_len, dtype)
         self._draw_by(DRAWS[:3])
 
     def _penalties(self) -> None:
