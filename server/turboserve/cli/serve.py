@@ -107,14 +107,18 @@ def _check_local_model(model: str) -> None:
 def _make_engine(settings: Settings, telemetry: Telemetry, progress: Bars, guard: Guard | None) -> TurboEngine:
     # Late, because both import MLX, which must find the interposed BLAS.
     from turboserve.engine.engine import TurboEngine
+    from turboserve.engine.garbage import GarbageTimes
     from turboserve.engine.loading import build_parts
     from turboserve.engine.model_folder import model_id_for
 
-    model_id = model_id_for(settings.model, settings.served_model_name)
-    if guard is None:
-        return TurboEngine(settings, build_parts, model_id=model_id, telemetry=telemetry, progress=progress)
     return TurboEngine(
-        *(settings, guard.build), model_id=model_id, telemetry=telemetry, progress=progress, on_death=guard.on_death
+        settings,
+        build_parts if guard is None else guard.build,
+        model_id=model_id_for(settings.model, settings.served_model_name),
+        telemetry=telemetry,
+        progress=progress,
+        garbage=GarbageTimes(),
+        on_death=(lambda: None) if guard is None else guard.on_death,
     )
 
 

@@ -24,6 +24,7 @@ from turboserve.engine.answer_rules import RuleMaker, needs_rule
 from turboserve.engine.distributed.ranks import RanksEndedError
 from turboserve.engine.failures import known_cause
 from turboserve.engine.fused_draw import draws_line
+from turboserve.engine.garbage import GarbageTimes
 from turboserve.engine.generation import Generation
 from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts
@@ -77,14 +78,16 @@ class TurboEngine:
         progress: Progress = log.info,
         clock: Clock = time.monotonic,
         on_death: Callable[[], None] = lambda: None,
+        garbage: GarbageTimes | None = None,
     ) -> None:
         """Starts nothing; `build` runs on the engine thread after `start`.
 
+        garbage: in a process that is this engine's own, when Python looks for any.
         on_death: called on that thread when an engine that was loaded has died, and every request has been told.
         """
         self._settings, self._build, self._progress, self._clock = settings, build, progress, clock
         self._telemetry: EngineTelemetry = telemetry if telemetry is not None else NullTelemetry()
-        self._model_id, self._on_death = model_id, on_death
+        self._model_id, self._on_death, self._garbage = model_id, on_death, garbage
         self._loop: StepLoop | None = None  # once the model is loaded
         self._created = int(time.time())
         self._sampling_defaults = SamplingParams()  # the model's own once it is loaded
@@ -279,6 +282,8 @@ class TurboEngine:
         loop.graphs_line = str(graphs)
         self._created, self._sampling_defaults = int(time.time()), parts.loaded.sampling_defaults
         self._publish(loop)
+        if self._garbage is not None:
+            self._garbage.settle()
         with self._changed:
             self._unready = "the server is shutting down" if self._is_refusing else None
         self._is_ready_or_dead.set()
@@ -295,6 +300,8 @@ class TurboEngine:
             else:
                 loop.tick()
             self._after_step(loop)
+            if self._garbage is not None:
+                self._garbage.after_step(has_work=loop.has_work)
 
     def _take(self, loop: StepLoop, items: deque[InboxItem]) -> None:
         try:

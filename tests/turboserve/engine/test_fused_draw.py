@@ -21,7 +21,7 @@ from turboserve.engine.sampling import MIN_TEMPERATURE, BatchSampler, row_sampli
 from turboserve.engine.weighted_draw import draw_weighted
 from turboserve.messages import SamplingParams
 
-FACTORIES = {"cuda": cuda_kernel, "metal": metal_kernel}
+FACTORIES: dict[str, Any] = {"cuda": cuda_kernel, "metal": metal_kernel}
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="emulators run on a CPU")
 
 

@@ -12,6 +12,7 @@ Arrays grow in that order too: a launch copies the old one's content into a larg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -154,8 +155,7 @@ class GpuStore(CanonicalStorage, LayerStore):
     def copy(self, source: mx.array, target: mx.array, num_rows: int) -> None:
         """The first rows of source (H, rows, D) to the same places of target (H, more rows, D), by a launch."""
         for first in range(0, num_rows, ROWS_A_LAUNCH):
-            rows = np.arange(first, min(num_rows, first + ROWS_A_LAUNCH))
-            self.put(source[None], target, Places.of([rows, rows]))
+            self.put(source[None], target, _same_places(first, min(num_rows, first + ROWS_A_LAUNCH)))
 
     def settle(self) -> None:
         """Wait for all launches so far: the arrays are about to be replaced, or read by others than our kernels."""
@@ -426,6 +426,13 @@ class GpuStore(CanonicalStorage, LayerStore):
                 decode_shape(*key[:3], self.shape, self.fmt, self._turning, capped)
             )
         return launch
+
+
+@lru_cache(maxsize=4)
+def _same_places(first: int, last: int) -> Places:
+    """Rows that stay at their numbers; all layers ask for the same ones."""
+    rows = np.arange(first, last)
+    return Places.of([rows, rows])
 
 
 _NO_CODES, _NO_SCALES = mx.array(np.zeros(8, np.uint8)), mx.array(np.zeros(8, np.float16))
