@@ -47,6 +47,26 @@ def test_waits_are_as_few_as_the_bound_allows(waits: list[int], most: int, expec
     assert [store.pending.item() for store in stores] == [1] * 8
 
 
+def test_old_arrays_go_back_to_the_system() -> None:
+    """A large pool that has grown many times holds its own bytes, and not those of all that it was before."""
+
+    class Arrays(Store):
+        array = mx.zeros(1 << 20, mx.uint8)
+
+        def grow(self) -> None:
+            self.array = mx.concatenate([self.array, mx.zeros(1 << 18, mx.uint8)])
+
+        def pending_arrays(self) -> list[mx.array]:
+            return [self.array]
+
+    stores = [Arrays(0) for _ in range(4)]
+    mx.clear_cache()
+    for _ in range(24):
+        grow_stores(stores, Arrays.grow, lambda store: store.array.nbytes, 1 << 20)
+    mx.eval([store.array for store in stores])
+    assert mx.get_cache_memory() < 2 * stores[0].array.nbytes
+
+
 def test_a_store_that_cannot_grow_is_told(waits: list[int]) -> None:
     stores = [Store(100), Store(100, refuses=True), Store(100)]
     with pytest.raises(MemoryError):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+import mlx.core as mx
+
 from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
+REST_S = 10.0  # without work, after which scratch memory is given back
 MAX_RECOVERIES = 2  # a request whose cache is lost again and again would keep the engine busy for ever
 
 
@@ -77,6 +80,7 @@ class StepLoop:
         )
         self.runner.overlaps = self.overlap.is_on
         self.graphs_line = "not tried yet"
+        self._worked_s, self._has_scratch = clock(), True
         self.speculation = self._choose_speculation()
         self.prefill_tokens = scheduler.most_prefill_tokens(
             settings.prefill_chunk_tokens, on_cpu=on_cpu(), gpu_bytes=own_memory_bytes()
@@ -213,7 +217,8 @@ class StepLoop:
     def step(self) -> None:
         """A bounded amount of work: a few prompts prepared, one pass over prompts, one token per row."""
         self._num_steps += 1
-        self._memory.expire(self._clock())
+        self._worked_s, self._has_scratch = self._clock(), True
+        self._memory.expire(self._worked_s)
         self._admit()
         if self._prefill():
             self._deliver(self.runner.land())  # they are there: the chunk was waited for, and came after them
@@ -228,6 +233,9 @@ class StepLoop:
     def tick(self) -> None:
         """What time alone asks for while there is nothing to do."""
         self._memory.expire(self._clock())
+        if self._has_scratch and self._clock() - self._worked_s >= REST_S:
+            mx.clear_cache()  # MLX keeps what the largest prompt needed; at rest it is the machine's again
+            self._has_scratch = False
 
     # --- memory: asked for, and made
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from tests.turboserve.engine.fakes import (
     MAX_CONTEXT,
+    Clock,
     RecordingTelemetry,
     Sink,
     add,
     make_loop,
     make_parts,
+    make_settings,
     request,
     run,
     text_of,
@@ -22,7 +25,9 @@ from tests.turboserve.engine.ties import RECOMPUTED_TIE, assert_same_answer
 from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.memory import Ask, Growth, Start
 from turboserve.cache.sizes import peak_bytes, shared_pages
+from turboserve.engine.protocol import NullTelemetry
 from turboserve.engine.scheduler import MAX_VERDICT_ROUNDS
+from turboserve.engine.step_loop import StepLoop
 from turboserve.errors import ContextLengthError, InvalidRequestError, RequestCancelledError
 from turboserve.messages import Failed, Request, SamplingParams
 
@@ -411,3 +416,18 @@ def test_growth_that_fails_ends_that_answer_alone(
     growing, bounded = run(loop, open_ended, request("b", prompt(rng, 20), max_tokens=30))
     assert isinstance(growing.events[-1], Failed) and len(bounded.tokens) == 30
     loop.check_integrity()
+
+
+def test_scratch_memory_is_given_back_at_rest(model: Any) -> None:
+    """MLX keeps freed arrays for the next ones; a server that has nothing to do leaves them to the machine."""
+    clock = Clock()
+    loop = StepLoop(make_parts(model, fmt=None), make_settings(), NullTelemetry(), clock)
+    run(loop, request("a", text_of([1, 2, 3]), max_tokens=3))
+    scratch = mx.zeros(1 << 22)
+    mx.eval(scratch)
+    del scratch
+    loop.tick()
+    assert mx.get_cache_memory() >= 4 << 22, "the next request may come at once"
+    clock.now_s += 60
+    loop.tick()
+    assert mx.get_cache_memory() == 0
