@@ -47,19 +47,17 @@ def summing(*, input_names: Any, output_names: Any, **options: Any) -> Any:
 KERNELS = DecodeKernels("cuda", summing, device=HOPPER)  # one for all pools, as a device has
 
 
+def summing_backend() -> GpuBackend:
+    return GpuBackend("cuda", KERNELS, PageKernels("cuda", summing), FlashKernels("cuda", summing))
+
+
 class Rows:
     """Decoding conversations of a small model over kernels that only sum."""
 
     def __init__(self, model: Any, num_rows: int, prompt_len: int = 40, means: Means | None = None) -> None:
         seam.install()
         self.model = model
-        backend = GpuBackend(
-            "cuda",
-            KERNELS,
-            PageKernels("cuda", summing),
-            FlashKernels("cuda", summing),
-        )
-        self.pool = PagePool(backend, [SHAPE] * LAYERS, FMT, [means] * LAYERS)
+        self.pool = PagePool(summing_backend(), [SHAPE] * LAYERS, FMT, [means] * LAYERS)
         sources = [LayerSource.of_pool(self.pool, layer) for layer in range(LAYERS)]
         conversations = [PagedSequence(self.pool, range(LAYERS)) for _ in range(num_rows)]
         self.batch: list[BatchTurboQuantKVCache] = [

@@ -81,3 +81,33 @@ def test_other_batches_are_the_models(rng: np.random.Generator) -> None:
         logits = graphs.forward(tokens, caches)
         np.testing.assert_array_equal(np.array(logits), np.array(model(tokens, cache=expected)))
     assert graphs.num_run == graphs.num_built == 0
+
+
+@pytest.mark.parametrize("or_model", [True, False])
+def test_a_graph_that_raises_is_the_models_step_or_none(or_model: bool, rng: np.random.Generator) -> None:
+    """With or_model nothing shows that it was tried: not in logits, and not in the books."""
+    model = small_models.dense(int(rng.integers(1 << 30)), LAYERS)
+    is_failing = False
+
+    def failing(tokens: mx.array, cache: Any) -> Any:
+        logits = model(tokens, cache=cache)
+        if is_failing and type(cache[0]).__name__ == "_LayerOver":
+            raise ValueError("not this one")
+        return logits
+
+    plain, kept = Rows(model, 2), Rows(model, 2)
+    graphs = KeptGraphs(failing, or_model=or_model)
+    for number in range(FMT.page_tokens + 8):  # a page is closed by graphs that fail as well
+        is_failing = number > STEPS_BEFORE + 3
+        tokens = mx.array(rng.integers(0, small_models.VOCAB, (2, 1)))
+        num_run = graphs.num_run
+        try:
+            logits = graphs.forward(tokens, kept.batch)
+        except ValueError:
+            assert not or_model and kept.batch[0].lengths == plain.batch[0].lengths
+            return
+        expected = model(tokens, cache=plain.batch)
+        np.testing.assert_allclose(np.array(logits), np.array(expected), rtol=1e-4, atol=1e-5, err_msg=str(number))
+        assert kept.pool.books == plain.pool.books
+    assert or_model and isinstance(graphs.failure, ValueError) and graphs.num_run == num_run
+    kept.pool.check_integrity()

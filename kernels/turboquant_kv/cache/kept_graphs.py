@@ -10,6 +10,7 @@ Owns which steps can be run so and the graphs that are kept. What a step does to
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from turboquant_kv.cache.pages import PagePool
 from turboquant_kv.cache.protocol import AttendingCache, LayerInput, UnsupportedModelError
 from turboquant_kv.cache.step import BatchStep
 
+log = logging.getLogger(__name__)
+
 GRAPHS_KEPT = 32
 STEPS_BEFORE = 2  # of the same kind one after the other: tracing costs as much as two or three steps
 
@@ -34,9 +37,14 @@ Compiler = Callable[[Traced], Traced]
 class KeptGraphs:
     """The graphs of one model's decode steps. One thread only."""
 
-    def __init__(self, model: Model, compiler: Compiler = mx.compile) -> None:
-        """compiler: what makes a traced function fast; tests hand in one that leaves it as it is."""
-        self._model, self._compiler = model, compiler
+    def __init__(self, model: Model, compiler: Compiler = mx.compile, *, or_model: bool = False) -> None:
+        """compiler: what makes a traced function fast; tests hand in one that leaves it as it is.
+
+        or_model: whether a step whose graph raises is run by the model after all, and with it all later ones. What it
+        has taken it keeps, so books are those of a step without a graph.
+        """
+        self._model, self._compiler, self._or_model = model, compiler, or_model
+        self.failure: Exception | None = None  # of a graph, with or_model
         self._graphs: OrderedDict[Hashable, Traced] = OrderedDict()
         self._batch: Sequence[Any] = ()  # the latest, and its caches if all steps of them can be described
         self._layers: list[BatchTurboQuantKVCache] | None = None
@@ -49,7 +57,7 @@ class KeptGraphs:
 
         Raises what the model raises; the conversations are as they were before the step then.
         """
-        layers = self._layers_of(batch)
+        layers = self._layers_of(batch) if self.failure is None else None
         if layers is None or tokens.shape[1] != 1 or not layers[0].is_between_steps:
             return self._called(tokens, batch)
         pool = layers[0].source.pool
@@ -57,9 +65,11 @@ class KeptGraphs:
         step = layers[0].begin(pool, pool.shapes[0], 1)
         try:
             key = self._key_of(step, pool, tokens)
-            if key is None:
+            launched = None if key is None else self._try_launch(key, pool, tokens, batch, step)
+            if launched is None:
                 return self._called(tokens, batch)  # whose layers go on with the step that has begun
-            return self._run(key, tokens, batch, layers, step)
+            self._note(launched[1], pool, layers, step)
+            return launched[0]
         except BaseException:
             step.undo()
             raise
@@ -88,30 +98,42 @@ class KeptGraphs:
         self._latest_key = key
         return key if key in self._graphs or self._num_alike >= STEPS_BEFORE else None
 
-    def _run(
-        self,
-        key: Hashable,
-        tokens: mx.array,
-        batch: Sequence[Any],
-        layers: Sequence[BatchTurboQuantKVCache],
-        step: BatchStep,
-    ) -> mx.array:
-        pool = layers[0].source.pool
-        assert pool is not None
+    def _try_launch(
+        self, key: Hashable, pool: PagePool, tokens: mx.array, batch: Sequence[Any], step: BatchStep
+    ) -> tuple[mx.array, list[mx.array]] | None:
+        """Logits, and what the step leaves of each layer's launch; None where the model is to run the step instead."""
+        try:
+            return self._launch(key, pool, tokens, batch, step)
+        except Exception as exc:
+            if not self._or_model:
+                raise
+            log.warning("steps are built anew from now on: the graph of one cannot be run", exc_info=True)
+            self.failure = exc.with_traceback(None)  # its frames would keep caches alive
+            self._graphs.clear()
+            return None
+
+    def _launch(
+        self, key: Hashable, pool: PagePool, tokens: mx.array, batch: Sequence[Any], step: BatchStep
+    ) -> tuple[mx.array, list[mx.array]]:
         inputs = pool.backend.step_inputs(pool.stores, step.plan)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._compiler(self._traced(inputs.key, pool, batch))
-        logits, launched = graph(tokens, step.before.array, inputs.shared, inputs.layers)
+        launched = graph(tokens, step.before.array, inputs.shared, inputs.layers)
+        self._keep(key, graph)
+        self.num_run += 1
+        return launched
+
+    def _note(
+        self, launched: list[mx.array], pool: PagePool, layers: Sequence[BatchTurboQuantKVCache], step: BatchStep
+    ) -> None:
+        """All layers have written."""
         for store, one in zip(pool.stores, launched, strict=True):
             store.wrote(one)
         for cache in layers:
             cache.stepped(step)
         for cache in layers:
             step.done(cache.source.layer)
-        self._keep(key, graph)
-        self.num_run += 1
-        return logits
 
     def _keep(self, key: Hashable, graph: Traced) -> None:
         if key not in self._graphs:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -32,9 +32,11 @@ class GraphChoice:
 
     graphs: KeptGraphs | None
     reason: str
+    by_ranks: bool = False  # every rank of a divided model keeps its own
 
     def __str__(self) -> str:
-        return f"{'kept' if self.graphs is not None else 'built anew in every step'} ({self.reason})"
+        is_kept = self.graphs is not None or self.by_ranks
+        return f"{'kept' if is_kept else 'built anew in every step'} ({self.reason})"
 
 
 def refused_graphs(wanted: str, *, on_cpu: bool) -> GraphChoice | None:
@@ -46,29 +48,77 @@ def refused_graphs(wanted: str, *, on_cpu: bool) -> GraphChoice | None:
     return None
 
 
+class Ways(Protocol):
+    """Both ways of running a decode step, tokens (B, 1) to logits (B, 1, V), and the way back."""
+
+    @property
+    def num_kept(self) -> int:
+        """Steps that were run by kept graphs."""
+        ...
+
+    def kept(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array: ...
+
+    def built(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array: ...
+
+    def cut(self, batch: Sequence[Any], counts: Sequence[int]) -> None:
+        """Finish what is pending, and take so many tokens off each row's end."""
+        ...
+
+
+class OwnWays:
+    """Of a model that this process has all of."""
+
+    def __init__(self, model: Any, graphs: KeptGraphs) -> None:
+        self._model, self._graphs = model, graphs
+
+    @property
+    def num_kept(self) -> int:
+        return self._graphs.num_run
+
+    def kept(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        return self._graphs.forward(tokens, batch)
+
+    def built(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        logits: mx.array = self._model(tokens, cache=batch)
+        return logits
+
+    def cut(self, batch: Sequence[Any], counts: Sequence[int]) -> None:
+        for cache in batch:
+            cache.evaluate()
+            cache.trim_rows(counts)
+
+
+class Tried(NamedTuple):
+    """Whether kept graphs are to be used, and why."""
+
+    is_better: bool
+    reason: str
+
+
 def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> GraphChoice:
     """By a trial on a batch that holds `num_rows` conversations, which are afterwards as they were before.
 
     Raises what the model raises.
     """
-    if not all(isinstance(cache, BatchRows) for cache in batch):
-        return GraphChoice(None, "not all layers of this model are compressed")
-    if trial_room(batch, num_rows) < TRIAL_STEPS:
-        return GraphChoice(None, "there was no room to try it")
     graphs = KeptGraphs(model)
+    tried = try_ways(OwnWays(model, graphs), batch, num_rows, wanted)
+    return GraphChoice(graphs if tried.is_better else None, tried.reason)
 
-    def called(tokens: mx.array, batch: Sequence[Any]) -> mx.array:
-        logits: mx.array = model(tokens, cache=batch)
-        return logits
 
-    _steps(graphs.forward, batch, num_rows, STEPS_BEFORE + 2)  # traced, and compiled
-    if not graphs.num_run:
-        return GraphChoice(None, "this model's steps cannot be described by arrays alone")
+def try_ways(ways: Ways, batch: Sequence[Any], num_rows: int, wanted: str) -> Tried:
+    """As `try_graphs`, of steps that are run in these ways."""
+    if not all(isinstance(cache, BatchRows) for cache in batch):
+        return Tried(False, "not all layers of this model are compressed")
+    if trial_room(batch, num_rows) < TRIAL_STEPS:
+        return Tried(False, "there was no room to try it")
+    _steps(ways, ways.kept, batch, num_rows, STEPS_BEFORE + 2)  # traced, and compiled
+    if not ways.num_kept:
+        return Tried(False, "this model's steps cannot be described by arrays alone")
     times: dict[bool, list[float]] = {True: [], False: []}
     logits: dict[bool, mx.array] = {}
     for _ in range(ROUNDS):
-        for is_kept, forward in ((True, graphs.forward), (False, called)):
-            seconds, logits[is_kept] = _steps(forward, batch, num_rows, NUM_STEPS)
+        for is_kept, forward in ((True, ways.kept), (False, ways.built)):
+            seconds, logits[is_kept] = _steps(ways, forward, batch, num_rows, NUM_STEPS)
             times[is_kept].append(seconds)
     expected = logits[False].astype(mx.float32)
     largest: Any = mx.abs(logits[True].astype(mx.float32) - expected).max() / mx.std(expected)
@@ -76,10 +126,10 @@ def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> 
     kept_s, built_s = (statistics.median(times[is_kept]) for is_kept in (True, False))
     figures = f"a step of {num_rows} rows takes {kept_s * 1e3:.1f} ms instead of {built_s * 1e3:.1f}"
     if not error <= TOLERANCE:
-        return GraphChoice(None, f"their logits differ by {error:.3f} of the spread")
+        return Tried(False, f"their logits differ by {error:.3f} of the spread")
     if wanted == "auto" and kept_s > MARGIN * built_s:
-        return GraphChoice(None, figures)
-    return GraphChoice(graphs, figures)
+        return Tried(False, figures)
+    return Tried(True, figures)
 
 
 def trial_room(batch: Sequence[Any], num_rows: int) -> int:
@@ -93,7 +143,11 @@ def trial_room(batch: Sequence[Any], num_rows: int) -> int:
 
 
 def _steps(
-    forward: Callable[[mx.array, Sequence[Any]], mx.array], batch: Sequence[Any], num_rows: int, num_steps: int
+    ways: Ways,
+    forward: Callable[[mx.array, Sequence[Any]], mx.array],
+    batch: Sequence[Any],
+    num_rows: int,
+    num_steps: int,
 ) -> tuple[float, mx.array]:
     """Median seconds of a greedy step, the next one handed over before the last is read; and the last one's logits."""
     tokens = mx.zeros((num_rows, 1), mx.uint32)
@@ -107,7 +161,5 @@ def _steps(
         stamps.append(time.perf_counter())
         tokens = following
     mx.eval(logits)
-    for cache in batch:
-        cache.evaluate()
-        cache.trim_rows([num_steps] * num_rows)
+    ways.cut(batch, [num_steps] * num_rows)
     return statistics.median(b - a for a, b in pairwise(stamps)), logits

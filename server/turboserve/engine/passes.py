@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from turboquant_kv.cache.rows_apart import Around, forward
+from turboserve.engine.graph_choice import GraphChoice, try_graphs
 
 Model = Any  # an mlx-lm model: model(tokens (B, T), cache=[...]) -> logits (B, T, V)
 
@@ -31,6 +32,10 @@ class Passes(Protocol):
 
     def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
         """(B, 1, V) after tokens (B, 1) that were drawn on the device and are not read yet."""
+        ...
+
+    def try_graphs(self, batch: list[Any], num_rows: int, wanted: str) -> GraphChoice:
+        """Whether decode steps keep their graphs, as graph_choice.try_graphs has it: those of the choice, or their own."""
         ...
 
     def note_device_failure(self) -> None:
@@ -62,6 +67,9 @@ class OwnPasses:
 
     def logits_of_drawn(self, tokens: mx.array, batch: list[Any], around: Around) -> mx.array:
         return forward(self.model, tokens, batch, around)
+
+    def try_graphs(self, batch: list[Any], num_rows: int, wanted: str) -> GraphChoice:
+        return try_graphs(self.model, batch, num_rows, wanted)
 
     def note_device_failure(self) -> None:
         """Caches are computed again."""

@@ -47,7 +47,7 @@ from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
 from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Drawn, Generation, Outcomes
-from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, trial_room, try_graphs
+from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, trial_room
 from turboserve.engine.passes import Model, OwnPasses, Passes
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
@@ -131,7 +131,7 @@ class Runner:
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
         self.speculation: Speculation | None = None
-        self.graphs: KeptGraphs | None = None  # of decode steps, where those pay
+        self.graphs: KeptGraphs | None = None  # of decode steps, where those pay; a divided model's are its passes'
         self._ahead: dict[Generation, int] = {}  # tokens of the last step that a row has in the batch and not yet
         self._is_wary = False  # a step failed: the next one is computed at once, and whoever makes it fail is found
 
@@ -477,17 +477,15 @@ class Runner:
     def trial_room(self) -> int:
         """Tokens that each row can take and be cut back from; all that `try_graphs` needs where it will try nothing."""
         self.land()
-        can_try = isinstance(self._passes, OwnPasses) and self._may_keep_graph(self._rows)
+        can_try = self._may_keep_graph(self._rows)
         return trial_room(self._batch(), self.num_rows) if can_try else TRIAL_STEPS
 
     def try_graphs(self, wanted: str) -> GraphChoice:
         """Decide by the batch as it is whether steps keep their graphs. wanted: settings.keep_graphs."""
         self.land()
-        if not isinstance(self._passes, OwnPasses):
-            return GraphChoice(None, "the model is divided among ranks")
         if not self._may_keep_graph(self._rows):
             return GraphChoice(None, "rows are computed one by one, or by adapters")
-        choice = try_graphs(self._passes.model, self._batch(), self.num_rows, wanted)
+        choice = self._passes.try_graphs(self._batch(), self.num_rows, wanted)
         self.graphs = choice.graphs
         return choice
 

@@ -139,9 +139,12 @@ class Inbox:
         except PeerGoneError:
             return  # whoever reads hears of it as well
 
-    def next(self) -> Message:
-        """Waits for it. Raises PeerGoneError once nothing more comes."""
-        message = self._messages.get()
+    def next(self, timeout_s: float | None = None) -> Message:
+        """Waits for it. Raises PeerGoneError once nothing more comes, and TimeoutError when nothing has come by then."""
+        try:
+            message = self._messages.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError from None
         if message is None:
             self._messages.put(None)
             raise PeerGoneError("it is gone")

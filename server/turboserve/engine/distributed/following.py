@@ -1,7 +1,8 @@
 """The side of all ranks but rank 0: they do to their part of every cache what rank 0 says, in its order.
 
 Nothing is decided here. A verb that raises is remembered until rank 0's next word, which must be that it raised there
-as well; whatever differs ends this process, and with it the run.
+as well; whatever differs ends this process, and with it the run. So does silence after a verb that raised: rank 0 waits
+in a collective then, for this rank's part.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from turboquant_kv.cache.rows_apart import forward
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.engine.distributed.digest import digest_of
 from turboserve.engine.distributed.leading import shared_tokens
 from turboserve.engine.distributed.ranks import OtherRank, RanksEndedError
+from turboserve.engine.distributed.step_graphs import RankSteps
 from turboserve.engine.served_formats import ServedFormats
 
 log = logging.getLogger(__name__)
 
 Caches = list[Any]
+
+# For rank 0 to say that a verb raised there too. It raises where this rank did, or works on until it needs this rank.
+RAISED_ALONE_S = 30.0
 
 
 class Follower:
@@ -29,6 +33,7 @@ class Follower:
 
     def __init__(self, ranks: OtherRank, model: Any, formats: ServedFormats, disk: SessionDisk | None) -> None:
         self._ranks, self._model, self._formats, self._disk = ranks, model, formats, disk
+        self._steps = RankSteps(model)
         self._caches: dict[int, Caches] = {}
         self._raised: Exception | None = None  # by the latest verb
         self._latest: mx.array | None = None  # logits, behind which a later step's tokens come
@@ -39,6 +44,9 @@ class Follower:
             "fill": self._fill,
             "logits": self._logits,
             "logits_of_drawn": self._logits_of_drawn,
+            "keep_graphs": self._steps.keep,
+            "can_keep_graphs": self._can_keep_graphs,
+            "forget_graphs": self._steps.forget,
             "convert": self._convert,
             "trim": self._trim,
             "export": self._export,
@@ -55,8 +63,16 @@ class Follower:
 
     def run(self) -> None:
         """Until rank 0 ends the run in order. Raises RanksEndedError when it ends otherwise."""
-        while self.take(self._ranks.receive()):
+        while self.take(self._next()):
             pass
+
+    def _next(self) -> Sequence[Any]:
+        raised = self._raised
+        try:
+            return self._ranks.receive(None if raised is None else RAISED_ALONE_S)
+        except TimeoutError:
+            told = f"{type(raised).__name__} here: {raised}"
+            raise RanksEndedError(f"{told}; rank 0 has said nothing for {RAISED_ALONE_S:.0f} s") from raised
 
     def take(self, message: Sequence[Any]) -> bool:
         """Do what one message says; False for the last one."""
@@ -141,13 +157,16 @@ class Follower:
         self._model(mx.array(tokens), cache=self._caches[number])
 
     def _logits(self, number: int, tokens: list[list[int]]) -> None:
-        self._start(forward(self._model, mx.array(tokens), self._caches[number]))
+        self._start(self._steps.forward(mx.array(tokens), self._caches[number]))
 
     def _logits_of_drawn(self, number: int, num_rows: int) -> None:
         tokens = mx.zeros((num_rows, 1), mx.int32)
         if self._latest is not None:  # that step's collectives come before this one's
             tokens = mx.depends([tokens], [self._latest])[0]
-        self._start(forward(self._model, shared_tokens(tokens, self._ranks.group), self._caches[number]))
+        self._start(self._steps.forward(shared_tokens(tokens, self._ranks.group), self._caches[number]))
+
+    def _can_keep_graphs(self) -> None:
+        self._ranks.all_agree("kept graphs", self._steps.can_keep)
 
     def _start(self, logits: mx.array) -> None:
         """Rank 0 reads them; what computes them needs this rank's part."""

@@ -181,10 +181,10 @@ class OtherRank(Ranks):
             raise RanksEndedError(f"rank 0 is at {answer[:2]} where rank {self.rank} is at {what!r}")
         return list(answer[2])
 
-    def receive(self) -> Message:
-        """Rank 0's next message. Raises RanksEndedError."""
+    def receive(self, timeout_s: float | None = None) -> Message:
+        """Rank 0's next message. Raises RanksEndedError, and TimeoutError when there is none by then."""
         try:
-            message = self._inbox.next()
+            message = self._inbox.next(timeout_s)
         except PeerGoneError as exc:
             raise RanksEndedError(str(exc)) from exc
         if message[0] == "end":
