@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,10 +28,8 @@ from turboserve.engine.distributed.leading import LeadingRuntime
 from turboserve.engine.distributed.ranks import RanksEndedError
 from turboserve.engine.distributed.step_graphs import RankSteps
 from turboserve.engine.graph_choice import GraphChoice
-from turboserve.engine.sampling import row_sampling
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.warm_up import Plan, warm_up
-from turboserve.messages import SamplingParams
 
 PLAN = Plan(chunks=(100, 37), row_counts=(2,), num_tokens=2)
 PROMPTS = [list(range(i, 60 + 7 * i)) for i in range(4)]
