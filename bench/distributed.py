@@ -14,6 +14,10 @@ content. Sections, each with rows of its own, which rank 0 writes after every fi
     serve  the engine with the embedded model (or --serve-model): rank 0's words to the others, tokens from device to
            device, books compared; the same answers as the whole model gives, and tokens per second beside it
 
+Decode steps keep their graphs where a trial says so, as the server's do. `--graphs auto off` measures each figure both
+ways, in caches of the same content; rows of the second way say `graphs off`. Caches in f16 have no
+kept graphs, and one row.
+
 A collective of MLX waits for ever for a rank that is stuck, so --limit-s ends the process whatever it waits for. What
 does not fit a device in f16 is left out there. Run by itself, without mlx.launch, it measures `one` alone.
 """
@@ -28,7 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +56,16 @@ from turboserve.engine.distributed import channel
 from turboserve.engine.distributed.place import RANK, place_in
 from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks, join
 from turboserve.engine.distributed.sharding import shard
+from turboserve.engine.distributed.step_graphs import RankSteps
 from turboserve.engine.generation import Generation
+from turboserve.engine.graph_choice import Tried, refused_graphs, try_ways
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loading import build_follower, build_parts
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.protocol import NullTelemetry
+from turboserve.engine.runner import on_cpu
 from turboserve.engine.step_loop import StepLoop
+from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.messages import Event, Failed, Request, SamplingParams, TextDelta
 from turboserve.settings import Settings
 
@@ -84,7 +92,7 @@ class Bench:
         self.args, self.ranks, self.group = args, ranks, ranks.group
         self.rank, self.num_ranks = ranks.rank, ranks.size
         self.rows: list[Row] = []
-        self.rates: dict[tuple[str, int, int, str], float] = {}  # section, streams, tokens, format
+        self.rates: dict[tuple[str, int, int, str, str], float] = {}  # section, streams, tokens, format, way
         self.failed: list[str] = []
         self.ends = time.monotonic() + args.limit_s
 
@@ -166,26 +174,39 @@ def serve_section(bench: Bench) -> None:
     """Greedy answers of a whole model in rank 0's process, then of the same model divided."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ["f16", *bench.args.formats]:
-            settings = Settings(model=bench.args.serve_model, kv_format=name, kv_budget="1GiB", cache_dir=Path(folder))
-            whole = None
-            if bench.rank == 0:
-                whole = answers_of(bench, settings, build_parts(settings, lambda line: None))
-            bench.sum(0.0)  # the others wait for it
-            ranks = join(place_in(os.environ))
-            if not isinstance(ranks, FirstRank):
-                build_follower(settings, lambda line: None, ranks).run()
-                ranks.close()
-                continue
-            divided = answers_of(bench, settings, build_parts(settings, lambda line: None, ranks))
-            assert whole is not None
-            for streams, (texts, rate) in divided.items():
-                target = 1.0 if name == "f16" else None
-                equal = sum(a == b for a, b in zip(texts, whole[streams][0], strict=True)) / streams
-                label = f"serve, {name}, {streams} streams"
-                bench.add(
-                    Row.plain(f"{label}: tokens/s beside the whole model", rate, "1/s", whole[streams][1]),
-                    Row.at_least(f"{label}: answers that are the whole model's", equal, "", target),
-                )
+            for way in bench.args.graphs:
+                serve(bench, name, way, Path(folder))
+
+
+def serve(bench: Bench, name: str, way: str, cache_dir: Path) -> None:
+    """In one format, graphs kept in one way."""
+    settings = Settings(
+        model=bench.args.serve_model,
+        kv_format=name,
+        kv_budget="1GiB",
+        cache_dir=cache_dir,
+        keep_graphs=way,
+        max_running=max(bench.args.streams),
+    )
+    whole = None
+    if bench.rank == 0:
+        whole = answers_of(bench, settings, build_parts(settings, lambda line: None))
+    bench.sum(0.0)  # the others wait for it
+    ranks = join(place_in(os.environ))
+    if not isinstance(ranks, FirstRank):
+        build_follower(settings, lambda line: None, ranks).run()
+        ranks.close()
+        return
+    divided = answers_of(bench, settings, build_parts(settings, lambda line: None, ranks))
+    assert whole is not None
+    for streams, (texts, rate) in divided.items():
+        target = 1.0 if name == "f16" else None
+        equal = sum(a == b for a, b in zip(texts, whole[streams][0], strict=True)) / streams
+        label = f"serve, {name}, {streams} streams{suffix_of(bench, way)}"
+        bench.add(
+            Row.plain(f"{label}: tokens/s beside the whole model", rate, "1/s", whole[streams][1]),
+            Row.at_least(f"{label}: answers that are the whole model's", equal, "", target),
+        )
 
 
 class Reader:
@@ -203,6 +224,8 @@ class Reader:
 def answers_of(bench: Bench, settings: Settings, parts: EngineParts) -> dict[int, tuple[list[str], float]]:
     """By number of streams: their texts, and tokens per second, prompts and the first tokens' compiling left out."""
     loop, num_tokens = StepLoop(parts, settings, NullTelemetry(), time.monotonic), bench.args.serve_tokens
+    plan = Plan.for_device(loop.prefill_tokens, settings.max_running, parts.loaded.max_context)
+    warmed_s, graphs = warm_up(loop.runner, parts, loop.vocab_len, plan, settings.keep_graphs)
     kept: dict[int, tuple[list[str], float]] = {}
     sampling = SamplingParams(temperature=0.0, logit_bias=tuple((i, -100.0) for i in parts.loaded.eos_ids))
     for streams in bench.args.streams:
@@ -223,7 +246,10 @@ def answers_of(bench: Bench, settings: Settings, parts: EngineParts) -> dict[int
                 loop.step()
             rate = (streams * num_tokens - before) / (time.perf_counter() - began)
         kept[streams] = [reader.text for reader in readers], rate
-    bench.say(f"serve: {loop.snapshot().details.get('distributed', 'whole')}, overlap {loop.overlap}")
+    bench.say(
+        f"serve: {loop.snapshot().details.get('distributed', 'whole')}, overlap {loop.overlap}, "
+        f"warm-up {warmed_s:.1f} s, step graphs {graphs}"
+    )
     loop.close()
     return kept
 
@@ -320,6 +346,9 @@ def has_room(bench: Bench, section: str, runtime: KVRuntime, streams: int, token
 def measure_one(bench: Bench, section: str, model: Any, runtime: KVRuntime, streams: int, tokens: int) -> None:
     num_steps = bench.args.steps
     held = [random_caches(runtime, tokens - num_steps) for _ in range(streams)]
+    if runtime.fmt is not None:
+        measure_ways(bench, section, model, runtime, held, tokens)
+        return
     caches = held[0]
     if streams > 1:
         caches = runtime.merge_rows(held)
@@ -328,23 +357,93 @@ def measure_one(bench: Bench, section: str, model: Any, runtime: KVRuntime, stre
     held.clear()  # f16 would hold every array twice
     runtime.evaluate(caches)
     mx.clear_cache()
-    chained_step_s(partial(model, cache=caches), streams, 2)  # compiles
-    step_s = chained_step_s(partial(model, cache=caches), streams, num_steps)
+    step_s = timed_step_s(partial(model, cache=caches), streams, num_steps)
+    note(bench, section, runtime.fmt_name, streams, tokens, bench.args.graphs[0], streams / step_s)
     runtime.release(caches)
-    note(bench, section, runtime.fmt_name, streams, tokens, streams / step_s)
 
 
-def note(bench: Bench, section: str, name: str, streams: int, tokens: int, rate: float) -> None:
+def timed_step_s(forward: Callable[[mx.array], mx.array], streams: int, num_steps: int) -> float:
+    chained_step_s(forward, streams, 2)  # compiles
+    return chained_step_s(forward, streams, num_steps)
+
+
+def measure_ways(
+    bench: Bench, section: str, model: Any, runtime: KVRuntime, held: list[list[Any]], tokens: int
+) -> None:
+    """Compressed conversations by each of --graphs; a batch shares their pages, so all begin at the same length."""
+    steps = RankSteps(model)
+    for way in bench.args.graphs:
+        batch = runtime.merge_rows(held)
+        runtime.evaluate(batch)
+        mx.clear_cache()
+        tried = choose_graphs(bench, section, steps, batch, len(held), way)
+        label = f"{section}, {runtime.fmt_name}, {len(held)} streams of {tokens} tokens{suffix_of(bench, way)}"
+        bench.say(f"{label}: graphs {'kept' if tried.is_better else 'built anew'} ({tried.reason})")
+        steps.keep(tried.is_better)
+        step_s = timed_step_s(partial(steps.forward, batch=batch), len(held), bench.args.steps)
+        note(bench, section, runtime.fmt_name, len(held), tokens, way, len(held) / step_s)
+        runtime.release(batch)
+    for single in held:
+        runtime.release(single)
+
+
+class Ways:
+    """Implements graph_choice.Ways; all ranks try at the same time."""
+
+    def __init__(self, steps: RankSteps) -> None:
+        self._steps = steps
+
+    @property
+    def num_kept(self) -> int:
+        return self._steps.num_kept
+
+    def kept(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        self._steps.keep(True)
+        return self._steps.forward(tokens, batch)
+
+    def built(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        self._steps.keep(False)
+        return self._steps.forward(tokens, batch)
+
+    def cut(self, batch: Sequence[Any], counts: Sequence[int]) -> None:
+        for cache in batch:
+            cache.evaluate()
+            cache.trim_rows(counts)
+
+
+def choose_graphs(bench: Bench, section: str, steps: RankSteps, caches: list[Any], streams: int, way: str) -> Tried:
+    """As the server does: by rank 0's trial, if all ranks can keep graphs."""
+    refused = refused_graphs(way, on_cpu=on_cpu())
+    if refused is not None:
+        return Tried(False, refused.reason)
+    tried = try_ways(Ways(steps), caches, streams, way)
+    if section == "one":
+        return tried
+    num_able = bench.sum(float(steps.can_keep))
+    is_better = bool(bench.from_first(float(tried.is_better)))
+    if is_better and num_able < bench.num_ranks:
+        return Tried(False, "not every rank can keep them, or sums between ranks have no order of their own")
+    return Tried(is_better, tried.reason)
+
+
+def suffix_of(bench: Bench, way: str) -> str:
+    """Of a figure's label: the first way has today's rows."""
+    return "" if way == bench.args.graphs[0] else f", graphs {way}"
+
+
+def note(bench: Bench, section: str, name: str, streams: int, tokens: int, way: str, rate: float) -> None:
     """The row of a figure: `one` plain, `many` beside `one`, and formats beside f16 in the same set-up."""
-    bench.rates[section, streams, tokens, name] = rate
+    bench.rates[section, streams, tokens, name, way] = rate
     devices = "1 device" if section == "one" else f"{bench.num_ranks} devices"
-    label = f"{bench.args.shape}, {name}, {streams} streams of {tokens} tokens, {devices}: decode"
+    label = (
+        f"{bench.args.shape}, {name}, {streams} streams of {tokens} tokens, {devices}{suffix_of(bench, way)}: decode"
+    )
     target = None if bench.args.tiny else MANY_TARGET
-    base = bench.rates.get(("one", streams, tokens, name)) if section == "many" else None
+    base = bench.rates.get(("one", streams, tokens, name, way)) if section == "many" else None
     rows = [Row.plain(label, rate, "1/s")]
     if base is not None:
         rows = [Row.at_least(f"{label} beside one", rate, "1/s", target and target * base, base)]
-    f16 = bench.rates.get((section, streams, tokens, "f16"))
+    f16 = bench.rates.get((section, streams, tokens, "f16", bench.args.graphs[0]))
     if name != "f16" and f16 is not None:
         goal = None if bench.args.tiny else FORMAT_TARGET * f16
         rows.append(Row.at_least(f"{label} beside f16", rate, "1/s", goal, f16))
@@ -373,6 +472,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--projections", choices=["auto", "on", "off"], default="auto", help="as `turboserve serve` has"
     )
+    parser.add_argument(
+        "--graphs",
+        choices=["auto", "on", "off"],
+        nargs="+",
+        default=["auto"],
+        help="of decode steps, as `turboserve serve --keep-graphs` has it; several: figures of each [auto]",
+    )
     parser.add_argument("--kv-backend", default="auto", help="of compressed caches")
     parser.add_argument("--cache-dir", type=Path, help="where verdicts on kernels are kept; else nowhere")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="of a device; 0: as it says")
@@ -382,6 +488,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_json_option(parser)
     args = parser.parse_args()
+    args.graphs = list(dict.fromkeys(args.graphs))
     args.tokens = args.tokens or ([512] if args.tiny else [16384, 65536])
     args.serve_tokens = args.serve_tokens or (16 if args.tiny else 128)
     args.steps = args.steps or (4 if args.tiny else 24)
