@@ -35,7 +35,7 @@ class Passes(Protocol):
         ...
 
     def try_graphs(self, batch: list[Any], num_rows: int, wanted: str) -> GraphChoice:
-        """Whether decode steps keep their graphs, as graph_choice.try_graphs has it: those of the choice, or their own."""
+        """Whether decode steps keep graphs, as graph_choice.try_graphs has it: those of the choice, or their own."""
         ...
 
     def note_device_failure(self) -> None:

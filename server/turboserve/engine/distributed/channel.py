@@ -33,6 +33,7 @@ SILENCE_S = 60.0  # a process that lives says something every second, unless it 
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 1, 1, 3
 _LENGTH = struct.Struct("!I")
 _BEAT: Message = ["beat"]
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps makes an encoder for each message
 
 
 class PeerGoneError(Exception):
@@ -58,7 +59,7 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """Raises PeerGoneError."""
-        content = json.dumps(message, separators=(",", ":")).encode()
+        content = _encode(message).encode()
         try:
             with self._lock:
                 self._socket.sendall(_LENGTH.pack(len(content)) + content)
@@ -140,7 +141,7 @@ class Inbox:
             return  # whoever reads hears of it as well
 
     def next(self, timeout_s: float | None = None) -> Message:
-        """Waits for it. Raises PeerGoneError once nothing more comes, and TimeoutError when nothing has come by then."""
+        """Waits for it. Raises PeerGoneError once nothing more comes, and TimeoutError when nothing came in time."""
         try:
             message = self._messages.get(timeout=timeout_s)
         except queue.Empty:

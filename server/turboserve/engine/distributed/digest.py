@@ -29,9 +29,21 @@ def digest_of(family: KVFamily, touched: Iterable[Sequence[Any]]) -> str:
     return str(digest.hexdigest())
 
 
+def _are_one_pool(caches: Sequence[Any]) -> bool:
+    """Whether they are all layers of one pool, as the first, the last and their number say: asked in every step."""
+    if not caches:
+        return False
+    first, last = caches[0], caches[-1]
+    if type(first) is not BatchTurboQuantKVCache or type(last) is not BatchTurboQuantKVCache:
+        return False
+    pool, num_layers = first.source.pool, len(caches)
+    ends = first.source.layer, last.source.layer
+    return pool is not None and pool is last.source.pool and ends == (0, num_layers - 1) == (0, len(pool.stores) - 1)
+
+
 def _add(digest: Any, caches: Sequence[Any]) -> None:
     seen: set[object] = set()
-    for cache in leaves(caches):
+    for cache in caches[:1] if _are_one_pool(caches) else leaves(caches):
         source = cache.source.pool if isinstance(cache, (TurboQuantKVCache, BatchTurboQuantKVCache)) else type(cache)
         if id(source) in seen:
             continue
