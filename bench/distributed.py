@@ -67,7 +67,7 @@ from turboserve.engine.runner import on_cpu
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.messages import Event, Failed, Request, SamplingParams, TextDelta
-from turboserve.settings import Settings
+from turboserve.settings import KeepGraphs, Settings
 
 MANY_TARGET = 1.6  # of one device's tokens/s
 FORMAT_TARGET = 1.0  # of f16's in the same set-up
@@ -178,7 +178,7 @@ def serve_section(bench: Bench) -> None:
                 serve(bench, name, way, Path(folder))
 
 
-def serve(bench: Bench, name: str, way: str, cache_dir: Path) -> None:
+def serve(bench: Bench, name: str, way: KeepGraphs, cache_dir: Path) -> None:
     """In one format, graphs kept in one way."""
     settings = Settings(
         model=bench.args.serve_model,

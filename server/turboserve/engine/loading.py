@@ -32,7 +32,8 @@ from turboserve.engine.ahead.start import CompiledStart
 from turboserve.engine.ahead.start import begin as begin_compiling
 from turboserve.engine.distributed.dividing import calibration_of_rank, own_share, store_folder
 from turboserve.engine.distributed.following import Follower
-from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats, LeadingPasses
+from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats
+from turboserve.engine.distributed.leading_passes import LeadingPasses
 from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks
 from turboserve.engine.distributed.sharding import count_heads, shard
 from turboserve.engine.end_tokens import end_tokens

@@ -1,6 +1,6 @@
 """The model's forward passes, as the runner asks for them: some only fill caches, of others the logits are read.
 
-A model divided among ranks has passes of its own (distributed/leading.py), which every rank takes part in.
+A model divided among ranks has passes of its own (distributed/leading_passes.py), which every rank takes part in.
 """
 
 from __future__ import annotations

@@ -21,10 +21,12 @@ from tests.turboserve.engine.fakes import make_loop, make_parts, request, run, t
 from turboquant_kv.cache import runtime
 from turboquant_kv.cache.backend_choice import Chosen
 from turboquant_kv.cache.batch_probe import Batching
+from turboquant_kv.cache.kept_graphs import KeptGraphs
 from turboserve.cache.memory import MemoryLimits
 from turboserve.engine import graph_choice
 from turboserve.engine.distributed.following import Follower
-from turboserve.engine.distributed.leading import Lead, LeadingFormats, LeadingPasses, LeadingRuntime
+from turboserve.engine.distributed.leading import Lead, LeadingFormats, LeadingRuntime
+from turboserve.engine.distributed.leading_passes import LeadingPasses
 from turboserve.engine.distributed.place import place_in
 from turboserve.engine.distributed.ranks import FirstRank, OtherRank, join
 from turboserve.engine.distributed.sharding import shard
@@ -57,10 +59,12 @@ def fail_as(scene: str, rank: int, steps: RankSteps) -> None:
     """Have this rank's graphs raise as the scene says."""
     keep, most = steps.keep, {"cannot trace": 0, "fails later": LATER}.get(scene.removeprefix(f"rank {rank} "))
 
+    limited: list[KeptGraphs] = []
+
     def keep_failing(wanted: bool) -> None:
         keep(wanted)
         graphs = steps._graphs
-        if graphs is None or most is None or hasattr(graphs, "limited"):
+        if graphs is None or most is None or graphs in limited:
             return
         launch = graphs._launch
 
@@ -69,7 +73,8 @@ def fail_as(scene: str, rank: int, steps: RankSteps) -> None:
                 raise ValueError("as a test wants it")
             return launch(*args)
 
-        graphs._launch, graphs.limited = launch_some, True  # type: ignore[method-assign, attr-defined]
+        limited.append(graphs)
+        vars(graphs)["_launch"] = launch_some
 
     steps.keep = keep_failing  # type: ignore[method-assign]
 
@@ -99,7 +104,7 @@ def lead(ranks: FirstRank, model: Any, formats: ServedFormats, scene: str) -> di
 
 
 def main() -> None:
-    runtime.choose = lambda *args, **options: Chosen(summing_backend(), None)  # type: ignore[assignment]
+    vars(runtime)["choose"] = lambda *args, **options: Chosen(summing_backend(), None)
     LeadingRuntime.try_batches = lambda self: Batching()  # type: ignore[method-assign]  # sums depend on a row's place
     for scene in SCENES:
         ranks = join(place_in(os.environ))

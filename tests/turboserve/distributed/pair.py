@@ -16,7 +16,8 @@ from turboquant_kv.codec.format import KVFormat
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.cache.memory import MemoryLimits
 from turboserve.engine.distributed.following import Follower
-from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats, LeadingPasses
+from turboserve.engine.distributed.leading import Lead, LeadingDisk, LeadingFormats
+from turboserve.engine.distributed.leading_passes import LeadingPasses
 from turboserve.engine.distributed.ranks import FirstRank, OtherRank, RanksEndedError
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.served_formats import ServedFormats

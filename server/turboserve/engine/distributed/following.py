@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from turboserve.cache.interfaces import SessionDisk
 from turboserve.engine.distributed.digest import digest_of
-from turboserve.engine.distributed.leading import shared_tokens
+from turboserve.engine.distributed.leading_passes import shared_tokens
 from turboserve.engine.distributed.ranks import OtherRank, RanksEndedError
 from turboserve.engine.distributed.step_graphs import RankSteps
 from turboserve.engine.served_formats import ServedFormats
