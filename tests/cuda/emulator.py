@@ -158,7 +158,7 @@ def kernel_text(
     for output_name, dtype in zip(output_names, output_dtypes, strict=True):
         declared.append(f"{CTYPES[dtype]}* {output_name}")
         passed.append((declared[-1], output_name))
-    header = INCLUDE.sub("", expanded(header, without=("instructions_cuda",)))
+    header = INCLUDE.sub("", expanded(header, without=("instructions_cuda", "instructions_hopper")))
     header = ARENA.sub(r"\1* \2 = reinterpret_cast<\1*>(cuda_arena);", header)
     return (
         f'#include "{SHIM.name}"\n{header}void {name}({", ".join(declared)}) {{\n{source}\n}}\n'

@@ -20,10 +20,14 @@ struct Context {
   std::unique_ptr<char[]> stack;  // not filled: pages that a thread never reaches take no memory
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  std::vector<std::vector<Product>> product_groups;
+  std::vector<Product> products;
+  bool may_ask;  // for products: none waited for since
 };
-// Barriers of bulk copies: a word that counts completed phases; what was announced and what is under way beside it.
+// A barrier is a word that counts completed phases; beside it are how many arrivals complete one, how many there were,
+// and the bytes that were announced and are under way.
 struct Announced {
-  int expected = 0;
+  int count = 0, arrived = 0, expected = 0;
   std::vector<Copy> copies;
 };
 
@@ -82,34 +86,111 @@ void copies_wait(int num_pending) {
   }
 }
 
-void tq_barrier_open(uint64_t* barrier) {
+void tq_barrier_open(uint64_t* barrier) { tq_barrier_open_for(barrier, 1); }
+void tq_barrier_open_for(uint64_t* barrier, int count) {
   *barrier = 0;
-  announced[barrier] = {};
+  announced[barrier] = {count};
+}
+void tq_barrier_arrive(uint64_t* barrier) {
+  if (!announced.count(barrier)) failure = "a barrier is used before it is opened";
+  Announced& mine = announced[barrier];
+  if (mine.arrived == mine.count) failure = "more arrive at a barrier than complete its phase";
+  mine.arrived++;
+  if (mine.arrived == mine.count && !mine.expected) {
+    mine.arrived = 0;
+    ++*barrier;
+  }
 }
 void tq_barrier_expect(uint64_t* barrier, unsigned bytes) {
   if (!announced.count(barrier)) failure = "a barrier is used before it is opened";
   if (announced[barrier].expected) failure = "a barrier's phase is announced twice";
   announced[barrier].expected = int(bytes);
+  tq_barrier_arrive(barrier);
 }
 void tq_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) failure = "a bulk copy is not aligned";
   announced[barrier].copies.push_back({to, from, int(bytes)});
+  memset(to, 0xff, bytes);
 }
-// Copies happen when a thread waits for their phase: earlier readers find what was there before.
+// Copies happen when a thread waits for their phase; from when they are asked for until then readers find NaN.
 void tq_barrier_wait(uint64_t* barrier, int phase) {
   for (int turns = 0; int(*barrier & 1) == phase; turns++) {
     Announced& mine = announced[barrier];
     int bytes = 0;
     for (const Copy& copy : mine.copies) bytes += copy.bytes;
-    if (bytes && bytes == mine.expected) {
+    if (mine.arrived == mine.count && bytes && bytes == mine.expected) {
       copy_all(mine.copies);
-      mine = {};
+      mine = {mine.count};
       ++*barrier;
     } else {
-      if (turns > 1000) failure = "a barrier waits for other bytes than are copied";
+      if (turns > 100000) failure = "a barrier waits for other bytes than are copied, or for who never arrives";
       pause_fibre();
     }
   }
+}
+
+// Where an element lies that a product reads at an address: bits 4 .. 6 are swapped by bits 7 .. 9.
+static float element(uint64_t address, bool is_bfloat) {
+  address ^= (address >> 7 & 7) << 4;
+  if (address < ARENA_AT || address + 2 > ARENA_AT + sizeof(cuda_arena)) {
+    failure = "a product reads past shared memory";
+    return 0;
+  }
+  uint16_t bits;
+  memcpy(&bits, cuda_arena + address - ARENA_AT, 2);
+  return is_bfloat ? float(bits_as<__nv_bfloat16>(bits)) : float(bits_as<__half>(bits));
+}
+static uint64_t start_of(uint64_t tile) { return (tile & 0x3fff) << 4; }
+static uint64_t blocks_of(uint64_t tile) { return (tile >> 16 & 0x3fff) << 4; }
+static uint64_t eights_of(uint64_t tile) { return (tile >> 32 & 0x3fff) << 4; }
+static uint64_t by_rows(uint64_t tile, int row, int k) {
+  return start_of(tile) + row / 8 * eights_of(tile) + row % 8 * 128 + 2 * k;
+}
+static uint64_t by_dims(uint64_t tile, int k, int dim) {
+  return start_of(tile) + k / 8 * eights_of(tile) + k % 8 * 128 + dim / 64 * blocks_of(tile) + dim % 64 * 2;
+}
+static void compute(const Product& product) {
+  const int lane = self->thread.x % 32, first_row = self->thread.x / 32 % 4 * 16 + lane / 4;
+  if ((product.b >> 62) != 1 || (product.reads_rows && (product.a >> 62) != 1)) failure = "a tile is not swapped";
+  float rows[2][16];
+  for (int h = 0; h < 2; h++) {
+    for (int k = 0; k < 16; k++) {
+      rows[h][k] = product.reads_rows ? element(by_rows(product.a, first_row + 8 * h, k), product.is_bfloat) : product.rows[h][k];
+    }
+  }
+  for (int j = 0; j < product.tiles; j++) {
+    for (int i = 0; i < 2; i++) {
+      const int column = 8 * j + 2 * (lane % 4) + i;
+      double sum[2] = {0, 0};
+      for (int k = 0; k < 16; k++) {
+        const uint64_t at = product.reads_rows ? by_rows(product.b, column, k) : by_dims(product.b, k, column);
+        const float b = element(at, product.is_bfloat);
+        for (int h = 0; h < 2; h++) sum[h] += double(rows[h][k]) * b;
+      }
+      for (int h = 0; h < 2; h++) {
+        float& to = product.sums[j][2 * h + i];
+        to = float((product.adds ? to : 0.0f) + sum[h]);
+      }
+    }
+  }
+}
+void tq_products_begin() { context().may_ask = true; }
+void product_later(const Product& product) {
+  if (!context().may_ask) failure = "products are asked for before registers are fenced";
+  context().products.push_back(product);
+}
+void tq_products_end() {
+  context().product_groups.push_back(context().products);
+  context().products.clear();
+}
+void products_wait(int num_pending) {
+  auto& groups = context().product_groups;
+  if (int(groups.size()) > num_pending) pause_fibre();  // others run meanwhile: who was told too early spoils a tile
+  while (int(groups.size()) > num_pending) {
+    for (const Product& product : groups.front()) compute(product);
+    groups.erase(groups.begin());
+  }
+  context().may_ask = false;
 }
 
 const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*), const void* kernel) {
@@ -136,6 +217,9 @@ const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*
       threads[i].done = threads[i].waiting = false;
       one.groups.clear();
       one.open.clear();
+      one.product_groups.clear();
+      one.products.clear();
+      one.may_ask = false;
       getcontext(&one.registers);
       one.registers.uc_stack = {one.stack.get(), 0, STACK_BYTES};
       one.registers.uc_link = &scheduler;

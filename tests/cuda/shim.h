@@ -54,7 +54,7 @@ struct Fibre {
   dim3 thread;
   bool done, waiting;
   int site;
-  unsigned char given[40], taken[40];
+  unsigned char given[64], taken[64];
 };
 extern Fibre* fibres;
 extern Fibre* self;
@@ -73,7 +73,7 @@ alignas(128) extern unsigned char cuda_arena[232448];
 void meet(int first, int count, int site, void (*act)(const void*), const void* given);
 template <typename In, typename Out>
 Out together(int site, const In& given, void (*act)(const In*, Out*)) {
-  static_assert(sizeof(In) <= 40 && sizeof(Out) <= 40);
+  static_assert(sizeof(In) <= 64 && sizeof(Out) <= 64);
   memcpy(self->given, &given, sizeof(In));
   struct Meeting {
     int first;
@@ -249,6 +249,82 @@ inline void tq_barriers_opened() {}
 void tq_barrier_expect(uint64_t* barrier, unsigned bytes);
 void tq_bulk_copy(void* to, const void* from, unsigned bytes, uint64_t* barrier);
 void tq_barrier_wait(uint64_t* barrier, int phase);
+
+// instructions_hopper.h: a warpgroup meets where it asks for products, and they are computed when they are waited for, of
+// what shared memory then holds. Addresses are counted from a place where no tile may begin, as on a device.
+constexpr unsigned ARENA_AT = 640;
+inline unsigned tq_shared_address(const void* at) {
+  return unsigned(static_cast<const unsigned char*>(at) - cuda_arena) + ARENA_AT;
+}
+inline uint64_t tq_tile_by_rows(unsigned address) { return address >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+inline uint64_t tq_tile_by_dims(unsigned address, unsigned block_bytes) {
+  return address >> 4 | uint64_t(block_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+inline void meet_group(int site) { meet(int(threadIdx.x) / 128 * 128, 128, site, nullptr, nullptr); }
+
+// A lane's part of a product: rows r and r + 8 of A, its columns of the sums. A is rows where it lies in shared memory.
+struct Product {
+  float (*sums)[4];
+  int tiles;  // of eight columns of the sums
+  bool adds, reads_rows, is_bfloat;
+  uint64_t a, b;
+  float rows[2][16];
+};
+void product_later(const Product& product);
+void tq_products_begin();
+void tq_products_end();
+void products_wait(int num_pending);
+template <int PENDING, int NUM>
+void tq_products_wait(float (&)[NUM][4]) {
+  products_wait(PENDING);
+}
+template <typename T>
+constexpr bool IS_BFLOAT = false;
+template <>
+constexpr bool IS_BFLOAT<__nv_bfloat16> = true;
+template <typename T>
+void tq_score_product(float (&sums)[16][4], uint64_t a, uint64_t b, int adds) {
+  meet_group(-8);
+  product_later({sums, 16, adds != 0, true, IS_BFLOAT<T>, a, b, {}});
+}
+struct Words {
+  unsigned of[4];
+};
+struct Rows {
+  unsigned of[2][8];
+};
+inline void gather(const Words* in, Rows* out) {
+  for (int lane = 0; lane < 32; lane++) {
+    for (int i = 0; i < 8; i++) {  // pairs of elements
+      for (int h = 0; h < 2; h++) out[lane].of[h][i] = in[lane / 4 * 4 + i % 4].of[i / 4 * 2 + h];
+    }
+  }
+}
+template <typename T, int NUM>
+void tq_value_product(float (&sums)[NUM][4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, uint64_t b) {
+  meet_group(-9);
+  const Rows rows = together<Words, Rows>(-10, {{a0, a1, a2, a3}}, gather);
+  Product product{sums, NUM, true, false, IS_BFLOAT<T>, 0, b, {}};
+  for (int h = 0; h < 2; h++) {
+    for (int i = 0; i < 16; i++) product.rows[h][i] = float(bits_as<T>(uint16_t(rows.of[h][i / 2] >> (16 * (i & 1)))));
+  }
+  product_later(product);
+}
+inline void tq_shared_written() {}
+void tq_barrier_open_for(uint64_t* barrier, int count);
+void tq_barrier_arrive(uint64_t* barrier);
+template <int NUM>
+void tq_meet(int number) {
+  meet(int(threadIdx.x) / NUM * NUM, NUM, -100 - number, nullptr, nullptr);
+}
+template <int NUM>
+void tq_registers_down() {
+  meet_group(-11);
+}
+template <int NUM>
+void tq_registers_up() {
+  meet_group(-12);
+}
 
 // Runs one block after the other; returns what went wrong, or null.
 const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*), const void* kernel);

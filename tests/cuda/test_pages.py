@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.cuda.emulator import cuda_kernel
 from tests.metal.emulator import metal_kernel
-from tests.turboquant_kv.histories import as_float64, random_rotary
+from tests.turboquant_kv.histories import as_float64, in_tiles, random_rotary
 
 from turboquant_kv.backends.base import (
     NO_SPAN,
@@ -140,6 +140,38 @@ def test_histories_are_decoded_as_their_twins(
     dims, bits, sink, num_pages, dtype = case
     fmt = KVFormat(bits[0], bits[1], page_tokens=int(rng.choice([16, 48])), sink_tokens=sink)
     check_history(backend, fmt, dims, num_pages, dtype, rng, turns)
+
+
+TILED = [DECODED[0], DECODED[1], ((64, 64), ("4t", "3t"), 32, 4, mx.float16), ((128, 64), (4, 3), 0, 0, mx.bfloat16)]
+
+
+@pytest.mark.parametrize("case", TILED)
+@pytest.mark.parametrize("backend", [CUDA, METAL], ids=["cuda", "metal"])
+def test_tiles_hold_what_rows_do(backend: GpuBackend, case: Any, rng: np.random.Generator) -> None:
+    """Histories in tiles are the same rows in other places, and zeros up to the end of each head's last tile."""
+    dims, bits, sink, num_pages, dtype = case
+    fmt = KVFormat(bits[0], bits[1], page_tokens=48, sink_tokens=sink)
+    storage: Any = backend.new_store(LayerShape(2, dims[0], dims[1], dtype), fmt, None)
+    storage.grow(num_pages + 1)
+    for arrays in storage._arrays:
+        arrays._codes = mx.array(rng.integers(0, 256, arrays.codes.shape).astype(np.uint8))
+        arrays._scales = mx.array(rng.uniform(0.05, 0.15, arrays.scales.shape).astype(np.float16))
+    held, views = exact_rows(rng, 200, dims, dtype), []
+    for pages, num_queries, num_window in ((num_pages, 3, 37), (0, 0, 5), (num_pages // 2, 1, 128 - sink), (0, 2, 1)):
+        windows = RowSpan(0, sink, num_window)
+        sinks = RowSpan(0, 0, sink) if sink else None
+        views.append(SequenceView(0, num_queries, rng.permutation(num_pages + 1)[:pages], sinks, windows))
+    plan = backend.prepare_step(StepRows(views))
+    (rows,), (tiles,) = (plan.groups_for(48, 2, tile) for tile in (1, 128))
+    assert tiles.num_places % 128 == 0 and tiles.num_places > rows.num_places
+    got = [storage.histories(group, ExactBuffers(*held, *held), plan.page_table) for group in (rows, tiles)]
+    for plain, tiled in zip(*got, strict=True):
+        assert tiled.shape == (tiles.num_rows, plain.shape[1])
+        for one, placed in zip(rows.sequences, tiles.sequences, strict=True):
+            want = plain[rows.rows_of(one)].reshape(2, one.num_columns, plain.shape[1])
+            if one.num_columns:
+                # two kernels, whose sums a compiler may round in two ways
+                assert mx.allclose(tiled[tiles.rows_of(placed)], in_tiles(want, 128), rtol=1e-2, atol=1e-3)
 
 
 def test_threads_may_hold_twice_as_much(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

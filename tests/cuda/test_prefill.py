@@ -15,6 +15,7 @@ from tests.turboquant_kv.histories import (
     as_float64,
     expected,
     feed,
+    in_tiles,
     new_cache,
     random_queries,
     random_rotary,
@@ -127,9 +128,9 @@ def random_view(rng: np.random.Generator, fmt: KVFormat, q_start: int, num_queri
     )
 
 
-def alone(view: SequenceView, fmt: KVFormat, num_kv_heads: int) -> prefill_plan.PrefillGroup:
+def alone(view: SequenceView, fmt: KVFormat, num_kv_heads: int, tile: int = 1) -> prefill_plan.PrefillGroup:
     """A pass of this sequence only."""
-    (group,) = kernels.BACKEND.prepare_step(StepRows([view])).groups_for(fmt.page_tokens, num_kv_heads)
+    (group,) = kernels.BACKEND.prepare_step(StepRows([view])).groups_for(fmt.page_tokens, num_kv_heads, tile)
     return group
 
 
@@ -162,7 +163,8 @@ def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: in
         num_rows = num_queries + 3
         shape = FlashShape(num_heads, num_heads, dim, dim, page, sink, mx.float16)
         q = mx.ones((1, num_heads, num_rows, dim), mx.float16)
-        rows, group = v.reshape(-1, dim), alone(view, fmt, num_heads)
+        tile = FLASH.tile(shape)
+        rows, group = in_tiles(v, tile).reshape(-1, dim), alone(view, fmt, num_heads, tile)
         out = FLASH.attend(shape, q, (mx.zeros_like(rows), rows), group, scale=0.5, sinks=None)
         weights = as_float64(out)[0].transpose(1, 0, 2).reshape(num_rows, -1)
         assert not weights[:, len(position) :].any() and not weights[num_queries:].any()

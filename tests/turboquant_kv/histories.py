@@ -265,3 +265,19 @@ def random_cuts(rng: np.random.Generator, num_tokens: int, num_chunks: int) -> l
     """0 = first < ... < last = num_tokens."""
     inner = rng.choice(np.arange(1, num_tokens), size=min(num_chunks - 1, num_tokens - 1), replace=False)
     return [0, *sorted(int(c) for c in inner), num_tokens]
+
+
+def in_tiles(rows: mx.array, tile: int) -> mx.array:
+    """Histories (H, columns, D) as src/history.h lays out tiles of so many columns, (H * places, D); of 1: as rows."""
+    if tile == 1:
+        return rows.reshape(-1, rows.shape[2])
+    num_heads, num_columns, dim = rows.shape
+    num_tiles = -(-num_columns // tile)
+    filled = np.zeros((num_heads, num_tiles * tile, dim), np.float32)
+    filled[:, :num_columns] = np.array(rows.astype(mx.float32))
+    pieces = filled.reshape(num_heads, num_tiles, tile, dim // 64, 8, 8)  # of eight dims each
+    out = np.zeros((num_heads, num_tiles, dim // 64, tile, 8, 8), np.float32)
+    for column in range(tile):
+        for piece in range(8):
+            out[:, :, :, column, piece ^ (column & 7)] = pieces[:, :, column, :, piece]
+    return mx.array(out.reshape(-1, dim)).astype(rows.dtype)

@@ -162,6 +162,26 @@ def test_histories_of_one_pass_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
     assert attention.count("prefill") == 3
 
 
+def test_tiles_count_for_the_bound_as_they_are_filled(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No group has more places than the bound, whatever fills its tiles, unless it is one sequence."""
+    monkeypatch.setattr(prefill_plan, "MAX_COLUMNS", 1000)
+    words = np.zeros((40, 8), np.int64)
+    words[:, 1] = rng.integers(0, 2, 40)  # queries
+    words[:, 2], words[:, 4], words[:, 7] = rng.integers(0, 4, 40), 32, rng.integers(1, 300, 40)
+    groups = prefill_plan.prefill_groups(words, 96, 2, 8, tile=128)
+    sequences = [one for group in groups for one in group.sequences]
+    assert len(sequences) == 40 and len(groups) > 1
+    for group in groups:
+        assert group.num_places <= 1000
+        ends = np.cumsum([one.num_places for one in group.sequences])
+        assert [group.rows_of(one).stop for one in group.sequences] == (2 * ends).tolist()
+        assert group.num_rows == 2 * ends[-1] and group.most_places == max(one.num_places for one in group.sequences)
+    for one in sequences:
+        assert one.num_places % 128 == 0 and 0 <= one.num_places - one.num_columns < 128
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_decode_steps_balance_keys_within_their_launch(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other steps multiply before it: prompts, and steps of several tokens."""

@@ -277,11 +277,15 @@ def test_the_list_has_all_kernels_that_a_trial_by_measured_means_launches(fmt: s
     launched: set[str] = set()
     silent = keeping(_silent, lambda module: launched.add(module.name))
     backend = GpuBackend(
-        "cuda", DecodeKernels("cuda", silent, device=HOPPER), PageKernels("cuda", silent), FlashKernels("cuda", silent)
+        "cuda",
+        DecodeKernels("cuda", silent, device=HOPPER),
+        PageKernels("cuda", silent),
+        FlashKernels("cuda", silent, HOPPER),
     )
     for case in runtime.cases:
         judge(case, backend, is_rehearsal=True)
     assert launched and launched <= set(names)
+    assert any("prefill_hopper" in name for name in launched), "of 64 dims, Hopper has a kernel of its own"
 
 
 def test_the_list_goes_on_with_steps_of_a_few_tokens() -> None:

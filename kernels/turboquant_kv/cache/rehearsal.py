@@ -80,11 +80,12 @@ def modules_for(cases: Sequence[Case], device: Device | None = None, row_counts:
     """
     found: dict[str, Module] = {}
     factory = keeping(_telling, lambda module: found.setdefault(module.name, module))
+    device = device or this_device()
     backend = GpuBackend(
         "cuda",
-        DecodeKernels("cuda", factory, device=device or this_device()),
+        DecodeKernels("cuda", factory, device=device),
         PageKernels("cuda", factory),
-        FlashKernels("cuda", factory),
+        FlashKernels("cuda", factory, device),
     )
     for counts in ((), row_counts):
         for case in cases:

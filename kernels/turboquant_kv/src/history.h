@@ -3,8 +3,22 @@
 //
 //   columns  0 .. num_sink | .. + num_tokens | .. num_columns
 //   hold     sink          | pages, decoded  | window
+//
+// A head's columns are rows of D where TILE is 1. Else they are tiles of TILE columns, the last one filled with zeros, as
+// instructions_hopper.h wants them: blocks of 64 dims, in each of which a column is 128 bytes, its piece of 16 bytes at
+// its number XOR the column's low three bits.
 #pragma once
 #include "pages.h"
+
+TQ_FN int tq_places(TqHistoryFigures figures) { return (figures.num_columns + TILE - 1) / TILE * TILE; }
+
+// Where eight dims of a column begin.
+TQ_FN ulong tq_place_of(TqHistoryFigures figures, int head, int column, int d) {
+  const ulong first = ulong(head) * tq_places(figures);
+  if (TILE == 1) return (first + column) * D + d;
+  const int at = column % TILE, piece = (d / 8 % 8) ^ (at & 7);
+  return (first + column - at) * D + (d / 64 * TILE + at) * 64 + 8 * piece;
+}
 
 // codes and scales of all pages; page_ids: of all sequences, where TqHistoryFigures says; exact rows (HEADS, rows, D),
 // strided; constants: signs / sqrt(D) (D,), then means (HEADS, D).
@@ -115,17 +129,24 @@ TQ_FN void tq_decode_columns(TqPlace place, TqHistoryInputs inputs, TqHistoryFig
         const float rotated = BASE == 1 ? y[8 * k + i] : turned[d + i];
         x[i] = rotated * (sign[8 * k + i] * asked.scale[round]) + mean[8 * k + i];
       }
-      tq_store8(history + ((ulong(mine.head) * figures.num_columns + column) * D + d), x);
+      tq_store8(history + tq_place_of(figures, mine.head, column, d), x);
     }
   }
 }
 
-// Sink and window rows of a block's columns from `first` on.
+// Sink and window rows of a block's columns from `first` on, and the zeros behind them.
 TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures figures, int first,
                          TQ_DEVICE Exact* history) {
   for (int round = 0; round < ROUNDS; round++) {
     const int column = first + round * VECTORS + mine.vector, token = column - figures.num_sink;
-    if (column >= figures.num_columns || (token >= 0 && token < figures.num_tokens)) continue;
+    if (column >= tq_places(figures) || (token >= 0 && token < figures.num_tokens)) continue;
+    if (TILE > 1 && column >= figures.num_columns) {
+      const float zeros[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      for (int d = 8 * mine.part; d < D; d += 8 * LANES) {
+        tq_store8(history + tq_place_of(figures, mine.head, column, d), zeros);
+      }
+      continue;
+    }
     const TQ_DEVICE Exact* from = token < 0
         ? inputs.sink + (mine.head * inputs.sink_strides[0] + (figures.sink_first + column) * inputs.sink_strides[1])
         : inputs.window +
@@ -136,18 +157,18 @@ TQ_FN void tq_copy_exact(TqShare mine, TqHistoryInputs inputs, TqHistoryFigures 
     for (int d = 8 * mine.part; d < D; d += 8 * LANES) {
       float x[8];
       tq_read_row(from, stride, is_wide, d, x);
-      tq_store8(history + ((ulong(mine.head) * figures.num_columns + column) * D + d), x);
+      tq_store8(history + tq_place_of(figures, mine.head, column, d), x);
     }
   }
 }
 
-// all_figures: TqHistoryFigures of each sequence. history: rows of D, of each sequence (HEADS, num_columns) from its
+// all_figures: TqHistoryFigures of each sequence. history: rows of D, of each sequence HEADS times its tq_places from its
 // first_row on.
 TQ_FN void tq_history(TqPlace place, TqHistoryInputs inputs, const TQ_DEVICE int* all_figures, TQ_DEVICE Exact* history,
                       TQ_SHARED TqHistoryShared& shared) {
   const TqHistoryFigures figures = tq_history_figures(all_figures + place.block_z * HISTORY_WORDS);
   const int first = int(place.block_x) * VECTORS * ROUNDS;
-  if (first >= figures.num_columns) return;  // of a shorter sequence than the longest
+  if (first >= tq_places(figures)) return;  // of a shorter sequence than the longest
   inputs.page_ids += figures.first_page_id;
   history += ulong(figures.first_row) * D;
   for (int i = int(place.tid); i < LEVELS; i += PAGE_THREADS) shared.book[i] = tq_book[i];

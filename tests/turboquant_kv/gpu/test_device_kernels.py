@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from tests.cuda import test_kernels as emulated
+from tests.cuda import test_pages as pages
 from tests.cuda import test_prefill as prefill
+from tests.cuda import test_prefill_hopper as hopper
 from tests.turboquant_kv.histories import History, feed, new_cache, random_queries
 
 from turboquant_kv.backends.gpu.backend import GpuBackend
+from turboquant_kv.backends.gpu.device import compute_capability
+from turboquant_kv.backends.gpu.flash import HOPPER_COLUMNS, FlashShape
 from turboquant_kv.backends.gpu.source import mlx_factory
 from turboquant_kv.cache import layer_cache as caches
 from turboquant_kv.codec.format import KVFormat
@@ -42,6 +48,50 @@ test_large_scores_neither_overflow_nor_vanish = prefill.test_large_scores_neithe
 @pytest.mark.parametrize(("sink", "page", "dim"), [(32, 64, 64), (7, 16, 64), (70, 48, 128), (0, 64, 256)])
 def test_each_query_sees_its_columns_and_no_others(sink: int, page: int, dim: int, rng: np.random.Generator) -> None:
     prefill.test_each_query_sees_its_columns_and_no_others(sink, page, dim, rng)
+
+
+on_hopper = pytest.mark.skipif(compute_capability()[0] != 9, reason="the kernel is Hopper's")
+LONG = [  # several blocks of queries, and tiles enough that places are used many times
+    (5, 1, 128, 128, 32, 96, ("4t", "3t"), mx.float16, (300, 1500, 2300)),
+    (6, 2, 64, 64, 32, 128, (4, 3), mx.bfloat16, (700, 1900)),
+]
+
+
+@on_hopper
+@pytest.mark.parametrize("case", [*hopper.CASES, *LONG])
+def test_hopper_prefill_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    num_q, num_kv, k_dim, v_dim, sink, page, _, dtype, _ = case
+    shape = FlashShape(num_q, num_kv, k_dim, v_dim, page, sink, dtype)
+    assert prefill.FLASH.tile(shape) == HOPPER_COLUMNS, "another kernel would be tested"
+    prefill.test_prefill_is_the_references(case, False, rng)
+
+
+@on_hopper
+@pytest.mark.parametrize("case", [*hopper.CASES, *LONG])
+def test_capped_hopper_prefill_is_the_references(case: Any, rng: np.random.Generator) -> None:
+    prefill.test_capped_prefill_is_the_references(case, rng)
+
+
+@on_hopper
+@pytest.mark.parametrize("bound", [400, 1 << 30])
+@pytest.mark.parametrize("case", hopper.CASES)
+def test_ragged_passes_on_hopper_are_the_references(
+    case: Any, bound: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill.test_ragged_passes_are_the_references(case, bound, rng, monkeypatch)
+
+
+@on_hopper
+@pytest.mark.parametrize(("sink", "page", "dim"), [(32, 96, 128), (32, 128, 64), (70, 48, 64), (0, 128, 128)])
+def test_each_query_on_hopper_sees_its_columns_and_no_others(
+    sink: int, page: int, dim: int, rng: np.random.Generator
+) -> None:
+    prefill.test_each_query_sees_its_columns_and_no_others(sink, page, dim, rng)
+
+
+@pytest.mark.parametrize("case", pages.TILED)
+def test_tiles_hold_what_rows_do(case: Any, rng: np.random.Generator) -> None:
+    pages.test_tiles_hold_what_rows_do(GpuBackend(), case, rng)
 
 
 def test_pages_are_written_in_place(rng: np.random.Generator) -> None:

@@ -1,13 +1,14 @@
 """Where everything lies in the dynamic shared memory of the tensor-core kernels, and how much that is.
 
 The only place that computes it: the kernels' text gets the offsets as constants, under the names used here
-(src/mma_*.h, src/prefill.h). Owns the layout of decoding's and of prefill's arena.
+(src/mma_*.h, src/prefill.h, src/prefill_hopper.h). Owns the layout of decoding's and of prefill's arena.
 
     decode, while codes are read   | pair tables | queries (8, Q_PITCH) | turned | a ring of STAGES tiles a warp |
     decode, exact rows             | queries, or weights for each warp |
     decode, the warps' merge       | sums (WARPS, LIVE, SUMS_PITCH) |
     decode, the parts' merge       | weights | exact totals | work | partial sums of a dense rotation |
     prefill                        | queries | STAGES tiles of keys | STAGES tiles of values |
+    prefill on Hopper              | the same | spans of all queries | barriers |, all from a multiple of 1024 on
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ MAX_PARTS = 256  # of one sequence: merging keeps a weight of each in shared mem
 FLOAT_BYTES, HALF_BYTES = 4, 2
 MMA_ROWS = 8  # query rows of a block
 MAX_PAD = 128
+SPAN_BYTES, BARRIER_BYTES = 12, 8  # of a query of a Hopper kernel; of each stage there are four barriers
+TILE_ALIGNMENT = 1024  # of what a Hopper kernel's products read; shared memory itself begins anywhere
 PIECE_BYTES = 16  # of a row of a prefill tile; rows are whole multiples of eight pieces
 
 
@@ -128,3 +131,17 @@ def prefill_arena(k_dim: int, v_dim: int, rows: int, columns: int, stages: int) 
         **{"K_TILE_BYTES": k_tile, "V_TILE_BYTES": v_tile},
     }
     return Arena(values_at + stages * v_tile, constants)
+
+
+def hopper_prefill_arena(k_dim: int, v_dim: int, rows: int, columns: int, stages: int) -> Arena:
+    """Hopper's prefill kernel's; dims are multiples of 64, `rows` and `columns` of 8."""
+    k_tile, v_tile = columns * k_dim * HALF_BYTES, columns * v_dim * HALF_BYTES
+    keys_at = rows * k_dim * HALF_BYTES
+    values_at = keys_at + stages * k_tile
+    spans_at = values_at + stages * v_tile
+    barriers_at = spans_at + rows * SPAN_BYTES
+    constants = {
+        **{"KEYS_AT": keys_at, "VALUES_AT": values_at, "K_TILE_BYTES": k_tile, "V_TILE_BYTES": v_tile},
+        **{"SPANS_AT": spans_at, "BARRIERS_AT": barriers_at},
+    }
+    return Arena(barriers_at + 4 * stages * BARRIER_BYTES + TILE_ALIGNMENT, constants)

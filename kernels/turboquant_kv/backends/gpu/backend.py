@@ -35,11 +35,6 @@ from turboquant_kv.backends.gpu.turns import Turns
 from turboquant_kv.backends.mlx_ops.backend import MlxBackend
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
 
-PREFILL: dict[Dialect, str] = {
-    "cuda": "a fused kernel for 16-bit types and head dimensions up to 256, else MLX's attention with a mask",
-    "metal": "MLX's attention with a mask",
-}
-
 
 class GpuBackend(MlxBackend):
     """Fused kernels, and MLX operations for what they do not cover."""
@@ -74,8 +69,8 @@ class GpuBackend(MlxBackend):
         dialect = self.kernels.dialect
         return (
             f"decode attention (up to {MAX_QUERY_ROWS} query rows) and encoding: fused {dialect} kernels; "
-            f"prefill over one layer's decoded histories at a time: {PREFILL[dialect]}; array masks and prefill of "
-            "sliding windows: MLX operations"
+            f"prefill over one layer's decoded histories at a time: {self.kernels.flash.details}; "
+            "array masks and prefill of sliding windows: MLX operations"
         )
 
     def new_store(self, shape: LayerShape, fmt: KVFormat, means: Means | None) -> LayerStore:

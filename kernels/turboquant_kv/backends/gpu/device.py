@@ -17,11 +17,13 @@ class Device:
     processors: int
     shared_bytes: int  # of one thread block at most
     has_bulk_copies: bool
+    has_group_products: bool  # of four warps (wgmma), which no later kind of device has either
 
 
-HOPPER = Device(132, 227 << 10, True)
-AMPERE = Device(108, 163 << 10, False)
-SMALL = Device(84, 99 << 10, False)  # consumers' cards; their number of processors varies and is not told
+HOPPER = Device(132, 227 << 10, True, True)
+BLACKWELL = Device(132, 227 << 10, True, False)  # its number of processors is not told
+AMPERE = Device(108, 163 << 10, False, False)
+SMALL = Device(84, 99 << 10, False, False)  # consumers' cards; their number of processors varies and is not told
 
 
 @cache
@@ -37,5 +39,5 @@ def this_device() -> Device:
     """The CUDA device that MLX uses, by its compute capability: MLX tells no more."""
     capability = compute_capability()
     if capability[0] in (9, 10):
-        return HOPPER
+        return HOPPER if capability[0] == 9 else BLACKWELL
     return AMPERE if capability == (8, 0) else SMALL

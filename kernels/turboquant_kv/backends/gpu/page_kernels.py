@@ -111,19 +111,19 @@ class PageKernels:
 
     def __init__(self, dialect: Dialect, factory: KernelFactory | None = None) -> None:
         self._dialect, self._factory = dialect, factory or mlx_factory(dialect)
-        self._made: dict[tuple[str, SideShape | mx.Dtype], Kernel] = {}
+        self._made: dict[tuple[str, SideShape | mx.Dtype, int], Kernel] = {}
 
-    def _kernel(self, role: str, shape: SideShape) -> Kernel:
-        kernel = self._made.get((role, shape))
+    def _kernel(self, role: str, shape: SideShape, tile: int = 1) -> Kernel:
+        kernel = self._made.get((role, shape, tile))
         if kernel is None:
-            text = encode_text(self._dialect, shape) if role == "encode" else history_text(self._dialect, shape)
-            kernel = self._made[role, shape] = text.build(self._factory)
+            text = encode_text(self._dialect, shape) if role == "encode" else history_text(self._dialect, shape, tile)
+            kernel = self._made[role, shape, tile] = text.build(self._factory)
         return kernel
 
     def _put_kernel(self, dtype: mx.Dtype) -> Kernel:
-        kernel = self._made.get(("put", dtype))
+        kernel = self._made.get(("put", dtype, 1))
         if kernel is None:
-            kernel = self._made["put", dtype] = put_text(self._dialect, dtype).build(self._factory)
+            kernel = self._made["put", dtype, 1] = put_text(self._dialect, dtype).build(self._factory)
         return kernel
 
     def encode(
@@ -185,17 +185,18 @@ class PageKernels:
     ) -> tuple[mx.array, mx.array]:
         """Histories of the group's sequences, (rows, D) in the exact rows' dtype, and the launch's fence.
 
-        Of each sequence (H, columns) rows: sink, decoded pages, window. page_table (B, width) int32 of the whole step.
+        Of each sequence (H, places) rows: sink, decoded pages, window; or, where the group has tiles, those of
+        src/history.h, of dims that are multiples of 64. page_table (B, width) int32 of the whole step.
         sink, window: exact rows (H, rows, D), in which the group's figures say where each sequence's lie. turns: as for
         `encode`; pages are the conversations' first ones.
         """
         block_columns = THREADS // shape.lanes * shape.rounds
-        history, made = self._kernel("history", shape)(
+        history, made = self._kernel("history", shape, group.tile)(
             inputs=[
                 *(*pages, page_table, sink, window, group.history_figures, constants, fence),
                 *(() if turns is None else (turns,)),
             ],
-            grid=(THREADS * -(-group.most_columns // block_columns), shape.num_heads, len(group.sequences)),
+            grid=(THREADS * -(-group.most_places // block_columns), shape.num_heads, len(group.sequences)),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(group.num_rows, shape.dim), FENCE_SHAPE],
             output_dtypes=[shape.dtype, mx.float32],
@@ -227,9 +228,9 @@ def put_text(dialect: Dialect, dtype: mx.Dtype) -> KernelText:
     return KernelText("put", PUT_INPUTS, ("fence_out",), source, head)
 
 
-def history_text(dialect: Dialect, shape: SideShape) -> KernelText:
-    """Codes and exact rows to full vectors: src/history.h."""
-    constants = {**_constants(shape), "ROUNDS": shape.rounds, "Exact": shape.dtype}
+def history_text(dialect: Dialect, shape: SideShape, tile: int = 1) -> KernelText:
+    """Codes and exact rows to full vectors: src/history.h. tile: columns of a tile; 1: histories are rows."""
+    constants = {**_constants(shape), "ROUNDS": shape.rounds, "TILE": tile, "Exact": shape.dtype}
     tables = table_text("tq_book", codec_table(shape.bits, shape.trellis)) + _base_text(hadamard_base(shape.dim).T)
     source = (
         "TQ_SHARED_VARIABLE(TqHistoryShared, shared);\n"

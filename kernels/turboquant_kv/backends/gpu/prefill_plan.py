@@ -1,8 +1,8 @@
 """Which sequences of a prefill pass share launches, and what these are told; made once for all layers of a step.
 
-The histories of a group's sequences exist at once, one behind the other without padding: of each (H, columns) rows, its
-sink, its pages decoded, its window. Owns where each lies and the groups' bound; kernels are page_kernels.py's and
-flash.py's.
+The histories of a group's sequences exist at once, one behind the other: of each (H, places) rows, its sink, its pages
+decoded, its window, and what fills the last tile where histories are tiles (src/history.h). Owns where each lies and
+the groups' bound; kernels are page_kernels.py's and flash.py's.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ class PrefillSequence(NamedTuple):
     figures: SequenceFigures
     num_tokens: int
     """Compressed ones."""
-    first_column: int
-    """Columns of the group's histories before its own."""
+    first_place: int
+    """Places of the group's histories before its own."""
     num_columns: int
     """0 of a sequence that has no query in this step."""
+    num_places: int
+    """Of its columns and what fills their last tile."""
 
 
 class PrefillGroup:
     """Sequences first .. last - 1 of a step."""
 
-    def __init__(self, first: int, sequences: Sequence[PrefillSequence], num_kv_heads: int, table_width: int) -> None:
-        """table_width: columns of the step's page table (B, width)."""
+    def __init__(
+        self, first: int, sequences: Sequence[PrefillSequence], num_kv_heads: int, table_width: int, tile: int = 1
+    ) -> None:
+        """table_width: columns of the step's page table (B, width). tile: columns of a tile; 1: histories are rows."""
         self.first, self.last = first, first + len(sequences)
-        self.sequences, self.num_kv_heads = sequences, num_kv_heads
-        self.num_columns = sum(one.num_columns for one in sequences)
-        self.most_columns = max(one.num_columns for one in sequences)
+        self.sequences, self.num_kv_heads, self.tile = sequences, num_kv_heads, tile
+        self.num_places = sum(one.num_places for one in sequences)
+        self.most_places = max(one.num_places for one in sequences)
         self.most_pages = max(one.figures.num_pages for one in sequences)
         self._table_width = table_width
         self._history_figures: mx.array | None = None
@@ -50,12 +54,12 @@ class PrefillGroup:
     @property
     def num_rows(self) -> int:
         """Of all histories and heads."""
-        return self.num_kv_heads * self.num_columns
+        return self.num_kv_heads * self.num_places
 
     def rows_of(self, sequence: PrefillSequence) -> slice:
         """Among them."""
-        first = self.num_kv_heads * sequence.first_column
-        return slice(first, first + self.num_kv_heads * sequence.num_columns)
+        first = self.num_kv_heads * sequence.first_place
+        return slice(first, first + self.num_kv_heads * sequence.num_places)
 
     @property
     def history_figures(self) -> mx.array:
@@ -102,11 +106,11 @@ class PrefillGroup:
 
 
 def prefill_groups(
-    words: npt.NDArray[np.int64], page_tokens: int, num_kv_heads: int, table_width: int
+    words: npt.NDArray[np.int64], page_tokens: int, num_kv_heads: int, table_width: int, tile: int = 1
 ) -> tuple[PrefillGroup, ...]:
-    """Neighbouring sequences as long as their histories have no more than MAX_COLUMNS columns in all.
+    """Neighbouring sequences as long as their histories have no more than MAX_COLUMNS columns in all, filled tiles.
 
-    words (B, SequenceFigures) of a step's sequences.
+    words (B, SequenceFigures) of a step's sequences. tile: as PrefillGroup's.
     """
     groups: list[PrefillGroup] = []
     sequences: list[PrefillSequence] = []
@@ -114,10 +118,11 @@ def prefill_groups(
         figures = SequenceFigures(*row)
         num_tokens = figures.num_pages * page_tokens if figures.num_queries else 0
         num_columns = figures.num_sink + num_tokens + figures.num_window if figures.num_queries else 0
-        first_column = sequences[-1].first_column + sequences[-1].num_columns if sequences else 0
-        if sequences and first_column + num_columns > MAX_COLUMNS:
-            groups.append(PrefillGroup(i - len(sequences), sequences, num_kv_heads, table_width))
-            sequences, first_column = [], 0
-        sequences.append(PrefillSequence(figures, num_tokens, first_column, num_columns))
-    groups.append(PrefillGroup(len(words) - len(sequences), sequences, num_kv_heads, table_width))
+        num_places = -(-num_columns // tile) * tile
+        first_place = sequences[-1].first_place + sequences[-1].num_places if sequences else 0
+        if sequences and first_place + num_places > MAX_COLUMNS:
+            groups.append(PrefillGroup(i - len(sequences), sequences, num_kv_heads, table_width, tile))
+            sequences, first_place = [], 0
+        sequences.append(PrefillSequence(figures, num_tokens, first_place, num_columns, num_places))
+    groups.append(PrefillGroup(len(words) - len(sequences), sequences, num_kv_heads, table_width, tile))
     return tuple(groups)

@@ -36,7 +36,7 @@ class GpuStepPlan(StepPlan):
             before._before = None  # no chain of all steps
         self._plans: dict[tuple[int, float, int, float], Plan] = {}  # by launch, scale, reach and cap
         self.used: list[tuple[DecodeLaunch, float, int, float]] = []  # the same, of all plans that were asked for
-        self._groups: dict[tuple[int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens and KV heads
+        self._groups: dict[tuple[int, int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens, KV heads and tile
 
     @cached_property
     def figures(self) -> tuple[SequenceFigures, ...]:
@@ -62,11 +62,14 @@ class GpuStepPlan(StepPlan):
             self.used.append((launch, scale, reach, cap))
         return plan
 
-    def groups_for(self, page_tokens: int, num_kv_heads: int) -> tuple[PrefillGroup, ...]:
-        """Sequences that share a prefill pass's launches; layers of one geometry share the groups."""
-        key = page_tokens, num_kv_heads
+    def groups_for(self, page_tokens: int, num_kv_heads: int, tile: int = 1) -> tuple[PrefillGroup, ...]:
+        """Sequences that share a prefill pass's launches; layers of one geometry share the groups.
+
+        tile: as PrefillGroup's.
+        """
+        key = page_tokens, num_kv_heads, tile
         if key not in self._groups:
-            self._groups[key] = prefill_groups(self._words, *key, self.page_table.shape[1])
+            self._groups[key] = prefill_groups(self._words, page_tokens, num_kv_heads, self.page_table.shape[1], tile)
         return self._groups[key]
 
     @cached_property

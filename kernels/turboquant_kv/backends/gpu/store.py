@@ -394,24 +394,23 @@ class GpuStore(CanonicalStorage, LayerStore):
         """Histories in the model's dtype, for the time of one layer's attention, of all sequences that fit at once."""
         shape, queries, plan = self.shape, call.queries, call.plan
         assert isinstance(plan, GpuStepPlan)
-        groups = plan.groups_for(self.fmt.page_tokens, shape.num_kv_heads)
-        if len(groups) == 1:
-            return self._attend_group(groups[0], queries, call, plan.page_table)
-        parts = [self._attend_group(one, queries[one.first : one.last], call, plan.page_table) for one in groups]
-        return mx.concatenate(parts)
-
-    def _attend_group(
-        self, group: PrefillGroup, queries: mx.array, call: AttentionCall, page_table: mx.array
-    ) -> mx.array:
-        """queries: the group's."""
-        shape = self.shape
-        if not group.num_columns:  # none of these prompts has tokens left
-            return mx.zeros((*queries.shape[:3], shape.v_dim), queries.dtype)
-        history = self.histories(group, call.exact, page_table)
         flash = FlashShape(
             *(queries.shape[1], shape.num_kv_heads, shape.k_dim, shape.v_dim),
             *(self.fmt.page_tokens, self.fmt.sink_tokens, shape.dtype, call.cap > 0),
         )
+        groups = plan.groups_for(self.fmt.page_tokens, shape.num_kv_heads, self._kernels.flash.tile(flash))
+        if len(groups) == 1:
+            return self._attend_group(flash, groups[0], queries, call, plan.page_table)
+        parts = [self._attend_group(flash, one, queries[one.first : one.last], call, plan.page_table) for one in groups]
+        return mx.concatenate(parts)
+
+    def _attend_group(
+        self, flash: FlashShape, group: PrefillGroup, queries: mx.array, call: AttentionCall, page_table: mx.array
+    ) -> mx.array:
+        """queries: the group's."""
+        if not group.num_places:  # none of these prompts has tokens left
+            return mx.zeros((*queries.shape[:3], flash.v_dim), queries.dtype)
+        history = self.histories(group, call.exact, page_table)
         options: Any = {"scale": call.scale, "sinks": call.sinks, "cap": call.cap}
         if self._kernels.flash.has_kernel(flash):
             return self._kernels.flash.attend(flash, queries, history, group, **options)
