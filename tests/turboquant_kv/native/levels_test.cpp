@@ -128,10 +128,12 @@ std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, i
     std::vector<float> scales, biases;
     for (int i = 0; i < w.num_out * w.num_groups(); i++) scales.push_back(0.01f + 1e-4f * (i % 50)), biases.push_back(-0.3f + 1e-2f * (i % 7));
     w.codes = codes.data(), w.scales = scales.data(), w.biases = biases.data(), w.dtype = tq::Dtype::f32;
+    w.nibbles = bits == 4 && level.linear.nibbles;
     tq::Inputs inputs;
-    std::vector<std::int16_t> rounded(x.size());
+    inputs.num_in = w.num_in, inputs.nibbles = w.nibbles;
+    std::vector<std::int16_t> rounded(std::size_t(num_rows) * inputs.row_codes());
     std::vector<float> floats(std::size_t(2) * num_rows * w.padded_blocks()), scratch(level.linear.product_scratch(w));
-    inputs.num_rows = num_rows, inputs.num_in = w.num_in, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
+    inputs.num_rows = num_rows, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
     inputs.scales = floats.data(), inputs.sums = floats.data() + std::size_t(num_rows) * w.padded_blocks();
     for (int m = 0; m < num_rows; m++) level.linear.round_row(&x[std::size_t(m) * w.num_in], w.block(), inputs, m);
     level.linear.product(w, inputs, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0}, scratch.data());
