@@ -130,8 +130,8 @@ def test_ranked_draws_are_those_of_mlx_in_any_order(rng: np.random.Generator, mo
 
 
 @pytest.mark.usefixtures("isa")
-def test_ranking_takes_no_longer_for_the_worst_order(rng: np.random.Generator) -> None:
-    """Rising logits, each of which is among the likeliest so far: one by one they took 200 times as long as others."""
+def test_ranking_the_worst_order_takes_no_square_of_top_k(rng: np.random.Generator) -> None:
+    """Rising logits, each among the likeliest so far: inserted one by one they took 200 times as long as others."""
     usual = rng.standard_normal((1, 60_000)).astype(np.float32)
     draw = NativeDraw.of([SamplingParams(temperature=1.0, top_k=256)], usual.shape[1], 1e-6)
     assert draw is not None
@@ -143,4 +143,4 @@ def test_ranking_takes_no_longer_for_the_worst_order(rng: np.random.Generator) -
             draw.draw(logits, np.array([1 << 31], np.uint32))
             times.append(time.perf_counter() - began_s)
         seconds.append(min(times))
-    assert seconds[1] < 20 * seconds[0]
+    assert seconds[1] < 60 * seconds[0]  # measured: 13

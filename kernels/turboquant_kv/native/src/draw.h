@@ -205,7 +205,7 @@ static void sort_falling(float* values, std::uint32_t* ids, float* other_values,
 TQ_INLINE int candidate_room(std::size_t n, int k) { return int(min1<std::size_t>(n, max1(2 * std::size_t(k), std::size_t(256)))); }
 
 // The k largest values and their ids: falling, and of equals the lower id first. Nothing here is NaN. `held` has room for
-// candidate_room() of either. Each candidate that is dropped costs about the same, so that sorted values take no longer than others.
+// candidate_room() of either. Each candidate costs about the same, whatever the order and k; rising values are all candidates.
 static void largest_first(const float* x, std::size_t n, int k, float* values, std::uint32_t* ids, Candidates held) {
     float least = -__builtin_inff();
     bool is_bound = false; // from then on only what is above `least` is wanted
