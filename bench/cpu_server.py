@@ -172,6 +172,8 @@ def main() -> None:
         except KeyboardInterrupt:
             print("interrupted: medians of the rounds until here")
         rows = bench.rows(tokens)
+        if bench.servers[OURS].resident_bytes:  # not after an interrupt
+            print(f"prompts: {bench.servers[OURS].stats()['details']['prompts']}")
     print_rows(rows)
     write_rows(args.json, rows)
 

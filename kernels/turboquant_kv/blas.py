@@ -68,6 +68,15 @@ def num_calls() -> int:
     return int(_shim.turboquant_blas_calls()) if _shim is not None else 0
 
 
+def product_address() -> int:
+    """Where in memory OpenBLAS's `cblas_sgemm` lies that stays on the calling thread; 0: there is none.
+
+    For the native kernels, whose own threads share out a product.
+    """
+    function = getattr(_shim, "turboquant_blas_sgemm_alone", None)  # a shim may be older than this file
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def _try_interpose() -> BlasStatus:
     if os.environ.get(SWITCH, "auto").strip().lower() in ("off", "0", "no", "false"):
         return BlasStatus(False, reason=f"{SWITCH}=off")

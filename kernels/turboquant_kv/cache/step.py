@@ -169,9 +169,9 @@ class BatchStep:
         is_same = self.num_new == num_new and self.valid == valid and self.members == members
         return is_same and layer not in self._written
 
-    def done(self, layer: int) -> None:
-        """A layer has written; after the last one, what the step replaced is let go."""
-        self._written.add(layer)
+    def done(self, *layers: int) -> None:
+        """Layers have written; after the last one, what the step replaced is let go."""
+        self._written.update(layers)
         if self.is_uniform and not self._earlier:
             if len(self._written) == len(self._layers):
                 for member in self.members:

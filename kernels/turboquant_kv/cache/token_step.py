@@ -36,8 +36,7 @@ class TokenStep:
 
     def done(self) -> None:
         """All layers have written."""
-        for layer in self._layers:
-            self._step.done(layer)
+        self._step.done(*self._layers)
 
     def undo(self) -> None:
         """The step never happened."""

@@ -100,6 +100,14 @@ EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k
     sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
+/* cblas_sgemm on the calling thread alone, for callers whose own threads share out a product. Not counted: it says nothing
+ * about libmlx.so. */
+EXPORT void turboquant_blas_sgemm_alone(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a,
+                                        int lda, const float *b, int ldb, float beta, float *c, int ldc) {
+    if (atomic_exchange(&num_threads_set, 1) != 1) set_num_threads(1);
+    sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
 EXPORT void cblas_dgemm(int order, int trans_a, int trans_b, int m, int n, int k, double alpha, const double *a,
                         int lda, const double *b, int ldb, double beta, double *c, int ldc) {
     begin(m, n, k);

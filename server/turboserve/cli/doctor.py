@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from turboquant_kv import UnsupportedFormatError, blas
 from turboquant_kv.backends.gpu.nvrtc import FOLDER_VARIABLE
@@ -121,7 +121,23 @@ def check_layers(settings: Settings) -> Finding | None:
     if settings.dequantize != "auto":
         return Finding("layers", "ok", f"by MLX, as dequantize={settings.dequantize} says")
     around = "left to mlx-lm, as projections=off says" if settings.projections == "off" else "around attention as well"
-    return Finding("layers", "ok", f"{level} multiplies by weights as stored; decoder layers {around}")
+    how = f"{level} multiplies by weights as stored; decoder layers {around}; {_tried_products(settings)}"
+    return Finding("layers", "ok", how)
+
+
+def _tried_products(settings: Settings) -> str:
+    """A new trial of what multiplies prompts, for a layer as many models have them."""
+    import mlx.core as mx
+    import mlx.nn
+
+    from turboserve.engine.native_linears import NativeLinear
+    from turboserve.engine.prompt_products import choose_prompt_products
+
+    layers: Any = mlx.nn  # whose stubs say too little
+    dense = layers.Linear(1024, 1024, bias=False)
+    dense.set_dtype(mx.float16)
+    model = layers.Sequential(NativeLinear(layers.QuantizedLinear.from_linear(dense, 64, 4)))
+    return f"prompts: {choose_prompt_products(model, settings.projections)} (each model is tried when it is loaded)"
 
 
 def _tried_kernels(settings: Settings) -> Finding | None:

@@ -50,6 +50,7 @@ from turboserve.engine.native_linears import install_native_linears, native_byte
 from turboserve.engine.native_model import install_native_model
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
+from turboserve.engine.prompt_products import choose_prompt_products
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.speculation_choice import as_draft, wants_draft_model
@@ -267,6 +268,9 @@ def load(
     layers = _native_blocks(model, settings, ranks)
     if layers.num_layers or is_native:
         progress(f"layers       {layers}")
+    prompts = choose_prompt_products(model, settings.projections) if is_native else None
+    if prompts is not None:
+        progress(f"prompts      {prompts}")
     fingerprint = weights.fingerprint(folder, dtype)
     ranks.check_same("weights", fingerprint, "has other weights than rank 0: copy the model's folder to all machines")
     own = () if ranks.size == 1 else (f"rank {ranks.rank} of {ranks.size}",)
@@ -287,6 +291,7 @@ def load(
             "weights": note or "as stored",
             "projections": str(arranged),
             "layers": str(layers),
+            "prompts": str(prompts or "by MLX"),
             "adapters": adapters.described(installed) or "none",
         },
         adapters=installed,

@@ -21,8 +21,6 @@ from turboserve.messages import SamplingParams
 
 _FACTORS = [TIE_OCTAVES, -TIE_OCTAVES, *(-step * TIE_OCTAVES for step in SEARCH_STEPS)]
 _STEPS = np.array([2.0**octaves for octaves in _FACTORS], np.float32)
-# Of top-k: the kernels insert each of the likeliest among those before it, which takes as long as their square.
-MOST_RANKED = 256
 
 
 class NativeDraw:
@@ -40,11 +38,9 @@ class NativeDraw:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], vocab_len: int, min_temperature: float) -> NativeDraw | None:
-        """None where a GPU draws, or there are no kernels, or a row ranks more tokens than they should."""
+        """None where a GPU draws, or there are no kernels."""
         kernels, _ = load_kernels()
         if kernels is None or mx.default_device() != mx.Device(mx.cpu):
-            return None
-        if any(p.temperature > 0 and min(p.top_k, vocab_len) > MOST_RANKED for p in params):
             return None
         return cls(kernels, params, vocab_len, min_temperature)
 

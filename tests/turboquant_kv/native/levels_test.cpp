@@ -102,7 +102,16 @@ std::vector<float> run(const tq::KernelTable& level, int dim, int kind, bool tur
     return out;
 }
 
-// A linear layer's product with codes of `bits` bits in groups of `group`; bits 0: with float16 numbers.
+// The matrix as floats, a part at a time.
+void add_dense(const tq::KernelTable& level, const tq::Matrix& w, std::vector<float>& to) {
+    for (int from = 0; from < w.num_in; from += w.num_in / 2) {
+        std::vector<float> part(std::size_t(w.num_out - 1) * w.num_in / 2);
+        level.linear.dense(w, 1, w.num_out, from, from + w.num_in / 2, part.data());
+        to.insert(to.end(), part.begin(), part.end());
+    }
+}
+
+// A linear layer's product with codes of `bits` bits in groups of `group`, and its weights; bits 0: of float16 numbers.
 std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, int num_rows, const std::vector<float>& x, std::mt19937 draw) {
     tq::Matrix w;
     w.num_out = 7, w.num_in = int(x.size()) / num_rows, w.bits = bits, w.group = group;
@@ -113,18 +122,22 @@ std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, i
         for (std::size_t i = 1; i < codes.size(); i += 2) codes[i] = std::uint8_t((codes[i] & 0x83) | 0x30); // of moderate size
         w.floats = codes.data(), w.dtype = tq::Dtype::f16;
         level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0});
+        add_dense(level, w, y);
         return y;
     }
     std::vector<float> scales, biases;
     for (int i = 0; i < w.num_out * w.num_groups(); i++) scales.push_back(0.01f + 1e-4f * (i % 50)), biases.push_back(-0.3f + 1e-2f * (i % 7));
     w.codes = codes.data(), w.scales = scales.data(), w.biases = biases.data(), w.dtype = tq::Dtype::f32;
+    w.nibbles = bits == 4 && level.linear.nibbles;
     tq::Inputs inputs;
-    std::vector<std::int16_t> rounded(x.size());
+    inputs.num_in = w.num_in, inputs.nibbles = w.nibbles;
+    std::vector<std::int16_t> rounded(std::size_t(num_rows) * inputs.row_codes());
     std::vector<float> floats(std::size_t(2) * num_rows * w.padded_blocks()), scratch(level.linear.product_scratch(w));
-    inputs.num_rows = num_rows, inputs.num_in = w.num_in, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
+    inputs.num_rows = num_rows, inputs.padded_blocks = w.padded_blocks(), inputs.codes = rounded.data();
     inputs.scales = floats.data(), inputs.sums = floats.data() + std::size_t(num_rows) * w.padded_blocks();
     for (int m = 0; m < num_rows; m++) level.linear.round_row(&x[std::size_t(m) * w.num_in], w.block(), inputs, m);
     level.linear.product(w, inputs, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0}, scratch.data());
+    add_dense(level, w, y);
     return y;
 }
 

@@ -46,6 +46,7 @@ def test_kernels_for_another_cpu_alone_count_as_missing(monkeypatch: pytest.Monk
     """As where a folder built for one machine is looked at by an older one."""
     foreign = ModuleType("_kernels")
     foreign.Store = foreign.LinearWeights = foreign.DecoderBlock = foreign.DecoderModel = object  # type: ignore[attr-defined]
+    foreign.set_blas = print  # type: ignore[attr-defined]
     foreign.isa_levels = list  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "turboquant_kv.native._kernels", foreign)
     module, reason = native.load_kernels.__wrapped__()

@@ -49,7 +49,7 @@ from turboquant_kv.backends.numpy_ops.backend import (
 from turboquant_kv.backends.portable.canonical import block_mean_scores
 from turboquant_kv.backends.portable.row_arrays import RowPlan
 from turboquant_kv.backends.portable.tiles import Tile
-from turboquant_kv.blas import thread_limit
+from turboquant_kv.blas import product_address, thread_limit
 from turboquant_kv.codec.codebook import thresholds
 from turboquant_kv.codec.codec import Codec
 from turboquant_kv.codec.format import KVFormat, UnsupportedFormatError
@@ -64,6 +64,7 @@ _PARTS = (
     "LinearWeights",
     "DecoderBlock",
     "DecoderModel",
+    "set_blas",
 )  # of the compiled module; a checkout may be newer than what was compiled
 ISA_SWITCH = "TURBOQUANT_ISA"
 THREADS_SWITCH = "TURBOQUANT_THREADS"
@@ -83,6 +84,7 @@ def load_kernels() -> tuple[ModuleType | None, str]:
     if not module.isa_levels():
         return None, "they were built for another CPU alone (TURBOQUANT_LEVELS=native): install again"
     module.set_num_threads(num_threads())
+    module.set_blas(product_address())
     return module, ""
 
 

@@ -4,6 +4,9 @@ Inputs are rounded to 16 bits, with a scale for every block of 64 (32 where the 
 a product is made of integers: y = x W^T with W = scale * code + bias per group. mxfp4's numbers are
 whole ones, moved and halved, so they are products of integers too. Floats of 16 bits are widened in registers and
 multiplied as float32. `reference_product` is the same in NumPy, to be read and compared with.
+
+Rows of long sequences may go to OpenBLAS instead, with W as float32, a strip of at most 1 MiB at a time
+(`set_dense_from`): a float32 product, whose inputs are not rounded. Which way is faster, callers find out by `trial`.
 """
 
 from __future__ import annotations
@@ -68,14 +71,30 @@ class NativeWeights:
         return mx.array(out)
 
     def multiply(self, x: mx.array) -> mx.array:
-        """x (..., K) to x W^T + bias, (..., N) float32. A row with a NaN or an infinity becomes NaN."""
+        """x (..., T, K) to x W^T + bias, (..., T, N) float32; x (M, K) are M sequences of one row.
+
+        With codes, a row with a NaN or an infinity becomes NaN.
+        """
         rows = np.ascontiguousarray(np.asarray(x.astype(mx.float32)))
         out = np.empty((*x.shape[:-1], self._weights.num_out), np.float32)
-        num_rows = out.size // self._weights.num_out
+        num_rows, seq_len = out.size // self._weights.num_out, x.shape[-2] if x.ndim > 2 else 1
         self._weights.multiply(
-            rows.reshape(num_rows, self._weights.num_in), out.reshape(num_rows, self._weights.num_out)
+            rows.reshape(num_rows, self._weights.num_in), out.reshape(num_rows, self._weights.num_out), seq_len
         )
         return mx.array(out)
+
+    def trial(self, x: Floats, num_out: int, by_blas: bool) -> Floats:
+        """The first outputs (M, num_out) of x (M, K), by OpenBLAS or by the own kernel, to be timed and compared.
+
+        On this thread alone. Raises ValueError for OpenBLAS where it is missing.
+        """
+        out = np.empty((len(x), num_out), np.float32)
+        self._weights.trial(x, out, by_blas)
+        return out
+
+    def set_dense_from(self, num_rows: int) -> None:
+        """Multiply sequences of at least so many rows by OpenBLAS, where it is there; 0: none."""
+        self._weights.set_dense_from(num_rows)
 
 
 class Quantised:

@@ -88,25 +88,32 @@ class DecoderBlock {
     // The same for pointers that are proven: rows b * len + t, of which sequence b's first position has its turn at
     // turn + b * turn_stride. Without the GIL.
     void project(const float* rows, int num_rows, int len, const float* turn, std::int64_t turn_stride, float* const* to) const {
-        const FedRows& fed = normed(attention_norm_, rows, num_rows, {kQ, kK, kV});
+        const FedRows& fed = normed(attention_norm_, rows, num_rows, len, {kQ, kK, kV});
         const BlockTable& kernels = level().blocks;
         const Norm* norms[3] = {&q_norm_, &k_norm_, nullptr};
-        run_tasks(num_heads_ + 2 * num_kv_heads_, [&](int task, int) { // a head is a task
-            const int side = task < num_heads_ ? 0 : task < num_heads_ + num_kv_heads_ ? 1 : 2;
-            const int head = task - (side == 0 ? 0 : side == 1 ? num_heads_ : num_heads_ + num_kv_heads_);
-            const int dim = side == 2 ? v_dim_ : dim_, heads = side == 0 ? num_heads_ : num_kv_heads_;
-            float* projected = scratch_floats<1>(std::size_t(num_rows) * dim);
-            w_[kQ + side]->product(fed, head * dim, (head + 1) * dim, {projected, std::size_t(dim), head * dim});
-            for (int m = 0; m < num_rows; m++) {
-                const std::int64_t b = m / len, t = m % len;
-                float *row = projected + std::size_t(m) * dim, *out = to[side] + ((b * heads + head) * len + t) * dim;
-                if (side == 2) {
-                    std::memcpy(out, row, sizeof(float) * dim);
-                    continue;
+        int each[3], first_task[4] = {0}; // heads of a task: as few as can be, unless the BLAS multiplies
+        for (int side = 0; side < 3; side++) {
+            const int heads = heads_of(side);
+            each[side] = w_[kQ + side]->is_dense(fed) ? std::clamp(w_[kQ + side]->outputs_each(fed) / dim_of(side), 1, heads) : 1;
+            first_task[side + 1] = first_task[side] + (heads + each[side] - 1) / each[side];
+        }
+        run_tasks(first_task[3], [&](int task, int) {
+            const int side = task < first_task[1] ? 0 : task < first_task[2] ? 1 : 2;
+            const int dim = dim_of(side), heads = heads_of(side);
+            const int first = (task - first_task[side]) * each[side], count = std::min(each[side], heads - first);
+            float* projected = scratch_floats<1>(std::size_t(num_rows) * count * dim);
+            w_[kQ + side]->product(fed, first * dim, (first + count) * dim, {projected, std::size_t(count) * dim, first * dim});
+            for (int m = 0; m < num_rows; m++)
+                for (int head = first; head < first + count; head++) {
+                    const std::int64_t b = m / len, t = m % len;
+                    float *row = projected + (std::size_t(m) * count + head - first) * dim, *out = to[side] + ((b * heads + head) * len + t) * dim;
+                    if (side == 2) {
+                        std::memcpy(out, row, sizeof(float) * dim);
+                        continue;
+                    }
+                    if (norms[side]->is_there()) norms[side]->apply(kernels, row, row);
+                    kernels.turn_row(row, turn + b * turn_stride + t * dim, dim, num_pairs_, stride_, gap_, out);
                 }
-                if (norms[side]->is_there()) norms[side]->apply(kernels, row, row);
-                kernels.turn_row(row, turn + b * turn_stride + t * dim, dim, num_pairs_, stride_, gap_, out);
-            }
         });
     }
 
@@ -135,15 +142,15 @@ class DecoderBlock {
         thread_local FedRows gathered;
         const int joined = num_heads_ * v_dim_;
         float* together = scratch_floats<2>(std::size_t(num_rows) * joined);
-        gathered.set(together, num_rows, joined);
-        gathered.expect(w_[kO]->matrix());
+        gathered.set(together, num_rows, joined, len);
+        w_[kO]->expect_of(gathered);
         gathered.each_row(level().linear, [&](int m) {
             for (int head = 0; head < num_heads_; head++)
                 std::memcpy(together + std::size_t(m) * joined + std::size_t(head) * v_dim_,
                             attended + m / len * strides[0] + head * strides[1] + m % len * strides[2], sizeof(float) * v_dim_);
         });
         add_product(kO, gathered, rows, to);
-        add_product(kDown, gated(to, num_rows), to, to);
+        add_product(kDown, gated(to, num_rows, len), to, to);
     }
 
     int width() const { return w_[kQ]->num_in(); }
@@ -164,25 +171,28 @@ class DecoderBlock {
         return view;
     }
 
+    int dim_of(int side) const { return side == 2 ? v_dim_ : dim_; } // 0: queries, 1: keys, 2: values
+    int heads_of(int side) const { return side == 0 ? num_heads_ : num_kv_heads_; }
+
     static int rows_of(const View& view) {
         if (view.shape(0) > kMostWidth || view.shape(1) > kMostWidth || view.shape(0) * view.shape(1) > kMostWidth) view.fail("has too many rows");
         return int(view.shape(0) * view.shape(1));
     }
 
     // Rows (num_rows, W) after a norm, as these linear layers take them.
-    const FedRows& normed(const Norm& norm, const float* rows, int num_rows, std::initializer_list<int> linears) const {
+    const FedRows& normed(const Norm& norm, const float* rows, int num_rows, int len, std::initializer_list<int> linears) const {
         thread_local FedRows fed;
         float* after = scratch_floats<3>(std::size_t(num_rows) * width());
-        fed.set(after, num_rows, width());
-        for (int i : linears) fed.expect(w_[i]->matrix());
+        fed.set(after, num_rows, width(), len);
+        for (int i : linears) w_[i]->expect_of(fed);
         fed.each_row(level().linear, [&](int m) { norm.apply(level().blocks, rows + std::size_t(m) * width(), after + std::size_t(m) * width()); });
         return fed;
     }
 
     // What the MLP's last product multiplies, from rows (num_rows, W).
-    const FedRows& gated(const float* rows, int num_rows) const {
-        const FedRows& fed = normed(mlp_norm_, rows, num_rows, {kGate, kUp});
-        const int hidden = w_[kGate]->num_out(), each = w_[kGate]->outputs_each(2 * num_rows);
+    const FedRows& gated(const float* rows, int num_rows, int len) const {
+        const FedRows& fed = normed(mlp_norm_, rows, num_rows, len, {kGate, kUp});
+        const int hidden = w_[kGate]->num_out(), each = w_[kGate]->outputs_each(fed, 2);
         thread_local FedRows gates;
         float* inner = scratch_floats<4>(std::size_t(num_rows) * hidden);
         run_tasks((hidden + each - 1) / each, [&](int task, int) {
@@ -192,15 +202,15 @@ class DecoderBlock {
             w_[kUp]->product(fed, first, first + count, {ups, std::size_t(count), first});
             for (int m = 0; m < num_rows; m++) level().blocks.gate_row(inner + std::size_t(m) * hidden + first, ups + std::size_t(m) * count, count);
         });
-        gates.set(inner, num_rows, hidden);
-        gates.expect(w_[kDown]->matrix());
+        gates.set(inner, num_rows, hidden, len);
+        w_[kDown]->expect_of(gates);
         if (w_[kDown]->matrix().bits) gates.each_row(level().linear, [](int) {});
         return gates;
     }
 
     // to = rows + product of x; both (num_rows, W), and may be the same.
     void add_product(int linear, const FedRows& x, const float* rows, float* to) const {
-        const int each = w_[linear]->outputs_each(x.num_rows());
+        const int each = w_[linear]->outputs_each(x);
         run_tasks((width() + each - 1) / each, [&](int task, int) {
             const int first = task * each, count = std::min(width(), first + each) - first;
             float* product = scratch_floats<1>(std::size_t(x.num_rows()) * count);

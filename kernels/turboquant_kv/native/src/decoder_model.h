@@ -144,8 +144,8 @@ class DecoderModel {
         thread_local FedRows fed;
         const KernelTable& level = head_->level();
         float* after = scratch_floats<7>(std::size_t(num_rows) * width());
-        fed.set(after, num_rows, width());
-        fed.expect(head_->matrix());
+        fed.set(after, num_rows, width(), 1);
+        head_->expect_of(fed);
         fed.each_row(level.linear, [&](int m) { norm_.apply(level.blocks, x + std::size_t(m) * width(), after + std::size_t(m) * width()); });
         head_->products(fed, logits);
     }

@@ -139,23 +139,94 @@ static std::size_t find_weight(const std::uint32_t* weights, std::size_t padded,
     return n - 1;
 }
 
-// The k largest values and their ids: falling, and of equals the lower id first. Nothing here is NaN.
-static void largest_first(const float* x, std::size_t n, int k, float* values, std::uint32_t* ids) {
-    int held = 0;
-    const auto insert = [&](float v, std::size_t id) {
-        int at = held < k ? held++ : k - 1;
-        for (; at > 0 && values[at - 1] < v; at--) values[at] = values[at - 1], ids[at] = ids[at - 1];
-        values[at] = v, ids[at] = std::uint32_t(id);
+// Whole numbers in the order of floats that are no NaN and no -0.
+TQ_INLINE I ordered(F x) {
+    const I bits = (I)x;
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+// What may still be among the largest, in order of ids.
+struct Candidates {
+    float* values; // room for whole registers
+    std::uint32_t* ids;
+    int num, room;
+};
+
+// The k largest of at least k candidates, and of equals the lower ids; returns the least of them. Their order stays. Found by
+// halving what lies between two numbers: as fast whatever the order, and even if all are equal.
+static float keep_largest(Candidates& c, int k) {
+    const int padded = (c.num + LANES - 1) / LANES * LANES;
+    for (int i = c.num; i < padded; i++) c.values[i] = -__builtin_inff();
+    const auto count_from = [&](std::int32_t bound) {
+        I found{};
+        for (int i = 0; i < padded; i += LANES) found -= (I)(ordered(load<F>(c.values + i)) >= bound);
+        int all = 0;
+        for (int l = 0; l < LANES; l++) all += found[l];
+        return all;
+    };
+    std::int64_t low = INT32_MIN, high = INT32_MAX; // at least k are from `low` on, fewer than k from beyond `high` on
+    while (low < high) {
+        const std::int64_t middle = low + (high - low + 1) / 2;
+        if (count_from(std::int32_t(middle)) >= k) low = middle;
+        else high = middle - 1;
+    }
+    const I bits = splat(std::int32_t(low));
+    const float least = ((F)(bits ^ ((bits >> 31) & 0x7FFFFFFF)))[0];
+    int above = 0, kept = 0;
+    for (int i = 0; i < c.num; i++) above += c.values[i] > least;
+    for (int i = 0, equals = k - above; i < c.num; i++)
+        if (c.values[i] > least || (c.values[i] == least && equals-- > 0)) c.values[kept] = c.values[i], c.ids[kept++] = c.ids[i];
+    c.num = kept;
+    return least;
+}
+
+// Falling, equals as they were; `other` has room for as many.
+static void sort_falling(float* values, std::uint32_t* ids, float* other_values, std::uint32_t* other_ids, int n) {
+    float *from = values, *to = other_values;
+    std::uint32_t *from_ids = ids, *to_ids = other_ids;
+    for (int run = 1; run < n; run *= 2) {
+        for (int start = 0; start < n; start += 2 * run) {
+            const int middle = min1(start + run, n), end = min1(start + 2 * run, n);
+            for (int a = start, b = middle, at = start; at < end; at++) {
+                const int next = b >= end || (a < middle && from[a] >= from[b]) ? a++ : b++;
+                to[at] = from[next], to_ids[at] = from_ids[next];
+            }
+        }
+        float* values_before = from;
+        std::uint32_t* ids_before = from_ids;
+        from = to, to = values_before, from_ids = to_ids, to_ids = ids_before;
+    }
+    if (from == values) return;
+    std::memcpy(values, from, sizeof(float) * n);
+    std::memcpy(ids, from_ids, sizeof(std::uint32_t) * n);
+}
+
+// How many candidates are kept before the lesser ones are dropped, for the k largest of n.
+TQ_INLINE int candidate_room(std::size_t n, int k) { return int(min1<std::size_t>(n, max1(2 * std::size_t(k), std::size_t(256)))); }
+
+// The k largest values and their ids: falling, and of equals the lower id first. Nothing here is NaN. `held` has room for
+// candidate_room() of either. Each candidate costs about the same, whatever the order and k; rising values are all candidates.
+static void largest_first(const float* x, std::size_t n, int k, float* values, std::uint32_t* ids, Candidates held) {
+    float least = -__builtin_inff();
+    bool is_bound = false; // from then on only what is above `least` is wanted
+    const auto add = [&](std::size_t i) {
+        if (is_bound && !(x[i] > least)) return;
+        if (held.num == held.room) {
+            least = keep_largest(held, k), is_bound = true;
+            if (!(x[i] > least)) return;
+        }
+        held.values[held.num] = x[i] + 0.0f, held.ids[held.num++] = std::uint32_t(i); // -0 is 0
     };
     std::size_t i = 0;
-    for (; i < n && held < k; i++) insert(x[i], i);
     for (; i + LANES <= n; i += LANES) {
-        if (!(maximum(load<F>(x + i)) > values[k - 1])) continue;
-        for (std::size_t j = i; j < i + LANES; j++)
-            if (x[j] > values[k - 1]) insert(x[j], j);
+        if (is_bound && !(maximum(load<F>(x + i)) > least)) continue;
+        for (std::size_t j = i; j < i + LANES; j++) add(j);
     }
-    for (; i < n; i++)
-        if (x[i] > values[k - 1]) insert(x[i], i);
+    for (; i < n; i++) add(i);
+    if (held.num > k) keep_largest(held, k);
+    std::memcpy(values, held.values, sizeof(float) * k);
+    std::memcpy(ids, held.ids, sizeof(std::uint32_t) * k);
+    sort_falling(values, ids, held.values, held.ids, k);
 }
 
 // scratch of draw_scratch() floats.
@@ -169,7 +240,11 @@ static DrawnRow draw_row(const float* logits, const DrawRow& row, float* scratch
     const auto count = is_ranked ? std::size_t(row.top_k) : n, padded = (count + LANES - 1) / LANES * LANES;
     float *mass = scratch, *values = scratch + padded;
     auto *ids = reinterpret_cast<std::uint32_t*>(values + padded), *weights = reinterpret_cast<std::uint32_t*>(mass);
-    if (is_ranked) largest_first(logits, n, row.top_k, values, ids);
+    if (is_ranked) {
+        float* held = values + 2 * padded;
+        const int room = candidate_room(n, row.top_k);
+        largest_first(logits, n, row.top_k, values, ids, {held, reinterpret_cast<std::uint32_t*>(held + (room + LANES - 1) / LANES * LANES), 0, room});
+    }
     const float sum_of_masses = masses_of(is_ranked ? values : logits, count, best, row.octaves, row.log2_min_p, mass);
     std::uint32_t total = weights_of(mass, padded, sum_of_masses);
     if (row.top_p < 1.0f && is_ranked) {
@@ -189,6 +264,6 @@ static DrawnRow draw_row(const float* logits, const DrawRow& row, float* scratch
     return {is_ranked ? ids[at] : std::uint32_t(at), false};
 }
 
-static std::size_t draw_scratch(int vocab_len) { return 3 * ((std::size_t(vocab_len) + LANES - 1) / LANES * LANES); }
+static std::size_t draw_scratch(int vocab_len) { return 5 * ((std::size_t(vocab_len) + LANES - 1) / LANES * LANES); }
 
 static const DrawTable kDraw = {draw_row, draw_scratch};

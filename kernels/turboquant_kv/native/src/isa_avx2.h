@@ -86,13 +86,35 @@ template <int Bits> TQ_INLINE void part_bytes(__m128i x, __m128i out[2]) {
     const __m128i low = _mm_and_si128(x, mask), high = _mm_and_si128(_mm_srli_epi16(x, Bits), mask);
     out[0] = _mm_unpacklo_epi8(low, high), out[1] = _mm_unpackhi_epi8(low, high);
 }
-TQ_INLINE void unpack_4bit(const std::uint8_t* p, std::int16_t* out) {
-    for (int s = 0; s < 2; s++) {
-        __m128i bytes[2];
-        part_bytes<4>(_mm_loadu_si128((const __m128i*)(p + 16 * s)), bytes);
-        for (int i = 0; i < 2; i++) store_words(bytes[i], out + 32 * s + 16 * i);
-    }
+// 4-bit codes lie across a unit's parts: word t of part s is code 4 t + s, which is how four shifts of 16 words leave them. Half a
+// register is half a unit then.
+#define TQ_OWN_NIBBLES
+constexpr bool kNibbles = true;
+TQ_INLINE void nibble_parts(const std::uint8_t* p, Part c[4]) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi16(15);
+    c[0] = _mm256_and_si256(x, mask);
+    c[1] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+    c[2] = _mm256_and_si256(_mm256_srli_epi16(x, 8), mask);
+    c[3] = _mm256_srli_epi16(x, 12);
 }
+TQ_INLINE void byte_parts(const std::uint8_t* p, Part c[4]) {
+    for (int s = 0; s < 4; s++) c[s] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * s)));
+}
+TQ_INLINE void unpack_4bit(const std::uint8_t* p, std::int16_t* out) {
+    Part c[4];
+    nibble_parts(p, c);
+    for (int s = 0; s < 4; s++) _mm256_storeu_si256((__m256i*)(out + 16 * s), c[s]);
+}
+// Eight inputs, the first a multiple of eight: two words of each part.
+TQ_INLINE void store_nibble_inputs(std::int16_t* row, int at, I c) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)c), high = _mm256_extracti128_si256((__m256i)c, 1);
+    std::int32_t two[4];
+    store_to(two, _mm_blend_epi16(low, _mm_slli_epi32(high, 16), 0xAA));
+    std::int16_t* to = row + at / 64 * 64 + at % 64 / 4;
+    for (int s = 0; s < 4; s++) std::memcpy(to + 16 * s, two + s, 4);
+}
+TQ_INLINE void prefetch(const std::uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+TQ_INLINE F splat_halves(const float* two) { return (F)_mm256_blend_ps(_mm256_set1_ps(two[0]), _mm256_set1_ps(two[1]), 0xF0); }
 TQ_INLINE void unpack_2bit(const std::uint8_t* p, std::int16_t* out) {
     __m128i pairs[2], bytes[2];
     part_bytes<4>(_mm_loadu_si128((const __m128i*)p), pairs);

@@ -120,7 +120,7 @@ TQ_INLINE I dot_pair(PairCodes c, const std::int16_t* inputs) {
     return (I)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), c.even, _mm512_loadu_si512(inputs + 32)), c.odd,
                                   _mm512_loadu_si512(inputs + 96));
 }
-TQ_INLINE void store_pair_inputs(std::int16_t* row, int at, I c) {
+TQ_INLINE void store_nibble_inputs(std::int16_t* row, int at, I c) {
     auto* p = reinterpret_cast<std::uint8_t*>(row + at / 128 * 128) + at % 128 / 64 * 32 + at % 64 / 2;
     const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     const __m128i high = _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)((c + 128) >> 8)), split);

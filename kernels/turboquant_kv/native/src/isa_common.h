@@ -19,7 +19,7 @@ template <class T> TQ_INLINE T load(const void* p) {
     return x;
 }
 template <class T> TQ_INLINE void store_to(void* p, T x) { __builtin_memcpy(p, &x, sizeof x); }
-TQ_INLINE F splat(float x) { return F{} + x; }
+TQ_INLINE F splat(float x) { return x - F{}; } // a sum with zero would be computed: it changes the sign of -0
 TQ_INLINE I splat(std::int32_t x) { return I{} + x; }
 TQ_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 TQ_INLINE F vmax(F a, F b) { return a > b ? a : b; }

@@ -33,26 +33,69 @@ TQ_INLINE float exponent_to_float(std::uint8_t exponent) {
     return x;
 }
 
-// One row of W as it stands, (num_in,): what a table of embeddings is asked for.
-static void table_row(const Matrix& w, int n, float* out) {
-    const std::size_t start = std::size_t(n) * w.num_in;
-    if (w.bits == 0) {
-        for (int k = 0; k < w.num_in; k++) out[k] = float_at(w.floats, start + k, w.dtype);
-        return;
-    }
-    const std::uint8_t* codes = w.codes + start / 8 * w.bits;
-    const std::size_t groups = std::size_t(n) * w.num_groups();
-    for (int k = 0; k < w.num_in; k += 8) { // eight codes are as many bytes as a code has bits
-        std::uint64_t eight = 0;
-        std::memcpy(&eight, codes + std::size_t(k) / 8 * w.bits, w.bits);
-        if (w.is_mxfp4) {
-            const float scale = exponent_to_float(static_cast<const std::uint8_t*>(w.scales)[groups + k / w.group]) * 0.5f;
-            for (int i = 0; i < 8; i++) out[k + i] = scale * (float(kFp4[eight >> (4 * i) & 15]) - kFp4Zero);
-            continue;
+constexpr int kSpread = 32; // codes that are widened together: no group has fewer
+
+template <int Bits> TQ_INLINE void spread_codes(const std::uint8_t* p, std::uint8_t* out) {
+    if constexpr (Bits == 8) {
+        std::memcpy(out, p, kSpread);
+    } else if constexpr (Bits == 4) {
+        for (int i = 0; i < kSpread / 2; i++) out[2 * i] = p[i] & 15, out[2 * i + 1] = p[i] >> 4;
+    } else {
+        for (int i = 0; i < kSpread; i += 8, p += Bits) { // eight codes are as many bytes as a code has bits
+            std::uint64_t eight = 0;
+            std::memcpy(&eight, p, Bits);
+            for (int j = 0; j < 8; j++) out[i + j] = std::uint8_t(eight >> (j * Bits) & ((1 << Bits) - 1));
         }
-        const float scale = float_at(w.scales, groups + k / w.group, w.dtype), bias = float_at(w.biases, groups + k / w.group, w.dtype);
-        for (int i = 0; i < 8; i++) out[k + i] = scale * float(eight >> (i * w.bits) & ((1 << w.bits) - 1)) + bias;
     }
+}
+
+// Row n's inputs [from, to) as they stand.
+template <int Bits, bool IsFp4> static void dense_row(const Matrix& w, int n, int from, int to, float* out) {
+    const std::uint8_t* codes = w.codes + (std::size_t(n) * w.num_in + from) / 8 * Bits;
+    const std::size_t groups = std::size_t(n) * w.num_groups();
+    std::uint8_t bytes[kSpread];
+    for (int k = from; k < to; k += kSpread, codes += kSpread / 8 * Bits, out += kSpread) {
+        const std::size_t group = groups + k / w.group;
+        spread_codes<Bits>(codes, bytes);
+        if (IsFp4)
+            for (std::uint8_t& code : bytes) code = kFp4[code];
+        const float scale = IsFp4 ? exponent_to_float(static_cast<const std::uint8_t*>(w.scales)[group]) * 0.5f : float_at(w.scales, group, w.dtype);
+        const float bias = IsFp4 ? scale * -kFp4Zero : float_at(w.biases, group, w.dtype); // exact either way for mxfp4
+        for (int i = 0; i < kSpread; i += LANES) store_to(out + i, fma(to_float(__builtin_convertvector(load<B1>(bytes + i), I)), splat(scale), splat(bias)));
+    }
+}
+
+static void dense_float_row(const Matrix& w, int n, int from, int to, float* out) {
+    const std::size_t start = std::size_t(n) * w.num_in;
+    for (int k = from; k < to; k += LANES) store_to(out + k - from, load_as(w.floats, start + k, w.dtype));
+}
+
+using DenseRowFn = void (*)(const Matrix&, int, int, int, float*);
+static DenseRowFn dense_row_of(const Matrix& w) {
+    if (w.is_mxfp4) return dense_row<4, true>;
+    switch (w.bits) {
+        case 0: return dense_float_row;
+        case 2: return dense_row<2, false>;
+        case 3: return dense_row<3, false>;
+        case 4: return dense_row<4, false>;
+        case 5: return dense_row<5, false>;
+        case 6: return dense_row<6, false>;
+        default: return dense_row<8, false>;
+    }
+}
+
+static void dense(const Matrix& w, int first, int last, int from, int to, float* out) {
+    const DenseRowFn row = dense_row_of(w);
+    for (int n = first; n < last; n++, out += to - from) row(w, n, from, to, out);
+}
+
+static float mark_of(const float* x, int n) {
+    F total{};
+    for (int i = 0; i < n; i += LANES) {
+        const F v = load<F>(x + i);
+        total = total + (v - v);
+    }
+    return sum(total);
 }
 
 #if defined(TQ_BYTE_PRODUCTS)
@@ -80,7 +123,7 @@ static void round_row(const float* x, int block, const Inputs& to, int row) {
         for (int i = 0; i < block; i += LANES) {
             const I c = round_to_int(load<F>(from + i) * inverse);
             codes_sum += (U)c;
-            to.pairs ? store_pair_inputs(codes, b * block + i, c) : store_inputs(codes, b * block + i, c);
+            to.nibbles ? store_nibble_inputs(codes, b * block + i, c) : store_inputs(codes, b * block + i, c);
         }
         std::uint32_t all = 0;
         for (int i = 0; i < LANES; i++) all += codes_sum[i];
@@ -129,4 +172,4 @@ static void float_product(const Matrix& w, const float* x, int num_rows, int fir
     }
 }
 
-static const LinearTable kLinear = {kPairs, round_row, product, float_product, product_scratch, table_row};
+static const LinearTable kLinear = {kNibbles, round_row, product, float_product, product_scratch, dense, mark_of};

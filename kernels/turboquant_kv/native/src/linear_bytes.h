@@ -10,7 +10,7 @@ struct Packed {
 };
 
 constexpr std::size_t kAheadBytes = 4096;
-constexpr bool kPairs = true;
+constexpr bool kNibbles = true;
 
 // An output's scales or biases of blocks [b, b + 16), zeros behind the last one.
 TQ_INLINE F of_blocks(const Matrix& w, const void* from, int output, int b) {
@@ -161,7 +161,7 @@ static std::size_t product_scratch(const Matrix& w) { return std::size_t(kTileOu
 static void product(const Matrix& w, const Inputs& x, int first, int last, Outputs to, float* scratch) {
     const std::size_t row_bytes = std::size_t(w.num_in) / 8 * w.bits;
     auto* bytes = reinterpret_cast<std::uint8_t*>(scratch);
-    const bool is_direct = w.bits == 8 || (w.pairs && !w.is_mxfp4 && x.num_rows <= kTileRows), halves = w.group < kUnit;
+    const bool is_direct = w.bits == 8 || (w.nibbles && !w.is_mxfp4 && x.num_rows <= kTileRows), halves = w.group < kUnit;
     const std::size_t tile_bytes = kTileOut * row_bytes, ahead = (kAheadBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
     for (int n = first; n < last;) {
         const int outputs = last - n >= kTileOut ? kTileOut : 1;
@@ -171,7 +171,7 @@ static void product(const Matrix& w, const Inputs& x, int first, int last, Outpu
         const Packed at = is_direct ? Packed{codes, row_bytes, ahead} : Packed{bytes, x.row_codes(), 0};
         for (int m = 0; m < x.num_rows; m += kTileRows) {
             const int rows = min1(kTileRows, x.num_rows - m);
-            const TileFn fn = !w.pairs ? tile_of(halves, outputs, rows) : is_direct ? pair_tile_of<true>(halves, outputs, rows) : pair_tile_of<false>(halves, outputs, rows);
+            const TileFn fn = !w.nibbles ? tile_of(halves, outputs, rows) : is_direct ? pair_tile_of<true>(halves, outputs, rows) : pair_tile_of<false>(halves, outputs, rows);
             fn(w, x, n, m, at, to);
         }
         n += outputs;

@@ -30,7 +30,7 @@ struct Matrix {
     Dtype dtype{};
     const float* offset = nullptr;         // (num_out,) added to every product, or null
     bool is_mxfp4 = false;                 // scales are exponents, and there are no biases
-    bool pairs = false;                    // whether its level takes inputs by pairs of units (Inputs)
+    bool nibbles = false;                  // 4-bit codes of a level that has an order of its own for their inputs
 
     int block() const { return group < kUnit ? group : kUnit; }
     int num_groups() const { return num_in / group; }
@@ -41,11 +41,18 @@ struct Matrix {
 // Rows of x, rounded: x[m][i] is about scales[m][i / block] * codes[m][i]. A row with a NaN or an infinity has NaN scales.
 struct Inputs {
     int num_rows = 0, num_in = 0, padded_blocks = 0;
-    bool pairs = false;                    // rows are pairs of units, of each the even inputs before the odd ones
+    bool nibbles = false;                  // rows lie as 4-bit codes are unpacked; there may be a unit more
     std::int16_t* codes = nullptr;         // (num_rows, row_codes()), a unit's in the order of its level
     float *scales = nullptr, *sums = nullptr; // (num_rows, padded_blocks), zeros behind the blocks; sums: scale * sum of codes
 
-    std::size_t row_codes() const { return pairs ? std::size_t(num_in + kUnit) / (2 * kUnit) * (2 * kUnit) : num_in; }
+    // Rows [first, first + count).
+    Inputs part(int first, int count) const {
+        Inputs x = *this;
+        x.num_rows = count, x.codes += first * row_codes(), x.scales += std::size_t(first) * padded_blocks, x.sums += std::size_t(first) * padded_blocks;
+        return x;
+    }
+
+    std::size_t row_codes() const { return nibbles ? std::size_t(num_in + kUnit) / (2 * kUnit) * (2 * kUnit) : num_in; }
 };
 
 // Where products go: of row m and output n to data[m * stride + n - first].
@@ -59,14 +66,16 @@ struct Outputs {
 
 // One instruction-set level's kernels.
 struct LinearTable {
-    bool pairs; // of 4-bit codes
+    bool nibbles; // see Matrix
 
     void (*round_row)(const float* x, int block, const Inputs& to, int row);
     // Outputs [first, last) of all rows; scratch of product_scratch() floats.
     void (*product)(const Matrix&, const Inputs&, int first, int last, Outputs, float* scratch);
     void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, Outputs);
     std::size_t (*product_scratch)(const Matrix&);
-    void (*table_row)(const Matrix&, int n, float* out); // (num_in,) float32
+    // W as it stands, outputs [first, last) and inputs [from, to), which are multiples of kUnit, to out (last - first, to - from).
+    void (*dense)(const Matrix&, int first, int last, int from, int to, float* out);
+    float (*mark_of)(const float* x, int n); // 0, but NaN where one of n values, a multiple of kUnit, is none or infinite
 };
 
 // The rest of a decoder layer (blocks.h), row by row.

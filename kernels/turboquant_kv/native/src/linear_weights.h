@@ -3,11 +3,13 @@
 // Weights are held by their buffers, in the memory and the layout in which MLX has them; nothing is copied.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "blas.h"
 #include "buffers.h"
 #include "dispatch.h"
 #include "pool.h"
@@ -18,14 +20,19 @@ constexpr std::int64_t kMostWidth = std::int64_t(1) << 24;
 constexpr int kTaskOutputs = 64;        // outputs of a task, at most
 constexpr std::int64_t kTaskCost = 1 << 14; // multiplications of a task, at least: about a microsecond
 constexpr int kTasksEach = 8;           // of a thread, about: the last ones of two threads end at nearly the same time
+constexpr int kCachedBytes = 128 << 10, kLeastRows = 32; // rows that are multiplied by all outputs of a task before the next ones: they stay in the second-level cache
+constexpr int kDenseTasksEach = 2;      // the same of products by the BLAS
+constexpr int kStripOutputs = 256, kStripInputs = 1024; // of a matrix as floats: 1 MiB a thread, half a second-level cache or one
+
+enum class Way { as_set, own, blas }; // how rows are multiplied: as LinearWeights::set_dense_from says, or in any case
 
 // Rows that matrices are to multiply, in the forms that these take: as they are, or rounded in blocks. Memory is kept for
 // the next rows.
 class FedRows {
   public:
-    // rows (num_rows, num_in), which stay where they are.
-    void set(const float* rows, int num_rows, int num_in) {
-        rows_ = rows, num_rows_ = num_rows, num_in_ = num_in;
+    // rows (num_rows, num_in), which stay where they are, of sequences of `len` rows each.
+    void set(const float* rows, int num_rows, int num_in, int len, Way way = Way::as_set) {
+        rows_ = rows, num_rows_ = num_rows, num_in_ = num_in, len_ = len, way_ = way, has_marks_ = false;
         for (Form& form : forms_) form.is_wanted = false;
     }
 
@@ -36,7 +43,7 @@ class FedRows {
         if (form.is_wanted) return;
         form.is_wanted = true;
         form.inputs.num_rows = num_rows_, form.inputs.num_in = num_in_, form.inputs.padded_blocks = w.padded_blocks();
-        form.inputs.pairs = w.pairs;
+        form.inputs.nibbles = w.nibbles;
         const std::size_t codes = std::size_t(num_rows_) * form.inputs.row_codes(), blocks = std::size_t(num_rows_) * w.padded_blocks();
         if (form.codes.size() < codes) form.codes.resize(codes);
         if (form.floats.size() < 2 * blocks) form.floats.resize(2 * blocks);
@@ -44,7 +51,14 @@ class FedRows {
         form.inputs.codes = form.codes.data(), form.inputs.scales = form.floats.data(), form.inputs.sums = form.floats.data() + blocks;
     }
 
-    void round(const LinearTable& kernels, int row) const {
+    // Before `round`: marks are wanted.
+    void expect_marks() {
+        if (marks_.size() < std::size_t(num_rows_)) marks_.resize(num_rows_);
+        has_marks_ = true;
+    }
+
+    void round(const LinearTable& kernels, int row) {
+        if (has_marks_) marks_[row] = kernels.mark_of(rows_ + std::size_t(row) * num_in_, num_in_);
         for (const Form& form : forms_)
             if (form.is_wanted) kernels.round_row(rows_ + std::size_t(row) * num_in_, form.block, form.inputs, row);
     }
@@ -53,11 +67,15 @@ class FedRows {
     int rows_each() const { return int(kTaskCost / num_in_) + 1; }
     int num_tasks() const { return (num_rows_ + rows_each() - 1) / rows_each(); }
     int num_rows() const { return num_rows_; }
+    int num_in() const { return num_in_; }
+    int len() const { return len_; }
+    Way way() const { return way_; }
     const float* rows() const { return rows_; }
+    const float* marks() const { return has_marks_ ? marks_.data() : nullptr; } // 0 a row, NaN if a value of it is none or infinite
     const Inputs& inputs(const Matrix& w) const { return forms_[form_of(w)].inputs; }
 
     // prepare(m), which may write the row, then its rounding, for each row m; on several threads if there are many.
-    template <class Prepare> void each_row(const LinearTable& kernels, const Prepare& prepare) const {
+    template <class Prepare> void each_row(const LinearTable& kernels, const Prepare& prepare) {
         run_tasks(num_tasks(), [&](int task, int) {
             for (int m = task * rows_each(); m < std::min(num_rows_, (task + 1) * rows_each()); m++) {
                 prepare(m);
@@ -67,7 +85,7 @@ class FedRows {
     }
 
   private:
-    static int form_of(const Matrix& w) { return (w.block() == kUnit) + 2 * w.pairs; }
+    static int form_of(const Matrix& w) { return (w.block() == kUnit) + 2 * w.nibbles; }
 
     struct Form {
         bool is_wanted = false;
@@ -77,8 +95,11 @@ class FedRows {
         Inputs inputs;
     };
     const float* rows_ = nullptr;
-    int num_rows_ = 0, num_in_ = 0;
-    Form forms_[4]; // blocks of 32 and of 64, units one by one and in pairs
+    int num_rows_ = 0, num_in_ = 0, len_ = 1;
+    Form forms_[4]; // blocks of 32 and of 64, inputs in order and as nibbles lie
+    Way way_ = Way::as_set;
+    bool has_marks_ = false;
+    std::vector<float> marks_;
 };
 
 // At least so many floats of this thread's own, the same ones in each call with the same Place.
@@ -86,6 +107,27 @@ template <int Place> float* scratch_floats(std::size_t count) {
     thread_local std::vector<float> floats;
     if (floats.size() < count) floats.resize(count);
     return floats.data();
+}
+
+// Outputs [first, last) of all rows by the BLAS, on this thread: a strip of the matrix at a time as floats, kStripOutputs by
+// kStripInputs at most, however large the matrix.
+inline void dense_product(const LinearTable& kernels, const Matrix& w, const FedRows& x, int first, int last, Outputs to) {
+    float* strip = scratch_floats<9>(std::size_t(std::min(last - first, kStripOutputs)) * std::min(w.num_in, kStripInputs));
+    const int rows = x.num_rows();
+    for (int n = first; n < last; n += kStripOutputs) {
+        const int outputs = std::min(kStripOutputs, last - n);
+        for (int k = 0; k < w.num_in; k += kStripInputs) {
+            const int inputs = std::min(kStripInputs, w.num_in - k);
+            kernels.dense(w, n, n + outputs, k, k + inputs, strip);
+            multiply_rows(x.rows() + k, w.num_in, rows, strip, outputs, inputs, &to.at(0, n), to.stride, k > 0);
+        }
+    }
+    if (x.marks() == nullptr && w.offset == nullptr) return;
+    for (int m = 0; m < rows; m++) {
+        const float mark = x.marks() == nullptr ? 0.0f : x.marks()[m];
+        float* row = &to.at(m, first);
+        for (int n = first; n < last; n++) row[n - first] += mark + (w.offset == nullptr ? 0.0f : w.offset[n]);
+    }
 }
 
 class LinearWeights {
@@ -114,31 +156,36 @@ class LinearWeights {
         }
     }
 
-    // x (M, K) float32, y (M, N) float32, both dense.
-    void multiply(nanobind::handle x, nanobind::handle y) const {
-        View in(x, "x", 2), out(y, "y", 2, true);
-        in.expect_type("f", 4);
-        in.expect_shape({-1, matrix_.num_in});
-        in.expect_dense();
-        out.expect_type("f", 4);
-        out.expect_shape({in.shape(0), matrix_.num_out});
-        out.expect_dense();
-        if (in.shape(0) > kMostWidth) in.fail("has too many rows");
-        if (in.is_empty()) return;
-        const auto* from = static_cast<const float*>(in.data());
-        auto* to = static_cast<float*>(out.data());
-        const int num_rows = int(in.shape(0));
-        nanobind::gil_scoped_release release;
-        thread_local FedRows fed;
-        fed.set(from, num_rows, matrix_.num_in);
-        fed.expect(matrix_);
-        if (matrix_.bits) fed.each_row(level_->linear, [](int) {});
-        products(fed, to);
+    // x (M, K) float32, rows of sequences of `len` each, y (M, N) float32, both dense.
+    void multiply(nanobind::handle x, nanobind::handle y, int len) const { multiply_part(x, y, len, Way::as_set, matrix_.num_out); }
+
+    // The first n outputs, y (M, n), by the BLAS or by the own kernel, whatever `set_dense_from` said, on this thread alone: what is
+    // timed and compared. Raises for the BLAS where there is none.
+    void trial(nanobind::handle x, nanobind::handle y, bool by_blas) const {
+        if (by_blas && blas() == nullptr) throw std::invalid_argument("there is no BLAS to multiply by");
+        const View out(y, "y", 2);
+        if (out.shape(1) < 1 || out.shape(1) > matrix_.num_out) out.fail("has more outputs than there are");
+        multiply_part(x, y, 1, by_blas ? Way::blas : Way::own, int(out.shape(1)));
+    }
+
+    // Sequences of how many rows at least are multiplied as floats by the BLAS, if there is one; 0: none are.
+    void set_dense_from(int num_rows) {
+        if (num_rows < 0) throw std::invalid_argument("rows are 0 or more");
+        dense_from_ = num_rows == 0 ? kNever : num_rows;
+    }
+    bool is_dense(const FedRows& x) const {
+        return x.way() == Way::blas || (x.way() == Way::as_set && x.len() >= dense_from_.load(std::memory_order_relaxed) && blas() != nullptr);
+    }
+
+    // Before the rows are rounded: what `product` will ask of them.
+    void expect_of(FedRows& rows) const {
+        if (!is_dense(rows)) return rows.expect(matrix_);
+        if (matrix_.bits) rows.expect_marks(); // products of floats follow IEEE's rules either way
     }
 
     // All outputs of all rows, to (M, N), on the pool's threads.
     void products(const FedRows& rows, float* to) const {
-        const int each = outputs_each(rows.num_rows());
+        const int each = outputs_each(rows);
         run_tasks((matrix_.num_out + each - 1) / each, [&](int task, int) {
             const int first = task * each, last = std::min(matrix_.num_out, first + each);
             product(rows, first, last, {to + first, std::size_t(matrix_.num_out), first});
@@ -172,18 +219,27 @@ class LinearWeights {
     }
 
     // One row of the matrix, (K,) float32.
-    void row(int n, float* out) const { level_->linear.table_row(matrix_, n, out); }
+    void row(int n, float* out) const { level_->linear.dense(matrix_, n, n + 1, 0, matrix_.num_in, out); }
 
     // Outputs [first, last) of all rows, on this thread.
     void product(const FedRows& x, int first, int last, Outputs to) const {
         const LinearTable& kernels = level_->linear;
-        if (matrix_.bits == 0) return kernels.float_product(matrix_, x.rows(), x.num_rows(), first, last, to);
-        kernels.product(matrix_, x.inputs(matrix_), first, last, to, scratch_floats<0>(kernels.product_scratch(matrix_)));
+        if (is_dense(x)) return dense_product(kernels, matrix_, x, first, last, to);
+        const int each = std::max(kCachedBytes / (matrix_.num_in * (matrix_.bits ? 2 : 4)) / 4 * 4, kLeastRows);
+        for (int m = 0; m < x.num_rows(); m += each, to.data += std::size_t(each) * to.stride) {
+            const int count = std::min(each, x.num_rows() - m);
+            if (matrix_.bits == 0) kernels.float_product(matrix_, x.rows() + std::size_t(m) * matrix_.num_in, count, first, last, to);
+            else kernels.product(matrix_, x.inputs(matrix_).part(m, count), first, last, to, scratch_floats<0>(kernels.product_scratch(matrix_)));
+        }
     }
 
-    // Outputs of a task: each weight is read once, by one thread.
-    int outputs_each(int num_rows) const {
-        const std::int64_t row_cost = std::int64_t(num_rows) * matrix_.num_in;
+    // Outputs of a task that multiplies by so many matrices like this: each weight is read once, by one thread.
+    int outputs_each(const FedRows& x, int matrices = 1) const {
+        if (is_dense(x)) { // the BLAS rearranges all rows for every task
+            const std::int64_t shared = (matrix_.num_out + kDenseTasksEach * num_threads() - 1) / (kDenseTasksEach * num_threads());
+            return int(std::min<std::int64_t>(std::min<std::int64_t>((shared + 15) / 16 * 16, kStripOutputs), matrix_.num_out));
+        }
+        const std::int64_t row_cost = std::int64_t(x.num_rows()) * matrices * matrix_.num_in;
         const std::int64_t shared = (matrix_.num_out + kTasksEach * num_threads() - 1) / (kTasksEach * num_threads());
         const std::int64_t wanted = std::max(std::min<std::int64_t>(shared, kTaskOutputs), kTaskCost / row_cost + 1);
         return int(std::min<std::int64_t>((wanted + 3) / 4 * 4, matrix_.num_out));
@@ -195,6 +251,35 @@ class LinearWeights {
     int num_in() const { return matrix_.num_in; }
 
   private:
+    static constexpr int kNever = 1 << 30;
+
+    void multiply_part(nanobind::handle x, nanobind::handle y, int len, Way way, int num_out) const {
+        View in(x, "x", 2), out(y, "y", 2, true);
+        in.expect_type("f", 4);
+        in.expect_shape({-1, matrix_.num_in});
+        in.expect_dense();
+        out.expect_type("f", 4);
+        out.expect_shape({in.shape(0), num_out});
+        out.expect_dense();
+        if (in.shape(0) > kMostWidth) in.fail("has too many rows");
+        if (in.is_empty()) return;
+        const auto* from = static_cast<const float*>(in.data());
+        auto* to = static_cast<float*>(out.data());
+        const int num_rows = int(in.shape(0));
+        nanobind::gil_scoped_release release;
+        thread_local FedRows fed;
+        fed.set(from, num_rows, matrix_.num_in, len, way);
+        expect_of(fed);
+        if (way == Way::as_set) {
+            if (matrix_.bits) fed.each_row(level_->linear, [](int) {});
+            return products(fed, to);
+        }
+        for (int m = 0; m < num_rows; m++) fed.round(level_->linear, m);
+        const int each = outputs_each(fed);
+        for (int first = 0; first < num_out; first += each)
+            product(fed, first, std::min(num_out, first + each), {to + first, std::size_t(num_out), first});
+    }
+
     const View& hold(nanobind::handle object, const char* name, int ndim) {
         return held_.emplace_back(object, name, ndim);
     }
@@ -216,7 +301,7 @@ class LinearWeights {
         if (c.shape(1) * 32 % bits) c.fail("hold no whole number of inputs");
         set_shape(c.shape(0), c.shape(1) * 32 / bits);
         if (matrix_.num_in % group) throw std::invalid_argument("inputs are no multiple of the group");
-        matrix_.bits = bits, matrix_.group = group, matrix_.pairs = bits == 4 && level_->linear.pairs;
+        matrix_.bits = bits, matrix_.group = group, matrix_.nibbles = bits == 4 && level_->linear.nibbles;
         s.expect_shape({matrix_.num_out, matrix_.num_groups()});
         s.expect_dense();
         matrix_.codes = static_cast<const std::uint8_t*>(c.data());
@@ -231,6 +316,7 @@ class LinearWeights {
 
     const KernelTable* level_;
     Matrix matrix_;
+    std::atomic<int> dense_from_{kNever};
     std::deque<View> held_; // whose elements stay where they are
 };
 

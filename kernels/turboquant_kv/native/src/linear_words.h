@@ -1,8 +1,16 @@
 // Products of codes and inputs as 16-bit words, for levels whose byte products would saturate or are missing; see linear.h.
 
-constexpr bool kPairs = false;
-TQ_INLINE void store_pair_inputs(std::int16_t*, int, I) {}
+#if !defined(TQ_OWN_NIBBLES)
+constexpr bool kNibbles = false;
+TQ_INLINE void store_nibble_inputs(std::int16_t*, int, I) {}
+TQ_INLINE void nibble_parts(const std::uint8_t*, Part*) {}
+TQ_INLINE void byte_parts(const std::uint8_t*, Part*) {}
+TQ_INLINE void prefetch(const std::uint8_t*) {}
+TQ_INLINE F splat_halves(const float*) { return F{}; }
+#endif
 TQ_INLINE void store_inputs(std::int16_t* row, int at, I c) { store_to(row + at, __builtin_convertvector(c, H)); }
+
+constexpr std::size_t kAheadBytes = 4096; // how far behind what is read lies what is asked of memory
 
 // Codes of 64 neighbouring inputs as words.
 template <int Bits> TQ_INLINE void unpack_unit(const std::uint8_t* p, std::int16_t* out) {
@@ -33,16 +41,50 @@ static UnpackFn unpack_of(int bits) {
     }
 }
 
-// A tile's outputs: their codes as words (N, num_in), and their scales and biases, a float for every block (N, padded_blocks).
-struct Unpacked {
-    const std::int16_t* words;
+constexpr int kRowOut = kNibbles ? 4 : kTileOut; // outputs of a tile of one row, whose codes are as they are stored
+
+// Where a tile finds its codes: as words, in order or as nibbles lie, or as they are stored.
+enum class From { words, nibble_words, nibbles, bytes };
+
+// A tile's outputs: their codes, row_bytes apart, and their scales and biases, a float for every block (N, padded_blocks), where they
+// are not to be taken as they are stored.
+struct TileCodes {
+    const std::uint8_t* codes;
+    std::size_t row_bytes;
     const float *scales, *biases;
+    int groups; // of an output
 };
 
-// Halves: a unit is two blocks, each with scales of its own.
-template <bool Halves, int N, int M> static void tile(const Matrix& w, const Inputs& x, int n, int m, Unpacked at, Outputs to) {
-    constexpr int kBlocks = Halves ? 2 : 1, kBlockParts = kParts / kBlocks;
-    const std::size_t depth = w.num_in, padded = x.padded_blocks;
+// An output's scales or biases of blocks [b, b + LANES) as they are stored, a block a group; zeros behind the last one.
+TQ_INLINE F of_blocks(const Matrix& w, const void* from, int output, int b, int groups) {
+    const std::size_t start = std::size_t(output) * groups + b;
+    const int left = groups - b;
+    if (left >= LANES) return load_as(from, start, w.dtype);
+    if (start + LANES <= std::size_t(w.num_out) * groups) { // what follows is the next output's
+        I lanes;
+        for (int i = 0; i < LANES; i++) lanes[i] = i;
+        return (F)((I)load_as(from, start, w.dtype) & (lanes < left));
+    }
+    F x{};
+    for (int i = 0; i < left; i++) x[i] = float_at(from, start + i, w.dtype);
+    return x;
+}
+
+template <From Where> TQ_INLINE void load_unit(const std::uint8_t* row, int unit, Part c[kParts]) {
+    if constexpr (Where == From::nibbles) {
+        nibble_parts(row + std::size_t(unit) * (kUnit / 2), c);
+    } else if constexpr (Where == From::bytes) {
+        byte_parts(row + std::size_t(unit) * kUnit, c);
+    } else {
+        for (int s = 0; s < kParts; s++) c[s] = load_part(reinterpret_cast<const std::int16_t*>(row) + std::size_t(unit) * kUnit, s);
+    }
+}
+
+// Halves: a unit is two blocks, each with scales of its own. They are halves of its parts, or, of nibbles, of every register.
+template <From Where, bool Halves, int N, int M> static void tile(const Matrix& w, const Inputs& x, int n, int m, TileCodes at, Outputs to) {
+    constexpr bool kSplit = Halves && (Where == From::nibble_words || Where == From::nibbles), kIsStored = Where == From::nibbles || Where == From::bytes;
+    constexpr int kBlocks = Halves ? 2 : 1, kDots = kSplit ? 1 : kBlocks, kDotParts = kParts / kDots;
+    const std::size_t depth = x.row_codes(), padded = x.padded_blocks;
     const std::int16_t* inputs = x.codes + m * depth;
     const float *x_scales = x.scales + m * padded, *x_sums = x.sums + m * padded;
     F acc[N][M]{};
@@ -51,42 +93,63 @@ template <bool Halves, int N, int M> static void tile(const Matrix& w, const Inp
     for (int first = 0; first < num_units; first += kChunkUnits) {
         const int count = min1(kChunkUnits, num_units - first), from = first * kBlocks;
         for (int i = 0; i < N; i++)
-            for (int j = 0; j < M; j++)
-                for (int b = 0; b < count * kBlocks; b += LANES)
-                    store_to(factors[i][j] + b, load<F>(at.scales + i * padded + from + b) * load<F>(x_scales + j * padded + from + b));
+            for (int b = 0; b < count * kBlocks; b += LANES) {
+                const F scales = kIsStored && at.scales == nullptr ? of_blocks(w, w.scales, n + i, from + b, at.groups) : load<F>(at.scales + i * padded + from + b);
+                for (int j = 0; j < M; j++) store_to(factors[i][j] + b, scales * load<F>(x_scales + j * padded + from + b));
+            }
         for (int u = 0; u < count; u++)
-            for (int b = 0; b < kBlocks; b++)
-                for (int i = 0; i < N; i++) {
-                    Part c[kBlockParts];
-                    for (int s = 0; s < kBlockParts; s++) c[s] = load_part(at.words + i * depth + (first + u) * kUnit, b * kBlockParts + s);
+            for (int i = 0; i < N; i++) {
+                Part c[kParts];
+                load_unit<Where>(at.codes + i * at.row_bytes, first + u, c);
+                if (kIsStored) prefetch(at.codes + i * at.row_bytes + std::size_t(first + u) * kUnit * (Where == From::nibbles ? 1 : 2) / 2 + kAheadBytes);
+                for (int b = 0; b < kDots; b++)
                     for (int j = 0; j < M; j++) {
                         Dot dot{};
-                        for (int s = 0; s < kBlockParts; s++)
-                            dot = dot_part(dot, c[s], load_part(inputs + j * depth + (first + u) * kUnit, b * kBlockParts + s));
-                        acc[i][j] = fma(to_float(dot_sum(dot)), splat(factors[i][j][u * kBlocks + b]), acc[i][j]);
+                        for (int s = b * kDotParts; s < (b + 1) * kDotParts; s++) dot = dot_part(dot, c[s], load_part(inputs + j * depth + std::size_t(first + u) * kUnit, s));
+                        const float* factor = factors[i][j] + u * kBlocks + b;
+                        acc[i][j] = fma(to_float(dot_sum(dot)), kSplit ? splat_halves(factor) : splat(*factor), acc[i][j]);
                     }
-                }
+            }
     }
-    for (int i = 0; i < N; i++)
-        for (int j = 0; j < M; j++) {
-            for (std::size_t b = 0; b < padded; b += LANES)
-                acc[i][j] = fma(load<F>(at.biases + i * padded + b), load<F>(x_sums + j * padded + b), acc[i][j]);
-            to.at(m + j, n + i) = sum(acc[i][j]) + (w.offset ? w.offset[n + i] : 0.0f);
+    for (int i = 0; i < N; i++) {
+        for (int b = 0; b < num_units * kBlocks; b += LANES) {
+            const F biases = kIsStored && at.biases == nullptr ? of_blocks(w, w.biases, n + i, b, at.groups) : load<F>(at.biases + i * padded + b);
+            for (int j = 0; j < M; j++) acc[i][j] = fma(biases, load<F>(x_sums + j * padded + b), acc[i][j]);
         }
+        for (int j = 0; j < M; j++) to.at(m + j, n + i) = sum(acc[i][j]) + (w.offset ? w.offset[n + i] : 0.0f);
+    }
 }
 
-using TileFn = void (*)(const Matrix&, const Inputs&, int, int, Unpacked, Outputs);
-template <bool Halves, int N> static TileFn tile_of(int rows) {
+using TileFn = void (*)(const Matrix&, const Inputs&, int, int, TileCodes, Outputs);
+template <From Where, bool Halves, int N> static TileFn tile_of(int rows) {
     switch (rows) {
-        case 1: return tile<Halves, N, 1>;
-        case 2: return tile<Halves, N, 2>;
-        case 3: return tile<Halves, N, 3>;
-        default: return tile<Halves, N, kTileRows>;
+        case 1: return tile<Where, Halves, N, 1>;
+        case 2: return tile<Where, Halves, N, 2>;
+        case 3: return tile<Where, Halves, N, 3>;
+        default: return tile<Where, Halves, N, kTileRows>;
     }
 }
-static TileFn tile_of(bool halves, int outputs, int rows) {
-    if (outputs == 1) return halves ? tile_of<true, 1>(rows) : tile_of<false, 1>(rows);
-    return halves ? tile_of<true, kTileOut>(rows) : tile_of<false, kTileOut>(rows);
+template <From Where> static TileFn tile_of(bool halves, int outputs, int rows) {
+    if (rows == 1 && outputs == kRowOut) return halves ? tile<Where, true, kRowOut, 1> : tile<Where, false, kRowOut, 1>;
+    if (outputs == 1) return halves ? tile_of<Where, true, 1>(rows) : tile_of<Where, false, 1>(rows);
+    return halves ? tile_of<Where, true, kTileOut>(rows) : tile_of<Where, false, kTileOut>(rows);
+}
+static TileFn tile_of(From where, bool halves, int outputs, int rows) {
+    if constexpr (kNibbles) { // a level without an order of its own unpacks everything
+        if (where == From::nibbles) return tile_of<From::nibbles>(halves, outputs, rows);
+        if (where == From::bytes) return tile_of<From::bytes>(halves, outputs, rows);
+        if (where == From::nibble_words && halves) return tile_of<From::nibble_words>(halves, outputs, rows);
+    }
+    return tile_of<From::words>(halves, outputs, rows);
+}
+
+// A few rows unpack codes where they multiply them; more rows, or other bits, find them unpacked.
+static From from_of(const Matrix& w, int num_rows) {
+    if (kNibbles && num_rows <= kTileRows && !w.is_mxfp4) {
+        if (w.bits == 4) return From::nibbles;
+        if (w.bits == 8) return From::bytes;
+    }
+    return w.nibbles ? From::nibble_words : From::words;
 }
 
 // One output's scales or biases as a float for every block, zeros behind them.
@@ -117,10 +180,13 @@ static void product(const Matrix& w, const Inputs& x, int first, int last, Outpu
     float *scales = scratch, *biases = scales + kTileOut * padded;
     auto* words = reinterpret_cast<std::int16_t*>(biases + kTileOut * padded);
     const UnpackFn unpack = unpack_of(w.bits);
+    const int groups = w.num_groups();
+    const From where = from_of(w, x.num_rows);
+    const bool is_stored = where == From::nibbles || where == From::bytes, is_whole = is_stored && w.group == w.block(); // nothing is unpacked
     for (int n = first; n < last;) {
-        const int outputs = last - n >= kTileOut ? kTileOut : 1;
-        for (int i = 0; i < outputs; i++) {
-            unpack(w.codes + (n + i) * row_bytes, w.num_in / kUnit, words + std::size_t(i) * w.num_in);
+        const int outputs = is_whole && x.num_rows == 1 && last - n >= kRowOut ? kRowOut : last - n >= kTileOut ? kTileOut : 1;
+        for (int i = 0; i < (is_whole ? 0 : outputs); i++) {
+            if (!is_stored) unpack(w.codes + (n + i) * row_bytes, w.num_in / kUnit, words + std::size_t(i) * w.num_in);
             if (w.is_mxfp4) {
                 for (int k = i * w.num_in; k < (i + 1) * w.num_in; k++) words[k] = kFp4[words[k]];
                 widen_exponents(w, n + i, scales + i * padded, biases + i * padded);
@@ -129,8 +195,10 @@ static void product(const Matrix& w, const Inputs& x, int first, int last, Outpu
             widen(w, w.scales, n + i, scales + i * padded);
             widen(w, w.biases, n + i, biases + i * padded);
         }
+        const TileCodes unpacked{reinterpret_cast<const std::uint8_t*>(words), 2 * std::size_t(w.num_in), scales, biases, groups};
+        const TileCodes at = is_stored ? TileCodes{w.codes + n * row_bytes, row_bytes, is_whole ? nullptr : scales, is_whole ? nullptr : biases, groups} : unpacked;
         for (int m = 0; m < x.num_rows; m += kTileRows)
-            tile_of(w.group < kUnit, outputs, min1(kTileRows, x.num_rows - m))(w, x, n, m, {words, scales, biases}, to);
+            tile_of(where, w.group < kUnit, outputs, min1(kTileRows, x.num_rows - m))(w, x, n, m, at, to);
         n += outputs;
     }
 }
