@@ -79,7 +79,7 @@ class OpenArrays(GrowingArrays):
         held = old.shape[0]
         new = mx.zeros((num_pages, *old.shape[1:]), old.dtype)
         if held:
-            source, target = (pages.view(mx.uint32).reshape(1, len(pages), -1) for pages in (old, new))
+            source, target = (pages.reshape(1, len(pages), -1).view(mx.uint32) for pages in (old, new))
             self._store.copy(source, target, held)
         return new
 
