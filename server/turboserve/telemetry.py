@@ -113,7 +113,10 @@ class Telemetry:
     # Called by the engine.
 
     def add_prompt_tokens(self, num_tokens: int, num_cached: int) -> None:
-        """Counts one admitted prompt, `num_cached` of whose tokens a kept cache already held."""
+        """Counts one admitted prompt, `num_cached` of whose tokens a kept cache already held.
+
+        0 of a prompt that is counted, when a cache with so many more of its tokens was found meanwhile.
+        """
         self._prompt_tokens.inc(num_tokens)
         self._prefix_queries.inc(num_tokens)
         self._prefix_hits.inc(num_cached)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,31 @@ def test_a_gpu_limit_caps_both_figures(root: Path) -> None:
 def test_this_machine_has_some_memory() -> None:
     info = detect_memory()
     assert 0 < info.available_bytes <= info.total_bytes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's heap")
+def test_free_heap_goes_back_to_the_system() -> None:
+    """In a process of its own: blocks below one that is still in use."""
+    program = """
+import ctypes, re
+import subprocess
+import sys
+from pathlib import Path
+from turboserve.machine_memory import give_back_heap
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "malloc_trim"):
+    raise SystemExit
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+blocks = [libc.malloc(100_000) for _ in range(2000)]
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+kept = libc.malloc(100_000)
+for block in blocks:
+    libc.free(block)
+before = resident()
+give_back_heap()
+assert before - resident() > 100 << 20, (before, resident())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -14,6 +14,8 @@ import gc
 import time
 from collections.abc import Callable
 
+from turboserve.machine_memory import give_back_heap
+
 YOUNG_OBJECTS = 20_000  # new ones between two looks at them: a step of 64 streams makes some hundreds
 YOUNG_LOOKS = 10  # of these, until those that survived are looked through together
 NEVER = 1 << 30
@@ -22,13 +24,19 @@ BUSY_INTERVAL_S = 30.0  # the least time between two looks at all objects while 
 SHARE = 0.002  # of the time, at most, while there is work
 
 
+def look_through_all() -> None:
+    """Free all garbage, and give what that and others left of the heap back to the system."""
+    gc.collect()
+    give_back_heap()
+
+
 class GarbageTimes:
     """One thread only, which has the most to lose."""
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        collect: Callable[[], object] = gc.collect,
+        collect: Callable[[], object] = look_through_all,
         looks: Callable[[], int] = lambda: gc.get_count()[2],
     ) -> None:
         """collect: looks through all objects; looks: how often survivors were looked through since."""

@@ -35,6 +35,7 @@ from turboserve.engine.template import Prompt
 from turboserve.engine.template_process import Patience, TemplateProcess
 from turboserve.engine.token_texts import TokenTexts
 from turboserve.errors import EngineFailureError, TurboServeError
+from turboserve.machine_memory import give_back_heap
 from turboserve.messages import Embed, EngineStats, Request, SessionCommand, TextQuestion
 from turboserve.settings import Settings
 
@@ -235,6 +236,7 @@ class StepLoop:
         self._memory.expire(self._clock())
         if self._has_scratch and self._clock() - self._worked_s >= REST_S:
             mx.clear_cache()  # MLX keeps what the largest prompt needed; at rest it is the machine's again
+            give_back_heap()
             self._has_scratch = False
 
     # --- memory: asked for, and made
@@ -412,8 +414,10 @@ class StepLoop:
         if not isinstance(lease, Lease):
             return
         self._parts.runtime.release(generation.caches)
+        gained = lease.cached_len - generation.cache_len
+        self._telemetry.add_prompt_tokens(0, gained)
         if not generation.answer:  # else it was preempted, and its prompt has been paid for
-            generation.cached_len += lease.cached_len - generation.cache_len
+            generation.cached_len += gained
         generation.caches, generation.cache_len = lease.caches, lease.cached_len
 
     def _grow(self) -> None:

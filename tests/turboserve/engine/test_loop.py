@@ -431,3 +431,18 @@ def test_scratch_memory_is_given_back_at_rest(model: Any) -> None:
     clock.now_s += 60
     loop.tick()
     assert mx.get_cache_memory() == 0
+
+
+def test_what_was_found_in_caches_is_counted_once_and_everywhere_alike(model: Any, rng: np.random.Generator) -> None:
+    """Also of prompts that waited for each other's tokens: the later one begins anew from a longer start."""
+    telemetry = RecordingTelemetry()
+    loop = make_loop(make_parts(model, fmt=FORMATS[1]), telemetry, max_running=4)
+    shared = prompt(rng, 120)
+    run(loop, *(request(f"r{i}", shared + prompt(rng, 5), max_tokens=3, tenant="me") for i in range(3)))
+    told = [figures for name, figures in telemetry.calls if name == "prompt"]
+    stats = loop.snapshot()
+    assert (sum(n for n, _ in told), sum(n for _, n in told)) == (
+        stats.events.prefix_query_tokens,
+        stats.events.prefix_hit_tokens,
+    )
+    assert any(num_tokens == 0 and num_found > 0 for num_tokens, num_found in told), "none began anew"
