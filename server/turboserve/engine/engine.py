@@ -257,6 +257,8 @@ class TurboEngine:
             self._rule_jobs.close()
             self._prompt_jobs.close()
             self._templates.close()
+            if self._garbage is not None:
+                self._garbage.release()
             mx.clear_streams()  # this thread's; left alive, their workers abort the process at exit (mlx 0.32)
 
     def _load(self) -> StepLoop:

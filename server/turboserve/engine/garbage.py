@@ -42,12 +42,18 @@ class GarbageTimes:
         """collect: looks through all objects; looks: how often survivors were looked through since."""
         self._clock, self._collect, self._looks = clock, collect, looks
         self._last_s, self._cost_s = clock(), 0.0
+        self._thresholds = gc.get_threshold()
 
     def settle(self) -> None:
         """What there is lives as long as the process; from now on all objects are looked through when told."""
         self._look()
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS, YOUNG_LOOKS, NEVER)
+
+    def release(self) -> None:
+        """As Python has it by itself: what was set aside would be left at the process's end, caches and weights with it."""
+        gc.unfreeze()
+        gc.set_threshold(*self._thresholds)
 
     def after_step(self, *, has_work: bool) -> None:
         """To be called between steps, and at rest every second or so."""

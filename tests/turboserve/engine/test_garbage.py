@@ -70,5 +70,7 @@ times.after_step(has_work=True)
 assert old() is not None, "not between two tokens"
 times.after_step(has_work=False)
 assert old() is None
+times.release()
+assert gc.get_freeze_count() == 0 and gc.get_threshold()[2] < 1000
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
