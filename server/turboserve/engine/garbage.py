@@ -51,7 +51,7 @@ class GarbageTimes:
         gc.set_threshold(YOUNG_OBJECTS, YOUNG_LOOKS, NEVER)
 
     def release(self) -> None:
-        """As Python has it by itself: what was set aside would be left at the process's end, caches and weights with it."""
+        """As Python has it by itself: caches and weights that were set aside would be left at the process's end."""
         gc.unfreeze()
         gc.set_threshold(*self._thresholds)
 
