@@ -439,7 +439,7 @@ def test_what_was_found_in_caches_is_counted_once_and_everywhere_alike(model: An
     loop = make_loop(make_parts(model, fmt=FORMATS[1]), telemetry, max_running=4)
     shared = prompt(rng, 120)
     run(loop, *(request(f"r{i}", shared + prompt(rng, 5), max_tokens=3, tenant="me") for i in range(3)))
-    told = [figures for name, figures in telemetry.calls if name == "prompt"]
+    told: list[Any] = [figures for name, figures in telemetry.calls if name == "prompt"]
     stats = loop.snapshot()
     assert (sum(n for n, _ in told), sum(n for _, n in told)) == (
         stats.events.prefix_query_tokens,
