@@ -49,6 +49,7 @@ def test_a_codec_stores_the_bytes_that_it_counts_and_scales_what_its_codes_stand
 ) -> None:
     codec = codec_named(name, scale)
     assert (codec.name, codec.scale) == (name, scale)
+    errors: list[float] = []  # one of each vector: a single short one's may be a third above the mean
     for head_dim in SUPPORTED_HEAD_DIMS:
         y = rng.standard_normal((3, 2, head_dim)) * rng.uniform(0.1, 10, (3, 2, 1))
         y[0, 0] = 0
@@ -61,11 +62,12 @@ def test_a_codec_stores_the_bytes_that_it_counts_and_scales_what_its_codes_stand
         assert values.shape == y.shape
         assert np.isin(values, codec.table()).all()
         assert encoded.scales[0, 0] == 0
-        # more bits come closer, even with the scale that shrinks or stretches most
-        error = np.linalg.norm(y - values * encoded.scales[..., None]) / np.linalg.norm(y)
-        assert error < {"2": 0.6, "2t": 0.5, "3": 0.3, "3t": 0.25, "4": 0.2, "4t": 0.15, "8": 0.02}[name]
+        missed = np.linalg.norm(y - values * encoded.scales[..., None], axis=-1)
+        errors.extend((missed.ravel()[1:] / np.linalg.norm(y, axis=-1).ravel()[1:]).tolist())
         with pytest.raises(ValueError, match="bytes do not hold"):
             codec.decode(encoded.codes[..., :-1], head_dim)
+    # more bits come closer, even with the scale that shrinks or stretches most
+    assert np.mean(errors) < {"2": 0.4, "2t": 0.35, "3": 0.22, "3t": 0.18, "4": 0.12, "4t": 0.1, "8": 0.01}[name]
 
 
 def test_codecs_are_compared_by_value() -> None:
