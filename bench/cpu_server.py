@@ -34,6 +34,7 @@ PREFILL_TARGETS = {140: 1.0, 1500: 1.0}
 STREAMS, STREAM_TOKENS, STREAMS_TARGET = 8, 341, 1.5
 MEMORY_TARGET = 1.1  # times llama.cpp's resident memory after the longest prompt
 MLX_TOKENS = 140
+MOST_ANSWERS = 12  # to one prompt, until one is long enough to say how fast it was
 WORDS = ("river", "stone", "window", "garden", "winter", "summer", "letter", "island", "market", "mountain", "shadow")
 TOKENS_A_WORD = 1.1  # of these words; how many a prompt has, the servers say
 
@@ -67,9 +68,12 @@ class Bench:
                 continue
             reply = self.ask(name, prompt)
             self.prefill.setdefault((name, num_tokens), []).append(num_tokens / reply.ttft_s)
-            if reply.num_pieces > self.answer_tokens // 4:  # an answer that ends at once says nothing of speed
-                speed = (reply.num_pieces - 1) / (reply.last_s - reply.ttft_s)
-                self.decode.setdefault((name, num_tokens), []).append(speed)
+            for _ in range(MOST_ANSWERS):
+                if reply.num_pieces > self.answer_tokens // 4:  # an answer that ends at once says nothing of speed
+                    speed = (reply.num_pieces - 1) / (reply.last_s - reply.ttft_s)
+                    self.decode.setdefault((name, num_tokens), []).append(speed)
+                    break
+                reply = self.ask(name, prompt)  # which it now has in its cache
 
     def many_streams(self) -> None:
         """Tokens per second of several streams in all, from the first byte sent to the last read."""

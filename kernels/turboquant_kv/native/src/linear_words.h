@@ -11,6 +11,8 @@ TQ_INLINE F splat_halves(const float*) { return F{}; }
 TQ_INLINE void store_inputs(std::int16_t* row, int at, I c) { store_to(row + at, __builtin_convertvector(c, H)); }
 
 constexpr std::size_t kAheadBytes = 4096; // how far behind what is read lies what is asked of memory
+constexpr int kLineBytes = 64;
+#define TQ_INLINED __attribute__((always_inline))
 
 // Codes of 64 neighbouring inputs as words.
 template <int Bits> TQ_INLINE void unpack_unit(const std::uint8_t* p, std::int16_t* out) {
@@ -70,6 +72,43 @@ TQ_INLINE F of_blocks(const Matrix& w, const void* from, int output, int b, int 
     return x;
 }
 
+// The same of dtype D where LANES more may be read, the next output's: `is_own` has all bits set in lanes of this one's.
+template <Dtype D> TQ_INLINE F own_blocks(const void* from, std::size_t start, I is_own) { return (F)((I)load_as(from, start, D) & is_own); }
+
+TQ_INLINE I own_lanes(int count) {
+    static const std::int32_t all_then_none[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    return load<I>(all_then_none + 16 - min1(count, 16));
+}
+
+// factors[i][j][b - from] = scale of output n + i's block b times that of row j's, for blocks [from, to) as they are stored.
+template <Dtype D, int N, int M, int K> TQ_INLINE void scale_factors(const Matrix& w, int n, int groups, int from, int to, const float* x_scales, std::size_t padded, float (&factors)[N][M][K]) {
+    for (int b = from; b < to; b += LANES) {
+        const I is_own = own_lanes(groups - b);
+        for (int i = 0; i < N; i++) {
+            const F scales = own_blocks<D>(w.scales, std::size_t(n + i) * groups + b, is_own);
+            for (int j = 0; j < M; j++) store_to(factors[i][j] + b - from, scales * load<F>(x_scales + j * padded + b));
+        }
+    }
+}
+
+// acc[i][j] += bias of output n + i's block times the sum of row j's, over all blocks, as they are stored.
+template <Dtype D, int N, int M> TQ_INLINE void add_biases(const Matrix& w, int n, int groups, const float* x_sums, std::size_t padded, F (&acc)[N][M]) {
+    for (int b = 0; b < groups; b += LANES) {
+        const I is_own = own_lanes(groups - b);
+        for (int i = 0; i < N; i++) {
+            const F biases = own_blocks<D>(w.biases, std::size_t(n + i) * groups + b, is_own);
+            for (int j = 0; j < M; j++) acc[i][j] = fma(biases, load<F>(x_sums + j * padded + b), acc[i][j]);
+        }
+    }
+}
+
+// Calls `with` with the dtype as a constant.
+template <class Fn> TQ_INLINE void with_dtype(Dtype dtype, Fn with) {
+    if (dtype == Dtype::f16) return with(std::integral_constant<Dtype, Dtype::f16>{});
+    if (dtype == Dtype::bf16) return with(std::integral_constant<Dtype, Dtype::bf16>{});
+    with(std::integral_constant<Dtype, Dtype::f32>{});
+}
+
 template <From Where> TQ_INLINE void load_unit(const std::uint8_t* row, int unit, Part c[kParts]) {
     if constexpr (Where == From::nibbles) {
         nibble_parts(row + std::size_t(unit) * (kUnit / 2), c);
@@ -90,18 +129,25 @@ template <From Where, bool Halves, int N, int M> static void tile(const Matrix& 
     F acc[N][M]{};
     float factors[N][M][kChunkUnits * kBlocks];
     const int num_units = w.num_in / kUnit;
+    // Figures as they are stored, with as many behind them as a register reads.
+    const bool is_inside = kIsStored && at.scales == nullptr && std::size_t(n + N) * at.groups + LANES <= std::size_t(w.num_out) * at.groups;
     for (int first = 0; first < num_units; first += kChunkUnits) {
         const int count = min1(kChunkUnits, num_units - first), from = first * kBlocks;
-        for (int i = 0; i < N; i++)
+        if (is_inside)
+            with_dtype(w.dtype, [&](auto d) TQ_INLINED { scale_factors<d.value>(w, n, at.groups, from, from + count * kBlocks, x_scales, padded, factors); });
+        for (int i = 0; i < (is_inside ? 0 : N); i++)
             for (int b = 0; b < count * kBlocks; b += LANES) {
                 const F scales = kIsStored && at.scales == nullptr ? of_blocks(w, w.scales, n + i, from + b, at.groups) : load<F>(at.scales + i * padded + from + b);
                 for (int j = 0; j < M; j++) store_to(factors[i][j] + b, scales * load<F>(x_scales + j * padded + from + b));
             }
-        for (int u = 0; u < count; u++)
+        for (int u = 0; u < count; u++) {
+            if (kIsStored) { // a tile's outputs lie behind each other, and so does what is read next
+                constexpr int kUnitBytes = N * kUnit * (Where == From::nibbles ? 1 : 2) / 2;
+                for (int line = 0; line < kUnitBytes; line += kLineBytes) prefetch(at.codes + std::size_t(first + u) * kUnitBytes + line + kAheadBytes);
+            }
             for (int i = 0; i < N; i++) {
                 Part c[kParts];
                 load_unit<Where>(at.codes + i * at.row_bytes, first + u, c);
-                if (kIsStored) prefetch(at.codes + i * at.row_bytes + std::size_t(first + u) * kUnit * (Where == From::nibbles ? 1 : 2) / 2 + kAheadBytes);
                 for (int b = 0; b < kDots; b++)
                     for (int j = 0; j < M; j++) {
                         Dot dot{};
@@ -110,9 +156,11 @@ template <From Where, bool Halves, int N, int M> static void tile(const Matrix& 
                         acc[i][j] = fma(to_float(dot_sum(dot)), kSplit ? splat_halves(factor) : splat(*factor), acc[i][j]);
                     }
             }
+        }
     }
+    if (is_inside) with_dtype(w.dtype, [&](auto d) TQ_INLINED { add_biases<d.value>(w, n, at.groups, x_sums, padded, acc); });
     for (int i = 0; i < N; i++) {
-        for (int b = 0; b < num_units * kBlocks; b += LANES) {
+        for (int b = 0; b < (is_inside ? 0 : num_units * kBlocks); b += LANES) {
             const F biases = kIsStored && at.biases == nullptr ? of_blocks(w, w.biases, n + i, b, at.groups) : load<F>(at.biases + i * padded + b);
             for (int j = 0; j < M; j++) acc[i][j] = fma(biases, load<F>(x_sums + j * padded + b), acc[i][j]);
         }
