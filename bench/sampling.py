@@ -81,7 +81,7 @@ def step_calls(batch: int, vocabulary: int) -> tuple[dict[str, Callable[[], Any]
 
     def batched(params: SamplingParams) -> Callable[[], Any]:
         sampler = sampler_of(params, batch, vocabulary)
-        return lambda: mx.eval(sampler.sample(logits).tokens)
+        return lambda: mx.eval(*sampler.sample(logits).arrays())
 
     def alone(params: SamplingParams) -> Callable[[], Any]:
         return lambda: row_by_row(logits, params, keys)

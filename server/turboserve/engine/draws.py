@@ -46,7 +46,8 @@ class Flight:
     def start(self) -> None:
         """Let the device begin; returns at once."""
         results = [self.logits] if self.draws is None else self.draws.arrays()
-        mx.async_eval(*results)  # type: ignore[no-untyped-call]  # its stubs leave types out
+        if results:
+            mx.async_eval(*results)  # type: ignore[no-untyped-call]  # its stubs leave types out
 
     def land(self) -> list[Drawn | Exception]:
         """Wait for the tokens, one for each of `rows`. Raises what the device does."""
@@ -88,7 +89,8 @@ def sample(sampler: BatchSampler, logits: mx.array, masks: StepMasks | None) -> 
 
 def read(draws: Draws) -> list[Drawn | Exception]:
     """Each row's token, waiting once for all of them."""
-    mx.eval(*draws.arrays())
+    if pending := draws.arrays():
+        mx.eval(*pending)
     tokens, is_broken = np.array(draws.tokens).tolist(), np.array(draws.is_broken).tolist()
     drawn: list[Drawn | Exception] = [
         NonFiniteLogitsError("the model's logits are not finite") if broken else Drawn(token)
@@ -123,7 +125,8 @@ def draw_alone(logits: mx.array, row: Generation) -> Drawn | Exception:
 def newest_tokens(rows: Sequence[Generation], flight: Flight) -> mx.array:
     """The tokens (B, 1) uint32 that rows are to be fed with, those in flight unread."""
     assert flight.draws is not None
-    tokens = flight.draws.tokens
+    drawn = flight.draws.tokens
+    tokens = drawn if isinstance(drawn, mx.array) else mx.array(drawn)
     if flight.rows == rows:  # nearly always
         return tokens[:, None]
     known = [row.newest_token() for row in rows if row not in flight]

@@ -44,10 +44,15 @@ class NativeDraw:
             return None
         return cls(kernels, params, vocab_len, min_temperature)
 
-    def draw(self, logits: mx.array, numbers: npt.NDArray[np.uint32]) -> tuple[mx.array, mx.array]:
-        """Tokens (B,) uint32 from adjusted logits (B, V) and random numbers (B,), and which (B,) mean nothing."""
+    def draw(
+        self, logits: mx.array, numbers: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Tokens (B,) uint32 from adjusted logits (B, V) and random numbers (B,), and which (B,) mean nothing.
+
+        They are drawn when it returns: as arrays of MLX's, another thread would be woken to say so.
+        """
         rows = np.ascontiguousarray(np.asarray(logits))
         tokens, is_broken = np.empty(len(rows), np.uint32), np.empty(len(rows), np.bool_)
         params = self._octaves, self._log2_min_p, self._top_p, self._top_k, _STEPS
         self._kernels.draw(rows, numbers, *params, tokens, is_broken, self._isa)
-        return mx.array(tokens), mx.array(is_broken)
+        return tokens, is_broken

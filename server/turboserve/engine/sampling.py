@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -102,16 +102,17 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Unevaluated results of one step."""
+    """Results of one step: unevaluated arrays, or NumPy's where they were drawn at once."""
 
-    tokens: mx.array  # (B,) uint32
-    is_broken: mx.array  # (B,) bool: the token means nothing, for NaN or +inf among the logits, or none was possible
+    tokens: mx.array | npt.NDArray[np.uint32]  # (B,) uint32
+    # (B,) bool: the token means nothing, for NaN or +inf among the logits, or none was possible
+    is_broken: mx.array | npt.NDArray[np.bool_]
     logprobs: Logprobs | None  # None where no row asks for them
 
     def arrays(self) -> list[mx.array]:
-        """All that is to be evaluated."""
+        """All that is to be evaluated; it may be nothing."""
         more = [] if self.logprobs is None else [self.logprobs.drawn, self.logprobs.top_ids, self.logprobs.top]
-        return [self.tokens, self.is_broken, *more]
+        return [x for x in (self.tokens, self.is_broken, *more) if isinstance(x, mx.array)]
 
 
 class BatchSampler:
@@ -171,20 +172,27 @@ class BatchSampler:
         if mask is not None and mask.size:
             adjusted = _masked(adjusted, mask, masked)
         numbers = random_numbers(plan.seeds, self._places)
-        if plan.native is not None:
-            tokens, is_broken = plan.native.draw(adjusted, numbers)
-            if adjusted is not raw:  # a mask may hide a NaN
-                is_broken = is_broken | _has_nan(raw)
-        else:
-            given = logits if adjusted is raw else adjusted
-            tokens, is_broken = plan.draw(given, numbers)
-            if adjusted is not raw:
-                is_broken = is_broken | _has_nan(raw)
+        draws = self._draws(logits, raw, adjusted, numbers, plan)
         self._places = self._places + np.uint64(1)
+        if self._counts is None and not plan.asking:
+            return draws
+        tokens = draws.tokens if isinstance(draws.tokens, mx.array) else mx.array(draws.tokens)
         if self._counts is not None:
             drawn = tokens[plan.penalised]
             self._counts = self._counts.at[mx.arange(drawn.size), drawn].add(1.0)
-        return Draws(tokens, is_broken, self._logprobs(raw, tokens, plan) if plan.asking else None)
+        return replace(draws, logprobs=self._logprobs(raw, tokens, plan)) if plan.asking else draws
+
+    def _draws(
+        self, logits: mx.array, raw: mx.array, adjusted: mx.array, numbers: npt.NDArray[np.uint32], plan: _Plan
+    ) -> Draws:
+        """From logits as the model gave them, the same (B, V) in float32, and what bias, penalties and masks left."""
+        if plan.native is not None:
+            drawn, means_nothing = plan.native.draw(adjusted, numbers)
+            if adjusted is not raw:  # a mask may hide a NaN
+                means_nothing |= np.isnan(np.asarray(raw)).any(axis=-1)
+            return Draws(drawn, means_nothing, None)
+        tokens, is_broken = plan.draw(logits if adjusted is raw else adjusted, numbers)
+        return Draws(tokens, is_broken if adjusted is raw else is_broken | _has_nan(raw), None)
 
     def _logprobs(self, raw: mx.array, tokens: mx.array, plan: _Plan) -> Logprobs:
         """Of the rows that ask for them, from all rows' logits (B, V) and drawn tokens (B,)."""

@@ -58,6 +58,8 @@ def drawn(rows: list[SamplingParams], steps: list[Any], answer: list[int]) -> li
     found = []
     for logits in steps:
         draws = sampler.sample(mx.array(logits))
+        if isinstance(draws.tokens, np.ndarray):
+            assert not draws.arrays(), "what is drawn already waits for nobody"
         found.append((np.array(draws.tokens), np.array(draws.is_broken)))
     return found
 

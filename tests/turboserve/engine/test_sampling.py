@@ -74,9 +74,9 @@ def sampler_of(*params: SamplingParams, prompt: Sequence[int] = (), answer: Sequ
 
 def draw_tokens(sampler: BatchSampler, logits: np.ndarray) -> list[int]:
     """One step for logits (B, V)."""
-    tokens = sampler.sample(mx.array(logits)).tokens
-    assert tokens.dtype == mx.uint32 and tokens.shape == (len(logits),)
-    return [int(t) for t in np.array(tokens)]
+    tokens = np.array(sampler.sample(mx.array(logits)).tokens)
+    assert tokens.dtype == np.uint32 and tokens.shape == (len(logits),)
+    return [int(t) for t in tokens]
 
 
 def many(params: SamplingParams, num_rows: int) -> list[SamplingParams]:
@@ -268,7 +268,7 @@ def test_a_mask_leaves_only_what_its_bits_allow(vocab_len: int, rng: np.random.G
 def test_sampling_leaves_the_logits_of_others_alone(logits: np.ndarray) -> None:
     batch = mx.array(np.stack([logits, logits]))
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=((1, 3.0),))
-    mx.eval(sampler_of(params, params, prompt=range(VOCAB)).sample(batch).tokens)
+    mx.eval(*sampler_of(params, params, prompt=range(VOCAB)).sample(batch).arrays())
     assert np.array_equal(np.array(batch), np.stack([logits, logits]))
 
 
