@@ -38,6 +38,11 @@ class Passes(Protocol):
         """Whether decode steps keep graphs, as graph_choice.try_graphs has it: those of the choice, or their own."""
         ...
 
+    @property
+    def graphs_failure(self) -> Exception | None:
+        """What ended the use of kept graphs that had been chosen; this process's own."""
+        ...
+
     def note_device_failure(self) -> None:
         """Evaluation failed, and caches are about to be computed again. Raises where that cannot be."""
         ...
@@ -70,6 +75,10 @@ class OwnPasses:
 
     def try_graphs(self, batch: list[Any], num_rows: int, wanted: str) -> GraphChoice:
         return try_graphs(self.model, batch, num_rows, wanted)
+
+    @property
+    def graphs_failure(self) -> Exception | None:
+        return None  # a graph that raises fails its step, as the model would
 
     def note_device_failure(self) -> None:
         """Caches are computed again."""

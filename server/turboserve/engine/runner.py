@@ -480,6 +480,11 @@ class Runner:
         can_try = self._may_keep_graph(self._rows)
         return trial_room(self._batch(), self.num_rows) if can_try else TRIAL_STEPS
 
+    @property
+    def graphs_failure(self) -> Exception | None:
+        """What ended the use of kept graphs that `try_graphs` chose; None while nothing did."""
+        return self._passes.graphs_failure
+
     def try_graphs(self, wanted: str) -> GraphChoice:
         """Decide by the batch as it is whether steps keep their graphs. wanted: settings.keep_graphs."""
         self.land()

@@ -177,13 +177,21 @@ class StepLoop:
             more_details={
                 "overlap": str(self.overlap),
                 "batching": self.runner.batching,
-                "step_graphs": self.graphs_line,
+                "step_graphs": self._graphs_now,
                 "draws": draws_line(),
                 "speculation": self.speculation_line,
                 **({} if self._parts.divided is None else {"distributed": self._parts.divided.line}),
             },
             rows_apart=self.runner.apart is not None,
         )
+
+    @property
+    def _graphs_now(self) -> str:
+        """What start-up found, and whether it still holds."""
+        failure = self.runner.graphs_failure
+        if failure is None:
+            return self.graphs_line
+        return f"built anew in every step ({type(failure).__name__}: {failure}); before that {self.graphs_line}"
 
     @property
     def speculation_line(self) -> str:

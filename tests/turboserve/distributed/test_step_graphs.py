@@ -123,9 +123,10 @@ def test_a_graph_that_raises_on_one_rank_costs_only_itself(
     model: Any, failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = answers(warmed(model)[1])
-    pair, loop, _ = warmed(model)
+    pair, loop, choice = warmed(model)
+    loop.graphs_line = str(choice)
     graphs = steps_of(pair)[failing]._graphs
-    assert graphs is not None
+    assert graphs is not None and loop.snapshot().details["step_graphs"] == str(choice)
     ran, num_runs = graphs._launch, 0
 
     def run_some(*args: Any) -> Any:
@@ -140,6 +141,9 @@ def test_a_graph_that_raises_on_one_rank_costs_only_itself(
         assert answers(loop) == wanted
     assert caplog.text.count("steps are built anew from now on") == 1 and num_runs == 10
     assert isinstance(graphs.failure, ValueError) and steps_of(pair)[1 - failing].num_kept > 40
+    said = loop.snapshot().details["step_graphs"]  # of rank 0; the others' logs have theirs
+    gave_up = f"built anew in every step (ValueError: no such graph); before that {choice}"
+    assert said == (gave_up if failing == 0 else str(choice))
     assert_equal_books(pair, loop)
 
 

@@ -70,6 +70,10 @@ class LeadingPasses:
         with self._lead.doing("forget_graphs"):
             self._steps.forget()
 
+    @property
+    def graphs_failure(self) -> Exception | None:
+        return self._steps.failure
+
     def note_device_failure(self) -> None:
         """Raises RanksEndedError: what the other ranks' devices did is unknown."""
         self._lead.ranks.explain()

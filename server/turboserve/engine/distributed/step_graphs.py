@@ -64,10 +64,14 @@ class RankSteps:
         return 0 if self._graphs is None else self._graphs.num_run
 
     @property
+    def failure(self) -> Exception | None:
+        """What a kept graph raised; all steps since are the model's."""
+        return None if self._graphs is None else self._graphs.failure
+
+    @property
     def can_keep(self) -> bool:
         """Whether steps were run by kept graphs, and other ranks may run the same ones without."""
-        has_raised = self._graphs is None or self._graphs.failure is not None
-        return self.num_kept > 0 and not has_raised and self._is_in_order is True
+        return self.num_kept > 0 and self.failure is None and self._is_in_order is True
 
 
 def are_in_order(lazy: mx.array) -> bool:
