@@ -137,6 +137,27 @@ def test_rows_that_are_no_numbers_spoil_themselves_only(rng: np.random.Generator
         assert np.isnan(got[2]).all() and np.array_equal(np.delete(got, 2, 0), np.delete(clean, 2, 0))
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_no_numbers_spoil_their_output_only(
+    bits: int, dtype: mx.Dtype, rng: np.random.Generator
+) -> None:
+    """Several outputs' scales share a register where a row's are no multiple of its lanes."""
+    for num_in, group in ((128, 64), (576, 64), (1088, 32), (640, 128)):
+        codes, scales, biases = mx.quantize(mx.array(rng.standard_normal((23, num_in))).astype(dtype), group, bits)
+        x = mx.array(random_rows(rng, int(rng.integers(1, 7)), num_in))
+        clean = np.array(NativeWeights(codes, Quantised(scales, biases, bits, group)).multiply(x))
+        output, place = int(rng.integers(23)), int(rng.choice([0, num_in // group - 1]))
+        for figures in (scales, biases):
+            kept = mx.array(figures[output, place])
+            figures[output, place] = float(rng.choice([np.nan, np.inf, -np.inf]))
+            got = np.array(NativeWeights(codes, Quantised(scales, biases, bits, group)).multiply(x))
+            figures[output, place] = kept
+            assert not np.isfinite(got[:, output]).any()
+            np.testing.assert_array_equal(np.delete(got, output, 1), np.delete(clean, output, 1))
+
+
 def test_inputs_may_be_views_of_any_float_type(rng: np.random.Generator) -> None:
     weights = NativeWeights(mx.array(rng.standard_normal((12, 64))).astype(mx.float16))
     x = mx.array(random_rows(rng, 64, 3, 2))
