@@ -52,6 +52,7 @@ from _random_folders import SHAPES, random_model
 
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
+from turboserve.engine.device import on_cpu
 from turboserve.engine.distributed import channel
 from turboserve.engine.distributed.place import RANK, place_in
 from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks, join
@@ -63,7 +64,6 @@ from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.loading import build_follower, build_parts
 from turboserve.engine.projections import choose_projections
 from turboserve.engine.protocol import NullTelemetry
-from turboserve.engine.runner import on_cpu
 from turboserve.engine.step_loop import StepLoop
 from turboserve.engine.warm_up import Plan, warm_up
 from turboserve.messages import Event, Failed, Request, SamplingParams, TextDelta

@@ -10,9 +10,9 @@ from turboquant_kv.cache.trial import Verdict
 from turboquant_kv.kv_bytes import KVBytes
 from turboserve.cache.memory import Memory
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
+from turboserve.engine.evaluating_runtime import EvaluatingRuntime
 from turboserve.engine.passes import Passes
 from turboserve.engine.progress import Progress
-from turboserve.engine.runner import EvaluatingRuntime
 from turboserve.engine.speculation_model import DraftModel
 from turboserve.messages import FormatQuality, SamplingParams
 

@@ -1,4 +1,4 @@
-"""Runs the model: prefill chunks of one request or several, decode steps of all running rows.
+"""Runs the model: decode steps of all running rows, and prefill chunks (prompt_passes.py).
 
 Owns the batched caches. Deciding who runs is the step loop's business.
 
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -42,13 +42,14 @@ from turboquant_kv.cache.kept_graphs import KeptGraphs
 from turboquant_kv.cache.protocol import BatchRows
 from turboquant_kv.cache.rows_apart import Around
 from turboquant_kv.kv_bytes import KVBytes
-from turboserve.cache.interfaces import CacheRuntime
 from turboserve.engine.adapters import NO_ADAPTERS, Adapters
 from turboserve.engine.draws import Flight, add_row, draw_alone, newest_tokens, read, sample, sampler_of
+from turboserve.engine.evaluating_runtime import EvaluatingRuntime
 from turboserve.engine.failures import known_cause
 from turboserve.engine.generation import Drawn, Generation, Outcomes
 from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, trial_room
 from turboserve.engine.passes import Model, OwnPasses, Passes
+from turboserve.engine.prompt_passes import PromptPasses
 from turboserve.engine.row_masks import RowMasks, StepMasks
 from turboserve.engine.sampling import BatchSampler, Draws
 from turboserve.engine.speculation import Speculation
@@ -58,48 +59,6 @@ from turboserve.errors import StartupError
 log = logging.getLogger(__name__)
 
 MOST_FAILED_BATCHES = 2  # in a row, all of whose rows work alone; the batch is what fails then
-
-
-class EvaluatingRuntime(CacheRuntime, Protocol):
-    """A runtime that can also finish pending work on caches, batch them and look at one row."""
-
-    def evaluate(self, caches: list[Any]) -> None: ...
-
-    def merge_rows(self, singles: list[list[Any]]) -> list[Any]:
-        """A batch over sequences of whatever formats; their own caches stay as they are."""
-        ...
-
-    def extend_rows(self, batch: list[Any], other: list[Any]) -> list[Any]:
-        """The rows of both; only the returned caches are valid afterwards."""
-        ...
-
-    def try_batches(self) -> Batching:
-        """Whether rows get together what they get alone. Raises what the model raises for one row."""
-        ...
-
-    def merge_apart(self, singles: list[list[Any]]) -> list[Any]:
-        """A batch whose rows are computed one by one."""
-        ...
-
-    def prepare_rows(self, batch: list[Any], lengths: Sequence[int], right_padding: Sequence[int]) -> None: ...
-
-    def finalize_rows(self, batch: list[Any]) -> None: ...
-
-    def filter_rows(self, batch: list[Any], indices: Sequence[int]) -> None: ...
-
-    def trim_rows(self, batch: list[Any], counts: Sequence[int]) -> None: ...
-
-    def extract_row(self, batch: list[Any], index: int) -> list[Any]: ...
-
-    def cut_back(self, caches: list[Any], num_tokens: int) -> bool:
-        """Trim a conversation after a failed step; whether all its layers hold so many tokens now."""
-        ...
-
-    def measure_row(self, batch: list[Any], index: int) -> KVBytes: ...
-
-    def usable_prefix_row(self, batch: list[Any], index: int, length: int) -> int: ...
-
-    def fork_row(self, batch: list[Any], index: int, length: int) -> list[Any]: ...
 
 
 class _DeviceError(Exception):
@@ -126,8 +85,7 @@ class Runner:
         self._masks = RowMasks()
         self.apart: str | None = None  # why rows are computed one by one; None: they are computed together
         self._num_failed_batches = 0  # since the last batch of several rows that worked
-        self._num_failed_passes = 0  # over several prompts, since the last one that worked
-        self.can_prefill_together = False  # whether batches of this model's caches store no padding; known once warm
+        self.prompts = PromptPasses(self._passes, runtime, adapters)
         self.overlaps = False  # whether steps are enqueued ahead
         self._flight: Flight | None = None
         self.speculation: Speculation | None = None
@@ -165,7 +123,7 @@ class Runner:
             log.exception("the model cannot be run")
             name = type(exc.__cause__ or exc).__name__
             raise StartupError(f"This model cannot compute a token ({name}): the log has details.") from exc
-        self.can_prefill_together = found.prefill is None and all(isinstance(cache, BatchRows) for cache in batch)
+        self.prompts.can_feed_together = found.prefill is None and all(isinstance(cache, BatchRows) for cache in batch)
         self._runtime.release(batch)
         return int(logits.shape[-1])
 
@@ -178,63 +136,8 @@ class Runner:
             log.warning("prompts are read one by one: %s", found.prefill)
 
     def prefill(self, pieces: Sequence[tuple[Generation, int]]) -> Mapping[Generation, Exception]:
-        """Feed the next tokens, so many of each request, into the requests' own caches, in one pass.
-
-        When a pass of several fails, each is tried alone; returns what was raised by those that fail alone.
-        """
-        if len(pieces) > 1:
-            try:
-                self._prefill_together(pieces)
-                self._num_failed_passes = 0
-                return {}
-            except Exception:
-                log.exception("prefill failed for %d requests together; each is tried alone", len(pieces))
-        failed = {}
-        for generation, num_tokens in pieces:
-            try:
-                self._prefill_alone(generation, num_tokens)
-            except Exception as exc:
-                log.exception("prefill failed for request %s", generation.request_id)
-                failed[generation] = exc.with_traceback(None)  # its frames would keep caches alive
-        if len(pieces) > 1 and not failed:
-            self._num_failed_passes += 1
-            if self._num_failed_passes == MOST_FAILED_BATCHES:
-                self.can_prefill_together = False
-                log.warning("prompts are read one by one from now on: several failed together, and none of them alone")
-        return failed
-
-    def _prefill_alone(self, generation: Generation, num_tokens: int) -> None:
-        caches = generation.caches
-        assert caches is not None and num_tokens <= generation.num_to_prefill
-        end = generation.cache_len + num_tokens
-        with self._adapters.applied([generation.adapter]):
-            self._passes.fill([generation.tokens(generation.cache_len, end)], caches)
-        self._runtime.evaluate(caches)
-        generation.cache_len = end
-
-    def _prefill_together(self, pieces: Sequence[tuple[Generation, int]]) -> None:
-        """Padded on the right, of which the caches store nothing. What raises leaves the requests as they were."""
-        singles = []
-        for generation, _ in pieces:
-            assert generation.caches is not None
-            singles.append(generation.caches)
-        lens = [num_tokens for _, num_tokens in pieces]
-        padding = [max(lens) - n for n in lens]
-        batch = self._merge(singles)
-        try:
-            self._runtime.prepare_rows(batch, lens, padding)
-            tokens = [g.tokens(g.cache_len, g.cache_len + n) + (max(lens) - n) * [0] for g, n in pieces]
-            with self._adapters.applied([generation.adapter for generation, _ in pieces]):
-                self._passes.fill(tokens, batch)
-            self._runtime.evaluate(batch)
-            self._runtime.finalize_rows(batch)
-            extended = [self._runtime.extract_row(batch, i) for i in range(len(pieces))]
-        finally:
-            self._runtime.release(batch)
-        for (generation, num_tokens), caches in zip(pieces, extended, strict=True):
-            self._runtime.release(generation.caches or [])
-            generation.caches = caches
-            generation.cache_len += num_tokens
+        """Feed the next tokens, so many of each request, into the requests' own caches; what was raised by whom."""
+        return self.prompts.feed(pieces)
 
     def _adapted(self, rows: Sequence[Generation]) -> Around:
         """Around a pass over some of these rows: the model computes each with its own adapter, or without."""
@@ -586,7 +489,8 @@ class Runner:
         self._num_failed_batches += 1
         if self._num_failed_batches < MOST_FAILED_BATCHES or self.apart is not None:
             return
-        self.apart, self.can_prefill_together = "several rows together failed, and each of them worked alone", False
+        self.prompts.can_feed_together = False
+        self.apart = "several rows together failed, and each of them worked alone"
         self.speculation = None  # guesses are checked in batches
         log.warning("requests that run at the same time are computed one by one from now on: %s", self.apart)
         singles = [self._extract(i) for i in range(self.num_rows)]
@@ -670,16 +574,3 @@ class Runner:
         if self._caches is not None:
             self._runtime.release(self._caches)
         self._caches = None
-
-
-def on_cpu() -> bool:
-    """Whether the model computes on a CPU."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
-
-
-def own_memory_bytes() -> int:
-    """Of a GPU that has memory of its own; 0 where it shares the host's, and on a CPU."""
-    if on_cpu() or not mx.cuda.is_available():
-        return 0
-    info = mx.device_info()
-    return int(info.get("total_memory") or info.get("memory_size") or 0)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from turboserve.engine import scheduler
+from turboserve.engine.device import on_cpu, own_memory_bytes
 from turboserve.engine.loaded_model import LoadedModel
-from turboserve.engine.runner import on_cpu, own_memory_bytes
 from turboserve.engine.speculation import Speculation
 from turboserve.engine.speculation_lookup import LookupDrafter
 from turboserve.engine.speculation_model import DraftModel, ModelDrafter

@@ -17,6 +17,7 @@ from turboserve.cache.disk.store import DEFAULT_PENDING_BYTES
 from turboserve.cache.memory import Growth, Lease, Question, Refuse, Restart, Start, Wait
 from turboserve.engine import scheduler
 from turboserve.engine.decoding import Decoding
+from turboserve.engine.device import on_cpu, own_memory_bytes
 from turboserve.engine.embeddings import EmbeddingJobs
 from turboserve.engine.fused_draw import draws_line
 from turboserve.engine.generation import Drawn, Generation, Outcomes, Stage
@@ -26,7 +27,7 @@ from turboserve.engine.overlap import choose_overlap
 from turboserve.engine.prepare import Preparer, tokens_to_reserve
 from turboserve.engine.protocol import EngineTelemetry
 from turboserve.engine.questions import Questions
-from turboserve.engine.runner import Runner, on_cpu, own_memory_bytes
+from turboserve.engine.runner import Runner
 from turboserve.engine.running_row import RunningRow
 from turboserve.engine.scheduler import Admission, WithoutGrowth
 from turboserve.engine.snapshot import take_snapshot
@@ -97,7 +98,7 @@ class StepLoop:
             settings.speculate,
             has_draft_model=self._parts.draft is not None,
             can_cut=family.can_cut(family.default),
-            stores_no_padding=self.runner.can_prefill_together,
+            stores_no_padding=self.runner.prompts.can_feed_together,
         )
         if against is None:
             self.runner.speculation = new_speculation(self._parts.draft, settings, self.vocab_len)
@@ -209,7 +210,7 @@ class StepLoop:
         runtime = self._parts.runtime
         chunk = self.prefill_tokens * runtime.chunk_token_bytes
         chunk += self.embeddings.num_cached_tokens * runtime.token_raw_bytes
-        if self.runner.can_prefill_together:
+        if self.runner.prompts.can_feed_together:
             chunk += min(self._settings.max_running, self.prefill_tokens) * runtime.tail_bytes
         return int(chunk) + (DEFAULT_PENDING_BYTES if self._memory.has_disk else 0)
 
@@ -379,7 +380,7 @@ class StepLoop:
     def _choose_prefill(self, prefilling: list[Generation]) -> list[tuple[Generation, int]]:
         """Who is read in this step and how far, each from the longest beginning that there is by now."""
         budget = self._prefill_budget()
-        may_group = self.runner.can_prefill_together and len(prefilling) > 1
+        may_group = self.runner.prompts.can_feed_together and len(prefilling) > 1
         asked: set[Generation] = set()
         while True:
             views = [self._prefill_view(generation, may_group) for generation in prefilling]

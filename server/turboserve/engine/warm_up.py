@@ -13,10 +13,11 @@ from itertools import cycle
 
 import mlx.core as mx
 
+from turboserve.engine.device import on_cpu
 from turboserve.engine.generation import Generation
 from turboserve.engine.graph_choice import TRIAL_STEPS, GraphChoice, refused_graphs
 from turboserve.engine.loaded_model import EngineParts
-from turboserve.engine.runner import Runner, on_cpu
+from turboserve.engine.runner import Runner
 from turboserve.engine.sampling import row_sampling
 from turboserve.engine.speculation import MOST_DRAFTS
 from turboserve.engine.token_rules import Mask

@@ -178,7 +178,7 @@ def test_answers_in_one_batch_are_those_of_mlx_lm_alone(
     """Rows of all adapters and of none, in prompts that are read in one pass as well."""
     loop, _ = loop_with(make_model, folders, fmt, prefill_chunk_tokens=256)
     if is_apart:
-        loop.runner.apart, loop.runner.can_prefill_together = "for this test", False
+        loop.runner.apart, loop.runner.prompts.can_feed_together = "for this test", False
     names = ["", *KINDS, "", *KINDS]
     requests = [
         asked(f"r{i}", prompt(rng, int(rng.integers(30, 50))), name, tenant=str(i), max_tokens=12)
@@ -233,13 +233,13 @@ def test_equal_prompts_of_several_adapters_are_read_in_one_pass(
     """None waits for another's, whose cache it could not use."""
     loop, _ = loop_with(make_model, folders, FORMATS[1], prefill_chunk_tokens=512)
     content, passes = prompt(rng, 90), list[int]()
-    prefill = loop.runner._prefill_together
+    prefill = loop.runner.prompts._feed_together
 
     def noted(pieces: Any) -> None:
         passes.append(len(pieces))
         prefill(pieces)
 
-    loop.runner._prefill_together = noted  # type: ignore[method-assign]
+    loop.runner.prompts._feed_together = noted  # type: ignore[method-assign]
     run(loop, *(asked(f"t{i}", content, name) for i, name in enumerate(("all", "some", "", "last"))))
     assert passes == [4]
 

@@ -27,7 +27,7 @@ SERVED = [
     ("chunked", None),
     ("chunked", FORMAT),
 ]
-RUNNER_LOG = "turboserve.engine.runner"
+RUNNER_LOGS = {"turboserve.engine.runner", "turboserve.engine.prompt_passes"}
 
 
 def random_requests(rng: np.random.Generator, lengths: tuple[int, ...], max_tokens: int = 12) -> list[Any]:
@@ -49,17 +49,17 @@ def test_requests_at_the_same_time_are_answered_as_alone(
         assert_same_answer(parts, one.messages[0]["content"], tokens, alone)
     stats = loop.snapshot()
     assert stats.rows_apart and stats.details["batching"].startswith("one by one (")
-    warnings = [r for r in caplog.records if r.name == RUNNER_LOG and r.levelno >= logging.WARNING]
+    warnings = [r for r in caplog.records if r.name in RUNNER_LOGS and r.levelno >= logging.WARNING]
     assert len(warnings) == 1 + len(requests) and not any(r.exc_info for r in warnings)  # one a loop, without traceback
     parts.memory.check_integrity()
 
 
 def test_models_whose_batches_are_right_keep_them(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     loop = make_loop(make_parts(model, fmt=FORMAT))
-    assert loop.runner.apart is None and loop.runner.can_prefill_together
+    assert loop.runner.apart is None and loop.runner.prompts.can_feed_together
     stats = loop.snapshot()
     assert not stats.rows_apart and stats.details["batching"] == "together"
-    assert not [r for r in caplog.records if r.name == RUNNER_LOG]
+    assert not [r for r in caplog.records if r.name in RUNNER_LOGS]
 
 
 def test_a_conversation_over_chunks_goes_on(rng: np.random.Generator) -> None:
@@ -123,7 +123,7 @@ def test_a_batch_that_fails_again_and_again_is_not_tried_any_more(
     assert loop.runner.apart is None
     requests = random_requests(rng, (9, 9, 10, 10), max_tokens=20)
     together = [sink.tokens for sink in run(loop, *requests)]
-    assert loop.runner.apart is not None and not loop.runner.can_prefill_together
+    assert loop.runner.apart is not None and not loop.runner.prompts.can_feed_together
     assert failing_batches["decode"] <= 2 * MOST_FAILED_BATCHES  # with overlap each is tried twice
     assert [r.message for r in caplog.records if "from now on" in r.message and "one by one" in r.message]
     for one, tokens in zip(requests, together, strict=True):
