@@ -174,6 +174,17 @@ def test_texts_that_want_to_run_are_only_shown(new_tab: Any, rng: np.random.Gene
     assert tab.texts(".message.user .text") == [" ".join(text.split()) if "\n" not in text else text for text in order]
 
 
+def test_what_markdown_hides_is_shown_as_it_was_said(new_tab: Any) -> None:
+    said = ["[a]: http://there.example/", "#", "-", "```", "[](http://there.example/)", "---"]
+    messages = [{"role": "assistant", "content": text, "thinking": "", "calls": [], "state": "done"} for text in said]
+    chat = {"id": "ui-0", "title": "", "model": "", "format": "", "settings": {}, "at": 0, "messages": messages}
+    tab = new_tab()
+    tab.page.add_init_script(f"localStorage.setItem('turboserve.chat.ui-0', {json.dumps(json.dumps(chat))})")
+    tab.open("/#ui-0")
+    tab.page.locator(".message.assistant").nth(len(said) - 1).wait_for()
+    assert [text.strip() for text in tab.texts(".message.assistant > .body > .text")] == said
+
+
 def test_the_key_is_asked_for_once_and_kept_in_the_tab(new_tab: Any, rng: np.random.Generator) -> None:
     tab = new_tab(key=None)
     tab.open()

@@ -34,6 +34,8 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 /** A DocumentFragment; code and tables can be scrolled by keyboard. */
 export function rendered(text) {
   const fragment = DOMPurify.sanitize(marked.parse(text), ALLOWED);
+  // A link's definition or a lone sign is nothing in Markdown, but it is all that was said.
+  if (!fragment.textContent.trim()) fragment.replaceChildren(Object.assign(document.createElement("p"), { textContent: text }));
   for (const wide of fragment.querySelectorAll("pre, table")) wide.setAttribute("tabindex", "0");
   for (const heading of fragment.querySelectorAll("h1, h2, h3, h4, h5, h6")) lowered(heading);
   return fragment;
