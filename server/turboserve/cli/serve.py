@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from turboserve import logs
@@ -98,9 +97,9 @@ def _follow_router(drain: Drain) -> None:
 def _check_local_model(model: str) -> None:
     """Report a mistyped folder before anything starts. Raises StartupError. OWNER/NAME may be a download: later."""
     from turboserve.engine.model_config import read_config
-    from turboserve.engine.model_folder import resolve_folder
+    from turboserve.engine.model_folder import is_hub_name, resolve_folder
 
-    if model.count("/") != 1 or Path(model).expanduser().exists():
+    if not is_hub_name(model):
         read_config(resolve_folder(model))
 
 

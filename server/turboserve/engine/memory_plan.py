@@ -16,7 +16,7 @@ def memory_plan(loaded: LoadedModel, runtime: ServingRuntime, budget_bytes: int)
     """
     raw_tokens = int(budget_bytes / runtime.token_raw_bytes) if runtime.token_raw_bytes else 0
     lines = [
-        f"weights      {_mib(loaded.weights_bytes)} ({loaded.dtype})",
+        f"weights      {_mib(loaded.weights_bytes)} (computed with in {loaded.dtype})",
         f"KV budget    {_mib(budget_bytes)}",
     ]
     if runtime.fmt is None:

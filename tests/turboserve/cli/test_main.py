@@ -112,7 +112,7 @@ def test_exposed_without_key_is_refused_before_anything_is_loaded() -> None:
     assert "--api-key" in result.stderr
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "no-such-folder", "./no/such/folder"])
+@pytest.mark.parametrize("model", ["./model", "/no/such/folder", "no-such-folder", "./no/such/folder"])
 def test_missing_model_is_one_line(model: str) -> None:
     result = run("serve", model, "--port", "0")
     assert result.returncode == 1
