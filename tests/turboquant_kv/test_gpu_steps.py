@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from turboquant_kv.backends.base import LayerShape, Means
-from turboquant_kv.backends.gpu import prefill_plan
+from turboquant_kv.backends.gpu import prefill_plan, step_plan
 from turboquant_kv.backends.gpu.backend import GpuBackend
 from turboquant_kv.backends.gpu.device import HOPPER
 from turboquant_kv.backends.gpu.flash import FlashKernels
@@ -230,6 +230,42 @@ def test_arrays_grow_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(launches.names) == 4 + 2, "codes and scales of keys and values, and exact rows of both"
     for (_, left), (given, _) in itertools.pairwise(launches.fences[-7:]):
         assert given is left
+
+
+@pytest.mark.parametrize(("num_new", "is_long"), [(step_plan.TOKENS_HANDED_OVER, True), (200, False)])
+def test_layers_of_a_long_pass_are_handed_over_as_they_are_built(
+    num_new: int, is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each begins with keys and values, while few others are under way: what is waited for is a layer's fence."""
+    launches, num_layers = Launches(), 6
+    batches = made(1, launches, num_layers=num_layers)
+    begun: list[mx.array] = []
+    waited: list[mx.array] = []
+    begin: Any = mx.async_eval
+    wait = mx.eval
+
+    def seen_begin(*arrays: Any) -> None:
+        begun.extend(arrays)
+        begin(*arrays)
+
+    def seen_wait(*arrays: Any) -> None:
+        waited.extend(arrays)
+        wait(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", seen_begin)
+    monkeypatch.setattr(mx, "eval", seen_wait)
+    left = []
+    for batch in batches:
+        first = len(launches.fences)
+        step([batch], 1, num_new)
+        left.append([fence for _, fence in launches.fences[first:]])
+    if not is_long:
+        assert not begun and not waited
+        return
+    assert [array.shape for array in begun] == num_layers * 2 * [(1, 2, num_new, 64)]
+    assert len(waited) == num_layers - step_plan.LAYERS_UNDER_WAY
+    for fence, own in zip(waited, left, strict=False):
+        assert any(fence is one for one in own), "of the layers in order"
 
 
 def test_operations_that_read_a_layers_arrays_wait_for_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """GpuStepPlan: what all layers of a step share on a GPU, each made when a layer first asks for it.
 
-Owns page table, figures and row numbers as the kernels take them, and which plan follows which. How work is split is
-plan.py's, what is launched store.py's.
+Owns page table, figures and row numbers as the kernels take them, which plan follows which, and how far the host may
+be ahead of the GPU in a pass over prompts. How work is split is plan.py's, what is launched store.py's.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cached_property
 
 import mlx.core as mx
@@ -17,6 +18,12 @@ from turboquant_kv.backends.gpu.launch import DecodeLaunch
 from turboquant_kv.backends.gpu.page_kernels import Places
 from turboquant_kv.backends.gpu.plan import NO_WINDOW, ONE_ROW_MORE, Plan, PlanKey
 from turboquant_kv.backends.gpu.prefill_plan import PrefillGroup, prefill_groups
+
+# New tokens of a pass from which its layers are handed over one by one: fewer cost the host more than they gain.
+TOKENS_HANDED_OVER = 512
+# Layers that may be under way then. One alone would leave the GPU waiting for the host between two; each more holds the
+# activations of another layer, which MLX frees once the GPU is done with them.
+LAYERS_UNDER_WAY = 3
 
 
 class GpuStepPlan(StepPlan):
@@ -37,6 +44,7 @@ class GpuStepPlan(StepPlan):
         self._plans: dict[tuple[int, float, int, float], Plan] = {}  # by launch, scale, reach and cap
         self.used: list[tuple[DecodeLaunch, float, int, float]] = []  # the same, of all plans that were asked for
         self._groups: dict[tuple[int, int, int], tuple[PrefillGroup, ...]] = {}  # by page tokens, KV heads and tile
+        self._under_way: deque[mx.array] = deque()  # fences of layers, oldest first
 
     @cached_property
     def figures(self) -> tuple[SequenceFigures, ...]:
@@ -71,6 +79,28 @@ class GpuStepPlan(StepPlan):
         if key not in self._groups:
             self._groups[key] = prefill_groups(self._words, page_tokens, num_kv_heads, self.page_table.shape[1], tile)
         return self._groups[key]
+
+    def hand_over(self, *arrays: mx.array) -> None:
+        """Have the GPU begin with what a layer is given while the host builds the rest; wait for layers long before.
+
+        Without it a pass over a long prompt begins when all its layers are built, and MLX then hands over as many of
+        them as it likes, whose activations exist at once. Does nothing in a short pass. Raises what MLX raises.
+        """
+        if self.num_queries < TOKENS_HANDED_OVER:
+            return
+        mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
+        if len(self._under_way) >= LAYERS_UNDER_WAY:
+            mx.eval(self._under_way.popleft())
+
+    def stored(self, fence: mx.array) -> None:
+        """A layer's part of the pass is built; fence: what its last launch leaves, which later layers depend on."""
+        if self.num_queries >= TOKENS_HANDED_OVER:
+            self._under_way.append(fence)
+
+    @cached_property
+    def num_queries(self) -> int:
+        """New tokens of all sequences."""
+        return sum(one.num_queries for one in self.figures)
 
     @cached_property
     def copies(self) -> Places:

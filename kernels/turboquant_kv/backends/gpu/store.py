@@ -231,6 +231,7 @@ class GpuStore(CanonicalStorage, LayerStore):
 
     def append(self, plan: StepPlan, keys: mx.array, values: mx.array) -> ExactBuffers:
         assert isinstance(plan, GpuStepPlan)
+        plan.hand_over(keys, values)
         self._move(plan)
         exact = self.exact()
         if plan.rows.window is not None:
@@ -241,6 +242,7 @@ class GpuStore(CanonicalStorage, LayerStore):
         if plan.rows.writes.shape[1]:
             self.put(keys, self._k_rows, plan.writes)
             self.put(values, self._v_rows, plan.writes)
+        plan.stored(self._fence)
         return exact
 
     def _move(self, plan: GpuStepPlan) -> None:
