@@ -201,3 +201,26 @@ print(json.dumps(tokenizer.decode(tokenizer.encode("Hello there"))))
     assert json.loads(result.stdout) == "Hello there"
     for folder in ("kernels", "server", "config", "tests"):
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+def value_seen_by_mlx(name: str, **environment: str) -> str:
+    """Of an environment variable, as C reads it in a process that has loaded the backend."""
+    program = (
+        "import ctypes, sys; from turboserve.cli.backend import load_backend; load_backend(); "
+        "get = ctypes.CDLL(None).getenv; get.restype = ctypes.c_char_p; print(get(sys.argv[1].encode()).decode())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, name],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_long_life_does_not_end_in_mlxs_count_of_graphs() -> None:
+    """MLX counts the structures of CUDA graphs that it meets, and raises from the 801st on, unless told not to."""
+    name = "MLX_ENABLE_CACHE_THRASHING_CHECK"
+    assert value_seen_by_mlx(name) == "0"
+    assert value_seen_by_mlx(name, **{name: "1"}) == "1"
