@@ -12,7 +12,10 @@ def on_cpu() -> bool:
 
 def own_memory_bytes() -> int:
     """Of a GPU that has memory of its own; 0 where it shares the host's, and on a CPU."""
-    if on_cpu() or not mx.cuda.is_available():
-        return 0
+    return 0 if on_cpu() or not mx.cuda.is_available() else gpu_memory_bytes()
+
+
+def gpu_memory_bytes() -> int:
+    """Of the GPU, its own or the host's; 0 where nobody says."""
     info = mx.device_info()
     return int(info.get("total_memory") or info.get("memory_size") or 0)

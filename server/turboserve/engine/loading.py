@@ -37,6 +37,7 @@ from turboserve.engine.distributed.leading_passes import LeadingPasses
 from turboserve.engine.distributed.ranks import ALONE, FirstRank, OtherRank, Ranks
 from turboserve.engine.distributed.sharding import count_heads, shard
 from turboserve.engine.end_tokens import end_tokens
+from turboserve.engine.expanded_products import ExpandedProducts, choose_expanded_products
 from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
 from turboserve.engine.kept_quality import kept_quality
@@ -50,7 +51,7 @@ from turboserve.engine.native_linears import install_native_linears, native_byte
 from turboserve.engine.native_model import install_native_model
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.projections import choose_projections
-from turboserve.engine.prompt_products import choose_prompt_products
+from turboserve.engine.prompt_products import PromptProducts, choose_prompt_products
 from turboserve.engine.sampling_defaults import chosen_defaults, described
 from turboserve.engine.served_formats import ServedFormats
 from turboserve.engine.speculation_choice import as_draft, wants_draft_model
@@ -268,8 +269,9 @@ def load(
     layers = _native_blocks(model, settings, ranks)
     if layers.num_layers or is_native:
         progress(f"layers       {layers}")
-    prompts = choose_prompt_products(model, settings.projections) if is_native else None
-    if prompts is not None:
+    choose_products = choose_prompt_products if is_native else choose_expanded_products
+    prompts: PromptProducts | ExpandedProducts = choose_products(model, settings.projections)
+    if is_native or prompts.trials:
         progress(f"prompts      {prompts}")
     fingerprint = weights.fingerprint(folder, dtype)
     ranks.check_same("weights", fingerprint, "has other weights than rank 0: copy the model's folder to all machines")
@@ -291,7 +293,7 @@ def load(
             "weights": note or "as stored",
             "projections": str(arranged),
             "layers": str(layers),
-            "prompts": str(prompts or "by MLX"),
+            "prompts": str(prompts),
             "adapters": adapters.described(installed) or "none",
         },
         adapters=installed,

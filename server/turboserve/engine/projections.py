@@ -114,12 +114,12 @@ class ProjectionPart(nn.Module):  # type: ignore[misc]
 
     def __init__(self, joined: JoinedProjections, index: int) -> None:
         super().__init__()
-        self._joined, self._index = joined, index
+        self.joined, self._index = joined, index
         if index == 0:
             self.linear = joined.linear
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._joined.part(x, self._index)
+        return self.joined.part(x, self._index)
 
 
 def arrange_projections(model: Module, *, join: bool, most_rows: Callable[[Module], int], reason: str) -> Arrangement:
@@ -142,7 +142,7 @@ def arrange_projections(model: Module, *, join: bool, most_rows: Callable[[Modul
             by_rows = RowLinear(linear.weight, linear.get("bias"), rows)
             setattr(parent, name, by_rows)
             if isinstance(parent, ProjectionPart):
-                parent._joined.linear = by_rows
+                parent.joined.linear = by_rows
     return Arrangement(len(groups) - len(unasked), most, reason)
 
 
