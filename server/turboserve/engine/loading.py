@@ -40,6 +40,7 @@ from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.expanded_products import ExpandedProducts, choose_expanded_products
 from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
+from turboserve.engine.fused_layers import FusedLayers, choose_fused_layers
 from turboserve.engine.kept_quality import kept_quality
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
@@ -266,8 +267,8 @@ def load(
     agree = partial(ranks.all_agree, "joined projections")
     arranged = choose_projections(model, settings.projections, agree)  # of what lies under the adapters as well
     progress(f"projections  {arranged}")
-    layers = _native_blocks(model, settings, ranks)
-    if layers.num_layers or is_native:
+    layers = _arranged_layers(model, settings, ranks)
+    if isinstance(layers, FusedLayers) or layers.num_layers or is_native:
         progress(f"layers       {layers}")
     choose_products = choose_prompt_products if is_native else choose_expanded_products
     prompts: PromptProducts | ExpandedProducts = choose_products(model, settings.projections)
@@ -300,12 +301,14 @@ def load(
     )
 
 
-def _native_blocks(model: Any, settings: Settings, ranks: Ranks) -> NativeBlocks:
-    """Let the kernels compute decoder layers, where the whole of them is here."""
+def _arranged_layers(model: Any, settings: Settings, ranks: Ranks) -> NativeBlocks | FusedLayers:
+    """Let kernels compute decoder layers, or what stands between their products, where the whole of them is here."""
     if settings.projections == "off":
         return NativeBlocks(0, 0, "as set")
     if ranks.size > 1:
         return NativeBlocks(0, 0, "layers are divided among ranks")
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return choose_fused_layers(model, settings.projections)
     blocks = install_native_blocks(model)
     return replace(blocks, has_steps=blocks.num_native == blocks.num_layers > 0 and install_native_model(model))
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -93,6 +94,16 @@ class JoinedProjections:
         if not self._missing:
             self.forget()
         return taken
+
+    def is_split_as(self, shares: Sequence[int]) -> bool:
+        """Whether the parts' widths are in these proportions."""
+        ends, total = [0, *self._ends, _width(self.linear)], sum(shares)
+        return all((b - a) * total == ends[-1] * share for (a, b), share in zip(pairwise(ends), shares, strict=True))
+
+    def has_parts(self, modules: Sequence[ProjectionPart]) -> bool:
+        """Whether these are all of its parts, in order."""
+        own = [module._index for module in modules if module.joined is self]
+        return own == list(range(self.num_parts)) and len(own) == len(modules)
 
     def apart(self) -> list[Module]:
         """The projections by themselves again."""

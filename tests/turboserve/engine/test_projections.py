@@ -108,7 +108,7 @@ def test_no_activations_are_kept() -> None:
     gc.collect()
     parts = [m for _, m in model.named_modules() if isinstance(m, ProjectionPart)]
     assert len(parts) == 2 * 5
-    assert not any(part._joined.is_holding or part._joined._parts for part in parts)
+    assert not any(part.joined.is_holding or part.joined._parts for part in parts)
 
 
 def test_projections_that_are_not_all_asked_for_stay_apart() -> None:
