@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -206,12 +206,13 @@ class _Changed:
     def __init__(self) -> None:
         self._classes: list[tuple[Module, type[Any]]] = []
 
-    def change(self, module: Module, cls: type[Any], **attributes: object) -> None:
-        """attributes: no arrays, which would be parameters, and no modules, which would be its children."""
-        self._classes.append((module, type(module)))
+    def change(self, module: Module, changed: Callable[[Any], Any], **attributes: object) -> None:
+        """changed: from its class to the new one. attributes: no arrays, which would be parameters."""
+        cls: Any = type(module)
+        self._classes.append((module, cls))
         for name, value in attributes.items():
             setattr(module, name, value)
-        module.__class__ = cls
+        module.__class__ = changed(cls)
 
     def undo(self) -> None:
         for module, cls in self._classes:
@@ -226,12 +227,12 @@ def _change(
     following = [*(layer.input_layernorm for layer in layers[1:]), last_norm]
     for layer, norm in zip(layers, following, strict=True):
         additions = Additions(kernels, switch, layer.post_attention_layernorm, norm)
-        changed.change(norm, _norm_class(type(norm)), _handed=Handed())
-        changed.change(layer, _layer_class(type(layer)), _additions=additions)
+        changed.change(norm, _norm_class, _handed=Handed())
+        changed.change(layer, _layer_class, _additions=additions)
         joined = _joined_of(layer.self_attn)
         if joined is not None:
             attention = layer.self_attn
-            changed.change(attention, _attention_class(type(attention)), _joined=joined, _switch=switch)
+            changed.change(attention, _attention_class, _joined=joined, _switch=switch)
             num_rotated += 1
     return num_rotated
 
