@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -37,13 +38,21 @@ Compiler = Callable[[Traced], Traced]
 class KeptGraphs:
     """The graphs of one model's decode steps. One thread only."""
 
-    def __init__(self, model: Model, compiler: Compiler = mx.compile, *, or_model: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        compiler: Compiler = mx.compile,
+        *,
+        or_model: bool = False,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         """compiler: what makes a traced function fast; tests hand in one that leaves it as it is.
 
+        around: entered while the model is traced, and not where it runs a step itself.
         or_model: whether a step whose graph raises is run by the model after all, and with it all later ones. What it
         has taken it keeps, so books are those of a step without a graph.
         """
-        self._model, self._compiler, self._or_model = model, compiler, or_model
+        self._model, self._compiler, self._or_model, self._around = model, compiler, or_model, around
         self.failure: Exception | None = None  # of a graph, with or_model
         self._graphs: OrderedDict[Hashable, Traced] = OrderedDict()
         self._batch: Sequence[Any] = ()  # the latest, and its caches if all steps of them can be described
@@ -152,7 +161,8 @@ class KeptGraphs:
         ) -> tuple[mx.array, list[mx.array]]:
             inputs = StepInputs(key, shared, layers)
             caches = [_LayerOver(inputs, pool, layer, offset) for layer in range(num_layers)]
-            logits: mx.array = self._model(tokens, cache=with_leaves(batch, caches))
+            with self._around():
+                logits: mx.array = self._model(tokens, cache=with_leaves(batch, caches))
             return logits, [cache.launched() for cache in caches]
 
         return forward

@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU whose decode steps take three quarters of the launches, each of which the host pays for.
+"""Decoder layers on a GPU whose kept graphs have a quarter fewer launches, each of which the host pays for in a step.
 
 Two changes to layers as mlx-lm has them (Llama, Mistral, Qwen2, Qwen3 and their like), neither of which touches what is
 computed:
@@ -7,23 +7,23 @@ computed:
   the MLP. The norm that follows, the next layer's or the model's last, finds its result there.
 - Queries and keys of one token, joined as they come from their projections (projections.py), are rotated in one launch.
 
-Layers are known by their structure, believed when their steps give what mlx-lm's give, and kept when those are faster.
+Layers are known by their structure, and believed when their steps give what mlx-lm's give. They take their new ways only
+while a graph is traced that is to be kept (turboquant_kv/cache/kept_graphs.py), and graph_choice.py finds out whether
+that one is faster: where Python builds each step anew, calling our kernel costs it more than the two operations do.
 """
 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache
 
 from turboquant_kv.backends.gpu.norm_kernel import NormKernels, NormShape
 from turboquant_kv.cache.seam import scaled_dot_product_attention
@@ -37,32 +37,39 @@ log = logging.getLogger(__name__)
 MOST_ROWS = 512  # of a step; a pass over prompts is not bound by launches
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}
 _TRIED = (3, 2)  # conversations of the steps that are compared, and tokens that they hold
-_TIMED_ROWS, _STEPS, _ROUNDS = 8, 6, 5  # of the steps that are timed
-_MARGIN = 0.97  # of the usual way's time: less is not worth another way
 # Of the results' size. One operation rounds where MLX's two do; the square root is not MLX's own.
 _TOLERANCE = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class FusedLayers:
-    """How many of a model's layers were changed."""
+    """How many of a model's layers can be traced with fewer launches."""
 
     num_fused: int
     num_rotated: int  # of them, whose queries and keys are rotated together
-    reason: str
+    reason: str = ""  # why there are none
 
     def __str__(self) -> str:
         if not self.num_fused:
             return f"as mlx-lm has them ({self.reason})"
         rotated = f", {self.num_rotated} rotating queries and keys together" if self.num_rotated else ""
-        return f"{self.num_fused} add and normalise in one launch{rotated} ({self.reason})"
+        return f"{self.num_fused} can add and normalise in one launch{rotated}"
 
 
 class Switch:
     """Whether the layers of one model take their new ways."""
 
     def __init__(self) -> None:
+        self.is_on = False
+
+    @contextmanager
+    def turned_on(self) -> Iterator[None]:
+        """While a graph is traced. One thread only."""
         self.is_on = True
+        try:
+            yield
+        finally:
+            self.is_on = False
 
 
 class Handed:
@@ -88,12 +95,12 @@ class Additions:
 
     def __init__(self, kernels: NormKernels, switch: Switch, inner: Module, following: Module) -> None:
         """inner: the layer's norm between its halves; following: the one behind the layer, with a Handed of its own."""
-        self._kernels, self._switch = kernels, switch
+        self._kernels, self.switch = kernels, switch
         self._inner, self._following = inner, following
 
     def takes(self, x: mx.array) -> bool:
         """Whether a step's rows (B, T, W) are few, and of the norms' type."""
-        is_short = self._switch.is_on and x.ndim == 3 and x.shape[0] * x.shape[1] <= MOST_ROWS
+        is_short = self.switch.is_on and x.ndim == 3 and x.shape[0] * x.shape[1] <= MOST_ROWS
         return is_short and x.dtype == self._inner.weight.dtype == self._following.weight.dtype
 
     def middle(self, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
@@ -162,42 +169,40 @@ def _with_call(cls: Any, call: Any) -> Any:
 # --- which layers
 
 
-def choose_fused_layers(model: Module, setting: str) -> FusedLayers:
-    """Change a model's layers where its steps are faster by it, on this device. setting: of `projections`."""
+def prepare_fused_layers(model: Module, setting: str) -> FusedLayers:
+    """Change a model's layers so that graphs of their steps can have fewer launches. setting: of `projections`."""
     dialect = device_dialect()
     if setting == "off":
         return FusedLayers(0, 0, "as set")
     if dialect is None:
         return FusedLayers(0, 0, "a CPU's step is not bound by launches")
-    return fuse_where_it_pays(model, NormKernels(dialect), always=setting == "on")
+    return fuse(model, NormKernels(dialect))
 
 
-def fuse_where_it_pays(model: Module, kernels: NormKernels, *, always: bool = False) -> FusedLayers:
-    """As `choose_fused_layers`, with these kernels. always: whether being right is enough."""
+def fuse(model: Module, kernels: NormKernels) -> FusedLayers:
+    """As `prepare_fused_layers`, with these kernels. Layers that err or fail are as they were afterwards."""
     layers = list(getattr(model, "layers", None) or ())
     last_norm = getattr(getattr(model, "model", None), "norm", None)
     if not layers or not _has_kernel(last_norm) or not all(map(_has_structure, layers)):
         return FusedLayers(0, 0, "another structure")
-    switch = Switch()
-    changed = _Changed()
+    switch, changed = Switch(), _Changed()
     num_rotated = _change(layers, last_norm, kernels, switch, changed)
     try:
         wrong = _what_is_wrong(layers, switch)
-        times = None if wrong else _times(model, switch)
     except Exception as exc:  # a compiler's or driver's: the model works without
-        wrong, times = f"a kernel failed: {' '.join(str(exc).split())[:300]}", None
-    mx.clear_cache()
-    if times is None:
+        wrong = f"a kernel failed: {' '.join(str(exc).split())[:300]}"
+    if wrong:
         log.warning("decoder layers stay as mlx-lm has them: %s", wrong)
         changed.undo()
         return FusedLayers(0, 0, wrong)
-    fused_s, usual_s = times
-    figures = f"a step of {_TIMED_ROWS} rows takes {fused_s * 1e3:.1f} ms instead of {usual_s * 1e3:.1f}"
-    if not always and fused_s > _MARGIN * usual_s:
-        changed.undo()
-        return FusedLayers(0, 0, figures)
-    switch.is_on = True
-    return FusedLayers(len(layers), num_rotated, figures)
+    return FusedLayers(len(layers), num_rotated)
+
+
+def switch_of(model: Module) -> Switch | None:
+    """What turns on the new ways of a model's layers, if they have any."""
+    layer = next(iter(getattr(model, "layers", None) or ()), None)
+    additions = getattr(layer, "_additions", None)
+    return additions.switch if isinstance(additions, Additions) else None
 
 
 class _Changed:
@@ -217,6 +222,8 @@ class _Changed:
     def undo(self) -> None:
         for module, cls in self._classes:
             module.__class__ = cls
+            if "_additions" in vars(module):
+                del module._additions
 
 
 def _change(
@@ -270,40 +277,25 @@ def _what_is_wrong(layers: Sequence[Module], switch: Switch) -> str:
     """How a layer's steps differ from mlx-lm's by more than rounding; "" if none does."""
     for i, layer in enumerate(layers):
         norm = layer._additions._following
-        dtype, width = norm.weight.dtype, norm.weight.size
         found: dict[bool, list[mx.array]] = {}
-        for switch.is_on in (False, True):
-            cache = KVCache()
-            held = mx.random.normal((_TRIED[0], _TRIED[1], width), key=mx.random.key(2 * i)).astype(dtype)
-            outputs = [layer(held, "causal", cache)]
-            for step in range(2):
-                x = mx.random.normal((_TRIED[0], 1, width), key=mx.random.key(2 * i + 1 + step)).astype(dtype)
-                outputs.append(layer(x, None, cache))
-            found[switch.is_on] = [rows for out in outputs for rows in (out, norm(out))]
-            mx.eval(found[switch.is_on])
+        for is_on in (False, True):
+            with switch.turned_on() if is_on else nullcontext():
+                found[is_on] = _steps_of(layer, norm, seed=2 * i)
+            mx.eval(found[is_on])
         for usual, fused in zip(found[False], found[True], strict=True):
             wanted = usual.astype(mx.float32)
             error: Any = mx.linalg.norm(fused.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)
-            if not error.item() <= _TOLERANCE[dtype]:  # nor where it is no number
+            if not error.item() <= _TOLERANCE[norm.weight.dtype]:  # nor where it is no number
                 return f"layer {i} differs from mlx-lm's own by {error.item():.4f} of its results"
     return ""
 
 
-def _times(model: Module, switch: Switch) -> tuple[float, float]:
-    """Median seconds of a step, by the new ways and by mlx-lm's; one is handed over before the last is read."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for i in range(_ROUNDS + 1):
-        for switch.is_on in (True, False):
-            cache = make_prompt_cache(model)
-            tokens = mx.zeros((_TIMED_ROWS, 1), mx.uint32)
-            stamps = []
-            for _ in range(_STEPS):
-                following = mx.argmax(model(tokens, cache=cache)[:, -1:], axis=-1)
-                mx.async_eval(following)  # type: ignore[no-untyped-call]
-                mx.eval(tokens)
-                stamps.append(time.perf_counter())
-                tokens = following
-            mx.eval(tokens)
-            if i:  # the first round compiles
-                seconds[switch.is_on].append(statistics.median(b - a for a, b in pairwise(stamps)))
-    return statistics.median(seconds[True]), statistics.median(seconds[False])
+def _steps_of(layer: Module, norm: Module, seed: int) -> list[mx.array]:
+    """What a layer, and the norm behind it, make of random rows: of a few tokens, then of one after the other."""
+    dtype, width = norm.weight.dtype, norm.weight.size
+    cache, found = KVCache(), []
+    for i, (num_tokens, mask) in enumerate(((_TRIED[1], "causal"), (1, None), (1, None))):
+        x = mx.random.normal((_TRIED[0], num_tokens, width), key=mx.random.key(seed + i)).astype(dtype)
+        out = layer(x, mask, cache)
+        found += [out, norm(out)]
+    return found

@@ -1,7 +1,8 @@
 """Whether decode steps keep their graphs (turboquant_kv/cache/kept_graphs.py): tried once on the model's own batch.
 
 Steps by kept graphs must give the logits that the model gives, and be faster by the clock; else the model's Python
-builds each step's graph anew, and start-up says why.
+builds each step's graph anew, and start-up says why. Graphs of fewer launches (fused_layers.py) must give the logits of
+those without, and be faster than they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import mlx.core as mx
 
 from turboquant_kv.cache.kept_graphs import STEPS_BEFORE, KeptGraphs
 from turboquant_kv.cache.protocol import BatchRows
+from turboserve.engine.fused_layers import switch_of
 
 NUM_STEPS = 6
 ROUNDS = 3
@@ -88,6 +90,17 @@ class OwnWays:
             cache.trim_rows(counts)
 
 
+class FewerLaunches(OwnWays):
+    """Graphs with fewer launches as the kept ones, beside those of the model as mlx-lm has it."""
+
+    def __init__(self, model: Any, fewer: KeptGraphs, graphs: KeptGraphs) -> None:
+        super().__init__(model, fewer)
+        self._usual = graphs
+
+    def built(self, tokens: mx.array, batch: Sequence[Any]) -> mx.array:
+        return self._usual.forward(tokens, batch)
+
+
 class Tried(NamedTuple):
     """Whether kept graphs are to be used, and why."""
 
@@ -102,7 +115,15 @@ def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> 
     """
     graphs = KeptGraphs(model)
     tried = try_ways(OwnWays(model, graphs), batch, num_rows, wanted)
-    return GraphChoice(graphs if tried.is_better else None, tried.reason)
+    if not tried.is_better:
+        return GraphChoice(None, tried.reason)
+    switch = switch_of(model)
+    if switch is None:
+        return GraphChoice(graphs, tried.reason)
+    fewer = KeptGraphs(model, around=switch.turned_on)
+    found = try_ways(FewerLaunches(model, fewer, graphs), batch, num_rows, "auto")
+    what = "layers of fewer launches" if found.is_better else "layers as mlx-lm has them, for of fewer launches"
+    return GraphChoice(fewer if found.is_better else graphs, f"{tried.reason}; {what}: {found.reason}")
 
 
 def try_ways(ways: Ways, batch: Sequence[Any], num_rows: int, wanted: str) -> Tried:

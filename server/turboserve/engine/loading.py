@@ -40,7 +40,7 @@ from turboserve.engine.end_tokens import end_tokens
 from turboserve.engine.expanded_products import ExpandedProducts, choose_expanded_products
 from turboserve.engine.forecast import MIN_TOKENS, expanded_bytes, forecast, too_small
 from turboserve.engine.format_choice import choose_format
-from turboserve.engine.fused_layers import FusedLayers, choose_fused_layers
+from turboserve.engine.fused_layers import FusedLayers, prepare_fused_layers
 from turboserve.engine.kept_quality import kept_quality
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.memory_plan import memory_plan
@@ -308,7 +308,7 @@ def _arranged_layers(model: Any, settings: Settings, ranks: Ranks) -> NativeBloc
     if ranks.size > 1:
         return NativeBlocks(0, 0, "layers are divided among ranks")
     if mx.default_device().type != mx.DeviceType.cpu:
-        return choose_fused_layers(model, settings.projections)
+        return prepare_fused_layers(model, settings.projections)
     blocks = install_native_blocks(model)
     return replace(blocks, has_steps=blocks.num_native == blocks.num_layers > 0 and install_native_model(model))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -12,14 +13,17 @@ import pytest
 from mlx_lm.models import gemma2, llama, qwen2, qwen3
 from tests.cuda.emulator import cuda_kernel
 from tests.metal.emulator import metal_kernel
+from tests.turboquant_kv import small_models
+from tests.turboquant_kv.summing_kernels import LAYERS, Rows
 from tests.turboserve.engine.test_projections import make_model
 
 from turboquant_kv.backends.gpu.norm_kernel import NormKernels
 from turboquant_kv.cache import seam
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
-from turboserve.engine import fused_layers
-from turboserve.engine.fused_layers import MOST_ROWS, choose_fused_layers, fuse_where_it_pays
+from turboserve.engine import fused_layers, graph_choice
+from turboserve.engine.fused_layers import MOST_ROWS, fuse, prepare_fused_layers, switch_of
+from turboserve.engine.graph_choice import try_graphs
 from turboserve.engine.projections import arrange_projections
 
 nn: Any = mlx.nn  # whose stubs say too little
@@ -28,9 +32,7 @@ pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason
 
 
 @pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_layers, "_ROUNDS", 1)
-    monkeypatch.setattr(fused_layers, "_STEPS", 2)
+def with_seam() -> None:
     seam.install()
 
 
@@ -77,16 +79,26 @@ def answers(model: Any, fmt: str | None, rng: np.random.Generator, num_steps: in
     return found
 
 
+def switched_on(model: Any) -> AbstractContextManager[None]:
+    switch = switch_of(model)
+    assert switch is not None
+    return switch.turned_on()
+
+
 @pytest.mark.parametrize("fmt", [None, "4/4"])
 @pytest.mark.parametrize(("kind", "joined"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True)])
 def test_steps_are_mlx_lms(kind: str, joined: bool, fmt: str | None, kernels: NormKernels) -> None:
     model = model_of(kind, joined=joined)
     seed = int(np.random.default_rng().integers(1 << 30))
     expected = answers(model, fmt, np.random.default_rng(seed))
-    chosen = fuse_where_it_pays(model, kernels, always=True)
+    chosen = fuse(model, kernels)
+    for got, wanted in zip(answers(model, fmt, np.random.default_rng(seed)), expected, strict=True):
+        assert np.array_equal(got, wanted), "nothing changes where no graph is traced"
     assert chosen.num_fused == 2, chosen
     assert chosen.num_rotated == (2 if joined and kind != "qwen3" else 0)
-    for got, wanted in zip(answers(model, fmt, np.random.default_rng(seed)), expected, strict=True):
+    with switched_on(model):
+        fused = answers(model, fmt, np.random.default_rng(seed))
+    for got, wanted in zip(fused, expected, strict=True):
         assert np.abs(got - wanted).max() < 2e-2 * np.std(wanted)
 
 
@@ -94,13 +106,13 @@ def test_quantised_layers_are_fused_as_well() -> None:
     model = make_model()
     nn.quantize(model, group_size=32, bits=4)
     arrange_projections(model, join=True, most_rows=lambda _: 0, reason="")
-    chosen = fuse_where_it_pays(model, ByOperations(), always=True)
+    chosen = fuse(model, ByOperations())
     assert (chosen.num_fused, chosen.num_rotated) == (2, 2)
 
 
 def test_each_norm_but_the_first_comes_with_an_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = model_of("llama"), ByOperations()
-    fuse_where_it_pays(model, twin, always=True)
+    fuse(model, twin)
     norms: list[Any] = []
     plain = mx.fast.rms_norm
     twin.num_launches = 0
@@ -110,30 +122,49 @@ def test_each_norm_but_the_first_comes_with_an_addition(monkeypatch: pytest.Monk
         return plain(*arguments)
 
     monkeypatch.setattr(mx.fast, "rms_norm", seen)
-    model(mx.array([[1], [2]]))
+    with switched_on(model):
+        model(mx.array([[1], [2]]))
     assert twin.num_launches == 2 * 2
     assert len(norms) == 1 + 2 * 2, "the first layer's own, and those of the twin"
 
 
 def test_long_passes_are_left_to_mlx_lm() -> None:
     model, twin = model_of("llama"), ByOperations()
-    fuse_where_it_pays(model, twin, always=True)
+    fuse(model, twin)
     twin.num_launches = 0
-    model(mx.zeros((1, MOST_ROWS + 1), mx.uint32))
-    assert twin.num_launches == 0
-    model(mx.zeros((1, MOST_ROWS), mx.uint32))
-    assert twin.num_launches == 4
+    with switched_on(model):
+        model(mx.zeros((1, MOST_ROWS + 1), mx.uint32))
+        assert twin.num_launches == 0
+        model(mx.zeros((1, MOST_ROWS), mx.uint32))
+        assert twin.num_launches == 4
 
 
-def test_steps_can_be_traced() -> None:
-    """A kept graph over fused layers; the rows handed from one to the next are then the trace's."""
+@pytest.mark.parametrize("is_better", [True, False])
+def test_a_graph_of_fewer_launches_is_kept_where_it_is_faster(
+    is_better: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Both kinds are traced and compared; the model by itself runs as mlx-lm has it."""
+    model: Any = small_models.dense(int(rng.integers(1 << 30)), LAYERS)
+    arrange_projections(model, join=True, most_rows=lambda _: 0, reason="")
+    twin, rows = ByOperations(), Rows(model, 2)
+    assert fuse(model, twin).num_fused == LAYERS
+    twin.num_launches = 0
+    monkeypatch.setattr(graph_choice, "MARGIN", 1e9 if is_better else 0.0)
+    choice = try_graphs(model, rows.batch, 2, "on")  # a graph is kept, however long it takes
+    assert twin.num_launches == 2 * LAYERS, "traced once"
+    assert choice.graphs is not None and choice.graphs.num_run > 0
+    assert ("layers of fewer launches: a step of 2 rows" in choice.reason) == is_better
+    model(mx.array([[1], [2]]))
+    assert twin.num_launches == 2 * LAYERS
+
+
+def test_a_model_that_fails_while_it_is_traced_is_left_switched_off() -> None:
     model = model_of("llama")
-    fuse_where_it_pays(model, ByOperations(), always=True)
-    step = mx.compile(lambda tokens: model(tokens))
-    for _ in range(2):
-        tokens = mx.random.randint(0, 70, (3, 1))
-        got, wanted = np.array(step(tokens).astype(mx.float32)), np.array(model(tokens).astype(mx.float32))
-        assert np.abs(got - wanted).max() < 2e-2 * np.std(wanted)
+    fuse(model, ByOperations())
+    with pytest.raises(ValueError, match="traced"), switched_on(model):
+        raise ValueError("traced")
+    switch = switch_of(model)
+    assert switch is not None and not switch.is_on
 
 
 def test_a_result_is_handed_over_once_and_to_its_rows_alone() -> None:
@@ -162,31 +193,22 @@ class Failing(ByOperations):
 def test_what_is_wrong_is_undone_and_told(broken: NormKernels, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of("llama")
     before = [type(module) for _, module in model.named_modules()]
+    assert switch_of(model) is None
     with caplog.at_level(logging.WARNING):
-        chosen = fuse_where_it_pays(model, broken, always=True)
+        chosen = fuse(model, broken)
     assert chosen.num_fused == 0 and reason in chosen.reason and reason in caplog.text
     assert [type(module) for _, module in model.named_modules()] == before
-
-
-def test_what_is_slower_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama")
-    before = [type(module) for _, module in model.named_modules()]
-    monkeypatch.setattr(fused_layers, "_times", lambda model, switch: (0.99, 1.0))
-    chosen = fuse_where_it_pays(model, ByOperations())
-    assert str(chosen) == "as mlx-lm has them (a step of 8 rows takes 990.0 ms instead of 1000.0)"
-    assert [type(module) for _, module in model.named_modules()] == before
-    monkeypatch.setattr(fused_layers, "_times", lambda model, switch: (0.8, 1.0))
-    assert fuse_where_it_pays(model, ByOperations()).num_fused == 2
+    assert switch_of(model) is None
 
 
 def test_other_structures_stay() -> None:
     fields = {**vars(make_model().args), "model_type": "gemma2", "head_dim": 16}
     model: Any = gemma2.Model(gemma2.ModelArgs.from_dict(fields))
-    assert fuse_where_it_pays(model, ByOperations(), always=True).reason == "another structure"
+    assert fuse(model, ByOperations()).reason == "another structure"
     odd: Any = llama.Model(llama.ModelArgs.from_dict({**vars(make_model().args), "hidden_size": 60}))
-    assert fuse_where_it_pays(odd, ByOperations(), always=True).reason == "another structure"
+    assert fuse(odd, ByOperations()).reason == "another structure"
 
 
 def test_nothing_is_tried_where_it_is_not_wanted() -> None:
-    assert "as set" in str(choose_fused_layers(make_model(), "off"))
-    assert "a CPU's step" in str(choose_fused_layers(make_model(), "auto"))
+    assert "as set" in str(prepare_fused_layers(make_model(), "off"))
+    assert "a CPU's step" in str(prepare_fused_layers(make_model(), "auto"))

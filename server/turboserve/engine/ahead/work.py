@@ -34,7 +34,7 @@ from turboserve.engine.ahead.miniature import cut_layers
 from turboserve.engine.ahead.shares import Job
 from turboserve.engine.expanded_products import choose_expanded_products
 from turboserve.engine.fused_draw import device_dialect, untried_draws, verdict_for
-from turboserve.engine.fused_layers import choose_fused_layers
+from turboserve.engine.fused_layers import prepare_fused_layers
 from turboserve.engine.loaded_model import EngineParts, LoadedModel
 from turboserve.engine.mlx_lm_loading import load_with_mlx_lm
 from turboserve.engine.model_config import read_config
@@ -162,7 +162,7 @@ class Work:
         """All that a start-up has before its warm-up; means are assumed."""
         model, tokenizer = self._miniature()
         choose_projections(model, self._settings.projections)
-        choose_fused_layers(model, self._settings.projections)
+        prepare_fused_layers(model, self._settings.projections)
         choose_expanded_products(model, self._settings.projections)
         mx.synchronize()
         self._done()
