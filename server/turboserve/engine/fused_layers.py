@@ -7,9 +7,10 @@ computed:
   the MLP. The norm that follows, the next layer's or the model's last, finds its result there.
 - Queries and keys of one token, joined as they come from their projections (projections.py), are rotated in one launch.
 
-Layers are known by their structure, and believed when their steps give what mlx-lm's give. They take their new ways only
-while a graph is traced that is to be kept (turboquant_kv/cache/kept_graphs.py), and graph_choice.py finds out whether
-that one is faster: where Python builds each step anew, calling our kernel costs it more than the two operations do.
+Layers are known by their structure, and believed when their steps give what mlx-lm's give. They take their new ways
+only while a graph is traced that is to be kept (turboquant_kv/cache/kept_graphs.py), and graph_choice.py finds out
+whether that one is faster: where Python builds each step anew, calling our kernel costs it more than the two
+operations do.
 """
 
 from __future__ import annotations
