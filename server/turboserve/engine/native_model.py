@@ -2,7 +2,8 @@
 
 Where all decoder layers are the kernels' (native_blocks.py), what stands around them is an embedding, a norm and a
 head; a model is believed to be no more than that only when it gives what these give. A step of one token a row over one
-pool of compressed caches is then one call; everything else goes layer by layer.
+pool of compressed caches is then one call; everything else goes layer by layer. Steps of one token a row end in the
+kernels' norm and head either way, so that a row has the same bits beside rows of any format.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ _MOST_ERROR = 1e-3  # of the logits' size
 class ModelCall:
     """What a model computes decode steps with."""
 
-    def __init__(self, decoder: NativeDecoder, layers: Sequence[LayerCall]) -> None:
-        self._decoder, self._layers = decoder, list(layers)
+    def __init__(self, decoder: NativeDecoder, layers: Sequence[LayerCall], body: Module) -> None:
+        """body: of the model, whose norm can be left out (`_LastNorm`)."""
+        self._decoder, self._layers, self._body = decoder, list(layers), body
 
     def step(self, ids: npt.NDArray[np.int64], caches: Sequence[Any]) -> Floats | None:
         """Logits (B, N) after tokens (B,); None, and nothing is done, where it is no single call."""
@@ -62,6 +64,24 @@ class ModelCall:
         step.done()
         return logits
 
+    def layer_by_layer(self, tokens: mx.array, caches: Sequence[Any]) -> Floats:
+        """The same (B, N) after tokens (B, 1), over caches of any kind."""
+        self._body.norm.is_left_out = True
+        try:
+            rows = self._body(tokens, caches)
+        finally:
+            self._body.norm.is_left_out = False
+        return self._decoder.logits(np.ascontiguousarray(np.asarray(rows)[:, 0]))
+
+
+class _LastNorm(nn.RMSNorm):  # type: ignore[misc]
+    """A model's norm before the head, for a step in which the kernels compute both. One thread only."""
+
+    is_left_out = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x if self.is_left_out else cast(mx.array, super().__call__(x))
+
 
 def install_native_model(model: Any) -> bool:
     """Let the kernels compute decode steps of a model in one call; whether they do.
@@ -83,7 +103,8 @@ def install_native_model(model: Any) -> bool:
     if not _is_right(model, decoder):
         log.warning("native decode steps: %s differs from its layers with a norm and a head", type(model).__name__)
         return False
-    model._native = ModelCall(decoder, layers)
+    body.norm.__class__ = _LastNorm
+    model._native = ModelCall(decoder, layers, body)
     cls: Any = type(model)
     model.__class__ = _native_class(cls)
     return True
@@ -96,8 +117,9 @@ def _native_class(cls: type[Any]) -> type[Any]:
     def call(self: Any, inputs: mx.array, cache: Any = None, **more: Any) -> mx.array:
         if cache is not None and not more and inputs.ndim == 2 and inputs.shape[1] == 1:
             logits = self._native.step(np.asarray(inputs).astype(np.int64).reshape(-1), cache)
-            if logits is not None:
-                return mx.array(logits[:, None])
+            if logits is None:
+                logits = self._native.layer_by_layer(inputs, cache)
+            return mx.array(logits[:, None])
         return cast(mx.array, cls.__call__(self, inputs, cache, **more))
 
     def fill_caches(self: Any, inputs: mx.array, cache: Any) -> None:
