@@ -14,8 +14,9 @@ Sections, each a few minutes on a GPU; rows are written after every one, so that
     shape32b   decode and prefill of a Qwen2.5-32B shape with random 4-bit weights, in process, beside f16's cache
     cpu        eight streams beside one; the section for machines without a GPU
 
-By default all that make sense on the device. Where the baseline drops a connection, its BatchGenerator in this process
-stands in, without HTTP. Load and figures are turboserve.bench_client's, processes _servers.py's.
+By default all that make sense on the device. Beyond --baseline-streams, where the baseline's server drops connections,
+its BatchGenerator in this process stands in, without HTTP. Load and figures are turboserve.bench_client's, processes
+_servers.py's.
 """
 
 # ruff: noqa: E402 - OpenBLAS has to be in place before mlx is imported
@@ -25,11 +26,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import shutil
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -47,11 +45,11 @@ from turboquant_kv import blas
 blas.interpose()  # before MLX, like both servers
 
 import mlx.core as mx
-import numpy as np
 from _decode_steps import chained_step_s, random_caches
+from _in_process import generator_rate, own_step_s, prefilled_s
+from _memory_watch import MemoryWatch
 from _random_folders import SHAPES, make_folder, random_model
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.utils import load, load_tokenizer
+from mlx_lm.utils import load_tokenizer
 
 from turboquant_kv.cache.runtime import KVRuntime
 from turboquant_kv.codec.format import KVFormat
@@ -60,7 +58,8 @@ from turboserve.bench_client.asking import Clock, Outcome, Target, ask
 from turboserve.bench_client.figures import percentile, tokens_between
 from turboserve.bench_client.mix import Mix, Pace, Span, TokenScale
 from turboserve.bench_client.session import Plan, Server, measure
-from turboserve.engine.loading import build_parts
+from turboserve.engine.expanded_products import choose_expanded_products
+from turboserve.engine.scheduler import LARGE_GPU_PREFILL_TOKENS
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
 
@@ -78,7 +77,7 @@ class Bench:
     """Both servers with one model, and what is asked of them. A baseline that failed is started anew."""
 
     def __init__(self, args: argparse.Namespace, cache_dir: Path) -> None:
-        self.args, self._cache_dir = args, cache_dir
+        self.args, self.cache_dir = args, cache_dir
         self.tokenizer = load_tokenizer(args.model)
         self._open = {"ours": ExitStack(), "theirs": ExitStack()}
         self._seeds = itertools.count(time.time_ns() % (1 << 30))
@@ -167,7 +166,9 @@ def streams_section(bench: Bench) -> list[Row]:
     args, rows = bench.args, []
     for num_streams in args.streams:
         greedy = bench.mix(Span(args.prompt_tokens, args.prompt_tokens), args.answer_tokens)
-        ours, theirs = bench.both(bench.plan(greedy, num_streams))
+        plan = bench.plan(greedy, num_streams)
+        has_server = num_streams <= args.baseline_streams
+        ours, theirs = bench.both(plan) if has_server else (bench.alone(plan), None)
         rate = ours.medians["tokens_per_s"]
         if theirs is not None:
             base, whose = theirs.medians["tokens_per_s"], "mlx_lm.server"
@@ -179,11 +180,19 @@ def streams_section(bench: Bench) -> list[Row]:
         factor = STREAM_TARGETS.get(num_streams)
         name = f"{args.kv_format}, {num_streams} streams: all tokens/s beside {whose}"
         rows.append(Row.at_least(name, rate, "1/s", None if factor is None else factor * base, base))
+        if theirs is not None:
+            drawn = bench.mix(greedy.prompt_tokens, args.answer_tokens, temperature=1.0)
+            ours, theirs = bench.both(bench.plan(drawn, num_streams))
+            rate_drawn = ours.medians["tokens_per_s"]
+            drawn_base = None if theirs is None else theirs.medians["tokens_per_s"]
+            name = f"{args.kv_format}, {num_streams} streams, temperature 1: all tokens/s beside mlx_lm.server"
+            aim = None if factor is None or drawn_base is None else factor * drawn_base
+            rows.append(Row.at_least(name, rate_drawn, "1/s", aim, drawn_base))
         mix = bench.mix(greedy.prompt_tokens, args.answer_tokens, temperature=1.0, top_p=0.95)
         sampled = bench.alone(bench.plan(mix, num_streams)).medians["tokens_per_s"]
         name = f"{args.kv_format}, {num_streams} streams: temperature 1, top_p .95 beside greedy"
         rows.append(Row.at_least(name, sampled, "1/s", SAMPLED_TARGET * rate, rate))
-        print_rows(rows[-2:])
+        print_rows(rows[-3:])
     return rows
 
 
@@ -264,7 +273,8 @@ def overhead_section(bench: Bench) -> list[Row]:
     mix = bench.mix(Span(args.prompt_tokens, args.prompt_tokens), 2 * args.answer_tokens)
     served = bench.alone(Plan(mix, Pace(num_rows, num_requests=num_rows), args.rounds, num_rows, bench.left_s))
     step_s = num_rows / median_rate(served)
-    own_s = own_step_s(bench, num_rows, args.prompt_tokens + args.answer_tokens)
+    settings = Settings(model=str(args.model), kv_format=args.kv_format, cache_dir=bench.cache_dir)
+    own_s = own_step_s(settings, num_rows, args.prompt_tokens + args.answer_tokens, args.own_steps)
     name = f"{args.kv_format}, {num_rows} streams: server's time per token beside the model's step"
     return [
         Row.plain(f"{args.kv_format}, {num_rows} rows: a step as served beside the model's own", step_s, "s", own_s),
@@ -287,7 +297,7 @@ def shape32b_section(args: argparse.Namespace) -> list[Row]:
     for round_number in range(args.rounds + 1):
         for name, runtime in runtimes.items():
             caches = runtime.make_cache()
-            seconds = prefilled_s(model, runtime, caches, short)
+            seconds = prefilled_s(model, runtime, caches, short, CHUNK)
             step_s = chained_step_s(partial(model, cache=caches), 1, args.shape_steps)
             if round_number:  # the first one compiles
                 speeds.setdefault((name, "prefill"), []).append(short / seconds)
@@ -308,6 +318,40 @@ def shape32b_section(args: argparse.Namespace) -> list[Row]:
             num_tokens = long if figure == "long decode" else short
             label = f"32B shape, {name}, {num_tokens} tokens: {figure.removeprefix('long ')} beside f16"
             rows.append(Row.at_least(label, value, "1/s", factor * base, base))
+    del held, caches
+    mx.clear_cache()
+    return rows + expanded_rows(
+        args, model, runtimes, {name: statistics.median(speeds[name, "prefill"]) for name in names}
+    )
+
+
+def expanded_rows(
+    args: argparse.Namespace, model: Any, runtimes: dict[str, KVRuntime], stored: dict[str, float]
+) -> list[Row]:
+    """Prefill in a large GPU's chunks by weights that are expanded for each product, where a trial has it so.
+
+    stored: tokens/s by weights as they are stored, of each runtime.
+    """
+    chosen = choose_expanded_products(model, "auto")
+    print(f"prompts      {chosen}", flush=True)
+    if not any(trial.least_rows for trial in chosen.trials):
+        return []
+    num_tokens, speeds = args.shape_tokens[0], dict[str, list[float]]()
+    for round_number in range(args.rounds + 1):
+        for name, runtime in runtimes.items():
+            caches = runtime.make_cache()
+            seconds = prefilled_s(model, runtime, caches, num_tokens, LARGE_GPU_PREFILL_TOKENS)
+            if round_number:
+                speeds.setdefault(name, []).append(num_tokens / seconds)
+            runtime.release(caches)
+            del caches
+            mx.clear_cache()
+    found = {name: statistics.median(one) for name, one in speeds.items()}
+    what = f"{num_tokens} tokens: prefill, weights expanded,"
+    rows = [Row.plain(f"32B shape, f16, {what} beside weights as stored", found["f16"], "1/s", stored["f16"])]
+    for name in args.shape_formats:
+        aim = SHAPE_TARGETS["prefill"] * found["f16"]
+        rows.append(Row.at_least(f"32B shape, {name}, {what} beside f16", found[name], "1/s", aim, found["f16"]))
     return rows
 
 
@@ -392,88 +436,6 @@ async def disturbed_gaps(bench: Bench, target: Target, prompt_tokens: int) -> li
     return [b - a for a, b in itertools.pairwise(running.chunk_s) if b > intruder.sent_s and a < until]
 
 
-def generator_rate(folder: Path, num_streams: int, prompt_tokens: int, answer_tokens: int) -> float:
-    """All tokens/s of mlx-lm's BatchGenerator in this process, prefill included; the better of two runs."""
-    model, _ = load(str(folder))[:2]
-    rates = []
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        prompts = rng.integers(1, 1000, (num_streams, prompt_tokens)).tolist()
-        generator: Any = BatchGenerator(model, completion_batch_size=num_streams)
-        began = time.perf_counter()
-        generator.insert(prompts, [answer_tokens] * num_streams)
-        num_tokens = 0
-        while responses := generator.next_generated():
-            num_tokens += len(responses)
-        rates.append(num_tokens / (time.perf_counter() - began))
-        generator.close()
-    return max(rates)
-
-
-def own_step_s(bench: Bench, num_rows: int, num_tokens: int) -> float:
-    """Seconds of the model's batched step in this process, loaded as the server loads it."""
-    settings = Settings(model=str(bench.args.model), kv_format=bench.args.kv_format, cache_dir=bench._cache_dir)
-    parts = build_parts(settings, lambda line: None)
-    model, runtime, rng = parts.loaded.model, parts.runtime, np.random.default_rng(0)
-    singles = []
-    for _ in range(num_rows):
-        caches = runtime.make_cache()
-        model(mx.array(rng.integers(1, 1000, (1, num_tokens))), cache=caches)
-        runtime.evaluate(caches)
-        singles.append(caches)
-    batch = runtime.merge_rows(singles)
-    seconds = chained_step_s(partial(model, cache=batch), num_rows, bench.args.own_steps)
-    for caches in [batch, *singles]:
-        runtime.release(caches)
-    mx.clear_cache()
-    return seconds
-
-
-def prefilled_s(model: Any, runtime: KVRuntime, caches: list[Any], num_tokens: int) -> float:
-    """Seconds to take in a random prompt in chunks."""
-    tokens = mx.random.randint(0, 1000, (1, num_tokens))
-    mx.eval(tokens)
-    began = time.perf_counter()
-    for first in range(0, num_tokens, CHUNK):
-        model(tokens[:, first : first + CHUNK], cache=caches)
-        runtime.evaluate(caches)
-    mx.synchronize()
-    return time.perf_counter() - began
-
-
-class MemoryWatch:
-    """How much memory a server took while it was watched: of the GPU, or of the process where there is none."""
-
-    def __init__(self, served: Served) -> None:
-        self._served, self._before, self._most = served, 0, 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> MemoryWatch:
-        self._before = self._most = self._used()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def grown_bytes(self) -> int:
-        return self._most - self._before
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.25):
-            self._most = max(self._most, self._used())
-
-    def _used(self) -> int:
-        if shutil.which("nvidia-smi") is None or mx.default_device() == mx.Device(mx.cpu):
-            return self._served.resident_bytes
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return sum(int(line) for line in done.stdout.split() if line.isdigit()) << 20
-
-
 # --- choosing
 
 SERVED: dict[str, Callable[[Bench], list[Row]]] = {
@@ -500,12 +462,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--flag", action="append", default=[], help="more for `turboserve serve`, as --flag=--x=y")
     sizes = parser.add_argument_group("sizes, in tokens or as they are called")
     sizes.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
+    sizes.add_argument("--baseline-streams", type=int, default=8, help="of more, its generator stands in")
     sizes.add_argument("--requests", type=int, default=1, help="of each stream in a round")
     sizes.add_argument("--prompt-tokens", type=int, default=300)
     sizes.add_argument("--answer-tokens", type=int, default=128)
     sizes.add_argument("--ragged", type=int, nargs=2, default=[1024, 16384], help="shortest and longest prompt")
     sizes.add_argument("--ragged-streams", type=int, default=8)
-    sizes.add_argument("--ragged-answer", type=int, default=512)
+    sizes.add_argument("--ragged-answer", type=int, default=1536)
     sizes.add_argument("--arrivals", type=int, nargs="+", default=[8, 32])
     sizes.add_argument("--long-prompt", type=int, default=5000)
     sizes.add_argument("--intruder", type=int, default=16384)
