@@ -83,7 +83,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     _honoured("seed", "64-bit integer; -1 and none: random; further choices of `n` count on from it"),
     _honoured(
         "max_tokens max_completion_tokens n_predict",
-        "1 to 1,000,000, or -1 for no limit of the caller's; several only if equal; what the context holds",
+        "1 to 1,000,000, or -1 for no limit of the caller's; several only if equal; the setting "
+        "`default_max_tokens` (4,096; 0: none), at most what the context holds",
     ),
     _honoured("min_tokens", "up to `max_tokens`; before these no end token is drawn; 0"),
     _honoured(
