@@ -21,6 +21,7 @@ import pytest
 from tests.e2e.server import Server
 
 from turboserve.cli.conversations import Conversations
+from turboserve.cli.figures import amount
 from turboserve.cli.main import main
 
 SECONDS = 60.0
@@ -63,6 +64,20 @@ def unnamed_sessions(server: Server) -> list[str]:
     """Sessions of chats whose users named none."""
     found = server.get("/v1/sessions?limit=100").json()["data"]
     return [one["id"] for one in found if one["id"].startswith("chat-")]
+
+
+def test_the_last_lines_at_start_are_those_that_one_needs(server: Server) -> None:
+    """Behind a blank line: the lines before them are many, and for operators."""
+    deadline = time.monotonic() + SECONDS
+    while not any("curl" in line for line in server.lines) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ready = server.lines.index(f"Ready: turboserve-tiny at {server.url}\n")
+    stats = server.get("/v1/kv/stats").json()
+    shown = [line for line in server.lines[ready:] if " INFO " not in line]  # the log comes down the same pipe
+    assert server.lines[ready - 1] == "\n" and len(shown) < 8
+    said = "".join(shown)
+    for needed in (f"{server.url}/v1, ", f"{server.url}/ ", "4/3, ", amount(stats["kv_budget_bytes"]), "  curl http"):
+        assert needed in said, said
 
 
 def test_a_pipe_gets_the_answer_alone(server: Server) -> None:

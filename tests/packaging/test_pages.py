@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from turboserve import errors
+from turboserve.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -68,6 +69,21 @@ def test_the_readme_is_two_screens() -> None:
     assert len(text.splitlines()) <= 100 and max(map(len, text.splitlines())) <= 130
     assert "![" in text and "docs/images/dashboard.png" in text and "docs/size-and-quality.svg" in text
     assert [line for line in text.splitlines() if line.startswith("## ")][-2:] == ["## Limits", "## More"]
+
+
+def test_pages_say_how_long_an_answer_may_be() -> None:
+    """Where somebody asks for the first time, and where parameters are listed."""
+    number = Settings().default_max_tokens
+    for page in ("README.md", "docs/quickstart.md"):
+        assert re.search(rf"Without\s`max_tokens`[^.]*\b{number:,}\stokens", (ROOT / page).read_text("utf-8")), page
+    assert f"`default_max_tokens` ({number:,}" in (DOCS / "api.md").read_text("utf-8")
+    assert f"`default_max_tokens` ({number:,}" in (DOCS / "routes.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_pages_that_begin_with_make_serve_say_where_the_command_is(page: str) -> None:
+    before, found, _ = (ROOT / page).read_text("utf-8").partition("```sh\nturboserve serve mlx-community")
+    assert found and "`.venv/bin/turboserve`" in before and "`source .venv/bin/activate`" in before
 
 
 def test_the_plan_on_paper_is_what_the_arithmetic_gives(monkeypatch: pytest.MonkeyPatch) -> None:

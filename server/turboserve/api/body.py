@@ -103,11 +103,23 @@ def parse_object(body: bytes) -> dict[str, object]:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
+        _check_is_utf8(body)
         raise InvalidRequestError(f"The body is not valid JSON: {exc}.") from exc
     if not isinstance(value, dict):
         raise InvalidRequestError("The body must be a JSON object.")
     _check_shape(value)
     return value
+
+
+def _check_is_utf8(body: bytes) -> None:
+    """Raises InvalidRequestError: of any such body orjson says that its first character is a wrong surrogate."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidRequestError(
+            f"The body is not valid UTF-8: the byte at position {exc.start} is no part of a character. "
+            "JSON is sent as UTF-8, not as Latin-1 or UTF-16."
+        ) from None
 
 
 def check_counts(body: bytes) -> None:

@@ -70,8 +70,10 @@ TokenLimit = Annotated[NumTokens | Unlimited, Whole]
 NumThoughts = Annotated[Annotated[int, Field(ge=0, le=MAX_TOKENS)] | Unlimited, Whole]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(ge=0.01, le=10)]  # logits divided by less would leave float32
-GrammarText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]
-Options = Annotated[list[StopText], FirstError(), Field(max_length=MAX_OPTIONS)]
+# Empty is not "not given": who sends an empty rule would take any text for an answer that follows it.
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+Options = Annotated[list[StopText], FirstError(), Field(min_length=1, max_length=MAX_OPTIONS)]
+SchemaText = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]  # empty is no JSON, and refused as such
 Schema = dict[str, Any]  # a JSON schema; the engine says what of it cannot be enforced
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -263,9 +265,9 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class StructuredOutputs(OpenModel):
-    """vLLM's constraints; one of them at most."""
+    """vLLM's constraints: exactly one of them, unless all that are given are null or false."""
 
-    json_: Annotated[Schema | GrammarText | None, Field(alias="json")] = None
+    json_: Annotated[Schema | SchemaText | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: GrammarText | None = None
     choice: Options | None = None
@@ -346,7 +348,7 @@ class SamplingBody(OpenModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     json_schema: Schema | None = None
-    guided_json: Schema | GrammarText | None = None
+    guided_json: Schema | SchemaText | None = None
     guided_regex: GrammarText | None = None
     guided_choice: Options | None = None
     guided_grammar: GrammarText | None = None

@@ -97,7 +97,7 @@ def _plain(functions: Sequence[Function]) -> tuple[Mapping[str, object], ...]:
 
 
 class _Given(NamedTuple):
-    """A constraint as a field of the body spells it; `value` None or empty text: not given."""
+    """A constraint as a field of the body spells it; `value` None: not given."""
 
     param: str
     kind: ConstraintKind
@@ -107,6 +107,11 @@ class _Given(NamedTuple):
 def constraint(body: SamplingBody) -> Constraint | None:
     """The one constraint on the answer's text, None for any text. Raises InvalidRequestError where there are two."""
     outputs = body.structured_outputs
+    if outputs is not None and not outputs.model_fields_set:
+        raise InvalidRequestError(
+            "structured_outputs: expected one of json, json_object, regex, choice and grammar.",
+            param="structured_outputs",
+        )
     fields = [
         _response_format(body.response_format),
         _Given("json_schema", "json_schema", body.json_schema),
@@ -118,12 +123,12 @@ def constraint(body: SamplingBody) -> Constraint | None:
     if outputs is not None:
         fields += [
             _Given("structured_outputs.json", "json_schema", outputs.json_),
-            _Given("structured_outputs.json_object", "json_object", "" if not outputs.json_object else "{}"),
+            _Given("structured_outputs.json_object", "json_object", "{}" if outputs.json_object else None),
             _Given("structured_outputs.regex", "regex", outputs.regex),
             _Given("structured_outputs.choice", "choice", outputs.choice),
             _Given("structured_outputs.grammar", "lark", outputs.grammar),
         ]
-    given = [field for field in fields if field.value is not None and field.value not in ("", [])]
+    given = [field for field in fields if field.value is not None]
     if len(given) > 1:
         raise InvalidRequestError(
             f"{given[1].param}: {given[0].param} constrains the answer already.", param=given[1].param

@@ -62,6 +62,11 @@ def _refused(names: str, note: str, *neutral: object) -> Parameter:
     return Parameter(tuple(names.split()), "refused", note, neutral)
 
 
+def _always_refused(names: str, note: str) -> Parameter:
+    """Of these, an empty value asks for something too."""
+    return Parameter(tuple(names.split()), "refused", note, nothing=(None,))
+
+
 PARAMETERS: tuple[Parameter, ...] = (
     _honoured("messages", "1 to 4096 messages, see below; required"),
     _honoured("model", "the served model's id; without it the served model"),
@@ -78,7 +83,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     _honoured("seed", "64-bit integer; -1 and none: random; further choices of `n` count on from it"),
     _honoured(
         "max_tokens max_completion_tokens n_predict",
-        "1 to 1,000,000, or -1 for no limit of the caller's; several only if equal; what the context holds",
+        "1 to 1,000,000, or -1 for no limit of the caller's; several only if equal; the setting "
+        "`default_max_tokens` (4,096; 0: none), at most what the context holds",
     ),
     _honoured("min_tokens", "up to `max_tokens`; before these no end token is drawn; 0"),
     _honoured(
@@ -146,11 +152,8 @@ PARAMETERS: tuple[Parameter, ...] = (
     _ignored("verbosity", "for OpenAI's models; ask for brevity in the messages", "medium"),
     _refused("modalities", "answers are text", ["text"]),
     _refused("audio", "answers are text"),
-    Parameter(
-        ("web_search_options",),
-        "refused",
-        "nothing is looked up, also where `{}` asks for it; offer a search as a function",
-        nothing=(None,),
+    _always_refused(
+        "web_search_options", "nothing is looked up, also where `{}` asks for it; offer a search as a function"
     ),
     _refused("moderation", "nothing is moderated"),
     # vLLM, SGLang, text-generation-inference
@@ -174,12 +177,15 @@ PARAMETERS: tuple[Parameter, ...] = (
     _refused("suffix", "chat completions have none"),
     _refused("documents", "put them into the messages"),
     _refused("chat_template", "the served model's own is used"),
-    _refused("allowed_token_ids bad_words logprob_token_ids", "use logit_bias or a constraint"),
+    _refused("bad_words logprob_token_ids", "use logit_bias or a constraint"),
+    _always_refused("allowed_token_ids", "use logit_bias or a constraint; `[]`, which allows none, is refused too"),
     _refused(
         "logits_processors custom_logit_processor repetition_detection vllm_xargs", "no code of callers runs here"
     ),
     _refused("kv_transfer_params ec_transfer_params", "caches stay on this server"),
-    _refused("regex ebnf structural_tag", "use guided_regex, guided_grammar or response_format"),
+    _always_refused(
+        "regex ebnf structural_tag", "use guided_regex, guided_grammar or response_format; empty ones are refused too"
+    ),
     _refused("lora lora_path lora_request", "one model is served as it is"),
     _refused("watermark watermarking", "answers carry no mark"),
     # llama.cpp, text-generation-webui, Ollama, LM Studio, Open WebUI, OpenRouter

@@ -16,6 +16,9 @@ from turboserve.errors import InvalidRequestError, UnknownParameterError
 
 Body = TypeVar("Body", bound=BaseModel)
 
+QUOTE = "'"
+CONSTRAINTS = ("guided_", "structured_outputs.")  # where empty may have been meant as "none"
+
 
 def validated(model: type[Body], body: Mapping[str, object], *, is_strict: bool = False) -> Body:
     """The body as a model. Raises InvalidRequestError or UnknownParameterError, naming the parameter.
@@ -26,7 +29,7 @@ def validated(model: type[Body], body: Mapping[str, object], *, is_strict: bool 
         return model.model_validate(body, extra="forbid" if is_strict else None, context={"is_strict": is_strict})
     except ValidationError as exc:
         # pydantic's text quotes the input; `from None` keeps prompts out of tracebacks.
-        errors = exc.errors(include_url=False, include_context=False, include_input=False)
+        errors = exc.errors(include_url=False, include_input=False)
         raise complaint(errors, body) from None
 
 
@@ -53,13 +56,32 @@ def _explain(error: ErrorDetails, path: tuple[int | str, ...]) -> InvalidRequest
         return UnknownParameterError(f"Unknown parameter: {param}.", param=param)
     if error["type"] == "missing":
         return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
-    if error["type"].startswith("union_tag"):  # pydantic's text would quote what was sent
-        return InvalidRequestError(f"{param}: its role or type is missing or not a known one.", param=param)
+    if error["type"].startswith("union_tag"):
+        return _of_a_tag(error, param)
+    if error["type"] in ("too_short", "string_too_short"):  # no list and no text has to be longer than 1
+        return InvalidRequestError(f"{param}: {_instead_of_empty(param)}.", param=param)
     if param.startswith("messages[") and param.endswith("].type"):
         return InvalidRequestError(f"{param}: only text content is supported.", param=param)
     if param.startswith("tool") and param.endswith(".type"):
         return InvalidRequestError(f"{param}: only functions are supported.", param=param)
     return InvalidRequestError(f"{param}: {error['msg']}.", param=param)
+
+
+def _of_a_tag(error: ErrorDetails, param: str) -> InvalidRequestError:
+    """A role or type that is missing or unknown. pydantic's text would quote what was sent."""
+    context = error["ctx"]
+    param = f"{param}.{context['discriminator'].strip(QUOTE)}"
+    if "expected_tags" not in context:
+        return InvalidRequestError(f"Missing required parameter: {param}.", param=param)
+    return InvalidRequestError(f"{param}: expected {context['expected_tags']}.", param=param)
+
+
+def _instead_of_empty(param: str) -> str:
+    if param == "messages":
+        return 'send at least one, such as {"role": "user", "content": "Hello"}'
+    if param.startswith(CONSTRAINTS) and not param.endswith("]"):
+        return "must not be empty; leave it out, or send null, for any text"
+    return "must not be empty"
 
 
 def json_path(error: ErrorDetails, body: Mapping[str, object]) -> tuple[int | str, ...]:

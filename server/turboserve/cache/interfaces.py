@@ -181,7 +181,7 @@ class SessionDisk(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """Whether other servers write into it as well; else the next three say nothing."""
+        """Whether other servers write into it as well; else the next five say nothing."""
         ...
 
     def key_for(self, salt: str, session_id: str) -> str | None:
@@ -194,6 +194,17 @@ class SessionDisk(Protocol):
 
     def changes(self) -> list[StoredEntry | str]:
         """What other servers have done since the last call: entries that are new, keys of those that are gone."""
+        ...
+
+    def claim(self, key: str) -> bool:
+        """Whether a new session may be made under this key; False: another server is doing that, or writes there.
+
+        Until what is put there was written no other server may. `settle` follows, whether or not something was put.
+        """
+        ...
+
+    def settle(self, key: str) -> None:
+        """The session was made and put, or it was not: then the claim ends now."""
         ...
 
     def put(self, key: str, meta: Meta, header: Header, arrays: Arrays) -> bool:
@@ -242,3 +253,10 @@ class OwnDisk:
     def changes(self) -> list[StoredEntry | str]:
         """As SessionDisk."""
         return []
+
+    def claim(self, key: str) -> bool:
+        """As SessionDisk."""
+        return True
+
+    def settle(self, key: str) -> None:
+        """As SessionDisk."""

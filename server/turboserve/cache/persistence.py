@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,23 @@ class Persistence:
         key = None if self.disk is None else self.disk.key_for(salt, session_id)
         entry = self.disk.refresh(key) if self.disk is not None and key is not None else None
         return None if entry is None else self._from_entry(entry)
+
+    @contextmanager
+    def claimed(self, salt: str, session_id: str) -> Iterator[bool]:
+        """Whether a session may be made under a name that no other server makes one under meanwhile.
+
+        Where the name is this server's, it stays so until what is saved in the context was written.
+        """
+        key = None if self.disk is None else self.disk.key_for(salt, session_id)
+        if self.disk is None or key is None:
+            yield True
+            return
+        is_mine = self.disk.claim(key)
+        try:
+            yield is_mine
+        finally:
+            if is_mine:
+                self.disk.settle(key)
 
     def changes(self) -> tuple[list[Conversation], set[str]]:
         """What other servers have stored since the last call, and keys of files that are gone."""

@@ -5,6 +5,9 @@ A command names its caller's salt, and nothing beyond that is seen. Raises the e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from turboserve.cache.idle import IdleConversations
@@ -85,8 +88,8 @@ class SessionCommands:
                 return self._transfers.copy_of(self._holder(command.tenant, command.session_id))
             case CheckImport():
                 self._transfers.check(command.fields)
-                self._check_name(command.tenant, command.session_id)
-                return None
+                with self._new_name(command.tenant, command.session_id):
+                    return None
             case ImportSession():
                 return self._import(command, now_s)
 
@@ -119,7 +122,11 @@ class SessionCommands:
         salt = command.tenant
         holder = self._holder(salt, command.session_id)
         name = command.new_id or new_id()
-        self._check_name(salt, name)
+        with self._new_name(salt, name):
+            return self._fork_as(name, holder, now_s)
+
+    def _fork_as(self, name: str, holder: Holder, now_s: float) -> SessionInfo:
+        salt = holder.salt
         pushed_out = self._quotas.check_new_session(salt, name, holder.session)
         caches, tokens = self._fork_caches(holder, now_s)
         runtime = self._ledger.family.runtime(holder.kv_format)
@@ -137,17 +144,32 @@ class SessionCommands:
         self._take_in(forked, pushed_out, now_s)
         return self._info(forked)
 
-    def _check_name(self, salt: str, name: str) -> None:
-        """Raises SessionExistsError when a new session cannot have it."""
-        if name in self._holders(salt):
-            raise SessionExistsError(
-                f"There is a session {name[:128]!r} already: choose another id, or delete it first.", param="id"
-            )
+    @contextmanager
+    def _new_name(self, salt: str, name: str) -> Iterator[None]:
+        """The name is a new session's. Raises SessionExistsError where there is one, here or in a shared folder.
+
+        What other servers have stored is looked at once none of them can store more.
+        """
+        with self._persistence.claimed(salt, name) as is_free:
+            if not is_free:
+                raise SessionExistsError(
+                    f"Another server writes a session {name[:128]!r} now: choose another id, or try again later.",
+                    param="id",
+                )
+            self._idle.look_up(salt, name)
+            if name in self._holders(salt):
+                raise SessionExistsError(
+                    f"There is a session {name[:128]!r} already: choose another id, or delete it first.", param="id"
+                )
+            yield
 
     def _import(self, command: ImportSession, now_s: float) -> SessionInfo:
         """A named session with what another server computed; all is checked again, for time has passed."""
         self._transfers.check(command.fields)
-        self._check_name(command.tenant, command.session_id)
+        with self._new_name(command.tenant, command.session_id):
+            return self._take(command, now_s)
+
+    def _take(self, command: ImportSession, now_s: float) -> SessionInfo:
         pushed_out = self._quotas.check_new_session(command.tenant, command.session_id)
         num_bytes = sum(array.nbytes for array in command.arrays)
         if not self._room.make(Need(num_bytes), now_s):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,12 +22,14 @@ from turboquant_kv.codec.format_name import PLAIN_FORMAT, PRESETS
 from turboserve import __version__
 from turboserve.cache.disk import check as disk_check
 from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
+from turboserve.cli.progress import Bars
 from turboserve.errors import StartupError
 from turboserve.machine_memory import detect_memory
 from turboserve.settings import AUTO_FORMAT, Settings
 
 Level = Literal["ok", "warning", "failed"]
 MiB, GiB = 1 << 20, 1 << 30
+NAME_WIDTH = len("compiled kernels")  # the longest: the first line is written before the others are known
 SHOWN_PACKAGES = ("mlx", "mlx-lm", "transformers", "fastapi", "uvicorn", "numpy")
 MIN_MEMORY_BYTES = GiB  # the embedded model with its caches and the Python runtime
 
@@ -228,26 +229,39 @@ def check_store(folder: Path) -> Finding:
     return Finding(name, "ok", detail)
 
 
-def run_checks(settings: Settings) -> list[Finding]:
-    """All findings, in the order in which one depends on another."""
-    checks: tuple[Callable[[], Finding | None], ...] = (
-        check_python,
-        check_versions,
-        lambda: check_backend(settings),
-        check_blas,
-        lambda: check_kv_backend(settings),
-        lambda: check_layers(settings),
-        check_compiler,
-        check_memory,
-        lambda: check_cache_dir(settings),
-        check_compiled,
+def run_checks(settings: Settings) -> Iterator[Finding]:
+    """Findings as they are made, in the order in which one depends on another. A terminal shows what is looked at."""
+    checks: tuple[tuple[str, Callable[[], Finding | None]], ...] = (
+        ("Python", check_python),
+        ("packages", check_versions),
+        ("importing MLX", lambda: check_backend(settings)),
+        ("multiplying with BLAS", check_blas),
+        ("trying what computes attention", lambda: check_kv_backend(settings)),
+        ("trying what multiplies by weights", lambda: check_layers(settings)),
+        ("compiler", check_compiler),
+        ("memory", check_memory),
+        ("cache folder", lambda: check_cache_dir(settings)),
+        ("compiled kernels", check_compiled),
     )
-    return [finding for check in checks if (finding := check()) is not None]
+    bars = Bars()
+    for what, check in checks:
+        with bars.step(what):
+            finding = check()
+        if finding is not None:
+            yield finding
 
 
-def report(findings: list[Finding]) -> int:
-    """Print the findings. Returns the exit status: 1 when one failed."""
-    width = max(len(finding.name) for finding in findings)
+def verify_store(folder: Path) -> Iterator[Finding]:
+    """As `check_store`, while a terminal shows that it is at work: every file is read."""
+    with Bars().step(f"verifying {folder}"):
+        finding = check_store(folder)
+    yield finding
+
+
+def report(findings: Iterable[Finding]) -> int:
+    """Print each finding as soon as it is made. Returns the exit status: 1 when one failed."""
+    say, status = Bars(), 0
     for finding in findings:
-        sys.stdout.write(f"{finding.level:<8} {finding.name:<{width}}  {finding.detail}\n")
-    return int(any(finding.level == "failed" for finding in findings))
+        say(f"{finding.level:<8} {finding.name:<{NAME_WIDTH}}  {finding.detail}")
+        status |= finding.level == "failed"
+    return int(status)

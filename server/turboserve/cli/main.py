@@ -167,7 +167,7 @@ def doctor_command(
 ) -> None:
     """Check this machine; exit status 1 when the server could not run, or a session store is damaged."""
     if store is not None:
-        raise typer.Exit(doctor.report([doctor.check_store(store)]))
+        raise typer.Exit(doctor.report(doctor.verify_store(store)))
     settings = config.resolve({"cache_dir": cache_dir}, config_file)
     raise typer.Exit(doctor.report(doctor.run_checks(settings)))
 

@@ -18,6 +18,7 @@ from turboserve import logs
 from turboserve.api import http_server
 from turboserve.api.app import create_app
 from turboserve.cli.backend import device_name, keep_compiled_kernels, load_backend
+from turboserve.cli.figures import amount
 from turboserve.cli.progress import Bars
 from turboserve.cli.rank_guard import Guard, end_now
 from turboserve.errors import StartupError
@@ -30,6 +31,7 @@ ROUTER_KEY_VARIABLE = "TURBOSERVE_ROUTER_KEY"
 if TYPE_CHECKING:
     from turboserve.api.drain import Drain
     from turboserve.engine.engine import TurboEngine
+    from turboserve.messages import EngineStats
 
 
 def run(settings: Settings, guard: Guard | None = None) -> None:
@@ -144,9 +146,22 @@ class _Starter:
             self._drain.begin()  # ends `http_server.run`
             return
         self.is_settled = True
+        if not self._is_behind_router:
+            self._progress("")
         self._progress(f"Ready: {self._engine.model_id} at {url}")  # a router reads this line
         if not self._is_behind_router:
+            for line in essential_lines(url, self._engine.stats()):
+                self._progress(line)
             self._progress(f"\n{curl_line(url, self._engine.model_id, self._settings)}\n")
+
+
+def essential_lines(url: str, stats: EngineStats) -> list[str]:
+    """What somebody who starts a server for the first time looks for among the other lines."""
+    return [
+        f"  clients    {url}/v1, as the base URL of OpenAI's",
+        f"  browser    {url}/ is the dashboard, {url}/docs the API",
+        f"  KV caches  {stats.kv_format}, {amount(stats.kv_budget_bytes)} for all conversations",
+    ]
 
 
 def curl_line(url: str, model_id: str, settings: Settings) -> str:

@@ -15,6 +15,7 @@ from tests.turboserve.api.test_chat import events_of
 
 from turboserve.messages import Constraint
 
+HI = {"role": "user", "content": "hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Now.", "parameters": CITY}}
 TIME = {"type": "function", "function": {"name": "get_time"}}
@@ -211,7 +212,9 @@ def test_history_has_one_spelling(client: httpx.Client, service: Service) -> Non
         ({"guided_regex": "a+"}, Constraint("regex", "a+", "guided_regex")),
         ({"guided_choice": ["a", "b"]}, Constraint("choice", '["a","b"]', "guided_choice")),
         ({"guided_grammar": 'start: "a"'}, Constraint("lark", 'start: "a"', "guided_grammar")),
-        ({"guided_regex": "", "guided_choice": [], "guided_json": None}, None),
+        ({"guided_json": {}}, Constraint("json_schema", "{}", "guided_json")),  # any JSON
+        ({"json_schema": {}}, Constraint("json_schema", "{}", "json_schema")),
+        ({"guided_regex": None, "guided_choice": None, "guided_json": None, "guided_grammar": None}, None),
         (
             {"structured_outputs": {"json": CITY}},
             Constraint("json_schema", json.dumps(CITY), "structured_outputs.json"),
@@ -223,7 +226,8 @@ def test_history_has_one_spelling(client: httpx.Client, service: Service) -> Non
         ({"structured_outputs": {"regex": "a+"}}, Constraint("regex", "a+", "structured_outputs.regex")),
         ({"structured_outputs": {"choice": ["a"]}}, Constraint("choice", '["a"]', "structured_outputs.choice")),
         ({"structured_outputs": {"grammar": "g"}}, Constraint("lark", "g", "structured_outputs.grammar")),
-        ({"structured_outputs": {}}, None),
+        ({"structured_outputs": {"regex": None, "choice": None}}, None),
+        ({"structured_outputs": {"json_object": False}}, None),
     ],
 )
 def test_constraints_reach_the_engine(
@@ -244,18 +248,40 @@ def test_constraints_reach_the_engine(
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": "json"}, "response_format"),
         ({"guided_json": "no JSON"}, "guided_json"),
         ({"guided_json": "[]"}, "guided_json"),
         ({"guided_choice": [1]}, "guided_choice[0]"),
+        ({"guided_choice": [""]}, "guided_choice[0]"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_grammar": ""}, "guided_grammar"),
+        ({"guided_json": ""}, "guided_json"),
+        ({"guided_json": " "}, "guided_json"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": ""}}, "structured_outputs.json"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
     ],
 )
 def test_bad_constraints_are_400_with_their_place(ask: Ask, body: dict[str, Any], param: str) -> None:
     reply = ask(**body)
     assert (reply.status_code, error_of(reply)["param"]) == (400, param)
+
+
+def test_an_empty_constraint_is_refused_with_what_to_send_instead(client: httpx.Client) -> None:
+    """It used to be taken as absent: the answer was any text at all."""
+    for path, prompt in (("/v1/chat/completions", {"messages": [HI]}), ("/v1/completions", {"prompt": "hi"})):
+        empties: list[dict[str, Any]] = [{"guided_regex": ""}, {"guided_choice": []}]
+        for empty in (*empties, {"structured_outputs": {"grammar": ""}}):
+            error = error_of(client.post(path, json={**prompt, **empty}))
+            assert str(error["message"]).endswith("must not be empty; leave it out, or send null, for any text.")
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -267,18 +293,18 @@ def nested(depth: int) -> dict[str, Any]:
 
 def test_what_is_too_deep_to_be_written_again_is_400(client: httpx.Client) -> None:
     """Bodies could be read to a greater depth than anything behind them can be written again from."""
-    hi, deep = {"role": "user", "content": "hi"}, nested(400)
+    deep = nested(400)
     call = {"function": {"name": "f", "arguments": deep}}
     use = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": deep}]}
     text = {"format": {"type": "json_schema", "name": "x", "schema": deep}}
     for path, body in (
-        ("/v1/chat/completions", {"messages": [hi], "guided_json": deep}),
-        ("/v1/chat/completions", {"messages": [hi], "tools": [{"function": {"name": "f", "parameters": deep}}]}),
-        ("/v1/chat/completions", {"messages": [hi, {"role": "assistant", "tool_calls": [call]}, hi]}),
-        ("/v1/messages", {"max_tokens": 1, "messages": [hi, use]}),
+        ("/v1/chat/completions", {"messages": [HI], "guided_json": deep}),
+        ("/v1/chat/completions", {"messages": [HI], "tools": [{"function": {"name": "f", "parameters": deep}}]}),
+        ("/v1/chat/completions", {"messages": [HI, {"role": "assistant", "tool_calls": [call]}, HI]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [HI, use]}),
         ("/v1/responses", {"input": "hi", "text": text}),
         ("/v1/responses", {"input": "hi", "tools": [{"type": "function", "name": "x", "parameters": deep}]}),
-        ("/api/chat", {"model": MODEL_ID, "messages": [hi, {"role": "assistant", "tool_calls": [call]}]}),
+        ("/api/chat", {"model": MODEL_ID, "messages": [HI, {"role": "assistant", "tool_calls": [call]}]}),
     ):
         reply = client.post(path, json=body)
         assert reply.status_code == 400 and "nested too deeply" in reply.text, (path, reply.text)

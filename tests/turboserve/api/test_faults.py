@@ -11,6 +11,7 @@ from tests.turboserve.api.conftest import Ask, Service, error_of
 
 CHAT = "/v1/chat/completions"
 JSON_TYPE = {"content-type": "application/json"}
+HI = {"role": "user", "content": "hi"}
 VALID = b'{"messages":[{"role":"user","content":"hi"}]}'
 
 
@@ -121,10 +122,10 @@ def test_bad_value_is_400_naming_the_parameter(ask: Ask, name: str, value: objec
         ("hi", "messages"),
         ({}, "messages"),
         ([1], "messages[0]"),
-        ([{}], "messages[0]"),
-        ([{"content": "x"}], "messages[0]"),
-        ([{"role": "alien", "content": "x"}], "messages[0]"),
-        ([{"role": 5, "content": "x"}], "messages[0]"),
+        ([{}], "messages[0].role"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "alien", "content": "x"}], "messages[0].role"),
+        ([{"role": 5, "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
@@ -147,6 +148,38 @@ def test_bad_messages_are_400_with_their_place(client: httpx.Client, messages: o
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (CHAT, {"messages": []}, 'messages: send at least one, such as {"role": "user", "content": "Hello"}.'),
+        ("/v1/messages", {"messages": [], "max_tokens": 1}, 'send at least one, such as {"role": "user"'),
+        (CHAT, {"messages": [{"role": "alien", "content": "x"}]}, "expected 'system', 'developer', 'user', "),
+        (CHAT, {"messages": [{"content": "x"}]}, "Missing required parameter: messages[0].role."),
+        ("/v1/messages", {"messages": [{"role": "tool", "content": "x"}], "max_tokens": 1}, "'user', 'assistant' or"),
+        (CHAT, {"messages": [HI], "response_format": {"type": "xml"}}, "expected 'text', 'json_object', "),
+        (CHAT, {"messages": [HI], "stop": ""}, "stop: must not be empty."),
+    ],
+)
+def test_a_complaint_says_what_may_be_sent(client: httpx.Client, path: str, body: object, said: str) -> None:
+    reply = client.post(path, json=body)
+    assert reply.status_code == 400 and said in reply.json()["error"]["message"], reply.text
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses", "/api/chat", "/tokenize"])
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"messages":[{"role":"user","content":"caf\xe9"}]}', 42),  # Latin-1
+        (b'{"messages":[{"role":"user","content":"\xed\xa0\x80"}]}', 39),
+        (VALID[:-1] + b"\xc3", 44),  # torn within a character
+    ],
+)
+def test_what_is_no_utf8_is_called_that(client: httpx.Client, path: str, body: bytes, place: int) -> None:
+    reply = client.post(path, content=body, headers=JSON_TYPE)
+    assert reply.status_code == 400
+    assert f"not valid UTF-8: the byte at position {place}" in reply.text and "surrogate" not in reply.text
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("audio", {"voice": "x"}),
@@ -160,6 +193,10 @@ def test_bad_messages_are_400_with_their_place(client: httpx.Client, messages: o
         ("chat_template", "{{ 1 }}"),
         ("grammar", 'root ::= "a"'),
         ("echo", True),
+        ("regex", ""),  # constraints, also where nothing or everything fits them
+        ("ebnf", ""),
+        ("structural_tag", {}),
+        ("allowed_token_ids", []),
     ],
 )
 def test_unsupported_parameter_is_named(ask: Ask, name: str, value: object) -> None:

@@ -139,6 +139,7 @@ def test_bodies_become_ours() -> None:
         ("/api/generate", {"model": MODEL_ID, "prompt": "a", "template": "x"}, 400, "template"),
         ("/api/generate", {"model": MODEL_ID, "prompt": "a", "context": [1]}, 400, "context"),
         ("/api/generate", {"model": MODEL_ID, "prompt": "a", "raw": True, "format": "json"}, 400, "format"),
+        ("/api/generate", {"model": MODEL_ID, "prompt": "a", "raw": True, "format": {}}, 400, "format"),
         ("/api/show", {"model": "other"}, 404, "not served"),
         ("/api/pull", {"model": "other"}, 404, "route"),
     ],

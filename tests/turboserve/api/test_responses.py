@@ -404,6 +404,14 @@ def test_tool_choices(client: httpx.Client, service: Service, choice: object, ex
     assert response.model_dump()["tool_choice"] == choice
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowing_no_tool_is_refused(client: httpx.Client, mode: str) -> None:
+    """`required` could not be kept, and was answered in text."""
+    choice = {"type": "allowed_tools", "mode": mode, "tools": []}
+    reply = create(client, tools=[WEATHER], tool_choice=choice)
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "tool_choice.tools")
+
+
 def test_json_objects_are_asked_for(client: httpx.Client, service: Service) -> None:
     assert response_of(create(client, text={"format": {"type": "json_object"}})).text is not None
     assert service.engine.received[-1].constraint == Constraint("json_object", param="text.format")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,39 @@ def test_doctor_tries_the_kernels_of_a_gpu(tmp_path: Path, monkeypatch: pytest.M
         assert finding.level == "warning"
         assert "mlx-ops instead of gpu-metal: its kernels do not run (RuntimeError: no library)" in finding.detail
     assert asked == [("auto", "3t/2t"), ("auto", "4t/3t")]
+
+
+def test_doctor_says_what_it_knows_and_what_it_looks_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing came for the seconds that MLX's import and the trials take, and then everything at once."""
+    from turboserve.cli.doctor import Finding, report, run_checks
+    from turboserve.settings import Settings
+
+    said = []
+
+    def findings() -> Iterator[Finding]:
+        yield Finding("a", "ok", "known early")
+        said.append(capsys.readouterr().out)
+        yield Finding("b", "ok", "known late")
+
+    assert report(findings()) == 0
+    assert "known early\n" in said[0] and "known late\n" in capsys.readouterr().out
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = []
+    for finding in run_checks(Settings(cache_dir=tmp_path)):
+        shown.append((finding.name, stderr.getvalue()))
+        stderr.truncate(0)
+    assert shown[0][0] == "python" and dict(shown)["mlx backend"].count("importing MLX")
+    assert dict(shown)["kv backend"].count("trying what computes attention")
+    assert capsys.readouterr().out == "", "lines alone go to stdout"
 
 
 def test_doctor_exit_status(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def generate_chat_body(body: GenerateBody) -> dict[str, object]:
 
 def raw_body(body: GenerateBody) -> dict[str, object]:
     """A raw prompt, or one with a suffix, as a completion's body. Raises UnsupportedParameterError."""
-    if body.format:
+    if body.format not in (None, ""):
         raise UnsupportedParameterError("format is not supported with raw or suffix.", param="format")
     suffix = {"suffix": body.suffix} if body.suffix else {}
     return {"prompt": body.prompt or "", **suffix, **_common(body)}

@@ -289,6 +289,8 @@ def _tools(body: ResponsesBody) -> tuple[ToolUse | None, str | dict[str, object]
     echoed = choice.model_dump(exclude_none=True) if choice is not None and not isinstance(choice, str) else choice
     name, must_call, allowed = None, choice == "required", {tool.name for tool in described}
     if isinstance(choice, AllowedTools):
+        if not choice.tools:
+            raise InvalidRequestError("tool_choice.tools: must not be empty.", param="tool_choice.tools")
         must_call = choice.mode == "required"
         allowed = {_function_name(one, f"tool_choice.tools[{i}]", allowed) for i, one in enumerate(choice.tools)}
     elif isinstance(choice, ToolName):

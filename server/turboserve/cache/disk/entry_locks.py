@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ class EntryLocks:
 
     def __init__(self, root: Folder) -> None:
         """Raises StartupError where the file system has no such locks, OSError where the file cannot be made."""
+        self._guard = threading.Lock()
+        self._held: set[str] = set()  # for as long as something is done
+        self._claimed: set[str] = set()  # until they are given back
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._handle = os.open(LOCKS_NAME, flags, FILE_MODE, dir_fd=root.handle)
         try:
@@ -53,16 +57,43 @@ class EntryLocks:
     @contextmanager
     def hold(self, key: str, wait_s: float = 0.0) -> Iterator[None]:
         """While nobody else holds this key's lock. Raises EntryLockedError when that does not come about in time."""
-        place = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") % _PLACES
         give_up_s = time.monotonic() + wait_s
-        while not self._try(place, fcntl.F_WRLCK):
+        while not self._take(key, self._held):
             if time.monotonic() >= give_up_s:
                 raise EntryLockedError
             time.sleep(RETRY_S)
         try:
             yield
         finally:
-            self._try(place, fcntl.F_UNLCK)
+            self._leave(key, self._held)
+
+    def claim(self, key: str) -> bool:
+        """Keep others from this key until `disclaim`, beyond every `hold`; False: another server holds its lock now."""
+        return self._take(key, self._claimed)
+
+    def disclaim(self, key: str) -> None:
+        """Others may have the key, once no `hold` goes on here."""
+        self._leave(key, self._claimed)
+
+    def claims(self) -> list[str]:
+        """Keys that are claimed here."""
+        with self._guard:
+            return list(self._claimed)
+
+    def _take(self, key: str, users: set[str]) -> bool:
+        with self._guard:
+            if not self._try(_place(key), fcntl.F_WRLCK):
+                return False
+            users.add(key)
+            return True
+
+    def _leave(self, key: str, users: set[str]) -> None:
+        """The system knows one lock of ours on a key, however many there are of it here."""
+        with self._guard:
+            if key in users:
+                users.discard(key)
+                if key not in self._held and key not in self._claimed:
+                    self._try(_place(key), fcntl.F_UNLCK)
 
     def _try(self, place: int, kind: int) -> bool:
         try:
@@ -79,3 +110,7 @@ class EntryLocks:
 
     def close(self) -> None:
         os.close(self._handle)
+
+
+def _place(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") % _PLACES

@@ -4,6 +4,7 @@ What differs from a folder of one's own:
 
     keys      a named session has one key, by which every server finds it; its last stored turn counts
     locks     whoever writes or deletes an entry holds its lock (entry_locks.py); readers hold none and look again
+    claims    who makes a session under a new name holds its lock until that is written: one server makes it
     pieces    belong to one entry each, so that nobody needs to know who else might want one
     index     others' entries are learnt by looking at the folder, now and then and whenever a session is asked for
     budget    every server counts all files; between two looks each may add what it writes in that time
@@ -47,13 +48,18 @@ class SharedDiskStore(DiskStore):
 
     is_shared = True
 
-    def _look_around(self, folder: StoreFolder, *, is_writable: bool) -> scan.Found:
+    def _open(self) -> None:
         self._known: dict[str, _Identity] = {}  # files of entries, by name, as they were when last looked at
         self._keys: dict[str, str] = {}  # their keys
         self._news: list[StoredEntry | str] = []
         self._dropped: list[Entry] = []  # whose files are to be deleted
         self._watcher: threading.Thread | None = None
         self._is_unwatched = threading.Event()
+        self._locks: EntryLocks | None = None
+        self._making: set[str] = set()  # keys of sessions that are being made, of which nothing is queued yet
+        super()._open()
+
+    def _look_around(self, folder: StoreFolder, *, is_writable: bool) -> scan.Found:
         self._locks = EntryLocks(folder.root) if is_writable else None
         found = scan.Found()
         for file in files_of(folder.entries):
@@ -100,6 +106,7 @@ class SharedDiskStore(DiskStore):
     def _watch(self) -> None:
         while not self._is_unwatched.wait(LOOK_S):
             try:
+                self._forget_claims()
                 self._look()
             except OSError as exc:
                 log.warning("the shared session store cannot be looked at now: %s", exc)
@@ -172,6 +179,44 @@ class SharedDiskStore(DiskStore):
         with self._changed:
             self._known[file.name], self._keys[file.name] = identity, entry.key
         return entry
+
+    # --- names of new sessions
+
+    def claim(self, key: str) -> bool:
+        """As SessionDisk. The claim is the entry's lock, so that it ends with this process, whatever becomes of it."""
+        locks = self._locks
+        if locks is None:
+            return True
+        with self._changed:
+            self._making.add(key)
+        is_mine = locks.claim(key)
+        if not is_mine:
+            with self._changed:
+                self._making.discard(key)
+        return is_mine
+
+    def settle(self, key: str) -> None:
+        with self._changed:
+            self._making.discard(key)
+            if not self._is_written_here(key):
+                self._give_back(key)
+
+    def _give_back(self, key: str) -> None:
+        if self._locks is not None and key not in self._making:
+            self._locks.disclaim(key)
+
+    def _finish(self, job: Job, entry: Entry | None) -> None:
+        super()._finish(job, entry)
+        with self._changed:
+            if job.key not in self._pending:
+                self._give_back(job.key)
+
+    def _forget_claims(self) -> None:
+        """Of what was queued, and is not any more although nobody wrote it: deleted, or lost to a full disk."""
+        for key in self._locks.claims() if self._locks is not None else ():
+            with self._changed:
+                if not self._is_written_here(key):
+                    self._give_back(key)
 
     # --- reading and writing
 

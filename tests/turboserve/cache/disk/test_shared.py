@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -19,12 +20,21 @@ from tests.turboserve.cache.disk.conversations import MiB, assert_holds, convers
 from tests.turboserve.cache.disk.kill_worker import RowsFamily, history
 from tests.turboserve.cache.fakes import converse, finish, lease_for, memory_for
 
-from turboserve.cache.disk import SharedDiskStore, StoreLockedError, shared
+from turboserve.cache.disk import SharedDiskStore, StoreLockedError, layout, shared
 from turboserve.cache.disk.check import check_store
 from turboserve.cache.disk.entry_locks import EntryLockedError, EntryLocks
 from turboserve.cache.disk.folder import Folder
-from turboserve.errors import SessionNotFoundError, StartupError
-from turboserve.messages import DeleteSession, GetSession, UpdateSession
+from turboserve.errors import SessionExistsError, SessionImportError, SessionNotFoundError, StartupError
+from turboserve.messages import (
+    CheckImport,
+    DeleteSession,
+    ExportedSession,
+    ExportSession,
+    ForkSession,
+    GetSession,
+    ImportSession,
+    UpdateSession,
+)
 
 
 @contextmanager
@@ -256,6 +266,22 @@ def test_a_folder_is_shared_by_all_or_by_nobody(tmp_path: Path) -> None:
     alone.close()
 
 
+def test_a_folder_that_cannot_be_opened_is_off_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a store knew nothing of its own state, and the first request ended the engine."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(layout, "open_store_folder", fail)
+    with stores(tmp_path, 1) as (store,):
+        assert not store.status().is_writable and "Input/output error" in store.status().reason
+        (memory,) = memories([store])
+        converse(memory, history(0, 1), session_id="chat")
+        assert memory.answer(ForkSession("", "chat", "new"), 1e6).tokens == len(history(0, 1))
+
+
 def test_only_old_leftovers_are_removed(tmp_path: Path) -> None:
     """A young piece that nobody names may be of an entry that another server is about to write."""
     with stores(tmp_path, 1) as (store,):
@@ -346,3 +372,96 @@ def test_pins_and_deletions_of_one_count_for_the_other(tmp_path: Path) -> None:
         a.write_all()
         assert opened[0].flush(20)
         assert not list((tmp_path / "entries").iterdir()), "what was deleted does not come back"
+
+
+SLOWLY = 4_000.0  # bytes a second: a session is being written for as long as a test lasts
+
+
+def imported(memory: Any, file: ExportedSession, name: str, now_s: float = 2.0) -> Any:
+    found = file.read()
+    assert found is not None
+    return memory.answer(ImportSession("", name, file.fields, *found, file.tokens), now_s)
+
+
+def exported(memory: Any) -> ExportedSession:
+    """A conversation of this memory, as a file for another."""
+    converse(memory, history(0, 1), session_id="theirs")
+    file: ExportedSession = memory.answer(ExportSession("", "theirs"), 1.0)
+    return file
+
+
+@pytest.mark.parametrize("how", ["import", "fork"])
+def test_of_two_servers_that_take_one_new_name_at_once_one_is_refused(tmp_path: Path, how: str) -> None:
+    """Each kept one of its own, until a next turn made one of them vanish."""
+    with stores(tmp_path / "own", 1) as own, stores(tmp_path / "shared", 2, write_rate=SLOWLY) as opened:
+        file = exported(memories(own)[0])
+        a, b = memories(opened)
+        for number, memory in enumerate((a, b)):
+            converse(memory, history(1 + number, 1), session_id=f"from-{number}")
+
+        def take(memory: Any, number: int) -> Any:
+            if how == "fork":
+                return memory.answer(ForkSession("", f"from-{number}", "new"), 3.0)
+            return imported(memory, file, "new", 3.0)
+
+        held = take(a, 0)
+        with pytest.raises(SessionExistsError) as refused:
+            take(b, 1)
+        assert refused.value.param == "id" and "another server" in refused.value.message.lower()
+        if how == "import":
+            with pytest.raises(SessionExistsError):  # before its contents are sent
+                b.answer(CheckImport("", "new", file.fields), 3.0)
+        assert all(one.conversation_id != "new" for one in b.idle.of("")), "nothing of it stays"
+        opened[0].close()  # writes what waits, no longer slowly
+        with pytest.raises(SessionExistsError):
+            take(b, 1)
+        assert b.answer(GetSession("", "new"), 4.0).tokens == held.tokens
+        b.check_integrity()
+
+
+def test_a_name_is_free_again_when_nothing_came_of_it(tmp_path: Path) -> None:
+    with stores(tmp_path / "own", 1) as own, stores(tmp_path / "shared", 2, write_rate=SLOWLY) as opened:
+        file = exported(memories(own)[0])
+        a, b = memories(opened)
+        header, (ids, rows) = file.read() or ({}, [None, None])
+        with pytest.raises(SessionImportError):
+            a.answer(ImportSession("", "broken", file.fields, header, [ids, rows + 1], file.tokens), 2.0)
+        assert is_free(b, file, "broken")
+        converse(a, history(2, 1), session_id="first")  # what is being written while the next ones wait
+        imported(a, file, "deleted")
+        a.answer(DeleteSession("", "deleted"), 3.0)
+        until(lambda: is_free(b, file, "deleted"))
+        imported(a, file, "waits")
+        time.sleep(5 * shared.LOOK_S)
+        assert not is_free(b, file, "waits"), "only what has come to nothing is given back"
+
+
+def is_free(memory: Any, file: ExportedSession, name: str) -> bool:
+    """Whether an import under this name would be let begin."""
+    try:
+        memory.answer(CheckImport("", name, file.fields), 3.0)
+    except SessionExistsError:
+        return False
+    return True
+
+
+def test_a_claim_outlives_what_is_done_under_it_and_ends_with_its_process(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path)
+    first, second = EntryLocks(folder), EntryLocks(folder)
+    assert first.claim("a") and first.claim("a") and not second.claim("a") and second.claim("b")
+    with first.hold("a"):
+        pass
+    assert not second.claim("a"), "a write or a deletion in between does not end it"
+    with first.hold("a"):
+        first.disclaim("a")
+        assert not second.claim("a"), "nor does its own end end a write"
+    assert second.claim("a")
+    second.disclaim("a")
+    with holder(tmp_path, "a") as process:
+        assert not first.claim("a")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert first.claim("a")
+    for locks in (first, second):
+        locks.close()
+    folder.close()
