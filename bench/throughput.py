@@ -366,7 +366,8 @@ def cpu_section(bench: Bench) -> list[Row]:
                 args.rounds,
                 timeout_s=bench.left_s,
             )
-            ours, theirs = bench.both(plan) if num_streams == 1 else (bench.alone(plan), None)
+            is_compared = num_streams == 1 <= args.baseline_streams
+            ours, theirs = bench.both(plan) if is_compared else (bench.alone(plan), None)
             rates.append(median_rate(ours))
             what = f"{args.kv_format}, {num_streams} streams of {prompt_tokens} tokens"
             if num_streams == 1:
