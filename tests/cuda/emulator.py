@@ -19,19 +19,21 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tests.metal.emulator.build import SHIM as METAL_SHIM
 from tests.metal.emulator.build import cache_folder
 
 from turboquant_kv.backends.gpu.source import expanded
 
 SHIM = Path(__file__).with_name("shim.h")
 RUNTIME = Path(__file__).with_name("runtime.cpp")
+SWITCH = METAL_SHIM / "switch.h"  # both emulators' threads are fibres
 CTYPES = {
     **{mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"},
     **{mx.int32: "int32_t", mx.uint8: "uint8_t", mx.uint32: "uint32_t"},
 }
 INCLUDE = re.compile(r"^#include.*$", re.MULTILINE)
 # Without -fno-gnu-unique kernels share the first one's shared memory of the same name, whatever its size.
-COMPILER = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-fPIC")
+COMPILER = ("g++", "-std=c++20", "-Og", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-fPIC")
 # Inputs that kernels write in place (TQ_WRITABLE); whatever else one writes to is a fault.
 IN_PLACE = frozenset({"codes", "scales", "target", "rows_k", "rows_v"})
 ARENA = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
@@ -192,7 +194,7 @@ def _runtime() -> Path:
 def _compile(target: Path, *arguments: str | Path) -> None:
     # Written under another name and renamed, so that two test processes cannot meet half a file.
     made = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    command: list[str | Path] = [*COMPILER, "-I", SHIM.parent, "-o", made, *arguments]
+    command: list[str | Path] = [*COMPILER, "-I", SHIM.parent, "-I", SWITCH.parent, "-o", made, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(f"g++ refused the kernel:\n{done.stderr[:4000]}")
@@ -205,4 +207,4 @@ def _key(text: str) -> str:
 
 @functools.cache
 def _common_text() -> str:
-    return SHIM.read_text() + RUNTIME.read_text()
+    return SHIM.read_text() + RUNTIME.read_text() + SWITCH.read_text()

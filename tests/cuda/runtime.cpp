@@ -1,11 +1,11 @@
 // What shim.h declares and every kernel shares: fibres, their meetings, and copies under way. Compiled once.
 #include "shim.h"
 
-#include <ucontext.h>
-
 #include <map>
 #include <memory>
 #include <vector>
+
+#include "switch.h"
 
 namespace {
 
@@ -16,7 +16,7 @@ struct Copy {
 };
 // The part of a fibre that a kernel's text does not see.
 struct Context {
-  ucontext_t registers;
+  void* stack_top;  // while it does not run
   std::unique_ptr<char[]> stack;  // not filled: pages that a thread never reaches take no memory
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
@@ -33,14 +33,22 @@ struct Announced {
 
 constexpr size_t STACK_BYTES = 256 << 10;
 std::vector<Context> contexts;
-ucontext_t scheduler;
+void* scheduler;
 uint64_t progress;
 std::map<uint64_t*, Announced> announced;
 void (*run_thread)(const void*);
 const void* run_what;
 
 Context& context() { return contexts[self - fibres]; }
-void pause_fibre() { swapcontext(&context().registers, &scheduler); }
+void pause_fibre() { emu_switch(&context().stack_top, scheduler); }
+void run_fibre() {
+  for (;;) {  // a block after the other
+    run_thread(run_what);
+    self->done = true;
+    progress++;
+    pause_fibre();
+  }
+}
 void copy_all(const std::vector<Copy>& copies) {
   for (const Copy& copy : copies) memcpy(copy.to, copy.from, copy.bytes);
 }
@@ -57,8 +65,8 @@ void meet(int first, int count, int site, void (*act)(const void*), const void* 
   self->waiting = true;
   self->site = site;
   bool all = true;
-  for (int i = first; i < first + count; i++) {
-    all = all && fibres[i].waiting && fibres[i].site == site;
+  for (int i = first + count - 1; i >= first && all; i--) {  // the last one mostly is the last to come
+    all = fibres[i].waiting && fibres[i].site == site;
   }
   progress++;
   if (all) {
@@ -206,7 +214,10 @@ const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*
   } freed;
   contexts = std::vector<Context>(num_threads);
   fibres = threads.data();
-  for (auto& one : contexts) one.stack.reset(new char[STACK_BYTES]);
+  for (auto& one : contexts) {
+    one.stack.reset(new char[STACK_BYTES]);
+    one.stack_top = first_frame(one.stack.get() + STACK_BYTES, run_fibre);
+  }
   for (unsigned block = 0; block < grid.x * grid.y * grid.z; block++) {
     blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
     memset(cuda_arena, 0xff, sizeof(cuda_arena));
@@ -220,10 +231,6 @@ const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*
       one.product_groups.clear();
       one.products.clear();
       one.may_ask = false;
-      getcontext(&one.registers);
-      one.registers.uc_stack = {one.stack.get(), 0, STACK_BYTES};
-      one.registers.uc_link = &scheduler;
-      makecontext(&one.registers, [] { run_thread(run_what); self->done = true; progress++; }, 0);
     }
     for (bool busy = true; busy && !failure;) {
       const uint64_t before = progress;
@@ -232,7 +239,7 @@ const char* run_blocks(dim3 grid, unsigned num_threads, void (*body)(const void*
         if (threads[i].done) continue;
         busy = true;
         self = &threads[i];
-        swapcontext(&scheduler, &contexts[i].registers);
+        emu_switch(&scheduler, contexts[i].stack_top);
       }
       bool moved = progress != before;
       for (auto& fibre : threads) moved = moved || (!fibre.done && !fibre.waiting);

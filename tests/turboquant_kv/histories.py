@@ -105,8 +105,11 @@ class History:
             (self.v, "v", fmt.values, None if means is None else means.v[:, None]),
         ):
             rotation = rotation_matrix(x.shape[-1], fmt.rotation_seed, "k" if which == "k" else "v")
-            centre = 0.0 if mean is None or not fmt.centred else mean
-            while (shaky := hangs_on_rounding((x - centre) @ rotation.T.astype(np.float64), codec, rng)).any():
+            centre = np.broadcast_to(0.0 if mean is None or not fmt.centred else mean, x.shape)
+            shaky = np.nonzero(np.ones(x.shape[:-1], bool))  # only what was moved needs another look
+            while len(shaky[0]):
+                hangs = hangs_on_rounding((x[shaky] - centre[shaky]) @ rotation.T.astype(np.float64), codec, rng)
+                shaky = tuple(places[hangs] for places in shaky)
                 x[shaky] = rounded(x[shaky] + 0.1 * rng.standard_normal(x[shaky].shape), self.dtype)
         return self
 
@@ -123,8 +126,9 @@ def hangs_on_rounding(y: Floats, codec: Codec, rng: np.random.Generator) -> npt.
     z, rms = unit_variance(y)
     table = codec.table().astype(np.float64)
     if isinstance(codec, TrellisCodec):
-        found = trellis_reference.search(z, table)
-        tries = [trellis_reference.search(z + 4 * ROUNDING * rng.standard_normal(z.shape), table) for _ in range(4)]
+        # A path that another one nearly equals loses to it when the vector is moved one way or the opposite one.
+        moved = 4 * ROUNDING * rng.standard_normal(z.shape)
+        found, *tries = trellis_reference.search(np.stack([z, z + moved, z - moved]), table)
         by_edge = np.any([(found != other).any(-1) for other in tries], axis=0)
         decoded = table[found]
     else:

@@ -64,40 +64,41 @@ def search(z: Float64, book: NDArray[np.floating]) -> Levels:
 
     Of two paths into a state that cost the same the one from the lower state is taken, of last states the lowest.
     """
-    flat = z.reshape(-1, z.shape[-1])
-    num_vectors, dim = flat.shape
-    nearest, errors = _by_subset(flat, np.asarray(book, np.float64))
-    cost = np.full((num_vectors, NUM_STATES), np.inf)
-    cost[:, 0] = 0.0
-    came_from = np.zeros((dim, num_vectors, NUM_STATES), np.uint8)
+    columns = np.ascontiguousarray(z.reshape(-1, z.shape[-1]).T)
+    dim, num_vectors = columns.shape
+    nearest, errors = _by_subset(columns, np.asarray(book, np.float64))
+    cost = np.full((NUM_STATES, num_vectors), np.inf)
+    cost[0] = 0.0
+    came_from = np.zeros((dim, NUM_STATES, num_vectors), np.uint8)
     for i in range(dim):
-        following = np.full_like(cost, np.inf)
-        for state in range(NUM_STATES):
-            for branch in (0, 1):
-                target = (2 * state + branch) % NUM_STATES
-                reached = cost[:, state] + errors[:, i, subset(state, branch)]
-                is_better = reached < following[:, target]
-                following[is_better, target] = reached[is_better]
-                came_from[i, is_better, target] = state
+        following = np.empty_like(cost)
+        for target in range(NUM_STATES):
+            branch, lower = target & 1, target >> 1  # the oldest bit falls out: two states lead to each
+            higher = lower + NUM_STATES // 2
+            by_lower = cost[lower] + errors[i, subset(lower, branch)]
+            by_higher = cost[higher] + errors[i, subset(higher, branch)]
+            came_from[i, target] = np.where(by_higher < by_lower, higher, lower)
+            following[target] = np.minimum(by_lower, by_higher)
         cost = following
-    found = np.zeros((num_vectors, dim), np.uint8)
-    rows, state = np.arange(num_vectors), cost.argmin(axis=1)
+    found = np.zeros((dim, num_vectors), np.uint8)
+    vectors, state = np.arange(num_vectors), cost.argmin(axis=0)
     for i in reversed(range(dim)):
-        before = came_from[i, rows, state].astype(np.int64)
+        before = came_from[i, state, vectors].astype(np.int64)
         which = 2 * ((state & 1) ^ (before >> 1 & 1) ^ (before >> 2 & 1)) + (before & 1)
-        found[:, i] = nearest[rows, i, which]
+        found[i] = nearest[i, which, vectors]
         state = before
-    return found.reshape(z.shape)
+    return np.ascontiguousarray(found.T).reshape(z.shape)
 
 
-def _by_subset(z: Float64, book: Float64) -> tuple[Levels, Float64]:
-    """(N, D, 4): each subset's nearest level, the lower one half-way between two, and its squared error."""
-    nearest, errors = np.empty((*z.shape, 4), np.uint8), np.empty((*z.shape, 4))
+def _by_subset(columns: Float64, book: Float64) -> tuple[Levels, Float64]:
+    """(D, 4, N) of (D, N): each subset's nearest level, the lower one half-way between two, and its squared error."""
+    dim, num_vectors = columns.shape
+    nearest, errors = np.empty((dim, 4, num_vectors), np.uint8), np.empty((dim, 4, num_vectors))
     for s in range(4):
         values = book[s::4]
-        index = np.searchsorted((values[1:] + values[:-1]) / 2, z, side="left")
-        nearest[..., s] = 4 * index + s
-        errors[..., s] = (z - values[index]) ** 2
+        index = np.searchsorted((values[1:] + values[:-1]) / 2, columns, side="left")
+        nearest[:, s] = 4 * index + s
+        errors[:, s] = (columns - values[index]) ** 2
     return nearest, errors
 
 

@@ -40,7 +40,7 @@ METAL_HEADERS = (
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fsigned-char"]
 _KERNEL = [
     *_COMMON,
-    "-O1",
+    "-O1",  # at -Og some reads of halves are not watched
     "-g1",
     "-w",
     "-ffp-contract=off",
@@ -133,14 +133,19 @@ def cache_folder() -> Path:
     return folder
 
 
+def content_key(kernel: KernelText, *what: object) -> str:
+    """Names what is made from a kernel's text, this emulator and `what` else, before any of it is made again."""
+    return hashlib.sha256(repr((kernel, what, _tool_key())).encode()).hexdigest()[:24]
+
+
 @functools.cache
 def _tool_key() -> str:
-    """Whatever else a library depends on: the shim's text, the compiler, the processor's instruction sets."""
+    """Whatever else a library depends on: the emulator's own text, the compiler, the processor's instruction sets."""
     if shutil.which("g++") is None:
         raise FileNotFoundError("the Metal emulator needs g++")
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    shim = "".join(path.read_text() for path in (*sorted(SHIM.iterdir()), SHIM.parent / "counting.py"))
-    return repr((version, shim, _KERNEL, _WATCHED, _COUNTED, _machine_flags()))
+    own = [path.read_text() for path in sorted(SHIM.parent.rglob("*")) if path.suffix in (".py", ".h", ".cpp")]
+    return repr((version, own, _machine_flags()))
 
 
 @functools.cache
@@ -162,18 +167,17 @@ def load(kernel: KernelText, options: Options) -> ctypes.CDLL:
 
 @functools.cache
 def library_path(kernel: KernelText, options: Options) -> Path:
-    folder = cache_folder()
-    text = cpp_text(kernel, folder)
-    if options.count_ops:
-        text = _UNROLL.sub(lambda found: f"#pragma GCC unroll {found[1] or 256}", text)
-    key = hashlib.sha256(repr((text, options, _tool_key())).encode()).hexdigest()[:24]
-    (folder / f"{key}.cpp").write_text(text)
-    return folder / f"{key}.so"
+    return cache_folder() / f"{content_key(kernel, options)}.so"
 
 
 def _compile(kernel: KernelText, options: Options, library: Path) -> None:
+    text = cpp_text(kernel, cache_folder())
+    if options.count_ops:
+        text = _UNROLL.sub(lambda found: f"#pragma GCC unroll {found[1] or 256}", text)
     runtime = _runtime_objects()
-    source, made = library.with_suffix(".cpp"), library.with_suffix(f".{os.getpid()}.o")
+    made = library.with_suffix(f".{os.getpid()}.o")
+    source = made.with_suffix(".cpp")
+    source.write_text(text)
     extra = _COUNTED if options.count_ops else _WATCHED if options.watched else []
     assembly = made.with_suffix(".s") if options.count_ops else made
     what = "-S" if options.count_ops else "-c"
@@ -190,7 +194,8 @@ def _compile(kernel: KernelText, options: Options, library: Path) -> None:
     half_made = made.with_suffix(".so")
     subprocess.run(["g++", "-shared", str(made), *runtime, "-o", str(half_made)], check=True, capture_output=True)
     half_made.rename(library)
-    made.unlink()
+    for used_up in {source, assembly, made}:
+        used_up.unlink()
 
 
 @functools.cache

@@ -4,9 +4,10 @@ Owns the call of clang's parser. Metal's compiler is a clang, so this also catch
 """
 
 from functools import cache
+from importlib.metadata import version
 
 from clang import cindex
-from tests.metal.emulator.build import SHIM, cache_folder, expanded_text
+from tests.metal.emulator.build import SHIM, cache_folder, content_key, expanded_text
 from tests.metal.emulator.errors import MetalCompileError
 from tests.metal.emulator.rewrite import rewrite
 from tests.metal.emulator.signature import KernelText, template_arguments
@@ -19,7 +20,13 @@ _ARGUMENTS = [
 
 @cache
 def check_types(kernel: KernelText) -> None:
-    """Raises MetalCompileError with clang's errors, such as a threadgroup pointer given for a device one."""
+    """Raises MetalCompileError with clang's errors, such as a threadgroup pointer given for a device one.
+
+    What clang took once is remembered beside the libraries.
+    """
+    accepted = cache_folder() / f"{content_key(kernel, version('libclang'))}.accepted"
+    if accepted.exists():
+        return
     text = '#include "clang_shim.h"\n' + rewrite(kernel.name, expanded_text(kernel, cache_folder()), keep_spaces=True)
     if kernel.template:
         instance = kernel.function_name() + template_arguments(kernel.template)
@@ -28,3 +35,4 @@ def check_types(kernel: KernelText) -> None:
     errors = [one for one in unit.diagnostics if one.severity >= cindex.Diagnostic.Error]
     if errors:
         raise MetalCompileError(kernel.name, "\n".join(one.format() for one in errors))
+    accepted.touch()

@@ -2,6 +2,7 @@
 // Owns the scheduler, the meeting points (simd operations and barriers) and the report of what went wrong.
 // One OS thread only, so the order is the same in every run.
 #include "runtime.h"
+#include "switch.h"
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -10,47 +11,7 @@
 #include <sys/mman.h>
 #include <sys/time.h>
 
-extern "C" {
-void emu_switch(void** save, void* load);
-void emu_kernel(void** buffers, const emu_place* place); // the kernel's own library
-}
-
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl emu_switch
-.hidden emu_switch
-emu_switch:
-    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
-    ret
-)");
-constexpr int SAVED_WORDS = 6, RETURN_WORD = 6, FRAME_WORDS = 8; // the return address sits above the saved registers
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl emu_switch
-.hidden emu_switch
-emu_switch:
-    sub sp, sp, #160
-    stp x19, x20, [sp, #0];   stp x21, x22, [sp, #16];  stp x23, x24, [sp, #32]; stp x25, x26, [sp, #48]
-    stp x27, x28, [sp, #64];  stp x29, x30, [sp, #80];  stp d8, d9, [sp, #96];   stp d10, d11, [sp, #112]
-    stp d12, d13, [sp, #128]; stp d14, d15, [sp, #144]
-    mov x9, sp
-    str x9, [x0]
-    mov sp, x1
-    ldp x19, x20, [sp, #0];   ldp x21, x22, [sp, #16];  ldp x23, x24, [sp, #32]; ldp x25, x26, [sp, #48]
-    ldp x27, x28, [sp, #64];  ldp x29, x30, [sp, #80];  ldp d8, d9, [sp, #96];   ldp d10, d11, [sp, #112]
-    ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]
-    add sp, sp, #160
-    ret
-)");
-constexpr int SAVED_WORDS = 20, RETURN_WORD = 11, FRAME_WORDS = 20;
-#else
-#error "the emulator's fibres need x86-64 or aarch64"
-#endif
+extern "C" void emu_kernel(void** buffers, const emu_place* place); // the kernel's own library
 
 namespace emu {
 
@@ -118,9 +79,7 @@ static void resume(Fibre& fibre) {
 
 static void prepare(Fibre& fibre, uint32_t index, const Launch& launch, const uint32_t* group, const uint32_t* extent) {
     uintptr_t low = (uintptr_t)stacks + index * stack_stride + 4096, high = low + launch.stack_bytes;
-    void** frame = (void**)high - FRAME_WORDS - 2;
-    memset(frame, 0, (FRAME_WORDS + 2) * sizeof(void*));
-    frame[RETURN_WORD] = (void*)begin;
+    void* frame = first_frame((void*)high, begin);
     emu_place place{};
     uint32_t rest = index;
     for (int axis = 0; axis < 3; ++axis) {
