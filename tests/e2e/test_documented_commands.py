@@ -120,7 +120,7 @@ def test_flags_in_running_text_exist() -> None:
 
 
 # Of docker, mlx.launch, bench/throughput.py and tests.stress.replicas, and what every command has.
-FOREIGN = {"--add-host", "--env", "--help", "--litellm", "--make", "--only", "--profile"}
+FOREIGN = {"--add-host", "--baseline-streams", "--env", "--help", "--litellm", "--make", "--only", "--profile"}
 
 
 def _flags(command: object) -> Iterator[str]:
