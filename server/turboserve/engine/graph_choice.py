@@ -7,6 +7,7 @@ those without, and be faster than they are.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ import mlx.core as mx
 from turboquant_kv.cache.kept_graphs import STEPS_BEFORE, KeptGraphs
 from turboquant_kv.cache.protocol import BatchRows
 from turboserve.engine.fused_layers import switch_of
+
+log = logging.getLogger(__name__)
 
 NUM_STEPS = 6
 ROUNDS = 3
@@ -121,9 +124,20 @@ def try_graphs(model: Any, batch: Sequence[Any], num_rows: int, wanted: str) -> 
     if switch is None:
         return GraphChoice(graphs, tried.reason)
     fewer = KeptGraphs(model, around=switch.turned_on)
-    found = try_ways(FewerLaunches(model, fewer, graphs), batch, num_rows, "auto")
-    what = "layers of fewer launches" if found.is_better else "layers as mlx-lm has them, for of fewer launches"
-    return GraphChoice(fewer if found.is_better else graphs, f"{tried.reason}; {what}: {found.reason}")
+    found = _try_fewer(FewerLaunches(model, fewer, graphs), batch, num_rows)
+    layers = "layers of fewer launches" if found.is_better else "layers as mlx-lm has them, with fewer launches"
+    return GraphChoice(fewer if found.is_better else graphs, f"{tried.reason}; {layers} {found.reason}")
+
+
+def _try_fewer(ways: FewerLaunches, batch: Sequence[Any], num_rows: int) -> Tried:
+    """As `try_ways`; what raises is not used, and the conversations are as they were before."""
+    before = [batch[0].length_of(row) for row in range(num_rows)]
+    try:
+        return try_ways(ways, batch, num_rows, "auto")
+    except Exception as exc:  # a compiler's or driver's: the graphs that work are kept
+        log.warning("graphs of fewer launches cannot be used", exc_info=True)
+        ways.cut(batch, [batch[0].length_of(row) - length for row, length in enumerate(before)])
+        return Tried(False, f"it failed: {' '.join(str(exc).split())[:300]}")
 
 
 def try_ways(ways: Ways, batch: Sequence[Any], num_rows: int, wanted: str) -> Tried:

@@ -153,9 +153,27 @@ def test_a_graph_of_fewer_launches_is_kept_where_it_is_faster(
     choice = try_graphs(model, rows.batch, 2, "on")  # a graph is kept, however long it takes
     assert twin.num_launches == 2 * LAYERS, "traced once"
     assert choice.graphs is not None and choice.graphs.num_run > 0
-    assert ("layers of fewer launches: a step of 2 rows" in choice.reason) == is_better
+    assert ("layers of fewer launches a step of 2 rows" in choice.reason) == is_better
     model(mx.array([[1], [2]]))
     assert twin.num_launches == 2 * LAYERS
+
+
+def test_graphs_of_fewer_launches_that_fail_leave_those_that_work(
+    rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the midst of a trial, whose steps before that are taken back."""
+    model: Any = small_models.dense(int(rng.integers(1 << 30)), LAYERS)
+    breaking, rows = Breaking(), Rows(model, 2)
+    assert fuse(model, breaking).num_fused == LAYERS
+    before = rows.batch[0].lengths
+    breaking.is_broken = True
+    with caplog.at_level(logging.WARNING):
+        choice = try_graphs(model, rows.batch, 2, "on")
+    assert choice.graphs is not None and "with fewer launches it failed: a driver" in choice.reason
+    assert "cannot be used" in caplog.text
+    assert all(cache.lengths == before for cache in rows.batch)
+    rows.pool.check_integrity()
+    assert choice.graphs.forward(mx.zeros((2, 1), mx.uint32), rows.batch).shape[:2] == (2, 1)
 
 
 def test_a_model_that_fails_while_it_is_traced_is_left_switched_off() -> None:
@@ -174,6 +192,17 @@ def test_a_result_is_handed_over_once_and_to_its_rows_alone() -> None:
     assert handed.take(others) is None
     assert handed.take(rows) is normed
     assert handed.take(rows) is None
+
+
+class Breaking(ByOperations):
+    """Right when it is looked at, and then not."""
+
+    is_broken = False
+
+    def add(self, x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+        if self.is_broken:
+            raise RuntimeError("a driver")
+        return super().add(x, y, weight, eps)
 
 
 class Wrong(ByOperations):
