@@ -104,17 +104,19 @@ class IdleConversations:
     def look_up(self, salt: str, session_id: str) -> None:
         """Whatever another server has stored under this name counts from now on, if it is later."""
         found = self._persistence.look_up(salt, session_id)
+        self.follow_others()  # what was deleted under this name came before
         if found is not None:
             self._take_over(found)
 
     def follow_others(self) -> None:
         """Learn what other servers have stored and deleted since the last time."""
         stored, gone = self._persistence.changes()
+        if gone:  # before what was stored under the same names afterwards
+            for conversation in [c for c in self if c.disk_key in gone]:
+                self._remove(conversation)  # not the file: whatever there is of that name is a later session's
+                self._tally.evictions["deleted"] += 1
         for conversation in stored:
             self._take_over(conversation)
-        if gone:
-            for conversation in [c for c in self if c.disk_key in gone]:
-                self.evict(conversation, "deleted")  # of what another server deleted nothing may stay
 
     def _take_over(self, found: Conversation) -> None:
         held = self.get(*found.key)

@@ -154,6 +154,7 @@ class SharedDiskStore(DiskStore):
             if key is None or self._index.get(key) is None:
                 return
             self._index.remove(key)
+            self._news = [one for one in self._news if not (isinstance(one, StoredEntry) and one.key == key)]
             if not self._is_written_here(key):
                 self._news.append(key)
 

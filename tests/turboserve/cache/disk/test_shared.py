@@ -374,6 +374,34 @@ def test_pins_and_deletions_of_one_count_for_the_other(tmp_path: Path) -> None:
         assert not list((tmp_path / "entries").iterdir()), "what was deleted does not come back"
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_session_under_a_deleted_name_is_a_new_one(
+    is_asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who learns of both at once, by looking or by being asked, drops the old one and not the new one's file."""
+    monkeypatch.setattr(shared, "LOOK_S", 1e6)
+    with stores(tmp_path) as opened:
+        a, b = memories(opened)
+        converse(a, history(0, 2), session_id="chat")
+        assert opened[0].flush(20)
+        assert b.answer(GetSession("", "chat"), 1.0).tokens > 0
+        a.answer(DeleteSession("", "chat"), 2.0)
+        assert opened[0].flush(20)
+        opened[1]._look()
+        converse(a, history(1, 1), session_id="chat")
+        assert opened[0].flush(20)
+        tokens = a.answer(GetSession("", "chat"), 3.0).tokens
+        if not is_asked:
+            opened[1]._look()
+            b.expire(4.0)
+        for now_s in (5.0, 1e6, 2e6):
+            assert b.answer(GetSession("", "chat"), now_s).tokens == tokens
+            b.expire(now_s)
+            assert opened[1].flush(20)
+            assert len(list((tmp_path / "entries").iterdir())) == 1
+        assert a.answer(GetSession("", "chat"), 3e6).tokens == tokens
+
+
 SLOWLY = 4_000.0  # bytes a second: a session is being written for as long as a test lasts
 
 
