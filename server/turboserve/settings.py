@@ -195,7 +195,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: ChunkTokens = 0
     max_inter_token_ms: Annotated[float, Field(ge=0)] = 500.0  # a step's prompt tokens take running streams so long
     overlap: Overlap = "auto"  # enqueue a step before the last one's tokens are read
-    projections: Projections = "auto"  # how linear layers are arranged for decode steps (loading.py)
+    projections: Projections = "auto"  # how layers are arranged for decode steps and prompts (loading.py)
     keep_graphs: KeepGraphs = "auto"  # run a decode step's graph again instead of building it anew; tried on a GPU
     # processes, at most, that compile a GPU's kernels while weights are read, where that was not done before; 0: none
     compile_processes: Annotated[int, Field(ge=0, le=64)] = 8

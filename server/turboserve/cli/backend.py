@@ -32,8 +32,8 @@ def load_backend() -> blas.BlasStatus:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Of transformers only tokenizers are used; that its own models lack PyTorch is no news to anybody here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # MLX raises an error, in every step from then on, once it has met more than 800 structures of CUDA graphs in the
-    # life of a process: meant for training loops, which always run the same ones. Those used last stay kept either way.
+    # Once a thread has met more than 800 structures of CUDA graphs, MLX raises an error for each other one that it does
+    # not hold: meant for training loops, which always run the same ones. Those used last stay kept either way.
     os.environ.setdefault("MLX_ENABLE_CACHE_THRASHING_CHECK", "0")
     status = blas.interpose()
     try:

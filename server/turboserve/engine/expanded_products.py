@@ -5,12 +5,13 @@ to write the weights out in the activations' type, once for all rows, and leave 
 Whether it does depends on device, shape, kind and number of rows, so each kind of layer is timed both ways when a model
 is loaded. The values that are multiplied are the same; sums are added in another order.
 
-Expanded weights exist at once for no more than three products: MLX frees an array when the device is done with what
-reads it, and left alone the host hands over many products ahead.
+Expanded weights exist at once for no more than three products, and those of the last layer: MLX frees an array when the
+device is done with what reads it, and left alone the host hands over many products ahead.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from turboserve.engine.projections import ProjectionPart
 
 nn: Any = mlx.nn  # whose stubs say too little
 Module = Any  # one of its modules
+log = logging.getLogger(__name__)
 
 ROW_COUNTS = (2048, 1024, 512, 256)  # of a pass over prompts; tried from the most, until one does not pay
 PRODUCTS_UNDER_WAY = 2  # before the one that is built
@@ -136,7 +138,7 @@ def expand_where_it_pays(model: Module, most_bytes: int, is_worth_it: Judge) -> 
     for parent, name, linear, pace in list(_quantised_linears(model)):
         key = linear.weight.shape, linear.scales.dtype, linear.bits, linear.group_size, linear.mode, "bias" in linear
         if key not in trials:
-            trials[key] = _try(linear, most_bytes, is_worth_it)
+            trials[key] = _tried(linear, most_bytes, is_worth_it)
         if trials[key].least_rows:
             expanding = ExpandingLinear(linear, trials[key].least_rows, pace)
             setattr(parent, name, expanding)
@@ -160,9 +162,19 @@ def _quantised_linears(model: Module) -> Iterator[tuple[Module, str, Module, Pac
                     yield parent, name, child, None if layer is layers[-1] else pace
 
 
-def _try(linear: Module, most_bytes: int, is_worth_it: Judge) -> ExpandedTrial:
+def _tried(linear: Module, most_bytes: int, is_worth_it: Judge) -> ExpandedTrial:
+    """One kind's trial; a device that cannot expand multiplies by the weights as stored, and the log says why."""
     out, width = linear.weight.shape[0], linear.weight.shape[1] * 32 // linear.bits
     kind = f"{linear.bits}-bit {width}x{out}"
+    try:
+        return _try(linear, kind, out, width, most_bytes, is_worth_it)
+    except Exception as exc:  # a compiler's, a driver's, or no memory: the model works without
+        reason = f"the trial failed: {' '.join(str(exc).split())[:300]}"
+        log.warning("%s weights are not expanded for prompts: %s", kind, reason)
+        return ExpandedTrial(kind, 0, (0.0, 0.0), reason)
+
+
+def _try(linear: Module, kind: str, out: int, width: int, most_bytes: int, is_worth_it: Judge) -> ExpandedTrial:
     dtype = linear.scales.dtype
     if not mx.issubdtype(dtype, mx.floating):  # scales of some quantisations are bytes
         dtype = mx.bfloat16

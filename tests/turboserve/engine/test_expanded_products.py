@@ -162,6 +162,20 @@ def test_a_product_that_differs_is_not_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert "differ by 0.050 of their norm" in str(chosen)
 
 
+def test_a_device_that_cannot_expand_is_told_of_and_multiplies_as_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(linear: Any, x: mx.array) -> mx.array:
+        raise RuntimeError("no such kernel\n here")
+
+    monkeypatch.setattr(expanded_products, "_expanded", failing)
+    model = a_model_of_one()
+    with caplog.at_level("WARNING"):
+        chosen = expand_where_it_pays(model, ROOMY, pays)
+    assert "as stored (the trial failed: no such kernel here)" in str(chosen) and "no such kernel" in caplog.text
+    assert type(model.layers[0].child) is nn.QuantizedLinear
+
+
 def test_nothing_is_tried_where_it_is_not_wanted() -> None:
     assert str(choose_expanded_products(make_model(), "off")) == "by MLX (as set)"
     assert str(choose_expanded_products(make_model(), "auto")) == "by MLX (on a CPU)"
