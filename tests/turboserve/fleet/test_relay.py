@@ -125,7 +125,8 @@ def test_a_caller_who_leaves_takes_the_request_along(start: Start) -> None:
     router.ask("a")  # loaded before, so that the stream begins with its first token
     asked = {"model": "a", "stream": True, "do": "stream", "tokens": 6000, "token_s": 0.02}
     with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=asked, timeout=20) as answer:
-        next(answer.iter_raw())
+        events = answer.iter_raw()  # kept: httpx closes the connection with the iterator
+        next(events)
         assert router.fleet["a"].num_running == 1
     wait_until(lambda: router.fleet["a"].num_running == 0, 30)  # the stream goes on for two minutes
     wait_until(lambda: bool(router.ask("a").json()["cut"]), 30)
@@ -145,9 +146,13 @@ def test_a_slow_reader_slows_the_process_down(start: Start) -> None:
     router.ask("a")  # loaded before, so that the stream begins with its first token
     asked = {"model": "a", "stream": True, "do": "stream", "tokens": 3000, "pad": "x" * 65536}
     with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=asked, timeout=120) as answer:
-        next(answer.iter_raw())
+        events = answer.iter_raw()  # kept: httpx closes the connection with the iterator
+        next(events)
         assert router.fleet["a"].num_running == 1
         wait_until(lambda: router.fleet["a"].num_running == 0, 60)  # 200 MB for a reader that stalls: cut off
+        with pytest.raises(httpx.TransportError):
+            for _ in events:
+                pass
     wait_until(lambda: bool(router.ask("a").json()["cut"]), 60)
 
 
