@@ -172,47 +172,77 @@ static void attend_pages(const Attention& a, const Item& item, int kv_head, int 
 
 constexpr int kExactRows = 64; // 64 rows of 128 dims as floats are 32 KiB
 
-static void rows_to_floats(const Rows& rows, int kv_head, int from, int n, int dim, float* out) {
-    for (int i = 0; i < n; i++)
-        row_to_floats(rows.data, rows.dtype, kv_head * rows.head_stride + (from + i) * rows.token_stride, dim, out + i * dim);
+// Rows of one head as floats, `stride` floats apart.
+struct FloatRows {
+    const float* data;
+    std::int64_t stride;
+};
+
+// Rows [from, from + n): where they are, if they are floats, else in `room`.
+static FloatRows float_rows(const Rows& rows, int kv_head, int from, int n, int dim, float* room) {
+    const std::int64_t at = kv_head * rows.head_stride + from * rows.token_stride;
+    if (rows.dtype == Dtype::f32) return {static_cast<const float*>(rows.data) + at, rows.token_stride};
+    for (int i = 0; i < n; i++) row_to_floats(rows.data, rows.dtype, at + i * rows.token_stride, dim, room + i * dim);
+    return {room, dim};
 }
 
-// s[i] = x . row i; four rows at a time keep the multipliers busy.
-static void dot_rows(const float* rows, int n, int dim, const float* x, float* s) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const float* r = rows + i * dim;
-        F a{}, b{}, c{}, d{};
+// Heads whose rows are read once for all of them: what registers hold. Each head's sums are those it has alone.
+constexpr int kSharedHeads = LANES == 16 ? 4 : 2;
+
+// s[h * kExactRows + i] = queries[h] . row i, four rows at a time.
+template <int G> static void dot_rows(FloatRows rows, int n, int dim, const float* queries, float* s) {
+    for (int i = 0; i < n; i += 4) {
+        const float* r[4];
+        for (int j = 0; j < 4; j++) r[j] = rows.data + min1(i + j, n - 1) * rows.stride;
+        F acc[4][G]{};
         for (int k = 0; k < dim; k += LANES) {
-            const F v = load<F>(x + k);
-            a = fma(v, load<F>(r + k), a);
-            b = fma(v, load<F>(r + dim + k), b);
-            c = fma(v, load<F>(r + 2 * dim + k), c);
-            d = fma(v, load<F>(r + 3 * dim + k), d);
+            F x[G];
+            for (int g = 0; g < G; g++) x[g] = load<F>(queries + g * dim + k);
+            for (int j = 0; j < 4; j++) {
+                const F row = load<F>(r[j] + k);
+                for (int g = 0; g < G; g++) acc[j][g] = fma(x[g], row, acc[j][g]);
+            }
         }
-        s[i] = sum(a), s[i + 1] = sum(b), s[i + 2] = sum(c), s[i + 3] = sum(d);
-    }
-    for (; i < n; i++) {
-        F a{};
-        for (int k = 0; k < dim; k += LANES) a = fma(load<F>(x + k), load<F>(rows + i * dim + k), a);
-        s[i] = sum(a);
+        float sums[4 * G];
+        sums_of(acc, sums);
+        const int count = min1(4, n - i);
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < count; j++) s[g * kExactRows + i + j] = sums[4 * g + j];
     }
 }
 
-// total += sum of w[i] * row i
-static void add_rows(const float* rows, int n, int dim, const float* w, float* total) {
+// total[h] += sum of w[h * kExactRows + i] * row i; totals are `stride` floats apart.
+template <int G> static void add_rows(FloatRows rows, int n, int dim, const float* w, float* total, int stride) {
+    const auto add = [&](int d, auto width) TQ_INLINED {
+        constexpr int kWidth = width.value;
+        F t[G][kWidth];
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < kWidth; j++) t[g][j] = load<F>(total + g * stride + d + j * LANES);
+        for (int i = 0; i < n; i++) {
+            const float* row = rows.data + i * rows.stride + d;
+            F x[kWidth];
+            for (int j = 0; j < kWidth; j++) x[j] = load<F>(row + j * LANES);
+            for (int g = 0; g < G; g++)
+                for (int j = 0; j < kWidth; j++) t[g][j] = fma(splat(w[g * kExactRows + i]), x[j], t[g][j]);
+        }
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < kWidth; j++) store_to(total + g * stride + d + j * LANES, t[g][j]);
+    };
     int d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
-        F t[4];
-        for (int j = 0; j < 4; j++) t[j] = load<F>(total + d + j * LANES);
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < 4; j++) t[j] = fma(splat(w[i]), load<F>(rows + i * dim + d + j * LANES), t[j]);
-        for (int j = 0; j < 4; j++) store_to(total + d + j * LANES, t[j]);
-    }
-    for (; d < dim; d += LANES) {
-        F t = load<F>(total + d);
-        for (int i = 0; i < n; i++) t = fma(splat(w[i]), load<F>(rows + i * dim + d), t);
-        store_to(total + d, t);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) add(d, std::integral_constant<int, 4>{});
+    for (; d < dim; d += LANES) add(d, std::integral_constant<int, 1>{});
+}
+
+// Calls `with` with a constant of each run of heads that share their rows, and its first one.
+template <class Fn> TQ_INLINE void each_shared(int first, int last, Fn with) {
+    for (int h = first; h < last; h += kSharedHeads) {
+        const int count = min1(kSharedHeads, last - h);
+        if constexpr (kSharedHeads == 4) {
+            if (count == 4) with(std::integral_constant<int, 4>{}, h);
+            if (count == 3) with(std::integral_constant<int, 3>{}, h);
+        }
+        if (count == 2) with(std::integral_constant<int, 2>{}, h);
+        if (count == 1) with(std::integral_constant<int, 1>{}, h);
     }
 }
 
@@ -225,10 +255,10 @@ static void attend_exact_rows(const Attention& a, const Item& item, int kv_head,
         const int n = min1(kExactRows, to - at);
         for (int first = 0; first < heads; first += kMaxGroup) {
             const int last = min1(heads, first + kMaxGroup);
-            rows_to_floats(k, kv_head, at, n, k_dim, rows);
+            const FloatRows keys = float_rows(k, kv_head, at, n, k_dim, rows);
+            each_shared(first, last, [&](auto heads, int hh) { dot_rows<heads.value>(keys, n, k_dim, queries + hh * k_dim, s + (hh - first) * kExactRows); });
             for (int hh = first; hh < last; hh++) {
                 float *mine = partials + hh * stride, *scores = s + (hh - first) * kExactRows;
-                dot_rows(rows, n, k_dim, queries + hh * k_dim, scores);
                 if (a.cap > 0) cap_scores(scores, (n + LANES - 1) / LANES * LANES, a.cap);
                 const std::int64_t p = item.position + hh % item.num_rows, oldest = a.oldest(p);
                 for (int i = n; i < kExactRows; i++) scores[i] = kNothing;
@@ -236,8 +266,8 @@ static void attend_exact_rows(const Attention& a, const Item& item, int kv_head,
                     if (start + at + i > p || start + at + i < oldest) scores[i] = kNothing;
                 absorb_scores(scores, kExactRows, mine[v_dim], mine[v_dim + 1], mine, v_dim);
             }
-            rows_to_floats(v, kv_head, at, n, v_dim, rows);
-            for (int hh = first; hh < last; hh++) add_rows(rows, n, v_dim, s + (hh - first) * kExactRows, partials + hh * stride);
+            const FloatRows values = float_rows(v, kv_head, at, n, v_dim, rows);
+            each_shared(first, last, [&](auto heads, int hh) { add_rows<heads.value>(values, n, v_dim, s + (hh - first) * kExactRows, partials + hh * stride, stride); });
         }
     }
 }

@@ -11,6 +11,7 @@ typedef std::uint32_t U __attribute__((vector_size(4 * LANES)));
 
 constexpr int SUBS = 16 / LANES; // registers that hold 16 lanes
 #define TQ_INLINE static inline __attribute__((always_inline))
+#define TQ_INLINED __attribute__((always_inline)) // of a lambda
 
 // By copy: template arguments lose a vector type's alignment attribute, and pointers here are rarely aligned.
 template <class T> TQ_INLINE T load(const void* p) {

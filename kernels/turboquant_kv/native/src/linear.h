@@ -1,7 +1,7 @@
 // Linear layers of one instruction-set level; see linear_jobs.h.
 //
-// A few outputs' codes are unpacked to words, once for all rows of x; then come tiles of these outputs times a few rows, so
-// that each word and each input that is loaded is used several times.
+// Tiles of a few outputs times a few rows, so that each code and each input that is loaded is used several times. Codes that no tile
+// unpacks by itself are unpacked before, a few outputs' once for all rows of x.
 
 #if LANES == 16
 constexpr int kTileOut = 4, kTileRows = 4;

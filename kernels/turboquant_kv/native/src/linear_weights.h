@@ -64,7 +64,7 @@ class FedRows {
     }
 
     // Rows that one task prepares.
-    int rows_each() const { return int(kTaskCost / num_in_) + 1; }
+    int rows_each() const { return int(kTaskCost / 8 / num_in_) + 1; } // a number is rounded in the time of eight multiplications
     int num_tasks() const { return (num_rows_ + rows_each() - 1) / rows_each(); }
     int num_rows() const { return num_rows_; }
     int num_in() const { return num_in_; }

@@ -12,7 +12,6 @@ TQ_INLINE void store_inputs(std::int16_t* row, int at, I c) { store_to(row + at,
 
 constexpr std::size_t kAheadBytes = 4096; // how far behind what is read lies what is asked of memory
 constexpr int kLineBytes = 64;
-#define TQ_INLINED __attribute__((always_inline))
 
 // Codes of 64 neighbouring inputs as words.
 template <int Bits> TQ_INLINE void unpack_unit(const std::uint8_t* p, std::int16_t* out) {
@@ -191,9 +190,9 @@ static TileFn tile_of(From where, bool halves, int outputs, int rows) {
     return tile_of<From::words>(halves, outputs, rows);
 }
 
-// A few rows unpack codes where they multiply them; more rows, or other bits, find them unpacked.
-static From from_of(const Matrix& w, int num_rows) {
-    if (kNibbles && num_rows <= kTileRows && !w.is_mxfp4) {
+// Codes of 4 and 8 bits are unpacked where they are multiplied, others before.
+static From from_of(const Matrix& w) {
+    if (kNibbles && !w.is_mxfp4) {
         if (w.bits == 4) return From::nibbles;
         if (w.bits == 8) return From::bytes;
     }
@@ -229,7 +228,7 @@ static void product(const Matrix& w, const Inputs& x, int first, int last, Outpu
     auto* words = reinterpret_cast<std::int16_t*>(biases + kTileOut * padded);
     const UnpackFn unpack = unpack_of(w.bits);
     const int groups = w.num_groups();
-    const From where = from_of(w, x.num_rows);
+    const From where = from_of(w);
     const bool is_stored = where == From::nibbles || where == From::bytes, is_whole = is_stored && w.group == w.block(); // nothing is unpacked
     for (int n = first; n < last;) {
         const int outputs = is_whole && x.num_rows == 1 && last - n >= kRowOut ? kRowOut : last - n >= kTileOut ? kTileOut : 1;

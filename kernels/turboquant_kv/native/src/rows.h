@@ -13,6 +13,14 @@ template <Dtype D> TQ_INLINE F load_row(const void* data, std::int64_t i) {
     else return (F)(__builtin_convertvector(load<H>(static_cast<const std::uint16_t*>(data) + i), U) << 16);
 }
 
+#if !defined(TQ_OWN_SUMS)
+// sums[4 j + i] = sum(x[i][j]).
+template <int M> TQ_INLINE void sums_of(const F (&x)[4][M], float* sums) {
+    for (int j = 0; j < M; j++)
+        for (int i = 0; i < 4; i++) sums[4 * j + i] = sum(x[i][j]);
+}
+#endif
+
 static void row_to_floats(const void* data, Dtype dtype, std::int64_t at, int dim, float* x) {
     for (int d = 0; d < dim; d += LANES) {
         F v = dtype == Dtype::f32 ? load_row<Dtype::f32>(data, at + d)
