@@ -10,6 +10,8 @@ constexpr int kTileOut = 2, kTileRows = 4;
 #else
 constexpr int kTileOut = 4, kTileRows = 4;
 #endif
+constexpr bool kWidens = LANES == 8; // 16-bit floats before products of many rows; AVX-512 widens in passing as fast
+constexpr int kWideOut = 3;           // outputs of a tile of widened floats: what registers hold
 constexpr int kChunkUnits = 32; // units whose factors are made at a time: they stay in the first-level cache
 
 TQ_INLINE F load_as(const void* p, std::size_t at, Dtype dtype) {
@@ -132,13 +134,14 @@ static void round_row(const float* x, int block, const Inputs& to, int row) {
     for (int b = num_blocks; b < to.padded_blocks; b++) scales[b] = sums[b] = 0.0f;
 }
 
-template <Dtype D, int N, int M> static void float_tile(const Matrix& w, const float* x, int n, int m, Outputs to) {
+// weights: N rows of w's inputs as D, the first one of output n.
+template <Dtype D, int N, int M> static void float_tile(const Matrix& w, const void* weights, const float* x, int n, int m, Outputs to) {
     F acc[N][M]{};
     const std::size_t depth = w.num_in;
     x += m * depth;
     for (std::size_t k = 0; k < depth; k += LANES) {
         F c[N];
-        for (int i = 0; i < N; i++) c[i] = load_as(w.floats, (n + i) * depth + k, D);
+        for (int i = 0; i < N; i++) c[i] = load_row<D>(weights, i * depth + k);
         for (int j = 0; j < M; j++) {
             const F v = load<F>(x + j * depth + k);
             for (int i = 0; i < N; i++) acc[i][j] = fma(c[i], v, acc[i][j]);
@@ -148,7 +151,7 @@ template <Dtype D, int N, int M> static void float_tile(const Matrix& w, const f
         for (int j = 0; j < M; j++) to.at(m + j, n + i) = sum(acc[i][j]) + (w.offset ? w.offset[n + i] : 0.0f);
 }
 
-using FloatTileFn = void (*)(const Matrix&, const float*, int, int, Outputs);
+using FloatTileFn = void (*)(const Matrix&, const void*, const float*, int, int, Outputs);
 template <Dtype D, int N> static FloatTileFn float_tile_of(int rows) {
     switch (rows) {
         case 1: return float_tile<D, N, 1>;
@@ -157,16 +160,25 @@ template <Dtype D, int N> static FloatTileFn float_tile_of(int rows) {
         default: return float_tile<D, N, kTileRows>;
     }
 }
+template <int N> static FloatTileFn float_tile_of(Dtype dtype, int rows) {
+    if (dtype == Dtype::f32) return float_tile_of<Dtype::f32, N>(rows);
+    return dtype == Dtype::f16 ? float_tile_of<Dtype::f16, N>(rows) : float_tile_of<Dtype::bf16, N>(rows);
+}
 
-static void float_product(const Matrix& w, const float* x, int num_rows, int first, int last, Outputs to) {
+static void float_product(const Matrix& w, const float* x, int num_rows, int first, int last, Outputs to, float* scratch) {
+    const bool is_wide = kWidens && num_rows > kTileRows;
+    const int most = is_wide ? kWideOut : kTileOut;
     for (int n = first; n < last;) {
-        const int outputs = last - n >= kTileOut ? kTileOut : 1;
+        const int outputs = last - n >= most ? most : 1;
+        const void* weights = static_cast<const std::uint16_t*>(w.floats) + std::size_t(n) * w.num_in;
+        if (is_wide) {
+            for (int i = 0; i < outputs; i++) dense_float_row(w, n + i, 0, w.num_in, scratch + std::size_t(i) * w.num_in);
+            weights = scratch;
+        }
+        const Dtype dtype = is_wide ? Dtype::f32 : w.dtype;
         for (int m = 0; m < num_rows; m += kTileRows) {
             const int rows = min1(kTileRows, num_rows - m);
-            const bool half = w.dtype == Dtype::f16;
-            FloatTileFn fn = outputs == 1 ? (half ? float_tile_of<Dtype::f16, 1>(rows) : float_tile_of<Dtype::bf16, 1>(rows))
-                                          : (half ? float_tile_of<Dtype::f16, kTileOut>(rows) : float_tile_of<Dtype::bf16, kTileOut>(rows));
-            fn(w, x, n, m, to);
+            (outputs == 1 ? float_tile_of<1>(dtype, rows) : is_wide ? float_tile_of<kWideOut>(dtype, rows) : float_tile_of<kTileOut>(dtype, rows))(w, weights, x, n, m, to);
         }
         n += outputs;
     }

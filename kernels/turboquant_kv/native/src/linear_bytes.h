@@ -177,7 +177,10 @@ static UnpackFn unpack_of(int bits) {
 }
 
 // In floats: scales and biases of a tile's outputs, then their codes where these are unpacked.
-static std::size_t product_scratch(const Matrix& w) { return std::size_t(kTileOut) * (2 * w.padded_blocks() + w.num_in / 4); }
+static std::size_t product_scratch(const Matrix& w) {
+    if (w.bits == 0) return kWidens ? std::size_t(kWideOut) * w.num_in : 0;
+    return std::size_t(kTileOut) * (2 * w.padded_blocks() + w.num_in / 4);
+}
 
 static void product(const Matrix& w, const Inputs& x, int first, int last, Outputs to, float* scratch) {
     const std::size_t row_bytes = std::size_t(w.num_in) / 8 * w.bits;

@@ -72,7 +72,7 @@ struct LinearTable {
     void (*round_row)(const float* x, int block, const Inputs& to, int row);
     // Outputs [first, last) of all rows; scratch of product_scratch() floats.
     void (*product)(const Matrix&, const Inputs&, int first, int last, Outputs, float* scratch);
-    void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, Outputs);
+    void (*float_product)(const Matrix&, const float* x, int num_rows, int first, int last, Outputs, float* scratch);
     std::size_t (*product_scratch)(const Matrix&);
     // W as it stands, outputs [first, last) and inputs [from, to), which are multiples of kUnit, to out (last - first, to - from).
     void (*dense)(const Matrix&, int first, int last, int from, int to, float* out);

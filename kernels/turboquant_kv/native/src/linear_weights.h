@@ -228,8 +228,9 @@ class LinearWeights {
         const int each = std::max(kCachedBytes / (matrix_.num_in * (matrix_.bits ? 2 : 4)) / 4 * 4, kLeastRows);
         for (int m = 0; m < x.num_rows(); m += each, to.data += std::size_t(each) * to.stride) {
             const int count = std::min(each, x.num_rows() - m);
-            if (matrix_.bits == 0) kernels.float_product(matrix_, x.rows() + std::size_t(m) * matrix_.num_in, count, first, last, to);
-            else kernels.product(matrix_, x.inputs(matrix_).part(m, count), first, last, to, scratch_floats<0>(kernels.product_scratch(matrix_)));
+            float* scratch = scratch_floats<0>(kernels.product_scratch(matrix_));
+            if (matrix_.bits == 0) kernels.float_product(matrix_, x.rows() + std::size_t(m) * matrix_.num_in, count, first, last, to, scratch);
+            else kernels.product(matrix_, x.inputs(matrix_).part(m, count), first, last, to, scratch);
         }
     }
 

@@ -220,7 +220,10 @@ static void widen_exponents(const Matrix& w, int output, float* scales, float* b
 }
 
 // In floats: words, scales and biases of a tile's outputs.
-static std::size_t product_scratch(const Matrix& w) { return std::size_t(kTileOut) * (w.num_in / 2 + 2 * w.padded_blocks()); }
+static std::size_t product_scratch(const Matrix& w) {
+    if (w.bits == 0) return kWidens ? std::size_t(kWideOut) * w.num_in : 0;
+    return std::size_t(kTileOut) * (w.num_in / 2 + 2 * w.padded_blocks());
+}
 
 static void product(const Matrix& w, const Inputs& x, int first, int last, Outputs to, float* scratch) {
     const std::size_t padded = w.padded_blocks(), row_bytes = std::size_t(w.num_in) / 8 * w.bits;
