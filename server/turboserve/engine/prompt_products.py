@@ -1,25 +1,25 @@
 """Which way a CPU multiplies prompts by weights as stored: by the kernels' integers, or as floats by OpenBLAS.
 
 A prompt's rows are many, so that it can pay to widen weights to float32, a strip at a time, and leave the product to
-OpenBLAS. Whether it does depends on CPU, shape, kind and number of rows, so each kind of layer is timed both ways when
-a model is loaded, a fifth of a second in all. Steps of one token a row always take the kernels' own product, whose bits
-do not depend on the rows of others.
+OpenBLAS. Whether it does depends on CPU, shape and kind, so each kind of layer is timed both ways when a model is
+loaded, a fifth of a second in all. OpenBLAS gets blocks of DENSE_ROWS rows, counted from the first row on, and the
+kernels get what is left of a prompt and steps of one token a row: so no row's bits depend on the rows of others, as
+long as prompts are read in chunks of whole blocks (`prompt_block`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from turboquant_kv import blas
-from turboquant_kv.backends.native.linear import NativeWeights
+from turboquant_kv.backends.native.linear import DENSE_ROWS, NativeWeights
 from turboserve.engine.native_linears import NativeLinear
 
-ROW_COUNTS = (64, 256)  # 256: a prompt's usual chunk
+NUM_ROWS = 256  # that are tried: a prompt's usual chunk
 _MOST_S = 0.2  # of all trials, about: each kind has its share
 _MOST_ROUNDS = 4
 _WORK = 1 << 27  # multiplications of a timed product, about: two milliseconds of a core
@@ -32,15 +32,16 @@ class ProductTrial:
     """What one kind of layer was found to do, in multiplications and additions per nanosecond of one core."""
 
     kind: str  # "4-bit 1536x576"
-    own: tuple[float, ...]  # for each of ROW_COUNTS
-    blas: tuple[float, ...]
-    dense_from: int  # rows of a sequence from which on OpenBLAS multiplies; 0: never
+    own: float
+    blas: float
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether OpenBLAS multiplies: where it is enough faster to be worth another arithmetic."""
+        return _MARGIN * self.blas > self.own
 
     def __str__(self) -> str:
-        how = f"OpenBLAS from {self.dense_from} rows" if self.dense_from else "own kernel"
-        pairs = zip(ROW_COUNTS, self.own, self.blas, strict=True)
-        figures = ", ".join(f"{own:.0f}/{other:.0f} at {rows}" for rows, own, other in pairs)
-        return f"{self.kind} {how} ({figures})"
+        return f"{self.kind} {'OpenBLAS' if self.is_dense else 'own kernel'} ({self.own:.0f}/{self.blas:.0f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,15 @@ class PromptProducts:
     def __str__(self) -> str:
         if not self.trials:
             return f"own kernel ({self.reason})"
-        return f"{'; '.join(map(str, self.trials))}: own kernel/OpenBLAS, GFLOP/s a core, by rows"
+        return f"{'; '.join(map(str, self.trials))}: own kernel/OpenBLAS, GFLOP/s a core"
+
+    @property
+    def prompt_block(self) -> int:
+        """Tokens in multiples of which a prompt is read, but for its last chunk, so that company changes no row's bits.
+
+        Prompts that are padded to one length have as many such blocks each.
+        """
+        return DENSE_ROWS if any(trial.is_dense for trial in self.trials) else 1
 
 
 def choose_prompt_products(model: Any, setting: str) -> PromptProducts:
@@ -72,7 +81,7 @@ def choose_prompt_products(model: Any, setting: str) -> PromptProducts:
     for (stored, num_out, num_in), all_weights in kinds.items():
         trial = try_products(f"{stored.split(',')[0]} {num_out}x{num_in}", all_weights[0], _MOST_S / len(kinds))
         for weights in all_weights:
-            weights.set_dense_from(trial.dense_from)
+            weights.set_dense(trial.is_dense)
         trials.append(trial)
     return PromptProducts(tuple(trials))
 
@@ -82,19 +91,15 @@ def try_products(kind: str, weights: NativeWeights, most_s: float) -> ProductTri
 
     It takes longer than most_s only where one round of a shape does.
     """
-    own, other = [], []
-    for num_rows in ROW_COUNTS:
-        least_s = _least_seconds(weights, num_rows, most_s * num_rows / sum(ROW_COUNTS))
-        work = 2e-9 * num_rows * weights.num_in * _num_tried(weights, num_rows)
-        own.append(work / least_s[False])
-        other.append(work / least_s[True])
-    return ProductTrial(kind, tuple(own), tuple(other), _first_winning(own, other))
+    least_s = _least_seconds(weights, most_s)
+    work = 2e-9 * NUM_ROWS * weights.num_in * _num_tried(weights)
+    return ProductTrial(kind, work / least_s[False], work / least_s[True])
 
 
-def _least_seconds(weights: NativeWeights, num_rows: int, most_s: float) -> dict[bool, float]:
+def _least_seconds(weights: NativeWeights, most_s: float) -> dict[bool, float]:
     """By whether OpenBLAS multiplied."""
-    x = np.random.default_rng(0).standard_normal((num_rows, weights.num_in), np.float32)
-    num_out, least_s = _num_tried(weights, num_rows), {False: np.inf, True: np.inf}
+    x = np.random.default_rng(0).standard_normal((NUM_ROWS, weights.num_in), np.float32)
+    num_out, least_s = _num_tried(weights), {False: np.inf, True: np.inf}
     until_s = time.perf_counter() + most_s
     for i in range(_MOST_ROUNDS):
         for by_blas in (False, True):
@@ -106,15 +111,6 @@ def _least_seconds(weights: NativeWeights, num_rows: int, most_s: float) -> dict
     return least_s
 
 
-def _num_tried(weights: NativeWeights, num_rows: int) -> int:
+def _num_tried(weights: NativeWeights) -> int:
     least, most = _OUTPUTS
-    return min(weights.num_out, max(least, min(most, _WORK // (num_rows * weights.num_in))))
-
-
-def _first_winning(own: Iterable[float], other: Iterable[float]) -> int:
-    """The number of rows from which on OpenBLAS is faster at every number that was tried; 0: none."""
-    first = 0
-    for num_rows, ours, theirs in zip(ROW_COUNTS, own, other, strict=True):
-        is_faster = _MARGIN * theirs > ours
-        first = (first or num_rows) if is_faster else 0
-    return first
+    return min(weights.num_out, max(least, min(most, _WORK // (NUM_ROWS * weights.num_in))))

@@ -161,13 +161,14 @@ class PrefillSpeed:
         self._seconds = SPEED_MEMORY * self._seconds + seconds
 
 
-def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: bool) -> list[Piece]:
+def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: bool, block: int = 1) -> list[Piece]:
     """Who is read in this step, and how far.
 
     Least work first gives short prompts a short wait; whoever was passed over long enough goes first. Others whose
     whole rest fits into the budget are computed in the same pass, padded to the longest, unless padding would cost
     more than a quarter of what it pads or they wait for what is computed in it. Requests with nothing left to read
-    cost nothing.
+    cost nothing. block: tokens of which a prompt's chunks consist, but for its last one; as many whole blocks as in the
+    pass's first chunk are in all others then.
     """
     pieces = [Piece(i, 0) for i, c in enumerate(candidates) if c.num_remaining <= 0]
     order = [i for i, c in enumerate(candidates) if c.num_remaining > 0]
@@ -176,11 +177,13 @@ def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: b
     if not order:
         return pieces
     lead = max(starved, key=lambda i: candidates[i].skipped_steps) if starved else order[0]
-    pass_ = [Piece(lead, chunk_len(candidates[lead].num_remaining, budget))]
+    pass_ = [Piece(lead, chunk_len(candidates[lead].num_remaining, budget, block))]
     order.remove(lead)
     for i in order if may_group else ():
         rest, beginning = candidates[i].num_remaining, candidates[i].beginning
         if beginning is not None and any(candidates[p.place].beginning == beginning for p in pass_):
+            continue
+        if block > 1 and rest // block != pass_[0].num_tokens // block:
             continue
         lens = [*(p.num_tokens for p in pass_), rest]
         padded_len = len(lens) * max(lens)
@@ -196,12 +199,16 @@ def concerned(candidates: Sequence[PrefillView], pieces: Sequence[Piece]) -> lis
     return [i for i, c in enumerate(candidates) if i in places or c.beginning in beginnings]
 
 
-def chunk_len(num_remaining: int, max_chunk: int) -> int:
-    """Tokens of the next prefill chunk: evenly cut, so that no chunk is a tiny rest."""
-    if num_remaining <= max_chunk:
+def chunk_len(num_remaining: int, max_chunk: int, block: int = 1) -> int:
+    """Tokens of the next prefill chunk: evenly cut, so that no chunk is a tiny rest, and whole blocks but for the last.
+
+    No more than max_chunk, unless a block is.
+    """
+    most = max(max_chunk // block, 1) * block
+    if num_remaining <= most:
         return num_remaining
-    num_chunks = -(-num_remaining // max_chunk)
-    return -(-num_remaining // num_chunks)
+    num_chunks = -(-num_remaining // most)
+    return -(-num_remaining // (num_chunks * block)) * block
 
 
 # --- growth and preemption

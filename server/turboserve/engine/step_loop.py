@@ -384,7 +384,8 @@ class StepLoop:
         asked: set[Generation] = set()
         while True:
             views = [self._prefill_view(generation, may_group) for generation in prefilling]
-            pieces = scheduler.plan_prefill(views, budget, may_group=may_group)
+            block = self._parts.loaded.prompt_block
+            pieces = scheduler.plan_prefill(views, budget, may_group=may_group, block=block)
             chosen = [(prefilling[piece.place], piece.num_tokens) for piece in pieces]
             concerned = scheduler.concerned(views, pieces)
             new = [prefilling[i] for i in concerned if prefilling[i] not in asked]

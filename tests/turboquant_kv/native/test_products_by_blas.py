@@ -12,7 +12,7 @@ from turboquant_kv import blas
 from turboquant_kv.backends.native import linear
 from turboquant_kv.backends.native.backend import load_kernels
 from turboquant_kv.backends.native.block import BlockShape, NativeBlock, Norms
-from turboquant_kv.backends.native.linear import BITS, GROUPS, NativeWeights, Quantised
+from turboquant_kv.backends.native.linear import BITS, DENSE_ROWS, GROUPS, NativeWeights, Quantised
 
 kernels, _ = load_kernels()
 pytestmark = pytest.mark.skipif(
@@ -63,19 +63,43 @@ def test_products_are_those_of_float32_and_of_the_own_kernel(kind: Any, rng: np.
 
 
 @pytest.mark.usefixtures("isa")
-def test_long_sequences_go_to_it_and_rows_of_many_sequences_do_not(rng: np.random.Generator) -> None:
+def test_whole_blocks_of_a_sequence_go_to_it_and_no_other_rows(rng: np.random.Generator) -> None:
     weights, _, _ = stored(rng, 130, 192, (4, 64))
-    weights.set_dense_from(20)
-    x = rng.standard_normal((3, 20, 192)).astype(np.float32)
-    for shape, by_blas in (((3, 20), True), ((60,), False), ((60, 1), False), ((4, 15), False), ((1, 60), True)):
-        got = np.array(weights.multiply(mx.array(x.reshape(*shape, 192)))).reshape(60, 130)
+    weights.set_dense(True)
+    for shape in (
+        (3, DENSE_ROWS),
+        (1, 3 * DENSE_ROWS + 5),
+        (3 * DENSE_ROWS,),
+        (2, DENSE_ROWS - 1),
+        (2, DENSE_ROWS + 1),
+    ):
+        x = rng.standard_normal((*shape, 192)).astype(np.float32)
+        got, rows = np.array(weights.multiply(mx.array(x))).reshape(-1, 130), x.reshape(-1, 192)
+        seq_len = shape[-1] if len(shape) > 1 else 1
+        is_dense = np.arange(len(rows)) % seq_len < seq_len // DENSE_ROWS * DENSE_ROWS
         # Tasks are cut otherwise than in a trial, and OpenBLAS may then add up in another order.
-        wanted, other = (weights.trial(x.reshape(60, 192), 130, way) for way in (by_blas, not by_blas))
-        is_same = np.linalg.norm(got - wanted) < np.linalg.norm(got - other) / 5
-        assert is_same if by_blas else np.array_equal(got, wanted)
-    weights.set_dense_from(0)
-    got = np.array(weights.multiply(mx.array(x))).reshape(60, 130)
-    assert np.array_equal(got, weights.trial(x.reshape(60, 192), 130, by_blas=False))
+        by_blas, own = (weights.trial(rows, 130, way) for way in (True, False))
+        of_blas, of_own = (np.linalg.norm(got - other, axis=1) for other in (by_blas, own))
+        assert (of_blas < of_own / 5)[is_dense].all() and np.array_equal(got[~is_dense], own[~is_dense])
+    weights.set_dense(False)
+    got = np.array(weights.multiply(mx.array(x))).reshape(-1, 130)
+    assert np.array_equal(got, own)
+
+
+@pytest.mark.parametrize("kind", [(4, 64), (8, 32), "float16"])
+@pytest.mark.usefixtures("isa")
+def test_rows_get_the_same_bits_in_any_company(kind: Any, rng: np.random.Generator) -> None:
+    """Alone, beside other sequences, and cut into chunks of whole blocks."""
+    weights, _, _ = stored(rng, 200, 320, kind)
+    weights.set_dense(True)
+    seq_len = 3 * DENSE_ROWS + int(rng.integers(1, DENSE_ROWS))
+    x = mx.array(rng.standard_normal((5, seq_len, 320)).astype(np.float32))
+    together = np.array(weights.multiply(x))
+    for i, sequence in enumerate(x):
+        assert np.array_equal(weights.multiply(sequence[None])[0], together[i])
+        for cut in (DENSE_ROWS, 2 * DENSE_ROWS):
+            parts = [np.array(weights.multiply(part[None]))[0] for part in (sequence[:cut], sequence[cut:])]
+            assert np.array_equal(np.concatenate(parts), together[i])
 
 
 @pytest.mark.parametrize("kind", [(4, 64), (6, 32), "mxfp4"])
@@ -83,15 +107,16 @@ def test_long_sequences_go_to_it_and_rows_of_many_sequences_do_not(rng: np.rando
 def test_rows_that_are_no_numbers_spoil_themselves_only(kind: Any, rng: np.random.Generator) -> None:
     for num_out in (1, 70):
         weights, _, _ = stored(rng, num_out, 128, kind)
-        weights.set_dense_from(1)
-        x = rng.standard_normal((2, 9, 128)).astype(np.float32)
+        weights.set_dense(True)
+        x = rng.standard_normal((2, DENSE_ROWS + 9, 128)).astype(np.float32)
         clean = np.array(weights.multiply(mx.array(x)))
         for bad in (np.nan, np.inf, -np.inf):
             spoilt = x.copy()
-            spoilt[1, 2, int(rng.integers(128))] = bad
+            rows = [2, DENSE_ROWS + 3]  # in a whole block, and behind it
+            spoilt[1, rows, int(rng.integers(128))] = bad
             got = np.array(weights.multiply(mx.array(spoilt)))
-            assert np.isnan(got[1, 2]).all()
-            got[1, 2] = clean[1, 2]
+            assert np.isnan(got[1, rows]).all()
+            got[1, rows] = clean[1, rows]
             assert np.array_equal(got, clean)
 
 
@@ -105,13 +130,14 @@ def test_decoder_layers_are_those_of_the_own_kernel(rng: np.random.Generator) ->
     norm = mx.array(rng.uniform(0.5, 2, width)), 1e-5
     head_norm = mx.array(rng.uniform(0.5, 2, 32)), 1e-5
     block = NativeBlock(linears, Norms(norm, norm, head_norm, None), shape)
-    x = rng.standard_normal((2, 33, width)).astype(np.float32)
-    turn = rng.standard_normal((1, 33, 32)).astype(np.float32)
-    attended = rng.standard_normal((2, 10, 33, 64)).astype(np.float32)
+    seq_len = DENSE_ROWS + 33
+    x = rng.standard_normal((2, seq_len, width)).astype(np.float32)
+    turn = rng.standard_normal((1, seq_len, 32)).astype(np.float32)
+    attended = rng.standard_normal((2, 10, seq_len, 64)).astype(np.float32)
     wanted = [*block.inputs(x, turn), block.outputs(x, attended)]
     for chosen in (range(7), (0, 3, 5), (1, 2, 4, 6)):
         for i, weights in enumerate(linears):
-            weights.set_dense_from(33 if i in chosen else 0)
+            weights.set_dense(i in chosen)
         for got, want in zip([*block.inputs(x, turn), block.outputs(x, attended)], wanted, strict=True):
             assert np.linalg.norm(got - want) <= 3e-4 * np.linalg.norm(want)
         assert not all(map(np.array_equal, block.inputs(x, turn), wanted))
@@ -126,14 +152,14 @@ def test_what_it_does_not_take_is_refused(rng: np.random.Generator) -> None:
     x = np.zeros((2, 64), np.float32)
     with pytest.raises(ValueError, match="more outputs than there are"):
         weights.trial(x, 9, by_blas=False)
-    with pytest.raises(ValueError, match="0 or more"):
-        weights.set_dense_from(-1)
+    with pytest.raises(ValueError, match="no whole sequences"):
+        weights.held.multiply(x, np.empty((2, 8), np.float32), 3)
     try:
         kernels.set_blas(0)
         with pytest.raises(ValueError, match="no BLAS"):
             weights.trial(x, 8, by_blas=True)
-        weights.set_dense_from(1)
-        rows = mx.array(rng.standard_normal((1, 3, 64)).astype(np.float32))
+        weights.set_dense(True)
+        rows = mx.array(rng.standard_normal((1, DENSE_ROWS, 64)).astype(np.float32))
         assert np.array_equal(weights.multiply(rows)[0], weights.trial(np.array(rows[0]), 8, by_blas=False))
     finally:
         kernels.set_blas(blas.product_address())

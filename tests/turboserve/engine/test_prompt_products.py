@@ -11,10 +11,11 @@ from tests.turboserve.engine.test_native_linears import llama, logits_of, stored
 
 from turboquant_kv import blas
 from turboquant_kv.backends.native.backend import is_available
+from turboquant_kv.backends.native.linear import DENSE_ROWS
 from turboserve.cli.doctor import check_layers
 from turboserve.engine import prompt_products
 from turboserve.engine.native_linears import install_native_linears
-from turboserve.engine.prompt_products import ROW_COUNTS, ProductTrial, choose_prompt_products
+from turboserve.engine.prompt_products import ProductTrial, choose_prompt_products
 from turboserve.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -28,31 +29,28 @@ def native_model(rng: np.random.Generator) -> Any:
     return model
 
 
-def force(monkeypatch: pytest.MonkeyPatch, blas_seconds: dict[int, float]) -> None:
-    """Have OpenBLAS take so long for each number of rows, the own kernel one second."""
-    monkeypatch.setattr(
-        prompt_products,
-        "_least_seconds",
-        lambda weights, num_rows, most_s: {False: 1.0, True: blas_seconds[num_rows]},
-    )
+def force(monkeypatch: pytest.MonkeyPatch, blas_seconds: float) -> None:
+    """Have OpenBLAS take so long, the own kernel one second."""
+    monkeypatch.setattr(prompt_products, "_least_seconds", lambda weights, most_s: {False: 1.0, True: blas_seconds})
 
 
 def test_either_way_gives_the_same_but_for_rounding(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, least, most = native_model(rng), *ROW_COUNTS
-    prompts = {n: rng.integers(0, 300, (1, n)) for n in (1, least, most)}
-    step = rng.integers(0, 300, (most, 1))
+    model = native_model(rng)
+    prompts = {n: rng.integers(0, 300, (1, n)) for n in (1, DENSE_ROWS - 1, DENSE_ROWS, 2 * DENSE_ROWS + 3)}
+    step = rng.integers(0, 300, (DENSE_ROWS, 1))
     own = {n: logits_of(model, prompt) for n, prompt in prompts.items()}, logits_of(model, step)
-    for blas_seconds, first in (({least: 0.5, most: 0.5}, least), ({least: 2.0, most: 0.5}, most)):
-        force(monkeypatch, blas_seconds)
-        chosen = choose_prompt_products(model, "auto")
-        assert {trial.dense_from for trial in chosen.trials} == {first} and f"OpenBLAS from {first} rows" in str(chosen)
-        for n, prompt in prompts.items():
-            got = logits_of(model, prompt)
-            assert np.linalg.norm(got - own[0][n]) <= 1e-3 * np.linalg.norm(own[0][n])
-            assert np.array_equal(got, own[0][n]) == (n < first)
-        assert np.array_equal(logits_of(model, step), own[1])  # of many sequences one token each
-    force(monkeypatch, {least: 0.5, most: 0.97})  # too little to be worth it, where prompts are longest
-    assert {trial.dense_from for trial in choose_prompt_products(model, "auto").trials} == {0}
+    force(monkeypatch, 0.5)
+    chosen = choose_prompt_products(model, "auto")
+    assert all(trial.is_dense for trial in chosen.trials) and "OpenBLAS (" in str(chosen)
+    assert chosen.prompt_block == DENSE_ROWS
+    for n, prompt in prompts.items():
+        got = logits_of(model, prompt)
+        assert np.linalg.norm(got - own[0][n]) <= 1e-3 * np.linalg.norm(own[0][n])
+        assert np.array_equal(got, own[0][n]) == (n < DENSE_ROWS)
+    assert np.array_equal(logits_of(model, step), own[1])  # of many sequences one token each
+    force(monkeypatch, 0.97)  # too little to be worth it
+    chosen = choose_prompt_products(model, "auto")
+    assert not any(trial.is_dense for trial in chosen.trials) and chosen.prompt_block == 1
     assert all(np.array_equal(logits_of(model, prompt), own[0][n]) for n, prompt in prompts.items())
 
 
@@ -62,9 +60,9 @@ def test_each_kind_is_tried_once_and_its_figures_are_shown(
     chosen = choose_prompt_products(native_model(rng), "auto")
     kinds = [f"4-bit {size}" for size in ("128x128", "64x128", "192x128", "128x192", "300x128")]
     assert sorted(trial.kind for trial in chosen.trials) == sorted(kinds)
-    assert all(speed > 0 for trial in chosen.trials for speed in (*trial.own, *trial.blas))
-    shown = str(ProductTrial("4-bit 128x128", (50.4, 40), (30, 62.6), 256))
-    assert shown == "4-bit 128x128 OpenBLAS from 256 rows (50/30 at 64, 40/63 at 256)"
+    assert all(speed > 0 for trial in chosen.trials for speed in (trial.own, trial.blas))
+    assert str(ProductTrial("4-bit 128x128", 40.4, 62.6)) == "4-bit 128x128 OpenBLAS (40/63)"
+    assert str(ProductTrial("4-bit 128x128", 60.4, 62.6)) == "4-bit 128x128 own kernel (60/63)"
 
 
 def test_nothing_is_tried_where_it_is_not_wanted_or_cannot_be(

@@ -162,14 +162,23 @@ def test_the_speed_of_reading_is_learnt_from_the_latest_chunks() -> None:
     assert most_prefill_tokens(77, on_cpu=True) == 77
 
 
-@given(st.integers(1, 5000), st.integers(16, 512))
-def test_chunks_cover_the_prompt_in_the_fewest_even_steps(num_tokens: int, max_chunk: int) -> None:
+@given(st.integers(1, 5000), st.integers(16, 512), st.sampled_from([1, 64]))
+def test_chunks_cover_the_prompt_in_the_fewest_even_steps(num_tokens: int, max_chunk: int, block: int) -> None:
     left, lens = num_tokens, []
     while left:
-        lens.append(chunk_len(left, max_chunk))
+        lens.append(chunk_len(left, max_chunk, block))
         left -= lens[-1]
-    assert len(lens) == -(-num_tokens // max_chunk)
-    assert max(lens) <= max_chunk and max(lens) - min(lens) <= 1
+    most = max(max_chunk // block * block, block)
+    assert len(lens) == -(-num_tokens // most) and max(lens) <= most
+    assert all(n % block == 0 for n in lens[:-1])
+    assert max(lens) - min(lens[:-1] or lens) <= block
+
+
+def test_prompts_that_are_read_together_have_as_many_whole_blocks_each() -> None:
+    views = [PrefillView(n, 0) for n in (130, 127, 126, 150, 60)]
+    assert [piece.place for piece in plan_prefill(views[:4], 1000, may_group=True)] == [2, 1, 0, 3]
+    assert [piece.place for piece in plan_prefill(views[:4], 1000, may_group=True, block=64)] == [2, 1]
+    assert plan_prefill(views[3:4], 100, may_group=True, block=64) == [Piece(0, 64)]
 
 
 def test_a_queue_of_zero_still_fills_free_slots() -> None:

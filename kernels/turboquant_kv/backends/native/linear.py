@@ -5,8 +5,9 @@ a product is made of integers: y = x W^T with W = scale * code + bias per group.
 whole ones, moved and halved, so they are products of integers too. Floats of 16 bits are widened in registers and
 multiplied as float32. `reference_product` is the same in NumPy, to be read and compared with.
 
-Rows of long sequences may go to OpenBLAS instead, with W as float32, a strip of at most 1 MiB at a time
-(`set_dense_from`): a float32 product, whose inputs are not rounded. Which way is faster, callers find out by `trial`.
+A sequence's whole blocks of DENSE_ROWS rows may go to OpenBLAS instead, with W as float32, a strip of at most 1 MiB at
+a time (`set_dense`): a float32 product, whose inputs are not rounded. Which way is faster, callers find out by `trial`.
+Either way a row's result depends on its own numbers and on its place in its sequence, not on the rows beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Floats = npt.NDArray[np.float32]
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 MXFP4 = (4, 32)  # its bits and group
+DENSE_ROWS = 64  # of a sequence that OpenBLAS multiplies in one call (kDenseRows in linear_weights.h)
 UNIT = 64  # inputs that are unpacked together; a layer has a multiple of it
 _LEVELS = 32512  # of a rounded input, to either side of zero (linear_jobs.h)
 
@@ -84,7 +86,7 @@ class NativeWeights:
         return mx.array(out)
 
     def trial(self, x: Floats, num_out: int, by_blas: bool) -> Floats:
-        """The first outputs (M, num_out) of x (M, K), by OpenBLAS or by the own kernel, to be timed and compared.
+        """The first outputs (M, num_out) of one sequence x (M, K), by OpenBLAS or by the own kernel, to be compared.
 
         On this thread alone. Raises ValueError for OpenBLAS where it is missing.
         """
@@ -92,9 +94,9 @@ class NativeWeights:
         self._weights.trial(x, out, by_blas)
         return out
 
-    def set_dense_from(self, num_rows: int) -> None:
-        """Multiply sequences of at least so many rows by OpenBLAS, where it is there; 0: none."""
-        self._weights.set_dense_from(num_rows)
+    def set_dense(self, is_dense: bool) -> None:
+        """Whether OpenBLAS, where it is there, multiplies each sequence's whole blocks of DENSE_ROWS rows."""
+        self._weights.set_dense(is_dense)
 
 
 class Quantised:

@@ -94,7 +94,7 @@ class DecoderBlock {
         int each[3], first_task[4] = {0}; // heads of a task: as few as can be, unless the BLAS multiplies
         for (int side = 0; side < 3; side++) {
             const int heads = heads_of(side);
-            each[side] = w_[kQ + side]->is_dense(fed) ? std::clamp(w_[kQ + side]->outputs_each(fed) / dim_of(side), 1, heads) : 1;
+            each[side] = w_[kQ + side]->has_dense(fed) ? std::clamp(w_[kQ + side]->outputs_each(fed) / dim_of(side), 1, heads) : 1;
             first_task[side + 1] = first_task[side] + (heads + each[side] - 1) / each[side];
         }
         run_tasks(first_task[3], [&](int task, int) {

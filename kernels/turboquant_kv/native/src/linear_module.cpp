@@ -35,7 +35,7 @@ void bind_linear(nb::module_& m) {
         .def("look_up", &LinearWeights::look_up, nb::arg("ids"), nb::arg("out"))
         .def("multiply", &LinearWeights::multiply, nb::arg("x"), nb::arg("y"), nb::arg("len") = 1)
         .def("trial", &LinearWeights::trial, nb::arg("x"), nb::arg("y"), nb::arg("by_blas"))
-        .def("set_dense_from", &LinearWeights::set_dense_from, nb::arg("num_rows"));
+        .def("set_dense", &LinearWeights::set_dense, nb::arg("is_dense"));
 }
 
 } // namespace tq

@@ -24,7 +24,11 @@ constexpr int kCachedBytes = 128 << 10, kLeastRows = 32; // rows that are multip
 constexpr int kDenseTasksEach = 2;      // the same of products by the BLAS
 constexpr int kStripOutputs = 256, kStripInputs = 1024; // of a matrix as floats: 1 MiB a thread, half a second-level cache or one
 
-enum class Way { as_set, own, blas }; // how rows are multiplied: as LinearWeights::set_dense_from says, or in any case
+// Rows of a sequence that the BLAS multiplies in one call, from its first row on. In blocks of always the same size a row's result
+// depends on its place in its sequence alone: in longer calls it depends on their length, and on where the row lies in them.
+constexpr int kDenseRows = 64;
+
+enum class Way { as_set, own, blas }; // how rows are multiplied: as LinearWeights::set_dense says, or in any case
 
 // Rows that matrices are to multiply, in the forms that these take: as they are, or rounded in blocks. Memory is kept for
 // the next rows.
@@ -69,6 +73,7 @@ class FedRows {
     int num_rows() const { return num_rows_; }
     int num_in() const { return num_in_; }
     int len() const { return len_; }
+    int whole_blocks() const { return len_ / kDenseRows * kDenseRows; } // rows of a sequence that the BLAS may multiply
     Way way() const { return way_; }
     const float* rows() const { return rows_; }
     const float* marks() const { return has_marks_ ? marks_.data() : nullptr; } // 0 a row, NaN if a value of it is none or infinite
@@ -109,25 +114,32 @@ template <int Place> float* scratch_floats(std::size_t count) {
     return floats.data();
 }
 
-// Outputs [first, last) of all rows by the BLAS, on this thread: a strip of the matrix at a time as floats, kStripOutputs by
-// kStripInputs at most, however large the matrix.
-inline void dense_product(const LinearTable& kernels, const Matrix& w, const FedRows& x, int first, int last, Outputs to) {
+// Outputs [first, last) of rows by the BLAS, on this thread: a strip of the matrix at a time as floats, kStripOutputs by kStripInputs at
+// most, however large the matrix. Of each sequence the whole blocks of rows, or, where `and_rest`, all rows.
+inline void dense_product(const LinearTable& kernels, const Matrix& w, const FedRows& x, bool and_rest, int first, int last, Outputs to) {
     float* strip = scratch_floats<9>(std::size_t(std::min(last - first, kStripOutputs)) * std::min(w.num_in, kStripInputs));
-    const int rows = x.num_rows();
+    const auto each_block = [&](auto with) {
+        for (int start = 0; start < x.num_rows(); start += x.len())
+            for (int m = 0; m < (and_rest ? x.len() : x.whole_blocks()); m += kDenseRows) with(start + m, std::min(kDenseRows, x.len() - m));
+    };
     for (int n = first; n < last; n += kStripOutputs) {
         const int outputs = std::min(kStripOutputs, last - n);
         for (int k = 0; k < w.num_in; k += kStripInputs) {
             const int inputs = std::min(kStripInputs, w.num_in - k);
             kernels.dense(w, n, n + outputs, k, k + inputs, strip);
-            multiply_rows(x.rows() + k, w.num_in, rows, strip, outputs, inputs, &to.at(0, n), to.stride, k > 0);
+            each_block([&](int m, int count) {
+                multiply_rows(x.rows() + std::size_t(m) * w.num_in + k, w.num_in, count, strip, outputs, inputs, &to.at(m, n), to.stride, k > 0);
+            });
         }
     }
     if (x.marks() == nullptr && w.offset == nullptr) return;
-    for (int m = 0; m < rows; m++) {
-        const float mark = x.marks() == nullptr ? 0.0f : x.marks()[m];
-        float* row = &to.at(m, first);
-        for (int n = first; n < last; n++) row[n - first] += mark + (w.offset == nullptr ? 0.0f : w.offset[n]);
-    }
+    each_block([&](int block, int count) {
+        for (int m = block; m < block + count; m++) {
+            const float mark = x.marks() == nullptr ? 0.0f : x.marks()[m];
+            float* row = &to.at(m, first);
+            for (int n = first; n < last; n++) row[n - first] += mark + (w.offset == nullptr ? 0.0f : w.offset[n]);
+        }
+    });
 }
 
 class LinearWeights {
@@ -156,31 +168,28 @@ class LinearWeights {
         }
     }
 
-    // x (M, K) float32, rows of sequences of `len` each, y (M, N) float32, both dense.
+    // x (M, K) float32, rows of sequences of `len` each (0: of one), y (M, N) float32, both dense.
     void multiply(nanobind::handle x, nanobind::handle y, int len) const { multiply_part(x, y, len, Way::as_set, matrix_.num_out); }
 
-    // The first n outputs, y (M, n), by the BLAS or by the own kernel, whatever `set_dense_from` said, on this thread alone: what is
-    // timed and compared. Raises for the BLAS where there is none.
+    // The first n outputs, y (M, n), of one sequence by the BLAS or by the own kernel, whatever `set_dense` said, on this thread alone:
+    // what is timed and compared. Raises for the BLAS where there is none.
     void trial(nanobind::handle x, nanobind::handle y, bool by_blas) const {
         if (by_blas && blas() == nullptr) throw std::invalid_argument("there is no BLAS to multiply by");
         const View out(y, "y", 2);
         if (out.shape(1) < 1 || out.shape(1) > matrix_.num_out) out.fail("has more outputs than there are");
-        multiply_part(x, y, 1, by_blas ? Way::blas : Way::own, int(out.shape(1)));
+        multiply_part(x, y, 0, by_blas ? Way::blas : Way::own, int(out.shape(1)));
     }
 
-    // Sequences of how many rows at least are multiplied as floats by the BLAS, if there is one; 0: none are.
-    void set_dense_from(int num_rows) {
-        if (num_rows < 0) throw std::invalid_argument("rows are 0 or more");
-        dense_from_ = num_rows == 0 ? kNever : num_rows;
-    }
-    bool is_dense(const FedRows& x) const {
-        return x.way() == Way::blas || (x.way() == Way::as_set && x.len() >= dense_from_.load(std::memory_order_relaxed) && blas() != nullptr);
+    // Whether a sequence's whole blocks of kDenseRows rows are multiplied as floats by the BLAS, if there is one.
+    void set_dense(bool is_dense) { is_dense_ = is_dense; }
+    bool has_dense(const FedRows& x) const {
+        return x.way() == Way::blas || (x.way() == Way::as_set && x.whole_blocks() && is_dense_.load(std::memory_order_relaxed) && blas() != nullptr);
     }
 
     // Before the rows are rounded: what `product` will ask of them.
     void expect_of(FedRows& rows) const {
-        if (!is_dense(rows)) return rows.expect(matrix_);
-        if (matrix_.bits) rows.expect_marks(); // products of floats follow IEEE's rules either way
+        if (!has_dense(rows) || rows.len() > rows.whole_blocks()) rows.expect(matrix_);
+        if (has_dense(rows) && matrix_.bits) rows.expect_marks(); // products of floats follow IEEE's rules either way
     }
 
     // All outputs of all rows, to (M, N), on the pool's threads.
@@ -223,20 +232,16 @@ class LinearWeights {
 
     // Outputs [first, last) of all rows, on this thread.
     void product(const FedRows& x, int first, int last, Outputs to) const {
-        const LinearTable& kernels = level_->linear;
-        if (is_dense(x)) return dense_product(kernels, matrix_, x, first, last, to);
-        const int each = std::max(kCachedBytes / (matrix_.num_in * (matrix_.bits ? 2 : 4)) / 4 * 4, kLeastRows);
-        for (int m = 0; m < x.num_rows(); m += each, to.data += std::size_t(each) * to.stride) {
-            const int count = std::min(each, x.num_rows() - m);
-            float* scratch = scratch_floats<0>(kernels.product_scratch(matrix_));
-            if (matrix_.bits == 0) kernels.float_product(matrix_, x.rows() + std::size_t(m) * matrix_.num_in, count, first, last, to, scratch);
-            else kernels.product(matrix_, x.inputs(matrix_).part(m, count), first, last, to, scratch);
-        }
+        if (!has_dense(x)) return own_product(x, 0, x.num_rows(), first, last, to);
+        const bool and_rest = x.way() == Way::blas;
+        dense_product(level_->linear, matrix_, x, and_rest, first, last, to);
+        if (!and_rest)
+            for (int start = 0; start < x.num_rows(); start += x.len()) own_product(x, start + x.whole_blocks(), start + x.len(), first, last, to);
     }
 
     // Outputs of a task that multiplies by so many matrices like this: each weight is read once, by one thread.
     int outputs_each(const FedRows& x, int matrices = 1) const {
-        if (is_dense(x)) { // the BLAS rearranges all rows for every task
+        if (has_dense(x)) { // the BLAS rearranges all rows for every task
             const std::int64_t shared = (matrix_.num_out + kDenseTasksEach * num_threads() - 1) / (kDenseTasksEach * num_threads());
             return int(std::min<std::int64_t>(std::min<std::int64_t>((shared + 15) / 16 * 16, kStripOutputs), matrix_.num_out));
         }
@@ -252,7 +257,18 @@ class LinearWeights {
     int num_in() const { return matrix_.num_in; }
 
   private:
-    static constexpr int kNever = 1 << 30;
+    // Outputs [first, last) of rows [from, end) by the own kernel.
+    void own_product(const FedRows& x, int from, int end, int first, int last, Outputs to) const {
+        const LinearTable& kernels = level_->linear;
+        const int each = std::max(kCachedBytes / (matrix_.num_in * (matrix_.bits ? 2 : 4)) / 4 * 4, kLeastRows);
+        float* scratch = scratch_floats<0>(kernels.product_scratch(matrix_));
+        to.data += std::size_t(from) * to.stride;
+        for (int m = from; m < end; m += each, to.data += std::size_t(each) * to.stride) {
+            const int count = std::min(each, end - m);
+            if (matrix_.bits == 0) kernels.float_product(matrix_, x.rows() + std::size_t(m) * matrix_.num_in, count, first, last, to, scratch);
+            else kernels.product(matrix_, x.inputs(matrix_).part(m, count), first, last, to, scratch);
+        }
+    }
 
     void multiply_part(nanobind::handle x, nanobind::handle y, int len, Way way, int num_out) const {
         View in(x, "x", 2), out(y, "y", 2, true);
@@ -264,12 +280,13 @@ class LinearWeights {
         out.expect_dense();
         if (in.shape(0) > kMostWidth) in.fail("has too many rows");
         if (in.is_empty()) return;
+        if (len < 0 || (len > 0 && in.shape(0) % len)) in.fail("holds no whole sequences");
         const auto* from = static_cast<const float*>(in.data());
         auto* to = static_cast<float*>(out.data());
         const int num_rows = int(in.shape(0));
         nanobind::gil_scoped_release release;
         thread_local FedRows fed;
-        fed.set(from, num_rows, matrix_.num_in, len, way);
+        fed.set(from, num_rows, matrix_.num_in, len ? len : num_rows, way);
         expect_of(fed);
         if (way == Way::as_set) {
             if (matrix_.bits) fed.each_row(level_->linear, [](int) {});
@@ -317,7 +334,7 @@ class LinearWeights {
 
     const KernelTable* level_;
     Matrix matrix_;
-    std::atomic<int> dense_from_{kNever};
+    std::atomic<bool> is_dense_{false};
     std::deque<View> held_; // whose elements stay where they are
 };
 
