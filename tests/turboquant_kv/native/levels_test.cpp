@@ -121,7 +121,8 @@ std::vector<float> multiply(const tq::KernelTable& level, int bits, int group, i
     if (bits == 0) {
         for (std::size_t i = 1; i < codes.size(); i += 2) codes[i] = std::uint8_t((codes[i] & 0x83) | 0x30); // of moderate size
         w.floats = codes.data(), w.dtype = tq::Dtype::f16;
-        level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0});
+        std::vector<float> scratch(level.linear.product_scratch(w));
+        level.linear.float_product(w, x.data(), num_rows, 0, w.num_out, {y.data(), std::size_t(w.num_out), 0}, scratch.data());
         add_dense(level, w, y);
         return y;
     }
