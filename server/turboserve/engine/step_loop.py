@@ -84,9 +84,10 @@ class StepLoop:
         self.graphs_line = "not tried yet"
         self._worked_s, self._has_scratch = clock(), True
         self.speculation = self._choose_speculation()
-        self.prefill_tokens = scheduler.most_prefill_tokens(
+        most = scheduler.most_prefill_tokens(
             settings.prefill_chunk_tokens, on_cpu=on_cpu(), gpu_bytes=own_memory_bytes()
         )
+        self.prefill_tokens = max(most, parts.loaded.prompt_block)
         self._speed = scheduler.PrefillSpeed()
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0

@@ -84,6 +84,18 @@ def test_prompts_of_like_lengths_are_read_in_one_pass(model: Any, rng: np.random
     assert_as_alone(fmt, model, requests, sinks)
 
 
+def test_prompts_are_read_in_whole_blocks_where_the_model_wants_it(
+    model: Any, rng: np.random.Generator, fmt: Any
+) -> None:
+    parts = make_parts(model, fmt=fmt)
+    parts = replace(parts, loaded=replace(parts.loaded, prompt_block=24))
+    watched = Watched(make_loop(parts, prefill_chunk_tokens=16))
+    assert watched.loop.prefill_tokens == 24
+    run(watched.loop, request("r", prompt(rng, 61), max_tokens=2))
+    lens = [length for _, length in watched.shapes]
+    assert lens[:2] == [24, 24] and lens[2] < 24
+
+
 def all_at_once(watched: Watched, requests: list[Request]) -> list[Sink]:
     """Requests that are all prepared when the first of them is read."""
     sinks = add(watched.loop, *requests)
