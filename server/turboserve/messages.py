@@ -558,5 +558,6 @@ class EngineStats:
     admission: AdmissionStats = AdmissionStats()
     disk: DiskStatus = DiskStatus()
     kernel_trial: KernelTrial | None = None  # None: there was nothing to try, as on a CPU
+    choices: tuple[str, ...] = ()  # of trials when the model was loaded, whose other outcomes would round otherwise
     quality: tuple[FormatQuality, ...] = ()  # of formats that were evaluated on this model before it was loaded
     rows_apart: bool = False  # requests that run at the same time are computed one by one; `details` say why

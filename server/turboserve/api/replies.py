@@ -233,9 +233,12 @@ def _token(token: TokenLogprob) -> Json:
 
 
 def system_fingerprint(stats: EngineStats, kv_format: str | None, adapter: str = "") -> str:
-    """Changes with what would change the answers to one seed: model, adapter, KV format, kernels, dtype, version."""
+    """Changes with what would change the answers to one seed.
+
+    Model, adapter, KV format, kernels, dtype, what trials of these chose when the model was loaded, and version.
+    """
     name = adapted(stats.model_id, adapter)
-    parts = (name, kv_format or stats.kv_format, stats.kv_backend, stats.model_dtype, __version__)
+    parts = (name, kv_format or stats.kv_format, stats.kv_backend, stats.model_dtype, *stats.choices, __version__)
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -118,6 +118,11 @@ class ExpandedProducts:
             return f"by MLX ({self.reason})"
         return f"{'; '.join(map(str, self.trials))}: stored/expanded, TFLOP/s at {ROW_COUNTS[0]} rows"
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What was chosen where there was a choice, without what was measured: other choices round otherwise."""
+        return tuple(f"{trial.kind} expanded from {trial.least_rows}" for trial in self.trials if trial.least_rows)
+
 
 Judge = Callable[[float, float], bool]
 """Whether a product is worth expanding for, by its seconds with expanded weights and with stored ones."""

@@ -43,6 +43,7 @@ class LoadedModel:
     )  # of the model's own generation_config.json
     details: Mapping[str, str] = field(default_factory=dict)
     adapters: Adapters = NO_ADAPTERS
+    choices: tuple[str, ...] = ()  # of trials at load, whose other outcomes would round otherwise
     prompt_block: int = 1  # tokens that a prompt is read in multiples of, so that its bits depend on nothing else
 
 

@@ -298,6 +298,7 @@ def load(
             "adapters": adapters.described(installed) or "none",
         },
         adapters=installed,
+        choices=(*arranged.choices, *prompts.choices),
         prompt_block=prompts.prompt_block if isinstance(prompts, PromptProducts) else 1,
     )
 

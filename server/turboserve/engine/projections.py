@@ -51,6 +51,13 @@ class Arrangement:
             parts.append(f"steps of up to {self.most_rows} rows multiply row by row")
         return f"{', '.join(parts) or 'as loaded'} ({self.reason})"
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What was chosen where there was a choice, without what was measured: other choices round otherwise."""
+        return (
+            (f"{self.num_joined} joined, by rows up to {self.most_rows}",) if self.num_joined or self.most_rows else ()
+        )
+
 
 class RowLinear(nn.Module):  # type: ignore[misc]
     """A linear layer whose decode steps of up to `most_rows` rows multiply row by row, in one launch."""

@@ -57,6 +57,11 @@ class PromptProducts:
         return f"{'; '.join(map(str, self.trials))}: own kernel/OpenBLAS, GFLOP/s a core"
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """What was chosen where there was a choice, without what was measured: other choices round otherwise."""
+        return tuple(f"{trial.kind} by OpenBLAS" for trial in self.trials if trial.is_dense)
+
+    @property
     def prompt_block(self) -> int:
         """Tokens in multiples of which a prompt is read, but for its last chunk, so that company changes no row's bits.
 

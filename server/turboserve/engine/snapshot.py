@@ -27,6 +27,7 @@ def take_snapshot(
         kv_format=memory.family.default,
         kv_backend=runtime.backend_name,
         model_dtype=loaded.dtype,
+        choices=loaded.choices,
         kv=held.kv,
         kv_budget_bytes=memory.budget_bytes,
         kv_token_bytes=runtime.token_bytes,

@@ -137,6 +137,7 @@ def test_the_fingerprint_follows_what_a_seed_depends_on(ask: Ask, service: Servi
     ours = ask().json()["system_fingerprint"]
     assert ours == system_fingerprint(stats, None) == ask(kv_format="4/3").json()["system_fingerprint"]
     assert ours.startswith("fp_") and ask(kv_format="f16").json()["system_fingerprint"] != ours
+    assert system_fingerprint(replace(stats, choices=("4-bit 64x64 by OpenBLAS",)), None) != ours
 
 
 def test_a_chunk_of_plain_text_has_nothing_to_spare() -> None:

@@ -42,7 +42,7 @@ def test_either_way_gives_the_same_but_for_rounding(rng: np.random.Generator, mo
     force(monkeypatch, 0.5)
     chosen = choose_prompt_products(model, "auto")
     assert all(trial.is_dense for trial in chosen.trials) and "OpenBLAS (" in str(chosen)
-    assert chosen.prompt_block == DENSE_ROWS
+    assert chosen.prompt_block == DENSE_ROWS and "4-bit 300x128 by OpenBLAS" in chosen.choices
     for n, prompt in prompts.items():
         got = logits_of(model, prompt)
         assert np.linalg.norm(got - own[0][n]) <= 1e-3 * np.linalg.norm(own[0][n])
@@ -50,7 +50,7 @@ def test_either_way_gives_the_same_but_for_rounding(rng: np.random.Generator, mo
     assert np.array_equal(logits_of(model, step), own[1])  # of many sequences one token each
     force(monkeypatch, 0.97)  # too little to be worth it
     chosen = choose_prompt_products(model, "auto")
-    assert not any(trial.is_dense for trial in chosen.trials) and chosen.prompt_block == 1
+    assert not any(trial.is_dense for trial in chosen.trials) and (chosen.prompt_block, chosen.choices) == (1, ())
     assert all(np.array_equal(logits_of(model, prompt), own[0][n]) for n, prompt in prompts.items())
 
 
