@@ -275,6 +275,23 @@ class StructuredOutputs(OpenModel):
     structural_tag: None = None
 
 
+class ConstraintFields(BaseModel):
+    """What the answer's text must be, as fields of every body that asks for an answer; at most one may constrain it.
+
+    Its config is that of the bodies, with which pydantic merges it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: Schema | None = None
+    guided_json: Schema | SchemaText | None = None
+    guided_regex: GrammarText | None = None
+    guided_choice: Options | None = None
+    guided_grammar: GrammarText | None = None
+
+
 # --- the body
 
 
@@ -304,7 +321,7 @@ class StreamOptions(OpenModel):
 TemplateValue = bool | int | float | Annotated[str, Field(max_length=64, pattern=r"^[\w .,:/+-]*$")] | None
 
 
-class SamplingBody(OpenModel):
+class SamplingBody(OpenModel, ConstraintFields):
     """What chat completions and bare prompts have in common. `null` means "not given" everywhere, as clients in many
     languages send it.
 
@@ -344,14 +361,6 @@ class SamplingBody(OpenModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    json_schema: Schema | None = None
-    guided_json: Schema | SchemaText | None = None
-    guided_regex: GrammarText | None = None
-    guided_choice: Options | None = None
-    guided_grammar: GrammarText | None = None
 
     # The conversation's cache: this server's own, and OpenAI's hint. Their grammar is in `session_request.py`.
     session_id: Annotated[str, Field(max_length=1024)] | None = None

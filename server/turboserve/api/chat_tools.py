@@ -13,13 +13,13 @@ import orjson
 from turboserve.api.chat_body import (
     AllowedToolsChoice,
     ChatBody,
+    ConstraintFields,
     Function,
     FunctionName,
     JsonObjectFormat,
     JsonSchemaFormat,
     NamedTool,
     ResponseFormat,
-    SamplingBody,
 )
 from turboserve.api.validation import json_text
 from turboserve.errors import InvalidRequestError
@@ -104,8 +104,11 @@ class _Given(NamedTuple):
     value: object
 
 
-def constraint(body: SamplingBody) -> Constraint | None:
-    """The one constraint on the answer's text, None for any text. Raises InvalidRequestError where there are two."""
+def constraint(body: ConstraintFields, own: Constraint | None = None) -> Constraint | None:
+    """The one constraint on the answer's text, None for any text. `own` is what a field of the route's own asks for.
+
+    Raises InvalidRequestError where there are two, naming the second.
+    """
     outputs = body.structured_outputs
     if outputs is not None and not outputs.model_fields_set:
         raise InvalidRequestError(
@@ -129,11 +132,15 @@ def constraint(body: SamplingBody) -> Constraint | None:
             _Given("structured_outputs.grammar", "lark", outputs.grammar),
         ]
     given = [field for field in fields if field.value is not None]
-    if len(given) > 1:
-        raise InvalidRequestError(
-            f"{given[1].param}: {given[0].param} constrains the answer already.", param=given[1].param
-        )
-    return _constraint(given[0]) if given else None
+    params = [*([own.param] if own is not None else ()), *(field.param for field in given)]
+    if len(params) > 1:
+        raise second_constraint(*params[:2])
+    return _constraint(given[0]) if given else own
+
+
+def second_constraint(first: str, second: str) -> InvalidRequestError:
+    """The error for two constraints, by the names of their fields."""
+    return InvalidRequestError(f"{second}: {first} constrains the answer already.", param=second)
 
 
 def _response_format(wanted: ResponseFormat | None) -> _Given:

@@ -107,24 +107,20 @@ def test_bodies_become_ours() -> None:
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
     options = {"num_predict": -1, "temperature": 1, "num_ctx": 9, "stop": ["a"], "seed": 3}
-    body = {"model": "m", "messages": messages, "tools": tools, "think": False, "format": "json", "options": options}
+    body = {"model": "m", "messages": messages, "tools": tools, "think": False, "options": options}
     ours = chat_body(OllamaChatBody.model_validate(body))
     said: Any = ours.pop("messages")
     assert ours == {
-        "tools": tools, "enable_thinking": False, "response_format": {"type": "json_object"},
+        "tools": tools, "enable_thinking": False,
         "temperature": 1.0, "stop": ["a"], "seed": 3,
     }  # fmt: skip
     assert [call["id"] for call in said[1]["tool_calls"]] == ["call_1_0", "call_1_1"]
     assert said[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"ä": 1}'}
     assert [message["tool_call_id"] for message in said[2:4]] == ["call_1_1", "call_1_0"]
     assert said[4]["reasoning_content"] == "hm"
-    schema = {"type": "object"}
-    ours = generate_chat_body(
-        GenerateBody.model_validate({"model": "m", "prompt": "p", "system": "s", "format": schema, "think": "low"})
-    )
+    ours = generate_chat_body(GenerateBody.model_validate({"model": "m", "prompt": "p", "system": "s", "think": "low"}))
     assert [message["role"] for message in ours["messages"]] == ["system", "user"]  # type: ignore[attr-defined]
     assert ours["reasoning_effort"] == "low"
-    assert ours["response_format"] == {"type": "json_schema", "json_schema": {"name": "format", "schema": schema}}
 
 
 @pytest.mark.parametrize(

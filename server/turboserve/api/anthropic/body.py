@@ -16,6 +16,7 @@ from turboserve.api.chat_body import (
     MAX_STOPS,
     MAX_TOKENS,
     MAX_TOP_K,
+    ConstraintFields,
     FirstError,
     Name,
     StopText,
@@ -200,8 +201,8 @@ class Metadata(LenientModel):
     user_id: Annotated[str, Field(max_length=1024)] | None = None
 
 
-class PromptBody(LenientModel):
-    """What a prompt is made of. `null` means "not given" everywhere."""
+class PromptBody(LenientModel, ConstraintFields):
+    """What a prompt is made of. `null` means "not given" everywhere. Constraints are chat completions' as well."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     messages: Annotated[list[InputMessage], FirstError(), Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -27,6 +27,7 @@ from turboserve.api.anthropic.body import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from turboserve.api.chat_tools import constraint, second_constraint
 from turboserve.api.model_names import ServedNames
 from turboserve.api.session_request import chosen_session, normal_kv_format
 from turboserve.api.thinking import thinking_kwargs
@@ -96,7 +97,7 @@ def _prompt(body: PromptBody, request_id: str, tenant: str, names: ServedNames) 
         request_id=request_id,
         messages=messages,
         tools=_tools(body),
-        constraint=_constraint(body),
+        constraint=constraint(body, _output_constraint(body)),
         add_generation_prompt=not is_prefill,
         continue_final_message=is_prefill,
         template_kwargs=_template_kwargs(body),
@@ -241,11 +242,16 @@ def _tools(body: PromptBody) -> ToolUse | None:
     return ToolUse(tuple(functions), "required" if wants_call else "auto", name, is_parallel)
 
 
-def _constraint(body: PromptBody) -> Constraint | None:
-    wanted = body.output_config.format if body.output_config else None
-    param = "output_config.format.schema" if wanted else "output_format.schema"
-    wanted = wanted or body.output_format
-    return None if wanted is None else Constraint("json_schema", json.dumps(wanted.schema_), param)
+def _output_constraint(body: PromptBody) -> Constraint | None:
+    """What `output_config.format` or its older name asks for. Raises InvalidRequestError where both are given."""
+    named = (
+        ("output_config.format.schema", body.output_config.format if body.output_config else None),
+        ("output_format.schema", body.output_format),
+    )
+    given = [Constraint("json_schema", json.dumps(one.schema_), param) for param, one in named if one is not None]
+    if len(given) > 1:
+        raise second_constraint(given[0].param, given[1].param)
+    return given[0] if given else None
 
 
 def _template_kwargs(body: PromptBody) -> dict[str, object]:

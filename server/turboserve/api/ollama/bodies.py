@@ -18,11 +18,15 @@ from turboserve.api.chat_body import (
     MAX_STOPS,
     MAX_TOKENS,
     MAX_TOP_K,
+    ConstraintFields,
     FirstError,
     Penalty,
     StopText,
 )
+from turboserve.api.chat_tools import constraint
+from turboserve.api.validation import json_text
 from turboserve.errors import UnsupportedParameterError
+from turboserve.messages import Constraint
 
 MAX_TOOLS = 512
 
@@ -76,8 +80,8 @@ class PastMessage(OpenBody):
     tool_call_id: Annotated[str | None, Field(max_length=256)] = None
 
 
-class AnswerBody(OpenBody):
-    """What both kinds of answers are asked with."""
+class AnswerBody(OpenBody, ConstraintFields):
+    """What both kinds of answers are asked with. Constraints are chat completions' as well."""
 
     model: Annotated[str, Field(max_length=1024)]
     stream: Annotated[bool | None, Field(description="false: one reply; else JSON lines.")] = None
@@ -194,7 +198,7 @@ def _take_call(open_calls: list[tuple[str, str]], name: str | None) -> str | Non
 
 
 def _common(body: AnswerBody) -> Mapping[str, object]:
-    """Options and format under our names; what is not given is left out."""
+    """Options under our names; what is not given is left out."""
     given = body.options.model_dump(exclude_none=True) if body.options is not None else {}
     num_predict = given.pop("num_predict", -1)
     if num_predict > 0:
@@ -203,11 +207,17 @@ def _common(body: AnswerBody) -> Mapping[str, object]:
         given["top_k"] = 0
     if "repeat_penalty" in given:
         given["repetition_penalty"] = given.pop("repeat_penalty")
-    if body.format == "json":
-        given["response_format"] = {"type": "json_object"}
-    elif isinstance(body.format, dict):
-        given["response_format"] = {"type": "json_schema", "json_schema": {"name": "format", "schema": body.format}}
     return given
+
+
+def answer_constraint(body: AnswerBody) -> Constraint | None:
+    """What `format` or a constraint of chat completions' asks for. Raises InvalidRequestError where both do."""
+    own = None
+    if body.format == "json":
+        own = Constraint("json_object", param="format")
+    elif isinstance(body.format, dict):
+        own = Constraint("json_schema", json_text(body.format, "format"), "format")
+    return constraint(body, own)
 
 
 def _thinking(body: AnswerBody) -> Mapping[str, object]:

@@ -18,6 +18,7 @@ from turboserve.api.ollama.bodies import (
     GenerateBody,
     OllamaChatBody,
     ShowBody,
+    answer_constraint,
     chat_body,
     generate_chat_body,
     plain_name,
@@ -69,7 +70,7 @@ async def ollama_chat(request: Request, context: Context, tenant: Tenant) -> Res
         if not body.messages:
             return body, adapter, None
         asked = conversation_of(chat_body(body), context, request_id=_request_id(request), tenant=tenant)
-        return body, adapter, replace(asked, adapter=adapter)
+        return body, adapter, replace(asked, adapter=adapter, constraint=answer_constraint(body))
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
     replies = OllamaReplies(context.names.name_of(adapter), is_chat=True)
@@ -96,7 +97,7 @@ async def ollama_generate(request: Request, context: Context, tenant: Tenant) ->
         if not body.prompt or body.raw or body.suffix:
             return body, adapter, None
         asked = conversation_of(generate_chat_body(body), context, request_id=_request_id(request), tenant=tenant)
-        return body, adapter, asked
+        return body, adapter, replace(asked, constraint=answer_constraint(body))
 
     body, adapter, asked = await read_as(request, context.max_body_bytes, parse)
     replies = OllamaReplies(context.names.name_of(adapter), is_chat=False)
@@ -112,6 +113,7 @@ async def _raw_request(body: GenerateBody, context: ApiContext, request_id: str,
     completion = validated(CompletionBody, raw_body(body))
     defaults = context.engine.sampling_defaults
     asked = common_request(completion, request_id=request_id, tenant=tenant, defaults=defaults)
+    asked = replace(asked, constraint=answer_constraint(body))
     if not body.suffix:
         return replace(asked, prompt=body.prompt)
     middle: MiddlePrompt = await engine_answer(context.engine.ask(FillInMiddle(body.prompt or "", body.suffix)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
-from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, FirstError, Name, at_most
+from turboserve.api.chat_body import MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, ConstraintFields, FirstError, Name, at_most
 
 MAX_TOOLS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -188,8 +188,8 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
-class ResponsesBody(LenientModel):
-    """`POST /v1/responses`. `null` means "not given" everywhere."""
+class ResponsesBody(LenientModel, ConstraintFields):
+    """`POST /v1/responses`. `null` means "not given" everywhere. Of constraints there are chat completions' as well."""
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     input: str | Annotated[list[Item], FirstError(), Field(max_length=MAX_MESSAGES)] | None = None

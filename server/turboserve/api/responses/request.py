@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from turboserve.api.chat_tools import constraint
 from turboserve.api.model_names import ServedNames
 from turboserve.api.responses.body import (
     AllowedTools,
@@ -88,7 +89,7 @@ def parse_response(
         max_tokens=body.max_output_tokens,
         num_top_logprobs=_num_top_logprobs(body),
         tools=tools,
-        constraint=_constraint(body),
+        constraint=constraint(body, _text_constraint(body)),
         template_kwargs=thinking_kwargs(None, reasoning.effort if reasoning else None),
         tenant=tenant,
         session_id=session,
@@ -326,7 +327,7 @@ def _function(tool: FunctionTool) -> Json:
 # --- text
 
 
-def _constraint(body: ResponsesBody) -> Constraint | None:
+def _text_constraint(body: ResponsesBody) -> Constraint | None:
     wanted = body.text.format if body.text else None
     if wanted is None or wanted.type == "text":
         return None
