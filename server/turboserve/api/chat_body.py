@@ -15,6 +15,7 @@ MAX_PARTS = 1024
 MAX_TOOL_CALLS = 128
 MAX_TOOLS = 512  # OpenAI takes 128; agents with several tool servers pass that
 MAX_STOPS = 16
+MAX_STOP_CHARS = 1000  # of a choice as well
 MAX_STOP_IDS = 256
 MAX_BIASES = 1024
 MAX_TOKENS = 1_000_000
@@ -63,7 +64,7 @@ def at_most(num_members: int) -> BeforeValidator:
 Unlimited = Literal[-1]  # how local servers spell "no limit", and their clients send it unasked
 
 Name = Annotated[str, Field(max_length=256)]
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TokenLimit = Annotated[NumTokens | Unlimited, Whole]

@@ -12,6 +12,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from turboserve.api.chat_body import MAX_STOP_CHARS
 from turboserve.errors import InvalidRequestError, UnknownParameterError
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -79,7 +80,9 @@ def _of_a_tag(error: ErrorDetails, param: str) -> InvalidRequestError:
 def _instead_of_empty(param: str) -> str:
     if param == "messages":
         return 'send at least one, such as {"role": "user", "content": "Hello"}'
-    if param.startswith(CONSTRAINTS) and not param.endswith("]"):
+    if param.startswith(CONSTRAINTS) and param.endswith("]"):
+        return f"must not be empty; a choice is a text of 1 to {MAX_STOP_CHARS} characters"
+    if param.startswith(CONSTRAINTS):
         return "must not be empty; leave it out, or send null, for any text"
     return "must not be empty"
 

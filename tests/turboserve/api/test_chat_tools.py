@@ -284,6 +284,16 @@ def test_an_empty_constraint_is_refused_with_what_to_send_instead(client: httpx.
             assert str(error["message"]).endswith("must not be empty; leave it out, or send null, for any text.")
 
 
+def test_an_empty_choice_is_refused_with_what_choices_may_be(ask: Ask) -> None:
+    for body, place in (
+        ({"guided_choice": ["", "a"]}, "guided_choice[0]"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice[1]"),
+    ):
+        reply = ask(**body)
+        message = f"{place}: must not be empty; a choice is a text of 1 to 1000 characters."
+        assert (reply.status_code, error_of(reply)["message"]) == (400, message)
+
+
 def nested(depth: int) -> dict[str, Any]:
     inner: dict[str, Any] = {}
     for _ in range(depth):
