@@ -35,11 +35,14 @@ StartupError                          printed as one line by the CLI, never over
 
 from __future__ import annotations
 
+import re
 from typing import Self
+
+DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive
 
 
 class TurboServeError(Exception):
-    """Base of the tree. `message` is shown to the caller and must name the cure where there is one."""
+    """Base of the tree. `message` is shown to the caller, as `told`, and must name the cure where there is one."""
 
     status = 500
     type = "server_error"
@@ -51,9 +54,19 @@ class TurboServeError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
+    @property
+    def wait_s(self) -> int | None:
+        """What Retry-After says, in seconds; None: a reply with this error has no such header."""
+        return (self.retry_after_s or DEFAULT_RETRY_AFTER_S) if self.status in (429, 503) else None
+
+    @property
+    def told(self) -> str:
+        """The message as callers read it."""
+        return self.message
+
     def envelope(self) -> dict[str, object]:
         """The body OpenAI clients expect."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.told, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequestError(TurboServeError):
@@ -250,11 +263,18 @@ class EngineFailureError(TurboServeError):
 
 
 class OverloadedError(TurboServeError):
-    """Queue or memory is full for now; `retry_after_s` says when to come back."""
+    """Queue or memory is full for now; `retry_after_s` says when to come back.
+
+    So does the text that callers read, `told`, with the same number, which `message` leaves out.
+    """
 
     status = 503
     type = "overloaded_error"
     code = "server_overloaded"
+
+    @property
+    def told(self) -> str:
+        return f"{self.message.rstrip('.')}. Try again in {self.wait_s} second{'' if self.wait_s == 1 else 's'}."
 
     @classmethod
     def without_room(
@@ -263,7 +283,7 @@ class OverloadedError(TurboServeError):
         """KV memory is full for now; says with which figures."""
         return cls(
             f"No KV memory now: this request needs {needed_bytes:,} bytes, {free_bytes:,} of the server's "
-            f"{budget_bytes:,} are free. Try again later, or lower max_tokens.",
+            f"{budget_bytes:,} are free. A lower max_tokens needs less.",
             retry_after_s=retry_after_s,
         )
 
@@ -273,11 +293,22 @@ class EngineUnavailableError(OverloadedError):
 
     code = "engine_unavailable"
 
+    @classmethod
+    def not_ready(cls, reason: str) -> Self:
+        """No request is worked on now. `reason` is a clause without a full stop."""
+        return cls(f"The engine is not ready: {reason}.")
+
 
 class ModelUnavailableError(EngineUnavailableError):
     """One of several models cannot be loaded, or its process ended; the others are not affected."""
 
     code = "model_unavailable"
+
+
+def without_advice(told: str) -> tuple[str, int | None]:
+    """The message of what a caller was told, and the seconds after which to come back; None: it has no such advice."""
+    found = re.search(r" Try again in (\d{1,6}) seconds?\.$", told)
+    return (told[: found.start()], int(found[1])) if found else (told, None)
 
 
 class StartupError(Exception):

@@ -45,7 +45,7 @@ def anthropic_envelope(error: TurboServeError, request_id: str | None) -> dict[s
     """The body that Anthropic's clients expect. The message names the parameter, for which there is no field."""
     return {
         "type": "error",
-        "error": {"type": _type(error), "message": error.message},
+        "error": {"type": _type(error), "message": error.told},
         "request_id": request_id,
     }
 

@@ -83,7 +83,7 @@ async def engine_answer(future: Future[T]) -> T:
     waiting = asyncio.wrap_future(future)
     done, _ = await asyncio.wait({waiting}, timeout=ENGINE_TIMEOUT_S)
     if not done:
-        raise OverloadedError("The engine is busy and did not answer in time; try again.")
+        raise OverloadedError("The engine is busy and did not answer in time.")
     return waiting.result()
 
 

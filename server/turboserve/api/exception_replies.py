@@ -59,7 +59,7 @@ def _written(error: TurboServeError, request: Request, headers: Mapping[str, str
     if speaks_anthropic(path):
         body, status = anthropic_envelope(error, request.scope["state"]["request_id"]), anthropic_status(error)
     elif speaks_ollama(path):
-        body, status = {"error": error.message}, error.status
+        body, status = {"error": error.told}, error.status
     else:
         return response
     kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}

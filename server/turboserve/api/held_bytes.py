@@ -55,9 +55,7 @@ class HeldBytes:
             )
         if num_bytes and self._num_bytes + num_bytes > self._max_bytes:
             self._telemetry.request_refused("held_bytes")
-            raise OverloadedError(
-                "The server holds as many bytes of requests as it may. Try again later.", retry_after_s=RETRY_AFTER_S
-            )
+            raise OverloadedError("The server holds as many bytes of requests as it may.", retry_after_s=RETRY_AFTER_S)
         self._add(num_bytes)
 
     def give_back(self, num_bytes: int) -> None:

@@ -193,8 +193,9 @@ def run(
     listener = sock or bind(settings)
     server = make_server(app, settings)
     # The socket listens since `bind`: whoever connects from here on is answered.
-    logger.info("serving %s at %s", engine.model_id, address_url(listener))
+    url = address_url(listener)
+    logger.info("listening at %s: /health answers, the model %s is being loaded", url, engine.model_id)
     if on_started is not None:
-        on_started(address_url(listener))
+        on_started(url)
     asyncio.run(server.serve(sockets=[listener]))
     return server.last_signal

@@ -40,7 +40,6 @@ from turboserve.messages import (
     Usage,
 )
 
-DEFAULT_RETRY_AFTER_S = 5  # OpenAI's client waits what we say, up to two minutes; short enough to feel alive
 MIN_LOGPROB = -9999.0  # what OpenAI says for a token out of reach; JSON has no infinity
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
@@ -62,8 +61,8 @@ def error_response(error: TurboServeError, headers: Mapping[str, str] | None = N
 
 def error_headers(error: TurboServeError) -> dict[str, str]:
     """Retry-After on 429 and 503, and the challenge on 401."""
-    if error.status in (429, 503):
-        return {"Retry-After": str(error.retry_after_s or DEFAULT_RETRY_AFTER_S)}
+    if error.wait_s is not None:
+        return {"Retry-After": str(error.wait_s)}
     return {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
 
 

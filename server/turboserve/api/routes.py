@@ -232,7 +232,7 @@ async def ready(context: Context) -> Readiness:
     context.drain.check()
     reason = context.engine.unready_reason()
     if reason is not None:
-        raise EngineUnavailableError(reason)
+        raise EngineUnavailableError.not_ready(reason)
     return Readiness(model=context.engine.model_id)
 
 

@@ -26,7 +26,7 @@ class Transfers:
         if self._running[tenant] >= MAX_TRANSFERS_OF_ONE or self._running.total() >= MAX_TRANSFERS:
             raise OverloadedError(
                 "As many sessions as may are being exported or imported "
-                f"({MAX_TRANSFERS_OF_ONE} of one key, {MAX_TRANSFERS} of all): try again when one of them is through.",
+                f"({MAX_TRANSFERS_OF_ONE} of one key, {MAX_TRANSFERS} of all).",
                 retry_after_s=RETRY_AFTER_S,
             )
         self._running[tenant] += 1

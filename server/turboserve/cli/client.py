@@ -14,7 +14,7 @@ from urllib.parse import quote
 import h11
 import httpx
 
-from turboserve.errors import StartupError
+from turboserve.errors import StartupError, without_advice
 from turboserve.settings import Settings
 
 TIMEOUT_S = 10.0
@@ -87,13 +87,13 @@ class ServerClient:
         return found
 
     def unready_reason(self) -> str | None:
-        """None when a request sent now would be worked on."""
+        """None when a request sent now would be worked on; without advice when to ask again."""
         try:
             self._ask("GET", "/ready")
         except ServerError as exc:
             if exc.status != 503:
                 raise
-            return str(exc)
+            return without_advice(str(exc))[0]
         return None
 
     def sessions(self) -> Iterator[dict[str, Any]]:

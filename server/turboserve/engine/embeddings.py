@@ -91,7 +91,7 @@ class EmbeddingJobs:
         """
         assert isinstance(call.asked, Embed)
         if len(self._jobs) >= MAX_JOBS:
-            call.refuse(OverloadedError("Too many requests for embeddings are waiting; try again.", retry_after_s=5))
+            call.refuse(OverloadedError("Too many requests for embeddings are waiting.", retry_after_s=5))
             return
         try:
             adapter = self._loaded.adapters.get(call.asked.adapter)

@@ -26,7 +26,7 @@ from turboserve.engine.failures import known_cause
 from turboserve.engine.fused_draw import draws_line
 from turboserve.engine.garbage import GarbageTimes
 from turboserve.engine.generation import Generation
-from turboserve.engine.inbox import RETRY_AFTER_START_S, Call, Cancel, InboxItem, ReadInputs, Refused
+from turboserve.engine.inbox import Call, Cancel, InboxItem, ReadInputs, Refused
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.progress import Progress, step
 from turboserve.engine.prompt_jobs import PromptJobs
@@ -101,7 +101,7 @@ class TurboEngine:
         self._busy_since_s: float | None = None  # since when the engine thread has been at one thing
         self._num_waiting = 0  # submitted and not yet admitted, inbox and those whose rule is being made included
         self._num_running = 0
-        self._unready: str | None = "the model is not loaded yet"
+        self._unready: str | None = "the model is still being loaded"
         self._is_ready_or_dead = threading.Event()
         self._startup_error: StartupError | None = None
         self._is_refusing = False  # shutting down: finish what runs, take nothing new
@@ -138,12 +138,12 @@ class TurboEngine:
         with self._changed:
             if self._unready is not None:
                 self._telemetry.request_refused("not_ready")
-                raise _not_ready(self._unready)
+                raise EngineUnavailableError.not_ready(self._unready)
             limits = self._settings
             if not scheduler.can_queue(self._num_waiting, self._num_running, limits.max_queued, limits.max_running):
                 self._telemetry.request_refused("queue_full")
                 raise OverloadedError(
-                    f"The server is busy: {self._num_waiting} requests are waiting already. Try again later.",
+                    f"The server is busy: {self._num_waiting} requests are waiting already.",
                     retry_after_s=scheduler.retry_after_s(self._num_waiting, limits.max_running),
                 )
             self._num_waiting += 1
@@ -207,7 +207,7 @@ class TurboEngine:
                 self._inbox.append(call)
                 self._changed.notify()
         if unready is not None:
-            call.refuse(_not_ready(unready))
+            call.refuse(EngineUnavailableError.not_ready(unready))
         return call.future
 
     def stop(self, grace_s: float = 0.0) -> bool:
@@ -441,7 +441,3 @@ def _tell(generation: Generation, error: TurboServeError) -> None:
 
 def _lost(why: str) -> EngineUnavailableError:
     return EngineUnavailableError(f"The model's ranks do not go on together: {why}. The server ends.", retry_after_s=30)
-
-
-def _not_ready(reason: str) -> EngineUnavailableError:
-    return EngineUnavailableError(f"The engine is not ready: {reason}.", retry_after_s=RETRY_AFTER_START_S)

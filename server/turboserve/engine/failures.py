@@ -41,5 +41,5 @@ def as_failure(cause: Exception, retry_after_s: int) -> TurboServeError:
     if isinstance(cause, TurboServeError):
         return cause
     if is_out_of_memory(cause):
-        return OverloadedError("Memory ran out while answering this request; try again.", retry_after_s=retry_after_s)
+        return OverloadedError("Memory ran out while answering this request.", retry_after_s=retry_after_s)
     return EngineFailureError(f"The engine failed on this request ({type(cause).__name__}).")

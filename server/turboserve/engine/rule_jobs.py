@@ -93,8 +93,7 @@ class RuleJobs:
             for generation in [g for g, job in self._jobs.items() if self._deadline_s(g, job) <= now_s]:
                 if self._jobs[generation].started_s is None:
                     error: TurboServeError = OverloadedError(
-                        "The server is busy with other requests' constraints. Try again later.",
-                        retry_after_s=RETRY_AFTER_START_S,
+                        "The server is busy with other requests' constraints.", retry_after_s=RETRY_AFTER_START_S
                     )
                 else:
                     constraint = generation.request.constraint

@@ -99,7 +99,7 @@ class Fleet:
     async def _loaded(self, model: Model) -> ModelProcess:
         """Returns with the use counted, so that nobody stops the model in between."""
         if model.state != "loaded" and model.num_waiting >= model.plan.settings.max_queued:
-            raise OverloadedError(f"Too many requests wait for the model {model.name!r} to be loaded; try again later.")
+            raise OverloadedError(f"Too many requests wait for the model {model.name!r} to be loaded.")
         model.num_waiting += 1
         try:
             async with asyncio.timeout(self._settings.model_wait_timeout_s):
@@ -107,7 +107,7 @@ class Fleet:
                     await self._started(model)
         except TimeoutError:
             raise ModelUnavailableError(
-                f"The model {model.name!r} is still being loaded; try again later.", retry_after_s=RETRY_AFTER_S
+                f"The model {model.name!r} is still being loaded.", retry_after_s=RETRY_AFTER_S
             ) from None
         finally:
             model.num_waiting -= 1
@@ -154,7 +154,7 @@ class Fleet:
             if names is None:
                 raise OverloadedError(
                     f"No memory now for the model {model.name!r}, which needs {_mib(model.need_bytes)}: the models in "
-                    "use, or pinned, take the rest. Try again later.",
+                    "use, or pinned, take the rest.",
                     retry_after_s=RETRY_AFTER_S,
                 )
             model.state = "loading"  # from here on its need is counted

@@ -53,9 +53,9 @@ class StreamShape:
         if speaks_anthropic(self.path):
             return b"event: error\ndata: " + dump(anthropic_envelope(error, self.request_id)) + b"\n\n"
         if self.path.startswith("/api/"):
-            return dump({"error": error.message}) + b"\n"
+            return dump({"error": error.told}) + b"\n"
         if self.path == "/v1/responses":
-            told = {"code": error.code, "message": error.message, "param": error.param}
+            told = {"code": error.code, "message": error.told, "param": error.param}
             return b"event: error\n" + sse({"type": "error", **told, "sequence_number": 0, **error.envelope()})
         return sse_error(error)
 

@@ -10,7 +10,13 @@ import httpx
 import orjson
 
 from turboserve.api.security import FROM_ROUTER, RawHeaders
-from turboserve.errors import EngineUnavailableError, InvalidRequestError, ModelUnavailableError, TurboServeError
+from turboserve.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelUnavailableError,
+    TurboServeError,
+    without_advice,
+)
 from turboserve.fleet.fleet import introduction
 from turboserve.fleet.plan import ModelPlan
 from turboserve.fleet.process import ModelProcess
@@ -80,8 +86,9 @@ def error_in(status: int, body: bytes) -> TurboServeError:
     try:
         told = orjson.loads(body)["error"]
         if isinstance(told, str):
-            return kind(told)
-        error = kind(str(told["message"]), param=told.get("param"))
+            told = {"message": told}
+        message, wait_s = without_advice(str(told["message"]))
+        error = kind(message, param=told.get("param"), retry_after_s=wait_s)
         error.code = told.get("code") or error.code
         error.type = told.get("type") or error.type
         return error

@@ -155,8 +155,16 @@ def error_of(reply: httpx.Response) -> dict[str, object]:
     assert body["error"]["message"] and body["error"]["code"]
     assert reply.headers["content-type"] == "application/json"
     assert ("retry-after" in reply.headers) == (reply.status_code in (429, 503))
+    if reply.status_code == 503:
+        assert body["error"]["message"].endswith(advice_of(reply))
     error: dict[str, object] = body["error"]
     return error
+
+
+def advice_of(reply: httpx.Response) -> str:
+    """How a message ends that says when to come back: with the number in Retry-After."""
+    seconds = int(reply.headers["retry-after"])
+    return f". Try again in {seconds} second{'' if seconds == 1 else 's'}."
 
 
 def raw_request(body: bytes, *headers: str) -> bytes:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from anthropic.types import ErrorResponse, Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
-from tests.turboserve.api.conftest import Service, connect_client, read_all, running
+from tests.turboserve.api.conftest import Service, advice_of, connect_client, read_all, running
 from tests.turboserve.api.scripted import MODEL_ID
 from tests.turboserve.api.scripted_answers import THINKING_USAGE
 
@@ -66,6 +66,8 @@ def anthropic_error(reply: httpx.Response) -> tuple[int, str, str]:
     if reply.status_code != 413:  # Anthropic documents its type, and the client's types lack it
         ErrorResponse.model_validate(body, strict=True)
     assert ("retry-after" in reply.headers) == (reply.status_code in (429, 503, 529))
+    if reply.status_code in (503, 529):
+        assert body["error"]["message"].endswith(advice_of(reply))
     return reply.status_code, body["error"]["type"], body["error"]["message"]
 
 

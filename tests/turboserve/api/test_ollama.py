@@ -152,6 +152,14 @@ def test_an_error_in_a_stream_is_its_last_line(client: httpx.Client) -> None:
     assert last == {"error": "The engine failed."}
 
 
+def test_an_overloaded_server_says_when_to_come_back(client: httpx.Client) -> None:
+    told = "No memory for this prompt now. Try again in 7 seconds."
+    for is_stream in (False, True):
+        body = {"model": MODEL_ID, "messages": [{"role": "user", "content": "fail_full"}], "stream": is_stream}
+        reply = client.post("/api/chat", json=body)
+        assert (reply.status_code, reply.headers["retry-after"], reply.json()) == (503, "7", {"error": told})
+
+
 def test_what_clients_look_up(client: httpx.Client) -> None:
     (tag,) = client.get("/api/tags").json()["models"]
     (loaded,) = client.get("/api/ps").json()["models"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.turboserve.api.conftest import connect_client, error_of, raw_request, read_all, running
+from tests.turboserve.api.scripted import MODEL_ID, ScriptedEngine
+
+from turboserve.api.app import create_app
+from turboserve.api.http_server import bind, run
+from turboserve.settings import Settings
+from turboserve.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = """
@@ -42,7 +49,7 @@ def test_draining_refuses_new_work_and_finishes_the_old() -> None:
         stream.sendall(ask_raw("burst", stream=True))
         service.engine.wait_live()
         service.signal()
-        assert error_of(client.get("/ready"))["message"] == "The server is shutting down."
+        assert error_of(client.get("/ready"))["message"] == "The server is shutting down. Try again in 10 seconds."
         refused = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
         assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_unavailable")
         assert client.get("/health").status_code == 200
@@ -62,7 +69,7 @@ def test_after_the_grace_period_answers_end_with_an_error(script: str, stream: b
         reply = head + read_all(sock)
         service.engine.wait_idle()
     assert reply.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 503")
-    assert b'"code":"engine_unavailable"' in reply and b"grace period is over" in reply
+    assert b'"code":"engine_unavailable"' in reply and b"grace period is over. Try again in 10 seconds." in reply
     assert b"[DONE]" not in reply
 
 
@@ -82,6 +89,22 @@ def finish(child: subprocess.Popen[str]) -> str:
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     return out
+
+
+def test_the_first_line_says_that_the_model_is_being_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    """It said "serving", minutes before a request could be answered."""
+    caplog.set_level(logging.INFO)
+    engine, settings = ScriptedEngine(), Settings(port=0)
+
+    def stop(url: str) -> None:
+        raise InterruptedError(url)
+
+    try:
+        with pytest.raises(InterruptedError) as caught, bind(settings) as sock:
+            run(create_app(engine, settings, Telemetry()), engine, settings, sock=sock, on_started=stop)
+    finally:
+        engine.close()
+    assert caplog.messages[-1] == f"listening at {caught.value}: /health answers, the model {MODEL_ID} is being loaded"
 
 
 def test_sigterm_lets_the_caller_close_the_engine() -> None:

@@ -38,11 +38,12 @@ def test_health_and_ready(client: httpx.Client) -> None:
 
 def test_ready_tells_why_not(client: httpx.Client, service: Service) -> None:
     try:
-        service.engine.unready = "The model is loading."
+        service.engine.unready = "the model is still being loaded"
         reply = client.get("/ready")
         assert reply.status_code == 503
         error = error_of(reply)
-        assert (error["code"], error["message"]) == ("engine_unavailable", "The model is loading.")
+        told = "The engine is not ready: the model is still being loaded. Try again in 5 seconds."
+        assert (error["code"], error["message"]) == ("engine_unavailable", told)
         assert client.get("/health").status_code == 200
         assert samples(client.get("/metrics").text)["turboserve_ready", ()] == 0
     finally:

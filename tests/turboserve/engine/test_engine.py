@@ -108,7 +108,7 @@ def test_before_it_is_ready_it_refuses(make_engine: Callable[..., TurboEngine], 
     assert engine.unready_reason() is not None
     with pytest.raises(EngineUnavailableError) as caught:
         submit(engine, "early")
-    assert caught.value.retry_after_s
+    assert caught.value.told == "The engine is not ready: the model is still being loaded. Try again in 5 seconds."
     assert engine.stats().num_running == 0
     go.set()
     engine.wait_until_ready(TIMEOUT_S)

@@ -95,7 +95,9 @@ def test_a_request_waits_for_a_bounded_time_and_the_start_goes_on(start: Start) 
     router = start({"a": {}}, {"a": {"start_s": 1.0}}, model_wait_timeout_s=0.2)
     refused = router.ask("a")
     assert refused.status_code == 503
-    assert "still being loaded" in refused.json()["error"]["message"]
+    assert refused.headers["retry-after"] == "10"
+    told = "The model 'a' is still being loaded. Try again in 10 seconds."
+    assert refused.json()["error"]["message"] == told
     router.wait_for("a", "loaded")
     assert router.ask("a").status_code == 200
     assert router.starts("a") == 1

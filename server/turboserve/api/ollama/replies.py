@@ -86,7 +86,7 @@ class OllamaReplies:
 
     def failure(self, error: TurboServeError) -> bytes:
         """The error as the last line."""
-        return self._written({"error": error.message})
+        return self._written({"error": error.told})
 
     def loaded(self) -> Response:
         """The reply to a request without a prompt."""

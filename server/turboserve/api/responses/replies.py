@@ -361,6 +361,6 @@ def _function_call(item_id: str, call: ToolCallDelta, arguments: str, status: st
 
 def _failure(error: TurboServeError) -> ResponseFailure:
     if isinstance(error, QuotaExceededError):
-        return ResponseFailure(code="rate_limit_exceeded", message=error.message)
+        return ResponseFailure(code="rate_limit_exceeded", message=error.told)
     is_ours = not isinstance(error, InvalidRequestError)
-    return ResponseFailure(code="server_error" if is_ours else "invalid_prompt", message=error.message)
+    return ResponseFailure(code="server_error" if is_ours else "invalid_prompt", message=error.told)
