@@ -106,8 +106,12 @@ def _kernel_trial(stats: EngineStats) -> Iterator[Metric]:
 def _kv_gauges(stats: EngineStats) -> Iterator[Metric]:
     kv = stats.kv
     yield _gauge_by("kv_bytes", "Bytes of KV caches now allocated.", "kind", _by_kind(kv))
-    yield _gauge("kv_raw_equivalent_bytes", "Bytes the same tokens would take uncompressed.", kv.raw_equivalent)
-    yield _gauge("kv_compression_ratio", "Raw-equivalent bytes over allocated bytes.", kv.ratio)
+    yield _gauge(
+        "kv_raw_equivalent_bytes",
+        "Bytes the same tokens would take uncompressed, in the model's dtype.",
+        kv.raw_equivalent,
+    )
+    yield _gauge("kv_compression_ratio", "Raw-equivalent bytes, in the model's dtype, over allocated bytes.", kv.ratio)
     yield _gauge("kv_budget_bytes", "Bytes that KV caches may take.", stats.kv_budget_bytes)
     yield _gauge("kv_committed_bytes", "Bytes held, or promised to running requests.", stats.kv_committed_bytes)
     yield _gauge("kv_scratch_bytes", "The most that one step may allocate beside the budget.", stats.kv_scratch_bytes)
@@ -127,7 +131,9 @@ def _conversations(stats: EngineStats) -> Iterator[Metric]:
     raw_bytes = {rank: kv.raw_equivalent for rank, kv in held.items()}
     yield _gauge_by("session_tokens", "Tokens of the conversation with this rank by bytes.", "rank", tokens)
     yield _gauge_by("session_kv_bytes", "KV bytes of the conversation with this rank.", "rank", kv_bytes)
-    yield _gauge_by("session_kv_raw_equivalent_bytes", "Bytes it would take uncompressed.", "rank", raw_bytes)
+    yield _gauge_by(
+        "session_kv_raw_equivalent_bytes", "Bytes it would take uncompressed, in the model's dtype.", "rank", raw_bytes
+    )
 
 
 def _events(stats: EngineStats) -> Iterator[Metric]:

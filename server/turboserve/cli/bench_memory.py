@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant_kv.codec.format_name import PLAIN_FORMAT, UnsupportedFormatError, parse_format_name
 from turboserve.cli.backend import load_backend
 from turboserve.cli.config import UsageError
-from turboserve.cli.figures import amount
+from turboserve.cli.figures import amount, uncompressed_in
 from turboserve.cli.progress import Bars
 from turboserve.errors import KVFormatError, StartupError
 from turboserve.settings import Settings
@@ -31,7 +31,7 @@ MIN_LENGTH = 256  # shorter conversations hold hardly a compressed page
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A format at one length. raw_bytes: the same tokens uncompressed, in the model's dtype."""
+    """A format at one length. raw_bytes: the same tokens uncompressed, in the model's dtype, as `ratio` is beside."""
 
     kv_format: str
     num_tokens: int
@@ -143,12 +143,13 @@ def table(loaded: LoadedModel, rows: list[Row]) -> list[str]:
     """Lines: each format's bytes at each length, and what one more token takes."""
     lengths = sorted({row.num_tokens for row in rows})
     head = f"{'format':<8}" + "".join(f"{f'{n:,} tokens':>22}" for n in lengths) + f"{'B/token':>10}{'tokens/GiB':>14}"
-    lines = [f"{loaded.model_id}, uncompressed in {loaded.dtype}; bytes held, and how much smaller that is", head]
+    beside = uncompressed_in([loaded.dtype])
+    lines = [f"{loaded.model_id}: bytes held, and how many times smaller that is than {beside} (raw)", head]
     for name in dict.fromkeys(row.kv_format for row in rows):
         own = [row for row in rows if row.kv_format == name]
         cells = "".join(f"{amount(row.total_bytes):>14} {f'{row.ratio:.2f}x':>7}" for row in own)
         lines.append(f"{name:<8}{cells}{own[-1].token_bytes:>10,.0f}{own[-1].tokens_per_gib:>14,}")
     if PLAIN_FORMAT not in {row.kv_format for row in rows}:
         raw = "".join(f"{amount(row.raw_bytes):>14} {'':>7}" for row in rows[: len(lengths)])
-        lines.append(f"{PLAIN_FORMAT:<8}{raw}")
+        lines.append(f"{'raw':<8}{raw}")
     return lines

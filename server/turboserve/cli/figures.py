@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,19 @@ def amount(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:,.1f} {name}"
     return f"{num_bytes:,.0f} B"
+
+
+def uncompressed_in(dtypes: Iterable[str] = ()) -> str:
+    """What the servers' compression ratios are beside. `dtypes` are those that the models run in, as far as known."""
+    known = sorted(set(dtypes))
+    if len(known) == 1:
+        return f"uncompressed in {known[0]}"
+    return f"uncompressed in {' or '.join(known)}{', ' if known else ''}the model's dtype"
+
+
+def ratio_note(dtypes: Iterable[str] = ()) -> str:
+    """The line below a table that has a column RATIO."""
+    return f"RATIO: times smaller than {uncompressed_in(dtypes)}"
 
 
 def duration(seconds: float) -> str:
@@ -51,7 +64,7 @@ def session_lines(session: Mapping[str, Any]) -> list[str]:
         f"session        {session['id']}{', pinned' if session['pinned'] else ''}, in {session['tier']}",
         f"KV format      {session['kv_format']}",
         f"tokens         {session['tokens']:,}",
-        f"KV memory      {amount(kv['total'])}, uncompressed {amount(session['raw_equivalent_bytes'])}: "
+        f"KV memory      {amount(kv['total'])}, {uncompressed_in()} {amount(session['raw_equivalent_bytes'])}: "
         f"{session['ratio']:.2f}x",
         f"on disk        {amount(session['disk_bytes']) if session['disk_bytes'] else 'nothing'}",
         f"used           answers: {session['requests']:,}, continued or forked: {session['hits']:,}",
@@ -62,5 +75,5 @@ def session_lines(session: Mapping[str, Any]) -> list[str]:
 def session_line(session: Mapping[str, Any]) -> str:
     """A session, in short."""
     state = session["tier"] + (", pinned" if session["pinned"] else "")
-    held = amount(session["kv_bytes"]["total"])
-    return f"{session['id']}  {session['tokens']:,} tokens, {held}, {session['ratio']:.2f}x, {state}"
+    held = f"{amount(session['kv_bytes']['total'])}, {session['ratio']:.2f}x smaller than uncompressed"
+    return f"{session['id']}  {session['tokens']:,} tokens, {held}, {state}"

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turboserve.cli.client import ServerClient
-from turboserve.cli.figures import amount, duration
+from turboserve.cli.figures import amount, duration, ratio_note
 
 INTERVAL_S = 1.0
 PIPE_WIDTH = 1000  # a pipe has no edge at which anything would have to be cut
@@ -53,7 +53,9 @@ def view(url: str, stats: Mapping[str, Any]) -> RenderableType:
     head = Text(f"{url}: {running} running, {waiting} waiting", style="bold")
     shown = [c for one in served for c in one["conversations"]]
     total = sum(sum(one["num_conversations"].values()) for one in served)
-    return Group(head, _model_table(models), *([_conversation_table(shown, total)] if shown else []))
+    tables = [_model_table(models), *([_conversation_table(shown, total)] if shown else [])]
+    dtypes = [one["model_dtype"] for one in served]
+    return Group(head, *tables, *([Text(ratio_note(dtypes), style="dim")] if served else []))
 
 
 def _models(stats: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any] | None]]:

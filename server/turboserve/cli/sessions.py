@@ -20,7 +20,7 @@ from turboserve.cli import config
 from turboserve.cli.client import ServerClient, ServerError, server_url
 from turboserve.cli.config import UsageError
 from turboserve.cli.conversations import Conversation, Conversations, check_name, parse_conversation
-from turboserve.cli.figures import amount, duration, session_lines
+from turboserve.cli.figures import amount, duration, ratio_note, session_lines
 from turboserve.cli.options import ApiKey, ConfigFile, Text, Url, commands_app, example
 from turboserve.errors import StartupError
 from turboserve.settings import Settings
@@ -61,7 +61,7 @@ def list_command(
 
 
 def table(sessions: list[dict[str, Any]], kept: set[str], now_s: float) -> list[str]:
-    """Lines with columns of one width."""
+    """Lines with columns of one width, and what the ratios are beside."""
     rows = [["NAME", "STATE", "FORMAT", "TOKENS", "KV MEMORY", "RATIO", "DISK", "HITS", "USED", "TEXTS"]]
     for one in sessions:
         state = one["tier"] + (", pinned" if one["pinned"] else "")
@@ -73,7 +73,8 @@ def table(sessions: list[dict[str, Any]], kept: set[str], now_s: float) -> list[
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*lines, *([ratio_note()] if sessions else [])]
 
 
 @app.command("show", epilog=example("turboserve sessions show trip"))

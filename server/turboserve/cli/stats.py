@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from turboserve.cli.figures import mib
+from turboserve.cli.figures import mib, uncompressed_in
 
 EVENT_KINDS = ("evictions", "requantisations", "spills", "restores", "preemptions", "refusals")
 
@@ -33,7 +33,8 @@ def _memory(stats: Mapping[str, Any]) -> Iterator[str]:
     yield f"KV memory      {mib(kv['total'])} of {mib(stats['kv_budget_bytes'])} budget, {committed}"
     kinds = ", ".join(f"{kind} {mib(kv[kind])}" for kind in ("compressed", "exact", "slack", "uncompressed"))
     yield f"               {kinds}"
-    yield f"uncompressed   {mib(stats['raw_equivalent_bytes'])} would hold the same: {stats['ratio']:.2f}x"
+    raw = f"{mib(stats['raw_equivalent_bytes'])} would hold the same in {stats['model_dtype']}"
+    yield f"uncompressed   {raw}: {stats['ratio']:.2f}x"
 
 
 def _disk(disk: Mapping[str, Any]) -> Iterator[str]:
@@ -64,7 +65,8 @@ def _history(stats: Mapping[str, Any]) -> Iterator[str]:
 def _conversations(stats: Mapping[str, Any]) -> Iterator[str]:
     shown = stats["conversations"]
     by_tier = ", ".join(f"{count:,} {tier}" for tier, count in stats["num_conversations"].items())
-    yield f"conversations  {by_tier}"
+    beside = f"; ratios beside {uncompressed_in([stats['model_dtype']])}" if shown else ""
+    yield f"conversations  {by_tier}{beside}"
     for c in shown:
         state = c["tier"] if c["tier"] == "running" else f"{c['tier']}, idle {c['idle_s']:.0f} s"
         state += ", pinned" if c["pinned"] else ""

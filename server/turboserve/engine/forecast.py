@@ -129,7 +129,8 @@ class Forecast:
         yield f"             about {tokens:,} tokens as {self.kv_format}; {others}"
         if (better := self._smaller_preset(tokens)) and tokens < ROOMY * self.max_context:
             preset, ratio = better
-            yield f"             --kv-format {preset} holds {ratio:.1f}x the tokens"
+            numbers = f", {self.number_bytes} bytes a number" if self.kv_format == PLAIN_FORMAT else ""
+            yield f"             --kv-format {preset} holds {ratio:.1f}x the tokens of {self.kv_format}{numbers}"
 
     def _tokens(self, name: str) -> int | None:
         if self.layers is None:

@@ -30,6 +30,7 @@ def test_what_is_measured_is_what_formats_take(
         (name, length) for name in ("f16", "4/4", "2t/2t") for length in lengths
     ]
     printed = capsys.readouterr().out
+    assert "how many times smaller that is than uncompressed in float32 (raw)" in printed.splitlines()[0]
     for row in rows:
         assert row["kv_format"] in printed
         raw = LAYERS * KV_HEADS * DIM * 2 * 4 * row["num_tokens"]  # keys and values in float32

@@ -10,10 +10,10 @@ from rich.console import Console
 from tests.turboserve.cli.test_stats import BUSY
 
 from turboserve.api.kv_replies import kv_statistics
-from turboserve.cli import ps
+from turboserve.cli import ps, sessions
 from turboserve.cli.chat import Screen
 from turboserve.cli.client import Piece, server_url
-from turboserve.cli.figures import amount, duration
+from turboserve.cli.figures import amount, duration, session_line, session_lines, uncompressed_in
 from turboserve.cli.progress import Bars
 from turboserve.settings import Settings
 
@@ -85,9 +85,28 @@ def test_ps_shows_models_and_their_largest_conversations() -> None:
             "abc",
             "disk, pinned",
             "and 1,202 more",
+            "RATIO: times smaller than uncompressed in float32",
         ):
             assert words in shown, (words, shown)
     assert "loading" in shown
+
+
+def test_ratios_say_what_they_are_beside() -> None:
+    assert uncompressed_in(["float32"]) == "uncompressed in float32"
+    assert (
+        uncompressed_in(["float32", "bfloat16", "float32"]) == "uncompressed in bfloat16 or float32, the model's dtype"
+    )
+    assert uncompressed_in([]) == "uncompressed in the model's dtype"
+    session = {
+        **{"id": "trip", "pinned": False, "tier": "memory", "kv_format": "4/3", "tokens": 9, "ttl_s": None},
+        **{"kv_bytes": {"total": 1 << 20}, "raw_equivalent_bytes": 4 << 20, "ratio": 4.0, "disk_bytes": 0},
+        **{"requests": 1, "hits": 0, "explicit": True, "last_used_at": 0},
+    }
+    assert session_line(session) == "trip  9 tokens, 1.0 MiB, 4.00x smaller than uncompressed, memory"
+    assert "KV memory      1.0 MiB, uncompressed in the model's dtype 4.0 MiB: 4.00x" in session_lines(session)
+    *_, note = sessions.table([session], set(), 0.0)
+    assert note == "RATIO: times smaller than uncompressed in the model's dtype"
+    assert len(sessions.table([], set(), 0.0)) == 1
 
 
 def test_ps_cuts_nothing_off_in_eighty_columns() -> None:

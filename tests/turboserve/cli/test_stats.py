@@ -47,7 +47,8 @@ def test_a_busy_server() -> None:
     for words in (
         "1 running, 2 waiting",
         "4.0 MiB of 8.0 MiB budget, 5.0 MiB held or promised",
-        "16.0 MiB would hold the same: 4.00x",
+        "uncompressed   16.0 MiB would hold the same in float32: 4.00x",
+        "conversations  1 running, 2 memory, 1,200 disk; ratios beside uncompressed in float32",
         "2.0 MiB of 4.0 MiB in 9 files; nothing is written: read-only",
         "50 of 200 found in kept caches (25%)",
         "spills         1,200 memory",

@@ -57,7 +57,7 @@ def test_what_fits_is_told_with_a_smaller_format_where_it_would_help(rng: np.ran
     told.check()
     text = "\n".join(told.lines())
     assert "3,072 MiB" in text and "about 4,000 tokens as f16" in text
-    ratio = re.search(r"--kv-format balanced holds (\d+\.\d)x the tokens", text)
+    ratio = re.search(r"--kv-format balanced holds (\d+\.\d)x the tokens of f16, 2 bytes a number", text)
     own = layers.tokens(KVFormat.parse("4t/3t"), 2, budget_bytes)
     assert ratio and float(ratio[1]) == pytest.approx(own / 4000, abs=0.06)
     roomy = forecast(config, 3 * GIB, False, memory, str(budget_bytes), "f16", max_context=999)
