@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import httpx
 import orjson
 import pytest
 
 from turboserve.api.replies import error_headers
+from turboserve.cli.client import ServerClient
 from turboserve.errors import (
     EngineUnavailableError,
     InvalidRequestError,
@@ -59,3 +61,14 @@ def test_an_error_that_a_router_passes_on_says_it_once() -> None:
     error = OverloadedError("Full.", retry_after_s=7)
     assert error_in(503, orjson.dumps(error.envelope())).told == error.told
     assert error_in(503, orjson.dumps({"error": error.told})).told == error.told  # Ollama's shape
+
+
+def test_who_waits_for_a_server_reads_why_and_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = EngineUnavailableError.not_ready("the model is still being loaded")
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(503, json=error.envelope())
+
+    with ServerClient("http://127.0.0.1:9") as client:
+        monkeypatch.setattr(client, "_http", httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer)))
+        assert client.unready_reason() == error.message
