@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,11 @@ def test_running_streams_go_on_while_a_long_prompt_is_read(server: Server) -> No
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_everything(server: Server, stream: bool) -> None:
     before = server.wait_until_idle()
-    body = {"messages": [say(f"{filler(40, 21 + stream)} Tell me a long story.")], "max_tokens": 2000, "stream": stream}
+    body = {
+        "messages": [say(f"{filler(40, 21 + stream)} Tell me a long story.")],
+        "max_tokens": 10_000,
+        "stream": stream,
+    }
     body["logit_bias"] = {"8185": -100}  # never ends by itself
     with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=3) as client:
         if stream:
@@ -172,10 +175,8 @@ def test_a_client_that_leaves_frees_everything(server: Server, stream: bool) -> 
                         raise httpx.ReadTimeout("left on purpose")
         else:
             client.post(f"{server.url}/v1/chat/completions", json=body)
-    started = time.monotonic()
     after = server.wait_until_idle()
-    assert time.monotonic() - started < 20, "2000 tokens would have taken far longer"
-    assert after["tokens"] < before["tokens"] + 2000 + 2500
+    assert after["tokens"] < before["tokens"] + 10_000, "it went on to the end"
 
 
 def test_errors_are_the_clients_own_exceptions(server: Server) -> None:

@@ -38,17 +38,17 @@ def test_a_conversation_goes_on_at_another_server(server: Server, other: Server,
     messages = [{"role": "user", "content": FILLER + "My name is Paula."}]
     answer, _ = turn(server, messages, "mover")
     messages += [answer, {"role": "user", "content": "What is my name?"}]
-    file = httpx.get(f"{server.url}/v1/sessions/mover/export").content
+    file = httpx.get(f"{server.url}/v1/sessions/mover/export", timeout=60).content
     import_url = f"{other.url}/v1/sessions/import"
-    assert httpx.post(import_url, content=file, headers=TYPE).status_code == 401
+    assert httpx.post(import_url, content=file, headers=TYPE, timeout=60).status_code == 401
     key = {**TYPE, "Authorization": "Bearer secret"}
-    torn = httpx.post(import_url, content=file[:-1], headers=key)
+    torn = httpx.post(import_url, content=file[:-1], headers=key, timeout=60)
     assert torn.status_code == 400 and torn.json()["error"]["param"] == "file"
-    taken = httpx.post(import_url, content=file, headers=key)
+    taken = httpx.post(import_url, content=file, headers=key, timeout=60)
     assert taken.status_code == 200, taken.text
     assert turn(other, messages, "mover", "secret") == turn(server, messages, "mover")
     assert turn(other, messages, "mover", "secret")[1] > 500
-    too_large = httpx.post(f"{import_url}?id=x", content=bytes(4 << 20), headers=key)
+    too_large = httpx.post(f"{import_url}?id=x", content=bytes(4 << 20), headers=key, timeout=60)
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "request_too_large")
 
 
@@ -97,7 +97,7 @@ class Growing(io.BytesIO):
 def test_a_file_that_changes_while_it_is_sent_is_no_traceback(server: Server, other: Server, change: int) -> None:
     name = f"changing{change}"
     turn(server, [{"role": "user", "content": FILLER}], name)
-    content = httpx.get(f"{server.url}/v1/sessions/{name}/export").content
+    content = httpx.get(f"{server.url}/v1/sessions/{name}/export", timeout=60).content
     with ServerClient(other.url, "secret") as client:
         if change > 0:  # what was there when it was looked at is a session
             assert client.take_in(Growing(content, change), len(content), name)["id"] == name

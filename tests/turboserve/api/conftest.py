@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 from tests.turboserve.api.contract import Contract
-from tests.turboserve.api.scripted import ScriptedEngine
+from tests.turboserve.api.scripted import WAIT_S, ScriptedEngine
 
 from turboserve.api.app import create_app
 from turboserve.api.connection import Connection
@@ -27,7 +27,7 @@ from turboserve.telemetry import Telemetry
 QUICK: dict[str, object] = {
     "port": 0,
     "max_body_bytes": 64 * 1024,
-    "request_timeout_s": 1.0,
+    "request_timeout_s": 3.0,
     "send_timeout_s": 0.4,
     "keepalive_interval_s": 0.2,
     "shutdown_grace_s": 0.3,
@@ -55,7 +55,7 @@ class Service:
         sock = socket.socket(socket.AF_INET)
         if receive_buffer_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        sock.settimeout(5)
+        sock.settimeout(WAIT_S)
         sock.connect(("127.0.0.1", self.port))
         return sock
 
@@ -64,7 +64,7 @@ class Service:
         links = [link for link in self.server.server_state.connections if isinstance(link, Connection)]
         return next((link for link in links if link.client == sock.getsockname()), None)
 
-    def wait_quiet(self, timeout_s: float = 5.0) -> None:
+    def wait_quiet(self, timeout_s: float = WAIT_S) -> None:
         """Until neither the engine nor the HTTP layer holds a request; fails the test otherwise."""
         self.engine.wait_idle(timeout_s)
         deadline = time.monotonic() + timeout_s
@@ -95,7 +95,7 @@ def running(**changes: object) -> Iterator[Service]:
         finally:
             server.handle_exit(signal.SIGTERM, None)
             server.handle_exit(signal.SIGTERM, None)
-            thread.join(timeout=10)
+            thread.join(timeout=WAIT_S)
         assert not thread.is_alive(), "the server did not stop"
     finally:
         engine.close()
@@ -117,7 +117,7 @@ def connect_client(service: Service, **headers: str) -> httpx.Client:
     """A client whose every reply is held to what /openapi.json declares."""
     hooks = {"response": [service.contract.check]}
     # verify=False: loading certificates for a plain HTTP client takes longer than most of these tests.
-    return httpx.Client(base_url=service.url, timeout=5, verify=False, headers=headers, event_hooks=hooks)
+    return httpx.Client(base_url=service.url, timeout=WAIT_S, verify=False, headers=headers, event_hooks=hooks)
 
 
 @pytest.fixture

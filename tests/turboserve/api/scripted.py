@@ -57,6 +57,7 @@ from turboserve.messages import (
 USAGE = Usage(prompt_tokens=12, completion_tokens=3, cached_tokens=8, kv=KV, kv_format="4/3", session_id="c1")
 MODEL_ID = "scripted/model"
 STEP_S = 0.002
+WAIT_S = 60.0  # for what must come about: generous, so that only a hang reaches it
 
 Script = Iterator[Event | None]  # None: a step in which this request has nothing to say
 
@@ -287,14 +288,14 @@ class ScriptedEngine(ScriptedSessions):
         """Requests submitted and not yet ended."""
         return self._submitted - self._ended
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
+    def wait_idle(self, timeout_s: float = WAIT_S) -> None:
         """Fails the test when a request is left behind."""
         deadline = time.monotonic() + timeout_s
         while self.num_live:
             assert time.monotonic() < deadline, f"{self.num_live} requests were left in the engine"
             time.sleep(0.002)
 
-    def wait_live(self, count: int = 1, timeout_s: float = 5.0) -> None:
+    def wait_live(self, count: int = 1, timeout_s: float = WAIT_S) -> None:
         deadline = time.monotonic() + timeout_s
         while self.num_live < count:
             assert time.monotonic() < deadline, "the request never reached the engine"

@@ -14,7 +14,7 @@ import pytest
 from anthropic.types import ErrorResponse, Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 from tests.turboserve.api.conftest import Service, advice_of, connect_client, read_all, running
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S
 from tests.turboserve.api.scripted_answers import THINKING_USAGE
 
 from turboserve import errors
@@ -32,7 +32,7 @@ USAGE = {"input_tokens": 15, "cache_read_input_tokens": 5, "cache_creation_input
 
 @pytest.fixture
 def claude(service: Service) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=service.url, api_key="unused", max_retries=0, timeout=5) as client:
+    with anthropic.Anthropic(base_url=service.url, api_key="unused", max_retries=0, timeout=WAIT_S) as client:
         yield client
 
 

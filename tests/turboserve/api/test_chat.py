@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.turboserve.api.conftest import Ask, Service, error_of
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S
 
 KV_EXTENSION = {
     "session_id": "c1",
@@ -25,7 +25,7 @@ KV_EXTENSION = {
 
 @pytest.fixture
 def openai_client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=5) as client:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=WAIT_S) as client:
         yield client
 
 

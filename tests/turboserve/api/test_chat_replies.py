@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.turboserve.api.conftest import Ask, Service, error_of, running
-from tests.turboserve.api.scripted import LIKELY, SCRIPTS, USAGE
+from tests.turboserve.api.scripted import LIKELY, SCRIPTS, USAGE, WAIT_S
 from tests.turboserve.api.test_chat import events_of
 
 from turboserve.api.chat_request import Delivery
@@ -87,7 +87,7 @@ def test_choices_are_limited_by_what_runs_together() -> None:
     with running(max_running=2) as service:
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         url = f"{service.url}/v1/chat/completions"
-        with httpx.Client(timeout=5, verify=False) as client:
+        with httpx.Client(timeout=WAIT_S, verify=False) as client:
             assert client.post(url, json={**body, "n": 2}).status_code == 200
             assert client.post(url, json={**body, "n": 3}).json()["error"]["param"] == "n"
 

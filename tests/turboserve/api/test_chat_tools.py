@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.turboserve.api.conftest import Ask, Service, error_of
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S
 from tests.turboserve.api.test_chat import events_of
 
 from turboserve.messages import Constraint
@@ -132,7 +132,7 @@ def test_a_call_that_arrives_at_once_begins_without_arguments(ask: Ask) -> None:
 
 def test_openai_client_collects_streamed_calls(service: Service) -> None:
     with (
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=5) as client,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=WAIT_S) as client,
         client.chat.completions.stream(
             model=MODEL_ID,
             messages=[{"role": "user", "content": "calls"}],

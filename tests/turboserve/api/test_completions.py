@@ -12,7 +12,7 @@ import openai
 import pytest
 from tests.turboserve.api import scripted
 from tests.turboserve.api.conftest import Service, error_of, running
-from tests.turboserve.api.scripted import MODEL_ID, USAGE, Script
+from tests.turboserve.api.scripted import MODEL_ID, USAGE, WAIT_S, Script
 
 from turboserve.api.sampling_request import choices_of
 from turboserve.messages import (
@@ -121,7 +121,7 @@ def test_what_is_refused_is_named(client: httpx.Client, body: dict[str, object],
 def test_another_model_is_not_served_unless_any_is(complete: Complete) -> None:
     reply = complete(model="other")
     assert (reply.status_code, error_of(reply)["code"]) == (404, "model_not_found")
-    with running(any_model_name=True) as service, httpx.Client(base_url=service.url) as client:
+    with running(any_model_name=True) as service, httpx.Client(base_url=service.url, timeout=WAIT_S) as client:
         for path, body in (
             ("/v1/completions", {"prompt": "hi"}),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
@@ -260,7 +260,7 @@ def test_what_is_not_known_is_ignored_and_named(complete: Complete, client: http
     reply = client.post("/v1/embeddings", json={"input": "hi", "task": "search"})
     assert reply.status_code == 200 and reply.headers["x-turboserve-ignored"] == "task"
     assert "x-turboserve-ignored" not in complete().headers
-    with running(strict_parameters=True) as service, httpx.Client(base_url=service.url) as strict:
+    with running(strict_parameters=True) as service, httpx.Client(base_url=service.url, timeout=WAIT_S) as strict:
         reply = strict.post("/v1/completions", json={"prompt": "hi", "temprature": 0.1})
         assert reply.status_code == 400 and error_of(reply)["param"] == "temprature"
 

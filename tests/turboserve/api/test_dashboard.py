@@ -10,6 +10,7 @@ from importlib.resources import files
 import httpx
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, running
+from tests.turboserve.api.scripted import WAIT_S
 
 from turboserve.messages import FormatQuality
 
@@ -19,7 +20,7 @@ FOLDER = files("turboserve").joinpath("dashboard")
 
 def get(service: Service, path: str, **headers: str) -> httpx.Response:
     """Without the contract: files are no part of the API."""
-    return httpx.get(service.url + path, headers=headers, timeout=5)
+    return httpx.get(service.url + path, headers=headers, timeout=WAIT_S)
 
 
 def test_a_browser_gets_the_page_and_a_client_what_it_always_got(client: httpx.Client) -> None:

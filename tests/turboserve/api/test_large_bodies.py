@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, error_of, raw_request, running
+from tests.turboserve.api.scripted import WAIT_S
 
 from turboserve.api import body as body_module
 from turboserve.api.body import MAX_CONTAINERS, MAX_MEMBERS, MAX_STRINGS, MAX_VALUES, parse_object
@@ -72,7 +73,7 @@ def turns(service: Service) -> Iterator[list[float]]:
         beating = asyncio.run_coroutine_threadsafe(beat(), link.loop)
         yield gaps
         is_over = True
-        beating.result(5)
+        beating.result(WAIT_S)
 
 
 def unknown_keys() -> bytes:
@@ -215,17 +216,17 @@ def test_what_all_bodies_take_is_bounded_and_counted() -> None:
                 service.engine.wait_live(i + 1)
             half = stack.enter_context(service.connect())
             half.sendall(raw_request(body)[:-10])
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + WAIT_S
             while held(service) < 8 * 7_000_000 - 200:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             with connect_client(service) as client:
-                reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=30)
+                reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=WAIT_S)
                 assert reply.status_code == 503 and reply.headers["retry-after"]
                 assert client.post(CHAT, json={"messages": [{"role": "user", "content": "hi"}]}).status_code == 200
         service.wait_quiet()
         while held(service):
-            assert time.monotonic() < deadline + 10, held(service)
+            assert time.monotonic() < deadline + WAIT_S, held(service)
             time.sleep(0.01)
 
 
@@ -241,7 +242,7 @@ def test_text_that_python_holds_in_four_bytes_a_character_counts_so() -> None:
             service.engine.wait_live(3)
             for text, status in ((emoji, 503), (ascii_text, 200)):
                 reply = client.post(
-                    CHAT, content=text.encode(), headers={"content-type": "application/json"}, timeout=30
+                    CHAT, content=text.encode(), headers={"content-type": "application/json"}, timeout=WAIT_S
                 )
                 assert reply.status_code == status
         service.wait_quiet()
@@ -288,7 +289,7 @@ def test_what_can_never_be_held_is_too_large() -> None:
     """Coming again would not help: the body alone takes more than all bodies together may."""
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 40_000_000}]})
     with running(max_body_bytes=64 << 20, max_held_bytes=64 << 20) as service, connect_client(service) as client:
-        reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=30)
+        reply = client.post(CHAT, content=body, headers={"content-type": "application/json"}, timeout=WAIT_S)
         assert reply.status_code == 413 and error_of(reply)["code"] == "request_too_large"
 
 

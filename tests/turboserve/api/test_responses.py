@@ -15,7 +15,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S
 
 from turboserve.messages import Constraint, SamplingParams, ToolUse
 
@@ -31,7 +31,7 @@ EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 @pytest.fixture
 def openai_client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=5) as client:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0, timeout=WAIT_S) as client:
         yield client
 
 
@@ -64,7 +64,7 @@ def without_repeats(events: list[dict[str, Any]]) -> list[str]:
     return [kind for kind, _ in groupby(event["type"] for event in events)]
 
 
-def ended(client: httpx.Client, response_id: str, timeout_s: float = 5.0) -> Response:
+def ended(client: httpx.Client, response_id: str, timeout_s: float = WAIT_S) -> Response:
     """A background response, once it has ended."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -314,7 +314,7 @@ def test_requests_that_the_engine_cancels_are_cancelled_responses(client: httpx.
         waiting = pool.submit(create, client, "chatter")
         service.engine.wait_live()
         service.engine.cancel(service.engine.received[-1].request_id)
-        reply = waiting.result(timeout=5)
+        reply = waiting.result(timeout=WAIT_S)
     assert (reply.status_code, error_of(reply)["code"]) == (499, "request_cancelled")
 
 
@@ -463,7 +463,7 @@ def test_shutdown_ends_what_runs_in_the_background() -> None:
         create(client, "chatter", background=True)
         service.engine.wait_live()
         service.signal()
-        service.thread.join(timeout=10)
+        service.thread.join(timeout=WAIT_S)
         assert not service.thread.is_alive()
         service.engine.wait_idle()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.turboserve.api.conftest import connect_client, error_of, raw_request, read_all, running
-from tests.turboserve.api.scripted import MODEL_ID, ScriptedEngine
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S, ScriptedEngine
 
 from turboserve.api.app import create_app
 from turboserve.api.http_server import bind, run
@@ -54,7 +54,7 @@ def test_draining_refuses_new_work_and_finishes_the_old() -> None:
         assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_unavailable")
         assert client.get("/health").status_code == 200
         assert b"[DONE]" in read_all(stream)
-        service.thread.join(timeout=5)
+        service.thread.join(timeout=WAIT_S)
         assert not service.thread.is_alive()
 
 
@@ -109,7 +109,7 @@ def test_the_first_line_says_that_the_model_is_being_loaded(caplog: pytest.LogCa
 
 def test_sigterm_lets_the_caller_close_the_engine() -> None:
     with process(grace_s=5) as (child, url):
-        assert httpx.get(f"{url}/ready", timeout=5, verify=False).status_code == 200
+        assert httpx.get(f"{url}/ready", timeout=WAIT_S, verify=False).status_code == 200
         child.send_signal(signal.SIGTERM)
         assert finish(child) == "closed\n"
 
@@ -117,7 +117,7 @@ def test_sigterm_lets_the_caller_close_the_engine() -> None:
 def test_a_second_signal_does_not_wait() -> None:
     with process(grace_s=60) as (child, url):
         body = {"messages": [{"role": "user", "content": "chatter"}], "stream": True}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=10, verify=False) as reply:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=WAIT_S, verify=False) as reply:
             lines = reply.iter_lines()
             next(lines)
             child.send_signal(signal.SIGTERM)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from tests.turboserve.api.conftest import Service, connect_client, error_of, running
-from tests.turboserve.api.scripted import MODEL_ID
+from tests.turboserve.api.scripted import MODEL_ID, WAIT_S
 
 from turboserve.messages import Detokenize, RenderTemplate, Tokenize
 
@@ -98,7 +98,7 @@ def test_a_request_is_cancelled_by_its_own_caller_alone(two_callers: Service, co
         assert client.post(path, headers=ours).status_code == 415, "a form of a web page cannot"
         reply = client.post(path, headers={**ours, **json})
         assert reply.json() == {"id": identity, "cancelled": True}
-        asking.join(timeout=5)
+        asking.join(timeout=WAIT_S)
         assert (replies[0].status_code, error_of(replies[0])["code"]) == (499, "request_cancelled")
         two_callers.wait_quiet()
         assert client.post(path, headers={**ours, **json}).status_code == 404, "it has ended"
@@ -107,7 +107,7 @@ def test_a_request_is_cancelled_by_its_own_caller_alone(two_callers: Service, co
 def test_a_cancelled_stream_ends_with_the_error(client: httpx.Client, service: Service) -> None:
     body = {"messages": [{"role": "user", "content": "chatter"}], "stream": True}
     # Not through `client`, which reads every reply to its end before the test sees it.
-    with httpx.stream("POST", service.url + "/v1/chat/completions", json=body) as reply:
+    with httpx.stream("POST", service.url + "/v1/chat/completions", json=body, timeout=WAIT_S) as reply:
         identity = reply.headers["x-request-id"]
         assert client.post(f"/v1/requests/{identity}/cancel", json={}).status_code == 200
         text = reply.read().decode()

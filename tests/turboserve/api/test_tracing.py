@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.turboserve.api.conftest import running
+from tests.turboserve.api.scripted import WAIT_S
 
 from turboserve.api.tracing import tracing_from_environment
 
@@ -25,7 +26,7 @@ class Collector:
     url: str
     bodies: list[bytes] = field(default_factory=list)
 
-    def spans(self, num_expected: int, timeout_s: float = 20) -> list[Any]:
+    def spans(self, num_expected: int, timeout_s: float = WAIT_S) -> list[Any]:
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
         deadline = time.monotonic() + timeout_s
@@ -82,8 +83,9 @@ def test_a_request_is_a_span_below_its_callers(collector: Collector, stream: boo
             service.url + "/v1/chat/completions",
             json={"messages": [{"role": "user", "content": "do not trace this text"}], "stream": stream},
             headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
+            timeout=WAIT_S,
         )
-        missing = httpx.get(service.url + "/v1/models/a-secret-name")
+        missing = httpx.get(service.url + "/v1/models/a-secret-name", timeout=WAIT_S)
         assert (reply.status_code, missing.status_code) == (200, 404)
         spans = {span.name: span for span in collector.spans(2)}
     span = spans["POST /v1/chat/completions"]

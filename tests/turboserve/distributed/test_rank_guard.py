@@ -45,7 +45,7 @@ def guard_of(engine: Any) -> tuple[Guard, Drain]:
 
 
 def wait_until(what: Any) -> None:
-    ends_s = time.monotonic() + 10
+    ends_s = time.monotonic() + 60
     while not what():
         assert time.monotonic() < ends_s
         time.sleep(0.01)
@@ -67,7 +67,7 @@ def test_a_step_that_takes_too_long_is_taken_for_a_lost_rank(ended: list[str]) -
     time.sleep(0.1)
     assert guard.why is None and not drain.draining
     engine.is_stuck = True
-    assert engine.told.wait(10) and "stuck_step_s" in engine.given_up[0]
+    assert engine.told.wait(60) and "stuck_step_s" in engine.given_up[0]
     wait_until(lambda: ended)
 
 

@@ -163,7 +163,7 @@ def test_sessions_are_restored_on_all_ranks(launcher: Process) -> None:
 
 
 def test_a_killed_rank_ends_streams_with_an_error_and_all_ranks(launcher: Process) -> None:
-    """Within seconds; /ready says 503, and rank 0 exits with status 1."""
+    """Long before they would have timed out; /ready says 503, and rank 0 exits with status 1."""
     url = launcher.wait_for(READY)[1]
     pid = int(launcher.wait_for(r"rank 1 of 2 follows rank 0, as process (\d+)")[1])
     ended: list[tuple[float, str]] = []
@@ -182,24 +182,24 @@ def test_a_killed_rank_ends_streams_with_an_error_and_all_ranks(launcher: Proces
     readers = [threading.Thread(target=read) for _ in range(3)]
     for reader in readers:
         reader.start()
-    assert has_begun.wait(30)
+    assert has_begun.wait(60)
     time.sleep(0.3)
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     statuses = set[int]()
-    while launcher.popen.poll() is None and time.monotonic() - began < 20:
+    while launcher.popen.poll() is None and time.monotonic() - began < 60:
         try:
             statuses.add(httpx.get(f"{url}/ready", timeout=5).status_code)
         except httpx.TransportError:
             break
         time.sleep(0.05)
     for reader in readers:
-        reader.join(timeout=20)
-    assert len(ended) == 3 and max(at_s for at_s, _ in ended) - began < 5
+        reader.join(timeout=60)
+    assert len(ended) == 3 and max(at_s for at_s, _ in ended) - began < 30
     for _, line in ended:
         error = json.loads(line.removeprefix("data: "))["error"]
         assert error["code"] == "engine_unavailable" and "rank 1 of 2 is gone" in error["message"]
     assert 503 in statuses
-    launcher.popen.wait(timeout=20)
+    launcher.popen.wait(timeout=60)
     assert "turboserve: --distributed: rank 1 of 2 is gone" in launcher.text
     assert "Node with rank 0 exited with code 1" in launcher.text

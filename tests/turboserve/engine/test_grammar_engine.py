@@ -51,7 +51,9 @@ class TimedSink(Sink):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TurboEngine]:
-    settings = Settings(kv_format="f16", kv_budget="256MiB", cache_dir=tmp_path_factory.mktemp("cache"))
+    settings = Settings(
+        kv_format="f16", kv_budget="256MiB", cache_dir=tmp_path_factory.mktemp("cache"), grammar_timeout_s=3.0
+    )
     engine = TurboEngine(settings, build_parts, model_id="tiny")
     engine.start()
     engine.wait_until_ready(TIMEOUT_S)
@@ -115,7 +117,7 @@ def test_no_hard_constraint_holds_up_a_stream(engine: TurboEngine) -> None:
             num_refused += 1
             assert isinstance(sink.error, InvalidRequestError) and sink.error.param == "response_format"
         ended_s = time.monotonic()
-        if ended_s - began_s > 0.3:  # bench/structured.py measures gaps on a quiet machine
+        if ended_s - began_s > 1.5:  # bench/structured.py measures gaps on a quiet machine
             num_long += 1
             assert sum(began_s < t < ended_s for t in free.times_s) >= 2
     engine.cancel(free.request_id)

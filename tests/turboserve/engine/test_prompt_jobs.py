@@ -96,7 +96,7 @@ def test_a_hostile_template_ends_in_its_time(process: TemplateProcess, name: str
         ChatTemplate(tokenizer, process, max_chars=1 << 20).prompt_of(
             Request("r", ({"role": "user", "content": "x"},)), patience=Patience(1.0)
         )
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < TIMEOUT_S
     ids = ChatTemplate(templates.tokenizer_with(templates.QWEN), process).encode([{"role": "user", "content": "x"}])
     assert ids  # the next one is rendered again
 
@@ -108,12 +108,12 @@ def test_a_caller_who_leaves_ends_the_rendering(process: TemplateProcess) -> Non
             Request("r", ({"role": "user", "content": "x"},)),
             patience=Patience(TIMEOUT_S, lambda: time.monotonic() - began_s > 0.3),
         )
-    assert time.monotonic() - began_s < 30
+    assert time.monotonic() - began_s < TIMEOUT_S / 2
 
 
 USUAL_SCRIPT = template_process.SCRIPT
 AS_USUAL = "exec(open({script!r}).read())"
-READY_LATE = "import time; time.sleep(1.5); " + AS_USUAL
+READY_LATE = "import time; time.sleep(4); " + AS_USUAL
 HANGS = "import time; time.sleep(99)"
 ENDS = "import sys; sys.exit(3)"
 HI = Request("r", ({"role": "user", "content": "x"},))
@@ -152,7 +152,7 @@ def another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Another
 
 def test_the_time_of_a_prompt_begins_when_the_process_is_there(another: AnotherProgram) -> None:
     tokenizer = templates.tokenizer_with("{{ messages[0].content }} is rendered")
-    prompt = ChatTemplate(tokenizer, another.run(READY_LATE)).prompt_of(HI, patience=Patience(1.0))
+    prompt = ChatTemplate(tokenizer, another.run(READY_LATE)).prompt_of(HI, patience=Patience(3.0))
     assert prompt.text == "x is rendered"
 
 
@@ -365,7 +365,7 @@ def test_a_stuck_step_is_told_and_given_up(start: Callable[..., TurboEngine], mo
         time.sleep(0.01)
     assert "one step" in reason
     began_s = time.monotonic()
-    assert not engine.stop() and time.monotonic() - began_s < 10
+    assert not engine.stop() and time.monotonic() - began_s < TIMEOUT_S / 2
     go.set()
     assert sink.ended.wait(TIMEOUT_S)
 

@@ -146,7 +146,9 @@ def test_who_waits_behind_others_for_too_long_may_come_back(
 ) -> None:
     monkeypatch.setattr(rule_jobs, "MAX_QUEUED_S", 0.2)
     engine = make_engine()
-    sinks = [submit(engine, f"r{i}") for i in range(3)]
+    sinks = [submit(engine, f"r{i}") for i in range(2)]
+    wait_for(lambda: len(maker.began) == 2)
+    sinks.append(submit(engine, "r2"))
     assert sinks[2].ended.wait(TIMEOUT_S)
     assert isinstance(sinks[2].error, OverloadedError) and sinks[2].error.retry_after_s
     maker.go.set()

@@ -38,6 +38,8 @@ QUICK: dict[str, Any] = {
     "models_memory": "1000MB",
 }
 
+WAIT_S = 60.0  # for what must come about: generous, so that only a hang reaches it
+
 How = dict[str, dict[str, Any]]
 
 
@@ -48,20 +50,25 @@ class Router:
     url: str
     fleet: Fleet
     starts_file: Path
+    go_file: Path
     drain: Drain
     lines: list[tuple[str, str, str]] = field(default_factory=list)
 
     def ask(self, model: str, *, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=20)
+        return httpx.post(f"{self.url}{path}", json={"model": model, **body}, timeout=WAIT_S)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=20)
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=WAIT_S)
 
     def status(self, name: str) -> str:
         return str(self.get(f"/v1/models/{name}").json()["status"])
 
-    def wait_for(self, name: str, status: str, timeout_s: float = 10) -> None:
+    def wait_for(self, name: str, status: str, timeout_s: float = WAIT_S) -> None:
         wait_until(lambda: self.status(name) == status, timeout_s)
+
+    def go(self) -> None:
+        """Lets models that wait for it (`go_file`) start, and end their streams."""
+        self.go_file.touch()
 
     def starts(self, name: str) -> int:
         return self.starts_file.read_text().split().count(name) if self.starts_file.exists() else 0
@@ -72,11 +79,28 @@ class Router:
         os.kill(process.pid, signal.SIGKILL)
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float = 10) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.02)
+
+
+class Clock:
+    """Stands still until a test moves it on."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The fleet's clock, by which it lets models alone and unloads idle ones."""
+    clock = Clock()
+    monkeypatch.setattr("turboserve.fleet.fleet.time", clock)
+    return clock
 
 
 Start = Callable[..., Router]
@@ -84,7 +108,10 @@ Start = Callable[..., Router]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start({"a": {...}}, how={"a": {...}}, **settings)`: tables of models, how their scripts behave, settings."""
+    """`start({"a": {...}}, how={"a": {...}}, **settings)`: tables of models, how their scripts behave, settings.
+
+    Models with `how={"a": {"waits": True}}` start, and end their streams, once the router's `go` is called.
+    """
     with ExitStack() as stack:
         yield lambda tables, how=None, **settings: stack.enter_context(_running(tmp_path, tables, how or {}, settings))
 
@@ -93,10 +120,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def _running(tmp_path: Path, tables: How, how: How, options: dict[str, Any]) -> Iterator[Router]:
     entries = {name: ModelEntry(**{"memory": 400_000_000, "kv_budget": "64MiB", **t}) for name, t in tables.items()}
     settings = Settings(**{**QUICK, "models": entries, **options})
-    starts_file = tmp_path / "starts"
+    starts_file, go_file = tmp_path / "starts", tmp_path / "go"
 
     def launch(plan: ModelPlan, router_key: str) -> Command:
-        script = json.dumps({"name": plan.name, "starts_file": str(starts_file), **how.get(plan.name, {})})
+        behaves = how.get(plan.name, {})
+        waits = {"go_file": str(go_file)} if behaves.get("waits") else {}
+        script = json.dumps({"name": plan.name, "starts_file": str(starts_file), **waits, **behaves})
         return Command([sys.executable, str(SCRIPT), script], {**os.environ, "TURBOSERVE_ROUTER_KEY": router_key})
 
     listener = http_server.bind(settings)
@@ -116,12 +145,12 @@ def _running(tmp_path: Path, tables: How, how: How, options: dict[str, Any]) -> 
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    assert begun.wait(10)
-    router = Router(http_server.address_url(listener), made["fleet"], starts_file, made["drain"], lines)
+    assert begun.wait(WAIT_S)
+    router = Router(http_server.address_url(listener), made["fleet"], starts_file, go_file, made["drain"], lines)
     try:
         yield router
     finally:
         made["server"].handle_exit(signal.SIGTERM, None)
-        thread.join(timeout=30)
+        thread.join(timeout=WAIT_S)
         assert not thread.is_alive(), "the router did not end"
         assert all(model.process is None for model in router.fleet)

@@ -1,7 +1,8 @@
 """A model's process played by a few lines: starts quickly or slowly, or not at all; answers, streams, dies on request.
 
-Run as a script; its first argument is a JSON object: `name`, `start_s`, `complaint`, `starts_file` (gets a line at each
-start), `tokens` and `token_s` of a stream.
+Run as a script; its first argument is a JSON object: `name`, `complaint`, `starts_file` (gets a line at each start),
+`go_file` (it starts once that file exists, and ends its streams no sooner). A request has `tokens` and
+`token_s` of its stream.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Answers(BaseHTTPRequestHandler):
                     time.sleep(0.1)
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(body.get("token_s", 0.0))
+            wait_for_go()
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
         except OSError:
@@ -110,10 +112,15 @@ class Answers(BaseHTTPRequestHandler):
         return
 
 
+def wait_for_go() -> None:
+    while "go_file" in HOW and not Path(HOW["go_file"]).exists():
+        time.sleep(0.01)
+
+
 def main() -> None:
     with Path(HOW["starts_file"]).open("a") as file:
         file.write(f"{HOW['name']}\n")
-    time.sleep(HOW.get("start_s", 0.0))
+    wait_for_go()
     if complaint := HOW.get("complaint"):
         sys.stderr.write(f"a line before\nturboserve: {complaint}\n")
         raise SystemExit(1)

@@ -330,12 +330,15 @@ def adversarial() -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", sorted(adversarial()))
 def test_reading_takes_time_in_proportion(kind: str) -> None:
-    """Four times the text takes about four times as long, and nothing is so deep that it fails."""
+    """Four times the text takes about four times as long, and nothing is so deep that it fails.
+
+    Of the processor's time, for what else the machine does says nothing of it.
+    """
 
     def seconds(text: str) -> float:
-        begun = time.perf_counter()
+        begun = time.thread_time()
         deltas_of((text[i : i + 4] for i in range(0, len(text), 4)), MarkupReader(THINKING, TOOLS))
-        return time.perf_counter() - begun
+        return time.thread_time() - begun
 
     text = adversarial()[kind]
     whole = min(seconds(text) for _ in range(2))
@@ -349,9 +352,9 @@ def test_no_text_keeps_a_parser_for_long(parser: str) -> None:
     markup = markup_for(parser)
     for opening in ("call:f{", 'call:f{<|"|>', "<|open|>call ", "[f(", "f<arg_key>", "<function=f>", "[ARGS]"):
         body = opening * (100_000 // len(opening))
-        begun = time.perf_counter()
+        begun = time.thread_time()
         deltas_of([f"{markup.call_start}{body}{markup.call_end}"], MarkupReader(markup, TOOLS))
-        assert time.perf_counter() - begun < 10.0
+        assert time.thread_time() - begun < 10.0
 
 
 def test_a_megabyte_of_arguments_arrives_whole() -> None:
