@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.resources import files
 from typing import Any
 
 import httpx
@@ -42,6 +44,22 @@ def choice_of(server: Server, question: str, **options: Any) -> dict[str, Any]:
 def test_it_says_what_it_can(server: Server, question: str) -> None:
     said = choice_of(server, question)["message"]["content"]
     assert "call tools" in said and "write JSON" in said
+
+
+SUGGESTED = {
+    "What does textwrap.shorten do?": "truncate the given text",
+    "Explain what a KV cache is.": "keys and values of past tokens",
+    "Write a Python function that computes the Fibonacci numbers.": "def fibonacci(n):",
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": None}], ids=["greedy", "usual"])
+def test_it_answers_what_the_dashboard_suggests(server: Server, options: dict[str, Any]) -> None:
+    script = files("turboserve").joinpath("dashboard/chat.js").read_text()
+    (listed,) = re.findall(r"const SUGGESTIONS = \[(.*?)\];", script, re.DOTALL)
+    assert re.findall(r'"(.*?)"', listed) == list(SUGGESTED)
+    for question, part in SUGGESTED.items():
+        assert part in choice_of(server, question, **options)["message"]["content"]
 
 
 @pytest.mark.parametrize("tool_choice", ["auto", "required"])

@@ -7,7 +7,12 @@ import * as talk from "./talk.js";
 
 const DRAW_INTERVAL_MS = 80; // an answer is parsed anew for each drawing; twelve a second look fluent
 const NEAR_END_PX = 80;
-const SUGGESTIONS = ["What does textwrap.shorten do?", "Explain what a KV cache is.", "List three uses of a hash map."];
+// Of what the embedded model was trained on, so that a first try of it is answered; any other model can as well.
+const SUGGESTIONS = [
+  "What does textwrap.shorten do?",
+  "Explain what a KV cache is.",
+  "Write a Python function that computes the Fibonacci numbers.",
+];
 
 let chat = null;
 let drawn = []; // one { message, node, body } for each message
