@@ -62,13 +62,20 @@ class Block(NamedTuple):
 
     def commands(self) -> Iterator[list[str]]:
         """Words of each command, continued lines joined and comments dropped, up to where its output goes."""
+        begun = ""
         for line in self.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            try:
+                words = shlex.split(begun + line, comments=True)
+            except ValueError:  # a quotation goes on in the next line
+                begun += f"{line}\n"
+                continue
+            begun = ""
             while words:
                 end = next((at for at, word in enumerate(words) if word in ("|", ">", "&")), len(words))
                 yield words[:end]
                 rest = words[end:]
                 words = rest[1:] if rest[:1] == ["|"] else []
+        assert not begun, begun
 
 
 def blocks(*languages: str) -> list[Block]:
