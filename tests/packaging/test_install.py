@@ -19,9 +19,10 @@ case $1 in
     venv)
         for venv; do :; done
         mkdir -p "$venv/bin"
-        ln -s /bin/true "$venv/bin/python"
+        printf '#!/bin/sh\\n[ "$2" != pip ] || { echo "$PIP_SAYS"; exit "${STATUS:-0}"; }\\n' > "$venv/bin/python"
+        chmod +x "$venv/bin/python"
         ;;
-    *) printf '%s\\n' "$@" "$SKBUILD_CMAKE_DEFINE" > "$WRITTEN" ;;
+    *) printf '%s\\n' "$@" "$SKBUILD_CMAKE_DEFINE" > "$WRITTEN"; echo "$UV_SAYS"; exit "${STATUS:-0}" ;;
 esac
 """
 
@@ -63,7 +64,37 @@ def test_who_serves_gets_kernels_for_this_machine_and_who_tests_gets_all(
 ) -> None:
     said, words = asked(checkout, ".venv", *extras)
     assert LEVELS + wanted in words and f".[{','.join(extras)}]" in words
-    assert f"CPU kernels: {wanted}" in said and said.count("\n") == 1, "one line"
+    assert f"CPU kernels: {wanted}" in said and said.count("\n") == 2, "what it creates and installs"
+
+
+UV_SAYS = """Resolved 40 packages in 2ms
+   Building turboserve @ file:///x
+      Built turboserve @ file:///x
+Prepared 40 packages in 30s
+Installed 40 packages in 2s"""
+PIP_SAYS = """Obtaining file:///x
+  Installing build dependencies: started
+Collecting mlx
+  Downloading mlx.whl (3 MB)
+Collecting httpx
+  Building editable for turboserve (pyproject.toml): started
+  Building editable for turboserve (pyproject.toml): finished with status 'done'
+Installing collected packages: mlx, turboserve"""
+
+
+def test_each_step_is_named_once(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ["Creating", "Installing turboserve[cpu]", "Downloading", "Building", "Installing packages"]
+    monkeypatch.setenv("UV_SAYS", UV_SAYS)
+    said, _ = asked(checkout, ".venv", "cpu")
+    assert [line.startswith(step) for line, step in zip(said.splitlines(), steps, strict=True)] == [True] * 5
+
+
+def test_a_failure_shows_all_that_pip_said(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("UV_SAYS", "uv gives up"), ("PIP_SAYS", f"{PIP_SAYS}\nNo space left"), ("STATUS", "1")):
+        monkeypatch.setenv(name, value)
+    said, _ = asked(checkout, ".venv", "cpu")
+    assert f"{PIP_SAYS}\nNo space left\ninstall: installing failed, for the reason above\n" in said
+    assert said.count("Downloading packages") == 1 and "uv gives up" not in said
 
 
 def test_levels_can_be_asked_for(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
