@@ -180,13 +180,14 @@ class TurboEngine:
         return 0.0 if since_s is None else self._clock() - since_s
 
     def stats(self) -> EngineStats:
-        """The latest copy; idle times are as of now."""
+        """The latest copy; idle times are as of now, and so is how many requests run and wait."""
         with self._changed:
-            snapshot, age_s, num_waiting = self._snapshot, self._clock() - self._snapshot_s, self._num_waiting
+            snapshot, age_s = self._snapshot, self._clock() - self._snapshot_s
+            num_running, num_waiting = self._num_running, self._num_waiting
         conversations = tuple(
             replace(c, idle_s=c.idle_s + age_s) if c.tier != "running" else c for c in snapshot.conversations
         )
-        return replace(snapshot, conversations=conversations, num_waiting=num_waiting)
+        return replace(snapshot, conversations=conversations, num_running=num_running, num_waiting=num_waiting)
 
     def session(self, command: SessionCommand) -> Future[Any]:
         """Have a session command answered on the engine thread; see protocol.Engine."""
@@ -353,20 +354,25 @@ class TurboEngine:
         _tell(refused.generation, refused.error)
 
     def _after_step(self, loop: StepLoop) -> None:
-        num_before = self._num_running
-        with self._changed:
+        age_s = self._clock() - self._snapshot_s
+        is_wanted = age_s >= SNAPSHOT_INTERVAL_S or self._num_running != loop.num_running
+        is_affordable = age_s * SNAPSHOT_SHARE >= self._snapshot_cost_s
+        snapshot = self._taken(loop) if not loop.has_work or (is_wanted and is_affordable) else None
+        with self._changed:  # at once: whoever finds that nothing runs finds what is held then
             num_queued = sum(isinstance(item, Generation) for item in self._inbox)
             self._num_waiting = loop.num_waiting + num_queued + len(self._rule_jobs) + len(self._prompt_jobs)
             self._num_running = loop.num_running
-        age_s = self._clock() - self._snapshot_s
-        is_wanted = age_s >= SNAPSHOT_INTERVAL_S or num_before != loop.num_running
-        if not loop.has_work or (is_wanted and age_s * SNAPSHOT_SHARE >= self._snapshot_cost_s):
-            self._publish(loop)
+            if snapshot is not None:
+                self._snapshot, self._snapshot_s = snapshot, self._clock()
 
-    def _publish(self, loop: StepLoop) -> None:
+    def _taken(self, loop: StepLoop) -> EngineStats:
         began_s = self._clock()
         snapshot = loop.snapshot()
         self._snapshot_cost_s = self._clock() - began_s
+        return snapshot
+
+    def _publish(self, loop: StepLoop) -> None:
+        snapshot = self._taken(loop)
         with self._changed:
             self._snapshot, self._snapshot_s = snapshot, self._clock()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.turboserve.engine.fakes import RecordingTelemetry, Sink, make_parts, make_settings, request
 
+from turboserve.engine import engine as engine_module
 from turboserve.engine.engine import Build, TurboEngine
 from turboserve.engine.loaded_model import EngineParts
 from turboserve.engine.progress import Progress
@@ -70,6 +71,27 @@ def submit_slow(engine: TurboEngine, request_id: str) -> Sink:
     sink.put = slow_put  # type: ignore[method-assign]
     engine.submit(request(request_id, "hello there", max_tokens=450), sink)
     return sink
+
+
+def test_who_finds_nothing_running_finds_what_is_held_then(
+    engine: TurboEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy is taken in between, as under load; the last event comes before the copy that holds the conversation."""
+    monkeypatch.setattr(engine_module, "SNAPSHOT_SHARE", 0.0)
+    sink, at_events = Sink(), []
+    put = sink.put
+
+    def watching_put(event: Event) -> None:
+        at_events.append(engine.stats())
+        put(event)
+
+    sink.put = watching_put  # type: ignore[method-assign]
+    engine.submit(request("a", "hello there", max_tokens=5), sink)
+    assert sink.ended.wait(TIMEOUT_S)
+    assert all(stats.num_running + stats.num_waiting for stats in at_events)
+    while (stats := engine.stats()).num_running:
+        time.sleep(0.002)
+    assert stats.kv.total > 0 and len(stats.conversations) == 1
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
