@@ -18,6 +18,7 @@ MAX_SKIPPED_STEPS = 8
 # room for the activations of more; a CPU is as fast with these, and streams wait less.
 GPU_PREFILL_TOKENS, CPU_PREFILL_TOKENS = 2048, 256
 LARGE_GPU_BYTES, LARGE_GPU_PREFILL_TOKENS = 48 << 30, 8192
+CPU_LEAST_CHUNK = 8  # rows; the CPU kernels attend with so few as in decode steps, in integers (kDecodeRows, store.h)
 MIN_PREFILL_TOKENS = 32  # below it a step's fixed costs are most of its time
 MAX_PADDING = 1.25  # tokens of a pass by useful ones
 MIN_SHARED_TOKENS = 64  # common tokens yet to be computed that are worth waiting for: about a page
@@ -161,14 +162,16 @@ class PrefillSpeed:
         self._seconds = SPEED_MEMORY * self._seconds + seconds
 
 
-def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: bool, block: int = 1) -> list[Piece]:
+def plan_prefill(
+    candidates: Sequence[PrefillView], budget: int, *, may_group: bool, block: int = 1, least: int = 0
+) -> list[Piece]:
     """Who is read in this step, and how far.
 
     Least work first gives short prompts a short wait; whoever was passed over long enough goes first. Others whose
     whole rest fits into the budget are computed in the same pass, padded to the longest, unless padding would cost
     more than a quarter of what it pads or they wait for what is computed in it. Requests with nothing left to read
-    cost nothing. block: tokens of which a prompt's chunks consist, but for its last one; as many whole blocks as in the
-    pass's first chunk are in all others then.
+    cost nothing. block, least: as in `chunk_len`; what is read together has as many whole blocks each, and no chunk has
+    `least` tokens or fewer beside one that has more.
     """
     pieces = [Piece(i, 0) for i, c in enumerate(candidates) if c.num_remaining <= 0]
     order = [i for i, c in enumerate(candidates) if c.num_remaining > 0]
@@ -177,13 +180,14 @@ def plan_prefill(candidates: Sequence[PrefillView], budget: int, *, may_group: b
     if not order:
         return pieces
     lead = max(starved, key=lambda i: candidates[i].skipped_steps) if starved else order[0]
-    pass_ = [Piece(lead, chunk_len(candidates[lead].num_remaining, budget, block))]
+    pass_ = [Piece(lead, chunk_len(candidates[lead].num_remaining, budget, block, least))]
     order.remove(lead)
     for i in order if may_group else ():
         rest, beginning = candidates[i].num_remaining, candidates[i].beginning
         if beginning is not None and any(candidates[p.place].beginning == beginning for p in pass_):
             continue
-        if block > 1 and rest // block != pass_[0].num_tokens // block:
+        first = pass_[0].num_tokens
+        if (block > 1 and rest // block != first // block) or (rest <= least) != (first <= least):
             continue
         lens = [*(p.num_tokens for p in pass_), rest]
         padded_len = len(lens) * max(lens)
@@ -199,16 +203,18 @@ def concerned(candidates: Sequence[PrefillView], pieces: Sequence[Piece]) -> lis
     return [i for i, c in enumerate(candidates) if i in places or c.beginning in beginnings]
 
 
-def chunk_len(num_remaining: int, max_chunk: int, block: int = 1) -> int:
+def chunk_len(num_remaining: int, max_chunk: int, block: int = 1, least: int = 0) -> int:
     """Tokens of the next prefill chunk: evenly cut, so that no chunk is a tiny rest, and whole blocks but for the last.
 
-    No more than max_chunk, unless a block is.
+    No prompt's rest has `least` tokens or fewer, so that how a prompt is cut does not decide what computes its end. A
+    chunk is max_chunk or a block at most, and `least` more.
     """
     most = max(max_chunk // block, 1) * block
     if num_remaining <= most:
         return num_remaining
     num_chunks = -(-num_remaining // most)
-    return -(-num_remaining // (num_chunks * block)) * block
+    chunk = -(-num_remaining // (num_chunks * block)) * block
+    return chunk if num_remaining - chunk > least else num_remaining
 
 
 # --- growth and preemption

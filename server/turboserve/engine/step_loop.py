@@ -88,6 +88,7 @@ class StepLoop:
             settings.prefill_chunk_tokens, on_cpu=on_cpu(), gpu_bytes=own_memory_bytes()
         )
         self.prefill_tokens = max(most, parts.loaded.prompt_block)
+        self._least_chunk = scheduler.CPU_LEAST_CHUNK if on_cpu() else 0
         self._speed = scheduler.PrefillSpeed()
         self.requests = OpenRequests(self.runner, parts.memory, telemetry, clock, settings.max_running)
         self._num_steps = 0
@@ -209,7 +210,7 @@ class StepLoop:
         A pass over several prompts begins with copies of their tails, so that one that fails leaves them as they were.
         """
         runtime = self._parts.runtime
-        chunk = self.prefill_tokens * runtime.chunk_token_bytes
+        chunk = (self.prefill_tokens + self._least_chunk) * runtime.chunk_token_bytes
         chunk += self.embeddings.num_cached_tokens * runtime.token_raw_bytes
         if self.runner.prompts.can_feed_together:
             chunk += min(self._settings.max_running, self.prefill_tokens) * runtime.tail_bytes
@@ -385,8 +386,13 @@ class StepLoop:
         asked: set[Generation] = set()
         while True:
             views = [self._prefill_view(generation, may_group) for generation in prefilling]
-            block = self._parts.loaded.prompt_block
-            pieces = scheduler.plan_prefill(views, budget, may_group=may_group, block=block)
+            pieces = scheduler.plan_prefill(
+                views,
+                budget,
+                may_group=may_group,
+                block=self._parts.loaded.prompt_block,
+                least=self._least_chunk,
+            )
             chosen = [(prefilling[piece.place], piece.num_tokens) for piece in pieces]
             concerned = scheduler.concerned(views, pieces)
             new = [prefilling[i] for i in concerned if prefilling[i] not in asked]

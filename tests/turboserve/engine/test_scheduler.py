@@ -162,16 +162,19 @@ def test_the_speed_of_reading_is_learnt_from_the_latest_chunks() -> None:
     assert most_prefill_tokens(77, on_cpu=True) == 77
 
 
-@given(st.integers(1, 5000), st.integers(16, 512), st.sampled_from([1, 64]))
-def test_chunks_cover_the_prompt_in_the_fewest_even_steps(num_tokens: int, max_chunk: int, block: int) -> None:
+@given(st.integers(1, 5000), st.integers(16, 512), st.sampled_from([1, 64]), st.sampled_from([0, 8]))
+def test_chunks_cover_the_prompt_in_the_fewest_even_steps(
+    num_tokens: int, max_chunk: int, block: int, least: int
+) -> None:
     left, lens = num_tokens, []
     while left:
-        lens.append(chunk_len(left, max_chunk, block))
+        lens.append(chunk_len(left, max_chunk, block, least))
         left -= lens[-1]
     most = max(max_chunk // block * block, block)
-    assert len(lens) == -(-num_tokens // most) and max(lens) <= most
+    assert len(lens) in {-(-num_tokens // most), -(-max(num_tokens - least, 1) // most)} and max(lens) <= most + least
     assert all(n % block == 0 for n in lens[:-1])
-    assert max(lens) - min(lens[:-1] or lens) <= block
+    assert max(lens) - min(lens[:-1] or lens) <= block + least
+    assert lens[-1] > least or len(lens) == 1
 
 
 def test_prompts_that_are_read_together_have_as_many_whole_blocks_each() -> None:
@@ -179,6 +182,9 @@ def test_prompts_that_are_read_together_have_as_many_whole_blocks_each() -> None
     assert [piece.place for piece in plan_prefill(views[:4], 1000, may_group=True)] == [2, 1, 0, 3]
     assert [piece.place for piece in plan_prefill(views[:4], 1000, may_group=True, block=64)] == [2, 1]
     assert plan_prefill(views[3:4], 100, may_group=True, block=64) == [Piece(0, 64)]
+    short = [PrefillView(n, 0) for n in (8, 9, 7)]
+    assert [piece.place for piece in plan_prefill(short, 100, may_group=True)] == [2, 0, 1]
+    assert [piece.place for piece in plan_prefill(short, 100, may_group=True, least=8)] == [2, 0]
 
 
 def test_a_queue_of_zero_still_fills_free_slots() -> None:

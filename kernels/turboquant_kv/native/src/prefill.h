@@ -116,8 +116,8 @@ static void prefill_pages(const Attention& a, const Item& item, int kv_head, con
         const int blocks = tile_blocks(store), products = 2 * turning.padded;
         for (int b = 0; turning.num_pairs && b < n / kGroupTokens; b += kSpanBlocks)
             for (int r = 0; r < num_rows; r += kMaxGroup)
-                kSpanShifts[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * products,
-                                                               products, s.constant + r, s.shift + r * blocks + b, blocks);
+                kSpanShiftsOfRows[min1(kMaxGroup, num_rows - r) - 1](turning, at * store.groups_per_page() + b, s.pairs + std::size_t(r) * products,
+                                                                     products, s.constant + r, s.shift + r * blocks + b, blocks);
         const std::int64_t start = store.sink_tokens + at * page;
         absorb_tile(s, a, s.rotated, num_rows, n, n, s.shift, s.peak, s.mass, s.compressed, [&](int row, float* scores) {
             if (start >= oldest) return;

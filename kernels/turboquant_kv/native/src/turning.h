@@ -31,8 +31,8 @@ TQ_INLINE F splat_two(const float* p) {
 }
 
 // out[r * out_stride + b]: constant[r] and what turns, for the 16 blocks from `first_block` on and G query rows, whose
-// products are at pairs + r * stride.
-template <int G>
+// products are at pairs + r * stride. Ways: sums in flight, which hide the multiplier's latency and are then added up.
+template <int G, int Ways>
 static void span_shifts(const Turning& t, std::int64_t first_block, const float* pairs, int stride, const float* constant, float* out,
                         int out_stride) {
     const int n = t.padded;
@@ -51,16 +51,15 @@ static void span_shifts(const Turning& t, std::int64_t first_block, const float*
                 turned[r][2 * j + 1] = w[j] * cos[j] - u[j] * sin[j];
             }
     }
-    constexpr int ways = G <= 2 ? 4 : G <= 4 ? 2 : 1; // sums in flight hide the multiplier's latency
     for (int sub = 0; sub < SUBS; sub++) {
-        F acc[ways][G] = {};
-        for (int j = 0; j < n; j += ways)
-            for (int y = 0; y < ways; y++) {
+        F acc[Ways][G] = {};
+        for (int j = 0; j < n; j += Ways)
+            for (int y = 0; y < Ways; y++) {
                 const F block = load<F>(&t.blocks[16 * (j + y) + sub * LANES]);
                 for (int r = 0; r < G; r++) acc[y][r] = fma(block, splat_two(turned[r] + 2 * (j + y)), acc[y][r]);
             }
         for (int r = 0; r < G; r++) {
-            for (int y = 1; y < ways; y++) acc[0][r] += acc[y][r];
+            for (int y = 1; y < Ways; y++) acc[0][r] += acc[y][r];
             store_to(sums[r] + sub * LANES, acc[0][r]);
         }
     }
@@ -73,5 +72,9 @@ static void span_shifts(const Turning& t, std::int64_t first_block, const float*
 }
 
 using SpanFn = void (*)(const Turning&, std::int64_t, const float*, int, const float*, float*, int);
-static constexpr SpanFn kSpanShifts[kMaxGroup] = {span_shifts<1>, span_shifts<2>, span_shifts<3>, span_shifts<4>,
-                                                  span_shifts<5>, span_shifts<6>, span_shifts<7>, span_shifts<8>};
+// For the heads of a group, whose number is a model's own.
+static constexpr SpanFn kSpanShifts[kMaxGroup] = {span_shifts<1, 4>, span_shifts<2, 4>, span_shifts<3, 2>, span_shifts<4, 2>,
+                                                  span_shifts<5, 1>, span_shifts<6, 1>, span_shifts<7, 1>, span_shifts<8, 1>};
+// For rows of a prompt, of which any number may be left over: each gets the same bits among one as among eight.
+static constexpr SpanFn kSpanShiftsOfRows[kMaxGroup] = {span_shifts<1, 1>, span_shifts<2, 1>, span_shifts<3, 1>, span_shifts<4, 1>,
+                                                        span_shifts<5, 1>, span_shifts<6, 1>, span_shifts<7, 1>, span_shifts<8, 1>};
