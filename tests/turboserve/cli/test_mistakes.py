@@ -183,6 +183,7 @@ def test_ctrl_c_while_the_model_is_loaded(sent: signal.Signals, tmp_path: Path) 
     assert server.stdout is not None
     while "loading" not in (line := server.stdout.readline()):
         assert line, server.communicate()
+    server.stdout.readline()  # the next step's: by now the HTTP server has taken the signals
     server.send_signal(sent)
     _, stderr = server.communicate(timeout=60)
     assert server.returncode == 128 + sent
